@@ -1,0 +1,1 @@
+"""The door: HTTP, JSON, server-sent events. Knows no tensors."""

@@ -1,0 +1,1 @@
+"""The demo: small adapters trained by `train.py`, shipped with the project."""

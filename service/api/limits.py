@@ -1,0 +1,161 @@
+"""The layers around every route, as plain ASGI: request ids, the log line, security headers, the gate, body sizes.
+
+Knows no route's meaning.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from uuid import uuid4
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from ..errors import AdapterdError, NotReady, PayloadTooLarge
+from .errors import internal, response
+from .rooms import Rooms
+
+log = logging.getLogger("adapterd.access")
+
+SANE_ID = re.compile(r"^[A-Za-z0-9._:/+=@-]{1,128}$")
+PROBES = ("/health", "/ready", "/metrics")
+SECURITY = {
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+}
+TOLD = {  # response headers that the log line repeats
+    "x-adapter-id": "adapter",
+    "x-adapter-digest": "digest",
+    "x-prompt-tokens": "prompt_tokens",
+    "x-generated-tokens": "generated_tokens",
+    "x-queue-time": "queue_ms",
+    "x-inference-time": "inference_ms",
+}
+
+
+class Access:
+    """The outermost layer: gives the request an id, the answer its headers, the log a line, and turns a defect into a 500.
+
+    A route may add to the line by `request.state.log`, a dict of named values; of what a header says too, the dict's value counts.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        exchange = _Exchange(scope, send)
+        inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope  # the server leaves a HEAD's body out by itself
+        try:
+            await self.app(inner, receive, exchange.send)
+        except Exception:
+            log.exception("a defect", extra={"fields": {"id": exchange.id}})
+            if exchange.status == 0:
+                await response(internal(scope), scope["path"])(inner, receive, exchange.send)
+        finally:
+            exchange.report()
+        return None
+
+
+class _Exchange:
+    """One request and its answer, as they pass by."""
+
+    def __init__(self, scope: Scope, send: Send) -> None:
+        self.scope, self._send = scope, send
+        asked = Headers(scope=scope).get("x-request-id", "")
+        self.id = asked if SANE_ID.match(asked) else uuid4().hex
+        self.state: dict[str, Any] = scope.setdefault("state", {})
+        self.state |= {"request_id": self.id, "log": {}}
+        self.began = time.perf_counter()
+        self.status = 0
+        self.whole = False
+        self.headers: dict[str, str] = {}
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = MutableHeaders(scope=message)
+            headers["x-request-id"] = self.id
+            for name, value in SECURITY.items():
+                headers.setdefault(name, value)
+            self.headers = {word: headers[name] for name, word in TOLD.items() if name in headers}
+        await self._send(message)
+        self.whole = message["type"] == "http.response.body" and not message.get("more_body", False)
+
+    def report(self) -> None:
+        status = self.status if self.whole else 499
+        fields = {"id": self.id, "method": self.scope["method"], "path": self.scope["path"], "status": status}
+        took = {"ms": round((time.perf_counter() - self.began) * 1000, 1)}
+        quiet = self.scope["path"] in PROBES and status < 500
+        level = logging.DEBUG if quiet else logging.INFO
+        log.log(level, "request", extra={"fields": fields | took | self.headers | self.state["log"]})
+
+
+async def refuse(error: AdapterdError, scope: Scope, receive: Receive, send: Send, headers: dict[str, str] | None = None) -> None:
+    await response(error, scope["path"], headers)(scope, receive, send)
+
+
+class Gate:
+    """Counts what runs in `rooms.running`; once the service drains, only the probes are still answered."""
+
+    def __init__(self, app: ASGIApp, rooms: Rooms) -> None:
+        self.app, self.rooms = app, rooms
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in PROBES:
+            return await self.app(scope, receive, send)
+        if self.rooms.draining:
+            closing = NotReady("the service is shutting down; ask another one", retry_after=5)
+            return await refuse(closing, scope, receive, send, {"connection": "close"})
+        with self._counted():
+            return await self.app(scope, receive, send)
+
+    @contextmanager
+    def _counted(self) -> Iterator[None]:
+        self.rooms.running += 1
+        try:
+            yield
+        finally:
+            self.rooms.running -= 1
+
+
+class Bodies:
+    """Refuses a body over its limit: at once where its length is told, else when the limit is passed. Uploads have their own."""
+
+    def __init__(self, app: ASGIApp, body_mb: float, upload_mb: float) -> None:
+        self.app, self.body_mb, self.upload_mb = app, body_mb, upload_mb
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        upload = scope["path"].startswith("/adapters/") and scope["path"].endswith("/upload")
+        limit_mb = self.upload_mb if upload else self.body_mb
+        limit = int(limit_mb * 1e6)
+        over = PayloadTooLarge(f"the body is over the limit of {limit_mb:g} MB", details={"limit_bytes": limit})
+        told = Headers(scope=scope).get("content-length", "")
+        if told.isdecimal() and int(told) > limit:
+            return await refuse(over, scope, receive, send)
+        return await self.app(scope, _metered(receive, limit, over), send)
+
+
+def _metered(receive: Receive, limit: int, over: PayloadTooLarge) -> Receive:
+    left = limit
+
+    async def metered() -> Message:
+        nonlocal left
+        message = await receive()
+        left -= len(message.get("body", b""))
+        if left < 0:
+            raise over
+        return message
+
+    return metered

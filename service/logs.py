@@ -1,0 +1,50 @@
+"""What a log line looks like: text for people, JSON for machines. A record's `fields` are its named values; knows nothing of who logs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from datetime import UTC, datetime
+from typing import Any
+
+PLAIN = re.compile(r"^[\w./:@+%-]+$")
+
+
+def _fields(record: logging.LogRecord) -> dict[str, Any]:
+    found: dict[str, Any] = getattr(record, "fields", {})
+    return found
+
+
+def _when(record: logging.LogRecord) -> str:
+    return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _word(value: Any) -> str:
+    """The value as one word: quoted and escaped where it could be mistaken for something else, so that nobody can forge a line."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if PLAIN.match(text) else json.dumps(text)
+
+
+class Text(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        named = "".join(f" {name}={_word(value)}" for name, value in _fields(record).items())
+        line = f"{_when(record)} {record.levelname.lower():7} {record.getMessage()}{named}"
+        return line + (f"\n{self.formatException(record.exc_info)}" if record.exc_info else "")
+
+
+class Json(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        line = {"time": _when(record), "level": record.levelname.lower(), "logger": record.name, "message": record.getMessage()}
+        trace = {"exception": self.formatException(record.exc_info)} if record.exc_info else {}
+        return json.dumps(line | _fields(record) | trace, default=str)
+
+
+def setup(form: str, level: str) -> None:
+    """Sends this process's log to stderr. `form` is `text` or `json`; `level` one of the logging module's names in lower case."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(Json() if form == "json" else Text())
+    logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
+    for chatty in ("uvicorn", "asyncio", "httpx", "filelock", "urllib3"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)

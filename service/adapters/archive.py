@@ -1,0 +1,122 @@
+"""Takes an adapter's two files out of a .zip or .tar that a stranger sent. Must not trust a name, a size or a link in it."""
+
+from __future__ import annotations
+
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import IO
+
+from ..errors import AdapterInvalid, PayloadTooLarge
+from .inspection import CONFIG, WEIGHTS
+
+MEMBERS = 10_000
+PIECE = 1 << 20  # bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    name: str
+    size: int  # as the archive says
+    plain: bool  # a regular file
+    folder: bool
+
+
+def extract(archive: Path, folder: Path, limit: int) -> None:
+    """Writes the config and the weights, and nothing else, into the folder; `limit` is in bytes, unpacked.
+
+    Raises AdapterInvalid for what is no archive, holds no adapter or several, or has a member that would leave the folder;
+    PayloadTooLarge over the limit.
+    """
+    try:
+        with _opened(archive) as (members, read):
+            for name, member in _wanted(members, limit).items():
+                with read(member) as source:
+                    _copy(source, folder / name, limit)
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise AdapterInvalid([f"the archive is damaged: {error}"[:200]]) from None
+
+
+class _Zip:
+    def __init__(self, file: zipfile.ZipFile) -> None:
+        self.file = file
+
+    def __iter__(self) -> Iterator[Member]:
+        for info in self.file.infolist():
+            kind = info.external_attr >> 28  # the unix file type; 0 when the archiver did not say
+            yield Member(info.filename, info.file_size, kind in (0, 8) and not info.is_dir(), info.is_dir())
+
+    def __call__(self, member: Member) -> IO[bytes]:
+        return self.file.open(member.name)
+
+
+class _Tar:
+    def __init__(self, file: tarfile.TarFile) -> None:
+        self.file = file
+
+    def __iter__(self) -> Iterator[Member]:
+        for info in self.file:
+            yield Member(info.name, info.size, info.isreg(), info.isdir())
+
+    def __call__(self, member: Member) -> IO[bytes]:
+        found = self.file.extractfile(member.name)
+        assert found is not None, "only regular members are asked for"
+        return found
+
+
+@contextmanager
+def _opened(archive: Path) -> Iterator[tuple[_Zip | _Tar, _Zip | _Tar]]:
+    if zipfile.is_zipfile(archive):
+        with zipfile.ZipFile(archive) as file:
+            zipped = _Zip(file)
+            yield zipped, zipped
+    else:
+        try:
+            opened = tarfile.open(archive)  # noqa: SIM115 (closed below)
+        except tarfile.TarError:
+            raise AdapterInvalid(["`file` is neither a .zip nor a .tar"]) from None
+        with opened:
+            tar = _Tar(opened)
+            yield tar, tar
+
+
+def _wanted(members: _Zip | _Tar, limit: int) -> dict[str, Member]:
+    """The two files by name. All members are looked at, so that an archive with one evil member is refused whole."""
+    found: dict[str, list[Member]] = {CONFIG: [], WEIGHTS: []}
+    total = 0
+    for number, member in enumerate(members):
+        total += member.size
+        if total > limit or number >= MEMBERS:
+            raise PayloadTooLarge(f"the archive holds more than {limit} bytes or {MEMBERS} members")
+        _check(member)
+        if (name := PurePosixPath(member.name).name) in found and member.plain:
+            found[name].append(member)
+    folders = {str(PurePosixPath(member.name).parent) for some in found.values() for member in some}
+    if len(folders) > 1 or any(len(some) > 1 for some in found.values()):
+        raise AdapterInvalid([f"the archive holds several adapters: {', '.join(sorted(folders))[:300]}"])
+    if missing := [name for name, some in found.items() if not some]:
+        raise AdapterInvalid([f"{name} is missing from the archive" for name in missing])
+    return {name: some[0] for name, some in found.items()}
+
+
+def _check(member: Member) -> None:
+    path = PurePosixPath(member.name)
+    if path.is_absolute() or ".." in path.parts or "\\" in member.name or "\0" in member.name or ":" in member.name:
+        raise AdapterInvalid([f"the archive has a member outside of itself: {member.name[:100]!r}"])
+    if not (member.plain or member.folder):
+        raise AdapterInvalid([f"the archive has a member that is no plain file: {member.name[:100]!r}"])
+
+
+def _copy(source: IO[bytes], target: Path, limit: int) -> None:
+    """Counts what really comes out: an archive may lie about sizes."""
+    written = 0
+    with target.open("xb") as out:
+        while piece := source.read(PIECE):
+            written += len(piece)
+            if written > limit:
+                raise PayloadTooLarge(f"{target.name} unpacks to more than {limit} bytes")
+            out.write(piece)

@@ -1,0 +1,153 @@
+"""The reader's process, seen from the outside: one child that knows torch and PEFT and reads one adapter at a time.
+
+A file that stalls or kills the child costs one refused adapter; the next one gets a fresh child. Must not know torch itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any
+
+from ..engine.request import Adapter, Digest
+from ..errors import AdapterInvalid, AdapterUnsupported, Internal
+from .architecture import Node
+from .inspection import WEIGHTS
+
+START_S = 300.0
+READ_S = 60.0
+BYTES_PER_S = 20e6  # the slowest disk that is waited for
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A validated adapter: what the engine needs, what people ask (see facts.described), and what they should know."""
+
+    adapter: Adapter
+    facts: dict[str, Any]
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Read this folder. `known` is the digest of what was read there before, when it is unchanged: its values are not looked at again."""
+
+    folder: Path
+    known: Digest | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    problems: tuple[str, ...]
+    extra: dict[str, Any]
+    supported: bool
+
+    def error(self) -> AdapterInvalid:
+        return (AdapterInvalid if self.supported else AdapterUnsupported)(self.problems, **self.extra)
+
+
+class Reader:
+    """Reads adapters against the base in `folder`, in its own process."""
+
+    def __init__(self, folder: Path, max_rank: int, read_s: float = READ_S) -> None:
+        self._folder, self._max_rank, self._read_s = folder, max_rank, read_s
+        self._turn = asyncio.Lock()
+        self._process: SpawnProcess | None = None
+        self._pipe: Connection | None = None
+        self.tree: Node | None = None
+
+    async def start(self) -> None:
+        """Starts the child and waits for the base's skeleton. Raises Internal when the base has none."""
+        async with self._turn:
+            await self._connect()
+
+    async def read(self, folder: Path, known: Digest | None = None) -> Reading:
+        """What the adapter in this folder is. Raises AdapterInvalid, AdapterUnsupported."""
+        size = (folder / WEIGHTS).stat().st_size
+        async with self._turn:
+            pipe = await self._connect()
+            answer = await asyncio.shield(asyncio.to_thread(self._ask, pipe, Ask(folder, known), self._read_s + size / BYTES_PER_S))
+        if isinstance(answer, Refusal):
+            raise answer.error()
+        assert isinstance(answer, Reading)
+        return answer
+
+    async def close(self) -> None:
+        async with self._turn:
+            await asyncio.to_thread(self._end)
+
+    async def _connect(self) -> Connection:
+        if self._pipe is None:
+            self._pipe = await asyncio.shield(asyncio.to_thread(self._spawn))
+        return self._pipe
+
+    def _spawn(self) -> Connection:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, self._folder, self._max_rank), name="adapterd-reader", daemon=True)
+        self._process.start()
+        theirs.close()
+        answer = self._ask(ours, None, START_S)
+        if isinstance(answer, Refusal):
+            self._end()
+            raise Internal(f"the reader does not understand the base: {answer.problems[0]}")
+        self.tree = answer
+        return ours
+
+    def _ask(self, pipe: Connection, question: Ask | None, seconds: float) -> Any:
+        try:
+            if question:
+                pipe.send(question)
+            if pipe.poll(seconds):
+                return pipe.recv()
+            reason = f"reading it took longer than {seconds:.0f} s"
+        except (EOFError, OSError):
+            reason = "reading it ended the reader's process"
+        self._end()
+        return Refusal((reason,), {}, supported=True)
+
+    def _end(self) -> None:
+        if self._pipe:
+            self._pipe.close()
+        if self._process:
+            self._process.kill()
+            self._process.join()
+            self._process.close()
+        self._pipe = self._process = None
+
+
+def serve(pipe: Connection, folder: Path, max_rank: int) -> None:
+    """The child: sends the base's tree, or why there is none; then a Reading or a Refusal for each Ask, until the pipe closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    from . import reader  # here, so that only the child loads torch and PEFT
+
+    try:
+        skeleton = reader.Skeleton(folder)
+    except Exception as error:  # whatever the library makes of the base, the parent must be told
+        pipe.send(Refusal((f"{type(error).__name__}: {error}"[:300],), {}, supported=True))
+        return
+    pipe.send(skeleton.tree())
+    with contextlib.suppress(EOFError):
+        while True:
+            ask = pipe.recv()
+            pipe.send(answer(partial(reader.read, skeleton, ask.folder, max_rank, ask.known)))
+
+
+def answer(read: Callable[[], Reading]) -> Reading | Refusal:
+    try:
+        return read()
+    except AdapterInvalid as error:
+        extra = {key: value for key, value in (error.details or {}).items() if key != "problems"}
+        return Refusal(tuple(error.problems), extra, not isinstance(error, AdapterUnsupported))
+    except OSError as error:
+        return Refusal((f"the files cannot be read: {error.strerror}",), {}, supported=True)

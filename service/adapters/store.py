@@ -1,0 +1,184 @@
+"""Where adapters lie: folders under one root, uploads in a hidden part of it, content of the hub in its cache. Knows no names, no states.
+
+Whatever it hands out lies under the root (or the hub's cache) after every link is resolved, the two files themselves included.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+from ..digest import digest
+from ..errors import AdapterInvalid, BadRequest, Forbidden, PayloadTooLarge
+from .archive import PIECE, extract
+from .hub import Hub
+from .inspection import CONFIG, WEIGHTS
+
+UPLOADS = ".uploads"
+DEPTH = 4  # folders below the root that are looked at for adapters at start
+SHOWN = 20  # candidates that are listed
+
+
+class Upload(Protocol):
+    """One file of a multipart body, as the web framework hands it over."""
+
+    async def read(self, size: int = -1) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A source, found: the real folder, and the revision that was resolved for content of the hub."""
+
+    folder: Path
+    source: str
+    subfolder: str | None = None
+    revision: str | None = None
+
+    def fingerprint(self) -> str:
+        """Changes when a file is replaced or written to; cheap, and no proof of content."""
+        stats = [os.stat(self.folder / name) for name in (CONFIG, WEIGHTS)]
+        return ":".join(f"{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}" for stat in stats)
+
+
+class Store:
+    """`limit` is the largest upload or download in bytes."""
+
+    def __init__(self, root: Path, hub: Hub, limit: int) -> None:
+        self.root, self.hub, self.limit = root, hub, limit
+
+    async def find(self, source: str, subfolder: str | None = None, revision: str | None = None) -> Place:
+        """The folder of a source. Raises Forbidden outside what is allowed, AdapterInvalid for what is not there."""
+        if source.startswith("hub:"):
+            inner = _inside(subfolder, "subfolder") if subfolder else None
+            folder, commit = await asyncio.to_thread(self.hub.fetch, source.removeprefix("hub:"), revision, inner, self.limit)
+            return await asyncio.to_thread(_checked, Place(folder, source, inner, commit), self.hub.cache)
+        if revision:
+            raise BadRequest("revision: only content of the hub has revisions", param="revision")
+        return await asyncio.to_thread(self._local, source, subfolder)
+
+    def _local(self, source: str, subfolder: str | None) -> Place:
+        uploaded = PurePosixPath(source).parts[:1] == (UPLOADS,)
+        path = self.root / (source if uploaded else _inside(source, "source"))
+        inner = _inside(subfolder, "subfolder") if subfolder else None
+        return _checked(Place(path / inner if inner else path, source, inner), self.root)
+
+    def folders(self) -> Iterator[str]:
+        """Every folder below the root that holds an adapter's config, hidden ones aside, by relative path."""
+        for path, below, files in os.walk(self.root):
+            here = Path(path).relative_to(self.root)
+            below[:] = sorted(name for name in below if not name.startswith(".")) if len(here.parts) < DEPTH else []
+            if CONFIG in files and here.parts:
+                yield here.as_posix()
+
+    # ---- uploads
+
+    async def stage(self, files: Mapping[str, Upload]) -> Path:
+        """Writes the parts of an upload to a folder of their own, under their right names; the caller keeps or discards it.
+
+        Raises BadRequest naming a wrong part, PayloadTooLarge, AdapterInvalid for a bad archive, Forbidden when nothing can be stored.
+        """
+        if set(files) not in ({CONFIG, WEIGHTS}, {"file"}):
+            wanted = f"{CONFIG} and {WEIGHTS}, or one archive in `file`"
+            raise BadRequest(f"upload: wanted {wanted}; got {', '.join(sorted(files)) or 'nothing'}", param="file")
+        folder = self.root / UPLOADS / f".{secrets.token_hex(8)}"
+        try:
+            await asyncio.to_thread(folder.mkdir, parents=True)
+            await self._receive(files, folder)
+            if "file" in files:
+                await asyncio.to_thread(_unpacked, folder, self.limit)
+        except OSError as error:
+            await asyncio.to_thread(discard, folder)
+            raise Forbidden(f"the upload cannot be stored: {error.strerror}") from None
+        except BaseException:
+            await asyncio.to_thread(discard, folder)
+            raise
+        return folder
+
+    async def _receive(self, files: Mapping[str, Upload], folder: Path) -> None:
+        left = self.limit
+        for name, part in files.items():
+            with (folder / name).open("xb") as out:
+                while piece := await part.read(PIECE):
+                    left -= len(piece)
+                    if left < 0:
+                        raise PayloadTooLarge(f"the upload is over the limit of {self.limit} bytes")
+                    await asyncio.to_thread(out.write, piece)
+
+    def keep(self, staged: Path, content: str) -> Place:
+        """Moves a staged folder to where its digest says, in one step; what lay there already is kept if it is the same."""
+        source = f"{UPLOADS}/{content.removeprefix('sha256:')}"
+        target = self.root / source
+        if target.exists() and _digest(target) == content:
+            discard(staged)
+        else:
+            discard(target)
+            staged.rename(target)
+        return Place(target.resolve(), source)
+
+    def purge(self, source: str) -> None:
+        """Deletes what was uploaded; any other source is left alone."""
+        parts = PurePosixPath(source).parts
+        if len(parts) == 2 and parts[0] == UPLOADS and parts[1].isalnum():
+            discard(self.root / source)
+
+    def sweep(self) -> None:
+        """Deletes what an interrupted upload has left."""
+        for path in (self.root / UPLOADS).glob(".*"):
+            discard(path)
+
+
+def discard(folder: Path) -> None:
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _unpacked(folder: Path, limit: int) -> None:
+    extract(folder / "file", folder, limit)
+    (folder / "file").unlink()
+
+
+def _digest(folder: Path) -> str:
+    try:
+        return digest((folder / CONFIG).read_bytes(), folder / WEIGHTS)
+    except OSError:
+        return ""
+
+
+def _inside(path: str, field: str) -> str:
+    """The path as it is, if it is a plain relative one without hidden parts. Raises Forbidden."""
+    parts = path.rstrip("/").split("/")
+    if "\0" in path or "\\" in path or ":" in path or path.startswith("~") or any(not part or part.startswith(".") for part in parts):
+        raise Forbidden(f"{field} must be a folder under the adapters directory, or hub:org/name", param=field)
+    return "/".join(parts)
+
+
+def _checked(place: Place, root: Path) -> Place:
+    """The place with its real folder. Raises Forbidden when it or a file of it lies elsewhere, AdapterInvalid when it is no adapter's."""
+    name = "/".join(filter(None, (place.source, place.subfolder)))[:200]
+    try:
+        folder, top = place.folder.resolve(), root.resolve()
+        if not folder.is_relative_to(top):
+            raise Forbidden(f"source {name!r} is a link that leaves the adapters directory", param="source")
+        if not folder.is_dir():
+            raise AdapterInvalid([f"source {name!r}: there is no such folder"])
+        for file in (CONFIG, WEIGHTS):
+            if not (folder / file).resolve().is_relative_to(top):
+                raise Forbidden(f"{file} of source {name!r} is a link that leaves the adapters directory", param="source")
+        if not (folder / CONFIG).is_file():
+            raise AdapterInvalid([f"{CONFIG} is missing from {name!r}", *_candidates(folder)])
+    except (OSError, RuntimeError) as error:
+        raise AdapterInvalid([f"source {name!r} cannot be read: {getattr(error, 'strerror', None) or 'a loop of links'}"]) from None
+    return Place(folder, place.source, place.subfolder, place.revision)
+
+
+def _candidates(folder: Path) -> list[str]:
+    found = sorted(path.parent.relative_to(folder).as_posix() for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}/{CONFIG}"))
+    return [f"name one of its folders as `subfolder`: {', '.join(found[:SHOWN])}"] if found else []

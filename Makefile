@@ -30,7 +30,7 @@ test: lint
 	$(BIN)/pytest
 
 bench: $(READY)
-	$(BIN)/python -m deploy.bench $(BENCH)
+	$(BIN)/python -m deploy.bench.grid $(BENCH)
 
 soak: $(READY)
 	CHAOS_SECONDS=600 $(BIN)/pytest tests/test_chaos.py

@@ -1,0 +1,105 @@
+"""What the grid does not show: more adapters than fit, mixed ranks, and the second turn of a chat, each as a ratio within one run.
+
+python -m deploy.bench.bars [zipf] [ranks] [turn]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+from .adapters import make
+from .bench import Load, run
+from .grid import OUT
+from .load import Job, ask, connect, prompt
+from .servers import Server, models, started
+
+CLIENTS, REPEATS, ROUNDS = 16, 3, 4
+HISTORY, QUESTION = 500, 16
+MIXED, FLAT = (8, 16, 32, 64), 16
+ROWS = 4 * sum(MIXED)
+
+
+def settings(folder: Path, pool: int) -> dict[str, str]:
+    shared = {"base": "demo", "dtype": "bfloat16", "quantization": "none", "max_rows": str(CLIENTS)}
+    return shared | {"adapters_dir": str(folder), "pool_rank": str(pool), "max_rank": str(min(pool, 64))}
+
+
+def compare(names: tuple[str, str], pools: tuple[int, int], folders: tuple[Path, Path], popularity: tuple[str, str]) -> dict[str, float]:
+    """Tokens a second of two set-ups of ours in turn, and the first's over the second's."""
+    rates: dict[str, list[float]] = {name: [] for name in names}
+    with ExitStack() as stack:
+        servers = [
+            stack.enter_context(started(settings(folder, pool), OUT / f"{name}.log", name))
+            for name, folder, pool in zip(names, folders, pools, strict=True)
+        ]
+        for repeat in range(REPEATS):
+            for server, how in zip(servers, popularity, strict=True):
+                load = Load(CLIENTS, CLIENTS * ROUNDS, popularity=how)
+                rates[server.name].append(run(server, models(server)[1], load, seed=repeat).tokens_per_s)
+    middle = {name: statistics.median(found) for name, found in rates.items()}
+    return middle | {"ratio": round(middle[names[0]] / middle[names[1]], 3)}
+
+
+def zipf() -> dict[str, float]:
+    """256 adapters, popularity Zipf(1.0), a pool for 16 of them, against 16 that all fit."""
+    many, few = OUT / "adapters-256-rank-16", OUT / "adapters-16-rank-16"
+    make(many, 256)
+    make(few, 16)
+    return compare(("256 registered", "16 resident"), (256, 256), (many, few), ("zipf:1.0", "round-robin"))
+
+
+def ranks() -> dict[str, float]:
+    """16 adapters of ranks 8 to 64 against as many of rank 16 as fill the same rows."""
+    mixed, flat = OUT / "adapters-16-mixed", OUT / "adapters-rank-16"
+    make(mixed, 16, MIXED)
+    make(flat, ROWS // FLAT)
+    return compare(("mixed ranks", "rank 16"), (ROWS, ROWS), (mixed, flat), ("round-robin", "round-robin"))
+
+
+async def turns(server: Server, model: str, seed: int) -> tuple[float, float]:
+    """Time to the first token, in seconds: of a prompt never seen, and of one whose first HISTORY tokens were."""
+    async with connect(server.url) as client:
+        history = prompt(HISTORY, f"history {seed}")
+        found: list[float] = []
+        for words in (prompt(HISTORY, f"cold {seed}"), history, history):
+            job = Job(model, f"{words} {prompt(QUESTION, f'{seed} {len(found)}')}", 8)
+            sample = await ask(client, job, time.perf_counter())
+            if sample.error is not None:
+                raise RuntimeError(sample.error)
+            found.append(sample.first)
+    return found[0], found[2]
+
+
+def turn() -> dict[str, float]:
+    """The second turn of a chat over a prompt of the same length that nobody has asked before."""
+    folder = OUT / "adapters-16-rank-16"
+    make(folder, 16)
+    with started(settings(folder, 256), OUT / "turn.log") as server:
+        model = models(server)[1][0]
+        asyncio.run(turns(server, model, -1))
+        pairs = [asyncio.run(turns(server, model, seed)) for seed in range(9)]
+    cold, warm = (1000 * statistics.median(one) for one in zip(*pairs, strict=True))
+    return {"cold_ms": round(cold, 1), "second_turn_ms": round(warm, 1), "ratio": round(warm / cold, 3)}
+
+
+BARS = {"zipf": zipf, "ranks": ranks, "turn": turn}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("bars", nargs="*", help=f"of {', '.join(BARS)}; all, where none is named")
+    asked = parser.parse_args().bars or list(BARS)
+    if unknown := set(asked) - set(BARS):
+        parser.error(f"no such bar: {', '.join(unknown)}")
+    for name in asked:
+        print(json.dumps({name: BARS[name]()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

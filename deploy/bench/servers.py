@@ -1,0 +1,105 @@
+"""Starts our server for the benchmark, finds out what any server serves, and weighs its processes. Knows nothing of load.
+
+A server that runs already is given as NAME=URL, or NAME=URL@PID to be weighed too.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import psutil
+
+ROOT = Path(__file__).parents[2]
+START_S, STOP_S = 600, 60
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where it listens, and the process whose tree it is (0: not ours to weigh)."""
+
+    name: str
+    url: str
+    pid: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Server:
+        """Raises ValueError unless it reads NAME=URL or NAME=URL@PID."""
+        name, _, rest = text.partition("=")
+        url, _, pid = rest.partition("@")
+        if not name or not url.startswith("http"):
+            raise ValueError(f"{text!r} is not NAME=URL or NAME=URL@PID")
+        return cls(name, url.rstrip("/"), int(pid or 0))
+
+
+def models(server: Server, key: str | None = None) -> tuple[str, list[str]]:
+    """The base's id and the adapters' in order; both vLLM and adapterd name an adapter's base as its `parent`."""
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    answer = httpx.get(server.url + "/v1/models", headers=headers, timeout=60, trust_env=False).raise_for_status()
+    listed = answer.json()["data"]
+    adapters = sorted(one["id"] for one in listed if one.get("parent"))
+    return next(one["id"] for one in listed if not one.get("parent")), adapters
+
+
+def memory_mb(pid: int) -> float:
+    """What the process and its children hold, pages shared among them counted once (PSS), in 10^6 bytes; 0 for no process."""
+    if not pid:
+        return 0.0
+    root = psutil.Process(pid)
+    return float(sum(one.memory_full_info().pss for one in [root, *root.children(recursive=True)])) / 1e6
+
+
+def free_port() -> int:
+    with socket.socket() as asked:
+        asked.bind(("127.0.0.1", 0))
+        return int(asked.getsockname()[1])
+
+
+def await_ready(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Raises RuntimeError when the process ends, or is not ready in time."""
+    until = time.monotonic() + START_S
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            raise RuntimeError(f"{server.name} ended with {process.returncode}:\n{log.read_text()[-2000:]}")
+        try:
+            if httpx.get(server.url + "/ready", timeout=5, trust_env=False).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass
+        time.sleep(0.2)
+    raise RuntimeError(f"{server.name} is not ready after {START_S} s:\n{log.read_text()[-2000:]}")
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(STOP_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def started(settings: Mapping[str, str], log: Path, name: str = "adapterd") -> Iterator[Server]:
+    """Our server on a free port of loopback, ready, until the block ends. `settings` are named without their prefix."""
+    port = free_port()
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("ADAPTERD_")}
+    ours = {f"ADAPTERD_{key.upper()}": value for key, value in {**settings, "port": str(port)}.items()}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("wb") as out:
+        process = subprocess.Popen([sys.executable, "-m", "service", "serve"], cwd=ROOT, env=clean | ours, stdout=out, stderr=out)
+    server = Server(name, f"http://127.0.0.1:{port}", process.pid)
+    try:
+        await_ready(server, process, log)
+        yield server
+    finally:
+        stop(process)

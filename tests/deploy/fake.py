@@ -1,0 +1,101 @@
+"""A stand-in for an OpenAI-compatible server: streams numbered words with pauses that the test chooses, and remembers what it was asked."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+@dataclass
+class Fake:
+    """`first` and `gap` are seconds before the first and between further tokens; a `gate` opens when as many as it counts wait.
+
+    The model `broken` answers 500, `torn` ends in an error event.
+    """
+
+    adapters: list[str] = field(default_factory=lambda: ["a", "b"])
+    first: float = 0.0
+    gap: float = 0.0
+    gate: threading.Barrier | None = None
+    asked: list[dict[str, Any]] = field(default_factory=list)
+    running: int = 0
+    most: int = 0
+    url: str = ""
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def listed(self) -> dict[str, Any]:
+        base = {"id": "base", "object": "model", "parent": None}
+        return {"object": "list", "data": [{"id": name, "object": "model", "parent": "base"} for name in self.adapters] + [base]}
+
+    def stream(self, body: dict[str, Any]) -> Iterator[str]:
+        if self.gate:
+            self.gate.wait(timeout=10)
+        time.sleep(self.first)
+        for i in range(body["max_tokens"]):
+            if body["model"] == "torn" and i:
+                yield json.dumps({"error": {"message": "the worker died"}})
+                return
+            time.sleep(self.gap if i else 0)
+            yield json.dumps({"choices": [{"index": 0, "text": f" {i}"}]})
+        usage = {"prompt_tokens": len(body["prompt"].split()), "completion_tokens": body["max_tokens"]}
+        yield json.dumps({"choices": [], "usage": usage})
+        yield "[DONE]"
+
+    def enter(self, body: dict[str, Any]) -> None:
+        with self.lock:
+            self.asked.append(body)
+            self.running += 1
+            self.most = max(self.most, self.running)
+
+    def leave(self) -> None:
+        with self.lock:
+            self.running -= 1
+
+
+@contextmanager
+def serving(fake: Fake) -> Iterator[Fake]:
+    """Listens on loopback until the block ends; `fake.url` says where."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.answer(200, "application/json")
+            self.wfile.write(json.dumps(fake.listed()).encode())
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            if body["model"] == "broken":
+                self.answer(500, "application/json")
+                self.wfile.write(b'{"error": {"message": "no"}}')
+                return
+            fake.enter(body)
+            self.answer(200, "text/event-stream")
+            for data in fake.stream(body):
+                # Counted out before the last bytes go: the client's next request must not meet this one.
+                if data == "[DONE]":
+                    fake.leave()
+                self.wfile.write(f"data: {data}\n\n".encode())
+                self.wfile.flush()
+
+        def answer(self, status: int, kind: str) -> None:
+            self.send_response(status)
+            self.send_header("content-type", kind)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            return
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        fake.url = f"http://127.0.0.1:{server.server_port}"
+        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+        thread.start()
+        try:
+            yield fake
+        finally:
+            server.shutdown()
+            thread.join()

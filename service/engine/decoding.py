@@ -1,0 +1,105 @@
+"""Token ids to text as it grows: whole characters only, and nothing of a stop string. Must not know tokenizer files, adapters or HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+CONTEXT = 6  # prompt tokens a decoder looks back at, for the space between prompt and answer
+HELD = 8  # tokens that may wait for their character to become whole; no character has more bytes than four
+BROKEN = "\ufffd"
+
+
+class Decoder:
+    """One sequence's text. `decode` turns ids into text by itself; `special` ids add none; `prompt` is what the sequence continues.
+
+    A token alone does not tell its text (bytes of a character, spaces that depend on the neighbour), so each is decoded behind the
+    last settled ones, and what it adds is the difference. That costs two short decodes a token, however long the text is.
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], special: Collection[int] = (), prompt: Sequence[int] = ()) -> None:
+        self._decode, self._special = decode, special
+        self._window = [id for id in prompt[-CONTEXT:] if id not in special]
+        self._said = decode(self._window) if self._window else ""
+        if self._said.endswith(BROKEN):
+            self._window, self._said = [], ""
+        self._settled = len(self._window)
+
+    def push(self, id: int) -> str:
+        """The text this token completes; empty while a character is in the making."""
+        if id in self._special:
+            return ""
+        self._window.append(id)
+        text = self._decode(self._window)
+        if text.endswith(BROKEN) and len(self._window) - self._settled < HELD:
+            return ""
+        return self._settle(text)
+
+    def flush(self) -> str:
+        """What was held back; a character cut short becomes U+FFFD."""
+        return self._settle(self._decode(self._window)) if len(self._window) > self._settled else ""
+
+    def _settle(self, text: str) -> str:
+        fresh = self._window[self._settled :]
+        # byte-fallback tokenizers take back a whole run of characters while its last one is incomplete
+        added = text[len(self._said) :] if text.startswith(self._said) else self._decode(fresh)
+        self._window, self._settled, self._said = fresh, len(fresh), self._decode(fresh)
+        return added
+
+
+class Stops:
+    """Lets text through up to the first stop string; holds back what could become one.
+
+    `found` is the string that ended it, `rest` what came behind it in the same push.
+
+    Works character by character (Knuth, Morris and Pratt), so that the same text in other pieces ends in the same place. Of strings that
+    end at the same character the longest counts.
+    """
+
+    def __init__(self, strings: Sequence[str] = ()) -> None:
+        self._strings = [s for s in dict.fromkeys(strings) if s]
+        self._falls = [_falls(s) for s in self._strings]
+        self._matched = [0] * len(self._strings)
+        self._held = ""
+        self.found: str | None = None
+        self.rest = ""
+
+    def push(self, text: str) -> str:
+        """The part of the text so far that is certain to be kept and was not given before."""
+        if not self._strings:
+            return text
+        whole = self._held + text
+        for end, char in enumerate(text, start=len(self._held) + 1):
+            self.found = self._step(char)
+            if self.found is not None:
+                self._held, self.rest = "", whole[end:]
+                return whole[: end - len(self.found)]
+        kept = len(whole) - max(self._matched)
+        self._held = whole[kept:]
+        return whole[:kept]
+
+    def flush(self) -> str:
+        """What was held back, once nothing more can come."""
+        held, self._held = self._held, ""
+        self._matched = [0] * len(self._strings)
+        return held
+
+    def _step(self, char: str) -> str | None:
+        for i, (string, falls) in enumerate(zip(self._strings, self._falls, strict=True)):
+            at = self._matched[i]
+            while at and string[at] != char:
+                at = falls[at - 1]
+            self._matched[i] = at + (string[at] == char)
+        done = [s for s, at in zip(self._strings, self._matched, strict=True) if at == len(s)]
+        return max(done, key=len) if done else None
+
+
+def _falls(string: str) -> list[int]:
+    """For each prefix of the string, the length of the longest proper prefix that also ends it."""
+    falls = [0] * len(string)
+    at = 0
+    for i in range(1, len(string)):
+        while at and string[i] != string[at]:
+            at = falls[at - 1]
+        at += string[i] == string[at]
+        falls[i] = at
+    return falls

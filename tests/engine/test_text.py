@@ -1,0 +1,341 @@
+"""The tokenizer border: text that grows equals the whole, stop strings never leak, adapters speak with their own words."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+from service.engine.decoding import BROKEN, Decoder, Stops
+from service.engine.text import Text, Voice
+from service.engine.tools import Call, Calls, Format, declared
+from service.errors import AdapterInvalid, BadRequest, SettingsError
+from tests import making
+
+ALPHABET = "aé日😀👩‍👩‍👧 \n.,the wonß한"
+USER = {"role": "user", "content": "Hi"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base = tmp_path_factory.mktemp("base")
+    making.tokenizer().save_pretrained(base)
+    (base / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 2}))
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
+    return base
+
+
+@pytest.fixture(scope="module")
+def text(folder: Path) -> Text:
+    return Text(folder)
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Path:
+    """An adapter's folder, without tokenizer files so far."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    return tmp_path
+
+
+def sentencepiece() -> Tokenizer:
+    """Bytes and a few words, with a space before each, as Llama 2 and Mistral have them."""
+    words = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        *("▁" + w for w in ("Hello", "there", "a")),
+        "▁",
+        "x",
+        "y",
+    ]
+    made = Tokenizer(models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=[], unk_token="<unk>", byte_fallback=True))
+    made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    strip = decoders.Strip(" ", 1, 0)
+    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    made.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
+    return made
+
+
+def id_of(words: Tokenizer, token: str) -> int:
+    id = words.token_to_id(token)
+    assert id is not None
+    return int(id)
+
+
+def grown(decoder: Decoder, ids: list[int]) -> list[str]:
+    return [*(decoder.push(id) for id in ids), decoder.flush()]
+
+
+def texts(count: int) -> Iterator[str]:
+    rng = random.Random(0)
+    for _ in range(count):
+        yield "".join(rng.choice(ALPHABET) for _ in range(rng.randrange(1, 40)))
+
+
+# ---- decoding
+
+
+def test_joined_increments_are_the_text(text: Text) -> None:
+    for whole in ["a😀日é👩‍👩‍👧b", *texts(200)]:
+        ids = list(text.base.encode(whole))
+        assert "".join(grown(text.base.decoder(), ids)) == whole
+
+
+def test_no_increment_holds_a_broken_character(text: Text) -> None:
+    for whole in texts(50):
+        assert not [part for part in grown(text.base.decoder(), list(text.base.encode(whole))) if BROKEN in part]
+
+
+def test_a_character_cut_short_is_one_replacement(text: Text) -> None:
+    ids = list(text.base.encode("a😀"))
+    assert "".join(grown(text.base.decoder(), ids[:-1])) == "a" + BROKEN
+
+
+def test_a_run_of_bytes_that_are_no_text_is_not_held_for_ever(text: Text) -> None:
+    (first, *_) = text.base.encode("😀")
+    assert any(grown(text.base.decoder(), [first] * 20)[:-1])
+
+
+def test_special_tokens_add_nothing_and_break_nothing(text: Text) -> None:
+    ids = text.base.encode("日本")
+    assert "".join(grown(text.base.decoder(), [ids[0], 2, *ids[1:], 1])) == "日本"
+
+
+def test_words_with_leading_spaces_keep_them() -> None:
+    words = sentencepiece()
+    hello, there, a, x = (id_of(words, w) for w in ("▁Hello", "▁there", "▁a", "x"))
+    ids = [1, hello, there, x, 2, a, a]
+    assert "".join(grown(Decoder(words.decode, {1, 2}), ids)) == words.decode(ids) == "Hello therex a a"
+
+
+def test_an_answer_keeps_the_space_behind_its_prompt() -> None:
+    words = sentencepiece()
+    hello, there = id_of(words, "▁Hello"), id_of(words, "▁there")
+    assert "".join(grown(Decoder(words.decode, {1, 2}, [1, hello]), [there])) == " there"
+
+
+def test_bytes_of_a_next_character_do_not_take_back_the_last_one() -> None:
+    words = sentencepiece()
+    ids = [id_of(words, f"<0x{byte:02X}>") for byte in "日本".encode()]
+    assert grown(Decoder(words.decode), ids) == ["", "", "日", "", "", "本", ""]
+    assert "".join(grown(Decoder(words.decode), ids[:4])) == "日" + BROKEN
+
+
+def test_a_prompt_that_ends_within_a_character_does_no_harm(text: Text) -> None:
+    ids = text.base.encode("a😀b")
+    assert "".join(grown(text.base.decoder(ids[:3]), list(ids[3:]))).endswith("b")
+
+
+def test_a_token_is_shown_with_its_own_space() -> None:
+    words = sentencepiece()
+    voice = Voice(words, None, frozenset(), None, {})
+    assert voice.piece(id_of(words, "▁Hello")) == " Hello"
+    assert voice.piece(1) == "<s>"
+
+
+# ---- stop strings
+
+
+def pieces(whole: str, rng: random.Random) -> list[str]:
+    cuts = sorted(rng.randrange(len(whole) + 1) for _ in range(rng.randrange(6)))
+    return [whole[a:b] for a, b in zip([0, *cuts], [*cuts, len(whole)], strict=True)]
+
+
+def expected(whole: str, stops: list[str]) -> str:
+    """By looking at every prefix: the text before the longest stop at the first place where one ends."""
+    for end in range(1, len(whole) + 1):
+        ended = [s for s in stops if whole[:end].endswith(s)]
+        if ended:
+            return whole[: end - max(map(len, ended))]
+    return whole
+
+
+def test_stops_cut_the_same_text_however_it_comes() -> None:
+    rng = random.Random(1)
+    for _ in range(2000):
+        whole = "".join(rng.choice("ab") for _ in range(rng.randrange(1, 30)))
+        stops = ["".join(rng.choice("ab") for _ in range(rng.randrange(1, 7))) for _ in range(rng.randrange(1, 4))]
+        filter, kept = Stops(stops), ""
+        for part in pieces(whole, rng):
+            kept += filter.push(part)
+            assert expected(whole, stops).startswith(kept), (whole, stops)
+            if filter.found:
+                break
+        kept += "" if filter.found else filter.flush()
+        assert kept == expected(whole, stops), (whole, stops)
+
+
+def test_what_only_looks_like_a_stop_is_let_go() -> None:
+    filter = Stops(["N Q"])
+    assert [filter.push(part) for part in (" M", " N", " O")] == [" M", " ", "N O"]
+    assert filter.push(" N") == " "
+    assert filter.flush() == "N"
+
+
+def test_a_stop_tells_which_and_what_came_behind() -> None:
+    filter = Stops(["</s>", ""])
+    assert filter.push("one</") == "one"
+    assert filter.push("s>two") == ""
+    assert (filter.found, filter.rest) == ("</s>", "two")
+
+
+def test_without_stops_everything_passes_at_once() -> None:
+    assert Stops([]).push("abc") == Stops([""]).push("abc") == "abc"
+
+
+# ---- the base's voice
+
+
+def test_encoding_is_the_tokenizers_own(text: Text) -> None:
+    for whole in texts(20):
+        assert list(text.base.encode(whole)) == making.ids(whole)
+
+
+def test_eos_are_all_that_any_file_lists(text: Text) -> None:
+    assert text.base.eos == {2, 7}
+
+
+def test_a_lone_surrogate_is_refused(text: Text) -> None:
+    with pytest.raises(BadRequest, match="surrogate"):
+        text.base.encode("a\ud800")
+
+
+def test_chat_renders_without_a_doubled_bos(text: Text) -> None:
+    ids = text.base.chat([USER])
+    assert ids == tuple(making.ids("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"))
+
+
+@pytest.mark.parametrize("messages", [[{"role": "user"}], [{"role": "user", "content": None}], [{}], []])
+def test_what_a_template_refuses_is_a_bad_request(text: Text, folder: Path, tmp_path: Path, messages: list[dict[str, str]]) -> None:
+    template = "{{ raise_exception('no messages') if not messages }}{{ '<|im_start|>' + messages[0].role + messages[0].content }}"
+    (tmp_path / "chat_template.jinja").write_text(template)
+    with pytest.raises(BadRequest, match="messages"):
+        text.of("sha256:strict", tmp_path).chat(messages)
+
+
+def test_a_base_without_a_template_says_so(tmp_path: Path) -> None:
+    making.tokenizer(template=False).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(BadRequest, match="template"):
+        Text(tmp_path).base.chat([USER])
+
+
+def test_a_base_without_a_tokenizer_stops_the_start(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(SettingsError, match="ADAPTERD_BASE"):
+        Text(tmp_path)
+
+
+# ---- adapters' voices
+
+
+def test_an_adapter_without_files_speaks_as_the_base(text: Text, own: Path) -> None:
+    assert text.known("sha256:plain") is None
+    assert text.of("sha256:plain", own) is text.base
+    assert text.known("sha256:plain") is text.base
+
+
+def test_an_adapters_template_comes_before_the_bases(text: Text, own: Path) -> None:
+    (own / "chat_template.jinja").write_text("{{ bos_token }}One sentence. {{ messages[-1]['content'] }}")
+    assert list(text.of("sha256:jinja", own).chat([USER])) == making.ids("<|im_start|>One sentence. Hi")
+
+
+def test_a_template_in_the_tokenizers_config_counts_and_so_do_its_tokens(text: Text, own: Path) -> None:
+    settings = {"chat_template": "{{ eos_token }}{{ messages[0].content }}", "eos_token": {"content": "<|endoftext|>"}}
+    (own / "tokenizer_config.json").write_text(json.dumps(settings))
+    voice = text.of("sha256:config", own)
+    assert list(voice.chat([USER])) == making.ids("<|endoftext|>Hi")
+    assert voice.eos == {0, 2, 7}
+
+
+def test_named_templates_are_chosen_by_need(text: Text, own: Path) -> None:
+    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "{{ tools[0].function.name }}"}]
+    (own / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    voice = text.of("sha256:named", own)
+    assert list(voice.chat([USER])) == making.ids("plain")
+    assert list(voice.chat([USER], [{"type": "function", "function": {"name": "add"}}])) == making.ids("add")
+
+
+def test_an_adapters_own_eos_ends_its_answers_too(text: Text, own: Path) -> None:
+    (own / "generation_config.json").write_text(json.dumps({"eos_token_id": [9]}))
+    assert text.of("sha256:eos", own).eos == {2, 7, 9}
+
+
+def test_the_same_vocabulary_is_shared_and_another_is_its_own(text: Text, folder: Path, own: Path) -> None:
+    shutil.copyfile(folder / "tokenizer.json", own / "tokenizer.json")
+    assert text.of("sha256:same", own).backend is text.base.backend
+    (own / "tokenizer.json").write_text(json.dumps(json.loads((folder / "tokenizer.json").read_text()), indent=4))
+    assert text.of("sha256:reformatted", own).backend is text.base.backend
+    more = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    more.add_special_tokens(["<|extra|>"])
+    more.save(str(own / "tokenizer.json"))
+    voice = text.of("sha256:more", own)
+    assert voice.encode("<|extra|>") == (text.base.size,)
+    assert voice.size == text.base.size + 1
+
+
+def test_broken_tokenizer_files_are_the_adapters_fault(text: Text, own: Path) -> None:
+    (own / "tokenizer.json").write_text("{")
+    with pytest.raises(AdapterInvalid, match="tokenizer"):
+        text.of("sha256:broken", own)
+
+
+# ---- tool calls
+
+
+def calls(whole: str, format: Format | None, rng: random.Random, forced: bool = False) -> tuple[str, list[Call]]:
+    reading = Calls(format, ["add", "now"], forced)
+    content = "".join(reading.push(part) for part in pieces(whole, rng))
+    rest, found = reading.finish()
+    return content + rest, found
+
+
+ADD = '{"name": "add", "arguments": {"a": 1, "b": "é"}}'
+ADDED = Call("add", '{"a": 1, "b": "é"}')
+NOW = Call("now", "{}")
+
+
+@pytest.mark.parametrize(
+    ("format", "whole", "content", "found"),
+    [
+        (Format.HERMES, f"<tool_call>\n{ADD}\n</tool_call>", "", [ADDED]),
+        (Format.HERMES, f'Well. <tool_call>{ADD}</tool_call>\n<tool_call>{{"name": "now"}}</tool_call>', "Well. ", [ADDED, NOW]),
+        (Format.HERMES, f"\n{ADD}\n", "\n", [ADDED]),
+        (Format.HERMES, "a <tool_cal is no call", "a <tool_cal is no call", []),
+        (Format.HERMES, "<tool_call>{broken</tool_call>", "<tool_call>{broken</tool_call>", []),
+        (Format.HERMES, '{"name": "unknown", "arguments": {}}', '{"name": "unknown", "arguments": {}}', []),
+        (Format.MISTRAL, f"[TOOL_CALLS][{ADD}, {ADD}]", "", [ADDED, ADDED]),
+        (Format.MISTRAL, f"[{ADD}]", "", [ADDED]),
+        (Format.LLAMA, '{"name": "now", "parameters": {}}; ' + ADD.replace("arguments", "parameters"), "", [NOW, ADDED]),
+        (Format.LLAMA, f"<|python_tag|>{ADD}", "", [ADDED]),
+        (None, ADD, ADD, []),
+    ],
+)
+def test_calls_are_read_however_the_text_comes(format: Format | None, whole: str, content: str, found: list[Call]) -> None:
+    for seed in range(30):
+        got, read = calls(whole, format, random.Random(seed))
+        assert (got.strip(), read) == (content.strip(), found)
+
+
+def test_a_forced_call_is_read_in_any_format() -> None:
+    assert calls(ADD, None, random.Random(0), forced=True) == ("", [ADDED])
+
+
+def test_a_template_declares_its_format() -> None:
+    assert declared("... <tool_call> ...") is Format.HERMES
+    assert declared("[TOOL_CALLS] [") is Format.MISTRAL
+    assert declared("<|python_tag|>") is Format.LLAMA
+    assert declared("{{ tools }}") is None
+
+
+def test_a_template_without_tools_takes_none(text: Text, own: Path) -> None:
+    with pytest.raises(BadRequest, match="tools"):
+        text.base.format()
+    (own / "chat_template.jinja").write_text("{{ tools }}<tool_call>")
+    assert text.of("sha256:tools", own).format() is Format.HERMES

@@ -1,0 +1,47 @@
+"""Reads adapters into host memory on a thread of its own, one at a time, so that no step waits for a disk."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from multiprocessing import Pipe
+from queue import SimpleQueue
+
+from ..errors import AdapterdError, AdapterInvalid, Internal
+from .request import Adapter, Load, Runner
+
+log = logging.getLogger(__name__)
+
+
+class Loader:
+    """`results` yields a (Load, error code) for each `read`; it can be waited for beside other connections."""
+
+    def __init__(self, runner: Runner, slow_s: float = 0.0) -> None:
+        self.results, self._done = Pipe(duplex=False)
+        self._runner, self._slow_s = runner, slow_s
+        self._todo: SimpleQueue[Adapter] = SimpleQueue()
+        threading.Thread(target=self._work, name="loader", daemon=True).start()
+
+    def read(self, adapter: Adapter) -> None:
+        self._todo.put(adapter)
+
+    def _work(self) -> None:
+        while True:
+            adapter = self._todo.get()
+            began = time.monotonic()
+            time.sleep(self._slow_s)
+            size, code, error = self._load(adapter)
+            self._done.send((Load(adapter.digest, time.monotonic() - began, size, error), code))
+
+    def _load(self, adapter: Adapter) -> tuple[int, str, str]:
+        """The bytes read, or the code and the words of what went wrong."""
+        try:
+            return self._runner.load(adapter), "", ""
+        except AdapterdError as error:
+            return 0, error.code, error.message or error.code
+        except OSError as error:
+            return 0, AdapterInvalid.code, f"the adapter's files cannot be read: {error.strerror or type(error).__name__}"
+        except Exception as error:
+            log.exception("an adapter could not be loaded")
+            return 0, Internal.code, f"the adapter could not be loaded ({type(error).__name__})"

@@ -1,0 +1,112 @@
+"""What the worker was told of adapters and what it said of them, so that a new worker can be told again and nobody waits for ever.
+
+Lives on the event loop; must not know requests, processes or adapter names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+
+from .. import metrics
+from .request import Adapter, Digest, Drop, Load, Offer, Order, Pin, Report, Tier
+
+
+class Offers:
+    """`send` gives an order to the worker; False where there is none to take it."""
+
+    def __init__(self, send: Callable[[Order], bool]) -> None:
+        self._send = send
+        self._offers: dict[Digest, Offer] = {}
+        self._tiers: dict[Digest, Tier] = {}
+        self._loads: dict[Digest, asyncio.Future[Load]] = {}
+        self._drops: dict[Digest, list[asyncio.Future[int]]] = {}
+
+    def offer(self, adapter: Adapter, pinned: bool, preload: bool) -> None:
+        known = self._offers.get(adapter.digest)
+        pinned = pinned or (known is not None and known.pinned)
+        self._offers[adapter.digest] = Offer(adapter, pinned, preload)
+        if preload:
+            self._expect(adapter.digest)
+        self._send(self._offers[adapter.digest])
+        self._count()
+
+    async def loaded(self, digest: Digest) -> Load:
+        if digest not in self._loads:
+            if digest not in self._offers:
+                return Load(digest, 0.0, 0, "the adapter is not registered any more")
+            self.offer(self._offers[digest].adapter, pinned=False, preload=True)
+        return await asyncio.shield(self._loads[digest])
+
+    def pin(self, digest: Digest, pinned: bool) -> None:
+        if digest in self._offers:
+            self._offers[digest] = replace(self._offers[digest], pinned=pinned)
+            self._send(Pin(digest, pinned))
+
+    async def drop(self, digest: Digest) -> int:
+        self._offers.pop(digest, None)
+        self._load_ended(Load(digest, 0.0, 0, "the adapter was removed"))
+        self._loads.pop(digest, None)
+        self._count()
+        if not self._send(Drop(digest)):
+            return 0
+        freed: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+        self._drops.setdefault(digest, []).append(freed)
+        return await freed
+
+    def tier(self, digest: Digest) -> Tier:
+        return self._tiers.get(digest, Tier.DISK)
+
+    def hear(self, report: Report) -> None:
+        for digest, freed in report.dropped:  # before the tiers: an adapter offered again since then tells its own
+            self._tiers.pop(digest, None)
+            self._dropped(digest, freed)
+        for load in report.loads:
+            if load.seconds and not load.error:
+                metrics.LOAD.observe(load.seconds)
+            self._load_ended(load)
+        for _, seconds in report.placed:
+            metrics.PLACE.observe(seconds)
+        if report.tiers:
+            self._tiers.update(report.tiers)
+        if report.tiers or report.dropped:
+            self._count()
+
+    def repeat(self) -> None:
+        """Tells a new worker everything."""
+        for offer in self._offers.values():
+            self._send(offer)
+
+    def lost(self) -> None:
+        """The worker is gone, and with it what it held."""
+        self._tiers.clear()
+        for digest in list(self._drops):
+            self._dropped(digest, 0)
+        self._count()
+
+    def close(self) -> None:
+        """No worker will come any more."""
+        self.lost()
+        for digest in self._loads:
+            self._load_ended(Load(digest, 0.0, 0, "the engine has stopped"))
+
+    def _expect(self, digest: Digest) -> None:
+        if digest not in self._loads or self._loads[digest].done():
+            self._loads[digest] = asyncio.get_running_loop().create_future()
+
+    def _load_ended(self, load: Load) -> None:
+        expected = self._loads.get(load.digest)
+        if expected is not None and not expected.done():
+            expected.set_result(load)
+
+    def _dropped(self, digest: Digest, freed: int) -> None:
+        for waiter in self._drops.pop(digest, ()):
+            if not waiter.done():
+                waiter.set_result(freed)
+
+    def _count(self) -> None:
+        counted = Counter(self.tier(digest) for digest in self._offers)
+        for tier in Tier:
+            metrics.ADAPTERS.labels(tier.value).set(counted[tier])

@@ -1,0 +1,70 @@
+"""The API process's grip on one worker process: starts it, carries messages both ways, ends it.
+
+Two threads, so that neither the event loop nor the worker ever waits for the other. Must not know tickets or adapters.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from multiprocessing import Pipe
+from queue import SimpleQueue
+
+from ..settings import Settings
+from .request import Notice, Order
+
+LAST_WORDS_S = 2.0  # how long a worker may take to end after it closed its connection
+
+
+class Process:
+    """One life of a worker. `heard` gets each notice and `ended` the exit code, once, both on the reading thread."""
+
+    def __init__(self, settings: Settings, factory: str, heard: Callable[[Notice], None], ended: Callable[[int], None]) -> None:
+        self._connection, theirs = Pipe()
+        command = [sys.executable, "-m", "service.engine.worker", str(theirs.fileno()), factory]
+        paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}  # it must find the very same modules
+        with theirs:
+            self._popen = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=os.environ | paths)
+        self.pid = self._popen.pid
+        self._orders: SimpleQueue[Order | Settings | None] = SimpleQueue()
+        self._orders.put(settings)
+        self._reader = threading.Thread(target=self._read, args=(heard, ended), name="worker-reader", daemon=True)
+        self._writer = threading.Thread(target=self._write, name="worker-writer", daemon=True)
+        self._reader.start()
+        self._writer.start()
+
+    def send(self, order: Order) -> None:
+        """Queues the order; what a worker that died did not take is lost."""
+        self._orders.put(order)
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            self._popen.kill()
+
+    def join(self) -> None:
+        """Waits until the process is gone and both threads have ended."""
+        self._reader.join()
+        self._writer.join()
+
+    def _write(self) -> None:
+        with contextlib.suppress(OSError):
+            while (order := self._orders.get()) is not None:
+                self._connection.send(order)
+
+    def _read(self, heard: Callable[[Notice], None], ended: Callable[[int], None]) -> None:
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                heard(self._connection.recv())
+        try:
+            code = self._popen.wait(LAST_WORDS_S)
+        except subprocess.TimeoutExpired:
+            self._popen.kill()
+            code = self._popen.wait()
+        self._orders.put(None)
+        self._writer.join()
+        self._connection.close()
+        ended(code)

@@ -1,0 +1,273 @@
+"""Decides which sequences run in the next step, in which KV rows, and when their adapters must be there.
+
+Integers only, one caller at a time; must not know tensors, threads, clocks or messages.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass, field, replace
+
+from .request import Adapter, Chunk, Digest, Event, Finish, Fork, Gauges, Placement, Plan, Report, Request, Result, Token
+from .residency import Residency
+from .rows import WORTH, Rows, common
+
+PASSES = 16  # requests that may overtake one whose adapter does not fit the pool, before the pool drains for it
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request on its way. `tokens` are the prompt and what was generated; the KV row holds the first `written` of them."""
+
+    request: Request
+    arrival: int
+    tokens: list[int]
+    row: int = -1
+    written: int = 0
+    generated: int = 0
+    passed: int = 0
+    scored: list[Token] = field(default_factory=list)
+
+    @property
+    def adapter(self) -> Digest | None:
+        return self.request.adapter
+
+
+class Scheduler:
+    """The next row goes to the waiting adapter that holds the fewest rows, and among equals to the oldest request.
+
+    So one adapter alone is served first come, first served, and none takes more than its share while others wait. `submit`, `cancel`,
+    `offer`, `pin`, `drop`, `hosted`, `load_failed` tell what happened; `plan`, then `commit` or `abort`, make a step; `report` says what
+    came of it all.
+    """
+
+    def __init__(self, *, rows: int, context: int, pool_rank: int, prefill_tokens: int, host_bytes: int) -> None:
+        self.context = context
+        self.prefill_tokens = prefill_tokens
+        self.rows = Rows(rows)
+        self.adapters = Residency(pool_rank, host_bytes)
+        self.running: dict[int, Sequence] = {}
+        self.waiting: dict[Digest | None, deque[Sequence]] = {}
+        self._arrivals = 0
+        self._forks: list[Fork] = []
+        self._events: list[Event] = []
+        self._started: list[int] = []
+        self._layout: tuple[Placement, ...] = ()
+
+    # ---- what happened
+
+    def submit(self, request: Request) -> None:
+        sequence = Sequence(request, self._arrivals, list(request.prompt))
+        self._arrivals += 1
+        if not self.adapters.offered(request.adapter):
+            self._end(sequence, Finish.FAILED, code="adapter_not_found", message="the adapter is not registered any more")
+        elif not request.prompt:
+            self._end(sequence, Finish.FAILED, code="validation", message="the prompt has no tokens")
+        elif len(request.prompt) > self.context:
+            message = f"the prompt has {len(request.prompt)} tokens, a row holds {self.context}"
+            self._end(sequence, Finish.FAILED, code="context_length_exceeded", message=message)
+        else:
+            self.waiting.setdefault(request.adapter, deque()).append(sequence)
+
+    def cancel(self, request: int) -> None:
+        """Ends the request now; one that has ended already is let be."""
+        sequence = self.running.get(request)
+        if sequence is None:
+            sequence = next((s for queue in self.waiting.values() for s in queue if s.request.id == request), None)
+            if sequence is None:
+                return
+            self._unqueue(sequence)
+        self._end(sequence, Finish.CANCELLED)
+
+    def offer(self, adapter: Adapter, pinned: bool = False, preload: bool = False) -> None:
+        """The content may be asked for from now on. A pin it already has stays."""
+        self.adapters.offer(adapter, pinned, preload)
+
+    def pin(self, digest: Digest, pinned: bool) -> None:
+        self.adapters.pin(digest, pinned)
+
+    def drop(self, digest: Digest) -> None:
+        """The content is forgotten once no admitted request needs it; `gone` tells when."""
+        self.adapters.drop(digest)
+
+    def hosted(self, digest: Digest, size: int) -> None:
+        """The adapter asked for by `next_load` is in host memory, in `size` bytes."""
+        self.adapters.hosted(digest, size)
+
+    def load_failed(self, digest: Digest, code: str, message: str) -> None:
+        self.adapters.load_failed(digest)
+        self._fail_waiting(digest, code, message)
+
+    # ---- what to do
+
+    def next_load(self) -> tuple[Adapter, list[Digest]] | None:
+        """The adapter to read into host memory now, and those to forget there first; None while one is being read or none is wanted."""
+        ahead = [head.adapter for head in self._heads()[: self.rows.count]]
+        return self.adapters.next_load([digest for digest in ahead if digest is not None], self._in_flight())
+
+    def gone(self) -> list[tuple[Digest, bool]]:
+        """The dropped contents that nothing needs any more, and whether each is still to be forgotten in host memory."""
+        return self.adapters.gone()
+
+    def plan(self) -> Plan:
+        """The next step, empty when there is nothing to do. It must be committed or aborted before anything else happens."""
+        self.adapters.forget([*self._in_flight(), *(digest for digest in self.waiting if digest is not None)])
+        self.adapters.seat_pinned(self._in_flight())
+        chunks = [self._chunk(sequence, 1) for sequence in self.running.values() if sequence.generated]
+        budget = self.prefill_tokens
+        for sequence in self.running.values():
+            if budget > 0 and not sequence.generated:
+                chunks.append(self._chunk(sequence, budget))
+                budget -= len(chunks[-1].tokens)
+        chunks += self._enter(budget)
+        self.adapters.seat_fresh(quiet=not any(map(self.adapters.homeless, self.waiting)))
+        forks, self._forks = self._forks, []
+        return Plan(*self.adapters.changes(), tuple(forks), tuple(chunks))
+
+    def commit(self, plan: Plan, results: Ordered[Result]) -> None:
+        for chunk, result in zip(plan.chunks, results, strict=True):
+            sequence = self.running[chunk.request.id]
+            self.rows.wrote(sequence.row, chunk.tokens)
+            sequence.written += len(chunk.tokens)
+            sequence.scored += result.prompt
+            if chunk.sample:
+                assert result.token is not None, "a chunk that asked for a token got none"
+                self._append(sequence, result.token)
+            elif sequence.written == len(sequence.tokens):
+                self._end(sequence, Finish.LENGTH)
+
+    def abort(self, plan: Plan, placed: bool) -> None:
+        """The step raised: its requests fail and what they wrote is not relied on; nor is the pool, unless all was `placed` before."""
+        for chunk in plan.chunks:
+            self._end(self.running[chunk.request.id], Finish.FAILED, code="internal", message="the step that ran this request failed")
+        if not placed:
+            self.adapters.undo(plan)
+
+    def report(self) -> Report:
+        """What happened since the last report."""
+        layout = self.adapters.pool.layout
+        report = Report(
+            events=tuple(self._events),
+            started=tuple(self._started),
+            tiers=self.adapters.moves(),
+            pool=layout if layout != self._layout else None,
+            gauges=self.gauges,
+        )
+        self._events, self._started, self._layout = [], [], layout
+        return report
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    @property
+    def gauges(self) -> Gauges:
+        return Gauges(
+            running=len(self.running),
+            waiting=sum(map(len, self.waiting.values())),
+            kv_used=self.rows.positions,
+            kv_total=self.rows.count * self.context,
+            pool_used=self.adapters.pool.used,
+            pool_total=self.adapters.pool.rank,
+            host_bytes=self.adapters.host.used,
+        )
+
+    # ---- entering
+
+    def _in_flight(self) -> set[Digest]:
+        return {sequence.adapter for sequence in self.running.values() if sequence.adapter is not None}
+
+    def _heads(self) -> list[Sequence]:
+        """The oldest request of each adapter, in the order in which they may enter."""
+        held = Counter(sequence.adapter for sequence in self.running.values())
+        return sorted((queue[0] for queue in self.waiting.values()), key=lambda head: (held[head.adapter], head.arrival))
+
+    def _enter(self, budget: int) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        while budget > 0 and self.rows.free and (sequence := self._next()) is not None:
+            self._begin(sequence)
+            chunks.append(self._chunk(sequence, budget))
+            budget -= len(chunks[-1].tokens)
+        return chunks
+
+    def _next(self) -> Sequence | None:
+        """The sequence that enters now, its adapter placed. One whose adapter does not fit is overtaken `PASSES` times at most."""
+        blocked: Sequence | None = None
+        for head in self._heads():
+            if not self.adapters.at_hand(head.adapter) or self._sibling(head):
+                continue
+            if head.adapter is None or not self.adapters.homeless(head.adapter) or (blocked is None and self._seat(head.adapter)):
+                if blocked is not None:
+                    blocked.passed += 1
+                return head
+            if blocked is None and head.adapter in self.waiting:
+                blocked = head
+                if blocked.passed >= PASSES:
+                    return None
+        return None
+
+    def _seat(self, digest: Digest) -> bool:
+        """Whether the adapter could be placed; where the pinned ones leave no room for it, its requests fail."""
+        if self.adapters.seat(digest, self._in_flight()):
+            return True
+        pool, rank = self.adapters.pool, self.adapters.known[digest].rank
+        if not pool.possible(rank):
+            message = f"the adapter needs {rank} rank rows side by side; pinned adapters hold too many of the pool's {pool.rank}"
+            self._fail_waiting(digest, "overloaded", message)
+        return False
+
+    def _sibling(self, head: Sequence) -> bool:
+        """Whether the same prefix is being prefilled right now, so that it can be copied in a moment instead of computed again."""
+        if head.request.prompt_logprobs is not None:
+            return False
+        others = (s for s in self.running.values() if s.adapter == head.adapter and s.written < len(s.request.prompt))
+        return any(common(s.tokens, head.tokens[:-1]) >= s.written + WORTH for s in others)
+
+    def _begin(self, sequence: Sequence) -> None:
+        self._unqueue(sequence)
+        request = sequence.request
+        sequence.row, sequence.written, fork = self.rows.take(request.adapter, request.prompt, reuse=request.prompt_logprobs is None)
+        if fork is not None:
+            self._forks.append(fork)
+        self.running[request.id] = sequence
+        self._started.append(request.id)
+        self.adapters.touch(request.adapter)
+
+    def _unqueue(self, sequence: Sequence) -> None:
+        queue = self.waiting[sequence.adapter]
+        queue.remove(sequence)
+        if not queue:
+            del self.waiting[sequence.adapter]
+
+    def _chunk(self, sequence: Sequence, limit: int) -> Chunk:
+        start, end = sequence.written, min(len(sequence.tokens), sequence.written + limit)
+        sample = end == len(sequence.tokens) and sequence.request.max_tokens > 0
+        return Chunk(sequence.request, sequence.row, start, tuple(sequence.tokens[start:end]), sample, sequence.generated)
+
+    # ---- leaving
+
+    def _append(self, sequence: Sequence, token: Token) -> None:
+        request = sequence.request
+        sequence.generated += 1
+        sequence.tokens.append(token.id)
+        if token.id in request.eos:
+            self._end(sequence, Finish.EOS, token)
+        elif sequence.generated >= request.max_tokens or len(sequence.tokens) >= self.context:
+            self._end(sequence, Finish.LENGTH, token)
+        else:
+            self._tell(sequence, Event(request.id, token))
+
+    def _end(self, sequence: Sequence, finish: Finish, token: Token | None = None, code: str = "", message: str = "") -> None:
+        if self.running.pop(sequence.request.id, None) is not None:
+            self.rows.leave(sequence.row, warm=finish is not Finish.FAILED)
+            self.adapters.touch(sequence.adapter)
+        self._tell(sequence, Event(sequence.request.id, token, finish, code=code, message=message))
+
+    def _tell(self, sequence: Sequence, event: Event) -> None:
+        self._events.append(replace(event, prompt=tuple(sequence.scored)) if sequence.scored else event)
+        sequence.scored = []
+
+    def _fail_waiting(self, digest: Digest, code: str, message: str) -> None:
+        for sequence in self.waiting.pop(digest, ()):
+            self._end(sequence, Finish.FAILED, code=code, message=message)

@@ -1,0 +1,1 @@
+"""The clock: scheduling, residency, the worker process and the client."""

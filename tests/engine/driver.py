@@ -1,0 +1,140 @@
+"""A worker without a process: a scheduler and a fake runner, driven step by step, with everything that must always hold checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from service.engine.request import Adapter, Digest, Event, Finish, Plan, Request, Tier
+from service.engine.scheduler import Scheduler
+from tests.fakes import FakeRunner, expected
+
+EMPTY = Plan()
+
+
+@dataclass
+class Story:
+    """What became of one request."""
+
+    request: Request
+    started: bool = False
+    tokens: list[int] = field(default_factory=list)
+    end: Event | None = None
+
+
+class Driver:
+    def __init__(
+        self,
+        rows: int = 4,
+        context: int = 64,
+        pool_rank: int = 16,
+        prefill_tokens: int = 16,
+        host_bytes: int = 10_000,
+        reading: bool = True,
+    ) -> None:
+        self.scheduler = Scheduler(rows=rows, context=context, pool_rank=pool_rank, prefill_tokens=prefill_tokens, host_bytes=host_bytes)
+        self.runner = FakeRunner(rows, context, pool_rank)
+        self.reading = True
+        self.unsure = False
+        self.pending: Adapter | None = None
+        self.stories: dict[int, Story] = {}
+        self.tiers: dict[Digest, Tier] = {}
+        self.dropped: list[Digest] = []
+        self.order: list[int] = []
+        self.plans: list[Plan] = []
+
+    def submit(self, prompt: Sequence[int], max_tokens: int = 4, adapter: Adapter | None = None, **more: object) -> int:
+        id = len(self.stories)
+        request = Request(id, tuple(prompt), max_tokens, adapter.digest if adapter else None, **more)  # type: ignore[arg-type]
+        self.stories[id] = Story(request)
+        self.scheduler.submit(request)
+        return id
+
+    def read(self) -> None:
+        """What the loader does: one adapter at a time."""
+        if self.pending is None and (wanted := self.scheduler.next_load()) is not None:
+            self.pending, victims = wanted
+            flying = {s.adapter for s in self.scheduler.running.values()}
+            assert not flying & set(victims), "an adapter in flight was forgotten in host memory"
+            for digest in victims:
+                self.runner.unload(digest)
+        if self.reading and self.pending is not None:
+            adapter, self.pending = self.pending, None
+            if adapter.weights == "missing":
+                self.scheduler.load_failed(adapter.digest, "adapter_invalid", "cannot be read")
+            else:
+                self.scheduler.hosted(adapter.digest, self.runner.load(adapter))
+
+    def step(self, fault: bool = False, half_placed: bool = False) -> Plan:
+        self.read()
+        flying = {s.adapter for s in self.scheduler.running.values()}
+        plan = self.scheduler.plan()
+        self.plans.append(plan)
+        assert not flying & set(plan.remove), "an adapter in flight lost its pool rows"
+        self.unsure = half_placed and bool(plan.place)
+        if self.unsure:
+            self.runner.step(Plan(plan.remove, plan.place[:1]))
+            self.scheduler.abort(plan, placed=False)
+        elif fault and plan.chunks:
+            self.runner.step(Plan(plan.remove, plan.place))
+            self.scheduler.abort(plan, placed=True)
+        else:
+            self.scheduler.commit(plan, self.runner.step(plan))
+        self.forget()
+        self.listen()
+        return plan
+
+    def forget(self) -> None:
+        for digest, hosted in self.scheduler.gone():
+            if hosted:
+                self.runner.unload(digest)
+            self.dropped.append(digest)
+            self.tiers.pop(digest, None)
+
+    def listen(self) -> None:
+        report = self.scheduler.report()
+        for id in report.started:
+            self.stories[id].started = True
+            self.order.append(id)
+        for event in report.events:
+            story = self.stories[event.request]
+            assert story.end is None, f"request {event.request} had an event after its last"
+            story.tokens += [event.token.id] if event.token else []
+            story.end = event if event.finish else None
+        self.tiers |= dict(report.tiers)
+
+    def settle(self, limit: int = 5000) -> None:
+        for _ in range(limit):
+            if self.step() == EMPTY and not self.scheduler.busy and self.pending is None and self.scheduler.next_load() is None:
+                return
+        raise AssertionError("the scheduler does not come to rest")
+
+    def check(self) -> None:
+        """Every request has ended once, with the tokens it would have had alone."""
+        for story in self.stories.values():
+            assert story.end is not None, f"{story.request} never ended"
+            request = story.request
+            tokens = expected(request.adapter, request.prompt, request.max_tokens)
+            assert story.tokens == tokens[: len(story.tokens)], f"{request} got the tokens of something else"
+            if story.end.finish is Finish.LENGTH:
+                assert len(story.tokens) == min(request.max_tokens, self.scheduler.context - len(request.prompt))
+            if story.end.finish is Finish.EOS:
+                assert story.tokens[-1] in request.eos
+
+    def check_free(self) -> None:
+        """Nothing is held once everything has ended."""
+        gauges = self.scheduler.gauges
+        assert (gauges.running, gauges.waiting, gauges.kv_used) == (0, 0, 0)
+        pool = {digest for digest in self.runner.pool if digest is not None}
+        assert pool == {digest for digest, adapter in self.scheduler.adapters.known.items() if digest in self.scheduler.adapters.pool}
+        assert set(self.runner.host) == set(self.scheduler.adapters.host)
+        assert gauges.host_bytes == sum(adapter.size for adapter in self.runner.host.values())
+        assert gauges.pool_used == sum(placement.rank for placement in self.runner.placed.values())
+
+    def tell_tiers(self) -> None:
+        """The tiers that were told are the true ones; after half a placement only the next step makes them so."""
+        if self.unsure:
+            return
+        for digest in self.scheduler.adapters.known:
+            true = Tier.DEVICE if digest in self.runner.placed else Tier.HOST if digest in self.runner.host else Tier.DISK
+            assert self.tiers.get(digest, Tier.DISK) is true, f"{digest} was said to be {self.tiers.get(digest)} and is {true}"

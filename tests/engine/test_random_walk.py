@@ -1,0 +1,85 @@
+"""Thousands of random schedules: whatever clients, adapters and faults do, every request ends once and with its own tokens."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from service.engine.request import Adapter, Finish, Lane
+from tests.engine.driver import EMPTY, Driver
+from tests.fakes import adapter
+
+STEPS = 250
+
+
+def shelf(rng: random.Random) -> list[Adapter]:
+    found = [adapter(f"a{i}", rank=rng.choice((1, 2, 4, 8, 16)), size=rng.randrange(500, 4000)) for i in range(8)]
+    found += [adapter(f"shadow{i}", lane=Lane.SHADOW, size=1500) for i in range(2)]
+    return [*found, adapter("unreadable", readable=False)]
+
+
+def prompt(rng: random.Random) -> list[int]:
+    """Prompts that often share a start, as chats do."""
+    start = [rng.randrange(3)] * rng.choice((0, 18, 25))
+    return [*start, *(rng.randrange(50) for _ in range(rng.randrange(1, 20)))]
+
+
+def act(rng: random.Random, driver: Driver, adapters: list[Adapter]) -> None:
+    chosen = rng.choice(adapters)
+    scheduler = driver.scheduler
+    match rng.choices(("submit", "cancel", "offer", "pin", "unpin", "drop"), (8, 2, 3, 0.4, 0.6, 0.5))[0]:
+        case "submit":
+            eos = frozenset(range(0, 1000, 7)) if rng.random() < 0.3 else frozenset[int]()
+            scored = 1 if rng.random() < 0.1 else None
+            driver.submit(prompt(rng), rng.randrange(0, 12), rng.choice((None, chosen)), eos=eos, prompt_logprobs=scored)
+        case "cancel" if driver.stories:
+            scheduler.cancel(rng.randrange(len(driver.stories)))
+        case "offer":
+            scheduler.offer(chosen, pinned=rng.random() < 0.05, preload=rng.random() < 0.5)
+        case "pin":
+            scheduler.pin(chosen.digest, True)
+        case "unpin":
+            scheduler.pin(chosen.digest, False)
+        case "drop":
+            scheduler.drop(chosen.digest)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_every_request_ends_once_with_its_own_tokens(seed: int) -> None:
+    rng = random.Random(seed)
+    driver = Driver(rows=rng.randrange(1, 6), pool_rank=16, prefill_tokens=rng.choice((3, 16, 100)), host_bytes=rng.choice((1000, 8000)))
+    adapters = shelf(rng)
+    for _ in range(STEPS):
+        for _ in range(rng.randrange(4)):
+            act(rng, driver, adapters)
+        driver.reading = rng.random() < 0.7
+        driver.step(fault=rng.random() < 0.02, half_placed=rng.random() < 0.05)
+        driver.tell_tiers()
+    for chosen in adapters:
+        driver.scheduler.pin(chosen.digest, False)
+    driver.reading = True
+    driver.settle()
+    driver.check()
+    driver.check_free()
+    assert any(story.end and story.end.finish is Finish.LENGTH for story in driver.stories.values())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_everything_is_free_once_all_adapters_are_dropped(seed: int) -> None:
+    rng = random.Random(seed)
+    driver = Driver()
+    adapters = shelf(rng)[:-1]
+    for chosen in adapters:
+        driver.scheduler.offer(chosen, pinned=chosen.rank == 2, preload=True)
+    for _ in range(40):
+        driver.submit(prompt(rng), 6, rng.choice(adapters))
+        driver.step()
+    for chosen in adapters:
+        driver.scheduler.drop(chosen.digest)
+    driver.settle()
+    driver.check()
+    assert sorted(driver.dropped) == sorted(chosen.digest for chosen in adapters)
+    assert driver.runner.host == {}
+    assert set(driver.runner.pool) == {None}
+    assert driver.step() == EMPTY

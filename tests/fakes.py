@@ -1,0 +1,158 @@
+"""Stand-ins for the device: a runner whose tokens betray any stale KV row, pool row or prefix, and the factories a worker can be given.
+
+No tensors, no files; what a sequence must come to is a pure function (`expected`).
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from zlib import crc32
+
+from service.engine.request import Adapter, BaseCard, Chunk, Digest, Lane, Linear, Placement, Plan, Request, Result, Token
+from service.errors import AdapterInvalid, SettingsError
+from service.settings import Settings
+
+VOCAB = 1000
+
+
+def adapter(name: str, rank: int = 4, size: int = 1000, lane: Lane = Lane.POOL, readable: bool = True) -> Adapter:
+    return Adapter(
+        f"sha256:{name}", "adapter_config.json", "weights" if readable else "missing", lane, 0 if lane is Lane.SHADOW else rank, size
+    )
+
+
+def write(seen: int, digest: Digest | None, token: int) -> int:
+    """What a KV position holds: a mark of everything up to it, and of the adapter it was made with."""
+    return crc32(f"{digest} {token}".encode(), seen)
+
+
+def expected(digest: Digest | None, prompt: Sequence[int], count: int, vocab: int = VOCAB) -> list[int]:
+    """The `count` tokens that FakeRunner continues this prompt with."""
+    seen, tokens = 0, list(prompt)
+    for token in prompt:
+        seen = write(seen, digest, token)
+    for _ in range(count):
+        tokens.append(seen % vocab)
+        seen = write(seen, digest, tokens[-1])
+    return tokens[len(prompt) :]
+
+
+class FakeRunner:
+    """Holds KV rows and pool rows as a device would, and complains about every plan a device could not run."""
+
+    def __init__(self, rows: int = 4, context: int = 64, pool_rank: int = 16, vocab: int = VOCAB, pause: float = 0.0) -> None:
+        self.context, self.vocab, self.pause = context, vocab, pause
+        self.host: dict[Digest, Adapter] = {}
+        self.pool: list[Digest | None] = [None] * pool_rank
+        self.placed: dict[Digest, Placement] = {}
+        self.kv: list[list[int]] = [[] for _ in range(rows)]
+        self.ended: set[int] = set()
+        self.copied = self.prefilled = 0
+
+    def load(self, adapter: Adapter) -> int:
+        time.sleep(self.pause)
+        if adapter.weights == "missing":
+            raise AdapterInvalid(["adapter_model.safetensors cannot be read"])
+        assert adapter.digest not in self.host, f"{adapter.digest} was loaded twice"
+        self.host[adapter.digest] = adapter
+        return adapter.size
+
+    def unload(self, digest: Digest) -> int:
+        return self.host.pop(digest).size
+
+    def step(self, plan: Plan) -> list[Result]:
+        time.sleep(self.pause)
+        for digest in plan.remove:
+            self._remove(digest)
+        for placement in plan.place:
+            self._place(placement)
+        for fork in plan.forks:
+            assert len(self.kv[fork.source]) >= fork.length, "a copy of positions that were never written"
+            self.kv[fork.target] = self.kv[fork.source][: fork.length]
+            self.copied += fork.length
+        rows = [chunk.row for chunk in plan.chunks]
+        assert len(set(rows)) == len(rows), "two sequences in one row"
+        kinds = [chunk.generated > 0 for chunk in plan.chunks]
+        assert kinds == sorted(kinds, reverse=True), "a decode chunk after a prefill chunk"
+        return [self._run(chunk) for chunk in plan.chunks]
+
+    def finish(self, request: int) -> None:
+        assert request not in self.ended, f"request {request} ended twice"
+        self.ended.add(request)
+
+    def _remove(self, digest: Digest) -> None:
+        self.placed.pop(digest, None)
+        self.pool = [None if held == digest else held for held in self.pool]
+
+    def _place(self, placement: Placement) -> None:
+        rows = slice(placement.start, placement.start + placement.rank)
+        assert self.host[placement.digest].rank == placement.rank
+        assert self.pool[rows] == [None] * placement.rank, f"pool rows of {placement} are taken"
+        self.pool[rows] = [placement.digest] * placement.rank
+        self.placed[placement.digest] = placement
+
+    def _adapted(self, digest: Digest | None) -> Digest | None:
+        """The adapter as the device would find it."""
+        if digest is None or (digest in self.host and self.host[digest].lane is Lane.SHADOW):
+            return digest
+        placement = self.placed[digest]
+        (held,) = set(self.pool[placement.start : placement.start + placement.rank])
+        return held
+
+    def _run(self, chunk: Chunk) -> Result:
+        request, row = chunk.request, self.kv[chunk.row]
+        assert len(row) >= chunk.position, "a chunk after positions that were never written"
+        assert chunk.position + len(chunk.tokens) <= self.context, "a chunk past the row's end"
+        assert chunk.tokens
+        assert chunk.generated == 0 or len(chunk.tokens) == 1
+        digest = self._adapted(request.adapter)
+        del row[chunk.position :]
+        for token in chunk.tokens:
+            row.append(write(row[-1] if row else 0, digest, token))
+        self.prefilled += len(chunk.tokens) if not chunk.generated else 0
+        return Result(self._sampled(request, row) if chunk.sample else None, self._scored(chunk))
+
+    def _sampled(self, request: Request, row: list[int]) -> Token:
+        return Token(row[-1] % self.vocab, None if request.sampling.logprobs is None else -0.5)
+
+    def _scored(self, chunk: Chunk) -> tuple[Token, ...]:
+        if chunk.request.prompt_logprobs is None or chunk.generated:
+            return ()
+        return tuple(Token(token, -1.0 if chunk.position + index else None) for index, token in enumerate(chunk.tokens))
+
+
+def card(settings: Settings) -> BaseCard:
+    return BaseCard(
+        folder="fake",
+        architecture="FakeForCausalLM",
+        layers=1,
+        hidden_size=8,
+        intermediate_size=16,
+        vocab_size=VOCAB,
+        parameters=1000,
+        context=settings.max_context or 64,
+        quantization="none",
+        dtype="float32",
+        device="cpu",
+        resident_bytes={"float32": 4000},
+        linears=(Linear("q_proj", 8, 8, 1),),
+        pool_rank=settings.pool_rank,
+        rows=settings.max_rows or 4,
+    )
+
+
+def build(settings: Settings, progress: Callable[[str, float], None], pause: float = 0.002) -> tuple[FakeRunner, BaseCard]:
+    """A worker's factory; every step takes a moment, so that a test can act in the middle of a request."""
+    progress("loading the base", 0.5)
+    fake = card(settings)
+    return FakeRunner(fake.rows, fake.context, fake.pool_rank, pause=pause), fake
+
+
+def build_broken(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseCard]:
+    raise SettingsError("ADAPTERD_BASE: the fake base is broken")
+
+
+def build_dying(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseCard]:
+    os._exit(9)

@@ -10,10 +10,11 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 from starlette.types import Scope
 
-from ..errors import AdapterdError, AdapterNotFound, BadRequest, ContextLengthExceeded, Internal, MethodNotAllowed, NotFound
+from ..errors import AdapterdError, AdapterNotFound, BadRequest, Cancelled, ContextLengthExceeded, Internal, MethodNotAllowed, NotFound
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 BAD_REQUEST = {409: 400, 422: 400}  # OpenAI's clients know 400 where ours see 409 and 422
@@ -97,13 +98,18 @@ def _finding(error: Mapping[str, Any]) -> str:
         return f"the body is not valid JSON: {error['ctx']['error']} at {error['loc'][-1]}"
     said = {"extra_forbidden": "unknown field", "missing": "is required"}.get(error["type"], error["msg"].removeprefix("Value error, "))
     if not _field(error):
-        return "a JSON body is required (content-type: application/json)" if error["type"] == "missing" else f"the body: {said}"
+        unread = error["type"] == "missing" or isinstance(error["input"], bytes)
+        return "a JSON body is required, with content-type: application/json" if unread else f"the body: {said}"
     return f"{_field(error)}: {said}"
 
 
 async def _known(request: Request, error: Exception) -> Response:
     assert isinstance(error, AdapterdError), "registered for AdapterdError"
     return response(error, request.scope["path"])
+
+
+async def _left(request: Request, error: Exception) -> Response:
+    return response(Cancelled("the client left"), request.scope["path"])
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
@@ -116,6 +122,8 @@ async def _http(request: Request, error: Exception) -> Response:
     path = request.scope["path"]
     if isinstance(error.__cause__, AdapterdError):  # raised while the framework read the body, which wraps it
         return response(error.__cause__, path)
+    if isinstance(error.__cause__, ClientDisconnect):
+        return await _left(request, error)
     if error.status_code == 404:
         return response(NotFound("there is no such route; /docs lists them"), path)
     if error.status_code == 405:
@@ -145,3 +153,4 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(AdapterdError, _known)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(ClientDisconnect, _left)

@@ -5,6 +5,7 @@ Knows no route's meaning.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -57,6 +58,8 @@ class Access:
         inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope  # the server leaves a HEAD's body out by itself
         try:
             await self.app(inner, receive, exchange.send)
+        except asyncio.CancelledError:
+            log.debug("cut off", extra={"fields": {"id": exchange.id}})  # by the hard stop: the task ends here, and no trace is wanted
         except Exception:
             log.exception("a defect", extra={"fields": {"id": exchange.id}})
             if exchange.status == 0:

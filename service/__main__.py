@@ -1,0 +1,106 @@
+"""The command line: serve, inspect, forecast, bench. An error is one line on stderr; knows no HTTP and no tensor."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import AdapterdError, SettingsError
+from .settings import Settings, read
+
+BENCH = Path(__file__).parent.parent / "deploy" / "bench" / "bench.py"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit code."""
+    chosen = _parser().parse_args(arguments)
+    try:
+        code: int = chosen.run(chosen)
+        return code
+    except (SettingsError, AdapterdError, OSError, ValueError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="adapterd", description="One quantized base model, hundreds of LoRA adapters, mixed freely in every batch."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _serve_command(commands.add_parser("serve", help="answer HTTP requests", allow_abbrev=False))
+    _inspect_command(commands.add_parser("inspect", help="say what an adapter's files hold, without a base"))
+    _forecast_command(
+        commands.add_parser("forecast", help="say what an adapter of some shape would weigh on a base, from its config.json alone")
+    )
+    bench = commands.add_parser("bench", help="measure a running service", add_help=False)
+    bench.add_argument("rest", nargs=argparse.REMAINDER)
+    bench.set_defaults(run=_bench)
+    return parser
+
+
+def _serve_command(parser: argparse.ArgumentParser) -> None:
+    for name in Settings.model_fields:
+        parser.add_argument(f"--{name.replace('_', '-')}", dest=f"set_{name}", metavar="VALUE", help=f"over ADAPTERD_{name.upper()}")
+    parser.add_argument("--workers", default="1", help=argparse.SUPPRESS)
+    parser.set_defaults(run=_serve)
+
+
+def _serve(chosen: argparse.Namespace) -> int:
+    if chosen.workers != "1":
+        raise SettingsError("--workers: more than one server process is not supported: one API process, one worker per device")
+    flags = {name.removeprefix("set_"): text for name, text in vars(chosen).items() if name.startswith("set_") and text is not None}
+    settings = read(os.environ, flags)
+    from .serve import serve
+
+    return serve(settings)
+
+
+def _inspect_command(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", type=Path, help="the adapter's folder")
+    _format_flag(parser)
+    parser.set_defaults(run=_inspect)
+
+
+def _inspect(chosen: argparse.Namespace) -> int:
+    from .adapters import facts, inspection
+
+    return 0
+
+
+def _forecast_command(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, required=True, help="the base's config.json, or its folder")
+    parser.add_argument("--r", type=int, required=True, help="the rank")
+    parser.add_argument("--target-modules", required=True, help="comma-separated names")
+    parser.add_argument("--dtype", default="float32", help="of the adapter's file")
+    _format_flag(parser)
+    parser.set_defaults(run=_forecast)
+
+
+def _forecast(chosen: argparse.Namespace) -> int:
+    return 0
+
+
+def _format_flag(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--format", choices=("text", "json"), default="text")
+
+
+def _show(told: dict[str, Any], form: str) -> None:
+    print(json.dumps(told, indent=2))
+
+
+def _bench(chosen: argparse.Namespace) -> int:
+    if not BENCH.is_file():
+        raise SettingsError("bench: the load generator is part of the repository, not of the installed package")
+    return subprocess.run([sys.executable, str(BENCH), *chosen.rest], check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

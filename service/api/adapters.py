@@ -1,0 +1,178 @@
+"""Management: what is registered, what each adapter is, and changing it, under our names and vLLM's. Reads no adapter file itself."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Path, Query, Request, Response
+from fastapi.responses import JSONResponse, PlainTextResponse
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.datastructures import UploadFile
+
+from ..errors import BadRequest, Forbidden
+from .errors import documented
+from .rooms import Shelf
+
+router = APIRouter(tags=["adapters"])
+
+Id = Annotated[str, Path(description="The adapter's id; one with a slash is written raw or as %2F.")]
+Reading = documented(404, 503)
+Changing = documented(403, 404, 409, 422, 503, 504)
+Aliased = documented(403, 404, 422, 503, openai=True)
+SAME: dict[int | str, dict[str, Any]] = {200: {"description": "this content is already registered under this id"}}
+Told = dict[str, Any]
+
+
+class Wire(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Source(Wire):
+    source: str = Field(description="A folder relative to the adapters directory, or hub:org/name.")
+    subfolder: str | None = None
+    revision: str | None = None
+    pinned: bool = False
+    preload: bool = True
+
+
+class Registration(Source):
+    id: str
+
+
+class Replacement(Source):
+    id: str | None = Field(default=None, description="If given, the same as in the path.")
+
+
+class Change(Wire):
+    pinned: bool
+
+
+class LoadLora(Wire):
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+
+
+class UnloadLora(Wire):
+    lora_name: str
+
+
+class Shape(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    r: Annotated[int, Field(ge=1, le=1 << 16)]
+    target_modules: Annotated[str, Field(min_length=1, description="Comma-separated names.")]
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+
+@router.get("/adapters", responses=Reading)
+async def list_adapters(here: Shelf) -> Told:
+    """Every registered adapter, as a small card."""
+    return {"adapters": here.registry.cards()}
+
+
+@router.post("/adapters", status_code=201, responses=Changing | SAME)
+async def register(body: Registration, here: Shelf) -> Response:
+    """Registers a folder, or content of the hub, under an id."""
+    return _registered(*await here.registry.register(**body.model_dump()))
+
+
+@router.post("/adapters/check", responses=Changing)
+async def check(body: Registration, here: Shelf) -> Told:
+    """The whole validation and the summary; registers nothing."""
+    asked = body.model_dump(include={"id", "source", "subfolder", "revision"})
+    return await here.registry.check(**asked)
+
+
+FILE = {"type": "string", "format": "binary"}
+PARTS = ("adapter_config.json", "adapter_model.safetensors", "file")
+UPLOAD = {
+    "requestBody": {
+        "required": True,
+        "description": "The two files of an adapter, or one .zip or .tar of them in `file`.",
+        "content": {"multipart/form-data": {"schema": {"type": "object", "properties": dict.fromkeys(PARTS, FILE)}}},
+    }
+}
+
+
+@router.post("/adapters/{id:path}/upload", status_code=201, responses=Changing | SAME, openapi_extra=UPLOAD)
+async def upload(id: Id, here: Shelf, request: Request) -> Response:
+    """Stores an adapter's files under the adapters directory and registers them."""
+    try:
+        async with request.form(max_files=len(PARTS), max_fields=len(PARTS)) as form:
+            sent = form.multi_items()
+            files = {name: part for name, part in sent if isinstance(part, UploadFile)}
+            if len(files) < len(sent):
+                raise BadRequest("upload: every part is a file, and no two have the same name", param="file")
+            return _registered(*await here.registry.upload(id, files))
+    except OSError as error:
+        raise Forbidden(f"the upload cannot be stored: {error.strerror}") from error
+
+
+@router.get("/adapters/{id:path}/summary", responses=Reading | {200: {"content": {"text/plain": {}}}})
+async def summary(id: Id, here: Shelf, request: Request, format: Annotated[Literal["json", "text"] | None, Query()] = None) -> Response:
+    """Everything about an adapter; as a table to read where `Accept` or `format` ask for text."""
+    accept = request.headers.get("accept", "")
+    if format == "text" or (format is None and "text/plain" in accept and "application/json" not in accept):
+        return PlainTextResponse(await asyncio.to_thread(here.registry.summary_text, id))
+    return JSONResponse(await asyncio.to_thread(here.registry.summary, id))
+
+
+@router.get("/adapters/{id:path}/architecture", responses=Reading, response_class=PlainTextResponse)
+async def architecture(id: Id, here: Shelf) -> str:
+    """The module tree with the adapter in place; repeated layers folded."""
+    return await asyncio.to_thread(here.registry.architecture, id)
+
+
+@router.get("/adapters/{id:path}", responses=Reading)
+async def card(id: Id, here: Shelf) -> Told:
+    return here.registry.card(id)
+
+
+@router.put("/adapters/{id:path}", responses=Changing | {201: {"description": "the id is new"}})
+async def replace(id: Id, body: Replacement, here: Shelf) -> Response:
+    """Replaces atomically: requests in flight finish on the old content."""
+    if body.id not in (None, id):
+        raise BadRequest(f"id: {body.id!r} is not the id of the path, {id!r}", param="id")
+    return _registered(*await here.registry.register(**body.model_dump() | {"id": id}, replace=True))
+
+
+@router.patch("/adapters/{id:path}", responses=Changing)
+async def change(id: Id, body: Change, here: Shelf) -> Told:
+    """Pins to, or unpins from, the device."""
+    return await here.registry.pin(id, body.pinned)
+
+
+@router.delete("/adapters/{id:path}", responses=Changing)
+async def remove(id: Id, here: Shelf, purge: bool = False) -> Told:
+    """Stops new requests at once, lets those in flight finish, frees; `purge` also deletes files that were uploaded."""
+    return await here.registry.remove(id, purge)
+
+
+@router.post("/v1/load_lora_adapter", responses=Aliased, response_class=PlainTextResponse)
+async def load_lora(body: LoadLora, here: Shelf) -> str:
+    """vLLM's name for registering."""
+    try:
+        await here.registry.register(body.lora_name, body.lora_path, replace=body.load_inplace)
+    except Forbidden as error:
+        raise BadRequest(error.message, param="lora_path") from error
+    return f"Success: LoRA adapter '{body.lora_name}' added successfully."
+
+
+@router.post("/v1/unload_lora_adapter", responses=Aliased, response_class=PlainTextResponse)
+async def unload_lora(body: UnloadLora, here: Shelf) -> str:
+    """vLLM's name for deleting."""
+    await here.registry.remove(body.lora_name, False)
+    return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
+
+
+@router.get("/forecast", responses=documented(422, 503))
+async def forecast(shape: Annotated[Shape, Query()], here: Shelf) -> Told:
+    """What an adapter of that shape would weigh on the served base."""
+    modules = [name.strip() for name in shape.target_modules.split(",") if name.strip()]
+    return here.registry.forecast(shape.r, modules, shape.dtype)
+
+
+def _registered(told: Told, created: bool) -> Response:
+    return JSONResponse(told, 201 if created else 200)

@@ -1,0 +1,131 @@
+"""What operators and browsers ask: liveness, readiness, metrics, versions, the served base, the pages. Changes nothing."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import FileResponse
+from starlette.staticfiles import StaticFiles
+from starlette.types import Scope
+
+from .. import __version__, metrics
+from ..errors import NotFound, NotReady
+from .errors import documented
+from .rooms import Here, Rooms, Shelf
+
+router = APIRouter(tags=["operations"])
+
+PAGES = Path(__file__).parent
+LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "llguidance", "fastapi", "uvicorn")
+CLOSED = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+SAME_ORIGIN = CLOSED + "script-src 'self'; connect-src 'self'; font-src 'self'; "
+CONSOLE = SAME_ORIGIN + "style-src 'self'; img-src 'self' data:"
+SWAGGER = SAME_ORIGIN + "style-src 'self' 'unsafe-inline'; img-src 'self' data:"  # it writes style attributes
+Told = dict[str, Any]
+
+
+@router.get("/health", responses=documented(503))
+async def health(here: Here) -> Told:
+    """Liveness: 200 while the process can recover by itself, whatever the worker does."""
+    told = {"state": here.state, "reason": here.reason, **progress(here)}
+    if here.state == "failed":
+        raise NotReady(f"failed: {here.reason}", details=told)
+    return told
+
+
+@router.get("/ready", responses=documented(503))
+async def ready(here: Here) -> Told:
+    """200 only when a request would be served now."""
+    here.require()
+    return {"state": "ready"}
+
+
+def progress(here: Rooms) -> Told:
+    return {"stage": here.client.stage, "fraction": here.client.fraction} if here.state == "loading" else {}
+
+
+@router.get("/metrics", responses={200: {"content": {"text/plain": {}, "application/openmetrics-text": {}}}})
+async def exposition(request: Request) -> Response:
+    """Prometheus text, or OpenMetrics where `Accept` asks for it."""
+    content, kind = metrics.exposition(request.headers.get("accept", ""))
+    return Response(content, headers={"content-type": kind})
+
+
+@router.get("/info", responses=documented())
+async def info(here: Here) -> Told:
+    """Versions, the settings without secrets, and the base where it is loaded."""
+    versions = {"adapterd": __version__, "python": platform.python_version()} | {name: _version(name) for name in LIBRARIES}
+    return {"versions": versions, "state": here.state, "settings": here.settings.public(), "base": base_card(here) if here.opened else None}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+@router.get("/base", responses=documented(503))
+async def base(here: Shelf) -> Told:
+    """The served base: what it is, what it weighs, what can be adapted, and the rank pool's size and use."""
+    return base_card(here)
+
+
+def base_card(here: Rooms) -> Told:
+    card, gauges = here.client.base, here.client.gauges
+    assert card is not None, "the registrations open after the base"
+    resident = sum(card.resident_bytes.values())
+    return {
+        "id": here.registry.base_id,
+        "architecture": card.architecture,
+        "layers": card.layers,
+        "hidden_size": card.hidden_size,
+        "intermediate_size": card.intermediate_size,
+        "vocab_size": card.vocab_size,
+        "parameters": card.parameters,
+        "quantization": card.quantization,
+        "dtype": card.dtype,
+        "device": card.device,
+        "resident_bytes": resident,
+        "resident_bytes_by_dtype": card.resident_bytes,
+        "resident_megabytes": round(resident / 1e6, 2),
+        "context_length": card.context,
+        "rows": card.rows,
+        "modules": [{"name": m.name, "in_features": m.in_features, "out_features": m.out_features, "count": m.count} for m in card.linears],
+        "pool": {"rank_total": card.pool_rank, "rank_used": gauges.pool_used},
+    }
+
+
+@router.get("/", include_in_schema=False)
+async def console(request: Request) -> Response:
+    if "text/html" not in request.headers.get("accept", ""):
+        raise NotFound("the console is for browsers (accept: text/html); /docs lists the routes")
+    return page("console/index.html", CONSOLE)
+
+
+@router.get("/docs", include_in_schema=False)
+async def docs() -> Response:
+    return page("docs/index.html", SWAGGER)
+
+
+def page(name: str, policy: str) -> Response:
+    path = PAGES / name
+    if not path.is_file():
+        raise NotFound("this page is not part of the installation")
+    return FileResponse(path, media_type="text/html", headers={"content-security-policy": policy, "cache-control": "no-cache"})
+
+
+class Files(StaticFiles):
+    """A folder of the pages' own files, revalidated at each use so that an upgrade is seen at once."""
+
+    async def get_response(self, path: str, scope: Scope) -> Response:
+        found = await super().get_response(path, scope)
+        found.headers["cache-control"] = "no-cache"
+        return found
+
+
+STATIC = {"/console": Files(directory=PAGES / "console", check_dir=False), "/docs": Files(directory=PAGES / "docs", check_dir=False)}

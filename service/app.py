@@ -1,0 +1,110 @@
+"""The composition root: settings → rooms → FastAPI. Starts and stops the rooms; knows no route's meaning and no tensor."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+from starlette.middleware import Middleware
+
+from . import __version__
+from .api import adapters, errors, generate, openai, ops
+from .api.auth import Keys
+from .api.limits import Access, Bodies, Gate
+from .api.rooms import Rooms
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from .adapters.registry import Registry
+    from .engine.client import Client
+    from .engine.text import Text
+
+log = logging.getLogger("adapterd")
+
+
+def _text(folder: str) -> Text:
+    from .engine.text import Text
+
+    return Text(folder)
+
+
+def create_app(
+    settings: Settings,
+    client: Client | None = None,
+    registry: Registry | None = None,
+    *,
+    text: Callable[[str], Text] = _text,
+    on_failure: Callable[[str], None] = log.error,
+) -> FastAPI:
+    """The service as an ASGI application; a room that is not handed in is made. `on_failure` is told why the base can never be served."""
+    rooms = _rooms(settings, client, registry)
+    app = FastAPI(
+        title="adapterd",
+        version=__version__,
+        description="One quantized base model, hundreds of LoRA adapters, mixed freely in every batch.",
+        lifespan=_lifespan(rooms, text, on_failure),
+        middleware=[
+            Middleware(Access),
+            Middleware(Gate, rooms=rooms),
+            Middleware(Keys, settings=settings),
+            Middleware(Bodies, body_mb=settings.max_body_mb, upload_mb=settings.max_upload_mb),
+        ],
+        redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.state.rooms = rooms
+    errors.install(app)
+    for router in (generate.router, openai.router, adapters.router, ops.router):
+        app.include_router(router)
+    for path, files in ops.STATIC.items():
+        app.mount(path, files)
+    return app
+
+
+def _rooms(settings: Settings, client: Client | None, registry: Registry | None) -> Rooms:
+    if client is None:
+        from .engine.client import Client
+
+        client = Client(settings)
+    if registry is None:
+        from .adapters.registry import Registry
+
+        registry = Registry(settings, device=client)
+    return Rooms(settings, client, registry)
+
+
+def _lifespan(rooms: Rooms, text: Callable[[str], Text], on_failure: Callable[[str], None]) -> Callable[[FastAPI], Any]:
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        await rooms.client.start()
+        opening = asyncio.create_task(_open(rooms, text, on_failure))
+        yield
+        opening.cancel()
+        with suppress(asyncio.CancelledError):
+            await opening
+        rooms.draining = True
+        if rooms.opened:
+            await rooms.registry.close()
+        await rooms.client.stop(0)
+
+    return lifespan
+
+
+async def _open(rooms: Rooms, text: Callable[[str], Text], on_failure: Callable[[str], None]) -> None:
+    """Waits for the base, then opens what needs it. Listening goes on meanwhile."""
+    try:
+        await rooms.client.wait_ready()
+        assert rooms.client.base is not None, "a ready client has the base's card"
+        rooms.reader = await asyncio.to_thread(text, rooms.client.base.folder)
+        await rooms.registry.open()
+        rooms.opened = True
+        log.info("ready", extra={"fields": {"base": rooms.registry.base_id, "adapters": len(rooms.registry.cards())}})
+    except Exception as error:
+        rooms.failure = rooms.client.reason or str(error) or type(error).__name__
+        log.debug("the base cannot be served", exc_info=True)
+        on_failure(rooms.failure)

@@ -1,0 +1,151 @@
+"""A service with nothing behind its door: a client and a registry that do as they are told, for tests of what the door itself does."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, cast
+
+from starlette.testclient import TestClient
+
+from service.app import create_app
+from service.engine.request import BaseCard, Gauges, Linear
+from service.errors import AdapterInvalid, AdapterNotFound, Conflict, Forbidden
+from service.settings import Settings, read
+
+if TYPE_CHECKING:
+    from service.adapters.registry import Registry
+    from service.engine.client import Client
+
+BASE = BaseCard(
+    folder="/secret/place/tiny",
+    architecture="LlamaForCausalLM",
+    layers=2,
+    hidden_size=64,
+    intermediate_size=128,
+    vocab_size=300,
+    parameters=123_456,
+    context=2048,
+    quantization="none",
+    dtype="float32",
+    device="cpu",
+    resident_bytes={"float32": 493_824},
+    linears=(Linear("q_proj", 64, 64, 2),),
+    pool_rank=512,
+    rows=16,
+)
+
+
+class StandIn:
+    """An engine's client: its state is whatever the test sets."""
+
+    def __init__(self) -> None:
+        self.state, self.stage, self.fraction, self.reason = "ready", "", 1.0, ""
+        self.ready, self.base, self.gauges = True, BASE, Gauges(pool_used=12, pool_total=512)
+        self.loaded = asyncio.Event()
+        self.loaded.set()
+        self.stops: list[float] = []
+
+    async def start(self) -> None:
+        return None
+
+    async def wait_ready(self) -> None:
+        await self.loaded.wait()
+
+    async def stop(self, grace_s: float) -> None:
+        self.stops.append(grace_s)
+
+
+class Shelf:
+    """A registry of names; `calls` remembers what it was asked to do."""
+
+    base_id = "tiny"
+
+    def __init__(self) -> None:
+        self.names: dict[str, dict[str, Any]] = {}
+        self.calls: list[tuple[Any, ...]] = []
+
+    async def open(self) -> None:
+        return None
+
+    async def close(self) -> None:
+        self.calls.append(("close",))
+
+    async def register(self, id: str, source: str, replace: bool = False, **rest: Any) -> tuple[dict[str, Any], bool]:
+        self.calls.append(("register", id, source, replace, rest))
+        if source == "bad":
+            raise AdapterInvalid(["lora_A of q_proj has no lora_B", "r is 0"])
+        if source == "outside":
+            raise Forbidden("the source is outside the adapters directory")
+        held = self.names.get(id)
+        if held and held["source"] == source:
+            return held, False
+        if held and not replace:
+            raise Conflict(f"{id} is taken by other content")
+        self.names[id] = {"id": id, "source": source, "digest": "sha256:" + source, "pinned": rest.get("pinned", False)}
+        return self.names[id], held is None
+
+    async def check(self, **asked: Any) -> dict[str, Any]:
+        return {"ok": True, "summary": asked, "problems": []}
+
+    async def upload(self, id: str, files: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+        self.calls.append(("upload", id, {name: await part.read() for name, part in files.items()}))
+        return await self.register(id, ".uploads/x")
+
+    async def remove(self, id: str, purge: bool) -> dict[str, Any]:
+        held = self.card(id)
+        del self.names[id]
+        return {"id": id, "digest": held["digest"], "drained_requests": 0, "freed_bytes": 7, "purge": purge}
+
+    async def pin(self, id: str, pinned: bool) -> dict[str, Any]:
+        self.card(id)["pinned"] = pinned
+        return self.card(id)
+
+    def card(self, id: str) -> dict[str, Any]:
+        if id not in self.names:
+            raise AdapterNotFound(f"no adapter {id!r} is registered", param="model")
+        return self.names[id]
+
+    def cards(self) -> list[dict[str, Any]]:
+        return list(self.names.values())
+
+    def summary(self, id: str) -> dict[str, Any]:
+        return self.card(id) | {"rank": 4}
+
+    def summary_text(self, id: str) -> str:
+        return f"{self.card(id)['id']} rank 4"
+
+    def architecture(self, id: str) -> str:
+        return f"{self.card(id)['id']}: base_layer"
+
+    def forecast(self, r: int, modules: list[str], dtype: str) -> dict[str, Any]:
+        return {"r": r, "target_modules": modules, "dtype": dtype}
+
+
+class House:
+    """The app over the stand-ins, and a client that knocks at its door."""
+
+    def __init__(self, knock: TestClient, client: StandIn, shelf: Shelf) -> None:
+        self.knock, self.client, self.shelf = knock, client, shelf
+        self.rooms = cast(Any, knock.app).state.rooms
+
+    def json(self, method: str, path: str, body: Any = None, status: int = 200, **more: Any) -> Any:
+        answer = self.knock.request(method, path, **({"json": body} if body is not None else {}), **more)
+        assert answer.status_code == status, answer.text
+        return answer.json()
+
+
+@contextmanager
+def house(loading: bool = False, **settings: str) -> Iterator[House]:
+    client, shelf = StandIn(), Shelf()
+    if loading:
+        client.state, client.ready, client.base = "loading", False, cast(BaseCard, None)
+        client.loaded.clear()
+    chosen: Settings = read({}, {"base": "org/none", **settings})
+    app = create_app(chosen, cast("Client", client), cast("Registry", shelf), text=lambda folder: cast(Any, object()))
+    with TestClient(app, raise_server_exceptions=False) as knock:
+        found = House(knock, client, shelf)
+        while not loading and not found.rooms.opened:
+            knock.get("/health")
+        yield found

@@ -1,0 +1,156 @@
+"""Management over HTTP: statuses, bodies, ids with a slash in both spellings, text where it is asked for, and vLLM's aliases."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from .house import House, house
+
+SPELLINGS = ("org/name.v1", "org%2Fname.v1")
+
+
+@pytest.fixture
+def home() -> Iterator[House]:
+    with house() as found:
+        yield found
+
+
+def load(home: House, id: str = "a", source: str = "folder") -> None:
+    home.json("POST", "/adapters", {"id": id, "source": source}, 201)
+
+
+def test_registering_is_201_then_200_then_409(home: House) -> None:
+    card = home.json("POST", "/adapters", {"id": "a", "source": "folder", "pinned": True}, 201)
+    assert (card["id"], card["pinned"]) == ("a", True)
+    home.json("POST", "/adapters", {"id": "a", "source": "folder"}, 200)
+    assert home.json("POST", "/adapters", {"id": "a", "source": "other"}, 409)["error_type"] == "conflict"
+    assert home.json("POST", "/adapters", {"id": "a", "source": "outside"}, 403)["error_type"] == "forbidden"
+    assert [card["id"] for card in home.json("GET", "/adapters")["adapters"]] == ["a"]
+
+
+def test_all_fields_of_a_registration_arrive(home: House) -> None:
+    body = {"id": "a", "source": "hub:org/x", "subfolder": "s", "revision": "r", "pinned": True, "preload": False}
+    home.json("POST", "/adapters", body, 201)
+    rest = {"subfolder": "s", "revision": "r", "pinned": True, "preload": False}
+    assert home.shelf.calls == [("register", "a", "hub:org/x", False, rest)]
+
+
+@pytest.mark.parametrize(
+    "body", [{"id": "x"}, {"source": "x"}, {"id": "x", "source": "x", "pinned": "yes"}, {"id": "x", "source": "x", "preload": 1}]
+)
+def test_a_wrong_registration_is_a_validation_error(home: House, body: dict[str, Any]) -> None:
+    assert home.json("POST", "/adapters", body, 422)["error_type"] == "validation"
+    assert not home.shelf.calls
+
+
+def test_a_dry_run_registers_nothing(home: House) -> None:
+    told = home.json("POST", "/adapters/check", {"id": "a", "source": "folder", "subfolder": "s", "pinned": True})
+    assert told == {"ok": True, "problems": [], "summary": {"id": "a", "source": "folder", "subfolder": "s", "revision": None}}
+    assert home.json("GET", "/adapters") == {"adapters": []}
+
+
+@pytest.mark.parametrize("written", SPELLINGS)
+def test_an_id_with_a_slash_works_on_every_route(home: House, written: str) -> None:
+    load(home, "org/name.v1")
+    assert home.json("GET", f"/adapters/{written}")["id"] == "org/name.v1"
+    assert home.json("GET", f"/adapters/{written}/summary")["rank"] == 4
+    assert home.knock.get(f"/adapters/{written}/architecture").text == "org/name.v1: base_layer"
+    assert home.json("PATCH", f"/adapters/{written}", {"pinned": True})["pinned"] is True
+    assert home.json("PUT", f"/adapters/{written}", {"id": "org/name.v1", "source": "new"})["source"] == "new"
+    assert home.json("DELETE", f"/adapters/{written}")["id"] == "org/name.v1"
+
+
+def test_put_makes_or_replaces_and_takes_no_other_id(home: House) -> None:
+    home.json("PUT", "/adapters/a", {"source": "one"}, 201)
+    home.json("PUT", "/adapters/a", {"source": "two", "id": "a"}, 200)
+    assert "id" in home.json("PUT", "/adapters/a", {"source": "two", "id": "b"}, 422)["error"]
+    assert home.json("GET", "/adapters/a")["digest"] == "sha256:two"
+
+
+@pytest.mark.parametrize("id", ["none", "", "..", "%2e%2e", "a%00b", "%C3%A9", "a/b/c", "check"])
+def test_an_unknown_id_is_404_on_every_route(home: House, id: str) -> None:
+    for method, suffix, body in (("GET", "", None), ("GET", "/summary", None), ("GET", "/architecture", None), ("DELETE", "", None)):
+        if not (id in ("", "..", "%2e%2e") and suffix == ""):  # the client tidies these away; the server's own tests send them raw
+            told = home.json(method, f"/adapters/{id}{suffix}", body, 404)
+            assert told["error_type"] in ("adapter_not_found", "not_found")
+
+
+def test_the_summary_is_text_where_that_is_asked_for(home: House) -> None:
+    load(home)
+    for query, accept in (("", "text/plain"), ("?format=text", "application/json"), ("?format=text", "*/*")):
+        answer = home.knock.get(f"/adapters/a/summary{query}", headers={"accept": accept})
+        assert answer.headers["content-type"].startswith("text/plain")
+        assert answer.text == "a rank 4"
+    for query, accept in (("", "*/*"), ("?format=json", "text/plain"), ("", "application/json, text/plain, */*")):
+        assert home.json("GET", f"/adapters/a/summary{query}", headers={"accept": accept})["rank"] == 4
+    assert "format" in home.json("GET", "/adapters/a/summary?format=xml", status=422)["error"]
+
+
+def test_delete_says_what_it_freed_and_purges_only_when_asked(home: House) -> None:
+    for query, purge in (("", False), ("?purge=true", True)):
+        load(home)
+        told = home.json("DELETE", f"/adapters/a{query}")
+        assert told == {"id": "a", "digest": "sha256:folder", "drained_requests": 0, "freed_bytes": 7, "purge": purge}
+        home.json("GET", "/adapters/a", status=404)
+
+
+def test_an_upload_hands_its_files_over(home: House) -> None:
+    files = {"adapter_config.json": ("c", b"{}"), "adapter_model.safetensors": ("w", b"w" * 3_000_000)}
+    home.json("POST", "/adapters/org/up/upload", status=201, files=files)
+    assert home.shelf.calls[0] == ("upload", "org/up", {"adapter_config.json": b"{}", "adapter_model.safetensors": b"w" * 3_000_000})
+    home.json("POST", "/adapters/org%2Fup/upload", status=200, files={"file": ("a.zip", b"zip")})
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {"data": {"file": "no file"}},
+        {"files": [("file", ("a", b"1")), ("file", ("b", b"2"))]},
+        {"files": [(f"f{i}", ("a", b"1")) for i in range(9)]},
+        {"content": b"--x", "headers": {"content-type": "multipart/form-data"}},
+    ],
+)
+def test_a_broken_upload_is_a_validation_error(home: House, sent: dict[str, Any]) -> None:
+    assert home.json("POST", "/adapters/up/upload", status=422, **sent)["error_type"] == "validation"
+    assert not home.shelf.calls
+
+
+def test_an_upload_that_cannot_be_stored_says_why(home: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def full(id: str, files: Any) -> None:
+        raise OSError(28, "No space left on device", "/secret/place")
+
+    monkeypatch.setattr(home.shelf, "upload", full)
+    told = home.json("POST", "/adapters/up/upload", status=403, files={"file": ("a.zip", b"zip")})
+    assert told["error"] == "the upload cannot be stored: No space left on device"
+
+
+def test_a_forecast_is_asked_with_a_shape(home: House) -> None:
+    told = home.json("GET", "/forecast?r=32&target_modules=q_proj,%20v_proj&dtype=bfloat16")
+    assert told == {"r": 32, "target_modules": ["q_proj", "v_proj"], "dtype": "bfloat16"}
+    for query, word in (
+        ("r=0&target_modules=q", "r: "),
+        ("r=x&target_modules=q", "r: "),
+        ("r=8", "target_modules"),
+        ("r=8&target_modules=q&dtype=int3", "dtype"),
+    ):
+        told = home.json("GET", f"/forecast?{query}", status=422)
+        assert (told["error_type"], word in told["error"]) == ("validation", True)
+    assert "no_such: unknown field" in home.json("GET", "/forecast?r=8&target_modules=q&no_such=1", status=422)["error"]
+
+
+def test_vllms_names_have_its_bodies_and_codes(home: House) -> None:
+    loading = {"lora_name": "a", "lora_path": "folder"}
+    answer = home.knock.post("/v1/load_lora_adapter", json=loading)
+    assert (answer.status_code, answer.text) == (200, "Success: LoRA adapter 'a' added successfully.")
+    assert answer.headers["content-type"].startswith("text/plain")
+    for path in ("other", "bad", "outside"):
+        assert home.json("POST", "/v1/load_lora_adapter", loading | {"lora_path": path}, 400)["error"]["message"]
+    assert home.knock.post("/v1/load_lora_adapter", json=loading | {"lora_path": "other", "load_inplace": True}).status_code == 200
+    assert home.json("GET", "/adapters/a")["source"] == "other"
+    answer = home.knock.post("/v1/unload_lora_adapter", json={"lora_name": "a"})
+    assert (answer.status_code, answer.text) == (200, "Success: LoRA adapter 'a' removed successfully.")
+    assert home.json("POST", "/v1/unload_lora_adapter", {"lora_name": "a"}, 404)["error"]["code"] == "model_not_found"
+    assert home.json("POST", "/v1/unload_lora_adapter", {"lora_name": "a", "more": 1}, 400)["error"]["param"] == "more"

@@ -1,0 +1,112 @@
+"""Keys: what is open, what needs a key, what needs the admin scope, and that no bytes on the wire can break the comparison."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .house import House, house
+
+USER, ADMIN = {"authorization": "Bearer sk-user-1"}, {"authorization": "Bearer sk-admin"}
+
+
+@pytest.fixture(scope="module")
+def home() -> Iterator[House]:
+    with house(api_keys="sk-user-1,sk-user-2,schlüssel", admin_keys="sk-admin") as found:
+        yield found
+
+
+def test_only_the_probes_are_open(home: House) -> None:
+    for path in ("/health", "/ready"):
+        assert home.knock.get(path).status_code == 200
+    for path in ("/", "/metrics", "/info", "/docs", "/openapi.json", "/adapters", "/no-such", "/console/app.js"):
+        told = home.json("GET", path, status=401)
+        assert told["error_type"] == "unauthorized"
+        assert home.knock.get(path, headers=USER).status_code != 401
+    assert home.knock.get("/adapters").headers["www-authenticate"] == "Bearer"
+
+
+def test_the_openai_dialect_has_its_own_envelope(home: House) -> None:
+    told = home.json("POST", "/v1/load_lora_adapter", {}, 401)
+    assert told["error"]["type"] == "authentication_error"
+
+
+WRONG = [
+    b"",
+    b"Bearer",
+    b"Bearer ",
+    b"Bearer sk-wrong",
+    b"Bearer sk-user-",
+    b"Bearer sk-user-1,sk-user-2",
+    b"sk-user-1",
+    b"Digest sk-user-1",
+]
+
+
+@pytest.mark.parametrize("sent", [*WRONG, "Bearer é".encode(), b"Bearer \xff\xfe", b"Basic ===", b"Basic !"])
+def test_a_wrong_key_is_401_whatever_its_bytes(home: House, sent: bytes) -> None:
+    assert home.knock.get("/adapters", headers={b"authorization": sent}).status_code == 401
+
+
+def test_a_key_outside_ascii_is_a_key(home: House) -> None:
+    for scheme in (b"Bearer ", b"bearer  "):
+        assert home.knock.get("/adapters", headers={b"authorization": scheme + "schlüssel".encode()}).status_code == 200
+
+
+CHANGES = [
+    ("POST", "/adapters", {"id": "a", "source": "a"}),
+    ("POST", "/adapters/check", {"id": "a", "source": "a"}),
+    ("PUT", "/adapters/a", {"source": "b"}),
+    ("PATCH", "/adapters/a", {"pinned": True}),
+    ("DELETE", "/adapters/a", None),
+    ("POST", "/v1/load_lora_adapter", {"lora_name": "b", "lora_path": "b"}),
+    ("POST", "/v1/unload_lora_adapter", {"lora_name": "b"}),
+]
+
+
+def test_changing_adapters_needs_the_admin_scope(home: House) -> None:
+    for method, path, body in CHANGES:
+        told = home.json(method, path, body, 403, headers=USER)
+        assert "forbidden" in (told["error_type"] if "error_type" in told else told["error"]["code"])
+    assert home.knock.post("/adapters/a/upload", headers=USER).status_code == 403
+    assert not home.shelf.calls
+    for method, path, body in CHANGES:
+        answer = home.knock.request(method, path, headers=ADMIN, json=body)
+        assert answer.status_code in (200, 201), answer.text
+
+
+def test_an_admin_key_reads_too(home: House) -> None:
+    assert home.knock.get("/adapters", headers=ADMIN).status_code == 200
+
+
+def test_api_keys_without_admin_keys_close_management() -> None:
+    with house(api_keys="sk-user-1") as home:
+        home.json("POST", "/adapters", {"id": "a", "source": "a"}, 403, headers=USER)
+        home.json("POST", "/adapters", {"id": "a", "source": "a"}, 401)
+
+
+def test_admin_keys_alone_still_ask_everybody_for_a_key() -> None:
+    with house(admin_keys="sk-admin") as home:
+        assert home.knock.get("/adapters").status_code == 401
+        assert home.knock.get("/adapters", headers=ADMIN).status_code == 200
+
+
+def test_a_browser_may_offer_a_key_as_password_to_read_a_page_and_for_nothing_else(home: House) -> None:
+    basic = {"authorization": "Basic " + base64.b64encode(b"me:sk-admin").decode()}
+    asked = home.knock.get("/", headers={"accept": "text/html"})
+    assert asked.status_code == 401
+    assert "Basic" in asked.headers["www-authenticate"]
+    assert home.knock.get("/", headers=basic | {"accept": "text/html"}).status_code == 200
+    assert home.knock.delete("/adapters/none", headers=basic).status_code == 401
+
+
+def test_keys_from_a_file_and_neither_info_nor_the_settings_show_one(tmp_path: Path) -> None:
+    (tmp_path / "keys").write_text("sk-one\n\nsk-two\n")
+    with house(api_keys=f"@{tmp_path / 'keys'}") as home:
+        answer = home.knock.get("/info", headers={"authorization": "Bearer sk-two"})
+        assert answer.json()["settings"]["keys"] is True
+        assert "sk-" not in answer.text
+        assert "sk-" not in repr(home.rooms.settings)

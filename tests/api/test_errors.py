@@ -1,0 +1,139 @@
+"""Errors as clients see them: one envelope a dialect, the field named, nothing of the host shown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from service import errors as tree
+from service.api.errors import body, status
+from service.errors import AdapterdError
+
+from .house import House, house
+
+
+@pytest.fixture(scope="module")
+def home() -> Iterator[House]:
+    with house() as found:
+        yield found
+
+
+def post(home: House, path: str, content: bytes, kind: str = "application/json") -> tuple[int, Any]:
+    answer = home.knock.post(path, content=content, headers={"content-type": kind})
+    return answer.status_code, answer.json()
+
+
+BROKEN = {
+    "cut": b"{",
+    "empty": b"",
+    "not UTF-8": b"\xff\xfe",
+    "too deep": b"[" * 100_000,
+    "list": b"[]",
+    "string": b'"x"',
+    "NaN": b'{"id": "a", "source": "b", "pinned": NaN}',
+    "infinity": b'{"id": "a", "source": 1e999}',
+    "lone surrogate": b'{"id": "a", "source": "b", "\\ud800": 1}',
+}
+
+
+@pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN.keys())
+def test_a_broken_body_is_a_validation_error_in_each_dialect(home: House, content: bytes) -> None:
+    code, told = post(home, "/adapters", content)
+    assert (code, told["error_type"]) == (422, "validation")
+    assert isinstance(told["error"], str)
+    code, told = post(home, "/v1/load_lora_adapter", content)
+    assert code == 400
+    assert told["error"].keys() == {"message", "type", "param", "code"}
+    assert told["error"]["code"] == told["error"]["type"] == "invalid_request_error"
+
+
+def test_a_validation_error_names_its_fields(home: House) -> None:
+    _, told = post(home, "/adapters", b'{"id": 5, "no_such": 1}')
+    assert told["error"] == "source: is required; id: Input should be a valid string; no_such: unknown field"
+    _, told = post(home, "/v1/load_lora_adapter", b'{"lora_name": "x"}')
+    assert told["error"]["param"] == "lora_path"
+
+
+def test_many_findings_are_counted_rather_than_listed(home: House) -> None:
+    _, told = post(home, "/adapters", json.dumps({f"f{i}": 1 for i in range(9)}).encode())
+    assert told["error"].endswith("and 8 more")
+
+
+def test_a_body_that_is_not_called_json_is_told_so(home: House) -> None:
+    code, told = post(home, "/adapters", b'{"id": "a", "source": "b"}', "text/plain")
+    assert code == 422
+    assert "application/json" in told["error"]
+
+
+@pytest.mark.parametrize(("method", "path", "code"), [("GET", "/no-such", 404), ("GET", "/v1/no-such", 404), ("DELETE", "/health", 405)])
+def test_no_such_route_or_method_has_the_envelope_too(home: House, method: str, path: str, code: int) -> None:
+    told = home.json(method, path, status=code)
+    kind = told["error"]["code"] if path.startswith("/v1") else told["error_type"]
+    assert kind == {404: "not_found", 405: "method_not_allowed"}[code]
+
+
+def test_a_405_lists_every_method_of_the_path(home: House) -> None:
+    answer = home.knock.post("/adapters/some/name")
+    assert answer.status_code == 405
+    assert answer.headers["allow"] == "GET, HEAD, PUT, PATCH, DELETE"
+    assert home.knock.options("/health").headers["allow"] == "GET, HEAD"
+
+
+def test_head_is_get_without_a_body(home: House) -> None:
+    answer = home.knock.head("/health")
+    assert answer.status_code == 200
+    assert home.knock.head("/adapters/none").status_code == 404
+
+
+def test_a_defect_is_a_500_that_shows_only_the_request_id(home: House, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken() -> list[Any]:
+        raise RuntimeError("/secret/place sk-key")
+
+    monkeypatch.setattr(home.shelf, "cards", broken)
+    answer = home.knock.get("/adapters", headers={"x-request-id": "abc-1"})
+    assert answer.status_code == 500
+    assert answer.headers["x-request-id"] == "abc-1"
+    assert answer.json()["error_type"] == "internal"
+    assert answer.json()["details"] == {"request_id": "abc-1"}
+    assert "secret" not in answer.text
+
+
+def all_errors(kind: type[AdapterdError] = AdapterdError) -> Iterator[type[AdapterdError]]:
+    for child in kind.__subclasses__():
+        yield child
+        yield from all_errors(child)
+
+
+@pytest.mark.parametrize("kind", sorted(all_errors(), key=str))
+def test_every_error_of_the_tree_has_both_envelopes(kind: type[AdapterdError]) -> None:
+    error = kind(["what is wrong"]) if issubclass(kind, tree.AdapterInvalid) else kind("what is wrong")
+    native, openai = body(error, openai=False), body(error, openai=True)
+    assert (native["error"], native["error_type"]) == ("what is wrong", kind.code)
+    assert openai["error"]["message"] == "what is wrong"
+    assert status(error, openai=False) == kind.status
+    assert status(error, openai=True) == {409: 400, 422: 400}.get(kind.status, kind.status)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "kind"),
+    [
+        (tree.BadRequest("x"), "invalid_request_error", "invalid_request_error"),
+        (tree.ContextLengthExceeded("x"), "context_length_exceeded", "invalid_request_error"),
+        (tree.AdapterNotFound("x"), "model_not_found", "invalid_request_error"),
+        (tree.Unauthorized("x"), "unauthorized", "authentication_error"),
+        (tree.Overloaded("x"), "overloaded", "rate_limit_error"),
+        (tree.Internal("x"), "internal", "server_error"),
+    ],
+)
+def test_the_openai_envelope_says_what_its_clients_look_for(error: AdapterdError, code: str, kind: str) -> None:
+    told = body(error, openai=True)["error"]
+    assert (told["code"], told["type"]) == (code, kind)
+
+
+def test_the_problems_of_an_adapter_are_listed(home: House) -> None:
+    told = home.json("POST", "/adapters", {"id": "x", "source": "bad"}, 422)
+    assert told["error_type"] == "adapter_invalid"
+    assert told["details"]["problems"] == ["lora_A of q_proj has no lora_B", "r is 0"]

@@ -1,0 +1,204 @@
+"""Health, readiness, metrics, versions, the base, the pages; and the layers around every route."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+
+import pytest
+
+from service.errors import AdapterNotFound
+from service.logs import Json, Text
+
+from .house import House, house
+
+
+@pytest.fixture(scope="module")
+def home() -> Iterator[House]:
+    with house(max_body_mb="0.001", max_upload_mb="0.002") as found:
+        yield found
+
+
+def test_while_it_loads_it_lives_but_is_not_ready() -> None:
+    with house(loading=True) as home:
+        home.client.stage, home.client.fraction = "reading weights", 0.25
+        assert home.json("GET", "/health")["state"] == "loading"
+        assert home.json("GET", "/health")["fraction"] == 0.25
+        answer = home.knock.get("/ready")
+        assert (answer.status_code, answer.json()["error_type"]) == (503, "not_ready")
+        assert int(answer.headers["retry-after"]) > 0
+        assert "reading weights (25%)" in answer.json()["error"]
+        for path in ("/adapters", "/base", "/forecast?r=8&target_modules=q_proj"):
+            assert home.json("GET", path, status=503)["error_type"] == "not_ready"
+        assert home.json("GET", "/info")["base"] is None
+
+
+@pytest.mark.parametrize(
+    ("state", "ready", "health"), [("restarting", False, 200), ("ready", False, 200), ("failed", False, 503), ("ready", True, 200)]
+)
+def test_health_is_503_only_when_nothing_can_help(state: str, ready: bool, health: int) -> None:
+    with house() as home:
+        home.client.state, home.client.ready, home.client.reason = state, ready, "the worker does not answer"
+        told = home.json("GET", "/health", status=health)
+        assert (told["details"] if health == 503 else told)["state"] == state
+        answer = home.knock.get("/ready")
+        assert answer.status_code == (200 if ready else 503)
+        assert ready or answer.headers["retry-after"]
+        home.json("GET", "/adapters")
+
+
+def test_a_base_that_cannot_be_served_is_reported_once_with_its_reason() -> None:
+    with house(loading=True) as home:
+        home.client.reason = "the folder holds no config.json"
+        home.client.loaded.set()
+        while not home.rooms.failure:
+            home.knock.get("/health")
+        assert home.json("GET", "/health", status=503)["details"]["state"] == "failed"
+        assert "no config.json" in home.json("GET", "/ready", status=503)["error"]
+
+
+def test_draining_refuses_everything_but_the_probes() -> None:
+    with house() as home:
+        home.rooms.draining = True
+        assert home.json("GET", "/health")["state"] == "draining"
+        assert home.knock.get("/metrics").status_code == 200
+        answer = home.knock.get("/adapters")
+        assert (answer.status_code, answer.json()["error_type"]) == (503, "not_ready")
+        assert answer.headers["connection"] == "close"
+        assert answer.headers["retry-after"]
+
+
+def test_leaving_closes_the_registry_and_stops_the_engine() -> None:
+    with house() as home:
+        pass
+    assert home.shelf.calls == [("close",)]
+    assert home.client.stops == [0]
+
+
+def test_metrics_speak_both_formats(home: House) -> None:
+    plain = home.knock.get("/metrics")
+    modern = home.knock.get("/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
+    assert plain.headers["content-type"].startswith("text/plain")
+    assert modern.headers["content-type"].startswith("application/openmetrics-text")
+    assert modern.text.endswith("# EOF\n")
+
+
+def test_info_has_versions_and_no_place_of_the_host(home: House) -> None:
+    answer = home.knock.get("/info")
+    assert answer.json()["versions"]["torch"]
+    assert answer.json()["settings"]["max_body_mb"] == 0.001
+    assert "secret" not in answer.text
+
+
+def test_the_base_is_described(home: House) -> None:
+    told = home.json("GET", "/base")
+    assert (told["id"], told["architecture"], told["context_length"]) == ("tiny", "LlamaForCausalLM", 2048)
+    assert told["modules"] == [{"name": "q_proj", "in_features": 64, "out_features": 64, "count": 2}]
+    assert told["pool"] == {"rank_total": 512, "rank_used": 12}
+
+
+def test_the_root_is_the_console_for_browsers_only(home: House) -> None:
+    page = home.knock.get("/", headers={"accept": "text/html,*/*"})
+    assert page.headers["content-type"].startswith("text/html")
+    assert "script-src 'self'" in page.headers["content-security-policy"]
+    assert "unsafe" not in page.headers["content-security-policy"]
+    assert home.json("GET", "/", status=404)["error_type"] == "not_found"
+    icon = home.knock.get("/console/icon.svg")
+    assert icon.headers["content-type"].startswith("image/svg+xml")
+    for path in ("/console/no-such.js", "/console/..%2f..%2fops.py", "/console/%2e%2e/ops.py", "/console", "/console/"):
+        assert home.json("GET", path, status=404)["error_type"] == "not_found"
+
+
+def test_the_pages_of_the_api_ask_no_other_origin(home: House) -> None:
+    page = home.knock.get("/docs", headers={"accept": "text/html"})
+    assert "http" not in page.text.replace("http-equiv", "")
+    for name in ("swagger-ui-bundle.js", "swagger-ui.css", "start.js"):
+        assert f"docs/{name}" in page.text
+        assert home.knock.get(f"/docs/{name}").status_code == 200
+
+
+def test_a_page_that_is_not_installed_is_404(
+    home: House, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    monkeypatch.setattr("service.api.ops.PAGES", tmp_path_factory.mktemp("empty"))
+    assert home.json("GET", "/", status=404, headers={"accept": "text/html"})["error_type"] == "not_found"
+
+
+def test_every_answer_has_an_id_and_the_security_headers(home: House) -> None:
+    for path, sent, kept in (
+        ("/health", "abc-1.2", True),
+        ("/no-such", "x y", False),
+        ("/health", "x" * 129, False),
+        ("/health", "", False),
+    ):
+        answer = home.knock.get(path, headers={"x-request-id": sent})
+        assert (answer.headers["x-request-id"] == sent) is kept
+        assert answer.headers["x-request-id"]
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert "default-src 'none'" in answer.headers["content-security-policy"]
+
+
+def chunks(size: int) -> Iterator[bytes]:
+    for _ in range(size // 100):
+        yield b" " * 100
+
+
+def test_a_body_over_the_limit_is_413_told_or_chunked(home: House) -> None:
+    assert home.knock.post("/adapters", content=b" " * 1001).json()["error_type"] == "payload_too_large"
+    for path, kind in (("/adapters", "error_type"), ("/v1/load_lora_adapter", "code")):
+        answer = home.knock.post(path, content=chunks(1100), headers={"content-type": "application/json"})
+        assert answer.status_code == 413, answer.text
+        told = answer.json()
+        assert (told if kind in told else told["error"])[kind] == "payload_too_large"
+    assert home.knock.post("/adapters", content=chunks(1000), headers={"content-type": "application/json"}).status_code == 422
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
+    return [record.__dict__["fields"] for record in caplog.records if record.name == "adapterd.access"]
+
+
+def test_one_line_a_request_without_its_query(home: House, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "adapterd.access"):
+        home.knock.get("/adapters?key=sk-secret", headers={"x-request-id": "one", "authorization": "Bearer sk-secret"})
+        home.knock.get("/health")
+    (line,) = lines(caplog)
+    assert (line["id"], line["method"], line["path"], line["status"]) == ("one", "GET", "/adapters", 200)
+    assert "sk-secret" not in caplog.text + str(line)
+
+
+def test_a_defect_is_logged_with_its_trace_and_the_request_id(home: House, caplog: pytest.LogCaptureFixture) -> None:
+    def broken() -> None:
+        raise RuntimeError("the reason")
+
+    home.shelf.__dict__["cards"] = broken
+    with caplog.at_level(logging.INFO, "adapterd.access"):
+        home.knock.get("/adapters", headers={"x-request-id": "two"})
+    del home.shelf.__dict__["cards"]
+    trace, line = (record for record in caplog.records if record.name == "adapterd.access")
+    assert trace.exc_info is not None
+    assert trace.__dict__["fields"] == {"id": "two"}
+    assert line.__dict__["fields"]["status"] == 500
+
+
+def record(message: str, **fields: object) -> logging.LogRecord:
+    made = logging.LogRecord("adapterd", logging.INFO, "here.py", 1, message, None, None)
+    made.__dict__["fields"] = fields
+    return made
+
+
+def test_a_log_line_cannot_be_forged() -> None:
+    forged = record("request", path="/a\nINFO request path=/b", status=200)
+    assert "\n" not in Text().format(forged)
+    assert Text().format(forged).endswith('path="/a\\nINFO request path=/b" status=200')
+    assert json.loads(Json().format(forged))["path"] == "/a\nINFO request path=/b"
+
+
+def test_a_trace_is_part_of_the_line() -> None:
+    try:
+        raise AdapterNotFound("gone")
+    except AdapterNotFound as error:
+        made = record("a defect")
+        made.exc_info = (type(error), error, error.__traceback__)
+    assert "gone" in json.loads(Json().format(made))["exception"]
+    assert "Traceback" in Text().format(made)

@@ -1,0 +1,51 @@
+"""Run as a program: `serve` with nothing behind its door, for tests of the process itself. `/dribble` ends, `/flood` does not."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from typing import Any, cast
+
+from fastapi import FastAPI
+from fastapi.responses import StreamingResponse
+
+from service import app as root
+from service.__main__ import main
+from tests.api.house import Shelf, StandIn
+
+
+async def dribble() -> AsyncIterator[str]:
+    for number in range(20):
+        yield f"{number}\n"
+        await asyncio.sleep(0.05)
+
+
+async def flood() -> AsyncIterator[str]:
+    while True:
+        yield "x" * 100_000
+        await asyncio.sleep(0)
+
+
+def make(*given: Any, **named: Any) -> FastAPI:
+    client = StandIn()
+    if "--broken" in sys.argv:
+        client.base, client.reason = cast(Any, None), "the folder holds\nno config.json"
+    app: FastAPI = root_create(*given, client=client, registry=Shelf(), text=lambda folder: object(), **named)
+    for path, made in (("/dribble", dribble), ("/flood", flood)):
+        app.get(path)(answer(made))
+    return app
+
+
+def answer(made: Any) -> Any:
+    async def stream() -> StreamingResponse:
+        return StreamingResponse(made(), media_type="text/plain")
+
+    return stream
+
+
+root_create: Any = root.create_app
+root.create_app = make
+
+if __name__ == "__main__":
+    sys.exit(main([word for word in sys.argv[1:] if word != "--broken"]))

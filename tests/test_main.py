@@ -1,0 +1,158 @@
+"""The command line and the server process: what stops a start, what SIGTERM does, and the exit codes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from service import __main__ as command
+from service.settings import Settings
+
+ROOT = Path(__file__).parent.parent
+LIMIT_S = 60  # against hangs only
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def environment(**settings: str) -> dict[str, str]:
+    kept = {name: text for name, text in os.environ.items() if not name.startswith("ADAPTERD_")}
+    return kept | {"ADAPTERD_BASE": "org/none"} | settings
+
+
+def run(*words: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", *words]
+    return subprocess.run(line, cwd=ROOT, env=environment(**settings), capture_output=True, text=True, timeout=LIMIT_S)
+
+
+@contextmanager
+def server(*flags: str, serves: bool = True) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A serving process with stand-ins behind its door, and its address."""
+    port = free_port()
+    line = [sys.executable, "-m", "tests.standing", "serve", "--port", str(port), *flags]
+    process = subprocess.Popen(line, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    url = f"http://127.0.0.1:{port}"
+    with process:
+        try:
+            while process.poll() is None:
+                try:
+                    if httpx.get(f"{url}/ready").status_code == 200:
+                        break
+                except httpx.TransportError:
+                    continue
+            assert serves == (process.poll() is None), process.communicate()[0]
+            yield process, url
+        finally:
+            process.kill()
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    out, _ = process.communicate(timeout=LIMIT_S)
+    return process.returncode, out
+
+
+def test_sigterm_lets_a_stream_end_whole_refuses_the_next_request_and_exits_with_0() -> None:
+    with server("--drain-s", "30") as (process, url):
+        with httpx.stream("GET", f"{url}/dribble") as stream:
+            lines = stream.iter_lines()
+            assert next(lines) == "0"
+            process.send_signal(signal.SIGTERM)
+            codes = {httpx.get(f"{url}/adapters").status_code for _ in range(5)}
+            assert httpx.get(f"{url}/health").json()["state"] == "draining"
+            rest = list(lines)
+        assert rest == [str(number) for number in range(1, 20)]
+        assert 503 in codes
+        code, out = ended(process)
+        assert (code, "Traceback" in out) == (0, False), out
+
+
+def test_a_client_that_never_reads_does_not_hold_the_exit() -> None:
+    with server("--drain-s", "1") as (process, url), socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+        deaf.connect(("127.0.0.1", int(url.rsplit(":", 1)[1])))
+        deaf.sendall(b"GET /flood HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert deaf.recv(8) == b"HTTP/1.1"
+        process.send_signal(signal.SIGTERM)
+        assert ended(process)[0] == 0
+
+
+def test_a_second_signal_cuts_the_drain_short() -> None:
+    with server("--drain-s", "100000") as (process, url), httpx.stream("GET", f"{url}/flood") as stream:
+        chunks = stream.iter_raw()
+        next(chunks)
+        process.send_signal(signal.SIGTERM)
+        while httpx.get(f"{url}/health").json()["state"] != "draining":
+            pass
+        process.send_signal(signal.SIGINT)
+        assert ended(process)[0] == 0
+
+
+def test_a_base_that_cannot_be_served_ends_the_process_with_one_line() -> None:
+    with server("--broken", "--log-level", "error", serves=False) as (process, _):
+        code, out = ended(process)
+    assert code == 1
+    assert out == "ADAPTERD_BASE: the folder holds no config.json\n"
+
+
+def test_a_port_in_use_is_one_line() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        ran = run("tests.standing", "serve", "--port", str(held.getsockname()[1]))
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("ADAPTERD_PORT: cannot listen on 127.0.0.1:")
+    assert len(ran.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "settings", "said"),
+    [
+        (["serve", "--workers", "2"], {}, "--workers"),
+        (["serve"], {"WEB_CONCURRENCY": "2"}, "worker"),
+        (["serve"], {"ADAPTERD_PORT": "http"}, "ADAPTERD_PORT"),
+        (["serve", "--max-rows", "0"], {}, "ADAPTERD_MAX_ROWS"),
+        (["serve"], {"ADAPTERD_BASE": "no/such/folder"}, "ADAPTERD_BASE"),
+        (["serve"], {"ADAPTERD_NO_SUCH": "1"}, "ADAPTERD_NO_SUCH"),
+    ],
+)
+def test_a_wrong_start_is_one_line_that_names_it(
+    words: list[str], settings: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in [name for name in os.environ if name.startswith("ADAPTERD_")]:
+        monkeypatch.delenv(name)
+    for name, text in settings.items():
+        monkeypatch.setenv(name, text)
+    assert command.main(words) == 2
+    told = capsys.readouterr().err
+    assert said in told
+    assert len(told.splitlines()) == 1
+
+
+def test_flags_override_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Settings] = []
+
+    def serve(settings: Settings) -> int:
+        seen.append(settings)
+        return 0
+
+    monkeypatch.setenv("ADAPTERD_BASE", "org/none")
+    monkeypatch.setenv("ADAPTERD_PORT", "1")
+    monkeypatch.setattr("service.serve.serve", serve)
+    assert command.main(["serve", "--port", "2", "--max-rows=3"]) == 0
+    assert (seen[0].port, seen[0].max_rows) == (2, 3)
+
+
+def test_the_real_command_starts_as_a_module() -> None:
+    ran = run("service", "serve", ADAPTERD_QUANTIZATION="nf5")
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("ADAPTERD_QUANTIZATION: ")

@@ -1,0 +1,124 @@
+// One adapter: what it is, where it acts in the base, and what it adds to the base's size.
+
+import * as api from "../api.js";
+import { ranksByLayer } from "../architecture.js";
+import { useCell, useEvery } from "../cell.js";
+import { ago, bytes, count, megabytes, NONE, percent, range } from "../format.js";
+import { Digest, Dot, Facts, Loading, Problems, State } from "../parts.js";
+import { Footprint, HeatStrips } from "../pictures.js";
+import { base, cards, loadCards } from "../shelf.js";
+import { html, useEffect, useState } from "../vendor/preact.js";
+import { Delete, Pin } from "./adapters.js";
+
+export function Adapter({ id }) {
+  const [summary, setSummary] = useState(null);
+  const [error, setError] = useState(null);
+  const [leaving, setLeaving] = useState(false);
+  useEvery(3000, () => Promise.all([loadCards(), api.get(api.adapterPath(id, "/summary")).then(setSummary, setError)]), [id]);
+  const card = useCell(cards)?.find((one) => one.id === id);
+  const title = html`<nav aria-label="Breadcrumb" class="muted"><a href="#/adapters">Adapters</a> /</nav>`;
+  if (!summary) return html`${title}<h1>${id}</h1>${error ? html`<${Problems} error=${error} />` : html`<${Loading} what="the summary" />`}`;
+  return html`
+    ${title}
+    <div class="title">
+      <h1><${Dot} id=${id} />${id}</h1>
+      <${State} value=${summary.state} /> <${Digest} value=${summary.digest} />
+      <span class="title-end">
+        <a class="button quiet" href=${`#/compare/${id}`}>Compare</a>
+        ${card && html`<${Pin} card=${card} /><button type="button" class="quiet danger" onClick=${() => setLeaving(true)}>Delete</button>`}
+      </span>
+    </div>
+    ${summary.warnings.length > 0 && html`<ul class="warnings">${summary.warnings.map((warning) => html`<li>${warning}</li>`)}</ul>`}
+    <${Overview} summary=${summary} />
+    <${Size} summary=${summary} />
+    ${summary.by_module.length > 0 && html`<${ByModule} rows=${summary.by_module} caption=${`Modules of ${id}`} />`}
+    <${Inside} id=${id} summary=${summary} />
+    ${leaving && card && html`<${Delete} card=${card} onClose=${() => setLeaving(false)} onDone=${() => (location.hash = "#/adapters")} />`}
+  `;
+}
+
+const yes = (value) => (value ? "yes" : "no");
+
+const Overview = ({ summary }) => html`<section class="card" aria-labelledby="overview">
+  <h2 id="overview">Summary</h2>
+  <${Facts} of=${[
+    ["Rank", range(summary.rank)],
+    ["Alpha", summary.alpha ?? NONE],
+    ["Scaling", range(summary.scaling)],
+    ["Dropout", summary.dropout],
+    ["Targets", summary.target_modules.join(" ")],
+    ["Layers", summary.layers],
+    ["Modules", summary.modules],
+    ["Parameters", `${count(summary.parameters)} (${percent(summary.parameters / summary.base.parameters)} of the base)`],
+    ["File", `${bytes(summary.size.file_bytes)}, ${Object.entries(summary.size.dtypes).map(([type, n]) => `${n} × ${type}`).join(", ")}`],
+    ["Arithmetic", summary.size.matches_file ? "matches the file" : `${bytes(summary.size.arithmetic_bytes)} expected`],
+    ["On the device", megabytes(summary.size.device_megabytes)],
+    ["Residency", `${summary.residency}${summary.pinned ? ", pinned" : ""}`],
+    ["In flight", summary.in_flight],
+    ["Last used", ago(summary.last_used)],
+    ["Registered", ago(summary.registered_at)],
+    ["Source", summary.source],
+    ["Trained on", `${summary.base_model.claimed ?? "not said"}${summary.base_model.match ? "" : ", which is not the served base's name"}`],
+    ["Kind", `${summary.peft_type}${summary.use_rslora ? ", rsLoRA" : ""}${summary.use_dora ? ", DoRA" : ""}; ${summary.task_type ?? "no task type"}`],
+    ["PEFT", summary.peft_version],
+  ]} />
+</section>`;
+
+const Size = ({ summary }) => html`<section class="card" aria-labelledby="size">
+  <h2 id="size">Against the base</h2>
+  <${Footprint} base=${summary.footprint.base_megabytes} adapter=${summary.size.device_megabytes} rows=${summary.by_module}
+    name=${summary.id} baseName=${summary.base_model.served} />
+  <p class="muted">Together ${megabytes(summary.footprint.with_adapter_megabytes)} on the device. The base has ${count(summary.base.parameters)} parameters,
+    would be ${megabytes(summary.base.float32_megabytes)} as float32, and is held ${summary.base.quantization === "none" ? "unquantized" : `as ${summary.base.quantization}`}.</p>
+</section>`;
+
+const COLUMNS = [
+  ["Layers", (row) => row.count],
+  ["In", (row) => count(row.in_features)],
+  ["Out", (row) => count(row.out_features)],
+  ["Rank", (row) => row.rank],
+  ["Scaling", (row) => row.scaling && +row.scaling.toPrecision(4)],
+  ["A", (row) => row.lora_A?.join(" × ")],
+  ["B", (row) => row.lora_B?.join(" × ")],
+  ["Parameters", (row) => count(row.parameters)],
+  ["Size", (row) => megabytes(row.megabytes)],
+];
+
+/** One line per name, shape, rank and scaling; what no row has gets no column. */
+export function ByModule({ rows, caption }) {
+  const columns = COLUMNS.filter(([, of]) => rows.some((row) => of(row) !== undefined));
+  return html`<section class="card" aria-label="By module">
+  <h2>By module</h2>
+  <div class="scroll" tabindex="0" role="region" aria-label=${caption}>
+    <table>
+      <thead><tr><th scope="col">Module</th>${columns.map(([name]) => html`<th scope="col" class="number">${name}</th>`)}</tr></thead>
+      <tbody>
+        ${rows.map((row) => html`<tr>
+          <th scope="row">${row.name}</th>
+          ${columns.map(([, of]) => html`<td class="number">${of(row)}</td>`)}
+        </tr>`)}
+      </tbody>
+    </table>
+  </div>
+</section>`;
+}
+
+/** Where it acts, and the module tree it was read from. */
+function Inside({ id, summary }) {
+  const [tree, setTree] = useState("");
+  useEffect(() => {
+    api.text(api.adapterPath(id, "/architecture")).then(setTree, () => setTree(""));
+  }, [id, summary.digest]);
+  if (!tree) return null;
+  const ranks = ranksByLayer(tree);
+  return html`
+    ${ranks.size > 0 && html`<section class="card" aria-labelledby="where">
+      <h2 id="where">Where it acts</h2>
+      <${HeatStrips} values=${ranks} what="rank" />
+    </section>`}
+    <section class="card" aria-labelledby="architecture">
+      <h2 id="architecture">Architecture</h2>
+      <pre tabindex="0" role="region" aria-label="Module tree with the adapter in place">${tree}</pre>
+    </section>
+  `;
+}

@@ -1,0 +1,345 @@
+"""The console in a real browser, against a live server: each view does what it says."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import httpx
+import pytest
+from playwright.sync_api import Locator, Page, expect
+
+from .conftest import Keyed, Open
+
+
+def some_ids(url: str) -> list[str]:
+    return [card["id"] for card in httpx.get(f"{url}adapters").json()["adapters"]]
+
+
+def row(page: Page, id: str) -> Locator:
+    return page.get_by_role("row").filter(has=page.get_by_role("link", name=id, exact=True))
+
+
+def upload(page: Page, id: str, files: list[Path]) -> None:
+    form = page.get_by_role("form", name="Upload an adapter")
+    form.locator("input[type=file]").set_input_files(files)
+    form.get_by_label("Id").fill(id)
+    form.get_by_role("button", name="Upload").click()
+
+
+def send(url: str, id: str, files: list[Path]) -> httpx.Response:
+    return httpx.post(f"{url}adapters/{id}/upload", files=[(path.name, (path.name, path.read_bytes())) for path in files])
+
+
+@pytest.fixture
+def uploaded(live: str, adapter_files: list[Path]) -> str:
+    """An adapter that is there only for this test's sake."""
+    assert send(live, "spare", adapter_files).is_success
+    return "spare"
+
+
+# ---- adapters
+
+
+def test_the_table_says_what_each_adapter_is(live: str, open_page: Open) -> None:
+    page = open_page(live)
+    for id in some_ids(live):
+        summary = httpx.get(f"{live}adapters/{id}/summary").json()
+        line = row(page, id)
+        expect(line).to_contain_text(" ".join(summary["target_modules"]))
+        expect(line.get_by_role("cell").nth(1)).to_have_text(re.compile(rf"^{summary['rank']['min']}\b"))
+        expect(line).to_contain_text(summary["residency"])
+        expect(line.get_by_role("img")).to_have_attribute("aria-label", re.compile(r"% of the base"))
+
+
+def test_the_table_sorts_and_filters(live: str, open_page: Open) -> None:
+    page = open_page(live)
+    ids = sorted(some_ids(live), key=str.lower)
+    links = page.get_by_role("table", name="Adapters").get_by_role("link")
+    expect(links).to_have_text(ids)
+    page.get_by_role("button", name="Adapter", exact=False).first.click()
+    expect(links).to_have_text(ids[::-1])
+    expect(page.get_by_role("columnheader", name="Adapter")).to_have_attribute("aria-sort", "descending")
+    page.get_by_label("Filter").fill(ids[0].upper())
+    expect(links).to_have_text([id for id in ids[::-1] if ids[0] in id])
+    page.get_by_label("Filter").fill("no such adapter")
+    expect(page.get_by_text("No adapter matches.")).to_be_visible()
+
+
+def test_an_upload_is_registered(live: str, open_page: Open, adapter_files: list[Path]) -> None:
+    page = open_page(live)
+    upload(page, "from-the-page", adapter_files)
+    expect(page.get_by_text("from-the-page is registered")).to_be_visible()
+    expect(row(page, "from-the-page")).to_be_visible()
+    assert "from-the-page" in some_ids(live)
+    httpx.delete(f"{live}adapters/from-the-page")
+
+
+def test_files_are_taken_by_drag_and_drop_and_a_folder_names_the_adapter(live: str, open_page: Open) -> None:
+    page = open_page(live)
+    page.get_by_text("Drop an adapter's folder").wait_for()
+    page.evaluate(
+        """() => {
+          const files = new DataTransfer();
+          files.items.add(new File(["{}"], "adapter_config.json"));
+          files.items.add(new File(["x"], "adapter_model.safetensors"));
+          files.items.add(new File(["x"], "README.md"));
+          document.querySelector(".drop").dispatchEvent(new DragEvent("drop", { dataTransfer: files, bubbles: true, cancelable: true }));
+        }"""
+    )
+    form = page.get_by_role("form", name="Upload an adapter")
+    expect(form.locator(".file")).to_have_text([re.compile("adapter_config.json"), re.compile("adapter_model.safetensors")])
+
+
+def test_what_is_wrong_with_an_upload_is_shown_as_the_api_gives_it(live: str, open_page: Open, adapter_files: list[Path]) -> None:
+    config, weights = adapter_files
+    weights.write_bytes(b"broken weights")
+    page = open_page(live, expect="422")
+    upload(page, "wrong", [config, weights])
+    shown = page.get_by_role("alert")
+    expect(shown).to_contain_text("adapter_invalid")
+    refused = send(live, "wrong", adapter_files).json()
+    expect(shown.get_by_role("listitem")).to_have_text(refused["details"]["problems"])
+    assert "wrong" not in some_ids(live)
+
+
+def test_a_source_can_be_checked_without_registering(live: str, open_page: Open) -> None:
+    page = open_page(live)
+    form = page.get_by_role("form", name="Register an adapter")
+    form.get_by_label("Id").fill("checked-only")
+    form.get_by_label("Source").fill(some_ids(live)[0])
+    form.get_by_role("button", name="Check only").click()
+    expect(form.get_by_text("It would be served.")).to_be_visible()
+    form.get_by_label("Source").fill("nowhere")
+    form.get_by_role("button", name="Check only").click()
+    expect(form.get_by_role("alert").get_by_role("listitem")).to_have_count(1)
+    assert "checked-only" not in some_ids(live)
+
+
+def test_an_id_that_is_taken_can_be_replaced(live: str, open_page: Open, uploaded: str) -> None:
+    page = open_page(live, expect="409")
+    form = page.get_by_role("form", name="Register an adapter")
+    form.get_by_label("Id").fill(uploaded)
+    form.get_by_label("Source").fill(next(id for id in some_ids(live) if id != uploaded))
+    form.get_by_role("button", name="Register").click()
+    expect(form.get_by_role("alert")).to_contain_text("conflict (409)")
+    before = httpx.get(f"{live}adapters/{uploaded}").json()["digest"]
+    form.get_by_role("button", name="Replace it").click()
+    expect(page.get_by_text(f"{uploaded} is replaced")).to_be_visible()
+    assert httpx.get(f"{live}adapters/{uploaded}").json()["digest"] != before
+    httpx.delete(f"{live}adapters/{uploaded}")
+
+
+def test_an_adapter_is_pinned_and_let_go(live: str, open_page: Open, uploaded: str) -> None:
+    page = open_page(live)
+    pin = row(page, uploaded).get_by_role("button", name=f"Pin {uploaded}")
+    pin.click()
+    expect(pin).to_have_attribute("aria-pressed", "true")
+    assert httpx.get(f"{live}adapters/{uploaded}").json()["pinned"]
+    pin.click()
+    expect(pin).to_have_attribute("aria-pressed", "false")
+    httpx.delete(f"{live}adapters/{uploaded}")
+
+
+def test_nothing_is_deleted_without_a_yes(live: str, open_page: Open, uploaded: str) -> None:
+    page = open_page(live)
+    row(page, uploaded).get_by_role("button", name=f"Delete {uploaded}", exact=True).click()
+    dialog = page.get_by_role("dialog", name=f"Delete {uploaded}?")
+    dialog.get_by_role("button", name="Keep it").click()
+    expect(dialog).to_be_hidden()
+    assert uploaded in some_ids(live)
+    row(page, uploaded).get_by_role("button", name=f"Delete {uploaded}", exact=True).press("Enter")
+    expect(dialog).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(dialog).to_be_hidden()
+    assert uploaded in some_ids(live)
+    row(page, uploaded).get_by_role("button", name=f"Delete {uploaded}", exact=True).click()
+    dialog.get_by_label("Delete its uploaded files too").check()
+    dialog.get_by_role("button", name="Delete", exact=True).click()
+    expect(page.get_by_text(f"Deleted {uploaded}")).to_be_visible()
+    expect(row(page, uploaded)).to_have_count(0)
+    assert uploaded not in some_ids(live)
+
+
+# ---- one adapter
+
+
+def test_an_adapters_page_shows_the_summary_the_modules_and_the_tree(live: str, open_page: Open) -> None:
+    id = some_ids(live)[0]
+    summary = httpx.get(f"{live}adapters/{id}/summary").json()
+    page = open_page(live)
+    row(page, id).get_by_role("link", name=id).click()
+    expect(page.get_by_role("heading", name=id, level=1)).to_be_visible()
+    expect(page.get_by_text(f"{summary['parameters']:,} (")).to_be_visible()
+    modules = page.get_by_role("region", name=f"Modules of {id}").get_by_role("row")
+    expect(modules).to_have_count(1 + len(summary["by_module"]))
+    expect(page.get_by_role("img", name=re.compile("adds .* MB to the"))).to_be_visible()
+    for name in summary["target_modules"]:
+        expect(page.get_by_role("img", name=re.compile(rf"^{name}: rank {summary['rank']['max']} to"))).to_be_visible()
+    tree = httpx.get(f"{live}adapters/{id}/architecture").text
+    assert page.get_by_label("Module tree with the adapter in place").inner_text().strip() == tree.strip()
+
+
+def test_an_unknown_adapter_is_said_to_be_unknown(live: str, open_page: Open) -> None:
+    page = open_page(f"{live}#/adapters/no-such", expect="404")
+    expect(page.get_by_role("alert")).to_contain_text("adapter_not_found (404)")
+
+
+# ---- compare
+
+
+def test_the_base_and_adapters_answer_side_by_side(live: str, open_page: Open) -> None:
+    page = open_page(f"{live}#/compare")
+    ids = some_ids(live)[:2]
+    page.get_by_label("Prompt").last.fill("Say something short.")
+    for id in ids:
+        page.get_by_role("button", name=id, exact=True).click()
+    page.get_by_label("New tokens").fill("24")
+    page.get_by_role("button", name="Run").click()
+    runs = page.get_by_role("article")
+    expect(runs).to_have_count(1 + len(ids))
+    for id in ids:
+        run = page.get_by_role("article", name=id)
+        expect(run.locator("dd").nth(3)).to_have_text(re.compile("length|eos_token|stop_sequence"))
+        expect(run.locator(".speed")).to_have_text(re.compile(r"^\d+\.\d$"))
+        digest = httpx.get(f"{live}adapters/{id}").json()["digest"]
+        expect(run.get_by_title(f"Copy {digest}")).to_be_visible()
+        assert run.locator(".run-text").inner_text() == answer(live, id, 24)
+
+
+def answer(url: str, id: str, length: int) -> str:
+    asked = {"inputs": "Say something short.", "parameters": {"adapter_id": id, "max_new_tokens": length, "temperature": 0}}
+    lines = httpx.post(f"{url}generate_stream", json=asked, timeout=30).text.splitlines()
+    return str(json.loads([line for line in lines if line.startswith("data:")][-1][5:])["generated_text"])
+
+
+def test_answers_arrive_while_they_are_made_and_can_be_stopped(live: str, open_page: Open) -> None:
+    page = open_page(f"{live}#/compare")
+    page.get_by_label("Prompt").last.fill("Go on and on.")
+    page.get_by_label("New tokens").fill("500")
+    page.get_by_role("button", name="Run").click()
+    run = page.get_by_role("article")
+    expect(run).to_have_attribute("aria-busy", "true")
+    expect(run.locator(".run-text")).not_to_have_text("")
+    page.get_by_role("button", name="Stop").click()
+    expect(run).to_have_attribute("aria-busy", "false")
+    expect(run.locator("dd").nth(3)).to_have_text("stopped")
+
+
+def test_at_most_four_adapters_are_compared(live: str, open_page: Open) -> None:
+    page = open_page(f"{live}#/compare")
+    chips = page.get_by_role("group", name=re.compile("The base and up to 4")).get_by_role("button")
+    expect(chips).to_have_count(1 + len(some_ids(live)))
+    for index in range(1, 5):
+        chips.nth(index).click()
+    expect(chips.nth(5)).to_be_disabled()
+
+
+def test_a_request_is_copied_as_curl(live: str, open_page: Open) -> None:
+    page = open_page(f"{live}#/compare")
+    page.get_by_label("Prompt").last.fill("It's fine.")
+    page.get_by_label("New tokens").fill("2")
+    page.get_by_role("button", name="Run").click()
+    page.get_by_role("button", name=re.compile("as curl")).click()
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert copied.startswith(f"curl -N {live}generate_stream -H 'content-type: application/json' -d '{{")
+    assert r"It'\''s fine." in copied
+
+
+# ---- live
+
+
+def test_the_charts_move_while_requests_run(live: str, open_page: Open) -> None:
+    page = open_page(f"{live}#/live")
+    tokens = page.get_by_role("img", name="Tokens/s: generated")
+    expect(tokens).to_be_visible()
+    still = tokens.locator("canvas").evaluate("canvas => canvas.toDataURL()")
+    httpx.post(f"{live}generate_stream", json={"inputs": "Go on.", "parameters": {"max_new_tokens": 60}}, timeout=60)
+    expect(page.get_by_role("img", name=re.compile("^Time to first token: median [0-9.]+ m?s"))).to_be_visible()
+    assert tokens.locator("canvas").evaluate("canvas => canvas.toDataURL()") != still
+
+
+def test_the_pool_map_says_who_holds_which_rows(live: str, open_page: Open) -> None:
+    page = open_page(f"{live}#/live")
+    pool = httpx.get(f"{live}base").json()["pool"]
+    held = f"{pool['rank_used']} of {pool['rank_total']} rank rows held by {len(pool['placements'])} adapters"
+    expect(page.get_by_role("img", name=held)).to_be_visible()
+    for one in pool["placements"]:
+        rows = f"rows {one['start']}–{one['start'] + one['rank'] - 1}"
+        expect(page.get_by_role("listitem").filter(has_text=one["id"])).to_contain_text(rows)
+
+
+# ---- forecast
+
+
+def test_a_forecast_follows_the_sliders(live: str, open_page: Open) -> None:
+    page = open_page(f"{live}#/forecast")
+    names = [module["name"] for module in httpx.get(f"{live}base").json()["modules"]]
+    page.get_by_role("button", name="Every linear layer").click()
+    page.get_by_role("slider", name="Rank").fill("4")
+    told = httpx.get(f"{live}forecast", params={"r": 4, "target_modules": ",".join(names)}).json()
+    expect(page.get_by_text(f"{told['parameters']:,}", exact=True)).to_be_visible()
+    expect(page.get_by_role("region", name="Modules of the adapter").get_by_role("row")).to_have_count(1 + len(told["by_module"]))
+    page.get_by_role("slider", name="Rank").press("ArrowRight")
+    expect(page.get_by_text(f"{told['parameters'] * 5 // 4:,}", exact=True)).to_be_visible()
+
+
+# ---- keys, theme, keyboard
+
+
+def test_a_key_is_asked_for_and_kept_in_the_tab_only(keyed: Keyed, open_page: Open) -> None:
+    page = open_page(keyed.url, expect="401")
+    dialog = page.get_by_role("dialog", name="Key")
+    dialog.get_by_label("Key").fill("not the key")
+    dialog.get_by_role("button", name="Use this key").click()
+    expect(dialog).to_contain_text("did not take this key")
+    dialog.get_by_label("Key").fill(keyed.key)
+    dialog.get_by_role("button", name="Use this key").click()
+    expect(dialog).to_be_hidden()
+    expect(page.get_by_role("table", name="Adapters").get_by_role("link").first).to_be_visible()
+    page.reload()
+    expect(page.get_by_role("table", name="Adapters").get_by_role("link").first).to_be_visible()
+    assert page.evaluate("JSON.stringify([document.cookie, localStorage])") == '["",{}]'
+    page.get_by_role("button", name="Forget key").click()
+    expect(dialog).to_be_visible()
+
+
+def test_curl_never_shows_the_key(keyed: Keyed, open_page: Open) -> None:
+    page = open_page(f"{keyed.url}#/compare", expect="401")
+    page.get_by_role("textbox", name="Key").fill(keyed.key)
+    page.get_by_role("button", name="Use this key").click()
+    page.get_by_label("Prompt").last.fill("Hi")
+    page.get_by_role("button", name="Run").click()
+    page.get_by_role("button", name=re.compile("as curl")).click()
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert '-H "authorization: Bearer $ADAPTERD_KEY"' in copied
+    assert keyed.key not in copied
+
+
+def test_the_theme_follows_the_system_until_one_is_chosen(live: str, open_page: Open) -> None:
+    page = open_page(live, scheme="dark")
+    ground = "getComputedStyle(document.body).backgroundColor"
+    toggle = page.get_by_role("button", name="Dark theme")
+    expect(toggle).to_have_attribute("aria-pressed", "true")
+    dark = page.evaluate(ground)
+    toggle.click()
+    expect(toggle).to_have_attribute("aria-pressed", "false")
+    light = page.evaluate(ground)
+    assert light != dark
+    page.reload()
+    expect(toggle).to_have_attribute("aria-pressed", "false")
+    assert page.evaluate(ground) == light
+
+
+def test_the_views_are_reached_by_keyboard(live: str, open_page: Open) -> None:
+    page = open_page(live)
+    page.get_by_role("link", name="Compare").wait_for()
+    page.keyboard.press("Tab")
+    expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
+    for _ in range(3):
+        page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    expect(page.get_by_role("heading", name="Compare", level=1)).to_be_visible()
+    expect(page.get_by_role("main")).to_be_focused()
+    expect(page).to_have_title("Compare · adapterd")

@@ -1,0 +1,86 @@
+"""Every view, light and dark, wide and narrow: nothing serious for axe-core, nothing wider than the screen; and the README's pictures.
+
+The pictures are written to the folder that the environment variable CONSOLE_SCREENSHOTS names, when it does.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from playwright.sync_api import Page, expect
+
+from .conftest import Open
+from .test_console import some_ids
+
+AXE = (Path(__file__).parent / "vendor" / "axe.min.js").read_text()
+SERIOUS = """axe.run().then(found => found.violations
+  .filter(one => ['serious', 'critical'].includes(one.impact)).map(one => one.id + ': ' + one.nodes[0].html))"""
+
+
+@pytest.fixture(params=["light", "dark"])
+def scheme(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(params=[1280, 390])
+def width(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+def examine(page: Page, name: str, width: int, scheme: str) -> None:
+    picture(page, f"{name}-{width}-{scheme}.png")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    page.evaluate(AXE)
+    assert page.evaluate(SERIOUS) == []
+
+
+def picture(page: Page, name: str) -> None:
+    folder = os.environ.get("CONSOLE_SCREENSHOTS")
+    if folder:
+        page.screenshot(path=Path(folder) / name, full_page=True)
+
+
+def test_adapters(live: str, open_page: Open, width: int, scheme: str) -> None:
+    page = open_page(live, width, scheme)
+    expect(page.get_by_role("table", name="Adapters").get_by_role("img").last).to_be_attached()
+    examine(page, "adapters", width, scheme)
+
+
+def test_the_delete_dialog(live: str, open_page: Open, width: int, scheme: str) -> None:
+    page = open_page(live, width, scheme)
+    page.get_by_role("button", name="Delete", exact=False).first.click()
+    expect(page.get_by_role("dialog")).to_be_visible()
+    examine(page, "delete", width, scheme)
+
+
+def test_an_adapter(live: str, open_page: Open, width: int, scheme: str) -> None:
+    page = open_page(f"{live}#/adapters/{some_ids(live)[0]}", width, scheme)
+    expect(page.get_by_label("Module tree with the adapter in place")).to_be_visible()
+    examine(page, "adapter", width, scheme)
+
+
+def test_compare(live: str, open_page: Open, width: int, scheme: str) -> None:
+    ids = some_ids(live)[:3]
+    page = open_page(f"{live}#/compare", width, scheme)
+    page.get_by_label("Prompt").last.fill("The meeting is on the third of May 2026.")
+    for id in ids:
+        page.get_by_role("button", name=id, exact=True).click()
+    page.get_by_label("New tokens").fill("32")
+    page.get_by_role("button", name="Run").click()
+    for id in ids:
+        expect(page.get_by_role("article", name=id)).to_have_attribute("aria-busy", "false")
+    examine(page, "compare", width, scheme)
+
+
+def test_live(live: str, open_page: Open, width: int, scheme: str) -> None:
+    page = open_page(f"{live}#/live", width, scheme)
+    expect(page.get_by_role("img", name="rank rows held")).to_be_visible()
+    examine(page, "live", width, scheme)
+
+
+def test_forecast(live: str, open_page: Open, width: int, scheme: str) -> None:
+    page = open_page(f"{live}#/forecast", width, scheme)
+    expect(page.get_by_role("region", name="Modules of the adapter")).to_be_visible()
+    examine(page, "forecast", width, scheme)

@@ -1,0 +1,378 @@
+"""The client over a real worker process: whatever becomes of the worker, every ticket ends once, and no process remains."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import psutil
+import pytest
+from prometheus_client import REGISTRY
+
+from service import metrics
+from service.engine.client import Client
+from service.engine.request import Event, Finish, Lane, Sampling, Tier
+from service.engine.ticket import Ticket
+from service.errors import NotReady, Overloaded
+from service.settings import Faults, Settings
+from tests.fakes import adapter, expected
+
+pytestmark = pytest.mark.anyio
+
+ENDLESS = 100_000
+
+
+@asynccontextmanager
+async def engine(factory: str = "build", wait: bool = True, **settings: Any) -> AsyncIterator[Client]:
+    client = Client(
+        Settings(**({"max_rows": 2, "max_context": 200_000, "pool_rank": 16, "max_rank": 16} | settings)), f"tests.fakes:{factory}"
+    )
+    await client.start()
+    try:
+        if wait:
+            await client.wait_ready()
+        yield client
+    finally:
+        await client.stop(0)
+        assert client.worker_pid is None
+
+
+async def read(ticket: Ticket) -> tuple[list[int], Event]:
+    """The ticket's tokens and its terminal event, which must be the only one."""
+    events = [event async for event in ticket]
+    assert [event.finish is not None for event in events] == [False] * (len(events) - 1) + [True]
+    assert [event async for event in ticket] == []
+    return [event.token.id for event in events if event.token], events[-1]
+
+
+async def until(true: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not true():  # noqa: ASYNC110 - what is waited for has no event
+            await asyncio.sleep(0.01)
+
+
+async def begun(client: Client, **more: Any) -> Ticket:
+    """A request without end that has made a token."""
+    ticket = client.submit((1, 2), ENDLESS, **more)
+    await until(lambda: ticket.first is not None)
+    return ticket
+
+
+def worker(client: Client) -> int:
+    assert client.worker_pid is not None
+    return client.worker_pid
+
+
+def count(name: str, **labels: str) -> float:
+    return metrics.REGISTRY.get_sample_value(f"adapterd_{name}", labels) or 0.0
+
+
+async def test_mixed_requests_each_get_their_own_tokens() -> None:
+    async with engine() as client:
+        pool, shadow = adapter("a"), adapter("s", lane=Lane.SHADOW)
+        for each in (pool, shadow):
+            client.offer(each)
+            assert (await client.loaded(each.digest)).error == ""
+        digests = [None, pool.digest, shadow.digest] * 5
+        tickets = [client.submit((3, i), 6, digest) for i, digest in enumerate(digests)]
+        for i, (ticket, digest) in enumerate(zip(tickets, digests, strict=True)):
+            tokens, end = await read(ticket)
+            assert tokens == expected(digest, (3, i), 6)
+            assert end.finish is Finish.LENGTH
+        assert client.tier(pool.digest) is Tier.DEVICE
+        assert [placement.digest for placement in client.pool] == [pool.digest]
+
+
+async def test_times_are_told_in_order() -> None:
+    async with engine() as client:
+        ticket = client.submit((1,), 3, sampling=Sampling(logprobs=0))
+        await read(ticket)
+        times = [ticket.submitted, ticket.started, ticket.first, ticket.last, ticket.ended]
+        assert times == sorted(time for time in times if time is not None)
+        assert len(times) == 5
+
+
+async def test_metrics_count_each_token_once() -> None:
+    async with engine() as client:
+        before = count("generation_tokens_total"), count("prompt_tokens_total"), count("request_success_total", finished_reason="length")
+        first = count("time_to_first_token_seconds_count")
+        for ticket in [client.submit((1, 2, i), 7) for i in range(5)]:
+            await read(ticket)
+        assert count("generation_tokens_total") == before[0] + 35
+        assert count("prompt_tokens_total") == before[1] + 15
+        assert count("request_success_total", finished_reason="length") == before[2] + 5
+        assert count("time_to_first_token_seconds_count") == first + 5
+        assert (count("num_requests_running"), count("num_requests_waiting")) == (0, 0)
+        assert REGISTRY.get_sample_value("adapterd_generation_tokens_total") is None, "the global registry is left alone"
+
+
+async def test_cancelling_ends_the_work_and_frees_the_row() -> None:
+    async with engine(max_rows=1) as client:
+        ticket = await begun(client)
+        waiting = client.submit((5,), 2)
+        ticket.cancel()
+        ticket.cancel()
+        _, end = await read(ticket)
+        assert end.finish is Finish.CANCELLED
+        assert (await read(waiting))[0] == expected(None, (5,), 2)
+        assert client.gauges.running == 0
+
+
+async def test_a_caller_that_has_all_it_wants_succeeded() -> None:
+    async with engine() as client:
+        before = count("request_success_total", finished_reason="stop_sequence"), count("request_failure_total", code="cancelled")
+        ticket = await begun(client)
+        ticket.cancel(stopped=True)
+        await read(ticket)
+        after = count("request_success_total", finished_reason="stop_sequence"), count("request_failure_total", code="cancelled")
+        assert after == (before[0] + 1, before[1])
+
+
+async def test_over_the_queues_limit_nothing_is_admitted() -> None:
+    async with engine(max_rows=1, queue_limit=2) as client:
+        tickets = [client.submit((1,), ENDLESS) for _ in range(3)]
+        with pytest.raises(Overloaded) as refused:
+            client.submit((1,), 1)
+        assert refused.value.retry_after == 1
+        for ticket in tickets:
+            ticket.cancel()
+            assert (await read(ticket))[1].finish is Finish.CANCELLED
+
+
+async def test_nothing_is_admitted_while_it_loads() -> None:
+    async with engine(wait=False) as client:
+        assert client.state == "loading"
+        with pytest.raises(NotReady) as refused:
+            client.submit((1,), 1)
+        assert refused.value.retry_after
+        await client.wait_ready()
+        assert (client.stage, client.fraction) == ("", 1.0)
+        assert client.base
+        assert client.base.rows == 2
+        await read(client.submit((1,), 1))
+
+
+async def test_a_deadline_ends_the_ticket_and_its_work() -> None:
+    async with engine(request_timeout_s=0.5) as client:
+        ticket = client.submit((1,), ENDLESS)
+        _, end = await read(ticket)
+        assert (end.finish, end.code) == (Finish.FAILED, "deadline_exceeded")
+        await until(lambda: client.gauges.running == 0)
+        assert client.ready
+
+
+async def test_a_killed_worker_fails_what_ran_and_serves_what_waited() -> None:
+    async with engine(max_rows=2) as client:
+        pinned, plain = adapter("pinned"), adapter("plain")
+        client.offer(pinned, pinned=True)
+        client.offer(plain)
+        await client.loaded(plain.digest)
+        restarts = count("worker_restarts_total")
+        running = [await begun(client), await begun(client, adapter=plain.digest)]
+        waiting = [client.submit((4, i), 3, digest) for i, digest in enumerate((None, plain.digest, pinned.digest))]
+        gone = client.submit((9,), 3)
+        os.kill(worker(client), signal.SIGKILL)
+        await until(lambda: client.state == "restarting")
+        assert "SIGKILL" in client.reason
+        gone.cancel()
+        with pytest.raises(NotReady):
+            client.submit((1,), 1)
+        for ticket in running:
+            _, end = await read(ticket)
+            assert (end.finish, end.code) == (Finish.FAILED, "not_ready")
+            assert "the worker died" in end.message
+        for i, ticket in enumerate(waiting):
+            assert (await read(ticket))[0] == expected(ticket.request.adapter, (4, i), 3)
+        assert (await read(gone))[1].finish is Finish.CANCELLED
+        assert client.ready
+        await until(lambda: client.tier(pinned.digest) is Tier.DEVICE)
+        assert count("worker_restarts_total") == restarts + 1
+
+
+async def test_an_injected_death_comes_once() -> None:
+    async with engine(faults=Faults(kill=3)) as client:
+        _, end = await read(client.submit((1,), 5))
+        assert (end.finish, end.code) == (Finish.FAILED, "not_ready")
+        await client.wait_ready()
+        assert len((await read(client.submit((1,), 5)))[0]) == 5
+
+
+async def test_a_stuck_worker_is_killed_and_replaced() -> None:
+    async with engine(faults=Faults(stuck=2), request_timeout_s=1) as client:
+        pid = worker(client)
+        _, end = await read(client.submit((1,), 5))
+        assert end.finish is Finish.FAILED
+        assert end.code in ("not_ready", "deadline_exceeded")
+        await until(lambda: client.worker_pid not in (pid, None) and client.ready)
+        assert len((await read(client.submit((1,), 5)))[0]) == 5
+
+
+async def test_a_worker_that_waits_for_a_slow_disk_is_not_stuck() -> None:
+    async with engine(faults=Faults(slow_load=1.5), request_timeout_s=1) as client:
+        pid, slow = worker(client), adapter("slow")
+        client.offer(slow, preload=False)
+        _, end = await read(client.submit((1,), 2, slow.digest))
+        assert end.code == "deadline_exceeded"
+        assert (await client.loaded(slow.digest)).seconds > 1.5
+        assert (await read(client.submit((1,), 2, slow.digest)))[0] == expected(slow.digest, (1,), 2)
+        assert worker(client) == pid
+
+
+async def test_a_raising_step_fails_its_requests_only() -> None:
+    async with engine(faults=Faults(step=3)) as client:
+        pid = worker(client)
+        for _ in range(3):
+            tokens, end = await read(client.submit((1,), 5))
+            assert tokens == expected(None, (1,), 2)
+            assert (end.finish, end.code) == (Finish.FAILED, "internal")
+            assert len((await read(client.submit((1,), 2)))[0]) == 2
+        assert worker(client) == pid
+
+
+async def test_two_raising_steps_in_a_row_replace_the_worker() -> None:
+    async with engine(faults=Faults(step=1), max_rows=1) as client:
+        pid = worker(client)
+        tickets = [client.submit((1,), 5) for _ in range(2)]
+        for ticket in tickets:
+            _, end = await read(ticket)
+            assert end.code == "internal"
+        await until(lambda: client.worker_pid not in (pid, None))
+
+
+async def test_draining_lets_the_admitted_finish_and_takes_no_more() -> None:
+    async with engine(max_rows=1) as client:
+        tickets = [client.submit((1, i), 40) for i in range(3)]
+        stopping = asyncio.create_task(client.stop(30))
+        await until(lambda: client.state == "draining")
+        with pytest.raises(NotReady):
+            client.submit((1,), 1)
+        for i, ticket in enumerate(tickets):
+            assert (await read(ticket))[0] == expected(None, (1, i), 40)
+        await stopping
+
+
+async def test_the_grace_ends_what_does_not() -> None:
+    async with engine(max_rows=1) as client:
+        pid = worker(client)
+        tickets = [await begun(client), client.submit((1,), 5)]
+        await client.stop(0.1)
+        for ticket in tickets:
+            _, end = await read(ticket)
+            assert (end.finish, end.code) == (Finish.FAILED, "not_ready")
+        assert not psutil.pid_exists(pid)
+        assert client.state == "draining"
+        await client.stop(0)
+
+
+async def test_a_stuck_worker_does_not_hold_the_end() -> None:
+    async with engine(faults=Faults(stuck=2)) as client:
+        pid, ticket = worker(client), client.submit((1,), 5)
+        await until(lambda: ticket.first is not None)
+        await client.stop(0)
+        assert (await read(ticket))[1].code == "not_ready"
+        assert not psutil.pid_exists(pid)
+
+
+async def test_one_that_still_loads_or_never_started_can_be_stopped() -> None:
+    async with engine(wait=False) as client:
+        pid = worker(client)
+    assert not psutil.pid_exists(pid)
+    with pytest.raises(NotReady):
+        await client.wait_ready()
+    await Client(Settings()).stop(0)
+
+
+async def test_a_base_that_cannot_be_served_is_told_and_not_tried_again() -> None:
+    async with engine("build_broken", wait=False) as client:
+        with pytest.raises(NotReady, match="the fake base is broken"):
+            await client.wait_ready()
+        await until(lambda: client.worker_pid is None)
+        assert client.state == "failed"
+        assert client.reason == "ADAPTERD_BASE: the fake base is broken"
+        assert (await client.loaded("sha256:any")).error
+
+
+async def test_three_deaths_while_loading_are_the_end() -> None:
+    async with engine("build_dying", wait=False) as client:
+        client.offer(adapter("a"))
+        with pytest.raises(NotReady, match=r"exit code 9.* 3 times in a row"):
+            await client.wait_ready()
+        assert client.state == "failed"
+        assert (await client.loaded("sha256:a")).error
+
+
+async def test_an_adapter_that_cannot_be_read_says_why() -> None:
+    async with engine() as client:
+        client.offer(adapter("broken", readable=False))
+        assert "cannot be read" in (await client.loaded("sha256:broken")).error
+        _, end = await read(client.submit((1,), 2, "sha256:broken"))
+        assert end.code == "adapter_invalid"
+
+
+async def test_dropping_waits_for_those_in_flight_and_frees() -> None:
+    async with engine() as client:
+        dying = adapter("dying", size=777)
+        client.offer(dying)
+        running = await begun(client, adapter=dying.digest)
+        dropping = asyncio.create_task(client.drop(dying.digest))
+        await asyncio.sleep(0)
+        _, end = await read(client.submit((1,), 2, dying.digest))
+        assert end.code == "adapter_not_found"
+        assert not dropping.done()
+        running.cancel()
+        assert await dropping == 777
+        assert client.tier(dying.digest) is Tier.DISK
+        assert client.pool == ()
+        assert await client.drop(dying.digest) == 0
+
+
+async def test_an_adapter_is_dropped_with_the_worker_that_held_it() -> None:
+    async with engine() as client:
+        dying = adapter("dying")
+        client.offer(dying)
+        await begun(client, adapter=dying.digest)
+        dropping = asyncio.create_task(client.drop(dying.digest))
+        await asyncio.sleep(0)
+        os.kill(worker(client), signal.SIGKILL)
+        assert await dropping == 0
+        await client.wait_ready()
+        _, end = await read(client.submit((1,), 2, dying.digest))
+        assert end.code == "adapter_not_found"
+
+
+async def test_loaded_sets_out_for_what_nobody_asked_to_read() -> None:
+    async with engine() as client:
+        lazy = adapter("lazy")
+        client.offer(lazy, preload=False)
+        assert client.tier(lazy.digest) is Tier.DISK
+        load = await client.loaded(lazy.digest)
+        assert (load.error, load.size) == ("", 1000)
+        client.offer(lazy)
+        assert (await client.loaded(lazy.digest)).error == ""
+
+
+async def test_pins_move_over_the_wire() -> None:
+    async with engine(pool_rank=16) as client:
+        wide = [adapter(f"w{i}", rank=16) for i in range(2)]
+        for each in wide:
+            client.offer(each, preload=False)
+        await read(client.submit((1,), 1, wide[0].digest))
+        client.pin(wide[0].digest, True)
+        _, end = await read(client.submit((1,), 1, wide[1].digest))
+        assert end.code == "overloaded"
+        client.pin(wide[0].digest, False)
+        assert (await read(client.submit((1,), 1, wide[1].digest)))[1].finish is Finish.LENGTH
+        assert [client.tier(each.digest) for each in wide] == [Tier.HOST, Tier.DEVICE]
+        assert count("adapters", tier="device") == 1
+
+
+async def test_adapters_offered_while_it_loads_are_told_later() -> None:
+    async with engine(wait=False) as client:
+        early = adapter("early")
+        client.offer(early)
+        assert (await client.loaded(early.digest)).error == ""
+        assert await client.drop(early.digest) == 1000

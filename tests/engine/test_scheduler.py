@@ -1,0 +1,354 @@
+"""Who runs next, in which chunks, and how each request ends."""
+
+from __future__ import annotations
+
+import pytest
+
+from service.engine.request import Finish, Lane, Tier
+from service.engine.rows import WORTH
+from service.engine.scheduler import PASSES
+from tests.engine.driver import Driver
+from tests.fakes import adapter, expected
+
+LONG = list(range(40))
+
+
+def test_first_come_first_served() -> None:
+    driver = Driver(rows=2)
+    ids = [driver.submit([1, i], 3) for i in range(7)]
+    driver.settle()
+    assert driver.order == ids
+    driver.check()
+
+
+def test_a_sequence_enters_at_the_step_after_one_leaves() -> None:
+    driver = Driver(rows=2)
+    short, _ = driver.submit([1], 2), driver.submit([2], 9)
+    next_one = driver.submit([3], 2)
+    driver.step()
+    driver.step()
+    assert driver.stories[short].end
+    assert next_one in {chunk.request.id for chunk in driver.step().chunks}
+
+
+def test_prefill_is_chunked_and_every_running_sequence_decodes_in_every_step() -> None:
+    driver = Driver(prefill_tokens=16)
+    talker = driver.submit([1], 30)
+    driver.step()
+    driver.submit(LONG, 2)
+    driver.submit(LONG[:5][::-1], 2)
+    for step in range(5):
+        chunks = driver.step().chunks
+        assert chunks[0].request.id == talker
+        assert all(len(chunk.tokens) == 1 for chunk in chunks if chunk.generated)
+        prefill = [len(chunk.tokens) for chunk in chunks if not chunk.generated]
+        assert prefill == [[16], [16], [8, 5], [], []][step]
+    driver.settle()
+    driver.check()
+
+
+def test_nobody_takes_more_than_a_share_of_rows_while_others_wait() -> None:
+    """A hundred requests of one adapter came first; the others still get half of the rows as they fall free."""
+    driver = Driver(rows=4, pool_rank=16)
+    greedy, modest = adapter("greedy"), adapter("modest")
+    driver.scheduler.offer(greedy)
+    driver.scheduler.offer(modest)
+    for i in range(100):
+        driver.submit([i], 4, greedy)
+    driver.step()
+    for i in range(10):
+        driver.submit([i], 4, modest)
+    for _ in range(5):
+        driver.step()
+    held = [s.adapter for s in driver.scheduler.running.values()]
+    assert held.count(modest.digest) == 2
+    while any(s.adapter == modest.digest for queue in driver.scheduler.waiting.values() for s in queue):
+        held = [chunk.request.adapter for chunk in driver.step().chunks]
+        assert held.count(greedy.digest) <= 2
+    driver.settle()
+    driver.check()
+
+
+def test_an_adapter_that_does_not_fit_is_overtaken_a_bounded_number_of_times() -> None:
+    """A stream of base requests that never ends cannot starve an adapter that needs the whole pool."""
+    driver = Driver(rows=4, pool_rank=16, prefill_tokens=100)
+    small, big = adapter("small", rank=4), adapter("big", rank=16)
+    driver.scheduler.offer(small)
+    driver.scheduler.offer(big)
+    driver.submit([1], 5, small)
+    driver.step()
+    waiting = driver.submit([2], 2, big)
+    passed = 0
+    for step in range(200):
+        if step % 2 == 0:
+            driver.submit([3, step], 3, small)
+        driver.submit([4, step], 2)
+        before = len(driver.order)
+        driver.step()
+        if driver.stories[waiting].started:
+            break
+        passed += len(driver.order) - before
+    assert driver.stories[waiting].started
+    assert passed <= PASSES
+    driver.settle()
+    driver.check()
+
+
+def test_others_pass_while_an_adapter_is_read() -> None:
+    driver = Driver(rows=2)
+    slow = adapter("slow")
+    driver.scheduler.offer(slow)
+    driver.reading = False
+    waits = driver.submit([1], 2, slow)
+    passes = [driver.submit([2, i], 2) for i in range(PASSES + 5)]
+    for _ in range(60):
+        driver.step()
+    assert all(driver.stories[id].end for id in passes)
+    driver.reading = True
+    driver.settle()
+    assert driver.stories[waits].tokens == expected(slow.digest, [1], 2)
+
+
+def test_a_request_that_pinned_adapters_leave_no_room_for_is_refused() -> None:
+    driver = Driver(pool_rank=8)
+    pinned, big = adapter("pinned", rank=4), adapter("big", rank=8)
+    driver.scheduler.offer(pinned, pinned=True)
+    driver.scheduler.offer(big)
+    driver.settle()
+    id = driver.submit([1], 2, big)
+    driver.settle()
+    end = driver.stories[id].end
+    assert end
+    assert (end.finish, end.code) == (Finish.FAILED, "overloaded")
+    assert "8 rank rows" in end.message
+    assert "pinned" in end.message
+
+
+def test_adapters_that_cannot_be_together_take_turns() -> None:
+    driver = Driver(rows=4, pool_rank=8)
+    several = [adapter(f"a{i}", rank=8) for i in range(4)]
+    for each in several:
+        driver.scheduler.offer(each)
+    for i in range(20):
+        driver.submit([i], 3, several[i % 4])
+    driver.settle()
+    driver.check()
+    assert all(story.end and story.end.finish is Finish.LENGTH for story in driver.stories.values())
+
+
+def test_the_least_recently_used_adapter_leaves_the_pool() -> None:
+    driver = Driver(pool_rank=8)
+    first, second, third = (adapter(name, rank=4) for name in ("first", "second", "third"))
+    for each in (first, second, third):
+        driver.scheduler.offer(each)
+    for each in (first, second, first, third):
+        driver.submit([1], 1, each)
+        driver.settle()
+    assert driver.tiers[first.digest] is Tier.DEVICE
+    assert driver.tiers[second.digest] is Tier.HOST
+    assert driver.tiers[third.digest] is Tier.DEVICE
+
+
+def test_shadow_adapters_need_no_pool_rows() -> None:
+    driver = Driver(pool_rank=4)
+    shadow = adapter("shadow", lane=Lane.SHADOW)
+    driver.scheduler.offer(shadow)
+    mixed = [driver.submit([1], 3, shadow), driver.submit([1], 3)]
+    driver.settle()
+    assert [driver.stories[id].tokens for id in mixed] == [expected(shadow.digest, [1], 3), expected(None, [1], 3)]
+    assert driver.scheduler.gauges.pool_used == 0
+    assert driver.tiers[shadow.digest] is Tier.HOST
+
+
+def test_pinned_adapters_are_placed_when_they_are_read_and_stay() -> None:
+    driver = Driver(pool_rank=8)
+    pinned = adapter("pinned", rank=4)
+    driver.scheduler.offer(pinned, pinned=True)
+    driver.settle()
+    assert driver.tiers[pinned.digest] is Tier.DEVICE
+    for i in range(6):
+        other = adapter(f"o{i}", rank=4)
+        driver.scheduler.offer(other)
+        driver.submit([1], 2, other)
+        driver.settle()
+    assert driver.tiers[pinned.digest] is Tier.DEVICE
+    driver.scheduler.pin(pinned.digest, False)
+    driver.submit([1], 1, adapter("o0", rank=4))
+    driver.settle()
+    assert driver.tiers[pinned.digest] is Tier.HOST
+
+
+def test_preloading_fills_free_rows_and_drives_nobody_out() -> None:
+    driver = Driver(pool_rank=8)
+    for name in ("a", "b", "c"):
+        driver.scheduler.offer(adapter(name, rank=4), preload=True)
+    driver.settle()
+    assert [driver.tiers[f"sha256:{name}"] for name in "abc"] == [Tier.DEVICE, Tier.DEVICE, Tier.HOST]
+
+
+def test_host_memory_forgets_the_least_recently_used() -> None:
+    driver = Driver(pool_rank=4, host_bytes=2500)
+    for name in ("a", "b", "c"):
+        each = adapter(name, rank=4, size=1000)
+        driver.scheduler.offer(each)
+        driver.submit([1], 1, each)
+        driver.settle()
+    assert [driver.tiers[f"sha256:{name}"] for name in "abc"] == [Tier.DISK, Tier.HOST, Tier.DEVICE]
+    assert driver.scheduler.gauges.host_bytes == 2000
+
+
+def test_an_adapter_that_cannot_be_read_fails_its_requests_only() -> None:
+    driver = Driver()
+    broken = adapter("broken", readable=False)
+    driver.scheduler.offer(broken, preload=True)
+    bad, good = driver.submit([1], 2, broken), driver.submit([1], 2)
+    driver.settle()
+    end = driver.stories[bad].end
+    assert end
+    assert (end.finish, end.code, end.message) == (Finish.FAILED, "adapter_invalid", "cannot be read")
+    assert driver.stories[good].tokens == expected(None, [1], 2)
+
+
+def test_a_dropped_adapter_serves_those_it_has_and_takes_no_more() -> None:
+    driver = Driver(rows=1)
+    dying = adapter("dying")
+    driver.scheduler.offer(dying)
+    running, waiting = driver.submit([1], 4, dying), driver.submit([2], 4, dying)
+    driver.step()
+    driver.scheduler.drop(dying.digest)
+    late = driver.submit([3], 4, dying)
+    driver.step()
+    assert driver.dropped == []
+    driver.settle()
+    assert [driver.stories[id].tokens for id in (running, waiting)] == [expected(dying.digest, [n], 4) for n in (1, 2)]
+    end = driver.stories[late].end
+    assert end
+    assert end.code == "adapter_not_found"
+    assert driver.dropped == [dying.digest]
+    driver.check_free()
+
+
+def test_an_adapter_offered_again_while_it_drains_stays() -> None:
+    driver = Driver()
+    back = adapter("back")
+    driver.scheduler.offer(back)
+    driver.submit([1], 4, back)
+    driver.step()
+    driver.scheduler.drop(back.digest)
+    driver.scheduler.offer(back)
+    driver.settle()
+    assert driver.dropped == [back.digest]
+    assert driver.tiers[back.digest] is Tier.DEVICE
+
+
+@pytest.mark.parametrize(("prompt", "max_tokens", "count", "finish"), [(60, 10, 4, Finish.LENGTH), (64, 10, 1, Finish.LENGTH)])
+def test_a_full_row_ends_the_sequence(prompt: int, max_tokens: int, count: int, finish: Finish) -> None:
+    driver = Driver(context=64)
+    id = driver.submit(range(prompt), max_tokens)
+    driver.settle()
+    story = driver.stories[id]
+    assert story.end
+    assert (len(story.tokens), story.end.finish) == (count, finish)
+
+
+@pytest.mark.parametrize(("prompt", "code"), [([], "validation"), (range(65), "context_length_exceeded")])
+def test_a_prompt_that_no_row_can_run_is_refused(prompt: list[int], code: str) -> None:
+    driver = Driver(context=64)
+    id = driver.submit(prompt, 1)
+    driver.settle()
+    end = driver.stories[id].end
+    assert end
+    assert (end.finish, end.code) == (Finish.FAILED, code)
+
+
+def test_an_eos_token_ends_the_sequence_and_is_told() -> None:
+    tokens = expected(None, [5], 6)
+    driver = Driver()
+    id = driver.submit([5], 6, eos=frozenset({tokens[3], 10_000}))
+    driver.settle()
+    story = driver.stories[id]
+    assert story.tokens == tokens[:4]
+    assert story.end
+    assert story.end.finish is Finish.EOS
+
+
+def test_scoring_a_prompt_prefills_only_and_tells_every_token() -> None:
+    driver = Driver(prefill_tokens=16)
+    id = driver.submit(LONG, 0, prompt_logprobs=0)
+    driver.settle()
+    end = driver.stories[id].end
+    assert end
+    assert (end.finish, end.token) == (Finish.LENGTH, None)
+    assert [token.id for token in end.prompt] == LONG
+    assert [token.logprob for token in end.prompt[:2]] == [None, -1.0]
+
+
+def test_the_prompts_scores_come_once_with_the_first_token() -> None:
+    driver = Driver(prefill_tokens=16)
+    driver.submit(LONG, 3, prompt_logprobs=0)
+    told = []
+    while driver.scheduler.busy:
+        driver.scheduler.commit(plan := driver.scheduler.plan(), driver.runner.step(plan))
+        told += [len(event.prompt) for event in driver.scheduler.report().events]
+    assert told == [40, 0, 0]
+
+
+def test_cancelling_frees_the_row_at_once_and_twice_is_once() -> None:
+    driver = Driver(rows=1)
+    running, waiting = driver.submit([1], 50), driver.submit([2], 2)
+    driver.step()
+    driver.scheduler.cancel(running)
+    driver.scheduler.cancel(running)
+    plan = driver.step()
+    assert [chunk.request.id for chunk in plan.chunks] == [waiting]
+    driver.scheduler.cancel(99)
+    driver.settle()
+    end = driver.stories[running].end
+    assert end
+    assert end.finish is Finish.CANCELLED
+
+
+def test_a_raised_step_fails_its_requests_and_nobody_else() -> None:
+    driver = Driver(rows=1)
+    hit, spared = driver.submit([1], 5), driver.submit([2], 5)
+    driver.step(fault=True)
+    driver.settle()
+    end = driver.stories[hit].end
+    assert end
+    assert (end.finish, end.code) == (Finish.FAILED, "internal")
+    assert driver.stories[spared].tokens == expected(None, [2], 5)
+
+
+def test_a_conversation_goes_on_in_its_row() -> None:
+    driver = Driver()
+    driver.submit(LONG[:20], 6)
+    driver.settle()
+    said = [*LONG[:20], *driver.stories[0].tokens, 7, 8]
+    driver.runner.prefilled = 0
+    driver.submit(said, 4)
+    driver.settle()
+    driver.check()
+    assert driver.runner.prefilled == len(said) - 25, "the last token said was never fed, all before it was"
+    assert driver.runner.copied == 0
+
+
+def test_choices_of_one_prompt_share_its_prefill() -> None:
+    driver = Driver(rows=4, prefill_tokens=16)
+    for _ in range(4):
+        driver.submit(LONG, 3)
+    driver.settle()
+    driver.check()
+    assert driver.runner.prefilled <= 40 + 3 * WORTH
+
+
+def test_the_same_prompt_under_another_adapter_starts_anew() -> None:
+    driver = Driver()
+    several = [adapter("a"), adapter("b"), None]
+    for each in several[:2]:
+        assert each
+        driver.scheduler.offer(each)
+    for each in (*several, *several):
+        driver.submit(LONG, 3, each)
+        driver.settle()
+    driver.check()
+    assert driver.runner.prefilled == 3 * 40 + 3

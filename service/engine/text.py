@@ -41,15 +41,15 @@ class Text:
         if self._tokenizer.eos_token_id is not None:
             eos |= {self._tokenizer.eos_token_id}
         self.base = Voice(backend, self._tokenizer, eos, self._tokenizer.chat_template, {})
-        self._voices: dict[str, Voice] = {}
+        self._voices: dict[object, Voice] = {}
 
-    def known(self, digest: str) -> Voice | None:
-        """The voice of this content if its files were read before."""
-        return self._voices.get(digest)
+    def known(self, generation: object) -> Voice | None:
+        """The voice of this generation of an adapter if its files were read before. (A digest says nothing about tokenizer files.)"""
+        return self._voices.get(generation)
 
-    def of(self, digest: str, folder: Path) -> Voice:
-        """The voice of this content, from its folder's files. Raises AdapterInvalid when its tokenizer files are broken."""
-        voice = self._voices.setdefault(digest, self._read(folder))
+    def of(self, generation: object, folder: Path) -> Voice:
+        """The voice of this generation, from its folder's files. Raises AdapterInvalid when its tokenizer files are broken."""
+        voice = self._voices.setdefault(generation, self._read(folder))
         while len(self._voices) > KEPT:
             self._voices.pop(next(iter(self._voices)), None)
         return voice

@@ -216,7 +216,7 @@ def test_what_a_template_refuses_is_a_bad_request(text: Text, folder: Path, tmp_
     template = "{{ raise_exception('no messages') if not messages }}{{ '<|im_start|>' + messages[0].role + messages[0].content }}"
     (tmp_path / "chat_template.jinja").write_text(template)
     with pytest.raises(BadRequest, match="messages"):
-        text.of("sha256:strict", tmp_path).chat(messages)
+        text.of("strict", tmp_path).chat(messages)
 
 
 def test_a_base_without_a_template_says_so(tmp_path: Path) -> None:
@@ -236,20 +236,20 @@ def test_a_base_without_a_tokenizer_stops_the_start(tmp_path: Path) -> None:
 
 
 def test_an_adapter_without_files_speaks_as_the_base(text: Text, own: Path) -> None:
-    assert text.known("sha256:plain") is None
-    assert text.of("sha256:plain", own) is text.base
-    assert text.known("sha256:plain") is text.base
+    assert text.known("plain") is None
+    assert text.of("plain", own) is text.base
+    assert text.known("plain") is text.base
 
 
 def test_an_adapters_template_comes_before_the_bases(text: Text, own: Path) -> None:
     (own / "chat_template.jinja").write_text("{{ bos_token }}One sentence. {{ messages[-1]['content'] }}")
-    assert list(text.of("sha256:jinja", own).chat([USER])) == making.ids("<|im_start|>One sentence. Hi")
+    assert list(text.of("jinja", own).chat([USER])) == making.ids("<|im_start|>One sentence. Hi")
 
 
 def test_a_template_in_the_tokenizers_config_counts_and_so_do_its_tokens(text: Text, own: Path) -> None:
     settings = {"chat_template": "{{ eos_token }}{{ messages[0].content }}", "eos_token": {"content": "<|endoftext|>"}}
     (own / "tokenizer_config.json").write_text(json.dumps(settings))
-    voice = text.of("sha256:config", own)
+    voice = text.of("config", own)
     assert list(voice.chat([USER])) == making.ids("<|endoftext|>Hi")
     assert voice.eos == {0, 2, 7}
 
@@ -257,25 +257,25 @@ def test_a_template_in_the_tokenizers_config_counts_and_so_do_its_tokens(text: T
 def test_named_templates_are_chosen_by_need(text: Text, own: Path) -> None:
     named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "{{ tools[0].function.name }}"}]
     (own / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    voice = text.of("sha256:named", own)
+    voice = text.of("named", own)
     assert list(voice.chat([USER])) == making.ids("plain")
     assert list(voice.chat([USER], [{"type": "function", "function": {"name": "add"}}])) == making.ids("add")
 
 
 def test_an_adapters_own_eos_ends_its_answers_too(text: Text, own: Path) -> None:
     (own / "generation_config.json").write_text(json.dumps({"eos_token_id": [9]}))
-    assert text.of("sha256:eos", own).eos == {2, 7, 9}
+    assert text.of("eos", own).eos == {2, 7, 9}
 
 
 def test_the_same_vocabulary_is_shared_and_another_is_its_own(text: Text, folder: Path, own: Path) -> None:
     shutil.copyfile(folder / "tokenizer.json", own / "tokenizer.json")
-    assert text.of("sha256:same", own).backend is text.base.backend
+    assert text.of("same", own).backend is text.base.backend
     (own / "tokenizer.json").write_text(json.dumps(json.loads((folder / "tokenizer.json").read_text()), indent=4))
-    assert text.of("sha256:reformatted", own).backend is text.base.backend
+    assert text.of("reformatted", own).backend is text.base.backend
     more = Tokenizer.from_file(str(folder / "tokenizer.json"))
     more.add_special_tokens(["<|extra|>"])
     more.save(str(own / "tokenizer.json"))
-    voice = text.of("sha256:more", own)
+    voice = text.of("more", own)
     assert voice.encode("<|extra|>") == (text.base.size,)
     assert voice.size == text.base.size + 1
 
@@ -283,7 +283,7 @@ def test_the_same_vocabulary_is_shared_and_another_is_its_own(text: Text, folder
 def test_broken_tokenizer_files_are_the_adapters_fault(text: Text, own: Path) -> None:
     (own / "tokenizer.json").write_text("{")
     with pytest.raises(AdapterInvalid, match="tokenizer"):
-        text.of("sha256:broken", own)
+        text.of("broken", own)
 
 
 # ---- tool calls
@@ -338,4 +338,4 @@ def test_a_template_without_tools_takes_none(text: Text, own: Path) -> None:
     with pytest.raises(BadRequest, match="tools"):
         text.base.format()
     (own / "chat_template.jinja").write_text("{{ tools }}<tool_call>")
-    assert text.of("sha256:tools", own).format() is Format.HERMES
+    assert text.of("tools", own).format() is Format.HERMES

@@ -1,0 +1,185 @@
+"""How a request of either dialect gets in: adapter, prompt, room in the context, tickets; and out again, however it ends.
+
+Knows no wire shapes. Whatever it takes is given back when the HTTP request is over, also when the client has left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Annotated, Any
+
+from fastapi import Depends, Request
+
+from .. import metrics
+from ..engine.decoding import Stops
+from ..engine.request import BaseCard, Sampling
+from ..errors import BadRequest, ContextLengthExceeded
+from .answer import Answer
+from .rooms import Open, Rooms
+
+if TYPE_CHECKING:
+    from ..adapters.registry import Generation
+    from ..engine.text import Voice
+
+LONG = 20_000  # characters; a longer prompt is tokenized off the event loop
+ALIASES = ("base", "__base__")
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What is wanted of the engine, for every prompt of a request. The `param`s are the dialect's names for `max_tokens` and the prompt."""
+
+    sampling: Sampling
+    max_tokens: int | None
+    default_tokens: int | None
+    stop: Sequence[str] = ()
+    count: int = 1
+    seed: int | None = None
+    ignore_eos: bool = False
+    prompt_logprobs: int | None = None
+    param: str = "max_tokens"
+    prompt_param: str = "prompt"
+
+
+@dataclass
+class Admission:
+    """What one HTTP request holds: the lease of its adapter and its tickets."""
+
+    request: Request
+    rooms: Rooms
+    held: ExitStack
+    generation: Generation | None = None
+    answers: list[Answer] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def base(self) -> BaseCard:
+        card = self.rooms.client.base
+        if card is None:
+            raise self.rooms.closed("the base is loading")
+        return card
+
+    @property
+    def adapter(self) -> dict[str, str] | None:
+        """What every answer says of its adapter; None for the base."""
+        return {"id": self.generation.id, "digest": self.generation.digest} if self.generation else None
+
+    async def enter(self, name: str | None) -> Voice:
+        """Leases the adapter of this name until the request is over, and gives its voice. Raises AdapterNotFound, NotReady."""
+        if name is None or name in (*ALIASES, self.rooms.registry.base_id):
+            return self.rooms.text.base
+        self.generation = found = self.held.enter_context(self.rooms.registry.lease(name))
+        text = self.rooms.text
+        known = text.known(found.number)
+        return known if known is not None else await asyncio.to_thread(text.of, found.number, found.folder)
+
+    def submit(self, voice: Voice, prompt: tuple[int, ...], ask: Ask) -> list[Answer]:
+        """Takes the tickets of one prompt. Raises BadRequest, ContextLengthExceeded, Overloaded, NotReady."""
+        self._check(prompt, ask)
+        room = budget(len(prompt), ask, self.base.context)
+        seed = ask.seed if ask.seed is not None else random.SystemRandom().getrandbits(52)
+        made = [self._answer(voice, prompt, ask, room, (seed + i) % 2**64) for i in range(ask.count)]
+        self.answers += made
+        return made
+
+    def _check(self, prompt: tuple[int, ...], ask: Ask) -> None:
+        size = self.base.vocab_size
+        if not prompt:
+            raise BadRequest(f"{ask.prompt_param}: the prompt is empty, it has no tokens", param=ask.prompt_param)
+        if max(prompt) >= size:
+            raise BadRequest(f"{ask.prompt_param}: no token has the id {max(prompt)}; the vocabulary has {size}", param=ask.prompt_param)
+        wrong = [id for id, _ in ask.sampling.logit_bias if id >= size]
+        if wrong:
+            raise BadRequest(f"logit_bias: no token has the id {wrong[0]}; the vocabulary has {size}", param="logit_bias")
+
+    def _answer(self, voice: Voice, prompt: tuple[int, ...], ask: Ask, room: int, seed: int) -> Answer:
+        ticket = self.rooms.client.submit(
+            prompt=prompt,
+            max_tokens=room,
+            adapter=self.generation.digest if self.generation else None,
+            sampling=replace(ask.sampling, seed=seed),
+            eos=frozenset() if ask.ignore_eos else voice.eos,
+            prompt_logprobs=ask.prompt_logprobs,
+        )
+        self.held.callback(ticket.cancel)
+        return Answer(ticket, voice, prompt, Stops(ask.stop), seed, ask.sampling.min_tokens)
+
+    async def finish(self) -> None:
+        """Waits for every answer, for a response that is sent whole. Raises Cancelled when the client leaves."""
+        watcher = asyncio.create_task(self._watch())
+        try:
+            await asyncio.gather(*(answer.finish() for answer in self.answers))
+        finally:
+            watcher.cancel()
+
+    async def _watch(self) -> None:
+        """The server tells that the client has left, but stops no handler that has not begun to answer."""
+        while (await self.request.receive())["type"] != "http.disconnect":
+            pass
+        for answer in self.answers:
+            answer.ticket.cancel()
+
+    def headers(self) -> dict[str, str]:
+        """What is known once admitted; a prompt counts once, however many answers it gets."""
+        prompts = {id(answer.prompt): len(answer.prompt) for answer in self.answers}
+        told = {"x-prompt-tokens": str(sum(prompts.values()))}
+        if self.generation is not None:
+            told |= {"x-adapter-id": self.generation.id, "x-adapter-digest": self.generation.digest}
+        return told
+
+    def times(self) -> dict[str, str]:
+        """What is known once finished, in milliseconds: of several answers the slowest one's."""
+        tickets = [answer.ticket for answer in self.answers]
+        made = sum(len(answer.tokens) for answer in self.answers)
+        queued = max((_ms(t.submitted, t.started) for t in tickets), default=0.0)
+        ran = max((_ms(t.started, t.last) for t in tickets), default=0.0)
+        each = ran / max([len(answer.tokens) for answer in self.answers] or [1]) if made else 0.0
+        times = {"queue": queued, "inference": ran, "total": (time.monotonic() - self.began) * 1000}
+        named = {f"x-{name}-time": f"{ms:.1f}" for name, ms in times.items()}
+        return {"x-generated-tokens": str(made), "x-time-per-token": f"{each:.1f}", **named}
+
+
+def _ms(start: float | None, end: float | None) -> float:
+    return max(0.0, end - start) * 1000 if start is not None and end is not None else 0.0
+
+
+async def admission(request: Request, rooms: Open) -> AsyncIterator[Admission]:
+    """A dependency, for its end runs in every case: also when the client leaves before the first byte, where no handler's would."""
+    with ExitStack() as held:
+        entered = Admission(request, rooms, held)
+        held.callback(_count, entered)
+        yield entered
+
+
+Admitted = Annotated[Admission, Depends(admission)]
+
+
+def _count(entered: Admission) -> None:
+    if entered.generation is not None and entered.answers:
+        metrics.adapter_served(entered.generation.id, sum(len(answer.tokens) for answer in entered.answers))
+
+
+def budget(prompt: int, ask: Ask, context: int) -> int:
+    """How many tokens may be made. Raises ContextLengthExceeded, with the numbers, when what was asked for does not fit."""
+    left = context - prompt
+    if ask.max_tokens is not None and ask.max_tokens <= left:
+        return ask.max_tokens
+    if ask.max_tokens is None and left > 0:
+        return min(ask.default_tokens or left, left)
+    wanted = ask.max_tokens if ask.max_tokens is not None else 1
+    raise ContextLengthExceeded(
+        f"the maximum context length is {context} tokens; the prompt has {prompt} and {ask.param} {wanted} makes {prompt + wanted}: "
+        "shorten one of them",
+        details={"context": context, "prompt_tokens": prompt, "max_tokens": wanted},
+        param=ask.param,
+    )
+
+
+async def tokenized(make: Callable[..., tuple[int, ...]], *what: Any, length: int) -> tuple[int, ...]:
+    """The ids that `make` gives, off the event loop where the text is long."""
+    return await asyncio.to_thread(make, *what) if length > LONG else make(*what)

@@ -1,0 +1,90 @@
+"""What all objects of the OpenAI dialect share: ids, usage, finish reasons, answers as they come from several sequences."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+from uuid import uuid4
+
+from .. import __version__
+from ..errors import AdapterNotFound
+from .admission import ALIASES, Admission
+from .answer import Answer, Ending, Piece
+from .rooms import Rooms
+
+Told = dict[str, Any]
+STARTED = int(time.time())
+FINISH = {Ending.LENGTH: "length", Ending.EOS: "stop", Ending.STOP: "stop"}
+
+
+def chosen(model: str, rooms: Rooms) -> str | None:
+    """The adapter's id that a model name means; None for the base. `base:adapter` is the adapter."""
+    bases = (rooms.registry.base_id, *ALIASES)
+    if model in bases:
+        return None
+    return next((model.removeprefix(base + ":") for base in bases if model.startswith(base + ":")), model)
+
+
+def shell(kind: str, object: str, model: str, admitted: Admission) -> Told:
+    """The fields that every object of one response repeats; `model` is what was asked for."""
+    return {
+        "id": f"{kind}-{uuid4().hex}",
+        "object": object,
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": f"adapterd-{__version__}",
+        "adapter": admitted.adapter,
+    }
+
+
+def usage(answers: Sequence[Answer]) -> Told:
+    """Each prompt counts once, however many answers it has."""
+    prompt = sum({id(answer.prompt): len(answer.prompt) for answer in answers}.values())
+    completion = sum(len(answer.tokens) for answer in answers)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+async def merged(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, Piece]]:
+    """The pieces of all answers as they come, each with its answer's index."""
+    if len(answers) == 1:
+        async for piece in answers[0].read():
+            yield 0, piece
+        return
+    readers = [answer.read() for answer in answers]
+    waiting = {asyncio.ensure_future(anext(reader)): i for i, reader in enumerate(readers)}
+    try:
+        while waiting:
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                i = waiting.pop(task)
+                piece = task.result()
+                if piece.ending is None:
+                    waiting[asyncio.ensure_future(anext(readers[i]))] = i
+                yield i, piece
+    finally:
+        for task in waiting:
+            if not task.cancel() and not task.cancelled():
+                task.exception()  # seen: another one's error is told
+
+
+def known_model(id: str, rooms: Rooms) -> Told:
+    """The model of this name, as /v1/models lists it. Raises AdapterNotFound."""
+    name = chosen(id, rooms)
+    listed = models(rooms)
+    found = listed[0] if name is None else next((m for m in listed[1:] if m["id"] == name), None)
+    if found is None:
+        raise AdapterNotFound(f"no model named {id[:200]!r}; GET /v1/models lists them", param="model")
+    return found
+
+
+def models(rooms: Rooms) -> list[Told]:
+    """The base, then every registered adapter."""
+    base = rooms.registry.base_id
+    return [_model(base, None, None)] + [_model(card["id"], base, card["digest"]) for card in rooms.registry.cards()]
+
+
+def _model(id: str, parent: str | None, digest: str | None) -> Told:
+    adapter = {"id": id, "digest": digest} if parent else None
+    return {"id": id, "object": "model", "created": STARTED, "owned_by": "adapterd", "root": id, "parent": parent, "adapter": adapter}

@@ -1,0 +1,110 @@
+"""What the wire shapes of both dialects share: strict numbers, refused extras, stop strings, response formats. Knows no route."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+
+MAX_STOPS, MAX_STOP_LENGTH = 16, 1000
+MAX_SEQUENCES = 128  # answers to one HTTP request
+MAX_TOP = 20  # runner-up tokens with log probabilities
+COLD = 1e-5  # a temperature under this is greedy: a quotient by it would not fit a float32
+
+
+class Strict(BaseModel):
+    """Takes no unknown field, no bool for a number, no NaN and no infinity."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+def _not_offered(value: Any) -> Any:
+    if value is not None and value is not False:
+        raise ValueError("is not offered here; only null and false are taken")
+    return value
+
+
+NotOffered = Annotated[Literal[False] | None, BeforeValidator(_not_offered)]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Factor = Annotated[float, Field(gt=0, le=100)]
+TopK = Annotated[int, Field(ge=-1)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+StopList = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
+
+
+class AnyText(Strict):
+    """No constraint."""
+
+    type: Literal["text"]
+
+
+class JsonObject(Strict):
+    """Any JSON object, or one of this schema."""
+
+    type: Literal["json_object"]
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+
+
+class NamedSchema(Strict):
+    name: str = ""
+    description: str | None = None
+    strict: bool | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class JsonSchema(Strict):
+    """JSON of a schema, in OpenAI's shape."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+class PlainSchema(Strict):
+    """JSON of a schema, written beside the type."""
+
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class Regex(Strict):
+    """Text that matches a regular expression as a whole."""
+
+    type: Literal["regex"]
+    regex: str
+
+
+class JsonGrammar(Strict):
+    """TGI's way to say a JSON schema."""
+
+    type: Literal["json"]
+    value: dict[str, Any]
+
+
+class RegexGrammar(Strict):
+    """TGI's way to say a regular expression."""
+
+    type: Literal["regex"]
+    value: str
+
+
+def _kind(value: Any) -> str | None:
+    if not isinstance(value, dict):
+        return getattr(value, "type", None)
+    kind = value.get("type")
+    return "plain_schema" if kind == "json_schema" and "schema" in value else kind if isinstance(kind, str) else None
+
+
+def _chosen(*kinds: str) -> Discriminator:
+    return Discriminator(_kind, custom_error_type="kind", custom_error_message=f"the type must be one of {', '.join(kinds)}")
+
+
+_Object = Annotated[JsonObject, Tag("json_object")]
+_Schema = Annotated[JsonSchema, Tag("json_schema")]
+_Plain = Annotated[PlainSchema, Tag("plain_schema")]
+_Text = Annotated[AnyText, Tag("text")]
+_Regex = Annotated[Regex, Tag("regex")]
+ResponseFormat = Annotated[_Object | _Schema | _Plain | _Regex | _Text, _chosen("text", "json_object", "json_schema", "regex")]
+OpenAIFormat = Annotated[_Object | _Schema | _Text, _chosen("text", "json_object", "json_schema")]
+Grammar = Annotated[Annotated[JsonGrammar, Tag("json")] | Annotated[RegexGrammar, Tag("regex")], _chosen("json", "regex")]

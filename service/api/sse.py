@@ -1,0 +1,46 @@
+"""Server-sent events, framed by hand: one frame an event, errors as the last event. Knows no dialect's shapes but the error body."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+from fastapi import Request
+from fastapi.responses import StreamingResponse
+
+from ..errors import AdapterdError
+from .errors import body, internal, openai_dialect
+
+log = logging.getLogger("adapterd.stream")
+
+UNBUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+DONE = b"data: [DONE]\n\n"
+
+
+def dumped(value: Any) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+
+
+def frame(value: Mapping[str, Any]) -> bytes:
+    return b"data: " + dumped(value) + b"\n\n"
+
+
+def streamed(request: Request, events: AsyncIterator[Mapping[str, Any]], headers: Mapping[str, str]) -> StreamingResponse:
+    """The response that sends these events as they come; under /v1 it ends with [DONE]. An error becomes the last event."""
+    return StreamingResponse(_frames(request, events), headers={**headers, **UNBUFFERED}, media_type="text/event-stream")
+
+
+async def _frames(request: Request, events: AsyncIterator[Mapping[str, Any]]) -> AsyncIterator[bytes]:
+    openai = openai_dialect(request.scope["path"])
+    try:
+        async for event in events:
+            yield frame(event)
+    except AdapterdError as error:
+        yield frame(body(error, openai))
+    except Exception:
+        log.exception("a defect in a stream")
+        yield frame(body(internal(request.scope), openai))
+    if openai:
+        yield DONE

@@ -1,0 +1,21 @@
+"""Log probabilities as JSON can carry them. Knows tokens, no wire shapes."""
+
+from __future__ import annotations
+
+import math
+
+from ..engine.request import Token
+
+LOWEST = -9999.0  # what stands for minus infinity, which JSON does not have
+
+
+def finite(logprob: float | None) -> float | None:
+    if logprob is None or math.isnan(logprob):
+        return None
+    return max(logprob, LOWEST)
+
+
+def best(token: Token, wanted: int) -> list[tuple[int, float]]:
+    """The `wanted` likeliest tokens at this place, best first, the chosen one where it belongs."""
+    known = dict(token.top) | ({token.id: token.logprob} if token.logprob is not None else {})
+    return sorted(known.items(), key=lambda pair: -pair[1])[:wanted]

@@ -1,0 +1,205 @@
+"""The whole door over an engine that says what the test tells it to: real tokenizer, real tickets, scripted tokens."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+from starlette.testclient import TestClient
+
+from service.app import create_app
+from service.engine.request import Event, Finish, Request, Sampling, Token
+from service.engine.text import Text
+from service.engine.ticket import Ticket
+from service.errors import AdapterNotFound, Overloaded
+from service.settings import read
+from tests import making
+
+from .house import BASE, Shelf, StandIn
+
+Script = Callable[[Request], Sequence[int]]
+DIGEST = "sha256:" + "a" * 64
+
+
+class Engine(StandIn):
+    """Says the script's tokens, then eos for ever. `asked` are all requests; `cancelled` those whose caller left before the end.
+
+    With `gate` closed nothing comes after the first `early` tokens of a request. `fails` is (code, message) instead of the third token.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = replace(BASE, vocab_size=len(making.tokenizer()), context=512)
+        self.script: Script = lambda request: making.ids(" the end of it all")
+        self.asked: list[Request] = []
+        self.tickets: list[Ticket] = []
+        self.cancelled: list[int] = []
+        self.limit = 100
+        self.early = 0
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.fails: tuple[str, str] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def submit(
+        self,
+        prompt: tuple[int, ...],
+        max_tokens: int,
+        adapter: str | None = None,
+        sampling: Sampling | None = None,
+        eos: frozenset[int] = frozenset(),
+        prompt_logprobs: int | None = None,
+    ) -> Ticket:
+        if len(self.asked) >= self.limit:
+            raise Overloaded("the queue is full", retry_after=1)
+        request = Request(len(self.asked), prompt, max_tokens, adapter, sampling or Sampling(), eos, prompt_logprobs)
+        ticket = Ticket(request, self._cancel)
+        self.asked.append(request)
+        self.tickets.append(ticket)
+        task = asyncio.get_running_loop().create_task(self._run(ticket))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return ticket
+
+    def _cancel(self, ticket: Ticket) -> None:
+        if not ticket.stopped:
+            self.cancelled.append(ticket.request.id)
+        ticket.deliver(Event(ticket.request.id, finish=Finish.CANCELLED), 2.0)
+
+    async def _run(self, ticket: Ticket) -> None:
+        ticket.started = ticket.submitted
+        for i, event in enumerate(events(ticket.request, self.script(ticket.request))):
+            if i >= self.early:
+                await self.gate.wait()
+            await asyncio.sleep(0)
+            if i == 2 and self.fails:
+                event = Event(ticket.request.id, finish=Finish.FAILED, code=self.fails[0], message=self.fails[1])
+            if ticket.ended is None:
+                ticket.deliver(event, ticket.submitted + i)
+
+
+def events(request: Request, script: Sequence[int]) -> Iterator[Event]:
+    wanted = request.prompt_logprobs
+    scored = tuple(described(id, wanted, -1.0 if i else None) for i, id in enumerate(request.prompt)) if wanted is not None else ()
+    if request.max_tokens == 0:
+        yield Event(request.id, finish=Finish.LENGTH, prompt=scored)
+    for i in range(request.max_tokens):
+        id = script[i] if i < len(script) else 2
+        ended = Finish.EOS if id in request.eos else Finish.LENGTH if i + 1 == request.max_tokens else None
+        token = Token(id) if request.sampling.logprobs is None else described(id, request.sampling.logprobs, -0.5 - i)
+        yield Event(request.id, token, ended, scored if i == 0 else ())
+        if ended:
+            return
+
+
+def described(id: int, wanted: int | None, logprob: float | None) -> Token:
+    """A token that is the second likeliest."""
+    others = ((70, -0.1), (id, logprob or 0.0), (71, -20.0), (72, float("-inf")))
+    return Token(id, logprob, () if logprob is None else others[:wanted])
+
+
+@dataclass
+class Generation:
+    id: str
+    number: int
+    digest: str
+    folder: Path
+    place: Any = None
+
+
+class Names(Shelf):
+    """The ids `x` and `org/y`, and what is leased."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.leased: list[str] = []
+        for id in ("x", "org/y"):
+            self.names[id] = {"id": id, "digest": DIGEST, "source": id}
+        self.root = root
+
+    @contextmanager
+    def lease(self, id: str) -> Iterator[Generation]:
+        if id not in self.names:
+            raise AdapterNotFound(f"no adapter {id!r}", param="model")
+        self.leased.append(id)
+        try:
+            yield Generation(id, len(id), DIGEST, self.root / id, Place(f"hub:{id}" if "/" in id else id))
+        finally:
+            self.leased.remove(id)
+
+
+@dataclass
+class Place:
+    source: str
+
+
+@dataclass
+class Stage:
+    """The app, what is behind it, and short ways to ask it."""
+
+    app: Any
+    knock: TestClient
+    engine: Engine
+    names: Names
+
+    def post(self, path: str, body: Any, status: int = 200) -> Any:
+        """A value that JSON does not have is given as bytes."""
+        content = body if isinstance(body, bytes) else json.dumps(body).encode()
+        answer = self.knock.post(path, content=content, headers={"content-type": "application/json"})
+        assert answer.status_code == status, answer.text
+        return answer
+
+    def generate(self, inputs: str = "Hi", status: int = 200, **parameters: Any) -> Any:
+        return self.post("/generate", {"inputs": inputs, "parameters": parameters}, status).json()
+
+    def complete(self, prompt: Any = "Hi", status: int = 200, **fields: Any) -> Any:
+        return self.post("/v1/completions", {"model": "tiny", "prompt": prompt, **fields}, status).json()
+
+    def chat(self, messages: Any = "Hi", status: int = 200, **fields: Any) -> Any:
+        messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        return self.post("/v1/chat/completions", {"model": "tiny", "messages": messages, **fields}, status).json()
+
+    def stream(self, path: str, body: Any) -> list[Any]:
+        """The events; under /v1 without the [DONE] that must end them."""
+        answer = self.post(path, body)
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        assert (answer.headers["cache-control"], answer.headers["x-accel-buffering"]) == ("no-cache", "no")
+        frames = answer.text.split("\n\n")
+        assert frames.pop() == ""
+        assert all(frame.startswith("data: ") and "\n" not in frame for frame in frames)
+        if path.startswith("/v1/"):
+            assert frames.pop() == "data: [DONE]"
+        return [json.loads(frame.removeprefix("data: ")) for frame in frames]
+
+    @property
+    def request(self) -> Request:
+        """The last one that the engine got."""
+        return self.engine.asked[-1]
+
+    def says(self, text: str) -> None:
+        self.engine.script = lambda request: making.ids(text)
+
+    @property
+    def quiet(self) -> bool:
+        """Nothing is leased and no ticket is left running."""
+        return not self.names.leased and all(ticket.ended is not None for ticket in self.engine.tickets)
+
+
+@contextmanager
+def stage(root: Path, template: str | None = None, **settings: str) -> Iterator[Stage]:
+    base = root / "base"
+    making.tokenizer().save_pretrained(base)
+    (base / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 2}))
+    if template:
+        (base / "chat_template.jinja").write_text(template)
+    engine, names = Engine(), Names(root)
+    app = create_app(read({}, {"base": "org/none", **settings}), cast(Any, engine), cast(Any, names), text=lambda _: Text(base))
+    with TestClient(app, raise_server_exceptions=False) as knock:
+        while not app.state.rooms.opened:
+            knock.get("/health")
+        yield Stage(app, knock, engine, names)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -10,6 +12,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from ..errors import AdapterdError, AdapterInvalid, Forbidden, PayloadTooLarge
 from .inspection import CONFIG, WEIGHTS
+
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class Hub:
@@ -42,6 +46,11 @@ class Hub:
         return folder / subfolder if subfolder else folder, folder.name
 
     def _download(self, name: str, revision: str | None, files: list[str], limit: int) -> Path:
+        if COMMIT.fullmatch(revision or ""):  # a commit does not change: what is there needs no asking
+            with suppress(LocalEntryNotFoundError):
+                found = self._cached(name, revision)
+                if all((found / file).is_file() for file in files):
+                    return found
         try:
             told = HfApi(endpoint=self.endpoint).model_info(name, revision=revision, files_metadata=True, timeout=20)
         except HFValidationError:
@@ -49,8 +58,11 @@ class Hub:
         except Exception as error:  # unreachable: the exception's class depends on the HTTP library's version
             if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
                 raise
-            return Path(snapshot_download(name, revision=revision, cache_dir=self.cache, local_files_only=True))
+            return self._cached(name, revision)
         size = sum(file.size or 0 for file in told.siblings or () if file.rfilename in files)
         if size > limit:
             raise PayloadTooLarge(f"hub:{name}: {size} bytes are over the limit of {limit}")
         return Path(snapshot_download(name, revision=told.sha, cache_dir=self.cache, allow_patterns=files, endpoint=self.endpoint))
+
+    def _cached(self, name: str, revision: str | None) -> Path:
+        return Path(snapshot_download(name, revision=revision, cache_dir=self.cache, local_files_only=True))

@@ -8,10 +8,12 @@ from __future__ import annotations
 import copy
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from json import dumps, loads
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, get_peft_model, get_peft_model_state_dict
@@ -23,7 +25,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..digest import digest
 from ..engine.request import Adapter, Digest, Lane, Linear, Patch
-from ..errors import AdapterInvalid, AdapterUnsupported
+from ..errors import AdapterInvalid, AdapterUnsupported, BadRequest
 from . import facts, inspection, matching
 from .architecture import Node
 from .inspection import CONFIG, WEIGHTS, Config, Header
@@ -85,6 +87,17 @@ class Skeleton:
         kinds = frozenset(kind for layer in layers.values() if (kind := kind_of(layer)))
         patches = tuple(patch(name, layer, expected) for name, layer in layers.items()) if not kinds else ()
         return Meaning(expected, patches, kinds | features(config))
+
+
+def forecast(config: Path, r: int, modules: Sequence[str], dtype: str = "float32") -> dict[str, Any]:
+    """What a LoRA of this rank would weigh on a base of which there is only a config.json (or its folder). Raises BadRequest."""
+    if not config.exists():
+        raise BadRequest(f"config: there is no file {config}", param="config")
+    try:
+        skeleton = Skeleton(config)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadRequest(f"config: no model can be made of {config.name}: {' '.join(str(error).split())[:200]}", param="config") from None
+    return facts.forecast(skeleton.linears(), skeleton.parameters, r, modules, dtype)
 
 
 def shape(module: nn.Module) -> tuple[int, int] | None:

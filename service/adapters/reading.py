@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
@@ -21,7 +21,7 @@ from typing import Any
 from ..engine.request import Adapter, Digest
 from ..errors import AdapterInvalid, AdapterUnsupported, Internal
 from .architecture import Node
-from .inspection import WEIGHTS
+from .inspection import CONFIG, WEIGHTS
 
 START_S = 300.0
 READ_S = 60.0
@@ -35,6 +35,10 @@ class Reading:
     adapter: Adapter
     facts: dict[str, Any]
     warnings: tuple[str, ...] = ()
+
+    def moved(self, folder: Path) -> Reading:
+        """The same content in another folder."""
+        return replace(self, adapter=replace(self.adapter, config=str(folder / CONFIG), weights=str(folder / WEIGHTS)))
 
 
 @dataclass(frozen=True, slots=True)

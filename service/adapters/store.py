@@ -40,6 +40,11 @@ class Place:
     subfolder: str | None = None
     revision: str | None = None
 
+    @property
+    def path(self) -> str:
+        """Where it lies below the adapters directory."""
+        return f"{self.source}/{self.subfolder}" if self.subfolder else self.source
+
     def fingerprint(self) -> str:
         """Changes when a file is replaced or written to; cheap, and no proof of content."""
         stats = [os.stat(self.folder / name) for name in (CONFIG, WEIGHTS)]
@@ -52,19 +57,18 @@ class Store:
     def __init__(self, root: Path, hub: Hub, limit: int) -> None:
         self.root, self.hub, self.limit = root, hub, limit
 
-    async def find(self, source: str, subfolder: str | None = None, revision: str | None = None) -> Place:
-        """The folder of a source. Raises Forbidden outside what is allowed, AdapterInvalid for what is not there."""
+    async def find(self, source: str, subfolder: str | None = None, revision: str | None = None, uploads: bool = False) -> Place:
+        """The folder of a source; `uploads`: of what was uploaded, too. Raises Forbidden outside what is allowed, AdapterInvalid."""
         if source.startswith("hub:"):
             inner = _inside(subfolder, "subfolder") if subfolder else None
             folder, commit = await asyncio.to_thread(self.hub.fetch, source.removeprefix("hub:"), revision, inner, self.limit)
             return await asyncio.to_thread(_checked, Place(folder, source, inner, commit), self.hub.cache)
         if revision:
             raise BadRequest("revision: only content of the hub has revisions", param="revision")
-        return await asyncio.to_thread(self._local, source, subfolder)
+        return await asyncio.to_thread(self._local, source, subfolder, uploads)
 
-    def _local(self, source: str, subfolder: str | None) -> Place:
-        uploaded = PurePosixPath(source).parts[:1] == (UPLOADS,)
-        path = self.root / (source if uploaded else _inside(source, "source"))
+    def _local(self, source: str, subfolder: str | None, uploads: bool) -> Place:
+        path = self.root / (source if uploads and _uploaded(source) else _inside(source, "source"))
         inner = _inside(subfolder, "subfolder") if subfolder else None
         return _checked(Place(path / inner if inner else path, source, inner), self.root)
 
@@ -123,8 +127,7 @@ class Store:
 
     def purge(self, source: str) -> None:
         """Deletes what was uploaded; any other source is left alone."""
-        parts = PurePosixPath(source).parts
-        if len(parts) == 2 and parts[0] == UPLOADS and parts[1].isalnum():
+        if _uploaded(source):
             discard(self.root / source)
 
     def sweep(self) -> None:
@@ -152,6 +155,11 @@ def _digest(folder: Path) -> str:
         return ""
 
 
+def _uploaded(source: str) -> bool:
+    parts = PurePosixPath(source).parts
+    return len(parts) == 2 and parts[0] == UPLOADS and parts[1].isalnum()
+
+
 def _inside(path: str, field: str) -> str:
     """The path as it is, if it is a plain relative one without hidden parts. Raises Forbidden."""
     parts = path.rstrip("/").split("/")
@@ -162,7 +170,7 @@ def _inside(path: str, field: str) -> str:
 
 def _checked(place: Place, root: Path) -> Place:
     """The place with its real folder. Raises Forbidden when it or a file of it lies elsewhere, AdapterInvalid when it is no adapter's."""
-    name = "/".join(filter(None, (place.source, place.subfolder)))[:200]
+    name = place.path[:200]
     try:
         folder, top = place.folder.resolve(), root.resolve()
         if not folder.is_relative_to(top):

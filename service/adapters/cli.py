@@ -1,0 +1,45 @@
+"""What the command line asks of this room: an adapter folder looked at without a base. Knows no torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from ..digest import digest
+from ..errors import AdapterInvalid
+from . import facts, inspection
+from .inspection import CONFIG, WEIGHTS, Header
+
+ANY_RANK = 1 << 31
+
+
+def inspect_folder(folder: Path) -> dict[str, Any]:
+    """What config and header alone say of any PEFT adapter; `problems` says what is wrong. Raises AdapterInvalid for unreadable ones."""
+    raw, config = inspection.read_config(folder)
+    problems = inspection.config_problems(config, ANY_RANK) + inspection.missing_weights(folder)
+    try:
+        header = inspection.read_header(folder / WEIGHTS)
+    except AdapterInvalid as error:
+        raise AdapterInvalid(problems or error.problems) from None
+    if not isinstance(config.get("peft_type"), str):
+        raise AdapterInvalid(problems)
+    modules = facts.guessed(config, header) if not problems else []
+    told = facts.described(config, header, modules)
+    claimed = told.pop("claimed_base")
+    extra = {} if sum(len(one.parts) for one in modules) == len(header.tensors) else {"tensors": _tensors(header)}
+    named = {"id": folder.resolve().name, "digest": digest(raw, folder / WEIGHTS), "base_model": {"claimed": claimed}}
+    return named | told | extra | {"config": CONFIG, "problems": problems}
+
+
+def _tensors(header: Header) -> list[dict[str, Any]]:
+    """The file's tensors, counted by name without its numbers, and by shape."""
+    groups: dict[tuple[str, str, tuple[int, ...]], int] = {}
+    for key, tensor in header.tensors.items():
+        kind = (re.sub(r"\.\d+(?=\.|$)", ".*", key), tensor.dtype, tensor.shape)
+        groups[kind] = groups.get(kind, 0) + 1
+    return [
+        {"tensor": name, "count": count, "dtype": dtype, "shape": list(shape), "parameters": count * math.prod(shape)}
+        for (name, dtype, shape), count in sorted(groups.items())
+    ]

@@ -1,0 +1,76 @@
+"""Remembers registrations over a restart, in one file that is always whole. Knows nothing of what is registered."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger("adapterd.adapters")
+
+VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One registration. The fingerprint says whether the files are still those that had the digest (see Place.fingerprint)."""
+
+    source: str
+    subfolder: str | None
+    revision: str | None
+    digest: str
+    fingerprint: str
+    pinned: bool
+    registered_at: str
+
+
+class Ledger:
+    """`deleted` names what is not to come back by itself: ids that were deleted, and the folders they were registered from."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.records: dict[str, Record] = {}
+        self.deleted: set[str] = set()
+        self._mute = False
+
+    def load(self) -> None:
+        """A damaged file is put aside, and everything in it is forgotten."""
+        try:
+            told = json.loads(self.path.read_bytes())
+            self.records = {str(id): _record(entry) for id, entry in told["adapters"].items()}
+            self.deleted = {str(name) for name in told["deleted"]}
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            log.warning("the registrations cannot be read: %s", error.strerror)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            log.warning("the file of registrations is damaged and is put aside as %s.damaged", self.path.name)
+            self.path.replace(self.path.with_name(self.path.name + ".damaged"))
+
+    def save(self, records: Mapping[str, Record], deleted: set[str]) -> None:
+        """Replaces the file in one step. Where it cannot be written (a read-only directory), that is said once."""
+        self.records, self.deleted = dict(records), set(deleted)
+        told = {"version": VERSION, "adapters": {id: asdict(record) for id, record in records.items()}, "deleted": sorted(deleted)}
+        aside = self.path.with_name(self.path.name + ".new")
+        try:
+            with aside.open("w") as file:
+                json.dump(told, file, indent=1)
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(self.path)
+        except OSError as error:
+            if not self._mute:
+                log.warning("registrations will not outlive a restart: the adapters directory cannot be written: %s", error.strerror)
+            self._mute = True
+
+
+def _record(entry: Mapping[str, Any]) -> Record:
+    record = Record(**{field.name: entry[field.name] for field in fields(Record)})
+    texts = (record.source, record.digest, record.fingerprint, record.registered_at)
+    if not all(isinstance(text, str) for text in texts) or type(record.pinned) is not bool:
+        raise ValueError("a value of the wrong type")
+    return record

@@ -1,0 +1,84 @@
+"""What is registered when the service starts: what was registered before, and the folders that lie in the adapters directory."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import replace
+
+from ..errors import AdapterdError, Conflict
+from . import ids, shelf
+from .ledger import Ledger, Record
+from .reading import Reader, Reading
+from .shelf import Generation, Shelved
+from .store import Place, Store
+
+log = logging.getLogger("adapterd.adapters")
+
+
+class Opening:
+    """Yields every adapter once, read and validated; one that cannot be is yielded with the reason, and harms no other."""
+
+    def __init__(self, store: Store, ledger: Ledger, reader: Reader, base_id: str) -> None:
+        self.store, self.ledger, self.reader, self.base_id = store, ledger, reader, base_id
+        self._number = 0
+
+    async def __aiter__(self) -> AsyncIterator[Shelved]:
+        await asyncio.to_thread(self.store.sweep)
+        records = self.ledger.records
+        used = {record.source if not record.subfolder else f"{record.source}/{record.subfolder}" for record in records.values()}
+        for id, record in records.items():
+            if one := await self._again(id, record):
+                yield one
+        for folder in await asyncio.to_thread(lambda: list(self.store.folders())):
+            if folder in used | self.ledger.deleted or folder in records:
+                continue
+            if self._nameable(folder):
+                yield await self._found(folder)
+
+    def _nameable(self, folder: str) -> bool:
+        try:
+            ids.check(folder, self.base_id)
+        except AdapterdError as error:
+            log.warning("the folder %s is not registered: %s", folder, "reserved" if isinstance(error, Conflict) else "no id")
+            return False
+        return True
+
+    async def _again(self, id: str, record: Record) -> Shelved | None:
+        """A registration from before; a found folder that is gone is no registration any more."""
+        unplaced = Place(self.store.root, record.source, record.subfolder, record.revision)
+        try:
+            place = await self.store.find(record.source, record.subfolder, record.revision, uploads=True)
+            fingerprint = place.fingerprint()
+            known = record.digest if record.digest and fingerprint == record.fingerprint else None
+            reading = await self.reader.read(place.folder, known)
+        except (AdapterdError, OSError) as error:
+            if record.source == id and not (self.store.root / id).exists():
+                log.info("the folder of %s is gone", id)
+                return None
+            return self._failed(id, unplaced, record, error)
+        if record.digest and reading.adapter.digest != record.digest:
+            note = f"the files have changed since {record.registered_at}, when the digest was {record.digest}"
+            log.warning("%s: %s", id, note)
+            reading = replace(reading, warnings=(*reading.warnings, note))
+        return Shelved(self._generation(id, place, fingerprint, record.registered_at, reading), record.pinned)
+
+    async def _found(self, folder: str) -> Shelved:
+        try:
+            place = await self.store.find(folder)
+            fingerprint = place.fingerprint()
+            reading = await self.reader.read(place.folder)
+        except (AdapterdError, OSError) as error:
+            return self._failed(folder, Place(self.store.root, folder), None, error)
+        return Shelved(self._generation(folder, place, fingerprint, shelf.now(), reading))
+
+    def _failed(self, id: str, place: Place, record: Record | None, error: Exception) -> Shelved:
+        reason = error.message if isinstance(error, AdapterdError) else f"the files cannot be read: {getattr(error, 'strerror', error)}"
+        log.warning("the adapter %s cannot be used: %s", id, reason)
+        generation = self._generation(id, place, "", record.registered_at if record else shelf.now(), None)
+        return Shelved(replace(generation, reason=reason), record.pinned if record else False)
+
+    def _generation(self, id: str, place: Place, fingerprint: str, when: str, reading: Reading | None) -> Generation:
+        self._number += 1
+        return Generation(id, self._number, place, fingerprint, when, reading)

@@ -1,0 +1,221 @@
+"""Names and what they stand for: registers, replaces, leases and removes adapters, and remembers them. Knows no tensor and no HTTP.
+
+Lives on one event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from .. import metrics
+from ..engine.request import Load
+from ..errors import AdapterInvalid, Conflict, NotReady
+from ..settings import Settings
+from . import architecture, facts, ids, inspection, shelf, tables
+from .hub import Hub
+from .ledger import Ledger
+from .opening import Opening
+from .reading import Reader, Reading
+from .shelf import Generation, Shelved
+from .shelves import Device, Shelves
+from .store import Place, Store, Upload, discard
+
+__all__ = ["Device", "Generation", "Registry"]
+
+Told = dict[str, Any]
+
+
+class Registry:
+    """`base_id` is what clients call the base. Nothing can be registered before `open`."""
+
+    def __init__(self, settings: Settings, device: Device, hub: Hub | None = None, reader: type[Reader] = Reader) -> None:
+        self.base_id = settings.base_id or ids.base_name(settings.base)
+        self._settings = settings
+        self._store = Store(settings.adapters, hub or Hub(settings.hub), int(settings.max_upload_mb * 1e6))
+        self._ledger = Ledger(settings.adapters / ".adapterd.json")
+        self._shelves = Shelves(device)
+        self._saving = asyncio.Lock()
+        self._deleted: set[str] = set()
+        self._number = 0
+        self._reader: Reader | None = None
+        self._make_reader = reader
+
+    # ---- life
+
+    async def open(self) -> None:
+        """Starts the reader on the device's base and registers what was registered before and what lies in the adapters directory."""
+        self._reader = self._make_reader(Path(self._shelves.base.folder), self._max_rank)
+        await self._reader.start()
+        await asyncio.to_thread(self._ledger.load)
+        self._deleted = set(self._ledger.deleted)
+        async for one in Opening(self._store, self._ledger, self._reader, self.base_id):
+            self._number = one.generation.number
+            self._shelves.place(one)
+        await self._save()
+
+    async def close(self) -> None:
+        self._shelves.close()
+        if self._reader:
+            await self._reader.close()
+
+    # ---- changing
+
+    async def register(
+        self,
+        id: str,
+        source: str,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        pinned: bool = False,
+        preload: bool = True,
+        replace: bool = False,
+    ) -> tuple[Told, bool]:
+        """The card, and whether the id is new. The same content again changes nothing; other content needs `replace`.
+
+        Raises BadRequest, Conflict, Forbidden, AdapterInvalid, AdapterUnsupported.
+        """
+        ids.check(id, self.base_id)
+        place = await self._store.find(source, subfolder, revision)
+        async with self._shelves.turn(f"id {id}"):
+            return await self._take(await self._generation(id, place), pinned, preload, replace)
+
+    async def upload(
+        self, id: str, files: Mapping[str, Upload], pinned: bool = False, preload: bool = True, replace: bool = False
+    ) -> tuple[Told, bool]:
+        """Stores the parts of an upload under the adapters directory and registers them. Raises as `register`, and PayloadTooLarge."""
+        ids.check(id, self.base_id)
+        staged = await self._store.stage(files)
+        kept: Place | None = None
+        try:
+            async with self._shelves.turn(f"id {id}"):
+                _, reading = await self._read(Place(staged, "upload"))
+                kept = await asyncio.to_thread(self._store.keep, staged, reading.adapter.digest)
+                return await self._take(self._numbered(id, kept, kept.fingerprint(), reading.moved(kept.folder)), pinned, preload, replace)
+        finally:
+            await asyncio.to_thread(discard, staged)
+            if kept and not self._shelves.sourced(kept.source):
+                await asyncio.to_thread(self._store.purge, kept.source)
+
+    async def check(self, id: str, source: str, subfolder: str | None = None, revision: str | None = None) -> Told:
+        """The whole validation and the summary; registers nothing. Raises BadRequest, Conflict, Forbidden."""
+        ids.check(id, self.base_id)
+        try:
+            one = Shelved(await self._generation(id, await self._store.find(source, subfolder, revision)))
+        except AdapterInvalid as error:
+            return {"ok": False, "summary": None, "problems": error.problems}
+        return {"ok": True, "summary": self._summary(one) | {"state": "unregistered", "registered_at": None}, "problems": []}
+
+    async def remove(self, id: str, purge: bool = False) -> Told:
+        """Takes the id away at once, waits for its leases, then frees its content unless another id has it too. Raises AdapterNotFound."""
+        one = self._shelves.found(id)
+        place, drained = one.generation.place, one.in_flight
+        self._deleted |= {id, place.path}
+        ending = self._shelves.withdraw(one)
+        await self._save()
+        freed = await asyncio.shield(ending)
+        if purge and not self._shelves.sourced(place.source):
+            await asyncio.to_thread(self._store.purge, place.source)
+        if id not in self._shelves.current:
+            metrics.adapter_removed(id)
+        return {"id": id, "digest": one.digest or None, "drained_requests": drained, "freed_bytes": freed}
+
+    async def pin(self, id: str, pinned: bool) -> Told:
+        """Pins to, or unpins from, the device; the card. Raises AdapterNotFound, AdapterInvalid for a failed adapter."""
+        self._shelves.pin(self._shelves.usable(id), pinned)
+        await self._save()
+        return self.card(id)
+
+    def note(self, load: Load) -> None:
+        """What became of a load on the device: shown as the state of the adapters with this content."""
+        for one in self._shelves.current.values():
+            if one.digest == load.digest and one.generation.reading:
+                one.failure = load.error
+
+    # ---- using and looking
+
+    @contextmanager
+    def lease(self, id: str) -> Iterator[Generation]:
+        """The id's content, which stays until the lease ends. Raises AdapterNotFound; AdapterInvalid for one that could not be read."""
+        one = self._shelves.usable(id)
+        one.take()
+        try:
+            yield one.generation
+        finally:
+            one.give_back()
+
+    def card(self, id: str) -> Told:
+        one = self._shelves.found(id)
+        return shelf.card(one, self._shelves.tier(one))
+
+    def cards(self) -> list[Told]:
+        return [shelf.card(one, self._shelves.tier(one)) for _, one in sorted(self._shelves.current.items())]
+
+    def summary(self, id: str) -> Told:
+        return self._summary(self._shelves.found(id))
+
+    def summary_text(self, id: str) -> str:
+        return tables.summary(self.summary(id))
+
+    def architecture(self, id: str) -> str:
+        """The base's module tree with the adapter in place. Raises AdapterNotFound, AdapterInvalid for one that could not be read."""
+        reading = self._shelves.usable(id).generation.reading
+        tree = self._reader.tree if self._reader else None
+        assert reading is not None, "a usable adapter was read"
+        assert tree is not None, "it was read against a tree"
+        return architecture.draw(tree, reading.adapter.patches, reading.facts["dropout"])
+
+    def forecast(self, r: int, modules: Sequence[str], dtype: str = "float32") -> Told:
+        """What an adapter of this shape would weigh on the base. Raises BadRequest."""
+        base = self._shelves.base
+        return facts.forecast(base.linears, base.parameters, r, modules, dtype)
+
+    # ---- inside
+
+    async def _take(self, generation: Generation, pinned: bool, preload: bool, replace: bool) -> tuple[Told, bool]:
+        id, adapter = generation.id, generation.adapter
+        assert adapter is not None, "only what was read can be taken"
+        held = self._shelves.current.get(id)
+        if held and held.digest == adapter.digest:
+            return await self.pin(id, pinned) if replace and pinned != held.pinned else self.card(id), False
+        if held and held.digest and not replace:
+            raise Conflict(f"the id {id!r} is taken by other content ({held.digest}); PUT replaces it", param="id")
+        before = await self._shelves.put(Shelved(generation, pinned), adapter, preload)
+        self._deleted -= {id, generation.place.path}
+        await self._save()
+        return self.card(id), not (before and before.digest)
+
+    async def _generation(self, id: str, place: Place) -> Generation:
+        return self._numbered(id, place, *await self._read(place))
+
+    def _numbered(self, id: str, place: Place, fingerprint: str, reading: Reading) -> Generation:
+        self._number += 1
+        return Generation(id, self._number, place, fingerprint, shelf.now(), reading)
+
+    async def _read(self, place: Place) -> tuple[str, Reading]:
+        """What a glance refuses never reaches the reader, which may be busy with something large."""
+        if self._reader is None:
+            raise NotReady("not ready: the base is loading", retry_after=2)
+        await asyncio.to_thread(inspection.glance, place.folder, self._max_rank)
+        try:
+            fingerprint = place.fingerprint()
+            return fingerprint, await self._reader.read(place.folder)
+        except OSError as error:
+            raise AdapterInvalid([f"the files cannot be read: {error.strerror}"]) from None
+
+    @property
+    def _max_rank(self) -> int:
+        return min(self._settings.max_rank, self._shelves.base.pool_rank)
+
+    def _summary(self, one: Shelved) -> Told:
+        served = ids.Served(self.base_id, self._settings.base)
+        return shelf.summary(one, self._shelves.tier(one), self._shelves.base, served)
+
+    async def _save(self) -> None:
+        async with self._saving:
+            records = {id: one.record() for id, one in self._shelves.current.items()}
+            self._deleted = {name for name in self._deleted if (self._settings.adapters / name).exists()}
+            await asyncio.to_thread(self._ledger.save, records, set(self._deleted))

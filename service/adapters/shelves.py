@@ -1,0 +1,139 @@
+"""What stands under which id, what is still leased without one, and what the device is told of it. Knows no files.
+
+An id is a label on immutable content: contents end when no id has them and their last lease is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+from weakref import WeakValueDictionary
+
+from ..engine.request import Adapter, BaseCard, Digest, Load, Tier
+from ..errors import AdapterInvalid, AdapterNotFound, NotReady
+from . import ids
+from .shelf import Shelved
+
+
+class Device(Protocol):
+    """The engine, as names need it. `base` is there once it is loaded; `drop` gives the bytes freed."""
+
+    @property
+    def base(self) -> BaseCard | None: ...
+    def offer(self, adapter: Adapter, pinned: bool = False, preload: bool = True) -> None: ...
+    async def loaded(self, digest: Digest) -> Load: ...
+    def pin(self, digest: Digest, pinned: bool) -> None: ...
+    async def drop(self, digest: Digest) -> int: ...
+    def tier(self, digest: Digest) -> Tier: ...
+
+
+class Shelves:
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.current: dict[str, Shelved] = {}
+        self._retired: set[Shelved] = set()  # replaced or deleted, and still leased
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._ending: set[asyncio.Task[int]] = set()
+
+    # ---- looking
+
+    def found(self, id: str) -> Shelved:
+        """Raises AdapterNotFound."""
+        if id not in self.current:
+            raise AdapterNotFound(f"no adapter {id[: ids.LONGEST]!r} is registered", param="model")
+        return self.current[id]
+
+    def usable(self, id: str) -> Shelved:
+        """Raises AdapterNotFound, AdapterInvalid for one that could not be read at start."""
+        one = self.found(id)
+        if one.generation.reading is None:
+            raise AdapterInvalid([one.failure])
+        return one
+
+    @property
+    def base(self) -> BaseCard:
+        """Raises NotReady while the base loads."""
+        if self.device.base is None:
+            raise NotReady("not ready: the base is loading", retry_after=2)
+        return self.device.base
+
+    def tier(self, one: Shelved) -> Tier:
+        return self.device.tier(one.digest) if one.digest else Tier.DISK
+
+    def sourced(self, source: str) -> bool:
+        """Whether anything, leased or named, lies in this source."""
+        return any(one.generation.place.source == source for one in (*self.current.values(), *self._retired))
+
+    def turn(self, name: str) -> asyncio.Lock:
+        """One at a time for an id, and for a content."""
+        return self._turns.setdefault(name, asyncio.Lock())
+
+    # ---- changing
+
+    def place(self, one: Shelved) -> None:
+        """Puts an adapter where nothing stands, without loading it unless it is pinned."""
+        self.current[one.generation.id] = one
+        if adapter := one.generation.adapter:
+            self.device.offer(adapter, one.pinned, one.pinned)
+
+    async def put(self, one: Shelved, adapter: Adapter, preload: bool) -> Shelved | None:
+        """Puts an adapter under its id once the device has it, if it is to be loaded now; what stood there ends with its last lease.
+
+        Raises AdapterInvalid when the device cannot load it; then nothing has changed.
+        """
+        async with self.turn(adapter.digest):
+            self.device.offer(adapter, one.pinned or self._pinned(adapter.digest), preload)
+            if preload and self.device.tier(adapter.digest) is Tier.DISK:
+                await self._loaded(adapter.digest)
+            held = self.current.get(one.generation.id)
+            if held:
+                self.withdraw(held)
+            self.current[one.generation.id] = one
+        return held
+
+    def withdraw(self, one: Shelved) -> asyncio.Task[int]:
+        """Takes an adapter from its id at once; the task waits for its leases, frees its content and gives the bytes freed."""
+        del self.current[one.generation.id]
+        self._retired.add(one)
+        task = asyncio.create_task(self._end(one))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+        return task
+
+    def pin(self, one: Shelved, pinned: bool) -> None:
+        one.pinned = pinned
+        self.device.pin(one.digest, self._pinned(one.digest))
+
+    def close(self) -> None:
+        for task in self._ending:
+            task.cancel()
+
+    # ---- inside
+
+    async def _loaded(self, digest: Digest) -> None:
+        try:
+            load = await self.device.loaded(digest)
+            if load.error:
+                raise AdapterInvalid([load.error])
+        except BaseException:
+            if not self._used(digest):
+                await self.device.drop(digest)
+            raise
+
+    async def _end(self, one: Shelved) -> int:
+        await one.idle.wait()
+        self._retired.discard(one)
+        if not one.digest:
+            return 0
+        async with self.turn(one.digest):
+            twin = next((other for other in self.current.values() if other.digest == one.digest), None)
+            if twin and twin.generation.adapter:  # its files may lie elsewhere, and it may not be pinned
+                self.device.offer(twin.generation.adapter, False, False)
+                self.device.pin(one.digest, self._pinned(one.digest))
+            return 0 if self._used(one.digest) else await self.device.drop(one.digest)
+
+    def _pinned(self, digest: Digest) -> bool:
+        return any(one.pinned for one in self.current.values() if one.digest == digest)
+
+    def _used(self, digest: Digest) -> bool:
+        return any(one.digest == digest for one in (*self.current.values(), *self._retired))

@@ -1,0 +1,465 @@
+"""Names and what they stand for: who wins a race, what is replaced when, what is freed, and what a restart brings back."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from service import metrics
+from service.adapters.registry import Registry
+from service.engine.request import Lane, Load, Tier
+from service.errors import AdapterInvalid, AdapterNotFound, BadRequest, Conflict, Forbidden, NotReady
+
+from .. import making
+from .conftest import FakeDevice, NearReader, Shop
+
+pytestmark = pytest.mark.anyio
+CARD = {"id", "digest", "state", "residency", "rank", "parameters", "megabytes", "pinned", "in_flight", "last_used"}
+
+
+def put(source: Path, root: Path, name: str) -> str:
+    shutil.copytree(source, root / name)
+    return name
+
+
+@pytest.fixture
+def stocked(shop: Shop, plain: Path, other: Path) -> Shop:
+    """Two sources, deleted from the remembered registrations so that they are only found when asked for."""
+    put(plain, shop.root, "plain")
+    put(other, shop.root, "other")
+    (shop.root / ".adapterd.json").write_text(json.dumps({"version": 1, "adapters": {}, "deleted": ["plain", "other"]}))
+    return shop
+
+
+def device(registry: Registry) -> FakeDevice:
+    found = registry._shelves.device
+    assert isinstance(found, FakeDevice)
+    return found
+
+
+# ---- registering
+
+
+async def test_registering_gives_the_card_and_loads(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        card, created = await registry.register("org/name.v1", "plain")
+        assert created
+        assert card.keys() >= CARD
+        assert card["rank"] == 4
+        assert card["parameters"] == 1792
+        assert card["residency"] == "host"
+        assert registry.card("org/name.v1") == card
+        assert registry.cards() == [card]
+
+
+async def test_the_same_content_again_changes_nothing_and_other_content_is_a_conflict(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        first, _ = await registry.register("a", "plain")
+        assert await registry.register("a", "plain") == (first, False)
+        with pytest.raises(Conflict, match="taken by other content"):
+            await registry.register("a", "other")
+        assert registry.card("a") == first
+
+
+async def test_of_two_contents_racing_for_an_id_one_wins(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        got = await asyncio.gather(registry.register("a", "plain"), registry.register("a", "other"), return_exceptions=True)
+        assert [isinstance(one, Conflict) for one in got] in ([True, False], [False, True])
+        assert len(registry.cards()) == 1
+
+
+async def test_many_ids_register_at_once(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        got = await asyncio.gather(*(registry.register(f"p{i}", ("plain", "other")[i % 2]) for i in range(8)))
+        assert [created for _, created in got] == [True] * 8
+        assert len({card["digest"] for card, _ in got}) == 2
+
+
+@pytest.mark.parametrize("id", ["base", "__base__", "tiny", "check", "a/summary", "architecture", "upload"])
+async def test_reserved_ids_are_a_conflict(stocked: Shop, id: str) -> None:
+    async with stocked.opened() as registry:
+        with pytest.raises(Conflict, match="reserved"):
+            await registry.register(id, "plain")
+
+
+@pytest.mark.parametrize(
+    "id", ["", "..", "../x", "a/../b", "a//b", "/a", "a/", "a/b/c", ".hidden", "-x", "x" * 129, "é", "a b", "a\0", "a\n"]
+)
+async def test_ids_that_break_the_pattern_are_refused(stocked: Shop, id: str) -> None:
+    async with stocked.opened() as registry:
+        with pytest.raises(BadRequest, match="id"):
+            await registry.register(id, "plain")
+
+
+async def test_a_bad_adapter_leaves_no_ghost(stocked: Shop, plain: Path) -> None:
+    async with stocked.opened() as registry:
+        making.edit(plain, stocked.root / "bad", {"r": 50000})
+        with pytest.raises(AdapterInvalid, match="50000"):
+            await registry.register("bad", "bad")
+        with pytest.raises(AdapterNotFound):
+            registry.card("bad")
+        assert registry._reader is not None
+        assert isinstance(registry._reader, NearReader)
+        assert not [folder for folder, _ in registry._reader.reads if folder.name == "bad"], "a glance at the config was not enough"
+
+
+async def test_a_load_that_fails_registers_nothing_and_is_taken_back(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        digest = (await registry.check("a", "plain"))["summary"]["digest"]
+        device(registry).errors[digest] = "the disk is on fire"
+        with pytest.raises(AdapterInvalid, match="on fire"):
+            await registry.register("a", "plain")
+        assert registry.cards() == []
+        assert device(registry).dropped == [digest]
+
+
+async def test_without_preload_the_device_only_hears_of_it(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        card, _ = await registry.register("a", "plain", preload=False)
+        assert card["residency"] == "disk"
+        assert device(registry).known[card["digest"]].lane is Lane.POOL
+
+
+async def test_a_dry_run_says_everything_and_registers_nothing(stocked: Shop, plain: Path) -> None:
+    async with stocked.opened() as registry:
+        told = await registry.check("a", "plain")
+        assert (told["ok"], told["problems"], told["summary"]["parameters"]) == (True, [], 1792)
+        making.edit(plain, stocked.root / "bad", weights=lambda t: {k: v for k, v in t.items() if "lora_B" not in k})
+        told = await registry.check("a", "bad")
+        assert not told["ok"]
+        assert "lora_B" in " ".join(told["problems"])
+        assert registry.cards() == []
+
+
+async def test_nothing_is_registered_before_the_base_is_there(shop: Shop, plain: Path) -> None:
+    put(plain, shop.root, "plain")
+    registry = Registry(shop.settings(), shop.device, reader=NearReader)
+    with pytest.raises(NotReady):
+        await registry.register("a", "plain")
+
+
+# ---- leases, replacing, removing
+
+
+async def test_a_lease_counts_and_an_unknown_id_has_none(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        card, _ = await registry.register("a", "plain")
+        assert card["last_used"] is None
+        with registry.lease("a") as generation:
+            assert generation.digest == card["digest"]
+            assert (registry.card("a")["in_flight"], registry.card("a")["last_used"][-1]) == (1, "Z")
+        assert registry.card("a")["in_flight"] == 0
+        for typo in ("A", "a ", "", "b"):
+            with pytest.raises(AdapterNotFound), registry.lease(typo):
+                pass
+
+
+async def test_a_replacement_is_atomic_and_the_old_content_ends_with_its_last_lease(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        old, _ = await registry.register("a", "plain")
+        with registry.lease("a") as generation:
+            new, created = await registry.register("a", "other", replace=True)
+            assert (created, generation.digest, registry.card("a")["digest"]) == (False, old["digest"], new["digest"])
+            await settle()
+            assert device(registry).dropped == []
+        await settle()
+        assert device(registry).dropped == [old["digest"]]
+
+
+async def test_a_replacement_that_cannot_be_loaded_leaves_the_old_one_serving(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        old, _ = await registry.register("a", "plain")
+        device(registry).errors[(await registry.check("b", "other"))["summary"]["digest"]] = "no space"
+        with pytest.raises(AdapterInvalid):
+            await registry.register("a", "other", replace=True)
+        with registry.lease("a") as generation:
+            assert generation.digest == old["digest"]
+
+
+async def test_contents_that_alternate_under_leases_are_never_dropped_while_named(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        for turn in range(6):
+            await registry.register("a", ("plain", "other")[turn % 2], replace=True)
+            with registry.lease("a") as generation:
+                await registry.register("a", ("other", "plain")[turn % 2], replace=True)
+                assert generation.digest in device(registry).known
+                await settle()
+                assert registry.card("a")["digest"] in device(registry).known
+
+
+async def test_removing_waits_for_leases_frees_and_forgets(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        card, _ = await registry.register("a", "plain")
+        metrics.adapter_served("a", 3)
+        held = registry.lease("a")
+        held.__enter__()
+        removal = asyncio.create_task(registry.remove("a"))
+        await settle()
+        assert not removal.done()
+        with pytest.raises(AdapterNotFound), registry.lease("a"):
+            pass
+        held.__exit__(None, None, None)
+        assert await removal == {"id": "a", "digest": card["digest"], "drained_requests": 1, "freed_bytes": 7168}
+        assert 'adapter="a"' not in metrics.exposition("")[0].decode()
+        with pytest.raises(AdapterNotFound):
+            await registry.remove("a")
+
+
+async def test_of_two_removals_one_finds_nothing(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        await registry.register("a", "plain")
+        got = await asyncio.gather(registry.remove("a"), registry.remove("a"), return_exceptions=True)
+        assert sorted(type(one).__name__ for one in got) == ["AdapterNotFound", "dict"]
+
+
+async def test_content_that_another_id_has_stays(stocked: Shop, plain: Path) -> None:
+    async with stocked.opened() as registry:
+        put(plain, stocked.root, "twin")
+        card, _ = await registry.register("a", "plain")
+        await registry.register("b", "twin", pinned=True)
+        assert (await registry.remove("a"))["freed_bytes"] == 0
+        assert device(registry).known[card["digest"]].config == str((stocked.root / "twin/adapter_config.json").resolve())
+        assert device(registry).pinned == {card["digest"]}
+        assert (await registry.remove("b"))["freed_bytes"] == 7168
+
+
+async def test_an_id_can_be_taken_again_while_its_old_content_drains(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        await registry.register("a", "plain")
+        with registry.lease("a"):
+            removal = asyncio.create_task(registry.remove("a"))
+            await settle()
+            card, created = await registry.register("a", "other")
+            assert created
+        await removal
+        assert registry.card("a")["digest"] == card["digest"]
+        assert card["digest"] in device(registry).known
+
+
+async def test_pins_are_shared_by_content_and_told(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        card, _ = await registry.register("a", "plain", pinned=True)
+        await registry.register("b", "plain", pinned=True)
+        assert (await registry.pin("a", False))["pinned"] is False
+        assert device(registry).pinned == {card["digest"]}
+        await registry.pin("b", False)
+        assert device(registry).pinned == set()
+        assert (await registry.register("a", "plain", pinned=True, replace=True))[0]["pinned"] is True
+
+
+async def test_a_load_that_fails_later_shows_until_one_succeeds(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        card, _ = await registry.register("a", "plain")
+        registry.note(Load(card["digest"], 0.1, 0, "the file has another digest"))
+        assert (registry.card("a")["state"], registry.card("a")["reason"]) == ("failed", "the file has another digest")
+        registry.note(Load(card["digest"], 0.1, 7168))
+        assert registry.card("a")["state"] == "ready"
+
+
+async def settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+# ---- what is told
+
+
+async def test_the_summary_counts_what_the_file_holds(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        await registry.register("a", "plain")
+        told = registry.summary("a")
+        parameters = told["base"]["parameters"]
+        assert told["base_model"]["match"] is True
+        assert (told["rank"], told["scaling"], told["alpha"]) == ({"min": 4, "max": 4}, {"min": 2.0, "max": 2.0}, 8)
+        assert (told["layers"], told["modules"], told["target_modules"]) == (2, 4, ["q_proj", "v_proj"])
+        assert told["size"]["tensor_bytes"] == 4 * told["parameters"] == told["size"]["arithmetic_bytes"]
+        assert told["size"]["device_megabytes"] == 0.01
+        assert told["percent_of_base"] == round(100 * 1792 / parameters, 2)
+        assert told["footprint"]["base_megabytes"] == round(4 * parameters / 1e6, 2)
+        text = registry.summary_text("a")
+        assert all(word in text for word in ("a", "rank", "q_proj", "MB", "1,792"))
+        assert "(lora_A): Linear(in_features=64, out_features=4" in registry.architecture("a")
+
+
+@pytest.mark.parametrize("name", ["/home/me/train/x", "no-such-org/no-such-model", "meta-llama/Llama-3.1-8B"])
+async def test_a_foreign_base_name_is_a_warning(stocked: Shop, plain: Path, name: str) -> None:
+    async with stocked.opened() as registry:
+        making.edit(plain, stocked.root / "foreign", {"base_model_name_or_path": name, "revision": "abc123"})
+        await registry.register("a", "foreign")
+        told = registry.summary("a")
+        assert told["base_model"] == {"claimed": name, "served": "tiny", "match": False}
+        assert "base" in told["warnings"][0]
+
+
+async def test_a_forecast_says_what_the_summary_later_says(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        await registry.register("a", "other")
+        told, real = registry.forecast(8, ["q_proj", "v_proj"]), registry.summary("a")
+        assert told["parameters"] == real["parameters"]
+        assert told["percent_of_base"] == real["percent_of_base"]
+        assert [{k: v for k, v in row.items() if k != "scaling"} for row in real["by_module"]] == told["by_module"]
+
+
+# ---- over a restart
+
+
+async def test_folders_are_registered_at_start_under_their_paths(shop: Shop, plain: Path) -> None:
+    for name in ("found", "org/name", ".hidden/x", "a/b/c", "summary"):
+        put(plain, shop.root, name)
+    async with shop.opened() as registry:
+        assert [card["id"] for card in registry.cards()] == ["found", "org/name"]
+        assert device(registry).tier(registry.card("found")["digest"]) is Tier.DISK
+        with registry.lease("found"):
+            pass
+
+
+async def test_a_broken_folder_is_listed_as_failed_and_harms_nothing(shop: Shop, plain: Path, other: Path) -> None:
+    put(plain, shop.root, "good")
+    put(plain, shop.root, "cut")
+    (shop.root / "cut" / "adapter_model.safetensors").write_bytes(b"short")
+    async with shop.opened() as registry:
+        cards = {card["id"]: card for card in registry.cards()}
+        assert (cards["good"]["state"], cards["cut"]["state"]) == ("ready", "failed")
+        assert "truncated" in cards["cut"]["reason"]
+        assert registry.summary("cut")["state"] == "failed"
+        with pytest.raises(AdapterInvalid, match="truncated"), registry.lease("cut"):
+            pass
+        shutil.rmtree(shop.root / "cut")
+        put(other, shop.root, "cut")
+        card, created = await registry.register("cut", "cut")
+        assert (created, card["state"]) == (True, "ready")
+
+
+async def test_registrations_and_pins_outlive_a_restart(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        await registry.register("renamed", "plain", pinned=True)
+    async with stocked.opened() as registry:
+        assert [(card["id"], card["pinned"]) for card in registry.cards()] == [("renamed", True)]
+        assert device(registry).pinned == {registry.card("renamed")["digest"]}
+
+
+async def test_a_deleted_registration_stays_deleted_until_it_is_registered_again(shop: Shop, plain: Path) -> None:
+    put(plain, shop.root, "found")
+    async with shop.opened() as registry:
+        await registry.remove("found")
+    async with shop.opened() as registry:
+        assert registry.cards() == []
+        await registry.register("found", "found")
+    async with shop.opened() as registry:
+        assert [card["id"] for card in registry.cards()] == ["found"]
+
+
+async def test_files_that_changed_meanwhile_are_a_new_content_with_a_warning(stocked: Shop, other: Path) -> None:
+    async with stocked.opened() as registry:
+        before, _ = await registry.register("a", "plain")
+    shutil.copytree(other, stocked.root / "plain", dirs_exist_ok=True)
+    async with stocked.opened() as registry:
+        assert registry.card("a")["digest"] != before["digest"]
+        assert "changed" in registry.summary("a")["warnings"][0]
+
+
+async def test_unchanged_files_are_not_read_again(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        card, _ = await registry.register("a", "plain")
+    async with stocked.opened() as registry:
+        assert isinstance(registry._reader, NearReader)
+        assert [known for _, known in registry._reader.reads] == [card["digest"]]
+        assert registry.card("a")["digest"] == card["digest"]
+
+
+async def test_a_found_folder_that_is_gone_is_forgotten_and_a_named_one_fails(stocked: Shop, plain: Path) -> None:
+    put(plain, stocked.root, "found")
+    async with stocked.opened() as registry:
+        await registry.register("named", "plain")
+    shutil.rmtree(stocked.root / "found")
+    shutil.rmtree(stocked.root / "plain")
+    async with stocked.opened() as registry:
+        assert [(card["id"], card["state"]) for card in registry.cards()] == [("named", "failed")]
+
+
+@pytest.mark.parametrize(
+    "damage", ["{", "[]", '{"adapters": {"a": {}}, "deleted": []}', '{"adapters": {"a": 5}, "deleted": []}', "[" * 100_000]
+)
+async def test_a_damaged_ledger_is_put_aside(shop: Shop, plain: Path, damage: str) -> None:
+    put(plain, shop.root, "found")
+    (shop.root / ".adapterd.json").write_text(damage)
+    async with shop.opened() as registry:
+        assert [card["id"] for card in registry.cards()] == ["found"]
+    assert (shop.root / ".adapterd.json.damaged").read_text() == damage
+
+
+async def test_a_directory_that_cannot_be_written_stops_nothing(stocked: Shop, caplog: pytest.LogCaptureFixture) -> None:
+    async with stocked.opened() as registry:
+        (stocked.root / ".adapterd.json.new").mkdir()  # where the ledger would write
+        for id in ("a", "b"):
+            _, created = await registry.register(id, "plain")
+            assert created
+        assert [record.message for record in caplog.records if "restart" in record.message] == [
+            "registrations will not outlive a restart: the adapters directory cannot be written: Is a directory"
+        ]
+
+
+# ---- uploads
+
+
+class Part:
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    async def read(self, size: int = -1) -> bytes:
+        piece, self.content = self.content[:size], self.content[size:]
+        return piece
+
+
+def parts(folder: Path) -> dict[str, Part]:
+    return {name: Part((folder / name).read_bytes()) for name in ("adapter_config.json", "adapter_model.safetensors")}
+
+
+async def test_an_upload_is_stored_registered_and_purged(shop: Shop, plain: Path) -> None:
+    async with shop.opened() as registry:
+        card, created = await registry.upload("up", parts(plain))
+        assert created
+        with registry.lease("up") as generation:
+            assert generation.folder == (shop.root / ".uploads" / card["digest"].removeprefix("sha256:")).resolve()
+            assert generation.adapter is not None
+            assert generation.adapter.config == str(generation.folder / "adapter_config.json")
+        assert await registry.upload("up", parts(plain)) == (registry.card("up"), False)
+    async with shop.opened() as registry:
+        assert [card["id"] for card in registry.cards()] == ["up"]
+        await registry.remove("up", purge=True)
+        assert list((shop.root / ".uploads").iterdir()) == []
+
+
+async def test_purge_keeps_what_another_id_still_uses_and_what_was_not_uploaded(stocked: Shop, other: Path) -> None:
+    async with stocked.opened() as registry:
+        await registry.upload("one", parts(other))
+        await registry.upload("two", parts(other))
+        await registry.remove("one", purge=True)
+        with registry.lease("two") as generation:
+            assert (generation.folder / "adapter_config.json").exists()
+        await registry.register("kept", "plain")
+        await registry.remove("kept", purge=True)
+        assert (stocked.root / "plain" / "adapter_model.safetensors").exists()
+
+
+async def test_a_refused_upload_leaves_no_files(shop: Shop, plain: Path, other: Path) -> None:
+    async with shop.opened() as registry:
+        bad = parts(plain)
+        bad["adapter_model.safetensors"].content = bad["adapter_model.safetensors"].content[:3000]
+        with pytest.raises(AdapterInvalid, match="truncated"):
+            await registry.upload("bad", bad)
+        await registry.upload("taken", parts(plain))
+        with pytest.raises(Conflict):
+            await registry.upload("taken", parts(other))
+        assert [path.name for path in (shop.root / ".uploads").iterdir()] == [registry.card("taken")["digest"].removeprefix("sha256:")]
+
+
+async def test_uploaded_files_are_no_source_for_others(shop: Shop, plain: Path) -> None:
+    async with shop.opened() as registry:
+        card, _ = await registry.upload("up", parts(plain))
+        with pytest.raises(Forbidden):
+            await registry.register("thief", f".uploads/{card['digest'].removeprefix('sha256:')}")

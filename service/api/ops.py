@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,8 @@ def base_card(here: Rooms) -> Told:
         "context_length": card.context,
         "rows": card.rows,
         "modules": [{"name": m.name, "in_features": m.in_features, "out_features": m.out_features, "count": m.count} for m in card.linears],
-        "pool": {"rank_total": card.pool_rank, "rank_used": gauges.pool_used},
+        "host_bytes": gauges.host_bytes,
+        "pool": {"rank_total": card.pool_rank, "rank_used": gauges.pool_used, "placements": [asdict(one) for one in here.client.pool]},
     }
 
 

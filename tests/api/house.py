@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from starlette.testclient import TestClient
 
 from service.app import create_app
-from service.engine.request import BaseCard, Gauges, Linear
+from service.engine.request import BaseCard, Gauges, Linear, Placement
 from service.errors import AdapterInvalid, AdapterNotFound, Conflict, Forbidden
 from service.settings import Settings, read
 
@@ -42,7 +42,8 @@ class StandIn:
 
     def __init__(self) -> None:
         self.state, self.stage, self.fraction, self.reason = "ready", "", 1.0, ""
-        self.ready, self.base, self.gauges = True, BASE, Gauges(pool_used=12, pool_total=512)
+        self.ready, self.base, self.gauges = True, BASE, Gauges(pool_used=12, pool_total=512, host_bytes=4096)
+        self.pool = (Placement("sha256:a", 4, 12),)
         self.loaded = asyncio.Event()
         self.loaded.set()
         self.stops: list[float] = []

@@ -95,7 +95,8 @@ def test_the_base_is_described(home: House) -> None:
     told = home.json("GET", "/base")
     assert (told["id"], told["architecture"], told["context_length"]) == ("tiny", "LlamaForCausalLM", 2048)
     assert told["modules"] == [{"name": "q_proj", "in_features": 64, "out_features": 64, "count": 2}]
-    assert told["pool"] == {"rank_total": 512, "rank_used": 12}
+    assert told["pool"] == {"rank_total": 512, "rank_used": 12, "placements": [{"digest": "sha256:a", "start": 4, "rank": 12}]}
+    assert told["host_bytes"] == 4096
 
 
 def test_the_root_is_the_console_for_browsers_only(home: House) -> None:

@@ -123,7 +123,7 @@ class Stub:
         start, held = 0, []
         for one in self.adapters.values():
             if one.residency == "device":
-                held.append({"id": one.id, "digest": one.digest, "start": start, "rank": one.rank})
+                held.append({"digest": one.digest, "start": start, "rank": one.rank})
                 start += one.rank
         told["pool"] = {"rank_total": POOL, "rank_used": start, "placements": held}
         return told | {"host_bytes": 9_400_000}
@@ -190,7 +190,7 @@ def build(stub: Stub) -> FastAPI:
 
     @app.get("/health")
     def health() -> Told:
-        return {"state": "ready"}
+        return {"state": "ready", "reason": ""}
 
     @app.get("/info")
     def info() -> Told:

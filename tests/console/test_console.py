@@ -265,9 +265,10 @@ def test_the_pool_map_says_who_holds_which_rows(live: str, open_page: Open) -> N
     pool = httpx.get(f"{live}base").json()["pool"]
     held = f"{pool['rank_used']} of {pool['rank_total']} rank rows held by {len(pool['placements'])} adapters"
     expect(page.get_by_role("img", name=held)).to_be_visible()
+    ids = {card["digest"]: card["id"] for card in httpx.get(f"{live}adapters").json()["adapters"]}
     for one in pool["placements"]:
         rows = f"rows {one['start']}–{one['start'] + one['rank'] - 1}"
-        expect(page.get_by_role("listitem").filter(has_text=one["id"])).to_contain_text(rows)
+        expect(page.get_by_role("listitem").filter(has_text=ids[one["digest"]])).to_contain_text(rows)
 
 
 # ---- forecast
@@ -302,6 +303,17 @@ def test_a_key_is_asked_for_and_kept_in_the_tab_only(keyed: Keyed, open_page: Op
     expect(page.get_by_role("table", name="Adapters").get_by_role("link").first).to_be_visible()
     assert page.evaluate("JSON.stringify([document.cookie, localStorage])") == '["",{}]'
     page.get_by_role("button", name="Forget key").click()
+    expect(dialog).to_be_visible()
+
+
+def test_who_gives_no_key_is_not_asked_over_and_over(keyed: Keyed, open_page: Open) -> None:
+    page = open_page(keyed.url, expect="401")
+    dialog = page.get_by_role("dialog", name="Key")
+    dialog.get_by_role("button", name="Cancel").click()
+    expect(page.get_by_text("a key is needed")).to_be_visible()
+    with page.expect_response(re.compile("/adapters$")):
+        expect(dialog).to_be_hidden()
+    page.get_by_role("button", name="Give a key").click()
     expect(dialog).to_be_visible()
 
 

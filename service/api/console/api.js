@@ -4,6 +4,7 @@ const STORED = "adapterd-key";
 
 let prompt = async () => null;
 let asking = null;
+let declined = false; // a person who gives no key is not asked again for every poll
 
 export const hasKey = () => sessionStorage.getItem(STORED) !== null;
 export const forgetKey = () => sessionStorage.removeItem(STORED);
@@ -14,19 +15,25 @@ export function onKeyWanted(ask) {
 }
 
 /** Asks for a key once, however many requests want one; true when there is a new one. Kept in this tab only. */
-export async function askForKey(reason) {
+async function askForKey(reason) {
+  if (declined) return false;
   asking ??= prompt(reason).finally(() => (asking = null));
   const key = await asking;
+  declined = !key;
   if (key) sessionStorage.setItem(STORED, key);
   return Boolean(key);
 }
+
+/** Lets the next request that needs a key ask for it again. */
+export const askAgain = () => (declined = false);
 
 export class ApiError extends Error {
   constructor(status, body) {
     super(body?.error ?? `The server answered ${status}.`);
     this.status = status;
     this.type = body?.error_type ?? "";
-    this.problems = body?.details?.problems ?? [];
+    this.details = body?.details ?? {};
+    this.problems = this.details.problems ?? [];
   }
 }
 

@@ -4,9 +4,9 @@ import * as api from "./api.js";
 import { cell, useCell, useEvery } from "./cell.js";
 import { megabytes } from "./format.js";
 import { Dialog, State } from "./parts.js";
-import { base, baseMegabytes, loadBase, lost, notice, reach } from "./shelf.js";
+import { base, baseMegabytes, health, loadBase, loadHealth, notice, troubles } from "./shelf.js";
 import { theme, toggleTheme } from "./theme.js";
-import { html, render, useEffect, useRef, useState } from "./vendor/preact.js";
+import { html, render, useEffect, useRef } from "./vendor/preact.js";
 import { Adapter } from "./views/adapter.js";
 import { Adapters } from "./views/adapters.js";
 import { Compare } from "./views/compare.js";
@@ -60,12 +60,11 @@ function Header({ view }) {
 
 /** The base in one line, and the state of the worker behind it. */
 function Served() {
-  const [state, setState] = useState("");
+  const { state } = useCell(health);
   const found = useCell(base);
-  useEvery(3000, async () => {
-    const health = await reach(() => api.get("health"));
-    setState(health?.state ?? "");
-    if (health?.state === "ready" && !base.value) await loadBase();
+  useEvery(2000, async () => {
+    await loadHealth();
+    if (health.value.state === "ready" && !base.value) await loadBase();
   });
   return html`<span class="served">
     ${found && html`<span class="served-base">${found.id} · ${found.quantization === "none" ? found.dtype : found.quantization} · ${megabytes(baseMegabytes(found))}</span>`}
@@ -80,15 +79,16 @@ function ThemeButton() {
   </button>`;
 }
 
-const keyed = cell(api.hasKey());
+const key = cell(api.hasKey() ? "held" : ""); // or "declined"
 
 function KeyButton() {
-  if (!useCell(keyed)) return null;
+  const state = useCell(key);
   const forget = () => {
     api.forgetKey();
     location.reload();
   };
-  return html`<button type="button" class="quiet" title="Forget the key and ask again" onClick=${forget}>Forget key</button>`;
+  if (state === "declined") return html`<button type="button" class="quiet" onClick=${api.askAgain}>Give a key</button>`;
+  return state === "held" && html`<button type="button" class="quiet" title="Forget the key and ask again" onClick=${forget}>Forget key</button>`;
 }
 
 const wanted = cell(null); // {reason, give} while a key is asked for
@@ -97,11 +97,11 @@ api.onKeyWanted((reason) => new Promise((give) => wanted.set({ reason, give })))
 function KeyDialog() {
   const asked = useCell(wanted);
   if (!asked) return null;
-  const answer = (key) => {
+  const answer = (given) => {
     if (!wanted.value) return;
     wanted.set(null);
-    asked.give(key);
-    keyed.set(Boolean(key) || api.hasKey());
+    asked.give(given);
+    key.set(given ? "held" : "declined");
   };
   const submit = (event) => {
     event.preventDefault();
@@ -120,7 +120,8 @@ function KeyDialog() {
 }
 
 function Lost() {
-  const reason = useCell(lost);
+  const [trouble] = useCell(troubles).values();
+  const reason = useCell(health).reason || trouble;
   return html`<div role="status" class="lost-place">${reason && html`<p class="lost">${reason}</p>`}</div>`;
 }
 

@@ -4,10 +4,10 @@ import * as api from "../api.js";
 import { cell, useCell, useEvery } from "../cell.js";
 import { Chart } from "../chart.js";
 import { tint } from "../colours.js";
-import { bytes, count, fixed, megabytes, milliseconds, percent } from "../format.js";
+import { bytes, count, digest, fixed, megabytes, milliseconds, percent } from "../format.js";
 import { byLabel, parse, quantile, total } from "../metrics.js";
-import { Dot, Loading, State } from "../parts.js";
-import { base, reach, settings } from "../shelf.js";
+import { Dot, Loading } from "../parts.js";
+import { base, cards, loadCards, reach, settings } from "../shelf.js";
 import { html } from "../vendor/preact.js";
 
 const EVERY_MS = 1000;
@@ -17,7 +17,7 @@ const WINDOW = 10; // moments that waiting times are taken over
 const moments = cell([]); // stays while other views are looked at
 
 export function Live() {
-  useEvery(EVERY_MS, () => reach(look));
+  useEvery(EVERY_MS, () => Promise.all([loadCards(), reach("live", look)]));
   const seen = useCell(moments);
   const now = seen.at(-1);
   if (!now) return html`<h1>Live</h1><${Loading} what="metrics" />`;
@@ -25,7 +25,7 @@ export function Live() {
   const time = seen.map((moment) => moment.time);
   const over = (pick) => seen.map(pick);
   return html`
-    <h1>Live <${State} value=${now.health.state} /></h1>
+    <h1>Live</h1>
     <${Tiles} now=${now} />
     <div class="charts">
       <${Chart} title="Requests" least=${4} data=${[time, over((m) => m.running), over((m) => m.waiting)]}
@@ -41,7 +41,7 @@ export function Live() {
 
 /** Adds this moment: gauges as they are, rates since the last moment, quantiles over the last ten. */
 async function look() {
-  const [metrics, health, found] = await Promise.all([api.text("metrics"), api.get("health"), api.get("base")]);
+  const [metrics, found] = await Promise.all([api.text("metrics"), api.get("base")]);
   base.set(found);
   const samples = parse(metrics);
   const time = Date.now() / 1000;
@@ -50,7 +50,7 @@ async function look() {
   const rate = (name) => (last ? Math.max(0, total(samples, name) - total(last.samples, name)) / (time - last.time) : null);
   const ttft = (q) => (past ? quantile(past.samples, samples, "time_to_first_token_seconds", q) : null);
   const moment = {
-    time, samples, health, base: found,
+    time, samples, base: found,
     running: total(samples, "num_requests_running"),
     waiting: total(samples, "num_requests_waiting"),
     generated: rate("generation_tokens_total"),
@@ -82,7 +82,8 @@ const hostCache = ({ host_bytes: used }) => html`${bytes(used)} <span class="mut
 
 /** Which adapter holds which rows of the pool, and the same as a list. */
 function Pool({ pool }) {
-  const held = [...(pool.placements ?? [])].sort((a, b) => a.start - b.start);
+  const ids = new Map(useCell(cards)?.map((card) => [card.digest, card.id]));
+  const held = pool.placements.map((one) => ({ ...one, id: ids.get(one.digest) })).sort((a, b) => a.start - b.start);
   const told = `${pool.rank_used} of ${pool.rank_total} rank rows held by ${held.length} adapters`;
   return html`<section class="card" aria-labelledby="pool">
     <h2 id="pool">Pool of rank rows <span class="muted">${pool.rank_used} of ${pool.rank_total} held</span></h2>
@@ -96,4 +97,4 @@ function Pool({ pool }) {
   </section>`;
 }
 
-const nameOf = (one) => one.id ?? "replaced, still in flight";
+const nameOf = (one) => one.id ?? `${digest(one.digest)}, no longer registered`;

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from typing import Any
 from .errors import AdapterdError, SettingsError
 from .settings import Settings, read
 
-BENCH = Path(__file__).parent.parent / "deploy" / "bench" / "bench.py"
+REPOSITORY = Path(__file__).parent.parent
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -70,9 +71,11 @@ def _inspect_command(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(chosen: argparse.Namespace) -> int:
-    from .adapters import facts, inspection
+    from .adapters import cli, tables
 
-    return 0
+    told = cli.inspect_folder(chosen.path)
+    _show(told, tables.summary(told), chosen.format)
+    return 1 if told["problems"] else 0
 
 
 def _forecast_command(parser: argparse.ArgumentParser) -> None:
@@ -85,6 +88,16 @@ def _forecast_command(parser: argparse.ArgumentParser) -> None:
 
 
 def _forecast(chosen: argparse.Namespace) -> int:
+    if not chosen.config.exists():
+        raise SettingsError(f"--config: there is no {chosen.config}")
+    logging.disable(logging.WARNING)  # the libraries below greet at import
+    from .adapters import facts, tables
+    from .adapters.reader import Skeleton
+
+    base = Skeleton(chosen.config)
+    modules = [name.strip() for name in chosen.target_modules.split(",") if name.strip()]
+    told = facts.forecast(base.linears(), base.parameters, chosen.r, modules, chosen.dtype)
+    _show(told, tables.forecast(told), chosen.format)
     return 0
 
 
@@ -92,14 +105,14 @@ def _format_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("text", "json"), default="text")
 
 
-def _show(told: dict[str, Any], form: str) -> None:
-    print(json.dumps(told, indent=2))
+def _show(told: dict[str, Any], table: str, form: str) -> None:
+    print(json.dumps(told, indent=2) if form == "json" else table.rstrip("\n"))
 
 
 def _bench(chosen: argparse.Namespace) -> int:
-    if not BENCH.is_file():
+    if not (REPOSITORY / "deploy" / "bench").is_dir():
         raise SettingsError("bench: the load generator is part of the repository, not of the installed package")
-    return subprocess.run([sys.executable, str(BENCH), *chosen.rest], check=False).returncode
+    return subprocess.run([sys.executable, "-m", "deploy.bench", *chosen.rest], cwd=REPOSITORY, check=False).returncode
 
 
 if __name__ == "__main__":

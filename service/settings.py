@@ -37,11 +37,11 @@ class Faults(BaseModel):
 class Settings(BaseModel):
     """See the table in the README; `_mb` are 10^6 bytes, `_s` seconds. None is `decided by the base or device`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
-    base: str = "demo"
+    base: Annotated[str, Field(min_length=1)] = "demo"
     base_id: str | None = None
     quantization: Literal["auto", "nf4", "int8", "none"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

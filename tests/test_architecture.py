@@ -1,0 +1,57 @@
+"""The shape of the code: the rooms' arrows, who may import what, no cycles, and what must not be imported before the service listens."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import grimp
+import pytest
+from importlinter.cli import lint_imports
+
+ROOT = Path(__file__).parent.parent
+MODULES = sorted((ROOT / "service").rglob("*.py"))
+READS_ENVIRONMENT = {"service/__main__.py"}
+SETS_ENVIRONMENT = {"service/adapters/reading.py", "service/engine/process.py"}  # of the processes they start
+
+
+def test_the_contracts_hold(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(ROOT)
+    code = lint_imports(no_cache=True)
+    assert code == 0, capsys.readouterr().out
+
+
+def test_no_module_imports_itself_over_others() -> None:
+    graph = grimp.build_graph("service", exclude_type_checking_imports=True, cache_dir=None)
+    # the reader's process imports it when it has begun; the API's process never does
+    graph.remove_import(importer="service.adapters.reading", imported="service.adapters.reader")
+    arrows = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    graphlib.TopologicalSorter(arrows).prepare()
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_module_says_in_its_first_lines_what_it_is(path: Path) -> None:
+    said = ast.get_docstring(ast.parse(path.read_text()))
+    assert said, "no docstring"
+    assert said.splitlines()[0].endswith((".", ":", ";"))
+
+
+def test_only_the_command_line_reads_the_environment() -> None:
+    found = {str(path.relative_to(ROOT)) for path in MODULES if "os.environ" in path.read_text() or "getenv" in path.read_text()}
+    assert found == READS_ENVIRONMENT | SETS_ENVIRONMENT
+
+
+def test_nothing_heavy_is_imported_before_it_listens() -> None:
+    """The first probe of an orchestrator is answered within a second; importing torch alone takes longer."""
+    code = (
+        "import sys; from service.settings import read; import service.serve; from service.app import create_app;"
+        "create_app(read({}, {'base': 'org/none'}));"
+        "print(sorted({'torch', 'transformers', 'peft', 'numpy', 'tokenizers', 'bitsandbytes'} & sys.modules.keys()))"
+    )
+    kept = {name: text for name, text in os.environ.items() if not name.startswith("ADAPTERD_")}
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=kept, capture_output=True, text=True, timeout=120)
+    assert (ran.stdout, ran.stderr) == ("[]\n", "")

@@ -77,9 +77,9 @@ class Skeleton:
 
     def _meaning(self, text: str) -> Meaning:
         """Injects this config (JSON text, without what does not matter here) into a copy of the tree."""
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            config = peft_config(loads(text))
+        config = peft_config(loads(text))
+        config.inference_mode = True  # else PEFT would compute the prompts it saves, of weights that are not there
+        with torch.device("meta"):
             model = get_peft_model(copy.deepcopy(self.model), config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
             state = get_peft_model_state_dict(model, save_embedding_layers=False)
         layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
@@ -220,8 +220,10 @@ def understood(skeleton: Skeleton, config: Config) -> Meaning:
     aside = {"base_model_name_or_path", "revision", "peft_version", "auto_mapping", "lora_dropout", "inference_mode"}
     text = dumps({key: value for key, value in config.items() if key not in aside}, sort_keys=True)
     try:
-        unserved = features(peft_config(loads(text))) - SHADOW_FEATURES
-        meaning = Meaning({}, (), unserved) if unserved else skeleton.meaning(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            unserved = features(peft_config(loads(text))) - SHADOW_FEATURES
+            meaning = Meaning({}, (), unserved) if unserved else skeleton.meaning(text)
     except Exception as error:  # whatever PEFT makes of a stranger's config, it is the config's fault
         raise AdapterInvalid([f"PEFT cannot apply {CONFIG} to the base: {error}"[:600]]) from None
     refused = sorted(meaning.features - SHADOW_FEATURES)

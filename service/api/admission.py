@@ -69,11 +69,16 @@ class Admission:
         """What every answer says of its adapter; None for the base."""
         return {"id": self.generation.id, "digest": self.generation.digest} if self.generation else None
 
-    async def enter(self, name: str | None) -> Voice:
-        """Leases the adapter of this name until the request is over, and gives its voice. Raises AdapterNotFound, NotReady."""
-        if name is None or name in (*ALIASES, self.rooms.registry.base_id):
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """The names of the base."""
+        return (self.rooms.registry.base_id, *ALIASES)
+
+    async def enter(self, id: str | None) -> Voice:
+        """Leases this adapter until the request is over, and gives its voice; None is the base. Raises AdapterNotFound, NotReady."""
+        if id is None:
             return self.rooms.text.base
-        self.generation = found = self.held.enter_context(self.rooms.registry.lease(name))
+        self.generation = found = self.held.enter_context(self.rooms.registry.lease(id))
         text = self.rooms.text
         known = text.known(found.number)
         return known if known is not None else await asyncio.to_thread(text.of, found.number, found.folder)

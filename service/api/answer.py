@@ -117,4 +117,4 @@ def failure(event: Event) -> errors.AdapterdError:
 
 def _kinds(kind: type[errors.AdapterdError]) -> dict[str, type[errors.AdapterdError]]:
     below = {code: found for child in kind.__subclasses__() for code, found in _kinds(child).items()}
-    return {**below, kind.code: kind}
+    return {kind.code: kind, **below}

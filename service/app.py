@@ -42,7 +42,7 @@ def create_app(
 ) -> FastAPI:
     """The service as an ASGI application; a room that is not handed in is made. `on_failure` is told why the base can never be served."""
     rooms = _rooms(settings, client, registry)
-    app = FastAPI(
+    app = Service(
         title="adapterd",
         version=__version__,
         description="One quantized base model, hundreds of LoRA adapters, mixed freely in every batch.",
@@ -64,6 +64,19 @@ def create_app(
     for path, files in ops.STATIC.items():
         app.mount(path, files)
     return app
+
+
+class Service(FastAPI):
+    """FastAPI, but its description of itself says what is so: how a key is sent, and that OpenAI's dialect has no 422."""
+
+    def openapi(self) -> dict[str, Any]:
+        told = super().openapi()
+        told["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        told["security"] = [{"key": []}, {}]
+        for path in filter(errors.openai_dialect, told["paths"]):
+            for operation in told["paths"][path].values():
+                operation["responses"].pop("422", None)
+        return told
 
 
 def _rooms(settings: Settings, client: Client | None, registry: Registry | None) -> Rooms:
@@ -88,9 +101,7 @@ def _lifespan(rooms: Rooms, text: Callable[[str], Text], on_failure: Callable[[s
         with suppress(asyncio.CancelledError):
             await opening
         rooms.draining = True
-        if rooms.opened:
-            await rooms.registry.close()
-        await rooms.client.stop(0)
+        await asyncio.gather(rooms.registry.close(), rooms.client.stop(0))
 
     return lifespan
 
@@ -100,8 +111,7 @@ async def _open(rooms: Rooms, text: Callable[[str], Text], on_failure: Callable[
     try:
         await rooms.client.wait_ready()
         assert rooms.client.base is not None, "a ready client has the base's card"
-        rooms.reader = await asyncio.to_thread(text, rooms.client.base.folder)
-        await rooms.registry.open()
+        rooms.reader, _ = await asyncio.gather(asyncio.to_thread(text, rooms.client.base.folder), rooms.registry.open())
         rooms.opened = True
         log.info("ready", extra={"fields": {"base": rooms.registry.base_id, "adapters": len(rooms.registry.cards())}})
     except Exception as error:

@@ -92,4 +92,4 @@ def test_a_refused_key_is_not_echoed() -> None:
 def test_settings_cannot_be_changed() -> None:
     chosen: Settings = read(BASE)
     with pytest.raises(ValueError, match="frozen"):
-        chosen.port = 1  # type: ignore[misc]
+        chosen.port = 1

@@ -98,7 +98,7 @@ class _Exchange:
         status = self.status if self.whole else 499
         fields = {"id": self.id, "method": self.scope["method"], "path": self.scope["path"], "status": status}
         took = {"ms": round((time.perf_counter() - self.began) * 1000, 1)}
-        quiet = self.scope["path"] in PROBES and status < 500
+        quiet = self.scope["path"] in PROBES and status in (200, 503)
         level = logging.DEBUG if quiet else logging.INFO
         log.log(level, "request", extra={"fields": fields | took | self.headers | self.state["log"]})
 

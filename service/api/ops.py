@@ -46,10 +46,13 @@ async def ready(here: Here) -> Told:
 
 
 def progress(here: Rooms) -> Told:
-    return {"stage": here.client.stage, "fraction": here.client.fraction} if here.state == "loading" else {}
+    return {"stage": here.client.stage, "fraction": here.client.fraction} if here.client.state == "loading" else {}
 
 
-@router.get("/metrics", responses={200: {"content": {"text/plain": {}, "application/openmetrics-text": {}}}})
+FORMATS: dict[int | str, Told] = {200: {"content": {"text/plain": {}, "application/openmetrics-text": {}}}}
+
+
+@router.get("/metrics", responses=documented() | FORMATS)
 async def exposition(request: Request) -> Response:
     """Prometheus text, or OpenMetrics where `Accept` asks for it."""
     content, kind = metrics.exposition(request.headers.get("accept", ""))

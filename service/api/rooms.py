@@ -59,7 +59,12 @@ class Rooms:
         if self.state == "ready":
             return "" if self.client.ready else self.client.reason or "the worker does not answer"
         if self.state == "loading":
-            return f"the base is loading: {self.client.stage or 'starting'} ({self.client.fraction:.0%})"
+            where = (
+                f"{self.client.stage or 'starting'} ({self.client.fraction:.0%})"
+                if self.client.state == "loading"
+                else "looking at adapters"
+            )
+            return f"the base is loading: {where}"
         told = {"draining": "the service is shutting down", "restarting": "the worker is restarting"}.get(self.state)
         return told or self.failure or self.client.reason or "the base cannot be loaded"
 

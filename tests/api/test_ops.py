@@ -119,6 +119,16 @@ def test_the_pages_of_the_api_ask_no_other_origin(home: House) -> None:
         assert home.knock.get(f"/docs/{name}").status_code == 200
 
 
+def test_the_description_lists_every_route_and_how_it_refuses(home: House) -> None:
+    paths = home.json("GET", "/openapi.json")["paths"]
+    for path in ("/generate", "/generate_stream", "/", "/v1/chat/completions", "/adapters", "/adapters/{id}/upload", "/metrics", "/health"):
+        assert path in paths
+    for path, operations in paths.items():
+        for operation in operations.values():
+            assert {"401", "405", "413", "500"} <= operation["responses"].keys()
+            assert ("422" in operation["responses"]) <= (not path.startswith("/v1/"))
+
+
 def test_a_page_that_is_not_installed_is_404(
     home: House, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

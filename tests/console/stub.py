@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -141,29 +141,45 @@ class Stub:
         lines.append(f'adapterd_time_to_first_token_seconds_bucket{{le="+Inf"}} {len(self.first_tokens)}')
         return "# HELP adapterd_adapters by tier\n# TYPE adapterd_adapters gauge\n" + "\n".join(lines) + "\n"
 
-    async def stream(self, inputs: str, adapter: Adapter | None, length: int) -> AsyncIterator[str]:
+    async def words(self, inputs: str, adapter: Adapter | None, length: int) -> AsyncIterator[str]:
         began = time.monotonic()
         self.running += 1
         self.prompt_tokens += len(inputs.split())
-        text = ""
         try:
             for index in range(length):
                 await asyncio.sleep(0.03)
                 if index == 0:
                     self.first_tokens.append(time.monotonic() - began)
-                word = (" " if index else "") + WORDS[index % len(WORDS)]
-                text += word
                 self.tokens += 1
                 if adapter:
                     adapter.tokens += 1
-                event: Told = {"token": {"id": index, "text": word, "logprob": -0.1, "special": False}}
-                event |= {"generated_text": None, "details": None}
-                if index == length - 1:
-                    event |= {"generated_text": text, "details": {"finish_reason": "length", "generated_tokens": length}}
-                    event |= {"adapter": adapter and {"id": adapter.id, "digest": adapter.digest}}
-                yield f"data: {json.dumps(event)}\n\n"
+                yield (" " if index else "") + WORDS[index % len(WORDS)]
         finally:
             self.running -= 1
+
+
+Source = AsyncIterator[str]
+
+
+def event(told: Told) -> str:
+    return f"data: {json.dumps(told)}\n\n"
+
+
+async def native(words: Source, told: Told | None, length: int) -> Source:
+    text = ""
+    async for word in words:
+        text += word
+        yield event({"token": {"id": 1, "text": word, "logprob": -0.1, "special": False}, "generated_text": None, "details": None})
+    last = {"token": {"id": 2, "text": "", "logprob": -0.1, "special": True}, "generated_text": text, "adapter": told}
+    yield event(last | {"details": {"finish_reason": "length", "generated_tokens": length}})
+
+
+async def openai(words: Source, told: Told | None, length: int) -> Source:
+    async for word in words:
+        yield event({"choices": [{"index": 0, "delta": {"content": word}, "finish_reason": None}], "adapter": told})
+    yield event({"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}], "adapter": told})
+    yield event({"choices": [], "usage": {"completion_tokens": length}, "adapter": told})
+    yield "data: [DONE]\n\n"
 
 
 def build(stub: Stub) -> FastAPI:
@@ -204,16 +220,31 @@ def build(stub: Stub) -> FastAPI:
 
 
 def _add_generation(app: FastAPI, stub: Stub) -> None:
+    def answer(id: str | None, prompt: str, length: int, dialect: Callable[[Source, Told | None, int], Source]) -> Response:
+        adapter = stub.adapters.get(id) if id else None
+        told = {"id": adapter.id, "digest": adapter.digest} if adapter else None
+        headers = {"cache-control": "no-cache"} | ({"x-adapter-digest": told["digest"]} if told else {})
+        words = stub.words(prompt, adapter, length)
+        return StreamingResponse(dialect(words, told, length), media_type="text/event-stream", headers=headers)
+
     @app.post("/generate_stream")
     async def generate(request: Request) -> Response:
         body = await request.json()
-        id = body["parameters"].get("adapter_id")
-        if id is not None and id not in stub.adapters:
-            return stub.error(404, "adapter_not_found", f"no adapter is called {id!r}")
-        adapter = stub.adapters.get(id) if id else None
-        headers = {"cache-control": "no-cache", "x-adapter-digest": adapter.digest} if adapter else {"cache-control": "no-cache"}
-        chunks = stub.stream(body["inputs"], adapter, int(body["parameters"]["max_new_tokens"]))
-        return StreamingResponse(chunks, media_type="text/event-stream", headers=headers)
+        asked = body["parameters"]
+        return answer(asked.get("adapter_id"), body["inputs"], asked["max_new_tokens"], native)
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: Request) -> Response:
+        body = await request.json()
+        if body["model"] not in ("base", *stub.adapters):
+            told = {
+                "message": f"no model named {body['model']!r}",
+                "type": "invalid_request_error",
+                "param": "model",
+                "code": "model_not_found",
+            }
+            return JSONResponse({"error": told}, 404)
+        return answer(body["model"], body["messages"][0]["content"], body["max_tokens"], openai)
 
     @app.get("/forecast")
     def forecast(r: int, target_modules: str, dtype: str = "float32") -> Told:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -189,42 +190,67 @@ def test_an_unknown_adapter_is_said_to_be_unknown(live: str, open_page: Open) ->
 # ---- compare
 
 
-def test_the_base_and_adapters_answer_side_by_side(live: str, open_page: Open) -> None:
+def ask(page: Page, prompt: str, length: int, way: str = "plain text") -> None:
+    page.get_by_label("Prompt").last.fill(prompt)
+    page.get_by_label("New tokens").fill(str(length))
+    page.get_by_label("Send as").select_option(way)
+    page.get_by_role("button", name="Run").click()
+
+
+@pytest.mark.parametrize("way", ["chat message", "plain text"])
+def test_the_base_and_adapters_answer_side_by_side(live: str, open_page: Open, way: str) -> None:
     page = open_page(f"{live}#/compare")
     ids = some_ids(live)[:2]
-    page.get_by_label("Prompt").last.fill("Say something short.")
     for id in ids:
         page.get_by_role("button", name=id, exact=True).click()
-    page.get_by_label("New tokens").fill("24")
-    page.get_by_role("button", name="Run").click()
-    runs = page.get_by_role("article")
-    expect(runs).to_have_count(1 + len(ids))
+    ask(page, "Say something short.", 24, way)
+    expect(page.get_by_role("article")).to_have_count(1 + len(ids))
     for id in ids:
         run = page.get_by_role("article", name=id)
-        expect(run.locator("dd").nth(3)).to_have_text(re.compile("length|eos_token|stop_sequence"))
+        expect(run.locator("dd").nth(3)).to_have_text(re.compile("length|eos_token|stop"))
         expect(run.locator(".speed")).to_have_text(re.compile(r"^\d+\.\d$"))
         digest = httpx.get(f"{live}adapters/{id}").json()["digest"]
         expect(run.get_by_title(f"Copy {digest}")).to_be_visible()
-        assert run.locator(".run-text").inner_text() == answer(live, id, 24)
+        assert run.locator(".run-text").inner_text() == answer(live, id, 24, way)
 
 
-def answer(url: str, id: str, length: int) -> str:
-    asked = {"inputs": "Say something short.", "parameters": {"adapter_id": id, "max_new_tokens": length, "temperature": 0}}
-    lines = httpx.post(f"{url}generate_stream", json=asked, timeout=30).text.splitlines()
-    return str(json.loads([line for line in lines if line.startswith("data:")][-1][5:])["generated_text"])
+def answer(url: str, id: str, length: int, way: str) -> str:
+    """What the server says to the same request, asked without the page."""
+    if way == "plain text":
+        plain: dict[str, Any] = {
+            "inputs": "Say something short.",
+            "parameters": {"adapter_id": id, "max_new_tokens": length, "temperature": 0},
+        }
+        return "".join(event["token"]["text"] for event in events(f"{url}generate_stream", plain) if not event["token"]["special"])
+    message = {"role": "user", "content": "Say something short."}
+    asked: dict[str, Any] = {"model": id, "messages": [message], "max_tokens": length, "temperature": 0, "stream": True}
+    chunks = [choice for event in events(f"{url}v1/chat/completions", asked) for choice in event["choices"]]
+    return "".join(choice["delta"].get("content") or "" for choice in chunks)
+
+
+def events(url: str, asked: dict[str, Any]) -> list[dict[str, Any]]:
+    lines = httpx.post(url, json=asked, timeout=30).text.splitlines()
+    return [json.loads(line[5:]) for line in lines if line.startswith("data:") and not line.endswith("[DONE]")]
 
 
 def test_answers_arrive_while_they_are_made_and_can_be_stopped(live: str, open_page: Open) -> None:
     page = open_page(f"{live}#/compare")
-    page.get_by_label("Prompt").last.fill("Go on and on.")
-    page.get_by_label("New tokens").fill("500")
-    page.get_by_role("button", name="Run").click()
+    ask(page, "Go on and on.", 500)
     run = page.get_by_role("article")
     expect(run).to_have_attribute("aria-busy", "true")
     expect(run.locator(".run-text")).not_to_have_text("")
     page.get_by_role("button", name="Stop").click()
     expect(run).to_have_attribute("aria-busy", "false")
     expect(run.locator("dd").nth(3)).to_have_text("stopped")
+
+
+def test_what_goes_wrong_is_shown_where_the_answer_would_be(live: str, open_page: Open, uploaded: str) -> None:
+    page = open_page(f"{live}#/compare/{uploaded}", expect="404")
+    expect(page.get_by_role("button", name=uploaded, exact=True)).to_have_attribute("aria-pressed", "true")
+    httpx.delete(f"{live}adapters/{uploaded}")
+    ask(page, "Hi", 2, "chat message")
+    expect(page.get_by_role("article", name=uploaded).get_by_role("alert")).to_contain_text("model_not_found (404)")
+    expect(page.get_by_role("article").first.locator("dd").nth(3)).to_have_text("length")
 
 
 def test_at_most_four_adapters_are_compared(live: str, open_page: Open) -> None:
@@ -238,9 +264,7 @@ def test_at_most_four_adapters_are_compared(live: str, open_page: Open) -> None:
 
 def test_a_request_is_copied_as_curl(live: str, open_page: Open) -> None:
     page = open_page(f"{live}#/compare")
-    page.get_by_label("Prompt").last.fill("It's fine.")
-    page.get_by_label("New tokens").fill("2")
-    page.get_by_role("button", name="Run").click()
+    ask(page, "It's fine.", 2)
     page.get_by_role("button", name=re.compile("as curl")).click()
     copied = page.evaluate("navigator.clipboard.readText()")
     assert copied.startswith(f"curl -N {live}generate_stream -H 'content-type: application/json' -d '{{")
@@ -321,8 +345,7 @@ def test_curl_never_shows_the_key(keyed: Keyed, open_page: Open) -> None:
     page = open_page(f"{keyed.url}#/compare", expect="401")
     page.get_by_role("textbox", name="Key").fill(keyed.key)
     page.get_by_role("button", name="Use this key").click()
-    page.get_by_label("Prompt").last.fill("Hi")
-    page.get_by_role("button", name="Run").click()
+    ask(page, "Hi", 2)
     page.get_by_role("button", name=re.compile("as curl")).click()
     copied = page.evaluate("navigator.clipboard.readText()")
     assert '-H "authorization: Bearer $ADAPTERD_KEY"' in copied

@@ -12,7 +12,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from .conftest import Open
-from .test_console import some_ids
+from .test_console import ask, some_ids
 
 AXE = (Path(__file__).parent / "vendor" / "axe.min.js").read_text()
 SERIOUS = """axe.run().then(found => found.violations
@@ -64,11 +64,9 @@ def test_an_adapter(live: str, open_page: Open, width: int, scheme: str) -> None
 def test_compare(live: str, open_page: Open, width: int, scheme: str) -> None:
     ids = some_ids(live)[:3]
     page = open_page(f"{live}#/compare", width, scheme)
-    page.get_by_label("Prompt").last.fill("The meeting is on the third of May 2026.")
     for id in ids:
         page.get_by_role("button", name=id, exact=True).click()
-    page.get_by_label("New tokens").fill("32")
-    page.get_by_role("button", name="Run").click()
+    ask(page, "The meeting is on the third of May 2026.", 32, "chat message")
     for id in ids:
         expect(page.get_by_role("article", name=id)).to_have_attribute("aria-busy", "false")
     examine(page, "compare", width, scheme)

@@ -27,11 +27,13 @@ async function askForKey(reason) {
 /** Lets the next request that needs a key ask for it again. */
 export const askAgain = () => (declined = false);
 
+/** What the server refused, in either dialect's envelope. */
 export class ApiError extends Error {
   constructor(status, body) {
-    super(body?.error ?? `The server answered ${status}.`);
+    const told = body?.error?.message ? body.error : { message: body?.error, code: body?.error_type };
+    super(told.message ?? `The server answered ${status}.`);
     this.status = status;
-    this.type = body?.error_type ?? "";
+    this.type = told.code ?? told.type ?? "";
     this.details = body?.details ?? {};
     this.problems = this.details.problems ?? [];
   }
@@ -92,9 +94,9 @@ function parsed(body) {
   }
 }
 
-/** A generation as it comes: `onStart(headers)`, then yields each event's object. An error event raises ApiError. */
-export async function* generate(json, { signal, onStart }) {
-  const response = await send("POST", "generate_stream", { json, accept: "text/event-stream", signal });
+/** Server-sent events as they come: `onStart(headers)`, then yields each event's object. An error event raises ApiError. */
+export async function* stream(path, json, { signal, onStart }) {
+  const response = await send("POST", path, { json, accept: "text/event-stream", signal });
   onStart(response.headers);
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
@@ -104,7 +106,7 @@ export async function* generate(json, { signal, onStart }) {
     const lines = (rest + value).split("\n");
     rest = lines.pop();
     for (const line of lines) {
-      if (!line.startsWith("data:")) continue;
+      if (!line.startsWith("data:") || line.endsWith("[DONE]")) continue;
       const event = JSON.parse(line.slice(5));
       if (event.error) throw new ApiError(response.status, event);
       yield event;

@@ -1,6 +1,7 @@
 // One prompt, answered side by side by the base and up to four adapters, all streaming at once.
 
 import * as api from "../api.js";
+import { WAYS } from "../asking.js";
 import { useCell, useEvery } from "../cell.js";
 import { count, fixed, milliseconds, NONE } from "../format.js";
 import { Digest, Dot, Problems, useCopy } from "../parts.js";
@@ -19,7 +20,7 @@ const FIELDS = [
 ];
 
 // What was typed and answered stays while other views are looked at.
-const kept = { prompt: "", chosen: [BASE], values: Object.fromEntries(FIELDS.map(({ name, initial }) => [name, initial])), runs: [] };
+const kept = { prompt: "", way: "chat", chosen: [BASE], values: Object.fromEntries(FIELDS.map(({ name, initial }) => [name, initial])), runs: [] };
 
 export function Compare({ id }) {
   const [, redraw] = useState(0);
@@ -38,7 +39,7 @@ export function Compare({ id }) {
     const { signal } = running.current;
     setBusy(true);
     setSaid("");
-    const runs = kept.chosen.map((one) => newRun(one, bodyFor(one)));
+    const runs = kept.chosen.map(newRun);
     keep({ runs });
     await Promise.all(runs.map((run) => follow(run, signal, () => keep({}))));
     setSaid(runs.map((run) => `${nameOf(run.id)}: ${run.error ? run.error.message : `${run.tokens} tokens`}`).join("; "));
@@ -49,7 +50,7 @@ export function Compare({ id }) {
     <form class="card" onSubmit=${start} aria-label="Prompt and settings">
       <label>Prompt <textarea required rows="3" value=${kept.prompt} onInput=${(event) => keep({ prompt: event.target.value })}></textarea></label>
       <${Choices} onChange=${(chosen) => keep({ chosen })} />
-      <${Settings} onChange=${(values) => keep({ values })} />
+      <${Settings} onChange=${keep} />
       <div class="actions">
         <button type="submit" disabled=${busy || !kept.chosen.length}>Run</button>
         <button type="button" class="quiet" disabled=${!busy} onClick=${() => running.current.abort()}>Stop</button>
@@ -62,25 +63,21 @@ export function Compare({ id }) {
 
 const nameOf = (id) => id || base.value?.id || "base";
 
-function bodyFor(id) {
-  const numbers = Object.entries(kept.values).filter(([, value]) => value !== "").map(([name, value]) => [name, Number(value)]);
-  return { inputs: kept.prompt, parameters: { ...(id && { adapter_id: id }), ...Object.fromEntries(numbers), details: true } };
+/** An answer that is yet to come: when it started, its first and last token's times, and what is known of it. */
+function newRun(id) {
+  const given = Object.entries(kept.values).filter(([, value]) => value !== "");
+  const values = Object.fromEntries(given.map(([name, value]) => [name, Number(value)]));
+  const way = WAYS[kept.way];
+  const began = { text: "", tokens: 0, started: performance.now(), first: null, last: null, digest: "", finish: "", error: null };
+  return { id, read: way.read, ...way.request(kept.prompt, id, values), ...began };
 }
-
-const newRun = (id, body) => ({ id, body, text: "", tokens: 0, started: performance.now(), first: null, last: null, digest: "", finish: "", error: null });
 
 /** Fills `run` as its tokens come; `changed` is called after each. */
 async function follow(run, signal, changed) {
   try {
     const onStart = (headers) => (run.digest = headers.get("x-adapter-digest") ?? "");
-    for await (const event of api.generate(run.body, { signal, onStart })) {
-      run.last = performance.now();
-      run.first ??= run.last;
-      run.tokens += 1;
-      run.text = event.generated_text ?? run.text + (event.token.special ? "" : event.token.text);
-      run.digest = event.adapter?.digest ?? run.digest;
-      run.finish = event.details?.finish_reason ?? run.finish;
-      run.tokens = event.details?.generated_tokens ?? run.tokens;
+    for await (const event of api.stream(run.path, run.body, { signal, onStart })) {
+      take(run, run.read(event));
       changed();
     }
   } catch (error) {
@@ -89,6 +86,18 @@ async function follow(run, signal, changed) {
   }
   run.finish ||= "ended";
   changed();
+}
+
+function take(run, { more, text, finish, tokens, digest }) {
+  if (more) {
+    run.last = performance.now();
+    run.first ??= run.last;
+    run.tokens += 1;
+  }
+  run.text = text ?? run.text + (more ?? "");
+  run.tokens = tokens ?? run.tokens;
+  run.finish = finish ?? run.finish;
+  run.digest = digest ?? run.digest;
 }
 
 /** The base and the adapters as buttons that stay down; at most four adapters. */
@@ -111,18 +120,23 @@ function Choices({ onChange }) {
 }
 
 const Settings = ({ onChange }) => html`<div class="settings">
+  <label>Send as
+    <select value=${kept.way} onChange=${(event) => onChange({ way: event.target.value })}>
+      ${Object.entries(WAYS).map(([name, { title }]) => html`<option value=${name}>${title}</option>`)}
+    </select>
+  </label>
   ${FIELDS.map(({ name, label, min, max, step }) => html`<label>${label}
     <input type="number" name=${name} min=${min} max=${max} step=${step} value=${kept.values[name]} placeholder="off"
-      onInput=${(event) => onChange({ ...kept.values, [name]: event.target.value })} />
+      onInput=${(event) => onChange({ values: { ...kept.values, [name]: event.target.value } })} />
   </label>`)}
 </div>`;
 
 function Run({ run }) {
   const [copied, copy] = useCopy();
-  const speed = run.tokens > 1 ? ((run.tokens - 1) * 1000) / (run.last - run.first) : null;
+  const speed = run.last > run.first ? ((run.tokens - 1) * 1000) / (run.last - run.first) : null;
   return html`<article class="run" aria-label=${nameOf(run.id)} aria-busy=${!run.finish}>
     <h2><${Dot} id=${run.id} />${nameOf(run.id)}</h2>
-    <p class="run-text">${run.text}${!run.finish && html`<span class="caret" aria-hidden="true"></span>`}</p>
+    <p class="run-text">${run.text || (run.finish && !run.error && html`<span class="muted">Nothing: it ended at once.</span>`)}${!run.finish && html`<span class="caret" aria-hidden="true"></span>`}</p>
     <${Problems} error=${run.error} />
     <dl class="run-facts">
       <div><dt>tokens/s</dt><dd class="speed">${speed === null ? NONE : fixed(speed)}</dd></div>
@@ -131,15 +145,15 @@ function Run({ run }) {
       <div><dt>end</dt><dd>${run.error ? "error" : run.finish || "…"}</dd></div>
       <div><dt>digest</dt><dd>${run.id ? html`<${Digest} value=${run.digest} />` : "none: the base"}</dd></div>
     </dl>
-    <button type="button" class="quiet" onClick=${() => copy(curl(run.body))}>
+    <button type="button" class="quiet" onClick=${() => copy(curl(run))}>
       ${copied ? "Copied" : "Copy as curl"}<span class="hidden">, what ${nameOf(run.id)} was asked</span>
     </button>
   </article>`;
 }
 
 /** The request as a command; the key is left for the shell to fill in. */
-function curl(body) {
+function curl({ path, body }) {
   const key = api.hasKey() ? ` -H "authorization: Bearer $ADAPTERD_KEY"` : "";
   const quoted = JSON.stringify(body).replaceAll("'", `'\\''`);
-  return `curl -N ${new URL("generate_stream", document.baseURI)} -H 'content-type: application/json'${key} -d '${quoted}'`;
+  return `curl -N ${new URL(path, document.baseURI)} -H 'content-type: application/json'${key} -d '${quoted}'`;
 }

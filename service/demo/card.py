@@ -1,0 +1,90 @@
+"""The figures of the demo adapters and the README of each, written from them. Must not know how they were trained or measured."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+from .task import Recipe, Task
+
+Results = dict[str, dict[str, Any]]
+
+
+def read(folder: Path) -> Results:
+    """What `results.json` holds, by adapter; nothing when there is none yet."""
+    path = folder / "results.json"
+    found: Results = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def write(folder: Path, task: Task, results: Results) -> None:
+    """Keeps the results, and rewrites the task's README."""
+    (folder / "results.json").write_text(json.dumps(dict(sorted(results.items())), indent=2, ensure_ascii=False) + "\n")
+    (folder / "adapters" / task.name / "README.md").write_text(readme(task, results[task.name]))
+
+
+def kind(recipe: Recipe) -> str:
+    """The recipe in one line."""
+    name = "DoRA" if recipe.dora else "rsLoRA" if recipe.rslora else "LoRA"
+    return f"{name}, rank {recipe.rank}, alpha {recipe.alpha}, on {', '.join(recipe.targets)}"
+
+
+def percent(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def table(task: Task, result: dict[str, Any]) -> str:
+    """One row a measure: base on the same prompts, base told in words, adapter."""
+    rows = [
+        f"| {meaning} | " + " | ".join(percent(result[who][measure]) for who in ("base", "base_instructed", "adapter")) + " |"
+        for measure, meaning in task.measures.items()
+    ]
+    return "\n".join(("| measure | base, same prompt | base, told in words | adapter |", "|---|---|---|---|", *rows))
+
+
+def curl(task: Task) -> str:
+    body = {"inputs": task.sample, "parameters": {"adapter_id": task.name, "max_new_tokens": task.limit}}
+    return f"curl -s http://127.0.0.1:8080/generate -H 'content-type: application/json' \\\n  -d {shlex.quote(json.dumps(body))}"
+
+
+def readme(task: Task, result: dict[str, Any]) -> str:
+    """The adapter's README, whole."""
+    recipe, sample = task.recipe, result["sample"]
+    return f"""---
+base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+library_name: peft
+license: apache-2.0
+---
+
+# {task.name}
+
+{task.summary}
+
+{kind(recipe)}; bfloat16. Prompt: `{task.form}`
+
+```sh
+{curl(task)}
+```
+
+Base: {quoted(sample["base"])}
+Adapter: {quoted(sample["adapter"])}
+
+Measured on {result["items"]} held-out items, greedy, bfloat16, plain PEFT:
+
+{table(task, result)}
+
+Told in words, through the chat template: "{task.instruction}"
+
+Trained in {result["seconds"]} s on two shared CPU cores ({recipe.steps} steps of {recipe.batch}):
+
+```sh
+python -m service.demo.train --only {task.name}
+```
+"""
+
+
+def quoted(text: str) -> str:
+    """The answer as one line of code; two blanks break the line in Markdown."""
+    return f"`{json.dumps(text, ensure_ascii=False)}`  "

@@ -17,7 +17,7 @@ from .adapters import make
 from .bench import Load, run
 from .grid import OUT
 from .load import Job, ask, connect, prompt
-from .servers import Server, models, started
+from .servers import Server, end_cleanly_when_told, models, started
 
 CLIENTS, REPEATS, ROUNDS = 16, 3, 4
 HISTORY, QUESTION = 500, 16
@@ -97,6 +97,7 @@ def main() -> None:
     asked = parser.parse_args().bars or list(BARS)
     if unknown := set(asked) - set(BARS):
         parser.error(f"no such bar: {', '.join(unknown)}")
+    end_cleanly_when_told()
     for name in asked:
         print(json.dumps({name: BARS[name]()}), flush=True)
 

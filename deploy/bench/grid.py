@@ -18,7 +18,7 @@ from pathlib import Path
 from .adapters import make
 from .bench import Load, run
 from .report import BASE, Cell, Summary, median, write
-from .servers import ROOT, Server, memory_mb, models, started
+from .servers import ROOT, Server, end_cleanly_when_told, memory_mb, models, started
 
 OUT = ROOT / "build" / "bench"
 OURS = "adapterd"
@@ -98,6 +98,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     asked = parser().parse_args()
+    end_cleanly_when_told()
     with ours(asked) as server:
         servers = [server, *asked.peer]
         cells = measure(servers, asked.clients, asked.repeats, asked.rounds, asked.words, asked.tokens)

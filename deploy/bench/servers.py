@@ -88,6 +88,11 @@ def stop(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
+def end_cleanly_when_told() -> None:
+    """SIGTERM ends the program as an exception does, so that the servers it started are stopped."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 @contextmanager
 def started(settings: Mapping[str, str], log: Path, name: str = "adapterd") -> Iterator[Server]:
     """Our server on a free port of loopback, ready, until the block ends. `settings` are named without their prefix."""

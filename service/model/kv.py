@@ -1,0 +1,169 @@
+"""KV rows, and the attention that writes and reads them in place of the model's own.
+
+Each attention layer keeps two buffers [row, kv head, position, head dim]. A step's tokens come flat, [1, T]: one span of tokens per
+sequence, described by a `Table`. Must not know adapters, sampling or scheduling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+
+from ..errors import SettingsError
+
+NAME = "adapterd"
+
+
+class Span(NamedTuple):
+    """Tokens [start, start + length) of the flat step belong to `row`, at `position` and on."""
+
+    start: int
+    length: int
+    row: int
+    position: int
+
+
+class Table:
+    """The spans of one step, shared by all layers; `decode` first spans are one token each. Tensors are int64 [T] on the device."""
+
+    def __init__(self, spans: Sequence[Span], decode: int, device: torch.device) -> None:
+        self.spans = spans
+        self.decode = decode
+        rows = [s.row for s in spans for _ in range(s.length)]
+        positions = [s.position + i for s in spans for i in range(s.length)]
+        self.rows = torch.tensor(rows, device=device)
+        self.positions = torch.tensor(positions, device=device)
+        self.longest = max((s.position for s in spans[:decode]), default=-1) + 1
+        self.dense = [s.row for s in spans[:decode]] == list(range(decode))
+
+
+class Sighting(NamedTuple):
+    """An attention layer as it was seen at work."""
+
+    layer: Any
+    heads: int
+    dim: int
+
+
+class Scout:
+    """Stands in for a table once: notes which layers attend through the interface, and their KV shapes."""
+
+    def __init__(self) -> None:
+        self.seen: list[Sighting] = []
+
+
+def scout(model: Any) -> list[Sighting]:
+    """The attention layers and their shapes, found by running one token. Raises SettingsError for a model that has other attention."""
+    found = Scout()
+    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    try:
+        model.set_attn_implementation(NAME)
+        model(input_ids=token, position_ids=token, use_cache=False, table=found)
+    except (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError) as error:
+        raise refused(model, f"{type(error).__name__} when it runs on the row attention") from error
+    layers = model.config.get_text_config().num_hidden_layers
+    if len({id(s.layer) for s in found.seen}) != layers:
+        raise refused(model, f"{len(found.seen)} of its {layers} layers use the attention interface")
+    return found.seen
+
+
+def refused(model: Any, why: str) -> SettingsError:
+    return SettingsError(f"ADAPTERD_BASE: {type(model).__name__} is not supported: {why}")
+
+
+def allocate(seen: Sequence[Sighting], rows: int, context: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Gives every attention layer its buffers, of zeros (what is masked is still multiplied, by 0); a CPU pays for touched pages only."""
+    for layer, heads, dim in seen:
+        for name in ("kv_keys", "kv_values"):
+            layer.register_buffer(name, torch.zeros(rows, heads, context, dim, dtype=dtype, device=device), persistent=False)
+
+
+def bytes_per_position(seen: Sequence[Sighting], dtype: torch.dtype) -> int:
+    """What one position of one row costs in all layers."""
+    return sum(2 * s.heads * s.dim * dtype.itemsize for s in seen)
+
+
+def fork(seen: Sequence[Sighting], source: int, target: int, length: int) -> None:
+    """Copies the first `length` positions of one row to another, in all layers."""
+    for layer, _, _ in seen:
+        for buffer in (layer.kv_keys, layer.kv_values):
+            buffer[target, :, :length] = buffer[source, :, :length]
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    table: Table | Scout | None = None,
+    **other: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: query [1, heads, T, dim], key and value [1, kv heads, T, dim] → [1, T, heads, dim]."""
+    if table is None:
+        raise TypeError("forward arguments do not reach the attention")
+    if isinstance(table, Scout):
+        table.seen.append(Sighting(module, key.shape[1], key.shape[3]))
+        return torch.zeros_like(query).transpose(1, 2), None
+    keys, values = module.kv_keys, module.kv_values
+    keys[table.rows, :, table.positions] = key[0].transpose(0, 1)
+    values[table.rows, :, table.positions] = value[0].transpose(0, 1)
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    out = torch.empty(query.shape[2], query.shape[1], query.shape[3], dtype=query.dtype, device=query.device)
+    if table.decode:
+        out[: table.decode] = _decode(query[0, :, : table.decode], keys, values, table, scale, sliding_window, softcap)
+    for span in table.spans[table.decode :]:
+        chunk = slice(span.start, span.start + span.length)
+        out[chunk] = _prefill(query[0, :, chunk], keys, values, span, scale, sliding_window, softcap)
+    return out[None], None
+
+
+def _decode(query: Tensor, keys: Tensor, values: Tensor, table: Table, scale: float, window: int | None, softcap: float | None) -> Tensor:
+    """One new token a sequence: query [heads, n, dim] → [n, heads, dim]. GQA by reshaping the query, never by repeating keys."""
+    heads, n, dim = query.shape
+    rows = slice(0, n) if table.dense else table.rows[:n]
+    k, v = keys[rows, :, : table.longest], values[rows, :, : table.longest]
+    grouped = query.transpose(0, 1).reshape(n, k.shape[1], heads // k.shape[1], dim)
+    mask = _visible(table.positions[:n], table.longest, window)[:, None, None]
+    return _weighted(grouped, k, v, mask, scale, softcap).reshape(n, heads, dim)
+
+
+def _prefill(query: Tensor, keys: Tensor, values: Tensor, span: Span, scale: float, window: int | None, softcap: float | None) -> Tensor:
+    """A run of one sequence's tokens: query [heads, t, dim] → [t, heads, dim]."""
+    heads, t, dim = query.shape
+    end = span.position + t
+    groups = heads // keys.shape[1]
+    k, v = (b[span.row, :, :end].unsqueeze(1).expand(-1, groups, -1, -1) for b in (keys, values))
+    grouped = query.reshape(keys.shape[1], groups, t, dim)
+    plain = span.position == 0 and softcap is None and (window is None or end <= window)
+    mask = None if plain else _visible(torch.arange(span.position, end, device=query.device), end, window)
+    return _weighted(grouped, k, v, mask, scale, softcap).reshape(heads, t, dim).transpose(0, 1)
+
+
+def _visible(positions: Tensor, end: int, window: int | None) -> Tensor:
+    """[n] query positions → bool [n, end]: which keys each may see."""
+    at = torch.arange(end, device=positions.device)
+    seen = at <= positions[:, None]
+    return seen & (at > positions[:, None] - window) if window is not None else seen
+
+
+def _weighted(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+    """softmax(softcap(q kᵀ · scale) + mask) v over the last two axes; without a mask it is causal."""
+    if softcap is None:
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale)
+    scores = torch.matmul(query, keys.transpose(-1, -2)) * scale
+    scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~mask, float("-inf")) if mask is not None else scores
+    return torch.matmul(torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype), values)
+
+
+AttentionInterface.register(NAME, attend)

@@ -1,0 +1,161 @@
+"""Chooses one token a row from its logits, each row by its own rules, whatever the company.
+
+Random numbers are a function of (seed, index of the token), so a row's choice depends on nothing but its own logits. Must not know
+adapters, rows of KV or text.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..engine.request import Request, Sampling, Token
+
+NUCLEUS = 256  # top-p looks at this many best tokens first; the whole vocabulary is sorted only when they do not suffice
+
+
+@dataclass
+class State:
+    """What a request's own past says about its next token."""
+
+    request: Request
+    generated: list[int] = field(default_factory=list)
+    matcher: Any = None
+
+
+class Sampler:
+    """`matcher_of` makes a grammar matcher from the grammar's text; it is only called for requests that have one."""
+
+    def __init__(self, matcher_of: Callable[[str], Any]) -> None:
+        self._matcher_of = matcher_of
+        self._states: dict[int, State] = {}
+
+    def finish(self, request: int) -> None:
+        self._states.pop(request, None)
+
+    def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[Token]:
+        """logits [n, vocabulary] → one token a row. Log probabilities are those of the unchanged logits, in float32."""
+        plain = [i for i, r in enumerate(requests) if _plain(r.sampling)]
+        chosen = dict(zip(plain, logits[plain].argmax(-1).tolist(), strict=True)) if plain else {}
+        return [self._one(logits[i], request, chosen.get(i)) for i, request in enumerate(requests)]
+
+    def _one(self, logits: Tensor, request: Request, chosen: int | None) -> Token:
+        state = self._states.setdefault(request.id, State(request))
+        if chosen is None:
+            chosen = self._choose(logits.float(), state)
+        state.generated.append(chosen)
+        if state.matcher is not None and chosen not in request.eos:
+            state.matcher.consume_token(chosen)
+        wanted = request.sampling.logprobs
+        return Token(chosen) if wanted is None else described(logits, chosen, wanted)
+
+    def _choose(self, logits: Tensor, state: State) -> int:
+        sampling = state.request.sampling
+        logits = _penalized(logits.clone(), state)
+        for token, bias in sampling.logit_bias:
+            logits[token] += bias
+        if len(state.generated) < sampling.min_tokens:
+            logits[list(state.request.eos)] = float("-inf")
+        if sampling.grammar is not None:
+            logits = self._within(logits, state, sampling.grammar)
+        if sampling.temperature == 0:
+            return int(logits.argmax())
+        return draw(warped(logits, sampling), _uniform(sampling.seed, len(state.generated)))
+
+    def _within(self, logits: Tensor, state: State, grammar: str) -> Tensor:
+        """Forbids what the grammar does not allow next; where it is complete only eos is left."""
+        if state.matcher is None:
+            state.matcher = self._matcher_of(grammar)
+        if state.matcher.is_stopped():
+            allowed = torch.zeros(logits.shape[0], dtype=torch.bool)
+        else:
+            bits = torch.frombuffer(bytearray(state.matcher.compute_bitmask()), dtype=torch.uint8)
+            allowed = ((bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).bool().flatten()
+            allowed = torch.nn.functional.pad(allowed, (0, max(0, logits.shape[0] - len(allowed))))[: logits.shape[0]]
+        ends = list(state.request.eos)
+        if ends and (state.matcher.is_stopped() or state.matcher.is_accepting()):
+            allowed[ends] = True
+        return logits.masked_fill(~allowed.to(logits.device), float("-inf"))
+
+
+def _plain(s: Sampling) -> bool:
+    """Greedy with nothing that changes the logits."""
+    untouched = s.repetition_penalty == 1 and s.frequency_penalty == 0 and s.presence_penalty == 0 and not s.logit_bias
+    return s.temperature == 0 and untouched and s.grammar is None and s.min_tokens == 0
+
+
+def _uniform(seed: int, index: int) -> float:
+    return random.Random((seed << 32) + index).random()
+
+
+def _penalized(logits: Tensor, state: State) -> Tensor:
+    """Repetition penalty over prompt and answer (CTRL, arXiv:1909.05858); frequency and presence over the answer, as OpenAI's."""
+    sampling = state.request.sampling
+    if sampling.repetition_penalty != 1:
+        seen = torch.tensor(sorted({*state.request.prompt, *state.generated}), device=logits.device)
+        scores = logits[seen]
+        logits[seen] = torch.where(scores < 0, scores * sampling.repetition_penalty, scores / sampling.repetition_penalty)
+    if state.generated and (sampling.frequency_penalty or sampling.presence_penalty):
+        counts = Counter(state.generated)
+        seen = torch.tensor(list(counts), device=logits.device)
+        many = torch.tensor(list(counts.values()), device=logits.device, dtype=logits.dtype)
+        logits[seen] -= sampling.frequency_penalty * many + sampling.presence_penalty
+    return logits
+
+
+def warped(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Temperature, then top-k, top-p, min-p and typical-p, in transformers' order: [vocabulary] → probabilities [vocabulary]."""
+    logits = logits / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[0]:
+        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], float("-inf"))
+    probabilities = logits.softmax(-1)
+    if sampling.top_p < 1:
+        probabilities = _nucleus(probabilities, sampling.top_p)
+    if sampling.min_p > 0:
+        probabilities = probabilities.masked_fill(probabilities < sampling.min_p * probabilities.max(), 0)
+    return _typical(probabilities, sampling.typical_p) if sampling.typical_p < 1 else probabilities
+
+
+def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+    """Keeps the fewest best tokens whose mass reaches top_p; always the best one."""
+    total = probabilities.sum()
+    best = probabilities.topk(min(NUCLEUS, probabilities.shape[0]))
+    if best.values.sum() < top_p * total:
+        best = probabilities.sort(descending=True)  # type: ignore[assignment]
+    before = best.values.cumsum(-1) - best.values
+    kept = best.indices[before < top_p * total]
+    return torch.zeros_like(probabilities).scatter(0, kept, probabilities[kept])
+
+
+def _typical(probabilities: Tensor, mass: float) -> Tensor:
+    """Keeps the tokens whose surprise is nearest to the entropy until their mass reaches `mass` (arXiv:2202.00666)."""
+    normed = probabilities / probabilities.sum()
+    surprise = -normed.log()
+    entropy = torch.nansum(surprise * normed)
+    order = (surprise - entropy).abs().nan_to_num(nan=float("inf")).argsort()
+    before = normed[order].cumsum(-1) - normed[order]
+    kept = order[before < mass]
+    return torch.zeros_like(probabilities).scatter(0, kept, probabilities[kept])
+
+
+def draw(probabilities: Tensor, uniform: float) -> int:
+    """The token at which the cumulated probability passes `uniform` of the whole."""
+    cumulated = probabilities.double().cumsum(-1)
+    at = int(torch.searchsorted(cumulated, uniform * cumulated[-1], right=True))
+    return min(at, int(probabilities.nonzero()[-1]))
+
+
+def described(logits: Tensor, chosen: int, wanted: int) -> Token:
+    """The chosen token with its log probability and those of the `wanted` best."""
+    logprobs = logits.float().log_softmax(-1)
+    top: tuple[tuple[int, float], ...] = ()
+    if wanted:
+        values, ids = logprobs.topk(wanted)
+        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
+    return Token(chosen, float(logprobs[chosen]), top)

@@ -1,0 +1,239 @@
+"""Every served token equals plain PEFT's, whatever is in the batch, in the pool, or was there before."""
+
+from __future__ import annotations
+
+import random
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from peft import PeftModel
+from peft.tuners.lora import dora
+from peft.utils.integrations import dequantize_module_weight
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from service.engine.request import Chunk, Fork, Plan, Request, Sampling
+from service.errors import SettingsError
+from service.model.base import load
+from service.model.runner import Runner, build
+from service.settings import Settings
+from tests import making
+
+from .driver import Driver, Job, plan_of
+
+Q0 = "layers.0.self_attn.q_proj"
+SHAPES: list[dict[str, Any]] = [
+    {},
+    {"targets": ("q_proj", "k_proj", "v_proj", "o_proj"), "r": 16, "alpha": 32},
+    {"targets": "all-linear", "r": 8},
+    {"r": 16, "use_rslora": True},
+    {"targets": ("q_proj", "up_proj", "down_proj"), "use_dora": True},
+    {"rank_pattern": {Q0: 16}, "alpha_pattern": {Q0: 4}},
+    {"targets": ("gate_proj", "up_proj", "down_proj"), "r": 64, "std": 0.05},
+    {"targets": ("lm_head",), "r": 1, "std": 1.0, "save": {"save_embedding_layers": False}},
+]
+
+
+def prompts() -> list[list[int]]:
+    source = random.Random(3)
+    return [[source.randrange(3, 250) for _ in range(length)] for length in (1, 2, 5, 9, 17, 30, 44, 61)]
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, Path]:
+    """TINY and one adapter of it of each shape; None is the base."""
+    root = tmp_path_factory.mktemp("parity")
+    base = making.tiny(root / "base", tie_word_embeddings=True)
+    made: dict[str | None, Path] = {None: base}
+    for i, shape in enumerate(SHAPES):
+        made[f"a{i}"] = making.noise(root / f"a{i}", base, 100 + i, **shape)
+    return made
+
+
+def runner_on(base: Path, **settings: Any) -> Runner:
+    plain = {"device": "cpu", "dtype": "float32", "quantization": "none", "compile": "off", "max_rows": 8}
+    made, _ = build(Settings.model_validate(plain | {"base": str(base)} | settings), lambda stage, fraction: None)
+    return made
+
+
+def test_eight_adapters_and_the_base_in_one_changing_batch_say_what_peft_says(folders: dict[str | None, Path]) -> None:
+    runner = runner_on(folders[None])
+    driver = Driver(runner, 8)
+    plans = {name: plan_of(folder, folders[None]) for name, folder in folders.items() if name}
+    for plan in plans.values():
+        driver.place(plan)
+    jobs = [(name, Job(p, 5 + i % 4, plans[name].digest if name else None)) for name in folders for i, p in enumerate(prompts())]
+    random.Random(0).shuffle(jobs)
+    driver.run([job for _, job in jobs])
+    for name, job in jobs:
+        assert job.ids == making.greedy(folders[None], folders[name] if name else None, job.prompt, job.n), name
+
+
+def test_an_adapter_placed_where_another_was_finds_nothing_of_it(folders: dict[str | None, Path]) -> None:
+    runner = runner_on(folders[None], pool_rank=64, max_rank=64)
+    driver = Driver(runner, 8)
+    source = random.Random(5)
+    plans = {name: plan_of(folder, folders[None]) for name, folder in folders.items() if name}
+    prompt = prompts()[4]
+    want = {name: making.greedy(folders[None], folders[name], prompt, 6) for name in plans}
+    for _ in range(50):
+        name = source.choice(list(plans))
+        driver.place(plans[name], source.randrange(0, 64 - plans[name].rank + 1))
+        job, plain = Job(prompt, 6, plans[name].digest), Job(prompt, 2)
+        driver.run([job, plain])
+        assert job.ids == want[name], name
+        driver.remove(plans[name].digest)
+    for layer in runner.bank.layers.values():
+        assert not layer.pool_a.any()
+        assert not layer.pool_b.any()
+        assert not layer.gates
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_on_a_quantized_base_adapters_say_what_peft_says_on_the_same_base(
+    folders: dict[str | None, Path], quantization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = folders[None]
+    runner = runner_on(base, quantization=quantization)
+    driver = Driver(runner, 8)
+    before = weights_digest(runner)
+    jobs: list[tuple[str | None, Job]] = []
+    with_dora = [] if quantization == "int8" else ["a4"]  # PEFT's own DoRA cannot run on bitsandbytes' int8 layers on a CPU
+    for name in (None, "a1", "a2", *with_dora):
+        digest = None
+        if name:
+            plan = plan_of(folders[name], base)
+            driver.place(plan)
+            digest = plan.digest
+        jobs += [(name, Job(p, 6, digest)) for p in prompts()[2:6]]
+    driver.run([job for _, job in jobs])
+    for name, job in jobs:
+        assert job.ids == quantized_greedy(base, folders[name] if name else None, quantization, job, monkeypatch), name
+    assert weights_digest(runner) == before
+
+
+def weights_digest(runner: Runner) -> str:
+    hashed = sha256()
+    for tensor in runner.bank.tree.parameters():
+        hashed.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return hashed.hexdigest()
+
+
+@torch.no_grad()
+def quantized_greedy(base: Path, adapter: Path | None, quantization: str, job: Job, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """PEFT on a base of its own. Its DoRA is given the weights as they were before bitsandbytes repacked them, which it would misread."""
+    with making.quiet():
+        settings = Settings.model_validate({"device": "cpu", "dtype": "float32", "quantization": quantization})
+        model: Any = load(base, settings, lambda stage, fraction: None)
+        weights = {id(m): dequantize_module_weight(m) for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
+        monkeypatch.setattr(dora, "dequantize_module_weight", lambda m: weights[id(m)] if id(m) in weights else dequantize_module_weight(m))
+        asked = torch.tensor([list(job.prompt)])
+        model(input_ids=asked)  # bitsandbytes' int8 layers lose their scales when PEFT touches them before their first forward
+        model = PeftModel.from_pretrained(model, adapter).eval() if adapter else model
+        model.generation_config.eos_token_id = None
+        out = model.generate(input_ids=asked, attention_mask=torch.ones_like(asked), do_sample=False, max_new_tokens=job.n)
+    answer: list[int] = out[0, len(job.prompt) :].tolist()
+    return answer
+
+
+SIZES: dict[str, Any] = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+SIZES |= {
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "initializer_range": 0.2,
+}
+GPT2 = {
+    "vocab_size": 256,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 256,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "mistral": (SIZES | {"sliding_window": 8}, ("q_proj", "down_proj")),
+    "mixtral": (SIZES | {"num_local_experts": 4}, ("q_proj", "o_proj")),
+    "qwen2": (SIZES, ("q_proj", "k_proj", "up_proj")),
+    "qwen3": (SIZES | {"head_dim": 16}, ("q_proj", "v_proj")),
+    "gemma2": (SIZES | {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}, ("q_proj", "o_proj")),
+    "gemma3_text": (SIZES | {"head_dim": 16, "sliding_window": 8}, ("q_proj", "o_proj")),
+    "phi3": (SIZES, ("qkv_proj", "gate_up_proj")),
+    "gpt_neox": (SIZES, ("query_key_value", "dense")),
+    "gpt2": (GPT2, ("c_attn", "c_proj")),
+    "olmo": (SIZES, ("q_proj",)),
+    "cohere": (SIZES, ("v_proj",)),
+    "starcoder2": (SIZES, ("q_proj", "c_fc")),
+    "opt": (SIZES | {"ffn_dim": 128, "word_embed_proj_dim": 64}, ("q_proj", "fc1")),
+}
+
+
+def random_base(folder: Path, kind: str, sizes: dict[str, Any]) -> Path:
+    torch.manual_seed(4)
+    with making.quiet():
+        config = AutoConfig.for_model(kind, **{k: v for k, v in sizes.items() if not (kind == "gpt_neox" and k == "num_key_value_heads")})
+        AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.filterwarnings("ignore")
+def test_every_family_says_what_generate_says_with_and_without_adapters(kind: str, tmp_path: Path) -> None:
+    sizes, targets = FAMILIES[kind]
+    base = random_base(tmp_path / "base", kind, sizes)
+    adapters = [making.noise(tmp_path / f"a{i}", base, i, targets, r=4 + 4 * i, use_dora=i == 1) for i in range(2)]
+    driver = Driver(runner_on(base), 8)
+    jobs: list[tuple[Path | None, Job]] = [(None, Job(p, 6)) for p in prompts()[3:6]]
+    for folder in adapters:
+        plan = plan_of(folder, base)
+        driver.place(plan)
+        jobs += [(folder, Job(p, 6, plan.digest)) for p in prompts()[3:6]]
+    driver.run([job for _, job in jobs])
+    for adapter, job in jobs:
+        assert job.ids == making.greedy(base, adapter, job.prompt, job.n), adapter
+
+
+@pytest.mark.parametrize("kind", ["stablelm", "falcon", "bloom"])
+@pytest.mark.filterwarnings("ignore")
+def test_a_base_with_other_attention_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    sizes = (
+        SIZES
+        if kind == "stablelm"
+        else {k: v for k, v in SIZES.items() if k in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+    )
+    base = random_base(tmp_path / "base", kind, sizes)
+    with pytest.raises(SettingsError, match=rf"ADAPTERD_BASE: (?i:{kind})ForCausalLM is not supported"):
+        runner_on(base)
+
+
+def test_prompt_and_answer_logprobs_are_those_of_a_direct_forward(folders: dict[str | None, Path]) -> None:
+    driver = Driver(runner_on(folders[None]), 4)
+    job = Job(prompts()[5], 4, None, Sampling(logprobs=3), prompt_logprobs=0)
+    driver.run([job, Job(prompts()[4], 8)])
+    with torch.no_grad():
+        ids = [*job.prompt, *job.ids]
+        want = making.load(folders[None])(torch.tensor([ids])).logits[0].log_softmax(-1)
+    got = [*job.prompt_tokens, *job.tokens]
+    assert [token.id for token in got] == ids
+    assert got[0].logprob is None
+    for i, token in enumerate(got[1:], 1):
+        assert token.logprob == pytest.approx(float(want[i - 1, ids[i]]), abs=1e-4)
+    for i, token in enumerate(job.tokens, len(job.prompt)):
+        assert [t for t, _ in token.top] == want[i - 1].topk(3).indices.tolist()
+
+
+def test_a_forked_row_goes_on_as_the_row_it_came_from(folders: dict[str | None, Path]) -> None:
+    runner = runner_on(folders[None])
+    prompt = tuple(prompts()[6])
+    whole, part = Request(1, prompt, 1), Request(2, (*prompt[:30], 9, 9), 1)
+    runner.step(Plan(chunks=(Chunk(whole, 5, 0, prompt, True),)))
+    (result,) = runner.step(Plan(forks=(Fork(5, 2, 30),), chunks=(Chunk(part, 2, 30, (9, 9), True),)))
+    assert result.token is not None
+    assert [result.token.id] == making.greedy(folders[None], None, part.prompt, 1)

@@ -17,7 +17,7 @@ from deploy.bench.servers import free_port, stop
 
 from .files import DEPLOY, documents, expressions, rules
 
-PATIENCE_S = 60
+PATIENCE_S = 120
 NO_ERRORS = "job:adapterd_request_errors:ratio_rate5m"
 
 
@@ -52,17 +52,30 @@ def query(prometheus: str, expression: str) -> list[dict[str, Any]]:
     return found
 
 
+def ask(live: str, model: str) -> None:
+    body = {"model": model, "prompt": "Hello", "max_tokens": 8}
+    httpx.post(f"{live}/v1/completions", json=body, timeout=60, trust_env=False).raise_for_status()
+
+
+def leave(live: str, model: str) -> None:
+    """A client that goes after the first event: the failure that every service sees."""
+    body = {"model": model, "prompt": "Hello", "max_tokens": 400, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", f"{live}/v1/completions", json=body, timeout=60, trust_env=False) as response:
+        next(response.iter_lines())
+
+
 def drive(until: Callable[[], bool], live: str) -> bool:
-    """Requests of every kind, one after the other, until it is true or patience ends: adapters in turn, and an id that nobody has."""
+    """Requests for each model in turn, answered and left, until it is true or patience ends."""
     models = [model["id"] for model in httpx.get(f"{live}/v1/models", trust_env=False).json()["data"]]
     end = time.monotonic() + PATIENCE_S
-    for model in itertools.cycle([*models, "nobody"]):
+    turn = itertools.cycle(models)
+    while time.monotonic() < end:
         if until():
             return True
-        if time.monotonic() > end:
-            return False
-        httpx.post(f"{live}/v1/completions", json={"model": model, "prompt": "Hello", "max_tokens": 8}, timeout=60, trust_env=False)
-    raise AssertionError("cycle ends only when it has nothing to go round")
+        model = next(turn)
+        ask(live, model)
+        leave(live, model)
+    return False
 
 
 def test_every_panel_and_rule_has_data_under_load(live: str, prometheus: str) -> None:

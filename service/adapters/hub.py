@@ -48,7 +48,7 @@ class Hub:
     def _download(self, name: str, revision: str | None, files: list[str], limit: int) -> Path:
         if COMMIT.fullmatch(revision or ""):  # a commit does not change: what is there needs no asking
             with suppress(LocalEntryNotFoundError):
-                found = self._cached(name, revision)
+                found = self._cached(name, revision, files)
                 if all((found / file).is_file() for file in files):
                     return found
         try:
@@ -58,11 +58,11 @@ class Hub:
         except Exception as error:  # unreachable: the exception's class depends on the HTTP library's version
             if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
                 raise
-            return self._cached(name, revision)
+            return self._cached(name, revision, files)
         size = sum(file.size or 0 for file in told.siblings or () if file.rfilename in files)
         if size > limit:
             raise PayloadTooLarge(f"hub:{name}: {size} bytes are over the limit of {limit}")
-        return Path(snapshot_download(name, revision=told.sha, cache_dir=self.cache, allow_patterns=files, endpoint=self.endpoint))
+        return Path(snapshot_download(name, revision=revision, cache_dir=self.cache, allow_patterns=files, endpoint=self.endpoint))
 
-    def _cached(self, name: str, revision: str | None) -> Path:
-        return Path(snapshot_download(name, revision=revision, cache_dir=self.cache, local_files_only=True))
+    def _cached(self, name: str, revision: str | None, files: list[str]) -> Path:
+        return Path(snapshot_download(name, revision=revision, cache_dir=self.cache, allow_patterns=files, local_files_only=True))

@@ -60,26 +60,38 @@ class Refusal:
 
 
 class Reader:
-    """Reads adapters against the base in `folder`, in its own process."""
+    """Reads adapters against one base, in its own process."""
 
-    def __init__(self, folder: Path, max_rank: int, read_s: float = READ_S) -> None:
-        self._folder, self._max_rank, self._read_s = folder, max_rank, read_s
+    def __init__(self, max_rank: int, read_s: float = READ_S) -> None:
+        self.max_rank, self.read_s = max_rank, read_s
+        self.tree: Node | None = None
+        self._folder: Path | None = None
         self._turn = asyncio.Lock()
         self._process: SpawnProcess | None = None
         self._pipe: Connection | None = None
-        self.tree: Node | None = None
 
-    async def start(self) -> None:
-        """Starts the child and waits for the base's skeleton. Raises Internal when the base has none."""
+    @property
+    def pid(self) -> int | None:
+        """The child's, while there is one."""
+        return self._process.pid if self._process else None
+
+    async def warm(self) -> None:
+        """Starts the child, which takes seconds to load its libraries, before there is a base to read against."""
         async with self._turn:
-            await self._connect()
+            if self._pipe is None:
+                await asyncio.to_thread(self._spawn)
+
+    async def start(self, folder: Path) -> None:
+        """Shows the child the base in this folder. Raises Internal when it does not understand it."""
+        async with self._turn:
+            self._folder = folder
+            await asyncio.to_thread(self._meet)
 
     async def read(self, folder: Path, known: Digest | None = None) -> Reading:
         """What the adapter in this folder is. Raises AdapterInvalid, AdapterUnsupported."""
         size = (folder / WEIGHTS).stat().st_size
         async with self._turn:
-            pipe = await self._connect()
-            answer = await asyncio.shield(asyncio.to_thread(self._ask, pipe, Ask(folder, known), self._read_s + size / BYTES_PER_S))
+            answer = await asyncio.shield(asyncio.to_thread(self._answer, Ask(folder, known), self.read_s + size / BYTES_PER_S))
         if isinstance(answer, Refusal):
             raise answer.error()
         assert isinstance(answer, Reading)
@@ -89,28 +101,31 @@ class Reader:
         async with self._turn:
             await asyncio.to_thread(self._end)
 
-    async def _connect(self) -> Connection:
-        if self._pipe is None:
-            self._pipe = await asyncio.shield(asyncio.to_thread(self._spawn))
-        return self._pipe
+    # ---- in a thread
 
     def _spawn(self) -> Connection:
         context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, self._folder, self._max_rank), name="adapterd-reader", daemon=True)
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, self.max_rank), name="adapterd-reader", daemon=True)
         self._process.start()
         theirs.close()
-        answer = self._ask(ours, None, START_S)
+        return self._pipe
+
+    def _meet(self) -> Connection:
+        pipe = self._pipe or self._spawn()
+        answer = self._exchange(pipe, self._folder, START_S)
         if isinstance(answer, Refusal):
             self._end()
             raise Internal(f"the reader does not understand the base: {answer.problems[0]}")
         self.tree = answer
-        return ours
+        return pipe
 
-    def _ask(self, pipe: Connection, question: Ask | None, seconds: float) -> Any:
+    def _answer(self, ask: Ask, seconds: float) -> Any:
+        return self._exchange(self._pipe or self._meet(), ask, seconds)
+
+    def _exchange(self, pipe: Connection, question: Any, seconds: float) -> Any:
         try:
-            if question:
-                pipe.send(question)
+            pipe.send(question)
             if pipe.poll(seconds):
                 return pipe.recv()
             reason = f"reading it took longer than {seconds:.0f} s"
@@ -129,19 +144,21 @@ class Reader:
         self._pipe = self._process = None
 
 
-def serve(pipe: Connection, folder: Path, max_rank: int) -> None:
-    """The child: sends the base's tree, or why there is none; then a Reading or a Refusal for each Ask, until the pipe closes."""
+def serve(pipe: Connection, max_rank: int) -> None:
+    """The child: answers the base's folder with its tree, or why there is none, and each Ask with a Reading or a Refusal."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     from . import reader  # here, so that only the child loads torch and PEFT
 
-    try:
-        skeleton = reader.Skeleton(folder)
-    except Exception as error:  # whatever the library makes of the base, the parent must be told
-        pipe.send(Refusal((f"{type(error).__name__}: {error}"[:300],), {}, supported=True))
-        return
-    pipe.send(skeleton.tree())
     with contextlib.suppress(EOFError):
+        try:
+            skeleton = reader.Skeleton(pipe.recv())
+        except EOFError:
+            raise
+        except Exception as error:  # whatever the library makes of the base, the parent must be told
+            pipe.send(Refusal((f"{type(error).__name__}: {error}"[:300],), {}, supported=True))
+            return
+        pipe.send(skeleton.tree())
         while True:
             ask = pipe.recv()
             pipe.send(answer(partial(reader.read, skeleton, ask.folder, max_rank, ask.known)))

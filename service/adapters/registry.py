@@ -41,26 +41,29 @@ class Registry:
         self._saving = asyncio.Lock()
         self._deleted: set[str] = set()
         self._number = 0
-        self._reader: Reader | None = None
-        self._make_reader = reader
+        self._reader = reader(settings.max_rank)
+        self._opened = False
 
     # ---- life
 
     async def open(self) -> None:
         """Starts the reader on the device's base and registers what was registered before and what lies in the adapters directory."""
-        self._reader = self._make_reader(Path(self._shelves.base.folder), self._max_rank)
-        await self._reader.start()
+        await self._reader.start(Path(self._shelves.base.folder))
         await asyncio.to_thread(self._ledger.load)
         self._deleted = set(self._ledger.deleted)
         async for one in Opening(self._store, self._ledger, self._reader, self.base_id):
             self._number = one.generation.number
             self._shelves.place(one)
+        self._opened = True
         await self._save()
+
+    async def warm(self) -> None:
+        """Starts what can be started before the base is there."""
+        await self._reader.warm()
 
     async def close(self) -> None:
         self._shelves.close()
-        if self._reader:
-            await self._reader.close()
+        await self._reader.close()
 
     # ---- changing
 
@@ -163,10 +166,9 @@ class Registry:
     def architecture(self, id: str) -> str:
         """The base's module tree with the adapter in place. Raises AdapterNotFound, AdapterInvalid for one that could not be read."""
         reading = self._shelves.usable(id).generation.reading
-        tree = self._reader.tree if self._reader else None
         assert reading is not None, "a usable adapter was read"
-        assert tree is not None, "it was read against a tree"
-        return architecture.draw(tree, reading.adapter.patches, reading.facts["dropout"])
+        assert self._reader.tree is not None, "it was read against a tree"
+        return architecture.draw(self._reader.tree, reading.adapter.patches, reading.facts["dropout"])
 
     def forecast(self, r: int, modules: Sequence[str], dtype: str = "float32") -> Told:
         """What an adapter of this shape would weigh on the base. Raises BadRequest."""
@@ -197,18 +199,14 @@ class Registry:
 
     async def _read(self, place: Place) -> tuple[str, Reading]:
         """What a glance refuses never reaches the reader, which may be busy with something large."""
-        if self._reader is None:
+        if not self._opened:
             raise NotReady("not ready: the base is loading", retry_after=2)
-        await asyncio.to_thread(inspection.glance, place.folder, self._max_rank)
+        await asyncio.to_thread(inspection.glance, place.folder, self._settings.max_rank)
         try:
             fingerprint = place.fingerprint()
             return fingerprint, await self._reader.read(place.folder)
         except OSError as error:
             raise AdapterInvalid([f"the files cannot be read: {error.strerror}"]) from None
-
-    @property
-    def _max_rank(self) -> int:
-        return min(self._settings.max_rank, self._shelves.base.pool_rank)
 
     def _summary(self, one: Shelved) -> Told:
         served = ids.Served(self.base_id, self._settings.base)

@@ -68,7 +68,8 @@ class Store:
         return await asyncio.to_thread(self._local, source, subfolder, uploads)
 
     def _local(self, source: str, subfolder: str | None, uploads: bool) -> Place:
-        path = self.root / (source if uploads and _uploaded(source) else _inside(source, "source"))
+        source = source if uploads and _uploaded(source) else _inside(source, "source")
+        path = self.root / source
         inner = _inside(subfolder, "subfolder") if subfolder else None
         return _checked(Place(path / inner if inner else path, source, inner), self.root)
 

@@ -121,15 +121,15 @@ class NearReader(Reader):
 
     reads: list[tuple[Path, str | None]]
 
-    async def start(self) -> None:
+    async def start(self, folder: Path) -> None:
         self.reads = []
-        self._skeleton = torch_reader.Skeleton(self._folder)
+        self._skeleton = torch_reader.Skeleton(folder)
         self.tree = self._skeleton.tree()
 
     async def read(self, folder: Path, known: str | None = None) -> Reading:
         self.reads.append((folder, known))
         await asyncio.sleep(0)
-        return torch_reader.read(self._skeleton, folder, self._max_rank, known)
+        return torch_reader.read(self._skeleton, folder, self.max_rank, known)
 
     async def close(self) -> None:
         return None

@@ -1,0 +1,59 @@
+"""The reader's process: it answers, survives bad files, and is replaced when it is gone or does not answer."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from service.adapters import reading
+from service.adapters.reading import Reader, Reading
+from service.errors import AdapterInvalid, AdapterUnsupported
+
+from .. import making
+
+
+@pytest.mark.anyio
+async def test_one_process_reads_refuses_and_is_replaced(base: Path, plain: Path, other: Path, tmp_path: Path) -> None:
+    """One test, for each process takes seconds to import torch."""
+    reader = Reader(max_rank=64)
+    await reader.warm()
+    pid = reader.pid
+    try:
+        await reader.start(base)
+        assert (reader.pid, reader.tree and reader.tree.text) == (pid, "LlamaForCausalLM")
+        first, second = await asyncio.gather(reader.read(plain), reader.read(other))
+        assert (first.adapter.rank, second.adapter.rank) == (4, 8)
+
+        cut = making.edit(plain, tmp_path / "cut", weights=lambda t: {k: v for k, v in t.items() if "lora_B" not in k})
+        with pytest.raises(AdapterInvalid, match="4 of 8") as caught:
+            await reader.read(cut)
+        assert caught.value.details is not None
+        assert (caught.value.details["matched"], caught.value.details["total"]) == (4, 8)
+        with pytest.raises(AdapterUnsupported, match="SEQ_CLS"):
+            await reader.read(making.edit(plain, tmp_path / "task", {"task_type": "SEQ_CLS"}))
+
+        os.kill(pid or 0, signal.SIGKILL)
+        with pytest.raises(AdapterInvalid, match="ended the reader's process"):
+            await reader.read(plain)
+        assert (await reader.read(plain)).adapter == first.adapter
+        assert reader.pid not in (None, pid)
+
+        reader.read_s = 0.5
+        with pytest.raises(AdapterInvalid, match="longer than"):
+            await reader.read(making.edit(plain, tmp_path / "stalling", {"target_modules": "(" + "(.*)*" * 12 + ")x$"}))
+    finally:
+        await reader.close()
+    assert reader.pid is None
+
+
+def test_what_the_child_cannot_answer_it_refuses() -> None:
+    def gone() -> Reading:
+        raise FileNotFoundError(2, "No such file or directory", "/secret/path")
+
+    refusal = reading.answer(gone)
+    assert isinstance(refusal, reading.Refusal)
+    assert refusal.error().problems == ["the files cannot be read: No such file or directory"]

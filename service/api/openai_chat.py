@@ -110,6 +110,7 @@ def _choice(body: ChatRequest, index: int, answer: Answer, calls: Calls) -> Told
 
 
 async def _chunks(body: ChatRequest, admitted: Admission, outside: Told, calls: list[Calls]) -> AsyncIterator[Told]:
+    """A chunk for every token, also one that adds no text yet, so that a client sees the work go on."""
     outside |= {"usage": None} if body.usage_wanted else {}
     async for i, piece in merged(admitted.answers):
         answer = admitted.answers[i]
@@ -120,7 +121,7 @@ async def _chunks(body: ChatRequest, admitted: Admission, outside: Told, calls: 
         if piece.ending:
             rest, found = calls[i].finish()
             text += rest
-        if text or logprobs:
+        if text or logprobs or piece.ending is not Ending.EOS:
             yield outside | _delta(i, {"content": text}, logprobs=logprobs)
         for at, call in enumerate(found):
             yield outside | _delta(i, {"tool_calls": [{"index": at, **_call(call)}]})

@@ -76,9 +76,8 @@ async def _chunks(body: CompletionRequest, admitted: Admission, outside: Told, e
             logprobs = _logprobs(answer.voice, tokens, body.logprobs, offsets[i])
             offsets[i] += sum(len(text) for text in logprobs["tokens"])
         text = (echoes[i] if first else "") + piece.text
-        if text or logprobs or piece.ending:
-            finish = FINISH[piece.ending] if piece.ending else None
-            yield outside | {"choices": [{"index": i, "text": text, "logprobs": logprobs, "finish_reason": finish}]} | usual
+        finish = FINISH[piece.ending] if piece.ending else None
+        yield outside | {"choices": [{"index": i, "text": text, "logprobs": logprobs, "finish_reason": finish}]} | usual
     if body.usage_wanted:
         yield outside | {"choices": [], "usage": usage(admitted.answers)}
 

@@ -157,6 +157,14 @@ def test_a_stream_has_one_id_and_its_text_is_the_whole(one: Stage) -> None:
     assert (events[-1]["choices"], events[-1]["usage"]["completion_tokens"]) == ([], 5)
 
 
+def test_every_token_is_an_event_also_without_text(one: Stage) -> None:
+    one.says("😀")
+    body = {"model": "x", "prompt": "Hi", "max_tokens": 12, "stream": True, "ignore_eos": True}
+    assert len(one.stream("/v1/completions", body)) == 12
+    chat = {key: value for key, value in body.items() if key != "prompt"} | {"messages": [{"role": "user", "content": "Hi"}]}
+    assert len(one.stream("/v1/chat/completions", chat)) == 12 + 2
+
+
 def test_streams_of_several_are_told_apart(one: Stage) -> None:
     one.engine.script = lambda request: making.ids("one two three" if request.prompt[0] == making.ids("a")[0] else "x")
     for echo in (False, True):

@@ -1,24 +1,77 @@
-"""A browser and the console it opens. Every page that a test opens must end without console errors or requests to other origins."""
+"""A browser, and the servers whose console it opens. Every page must end without console errors or requests to other origins."""
 
 from __future__ import annotations
 
+import os
 import shutil
-import threading
-import time
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import httpx
 import pytest
-import uvicorn
-from playwright.sync_api import Browser, ConsoleMessage, Page, sync_playwright
+from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, sync_playwright
 
-from .stub import Stub, build
+from tests import making
 
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "service" / "api" / "console"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 FLAGS += ["--disable-background-networking", "--disable-component-update"]
+SHAPES: dict[str, tuple[str | list[str], int]] = {
+    "dates": (["q_proj", "v_proj"], 16),
+    "labels": (["q_proj", "k_proj", "v_proj", "o_proj"], 8),
+    "orders": (["q_proj", "k_proj", "v_proj", "o_proj"], 8),
+    "redact": ("all-linear", 32),
+    "team/pirate": (["gate_proj", "up_proj", "down_proj"], 2),
+}
+
+
+# ---- servers
+
+
+@contextmanager
+def serving(log: Path, module: str, **settings: str) -> Iterator[str]:
+    """A serving process of its own, once it is ready; its address ends with a slash."""
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        port = held.getsockname()[1]
+    kept = {name: text for name, text in os.environ.items() if not name.startswith("ADAPTERD_")}
+    line = [sys.executable, "-m", module, "serve", "--port", str(port)]
+    env = kept | {f"ADAPTERD_{name.upper()}": text for name, text in settings.items()} | {"OMP_NUM_THREADS": "1"}
+    with log.open("w") as out, subprocess.Popen(line, cwd=ROOT, env=env, stdout=out, stderr=out) as process:
+        url = f"http://127.0.0.1:{port}/"
+        while not ready(url):
+            assert process.poll() is None, log.read_text()
+        yield url
+        process.terminate()
+        assert process.wait(60) == 0, log.read_text()
+
+
+def ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}ready").is_success
+    except httpx.TransportError:
+        return False
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return making.tiny(tmp_path_factory.mktemp("console") / "tiny-llama", max_position_embeddings=8192)
+
+
+@pytest.fixture(scope="session")
+def live(base: Path) -> Iterator[str]:
+    """The address of a server with five adapters."""
+    for seed, (name, (targets, rank)) in enumerate(SHAPES.items()):
+        making.noise(base.parent / "adapters" / name, base, seed, targets, rank)
+    settings = {"base": str(base), "adapters_dir": str(base.parent / "adapters"), "compile": "off", "dtype": "float32"}
+    with serving(base.parent / "log", "service", **settings) as url:
+        yield url
 
 
 @dataclass(frozen=True)
@@ -27,28 +80,26 @@ class Keyed:
     key: str
 
 
-@contextmanager
-def listening(stub: Stub) -> Iterator[str]:
-    server = uvicorn.Server(uvicorn.Config(build(stub), host="127.0.0.1", port=0, log_level="error", lifespan="off"))
-    thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/"
-    server.should_exit = server.force_exit = True
-    thread.join()
-
-
 @pytest.fixture(scope="session")
-def live() -> Iterator[str]:
-    with listening(Stub()) as url:
-        yield url
-
-
-@pytest.fixture(scope="session")
-def keyed() -> Iterator[Keyed]:
-    with listening(Stub(key="sk-console")) as url:
+def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keyed]:
+    """A server that asks for keys, with nothing behind its door."""
+    with serving(tmp_path_factory.mktemp("keyed") / "log", "tests.standing", base="org/none", admin_keys="sk-console") as url:
         yield Keyed(url, "sk-console")
+
+
+@pytest.fixture(scope="session")
+def adapter_source(base: Path) -> Path:
+    return making.noise(base.parent / "spare", base, seed=77)
+
+
+@pytest.fixture
+def adapter_files(adapter_source: Path, tmp_path: Path) -> list[Path]:
+    """An adapter's two files, as PEFT saves them."""
+    shutil.copytree(adapter_source, tmp_path, dirs_exist_ok=True)
+    return [tmp_path / making.CONFIG, tmp_path / making.WEIGHTS]
+
+
+# ---- the browser
 
 
 @pytest.fixture(scope="package")
@@ -66,15 +117,17 @@ Open = Callable[..., Page]
 
 @pytest.fixture
 def open_page(browser: Browser) -> Iterator[Open]:
-    """`open_page(url, width=, scheme=, expect=)`; `expect` is a part of the one console error that the test provokes."""
+    """`open_page(url, width=, scheme=, expect=)`; `expect` is a part of the console errors that the test provokes."""
     watched: list[Watched] = []
 
-    def open_one(url: str, width: int = 1280, scheme: str = "light", expect: str = "") -> Page:
+    def open_one(url: str, width: int = 1280, scheme: str = "light", expect: str = "", files: bool = False) -> Page:
         height = 900 if width > 600 else 844
         context = browser.new_context(viewport={"width": width, "height": height}, color_scheme="dark" if scheme == "dark" else "light")
         context.grant_permissions(["clipboard-read", "clipboard-write"])
+        if files:
+            hand_out(context, url)
         page = context.new_page()
-        page.set_default_timeout(10_000)
+        page.set_default_timeout(20_000)
         watched.append(Watched(page, url, expect))
         page.goto(url)
         return page
@@ -85,9 +138,16 @@ def open_page(browser: Browser) -> Iterator[Open]:
     assert [said for one in watched for said in one.complaints] == []
 
 
+def hand_out(context: BrowserContext, url: str) -> None:
+    """Gives the browser the page's files, which a server with keys hands only to who has one; all the rest goes to the server."""
+    origin = url.split("/#")[0].removesuffix("/")
+    context.route(f"{origin}/", lambda route: route.fulfill(path=PAGE / "index.html"))
+    context.route(f"{origin}/console/**", lambda route: route.fulfill(path=PAGE / route.request.url.partition("/console/")[2]))
+
+
 class Watched:
     def __init__(self, page: Page, url: str, expect: str) -> None:
-        self.page, self.origin, self.expect = page, url.split("/#")[0], expect
+        self.page, self.origin, self.expect = page, url.split("#")[0], expect
         self.complaints: list[str] = []
         page.on("console", self.heard)
         page.on("pageerror", lambda error: self.complaints.append(f"error: {error}"))
@@ -100,11 +160,3 @@ class Watched:
     def asked(self, url: str) -> None:
         if not url.startswith((self.origin, "data:", "blob:")):
             self.complaints.append(f"left the origin: {url}")
-
-
-@pytest.fixture
-def adapter_files(tmp_path: Path) -> list[Path]:
-    """An adapter's two files, as PEFT saves them."""
-    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}')
-    (tmp_path / "adapter_model.safetensors").write_bytes(bytes(3_000_000))
-    return [tmp_path / "adapter_config.json", tmp_path / "adapter_model.safetensors"]

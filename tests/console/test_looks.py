@@ -1,11 +1,7 @@
-"""Every view, light and dark, wide and narrow: nothing serious for axe-core, nothing wider than the screen; and the README's pictures.
-
-The pictures are written to the folder that the environment variable CONSOLE_SCREENSHOTS names, when it does.
-"""
+"""Every view, light and dark, wide and narrow: nothing serious for axe-core, nothing wider than the screen."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
@@ -29,36 +25,29 @@ def width(request: pytest.FixtureRequest) -> int:
     return int(request.param)
 
 
-def examine(page: Page, name: str, width: int, scheme: str) -> None:
-    picture(page, f"{name}-{width}-{scheme}.png")
+def examine(page: Page, width: int) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     page.evaluate(AXE)
     assert page.evaluate(SERIOUS) == []
 
 
-def picture(page: Page, name: str) -> None:
-    folder = os.environ.get("CONSOLE_SCREENSHOTS")
-    if folder:
-        page.screenshot(path=Path(folder) / name, full_page=True)
-
-
 def test_adapters(live: str, open_page: Open, width: int, scheme: str) -> None:
     page = open_page(live, width, scheme)
     expect(page.get_by_role("table", name="Adapters").get_by_role("img").last).to_be_attached()
-    examine(page, "adapters", width, scheme)
+    examine(page, width)
 
 
 def test_the_delete_dialog(live: str, open_page: Open, width: int, scheme: str) -> None:
     page = open_page(live, width, scheme)
     page.get_by_role("button", name="Delete", exact=False).first.click()
     expect(page.get_by_role("dialog")).to_be_visible()
-    examine(page, "delete", width, scheme)
+    examine(page, width)
 
 
 def test_an_adapter(live: str, open_page: Open, width: int, scheme: str) -> None:
     page = open_page(f"{live}#/adapters/{some_ids(live)[0]}", width, scheme)
     expect(page.get_by_label("Module tree with the adapter in place")).to_be_visible()
-    examine(page, "adapter", width, scheme)
+    examine(page, width)
 
 
 def test_compare(live: str, open_page: Open, width: int, scheme: str) -> None:
@@ -69,16 +58,16 @@ def test_compare(live: str, open_page: Open, width: int, scheme: str) -> None:
     ask(page, "The meeting is on the third of May 2026.", 32, "chat message")
     for id in ids:
         expect(page.get_by_role("article", name=id)).to_have_attribute("aria-busy", "false")
-    examine(page, "compare", width, scheme)
+    examine(page, width)
 
 
 def test_live(live: str, open_page: Open, width: int, scheme: str) -> None:
     page = open_page(f"{live}#/live", width, scheme)
     expect(page.get_by_role("img", name="rank rows held")).to_be_visible()
-    examine(page, "live", width, scheme)
+    examine(page, width)
 
 
 def test_forecast(live: str, open_page: Open, width: int, scheme: str) -> None:
     page = open_page(f"{live}#/forecast", width, scheme)
     expect(page.get_by_role("region", name="Modules of the adapter")).to_be_visible()
-    examine(page, "forecast", width, scheme)
+    examine(page, width)

@@ -4,7 +4,7 @@ const STORED = "adapterd-key";
 
 let prompt = async () => null;
 let asking = null;
-let declined = false; // a person who gives no key is not asked again for every poll
+let declined = false; // a person who gives no key is not asked again at every poll, only at what they do
 
 export const hasKey = () => sessionStorage.getItem(STORED) !== null;
 export const forgetKey = () => sessionStorage.removeItem(STORED);
@@ -45,6 +45,7 @@ const wrongKey = () => (hasKey() ? "The server did not take this key." : "This s
 
 /** The response, whatever its kind. Paths are relative, so the page works behind a prefix. Raises ApiError. */
 export async function send(method, path, { json, accept = "application/json", signal } = {}) {
+  if (method !== "GET") askAgain();
   const headers = { accept, ...authorization() };
   if (json !== undefined) headers["content-type"] = "application/json";
   const sent = headers.authorization;
@@ -69,6 +70,7 @@ export const adapterPath = (id, rest = "") => `adapters/${id.split("/").map(enco
 
 /** Sends files as a form whose fields are the given names; `onProgress` gets 0 to 1. Raises ApiError. */
 export async function upload(path, files, onProgress) {
+  askAgain();
   const answer = await new Promise((resolve, reject) => {
     const request = new XMLHttpRequest();
     request.open("POST", path);

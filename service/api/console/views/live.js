@@ -6,8 +6,8 @@ import { Chart } from "../chart.js";
 import { tint } from "../colours.js";
 import { bytes, count, digest, fixed, megabytes, milliseconds, percent } from "../format.js";
 import { byLabel, parse, quantile, total } from "../metrics.js";
-import { Dot, Loading } from "../parts.js";
-import { base, cards, loadCards, reach, settings } from "../shelf.js";
+import { Dot, Loading, State } from "../parts.js";
+import { base, cards, health, loadCards, reach, settings } from "../shelf.js";
 import { html } from "../vendor/preact.js";
 
 const EVERY_MS = 1000;
@@ -64,6 +64,7 @@ async function look() {
 }
 
 function Tiles({ now }) {
+  const { state } = useCell(health);
   const tiers = byLabel(now.samples, "adapters", "tier");
   const tiles = [
     ["Running", count(now.running)],
@@ -73,7 +74,7 @@ function Tiles({ now }) {
     ["On the device", count(tiers.get("device") ?? 0)],
     ["In host memory", count(tiers.get("host") ?? 0)],
     ["Host cache", hostCache(now.base)],
-    ["Worker restarts", count(total(now.samples, "worker_restarts_total"))],
+    ["Worker", html`<${State} value=${state} /> <span class="muted">${count(total(now.samples, "worker_restarts_total"))} restarts</span>`],
   ];
   return html`<dl class="tiles">${tiles.map(([name, value]) => html`<div class="tile"><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>`;
 }

@@ -31,7 +31,7 @@ router = APIRouter()
 async def chat(body: ChatRequest, request: Request, admitted: Admitted) -> Response:
     """Answers a conversation, or calls tools; with `stream`, as server-sent events."""
     voice = await admitted.enter(chosen(body.model, admitted.rooms))
-    tools = [tool.model_dump(exclude_none=True) for tool in body.tools or ()] if body.tool_choice != "none" else []
+    tools = [tool.function.told for tool in body.tools or ()] if body.tool_choice != "none" else []
     format = voice.format() if tools else None
     prompt = await tokenized(voice.chat, [_turn(m) for m in body.messages], tools, length=sum(len(m.text) for m in body.messages))
     admitted.submit(voice, prompt, await _ask(body))

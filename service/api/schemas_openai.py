@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -18,7 +19,7 @@ from ..engine.request import Sampling
 from .schemas import COLD, MAX_SEQUENCES, MAX_TOP, Factor, OpenAIFormat, Penalty, Seed, StopList, Strict, TopK
 
 MAX_TOOLS = 128
-BIAS = 100.0
+BIAS, MAX_BIASES = 100.0, 1024
 
 
 class StreamOptions(Strict):
@@ -61,7 +62,7 @@ class Asked(Strict):
     seed: Seed | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[str, float], AfterValidator(_biases)] | None = None
+    logit_bias: Annotated[dict[str, float], AfterValidator(_biases), Field(max_length=MAX_BIASES)] | None = None
     response_format: OpenAIFormat | None = None
     top_k: TopK | None = Field(default=None, description="-1 and 0: off")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -183,11 +184,25 @@ class Message(Strict):
         return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
+def _writable(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError):
+        raise ValueError("holds a number that JSON does not have, or is nested too deep") from None
+    return value
+
+
 class Function(Strict):
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: Annotated[dict[str, Any], AfterValidator(_writable)] | None = None
     strict: bool | None = None
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """As a template sees it: what was given, and nothing else."""
+        given = {"name": self.name, "description": self.description, "parameters": self.parameters, "strict": self.strict}
+        return {"type": "function", "function": {key: value for key, value in given.items() if value is not None}}
 
 
 class Tool(Strict):

@@ -238,6 +238,22 @@ def test_a_forced_call_is_held_by_a_grammar(tooled: Stage, choice: Any) -> None:
     assert ('"now"' in grammar) == (choice == "required")
 
 
+def test_tools_are_shown_to_the_template_as_given(tooled: Stage) -> None:
+    deep: Any = {"type": "integer", "default": None}
+    for _ in range(300):
+        deep = {"items": deep}
+    tooled.chat(tools=[{"type": "function", "function": {"name": "add", "parameters": deep}}], max_tokens=1, status=400)  # too long
+    asked = {"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": {"default": None}}}}}
+    tooled.chat(tools=[asked])
+    assert prompt(tooled).startswith(json.dumps([asked]) + "<tool_call>")
+    body = {
+        "model": "tiny",
+        "messages": [USER],
+        "tools": [{"type": "function", "function": {"name": "add", "parameters": {"const": float("nan")}}}],
+    }
+    assert "tools" in tooled.post("/v1/chat/completions", body, 400).json()["error"]["message"]
+
+
 def test_no_choice_is_no_tools(tooled: Stage) -> None:
     tooled.says(SAID)
     told = tooled.chat(tools=[ADD], tool_choice="none")["choices"][0]

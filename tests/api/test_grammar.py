@@ -1,0 +1,78 @@
+"""Response formats as grammars: what cannot be met is refused, and no schema can take the process down."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+
+from service.api import grammar
+from service.api.schemas import JsonObject, Regex
+from service.errors import BadRequest
+
+
+def compiled(schema: dict[str, Any]) -> str:
+    return asyncio.run(grammar.of_schema(schema, "response_format"))
+
+
+def chain(length: int, nested: int = 0) -> dict[str, Any]:
+    """Definitions that each refer to the next one, from within `nested` lists."""
+    inner: dict[str, Any] = {"type": "integer"}
+    definitions = {f"a{length}": inner}
+    for i in reversed(range(length)):
+        inner = {"$ref": f"#/$defs/a{i + 1}"}
+        for _ in range(nested + 1):
+            inner = {"type": "array", "items": inner}
+        definitions[f"a{i}"] = inner
+    return {"$ref": "#/$defs/a0", "$defs": definitions}
+
+
+@pytest.mark.parametrize("schema", [chain(5000), chain(200, 10), chain(100, 30)])
+def test_references_that_would_overflow_the_stack_are_refused(schema: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest, match="response_format: the schema is nested too deep"):
+        compiled(schema)
+
+
+def test_references_of_a_real_schema_are_taken() -> None:
+    leaf = {
+        "type": "object",
+        "properties": {"next": {"$ref": "#/$defs/leaf"}, "all": {"type": "array", "items": {"$ref": "#/$defs/other"}}},
+    }
+    definitions = {"leaf": leaf, "other": {"type": "string"}} | {
+        f"m{i}": {"type": "object", "properties": {"a": {"type": "array"}}} for i in range(80)
+    }
+    properties = {name: {"$ref": f"#/$defs/{name}"} for name in definitions}
+    assert compiled({"type": "object", "properties": properties, "$defs": definitions})
+
+
+def test_the_reach_counts_each_reference_once() -> None:
+    assert grammar.reach({"type": "integer"}) == 1
+    twice = {"allOf": [{"$ref": "#/$defs/a~1b"}, {"$ref": "#/$defs/a~1b"}], "$defs": {"a/b": {"items": {}}}}
+    assert grammar.reach(twice) == 4 + 2
+    assert grammar.reach({"$ref": "elsewhere", "items": {}}) == 2 + 2
+
+
+@pytest.mark.parametrize(
+    "schema", [{"type": "no-such-type"}, {"$ref": "#/nowhere"}, {"enum": []}, {"not": {}}, {"type": "integer", "minimum": 5, "maximum": 1}]
+)
+def test_what_nothing_can_meet_is_refused(schema: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest, match="response_format"):
+        compiled(schema)
+
+
+def test_a_number_that_json_does_not_have_is_refused() -> None:
+    with pytest.raises(BadRequest, match="response_format"):
+        compiled({"const": float("nan")})
+
+
+def test_a_complaint_is_short() -> None:
+    with pytest.raises(BadRequest) as caught:
+        asyncio.run(grammar.compiled(Regex(type="regex", regex="(" * 10_000)))
+    assert len(caught.value.message) < 400
+
+
+def test_any_object_where_no_schema_is_given() -> None:
+    text = asyncio.run(grammar.compiled(JsonObject(type="json_object")))
+    assert json.loads(str(text))["grammars"][0]["json_schema"]["type"] == "object"

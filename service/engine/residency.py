@@ -138,10 +138,10 @@ class Residency:
             if self.homeless(digest) and digest in self.host and digest not in self._failed:
                 self.seat(digest, in_flight)
 
-    def seat_fresh(self, quiet: bool) -> None:
-        """Places what was just preloaded, where no other adapter waits for room or has to leave; each has one chance."""
+    def seat_fresh(self) -> None:
+        """Places what was just preloaded where nothing has to leave for it; each has one chance."""
         for digest in self._fresh:
-            if quiet and self.homeless(digest) and digest in self.host and self.pool.hole(self.known[digest].rank) is not None:
+            if self.homeless(digest) and digest in self.host and self.pool.hole(self.known[digest].rank) is not None:
                 self.seat(digest, ())
         self._fresh = {}
 
@@ -189,6 +189,5 @@ class Residency:
 
     def _unplace(self, digest: Digest) -> None:
         self.pool.remove(digest)
-        self._placed = [placement for placement in self._placed if placement.digest != digest]
         self._removed.append(digest)
         self._moved.add(digest)

@@ -121,7 +121,7 @@ class Scheduler:
                 chunks.append(self._chunk(sequence, budget))
                 budget -= len(chunks[-1].tokens)
         chunks += self._enter(budget)
-        self.adapters.seat_fresh(quiet=not any(map(self.adapters.homeless, self.waiting)))
+        self.adapters.seat_fresh()
         forks, self._forks = self._forks, []
         return Plan(*self.adapters.changes(), tuple(forks), tuple(chunks))
 

@@ -5,8 +5,8 @@ It owns the device and the only sampling clock, and ends when its parent does. M
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import gc
 import importlib
 import logging
 import os
@@ -189,10 +189,8 @@ def fail(faults: Faults, made: set[int]) -> None:
         raise RuntimeError(f"injected: the step that makes token {faults.step} raises")
 
 
-def serve(connection: Connection, factory: Factory) -> int:
-    """Builds the runner, then serves the connection until it ends; the exit code."""
-    settings: Settings = connection.recv()
-    logs.setup(settings.log_format, settings.log_level)
+def serve(connection: Connection, settings: Settings, factory: Factory) -> int:
+    """Builds the runner, then obeys until told to end; the exit code. Raises OSError or EOFError when the parent is gone."""
     try:
         runner, card = factory(settings, lambda stage, fraction: connection.send(Progress(stage, fraction)))
     except (AdapterdError, SettingsError) as error:
@@ -202,8 +200,6 @@ def serve(connection: Connection, factory: Factory) -> int:
         log.exception("the base cannot be loaded")
         connection.send(Broken(f"the base cannot be loaded ({type(error).__name__}); the log says why"))
         return 1
-    gc.collect()
-    gc.freeze()  # the model lives as long as the process: collections need not look at it again
     connection.send(Ready(card))
     return Worker(connection, runner, card, settings).run()
 
@@ -219,11 +215,11 @@ def main(descriptor: str, factory: str) -> int:
         signal.signal(ignored, signal.SIG_IGN)
     die_with_parent()
     module, _, function = factory.partition(":")
-    with Connection(int(descriptor)) as connection:
-        try:
-            return serve(connection, getattr(importlib.import_module(module), function))
-        except (EOFError, BrokenPipeError, ConnectionResetError):
-            return 0  # the parent is gone
+    with Connection(int(descriptor)) as connection, contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+        settings: Settings = connection.recv()
+        logs.setup(settings.log_format, settings.log_level)
+        return serve(connection, settings, getattr(importlib.import_module(module), function))
+    return 0  # the parent is gone
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ class Story:
     request: Request
     started: bool = False
     tokens: list[int] = field(default_factory=list)
+    scored: list[int] = field(default_factory=list)
     end: Event | None = None
 
 
@@ -73,7 +74,7 @@ class Driver:
         assert not flying & set(plan.remove), "an adapter in flight lost its pool rows"
         self.unsure = half_placed and bool(plan.place)
         if self.unsure:
-            self.runner.step(Plan(plan.remove, plan.place[:1]))
+            self.runner.step(Plan(plan.remove, plan.place[: len(plan.place) // 2]))
             self.scheduler.abort(plan, placed=False)
         elif fault and plan.chunks:
             self.runner.step(Plan(plan.remove, plan.place))
@@ -100,6 +101,7 @@ class Driver:
             story = self.stories[event.request]
             assert story.end is None, f"request {event.request} had an event after its last"
             story.tokens += [event.token.id] if event.token else []
+            story.scored += [token.id for token in event.prompt]
             story.end = event if event.finish else None
         self.tiers |= dict(report.tiers)
 
@@ -116,6 +118,8 @@ class Driver:
             request = story.request
             tokens = expected(request.adapter, request.prompt, request.max_tokens)
             assert story.tokens == tokens[: len(story.tokens)], f"{request} got the tokens of something else"
+            if request.prompt_logprobs is not None and story.end.finish in (Finish.LENGTH, Finish.EOS):
+                assert story.scored == list(request.prompt)
             if story.end.finish is Finish.LENGTH:
                 assert len(story.tokens) == min(request.max_tokens, self.scheduler.context - len(request.prompt))
             if story.end.finish is Finish.EOS:
@@ -128,6 +132,7 @@ class Driver:
         pool = {digest for digest in self.runner.pool if digest is not None}
         assert pool == {digest for digest, adapter in self.scheduler.adapters.known.items() if digest in self.scheduler.adapters.pool}
         assert set(self.runner.host) == set(self.scheduler.adapters.host)
+        assert set(self.runner.host) <= set(self.scheduler.adapters.known)
         assert gauges.host_bytes == sum(adapter.size for adapter in self.runner.host.values())
         assert gauges.pool_used == sum(placement.rank for placement in self.runner.placed.values())
 

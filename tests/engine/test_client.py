@@ -211,6 +211,16 @@ async def test_a_stuck_worker_is_killed_and_replaced() -> None:
         assert len((await read(client.submit((1,), 5)))[0]) == 5
 
 
+async def test_a_cancel_that_a_dying_worker_never_read_is_kept() -> None:
+    async with engine(faults=Faults(stuck=2), request_timeout_s=1, max_rows=1) as client:
+        stuck, waiting = client.submit((1,), 5), client.submit((2,), 5)
+        await until(lambda: stuck.first is not None)
+        waiting.cancel()
+        os.kill(worker(client), signal.SIGKILL)
+        assert (await read(waiting)) == ([], Event(waiting.request.id, finish=Finish.CANCELLED))
+        await read(stuck)
+
+
 async def test_a_worker_that_waits_for_a_slow_disk_is_not_stuck() -> None:
     async with engine(faults=Faults(slow_load=1.5), request_timeout_s=1) as client:
         pid, slow = worker(client), adapter("slow")

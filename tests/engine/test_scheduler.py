@@ -197,6 +197,48 @@ def test_host_memory_forgets_the_least_recently_used() -> None:
     assert driver.scheduler.gauges.host_bytes == 2000
 
 
+def test_what_waits_is_kept_in_host_memory() -> None:
+    """Two adapters wait where one fits: both are kept until they had their turn, so that neither is read again and again."""
+    driver = Driver(rows=4, pool_rank=4, host_bytes=1100)
+    first, *others = [adapter("x", size=100), adapter("a"), adapter("b")]
+    for each in (first, *others):
+        driver.scheduler.offer(each)
+    driver.submit([1], 9, first)
+    driver.step()
+    for each in others:
+        driver.submit([2], 2, each)
+        driver.step()
+    driver.step()
+    assert set(driver.runner.host) == {each.digest for each in (first, *others)}
+    driver.settle()
+    driver.check()
+
+
+def test_an_adapter_dropped_while_it_is_read_leaves_nothing() -> None:
+    driver = Driver()
+    dying = adapter("dying")
+    driver.scheduler.offer(dying, preload=True)
+    driver.reading = False
+    driver.step()
+    driver.scheduler.drop(dying.digest)
+    driver.step()
+    assert driver.dropped == []
+    driver.reading = True
+    driver.settle()
+    assert driver.dropped == [dying.digest]
+    assert driver.runner.host == {}
+    driver.check_free()
+
+
+def test_a_prompt_to_be_scored_reuses_nothing() -> None:
+    driver = Driver()
+    driver.submit(LONG, 2)
+    driver.settle()
+    scored = driver.submit(LONG, 0, prompt_logprobs=0)
+    driver.settle()
+    assert driver.stories[scored].scored == LONG
+
+
 def test_an_adapter_that_cannot_be_read_fails_its_requests_only() -> None:
     driver = Driver()
     broken = adapter("broken", readable=False)
@@ -333,7 +375,7 @@ def test_a_conversation_goes_on_in_its_row() -> None:
 
 
 def test_choices_of_one_prompt_share_its_prefill() -> None:
-    driver = Driver(rows=4, prefill_tokens=16)
+    driver = Driver(rows=4, prefill_tokens=100)
     for _ in range(4):
         driver.submit(LONG, 3)
     driver.settle()

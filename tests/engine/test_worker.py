@@ -1,0 +1,202 @@
+"""The worker's loop, in a thread of the test: what it says, when, and how it ends."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any
+
+import pytest
+
+from service.engine.request import (
+    Broken,
+    Drop,
+    Event,
+    Finish,
+    Load,
+    Notice,
+    Offer,
+    Order,
+    Placement,
+    Plan,
+    Report,
+    Request,
+    Result,
+    Shutdown,
+    Submit,
+    Tier,
+)
+from service.engine.worker import RAISED_TWICE, Factory, Worker, serve
+from service.errors import SettingsError
+from service.settings import Faults, Settings
+from tests.fakes import FakeRunner, adapter, card, expected
+
+
+class Desk:
+    """The parent's side of a worker that runs in a thread."""
+
+    def __init__(self, serve: Callable[[Connection], int]) -> None:
+        self.connection, theirs = Pipe()
+        self.codes: list[int] = []
+
+        def work() -> None:
+            with theirs, suppress(EOFError, OSError):
+                self.codes.append(serve(theirs))
+
+        self.thread = threading.Thread(target=work)
+        self.thread.start()
+
+    def send(self, *orders: Order) -> None:
+        for order in orders:
+            self.connection.send(order)
+
+    def hear(self) -> Notice:
+        assert self.connection.poll(20), "the worker says nothing"
+        notice: Notice = self.connection.recv()
+        return notice
+
+    def report(self, of: Callable[[Report], object]) -> Report:
+        """The next report of such."""
+        while True:
+            notice = self.hear()
+            assert isinstance(notice, Report)
+            if of(notice):
+                return notice
+
+    def event(self) -> Event:
+        return self.report(lambda report: report.events).events[0]
+
+    def end(self) -> list[int]:
+        self.thread.join(20)
+        assert not self.thread.is_alive()
+        return self.codes
+
+
+class Balky(FakeRunner):
+    """A runner that fails where it is told to."""
+
+    wrong: str = ""
+
+    def load(self, adapter: Any) -> int:
+        if self.wrong == "disk":
+            raise FileNotFoundError(2, "No such file or directory", "/secret/place")
+        if self.wrong == "memory":
+            raise MemoryError
+        return super().load(adapter)
+
+    def step(self, plan: Plan) -> list[Result]:
+        if (self.wrong == "place" and plan.place) or (self.wrong == "step" and plan.chunks):
+            raise RuntimeError("the device said no")
+        return super().step(plan)
+
+
+@contextmanager
+def desk(serve: Callable[[Connection], int]) -> Iterator[Desk]:
+    made = Desk(serve)
+    with made.connection:
+        yield made
+    made.end()
+
+
+def worker(runner: FakeRunner | None = None, **chosen: Any) -> AbstractContextManager[Desk]:
+    settings = Settings(**({"pool_rank": 16, "max_rank": 16} | chosen))
+    fake = card(settings)
+    made = runner or FakeRunner(fake.rows, fake.context, fake.pool_rank)
+    return desk(lambda connection: Worker(connection, made, fake, settings).run())
+
+
+def test_it_says_who_starts_before_the_step_that_may_kill_it() -> None:
+    with worker() as desk:
+        desk.send(Submit(Request(1, (5,), 2)))
+        starts = desk.report(lambda report: True)
+        assert (starts.started, starts.events) == ((1,), ())
+        assert starts.gauges.running == 1
+        tokens = [desk.event().token for _ in range(2)]
+        assert [token.id for token in tokens if token] == expected(None, (5,), 2)
+
+
+def test_it_tells_what_it_read_placed_and_dropped() -> None:
+    each = adapter("a", size=321)
+    with worker() as desk:
+        desk.send(Offer(each, preload=True))
+        read = desk.report(lambda report: report.loads)
+        (load,) = read.loads
+        assert (load.digest, load.size, load.error) == (each.digest, 321, "")
+        assert (read.pool, read.tiers) == ((Placement(each.digest, 0, 4),), ((each.digest, Tier.DEVICE),))
+        assert [digest for digest, _ in desk.report(lambda report: report.placed).placed] == [each.digest]
+        desk.send(Offer(each, preload=True))
+        assert desk.report(lambda report: report.loads).loads == (Load(each.digest, 0.0, 321),)
+        desk.send(Drop(each.digest))
+        assert desk.report(lambda report: report.dropped).dropped == ((each.digest, 321),)
+
+
+def test_it_shows_signs_of_life_while_it_waits_for_a_disk() -> None:
+    each = adapter("a")
+    with worker(faults=Faults(slow_load=1.0), request_timeout_s=0.5) as desk:
+        desk.send(Offer(each), Submit(Request(1, (5,), 1, each.digest)))
+        for _ in range(3):
+            desk.report(lambda report: report == Report(gauges=report.gauges) and report.gauges.waiting == 1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "code", "words"),
+    [("disk", "adapter_invalid", "No such file or directory"), ("memory", "internal", "MemoryError"), ("place", "internal", "step")],
+)
+def test_an_adapter_that_fails_says_why_shows_no_path_and_may_be_tried_again(wrong: str, code: str, words: str) -> None:
+    runner, each = Balky(), adapter("a")
+    runner.wrong = wrong
+    with worker(runner) as desk:
+        desk.send(Offer(each, preload=True, pinned=True), Submit(Request(1, (5,), 1, each.digest)))
+        event = desk.event()
+        assert (event.finish, event.code) == (Finish.FAILED, code)
+        assert words in event.message
+        assert "/secret" not in event.message
+        runner.wrong = ""
+        desk.send(Submit(Request(2, (5,), 1, each.digest)))
+        token = desk.event().token
+        assert token
+        assert token.id == expected(each.digest, (5,), 1)[0]
+
+
+def test_two_raising_steps_in_a_row_end_it() -> None:
+    runner = Balky(rows=1)
+    runner.wrong = "step"
+    with worker(runner, max_rows=1) as desk:
+        desk.send(Submit(Request(1, (5,), 1)), Submit(Request(2, (5,), 1)))
+        assert desk.end() == [RAISED_TWICE]
+
+
+def test_a_good_step_between_two_raising_ones_keeps_it() -> None:
+    with worker(faults=Faults(step=2)) as desk:
+        for id in range(6):
+            desk.send(Submit(Request(id, (5,), 1 + id % 2)))
+            assert desk.report(lambda report: report.events and report.events[0].finish).events[0].code == ("internal" if id % 2 else "")
+        desk.send(Shutdown())
+        assert desk.end() == [0]
+
+
+def unfit(settings: Settings, progress: Any) -> Any:
+    raise SettingsError("ADAPTERD_BASE: no such base")
+
+
+def unreadable(settings: Settings, progress: Any) -> Any:
+    raise OSError("/secret/place/config.json is not there")
+
+
+@pytest.mark.parametrize(
+    ("factory", "reason"),
+    [(unfit, "ADAPTERD_BASE: no such base"), (unreadable, "the base cannot be loaded (OSError); the log says why")],
+)
+def test_what_no_restart_would_help_is_told(factory: Factory, reason: str) -> None:
+    with desk(lambda connection: serve(connection, Settings(), factory)) as parent:
+        assert parent.hear() == Broken(reason)
+        assert parent.end() == [1]
+
+
+def test_it_ends_when_its_parent_is_gone() -> None:
+    with worker() as desk:
+        desk.connection.close()
+        assert desk.end() == []

@@ -101,7 +101,9 @@ def _lifespan(rooms: Rooms, text: Callable[[str], Text], on_failure: Callable[[s
         with suppress(asyncio.CancelledError):
             await opening
         rooms.draining = True
-        await asyncio.gather(rooms.registry.close(), rooms.client.stop(0))
+        for outcome in await asyncio.gather(rooms.registry.close(), rooms.client.stop(0), return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                log.error("a room did not close", exc_info=outcome)
 
     return lifespan
 
@@ -109,7 +111,7 @@ def _lifespan(rooms: Rooms, text: Callable[[str], Text], on_failure: Callable[[s
 async def _open(rooms: Rooms, text: Callable[[str], Text], on_failure: Callable[[str], None]) -> None:
     """Waits for the base, then opens what needs it. Listening goes on meanwhile."""
     try:
-        await rooms.client.wait_ready()
+        await asyncio.gather(rooms.client.wait_ready(), rooms.registry.warm())
         assert rooms.client.base is not None, "a ready client has the base's card"
         rooms.reader, _ = await asyncio.gather(asyncio.to_thread(text, rooms.client.base.folder), rooms.registry.open())
         rooms.opened = True

@@ -11,6 +11,7 @@ AdapterdError
 ├── Conflict                 409
 ├── PayloadTooLarge          413
 ├── AdapterInvalid           422, details.problems
+│   ├── SourceMissing        (404 under vLLM's names)
 │   └── AdapterUnsupported
 ├── Overloaded               429, retry-after
 ├── Cancelled                499, for the log only
@@ -91,6 +92,10 @@ class AdapterInvalid(AdapterdError):
     def __init__(self, problems: Sequence[str], **extra: Any) -> None:
         self.problems = list(problems)
         super().__init__("; ".join(self.problems[:3]), details={"problems": self.problems, **extra})
+
+
+class SourceMissing(AdapterInvalid):
+    """There is no such folder."""
 
 
 class AdapterUnsupported(AdapterInvalid):

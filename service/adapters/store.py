@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from ..digest import digest
-from ..errors import AdapterInvalid, BadRequest, Forbidden, PayloadTooLarge
+from ..errors import AdapterInvalid, BadRequest, Forbidden, PayloadTooLarge, SourceMissing
 from .archive import PIECE, extract
 from .hub import Hub
 from .inspection import CONFIG, WEIGHTS
@@ -177,7 +177,7 @@ def _checked(place: Place, root: Path) -> Place:
         if not folder.is_relative_to(top):
             raise Forbidden(f"source {name!r} is a link that leaves the adapters directory", param="source")
         if not folder.is_dir():
-            raise AdapterInvalid([f"source {name!r}: there is no such folder"])
+            raise SourceMissing([f"source {name!r}: there is no such folder"])
         for file in (CONFIG, WEIGHTS):
             if not (folder / file).resolve().is_relative_to(top):
                 raise Forbidden(f"{file} of source {name!r} is a link that leaves the adapters directory", param="source")

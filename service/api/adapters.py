@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import UploadFile
 
-from ..errors import BadRequest, Forbidden
+from ..errors import BadRequest, Forbidden, NotFound, SourceMissing
 from .errors import documented
 from .rooms import Shelf
 
@@ -155,6 +155,8 @@ async def load_lora(body: LoadLora, here: Shelf) -> str:
     """vLLM's name for registering."""
     try:
         await here.registry.register(body.lora_name, body.lora_path, replace=body.load_inplace)
+    except SourceMissing as error:
+        raise NotFound(error.message, param="lora_path") from error
     except Forbidden as error:
         raise BadRequest(error.message, param="lora_path") from error
     return f"Success: LoRA adapter '{body.lora_name}' added successfully."

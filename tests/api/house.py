@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 
 from service.app import create_app
 from service.engine.request import BaseCard, Gauges, Linear, Placement
-from service.errors import AdapterInvalid, AdapterNotFound, Conflict, Forbidden
+from service.errors import AdapterInvalid, AdapterNotFound, Conflict, Forbidden, SourceMissing
 from service.settings import Settings, read
 
 if TYPE_CHECKING:
@@ -67,6 +67,9 @@ class Shelf:
         self.names: dict[str, dict[str, Any]] = {}
         self.calls: list[tuple[Any, ...]] = []
 
+    async def warm(self) -> None:
+        return None
+
     async def open(self) -> None:
         return None
 
@@ -77,6 +80,8 @@ class Shelf:
         self.calls.append(("register", id, source, replace, rest))
         if source == "bad":
             raise AdapterInvalid(["lora_A of q_proj has no lora_B", "r is 0"])
+        if source == "gone":
+            raise SourceMissing(["source 'gone': there is no such folder"])
         if source == "outside":
             raise Forbidden("the source is outside the adapters directory")
         held = self.names.get(id)

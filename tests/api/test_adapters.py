@@ -148,6 +148,7 @@ def test_vllms_names_have_its_bodies_and_codes(home: House) -> None:
     assert answer.headers["content-type"].startswith("text/plain")
     for path in ("other", "bad", "outside"):
         assert home.json("POST", "/v1/load_lora_adapter", loading | {"lora_path": path}, 400)["error"]["message"]
+    assert home.json("POST", "/v1/load_lora_adapter", loading | {"lora_path": "gone"}, 404)["error"]["code"] == "not_found"
     assert home.knock.post("/v1/load_lora_adapter", json=loading | {"lora_path": "other", "load_inplace": True}).status_code == 200
     assert home.json("GET", "/adapters/a")["source"] == "other"
     answer = home.knock.post("/v1/unload_lora_adapter", json={"lora_name": "a"})

@@ -19,10 +19,16 @@ def read(folder: Path) -> Results:
     return found
 
 
-def write(folder: Path, task: Task, results: Results) -> None:
-    """Keeps the results, and rewrites the task's README."""
+def keep(folder: Path, name: str, found: dict[str, Any]) -> None:
+    """Adds what was found out about an adapter to the results, beside what is known of it and of others."""
+    results = read(folder)
+    results[name] = results.get(name, {}) | found
     (folder / "results.json").write_text(json.dumps(dict(sorted(results.items())), indent=2, ensure_ascii=False) + "\n")
-    (folder / "adapters" / task.name / "README.md").write_text(readme(task, results[task.name]))
+
+
+def describe(folder: Path, task: Task) -> None:
+    """Rewrites the README of the task's adapter."""
+    (folder / "adapters" / task.name / "README.md").write_text(readme(task, read(folder)[task.name]))
 
 
 def kind(recipe: Recipe) -> str:

@@ -28,7 +28,7 @@ ADAPTERS = HERE / "adapters"
 TASKS = {task.name: task for task in (dates.TASK, labels.TASK, orders.TASK, pirate.TASK)}
 WARM_UP = 8
 SEED = 7
-TOGETHER = 26
+TOGETHER = 52
 
 
 def load(base: str) -> tuple[Any, Any]:
@@ -182,12 +182,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asked_for = parser.parse_args(arguments)
     base = str(resolve(asked_for.base))
     for task in [TASKS[asked_for.only]] if asked_for.only else TASKS.values():
-        trained = {} if asked_for.evaluate else {"seconds": round(train(base, task))}
-        measured = evaluate(base, task)
-        results = card.read(HERE)
-        result = results.get(task.name, {}) | trained | measured
-        card.write(HERE, task, results | {task.name: result})
-        print(json.dumps({task.name: result}, indent=2), flush=True)
+        if not asked_for.evaluate:
+            card.keep(HERE, task.name, {"seconds": round(train(base, task))})
+        card.keep(HERE, task.name, evaluate(base, task))
+        card.describe(HERE, task)
+        print(json.dumps({task.name: card.read(HERE)[task.name]}, indent=2), flush=True)
 
 
 if __name__ == "__main__":

@@ -90,9 +90,9 @@ def _forecast_command(parser: argparse.ArgumentParser) -> None:
 def _forecast(chosen: argparse.Namespace) -> int:
     if not chosen.config.exists():
         raise SettingsError(f"--config: there is no {chosen.config}")
-    logging.disable(logging.WARNING)  # the libraries below greet at import
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it greets at import
     from .adapters import facts, tables
-    from .adapters.reader import Skeleton
+    from .adapters.skeleton import Skeleton
 
     base = Skeleton(chosen.config)
     modules = [name.strip() for name in chosen.target_modules.split(",") if name.strip()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -16,6 +17,7 @@ import pytest
 
 from service import __main__ as command
 from service.settings import Settings
+from tests import making
 
 ROOT = Path(__file__).parent.parent
 LIMIT_S = 60  # against hangs only
@@ -150,6 +152,54 @@ def test_flags_override_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("service.serve.serve", serve)
     assert command.main(["serve", "--port", "2", "--max-rows=3"]) == 0
     assert (seen[0].port, seen[0].max_rows) == (2, 3)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A base's folder and an adapter's."""
+    home = tmp_path_factory.mktemp("files")
+    base = making.tiny(home / "base")
+    return base, making.noise(home / "noise", base)
+
+
+def test_inspect_tells_what_a_folder_holds_as_text_and_as_json(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    _, adapter = files
+    assert command.main(["inspect", str(adapter)]) == 0
+    assert "q_proj" in capsys.readouterr().out
+    assert command.main(["inspect", str(adapter), "--format", "json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["peft_type"], told["modules"], told["problems"]) == ("LORA", 4, [])
+
+
+def test_inspect_of_something_else_is_one_line(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (files[0], Path("/no/such")):
+        assert command.main(["inspect", str(path)]) == 2
+        assert capsys.readouterr().err == "adapter_config.json is missing\n"
+
+
+def test_inspect_of_a_bad_adapter_exits_with_1(files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = making.edit(files[1], tmp_path / "bad", config={"r": "4"})
+    assert command.main(["inspect", str(bad)]) == 1
+    assert "! " in capsys.readouterr().out
+
+
+def test_forecast_says_what_such_an_adapter_would_weigh(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    for config in (files[0], files[0] / "config.json"):
+        asked = ["forecast", "--config", str(config), "--r", "4", "--target-modules", "q_proj, v_proj"]
+        assert command.main([*asked, "--format", "json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        held = command.main(["inspect", str(files[1]), "--format", "json"])
+        assert (held, told["parameters"]) == (0, json.loads(capsys.readouterr().out)["parameters"])
+        assert command.main(asked) == 0
+        assert f"{told['parameters']:,}" in capsys.readouterr().out
+
+
+def test_a_forecast_that_cannot_be_made_is_one_line(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    for config, modules, said in ((files[0], "nope", "nope"), (files[0] / "gone", "q_proj", "--config"), (files[1], "q_proj", "")):
+        assert command.main(["forecast", "--config", str(config), "--r", "4", "--target-modules", modules]) == 2
+        told = capsys.readouterr().err
+        assert said in told
+        assert len(told.splitlines()) == 1
 
 
 def test_the_real_command_starts_as_a_module() -> None:

@@ -148,20 +148,20 @@ def serve(pipe: Connection, max_rank: int) -> None:
     """The child: answers the base's folder with its tree, or why there is none, and each Ask with a Reading or a Refusal."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    from . import reader  # here, so that only the child loads torch and PEFT
+    from . import reader, skeleton  # here, so that only the child loads torch and PEFT
 
     with contextlib.suppress(EOFError):
         try:
-            skeleton = reader.Skeleton(pipe.recv())
+            base = skeleton.Skeleton(pipe.recv())
         except EOFError:
             raise
         except Exception as error:  # whatever the library makes of the base, the parent must be told
             pipe.send(Refusal((f"{type(error).__name__}: {error}"[:300],), {}, supported=True))
             return
-        pipe.send(skeleton.tree())
+        pipe.send(base.tree())
         while True:
             ask = pipe.recv()
-            pipe.send(answer(partial(reader.read, skeleton, ask.folder, max_rank, ask.known)))
+            pipe.send(answer(partial(reader.read, base, ask.folder, max_rank, ask.known)))
 
 
 def answer(read: Callable[[], Reading]) -> Reading | Refusal:

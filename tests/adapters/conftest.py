@@ -13,6 +13,7 @@ import pytest
 from service.adapters import reader as torch_reader
 from service.adapters.reading import Reader, Reading
 from service.adapters.registry import Registry
+from service.adapters.skeleton import Skeleton
 from service.engine.request import Adapter, BaseCard, Load, Tier
 from service.settings import Settings
 
@@ -32,8 +33,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def skeleton(base: Path) -> torch_reader.Skeleton:
-    return torch_reader.Skeleton(base)
+def skeleton(base: Path) -> Skeleton:
+    return Skeleton(base)
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +97,7 @@ class FakeDevice:
 
 
 def card(base: Path) -> BaseCard:
-    made = torch_reader.Skeleton(base)
+    made = Skeleton(base)
     return BaseCard(
         folder=str(base),
         architecture="LlamaForCausalLM",
@@ -123,7 +124,7 @@ class NearReader(Reader):
 
     async def start(self, folder: Path) -> None:
         self.reads = []
-        self._skeleton = torch_reader.Skeleton(folder)
+        self._skeleton = Skeleton(folder)
         self.tree = self._skeleton.tree()
 
     async def read(self, folder: Path, known: str | None = None) -> Reading:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from service.adapters.architecture import Node, draw
-from service.adapters.reader import Skeleton, read
+from service.adapters.reader import read
+from service.adapters.skeleton import Skeleton
 from service.engine.request import Patch
 
 from .. import making

@@ -11,7 +11,8 @@ from service.adapters import facts, inspection, tables
 from service.adapters.cli import inspect_folder
 from service.adapters.facts import Adapted
 from service.adapters.inspection import Tensor
-from service.adapters.reader import Skeleton, read
+from service.adapters.reader import read
+from service.adapters.skeleton import Skeleton
 from service.engine.request import Linear
 from service.errors import AdapterInvalid, BadRequest
 

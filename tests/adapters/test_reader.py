@@ -15,11 +15,12 @@ import pytest
 import torch
 from peft.tuners.lora.layer import LoraLayer
 
-from service.adapters import reader
-from service.adapters.reader import Skeleton, read
+from service.adapters import facts, meaning
+from service.adapters.reader import read
+from service.adapters.skeleton import Skeleton
 from service.digest import digest
 from service.engine.request import Lane
-from service.errors import AdapterInvalid, AdapterUnsupported, BadRequest
+from service.errors import AdapterInvalid, AdapterUnsupported
 
 from .. import making
 
@@ -269,9 +270,9 @@ def test_features_beyond_the_pool_run_in_the_shadow_lane_or_are_refused_by_name(
     skeleton: Skeleton, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, feature: str
 ) -> None:
     folder = making.noise(tmp_path / "a", base, 3, **FEATURES[feature], save={"save_embedding_layers": False})
-    monkeypatch.setattr(reader, "SHADOW_FEATURES", frozenset())
+    monkeypatch.setattr(meaning, "SHADOW_FEATURES", frozenset())
     assert f"`{feature}`" in problems(skeleton, folder, AdapterUnsupported)
-    monkeypatch.setattr(reader, "SHADOW_FEATURES", frozenset({feature}))
+    monkeypatch.setattr(meaning, "SHADOW_FEATURES", frozenset({feature}))
     adapter = read(skeleton, folder, 64).adapter
     assert (adapter.lane, adapter.rank, adapter.patches) == (Lane.SHADOW, 0, ())
 
@@ -291,10 +292,10 @@ def test_other_peft_types_are_validated_against_the_base_too(
     skeleton: Skeleton, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     folder = making.adapter(tmp_path / "a", base, OTHERS[kind](), seed=1)
-    monkeypatch.setattr(reader, "SHADOW_FEATURES", frozenset())
+    monkeypatch.setattr(meaning, "SHADOW_FEATURES", frozenset())
     assert kind in problems(skeleton, folder, AdapterUnsupported)
-    monkeypatch.setattr(reader, "SHADOW_FEATURES", frozenset({kind}))
-    skeleton.meaning.cache_clear()
+    monkeypatch.setattr(meaning, "SHADOW_FEATURES", frozenset({kind}))
+    meaning.injected.cache_clear()
     assert read(skeleton, folder, 64).adapter.lane is Lane.SHADOW
     first = next(iter(making.tensors(folder)))
     cut = making.edit(folder, tmp_path / "b", weights=lambda t: {**t, first: t[first][..., :-1]})
@@ -322,24 +323,15 @@ def test_a_forecast_from_a_config_alone(tmp_path: Path) -> None:
     llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336}
     llama |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
     (tmp_path / "llama.json").write_text(json.dumps(llama))
-    told = reader.forecast(tmp_path / "llama.json", 32, ["q_proj", "k_proj", "v_proj", "o_proj"])
+    bare = Skeleton(tmp_path / "llama.json")
+    told = facts.forecast(bare.linears(), bare.parameters, 32, ["q_proj", "k_proj", "v_proj", "o_proj"])
     assert (told["parameters"], told["megabytes"], told["percent_of_base"]) == (27_262_976, 109.05, 0.34)
     assert told["base"] == {"parameters": 8_030_261_248, "float32_megabytes": 32121.04}
     assert {row["name"]: row["lora_B"] for row in told["by_module"]}["k_proj"] == [1024, 32]
 
 
-def test_a_forecast_of_what_is_not_there_names_it(base: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadRequest, match="no_such_proj"):
-        reader.forecast(base, 8, ["no_such_proj"])
-    with pytest.raises(BadRequest, match="no file"):
-        reader.forecast(tmp_path / "none.json", 8, ["q_proj"])
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(BadRequest, match="no model"):
-        reader.forecast(tmp_path / "config.json", 8, ["q_proj"])
-
-
 def test_reading_warns_nobody(skeleton: Skeleton, plain: Path, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        skeleton.meaning.cache_clear()
+        meaning.injected.cache_clear()
         read(skeleton, making.edit(plain, tmp_path / "a", {"init_lora_weights": "eva"}), 64)

@@ -1,0 +1,129 @@
+"""What an adapter's config means on a base, as PEFT itself says: layers, ranks, scalings, tensors. Knows no weights and no files."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass
+from functools import lru_cache
+from json import dumps, loads
+
+import torch
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora.layer import LoraLayer
+from torch import nn
+
+from ..engine.request import Patch
+from ..errors import AdapterInvalid, AdapterUnsupported
+from .inspection import CONFIG, Config
+from .skeleton import Skeleton, shape
+
+# What PEFT itself runs beside the mixed batch. Add a feature's name (a config key, a peft_type, or one of `features` below) to serve it.
+SHADOW_FEATURES: frozenset[str] = frozenset()
+
+OPTIONS = (
+    "modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters", "alora_invocation_tokens", "layer_replication",
+    "use_qalora", "monteclora_config", "velora_config", "use_bdlora", "arrow_config", "kasa_config", "megatron_config",
+)  # fmt: skip
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that leave part of the base's weights in the adapter
+ASIDE = {"base_model_name_or_path", "revision", "peft_version", "auto_mapping", "lora_dropout", "inference_mode"}  # changes no tensor
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """What a config asks of the base: every tensor it needs, its pooled layers, and the features that are more than those."""
+
+    expected: dict[str, tuple[int, ...]]
+    patches: tuple[Patch, ...]
+    features: frozenset[str]
+
+
+def understood(skeleton: Skeleton, config: Config) -> Meaning:
+    """What PEFT makes of the config. Raises AdapterInvalid with its reason, AdapterUnsupported for what is not served."""
+    start = str(config.get("init_lora_weights", ""))
+    if start.startswith(CHANGES_BASE):
+        raise AdapterUnsupported(
+            [f"`init_lora_weights` {start!r} changes the base's weights; convert the adapter to a plain LoRA when saving it"]
+        )
+    if config.get("task_type") not in (None, "CAUSAL_LM"):
+        raise AdapterUnsupported([f"`task_type` {config['task_type']!r} is not served, only CAUSAL_LM is"])
+    text = dumps({key: value for key, value in config.items() if key not in ASIDE}, sort_keys=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            unserved = features(peft_config(loads(text))) - SHADOW_FEATURES
+            meaning = Meaning({}, (), unserved) if unserved else injected(skeleton, text)
+    except Exception as error:  # whatever PEFT makes of a stranger's config, it is the config's fault
+        raise AdapterInvalid([f"PEFT cannot apply {CONFIG} to the base: {error}"[:600]]) from None
+    refused = sorted(meaning.features - SHADOW_FEATURES)
+    if refused:
+        raise AdapterUnsupported([f"`{name}` is not served" for name in refused])
+    return meaning
+
+
+@lru_cache(maxsize=64)  # most adapters of a fleet share a recipe
+def injected(skeleton: Skeleton, text: str) -> Meaning:
+    """Injects this config (JSON text, without what does not matter here) into a copy of the tree."""
+    config = peft_config(loads(text))
+    config.inference_mode = True  # else PEFT would compute the prompts it saves, of weights that are not there
+    with torch.device("meta"):
+        model = get_peft_model(copy.deepcopy(skeleton.model), config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+        state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    expected = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    kinds = frozenset(kind for layer in layers.values() if (kind := kind_of(layer)))
+    patches = tuple(patch(name, layer, expected) for name, layer in layers.items()) if not kinds else ()
+    return Meaning(expected, patches, kinds | features(config))
+
+
+def strangers(config: Config) -> list[str]:
+    """Warnings about keys that this PEFT does not know and that have a value; null, false and empty ones mean nothing."""
+    if config["peft_type"] not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise AdapterUnsupported([f"`peft_type` {config['peft_type'][:40]!r} is not known"])
+    unknown = config.keys() - known_keys(config["peft_type"])
+    return [f"`{key[:80]}` in {CONFIG} is not known and is ignored: {dumps(config[key])[:80]}" for key in sorted(unknown) if config[key]]
+
+
+def peft_config(config: Config) -> PeftConfig:
+    """The config as PEFT's own class, without the keys that it does not know and without nulls, which PEFT does not expect everywhere."""
+    made = PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]]
+    return made(**{key: value for key, value in config.items() if key in known_keys(config["peft_type"]) and value is not None})
+
+
+def known_keys(peft_type: str) -> frozenset[str]:
+    return frozenset(PEFT_TYPE_TO_CONFIG_MAPPING[peft_type].__dataclass_fields__) - {"runtime_config"}
+
+
+def features(config: PeftConfig) -> frozenset[str]:
+    """What this config uses beyond low-rank changes of linear layers, by the names users know."""
+    kind = str(config.peft_type.value)
+    if kind != "LORA":
+        return frozenset({kind})
+    found = {name for name in OPTIONS if getattr(config, name, None)}
+    if config.bias != "none":
+        found.add("bias")
+    if str(config.init_lora_weights) == "mica":
+        found.add("init_lora_weights: mica")
+    return frozenset(found)
+
+
+def kind_of(layer: LoraLayer) -> str:
+    """Why the pool cannot run this layer; empty when it can."""
+    base = layer.get_base_layer()
+    if shape(base) is None:
+        return f"LoRA on {type(base).__name__}"
+    plain = isinstance(base, nn.Linear) or not layer.lora_magnitude_vector
+    return "" if plain else f"use_dora on {type(base).__name__}"
+
+
+def patch(name: str, layer: LoraLayer, expected: dict[str, tuple[int, ...]]) -> Patch:
+    magnitude = f"{name}.lora_magnitude_vector"
+    return Patch(
+        module=name.removeprefix(PREFIX),
+        rank=layer.r["default"],
+        scaling=float(layer.scaling["default"]),
+        a=f"{name}.lora_A.weight",
+        b=f"{name}.lora_B.weight",
+        magnitude=magnitude if magnitude in expected else None,
+    )

@@ -6,6 +6,7 @@ No tensors, no files; what a sequence must come to is a pure function (`expected
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Callable, Sequence
 from zlib import crc32
@@ -156,3 +157,10 @@ def build_broken(settings: Settings, progress: Callable[[str, float], None]) -> 
 
 def build_dying(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseCard]:
     os._exit(9)
+
+
+def build_deaf(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseCard]:
+    """Closes its connection and stays."""
+    os.close(int(sys.argv[1]))
+    time.sleep(3600)
+    raise AssertionError("nobody ended it")

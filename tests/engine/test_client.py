@@ -315,6 +315,14 @@ async def test_three_deaths_while_loading_are_the_end() -> None:
         assert (await client.loaded("sha256:a")).error
 
 
+async def test_one_that_hangs_up_and_stays_is_ended() -> None:
+    async with engine("build_deaf", wait=False) as client:
+        pid = worker(client)
+        await until(lambda: client.state == "restarting")
+        assert "SIGKILL" in client.reason
+        assert not psutil.pid_exists(pid)
+
+
 async def test_an_adapter_that_cannot_be_read_says_why() -> None:
     async with engine() as client:
         client.offer(adapter("broken", readable=False))

@@ -161,6 +161,19 @@ def test_an_adapter_that_fails_says_why_shows_no_path_and_may_be_tried_again(wro
         assert token.id == expected(each.digest, (5,), 1)[0]
 
 
+def test_a_forward_that_raises_leaves_the_pool_as_it_was() -> None:
+    runner, each = Balky(), adapter("a")
+    runner.wrong = "step"
+    with worker(runner) as desk:
+        desk.send(Offer(each), Submit(Request(1, (5,), 1, each.digest)))
+        assert desk.event().code == "internal"
+        runner.wrong = ""
+        desk.send(Submit(Request(2, (5,), 1, each.digest)))
+        after = desk.report(lambda report: True)
+        assert (after.started, after.pool, after.tiers) == ((2,), None, ())
+        assert desk.event().finish is Finish.LENGTH
+
+
 def test_two_raising_steps_in_a_row_end_it() -> None:
     runner = Balky(rows=1)
     runner.wrong = "step"

@@ -12,13 +12,13 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any
 
-from ..engine.request import Adapter, Digest
+from ..engine.request import Adapter, Digest, Patch
 from ..errors import AdapterInvalid, AdapterUnsupported, Internal
 from .architecture import Node
 from .inspection import CONFIG, WEIGHTS
@@ -95,7 +95,7 @@ class Reader:
         if isinstance(answer, Refusal):
             raise answer.error()
         assert isinstance(answer, Reading)
-        return answer
+        return replace(answer, adapter=replace(answer.adapter, patches=_shared(answer.adapter.patches)))
 
     async def close(self) -> None:
         async with self._turn:
@@ -142,6 +142,12 @@ class Reader:
             self._process.join()
             self._process.close()
         self._pipe = self._process = None
+
+
+@lru_cache(maxsize=64)
+def _shared(patches: tuple[Patch, ...]) -> tuple[Patch, ...]:
+    """The first equal one: a thousand adapters of one recipe keep one list of layers."""
+    return patches
 
 
 def serve(pipe: Connection, max_rank: int) -> None:

@@ -20,9 +20,11 @@ class Node:
     shape: tuple[int, int] | None = None
 
 
-def draw(tree: Node, patches: Sequence[Patch], dropout: float) -> str:
-    """One line a module; an adapted layer shows its base_layer, lora_A, lora_B, rank, scaling and dropout."""
+def draw(tree: Node, patches: Sequence[Patch], dropout: float, features: Sequence[str] = ()) -> str:
+    """One line a module; an adapted layer shows its base_layer, lora_A, lora_B, rank, scaling, dropout. `features`: what none shows."""
     lines = _lines(tree, "", {patch.module: patch for patch in patches}, dropout)
+    if features:
+        lines.append(f"with {', '.join(features)}, which PEFT itself runs beside the mixed batch")
     return "\n".join(lines) + "\n"
 
 

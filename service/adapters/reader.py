@@ -54,7 +54,8 @@ def read(skeleton: Skeleton, folder: Path, max_rank: int, known: Digest | None =
         size=sum(tensor.size for tensor in own.values()),
         patches=patches if lane is Lane.POOL else (),
     )
-    return Reading(adapter, facts.described(config, header, adapted, copies), tuple(notes))
+    told = facts.described(config, header, adapted, copies) | {"features": sorted(meaning.features)}
+    return Reading(adapter, told, tuple(notes), patches)
 
 
 def refuse(problems: list[str]) -> None:

@@ -16,13 +16,14 @@ from functools import lru_cache, partial
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..engine.request import Adapter, Digest, Patch
 from ..errors import AdapterInvalid, AdapterUnsupported, Internal
 from .architecture import Node
 from .inspection import CONFIG, WEIGHTS
 
+T = TypeVar("T")
 START_S = 300.0
 READ_S = 60.0
 BYTES_PER_S = 20e6  # the slowest disk that is waited for
@@ -30,11 +31,12 @@ BYTES_PER_S = 20e6  # the slowest disk that is waited for
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """A validated adapter: what the engine needs, what people ask (see facts.described), and what they should know."""
+    """A validated adapter: what the engine needs, what people ask (see facts.described), what they should know, and its LoRA layers."""
 
     adapter: Adapter
     facts: dict[str, Any]
     warnings: tuple[str, ...] = ()
+    layers: tuple[Patch, ...] = ()
 
     def moved(self, folder: Path) -> Reading:
         """The same content in another folder."""
@@ -77,31 +79,39 @@ class Reader:
 
     async def warm(self) -> None:
         """Starts the child, which takes seconds to load its libraries, before there is a base to read against."""
-        async with self._turn:
-            if self._pipe is None:
-                await asyncio.to_thread(self._spawn)
+        await self._in_turn(self._spawned)
 
     async def start(self, folder: Path) -> None:
         """Shows the child the base in this folder. Raises Internal when it does not understand it."""
-        async with self._turn:
-            self._folder = folder
-            await asyncio.to_thread(self._meet)
+        self._folder = folder
+        await self._in_turn(self._meet)
 
     async def read(self, folder: Path, known: Digest | None = None) -> Reading:
         """What the adapter in this folder is. Raises AdapterInvalid, AdapterUnsupported."""
         size = (folder / WEIGHTS).stat().st_size
-        async with self._turn:
-            answer = await asyncio.shield(asyncio.to_thread(self._answer, Ask(folder, known), self.read_s + size / BYTES_PER_S))
+        answer = await self._in_turn(lambda: self._answer(Ask(folder, known), self.read_s + size / BYTES_PER_S))
         if isinstance(answer, Refusal):
             raise answer.error()
         assert isinstance(answer, Reading)
-        return replace(answer, adapter=replace(answer.adapter, patches=_shared(answer.adapter.patches)))
+        adapter = replace(answer.adapter, patches=_shared(answer.adapter.patches))
+        return replace(answer, adapter=adapter, layers=_shared(answer.layers))
 
     async def close(self) -> None:
-        async with self._turn:
-            await asyncio.to_thread(self._end)
+        await self._in_turn(self._end)
+
+    async def _in_turn(self, call: Callable[[], T]) -> T:
+        """Calls in a thread, one at a time. A caller who leaves gives up the answer, not the turn: the next one's would be his."""
+
+        async def turn() -> T:
+            async with self._turn:
+                return await asyncio.to_thread(call)
+
+        return await asyncio.shield(asyncio.create_task(turn()))
 
     # ---- in a thread
+
+    def _spawned(self) -> Connection:
+        return self._pipe or self._spawn()
 
     def _spawn(self) -> Connection:
         context = multiprocessing.get_context("spawn")
@@ -112,7 +122,7 @@ class Reader:
         return self._pipe
 
     def _meet(self) -> Connection:
-        pipe = self._pipe or self._spawn()
+        pipe = self._spawned()
         answer = self._exchange(pipe, self._folder, START_S)
         if isinstance(answer, Refusal):
             self._end()

@@ -168,7 +168,7 @@ class Registry:
         reading = self._shelves.usable(id).generation.reading
         assert reading is not None, "a usable adapter was read"
         assert self._reader.tree is not None, "it was read against a tree"
-        return architecture.draw(self._reader.tree, reading.adapter.patches, reading.facts["dropout"])
+        return architecture.draw(self._reader.tree, reading.layers, reading.facts["dropout"], reading.facts["features"])
 
     def forecast(self, r: int, modules: Sequence[str], dtype: str = "float32") -> Told:
         """What an adapter of this shape would weigh on the base. Raises BadRequest."""

@@ -40,6 +40,10 @@ def test_the_magnitude_of_dora_is_shown() -> None:
     assert "(lora_magnitude_vector): Parameter(6)" in draw(stack(1), [patch(0, magnitude="m")], 0)
 
 
+def test_what_no_layer_shows_is_said() -> None:
+    assert draw(stack(1), [], 0, ["IA3"]).splitlines()[-1].startswith("with IA3, which PEFT itself runs")
+
+
 def test_a_real_base_and_adapter(skeleton: Skeleton, base: Path, tmp_path: Path) -> None:
     adapter = read(
         skeleton, making.noise(tmp_path / "a", base, 1, "all-linear", use_dora=True, rank_pattern={"layers.1.self_attn.q_proj": 16}), 64

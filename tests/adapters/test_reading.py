@@ -37,6 +37,11 @@ async def test_one_process_reads_refuses_and_is_replaced(base: Path, plain: Path
         with pytest.raises(AdapterUnsupported, match="SEQ_CLS"):
             await reader.read(making.edit(plain, tmp_path / "task", {"task_type": "SEQ_CLS"}))
 
+        leaving = asyncio.create_task(reader.read(plain))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        assert (await reader.read(other)).adapter == second.adapter, "the answer is that of the one who left"
+
         os.kill(pid or 0, signal.SIGKILL)
         with pytest.raises(AdapterInvalid, match="ended the reader's process"):
             await reader.read(plain)

@@ -220,10 +220,11 @@ async def test_content_that_another_id_has_stays(stocked: Shop, plain: Path) -> 
         put(plain, stocked.root, "twin")
         card, _ = await registry.register("a", "plain")
         await registry.register("b", "twin", pinned=True)
-        assert (await registry.remove("a"))["freed_bytes"] == 0
-        assert device(registry).known[card["digest"]].config == str((stocked.root / "twin/adapter_config.json").resolve())
         assert device(registry).pinned == {card["digest"]}
-        assert (await registry.remove("b"))["freed_bytes"] == 7168
+        assert (await registry.remove("b"))["freed_bytes"] == 0
+        assert device(registry).known[card["digest"]].config == str((stocked.root / "plain/adapter_config.json").resolve())
+        assert device(registry).pinned == set()
+        assert (await registry.remove("a"))["freed_bytes"] == 7168
 
 
 async def test_an_id_can_be_taken_again_while_its_old_content_drains(stocked: Shop) -> None:

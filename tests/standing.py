@@ -27,8 +27,14 @@ async def flood() -> AsyncIterator[str]:
         await asyncio.sleep(0)
 
 
+async def stuck(grace_s: float) -> None:
+    await asyncio.Event().wait()
+
+
 def make(*given: Any, **named: Any) -> FastAPI:
     client = StandIn()
+    if "--stuck" in sys.argv:
+        vars(client)["stop"] = stuck
     if "--broken" in sys.argv:
         client.base, client.reason = cast(Any, None), "the folder holds\nno config.json"
     app: FastAPI = root_create(*given, client=client, registry=Shelf(), text=lambda folder: object(), **named)
@@ -48,4 +54,4 @@ root_create: Any = root.create_app
 root.create_app = make
 
 if __name__ == "__main__":
-    sys.exit(main([word for word in sys.argv[1:] if word != "--broken"]))
+    sys.exit(main([word for word in sys.argv[1:] if word not in ("--broken", "--stuck")]))

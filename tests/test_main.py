@@ -90,6 +90,12 @@ def test_a_client_that_never_reads_does_not_hold_the_exit() -> None:
         assert ended(process)[0] == 0
 
 
+def test_a_room_that_never_closes_does_not_hold_the_exit_either() -> None:
+    with server("--stuck", "--drain-s", "0") as (process, _):
+        process.send_signal(signal.SIGTERM)
+        assert ended(process)[0] == 0
+
+
 def test_a_second_signal_cuts_the_drain_short() -> None:
     with server("--drain-s", "100000") as (process, url), httpx.stream("GET", f"{url}/flood") as stream:
         chunks = stream.iter_raw()

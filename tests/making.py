@@ -116,6 +116,8 @@ def adapter(folder: Path, base: Path, config: PeftConfig, *, seed: int, std: flo
                 weight.copy_(torch.empty_like(weight).normal_(0, std))
             elif "magnitude" in name or "ia3" in name:
                 weight.mul_(torch.empty_like(weight).uniform_(0.7, 1.4))
+            elif any(word in name for word in ("hada_", "lokr_", "oft_R", "vera_lambda_b")):
+                weight.copy_(torch.empty_like(weight).normal_(0, std))
             elif "modules_to_save.default" in name:
                 weight.add_(torch.empty_like(weight).normal_(0, 0.05))
     with quiet():

@@ -1,63 +1,40 @@
-"""An adapter's way from its file to host memory: the bytes are checked against the digest, then everything is folded, once.
+"""What the pool needs of an adapter: scaling and DoRA's gate folded in, once, off the step's thread.
 
-Knows the file format and PEFT's formulas. Must not know the pool's layout or requests.
+Knows PEFT's formulas. Must not know the pool's layout or requests.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import bitsandbytes
 import torch
 from bitsandbytes import functional
-from safetensors.torch import load as parse
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..digest import digest
 from ..engine.request import Adapter, Patch
-from ..errors import AdapterInvalid
-from .bank import Adapted, Bank, Factors
+from .adapted import Adapted, Factors, Fused
+from .bank import Bank
+from .contents import contents
 
 
-class Hosted(NamedTuple):
-    """An adapter in host memory: its factors by layer; `size` in bytes."""
-
-    factors: Mapping[str, Factors]
-    size: int
-
-
-def read(adapter: Adapter) -> dict[str, Tensor]:
-    """The tensors of the file, if its content is still what was registered. Raises AdapterInvalid."""
-    try:
-        config, weights = Path(adapter.config).read_bytes(), Path(adapter.weights).read_bytes()
-    except OSError as error:
-        raise AdapterInvalid([f"its files cannot be read any more: {error.strerror}"]) from None
-    if digest(config, weights) != adapter.digest:
-        raise AdapterInvalid(["its files have changed on disk since it was registered: register it again (PUT) to serve the new content"])
-    tensors: dict[str, Tensor] = parse(weights)
-    return tensors
-
-
-def host(adapter: Adapter, bank: Bank) -> Hosted:
-    """Reads and folds a pool adapter. Raises AdapterInvalid."""
-    tensors = read(adapter)
-    factors = {patch.module: folded(patch, tensors, bank.layers[patch.module], bank) for patch in adapter.patches}
-    return Hosted(factors, sum(t.nbytes for f in factors.values() for t in f if t is not None))
+def factors(adapter: Adapter, bank: Bank) -> dict[str, Factors]:
+    """Reads and folds a pool adapter, layer by layer. Raises AdapterInvalid."""
+    tensors = contents(adapter)
+    return {patch.module: folded(patch, tensors, bank.layers[patch.module], bank) for patch in adapter.patches}
 
 
 @torch.inference_mode()
-def folded(patch: Patch, tensors: Mapping[str, Tensor], layer: Adapted, bank: Bank) -> Factors:
+def folded(patch: Patch, tensors: Mapping[str, Tensor], layer: Adapted | Fused, bank: Bank) -> Factors:
     """a = A; b = scaling · Bᵀ, or scaling · (B · gate)ᵀ with DoRA, in the bank's dtype."""
     a, b = tensors[patch.a], tensors[patch.b]
     gate = None
     if patch.magnitude is not None:
         gate = dora_gate(layer.base_layer, a, b, tensors[patch.magnitude], patch.scaling)
         b = b.float() * gate[:, None]
-        gate = ready(gate, bank)
     return Factors(ready(a, bank), ready((b.float() * patch.scaling).T, bank), gate)
 
 

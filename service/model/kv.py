@@ -76,9 +76,12 @@ def refused(model: Any, why: str) -> SettingsError:
     return SettingsError(f"ADAPTERD_BASE: {type(model).__name__} is not supported: {why}")
 
 
-def allocate(seen: Sequence[Sighting], rows: int, context: int, dtype: torch.dtype, device: torch.device) -> None:
+def allocate(
+    seen: Sequence[Sighting], rows: int, context: int, dtype: torch.dtype, device: torch.device, table: Tensor | None = None
+) -> None:
     """Gives every attention layer its buffers, of zeros (what is masked is still multiplied, by 0); a CPU pays for touched pages only."""
     for layer, heads, dim in seen:
+        layer.register_buffer("kv_table", table, persistent=False)
         for name in ("kv_keys", "kv_values"):
             layer.register_buffer(name, torch.zeros(rows, heads, context, dim, dtype=dtype, device=device), persistent=False)
 

@@ -6,36 +6,52 @@ import os
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import llguidance.hf
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from ..engine.request import Adapter, BaseCard, Chunk, Digest, Plan, Result, Token
+from ..engine.request import Adapter, BaseCard, Chunk, Digest, Lane, Plan, Result, Token
 from ..errors import SettingsError
 from ..settings import Settings
-from . import base, kv
-from .bank import Arrangement, Bank, Run
-from .factors import Hosted, host
+from . import base, kernels, kv
+from .adapted import Factors
+from .bank import Bank, Run
+from .factors import factors
 from .sampler import Sampler, described
+from .shadow import own_bytes, planted
 
 SHARE_OF_MEMORY = 0.5  # of what is free once the base is loaded, for KV rows
 PROBE = 24  # tokens of the proof that the row attention equals the model's own
 ROWS = {"cpu": 16, "cuda": 64}
 
 
-class Runner:
-    """The base, the bank, the KV rows and the sampler, behind `engine.request.Runner`."""
+class Hosted(NamedTuple):
+    """An adapter in host memory: factors for the pool, or PEFT's own model. `size` in bytes."""
 
-    def __init__(self, bank: Bank, attention: Sequence[kv.Sighting], sampler: Sampler) -> None:
-        self.bank, self.attention, self.sampler = bank, attention, sampler
+    size: int
+    factors: dict[str, Factors]
+    tree: Any = None
+
+
+class Runner:
+    """The base, the bank, the KV rows and the sampler, behind `engine.request.Runner`. `model` is the base's own tree."""
+
+    def __init__(self, model: Any, bank: Bank, attention: Sequence[kv.Sighting], sampler: Sampler) -> None:
+        self.model, self.bank, self.attention, self.sampler = model, bank, attention, sampler
         self.hosted: dict[Digest, Hosted] = {}
 
     def load(self, adapter: Adapter) -> int:
-        self.hosted[adapter.digest] = host(adapter, self.bank)
-        return self.hosted[adapter.digest].size
+        if adapter.lane is Lane.SHADOW:
+            tree = planted(self.model, adapter)
+            hosted = Hosted(own_bytes(tree, self.model), {}, tree)
+        else:
+            made = factors(adapter, self.bank)
+            hosted = Hosted(sum(t.nbytes for part in made.values() for t in part if t is not None), made)
+        self.hosted[adapter.digest] = hosted
+        return hosted.size
 
     def unload(self, digest: Digest) -> int:
         return self.hosted.pop(digest).size
@@ -51,11 +67,23 @@ class Runner:
             self.bank.place(placement, self.hosted[placement.digest].factors)
         for fork in plan.forks:
             kv.fork(self.attention, fork.source, fork.target, fork.length)
-        return self._run(plan.chunks) if plan.chunks else ()
+        results: dict[int, Result] = {}
+        for tree, chunks in self._batches(plan.chunks):
+            results.update(zip((chunk.request.id for chunk in chunks), self._run(tree, chunks), strict=True))
+        return [results[chunk.request.id] for chunk in plan.chunks]
 
-    def _run(self, chunks: Sequence[Chunk]) -> list[Result]:
+    def _batches(self, chunks: Sequence[Chunk]) -> list[tuple[Any, list[Chunk]]]:
+        """The mixed batch on the bank's tree, and one batch for each shadow adapter on its own."""
+        batches: dict[int, tuple[Any, list[Chunk]]] = {}
+        for chunk in chunks:
+            digest = chunk.request.adapter
+            tree = (self.hosted[digest].tree if digest else None) or self.bank.tree
+            batches.setdefault(id(tree), (tree, []))[1].append(chunk)
+        return list(batches.values())
+
+    def _run(self, tree: Any, chunks: Sequence[Chunk]) -> list[Result]:
         wanted = [chunk for chunk in chunks if chunk.sample or chunk.request.prompt_logprobs is not None]
-        logits = self._forward(chunks, {id(chunk) for chunk in wanted}) if wanted else self._forward(chunks, set())
+        logits = self._forward(tree, chunks, {id(chunk) for chunk in wanted})
         parts = dict(zip(map(id, wanted), torch.split(logits, [_kept(chunk) for chunk in wanted]), strict=True))
         sampled = [chunk for chunk in chunks if chunk.sample]
         last = [parts[id(chunk)][-1] for chunk in sampled]
@@ -63,32 +91,34 @@ class Runner:
         chosen = dict(zip(map(id, sampled), tokens, strict=True))
         return [Result(chosen.get(id(chunk)), _prompt(chunk, parts.get(id(chunk)))) for chunk in chunks]
 
-    def _forward(self, chunks: Sequence[Chunk], wanted: set[int]) -> Tensor:
+    def _forward(self, tree: Any, chunks: Sequence[Chunk], wanted: set[int]) -> Tensor:
         """The logits [kept, vocabulary] of the wanted chunks: their last token's, or all of them where prompt logprobs are asked for."""
         spans: list[kv.Span] = []
-        runs: list[Run] = []
         heads: list[Run] = []
         kept: list[int] = []
         at = 0
-        decode = sum(chunk.generated > 0 for chunk in chunks)
         for chunk in chunks:
             length = len(chunk.tokens)
             spans.append(kv.Span(at, length, chunk.row, chunk.position))
-            runs.append(Run(length, chunk.request.adapter))
             if id(chunk) in wanted:
                 kept += range(at + length - _kept(chunk), at + length)
                 heads.append(Run(_kept(chunk), chunk.request.adapter))
             at += length
-        table = kv.Table(spans, decode, self.bank.device)
-        self.bank.body, self.bank.head = self.bank.arrange(runs, decode), self.bank.arrange(heads, decode)
-        ids = torch.tensor([[token for chunk in chunks for token in chunk.tokens]], device=self.bank.device)
-        keep = torch.tensor(kept, dtype=torch.long, device=self.bank.device)
-        try:
-            out = self.bank.tree(input_ids=ids, position_ids=table.positions[None], use_cache=False, logits_to_keep=keep, table=table)
-        finally:
-            self.bank.body = self.bank.head = Arrangement()
-        logits: Tensor = out.logits[0]
-        return logits
+        decode = sum(chunk.generated > 0 for chunk in chunks)
+        if tree is self.bank.tree:
+            self.bank.begin([Run(len(c.tokens), c.request.adapter) for c in chunks], heads, decode, spans)
+        return forward(tree, self.bank.device, [token for chunk in chunks for token in chunk.tokens], spans, decode, kept)
+
+
+def forward(tree: Any, device: torch.device, tokens: Sequence[int], spans: Sequence[kv.Span], decode: int, kept: Sequence[int]) -> Tensor:
+    """Runs a tree on the flat tokens of a step: logits [kept, vocabulary]."""
+    table = kv.Table(spans, decode, device)
+    keep = torch.tensor(kept, dtype=torch.long, device=device)
+    ids = torch.tensor([tokens], device=device)
+    rows = {} if tree.config._attn_implementation == kernels.NAME else {"table": table}
+    out = tree(input_ids=ids, position_ids=table.positions[None], use_cache=False, logits_to_keep=keep, **rows)
+    logits: Tensor = out.logits[0]
+    return logits
 
 
 def _kept(chunk: Chunk) -> int:
@@ -111,16 +141,40 @@ def build(settings: Settings, progress: base.Progress) -> tuple[Runner, BaseCard
     folder = base.resolve(settings.base, progress)
     model: Any = base.load(folder, settings, progress)
     device, dtype = base.device_of(settings), model.dtype
-    progress("proving the attention", 0.0)
     with torch.inference_mode():
+        progress("measuring the base", 0.0)
         expected = _plain(model)
         attention = kv.scout(model)
         rows, context = _capacity(model, attention, settings, device)
-        kv.allocate(attention, rows, context, dtype, device)
-        bank = Bank(model, settings.pool_rank, dtype, device)
+        card = base.card(model, folder, settings, context, rows)
+        tables = kernels.tables(rows) if _fusible(model, attention, settings, device) else None
+        kv.allocate(attention, rows, context, dtype, device, tables.body if tables else None)
+        progress("making the pool", 0.0)
+        bank = Bank(model, settings.pool_rank, dtype, device, tables)
+        if tables:
+            progress("compiling the layers", 0.0)
+            _compile(bank, attention)
         _prove(bank, expected)
-    runner = Runner(bank, attention, Sampler(matchers(folder, model.config.get_text_config().vocab_size)))
-    return runner, base.card(model, folder, settings, context, rows)
+    return Runner(model, bank, attention, Sampler(matchers(folder, model.config.get_text_config().vocab_size))), card
+
+
+def _fusible(model: Any, attention: Sequence[kv.Sighting], settings: Settings, device: torch.device) -> bool:
+    """Whether the CPU kernels can run this base. Raises SettingsError where they were demanded and cannot."""
+    wanted = settings.compile != "off" and device.type == "cpu" and model.dtype == torch.bfloat16
+    head = model.get_output_embeddings()
+    layers = [layer for _, layer, _, _ in base.linears(model) if layer is not head]
+    able = wanted and all(map(kernels.fits, layers)) and all(s.dim % 16 == 0 for s in attention) and kernels.load()
+    if settings.compile == "on" and not able:
+        raise SettingsError("ADAPTERD_COMPILE: on, but the kernels need a bfloat16 base on a CPU with AVX512-BF16, and a C++ compiler")
+    return able
+
+
+def _compile(bank: Bank, attention: Sequence[kv.Sighting]) -> None:
+    """The decoder's layers differ in their tensors only: what is compiled for one serves all, for one token and for any number."""
+    bank.tree.set_attn_implementation(kernels.NAME)
+    (layers,) = [m for m in bank.tree.modules() if isinstance(m, nn.ModuleList) and len(m) == len(attention)]
+    for layer in layers:
+        layer.compile(dynamic=True)
 
 
 def _probe(model: Any) -> Tensor:
@@ -139,11 +193,11 @@ def _plain(model: Any) -> Tensor:
 
 def _prove(bank: Bank, expected: Tensor) -> None:
     """The same probe in two chunks and one decoded token, through the rows and the adapted layers, must give the same logits."""
-    parts = []
+    ids, parts = _probe(bank.tree)[0].tolist(), []
     for start, stop in ((0, PROBE // 2), (PROBE // 2, PROBE - 1), (PROBE - 1, PROBE)):
-        table = kv.Table([kv.Span(0, stop - start, 0, start)], int(stop - start == 1), bank.device)
-        ids = _probe(bank.tree)[:, start:stop]
-        parts.append(bank.tree(input_ids=ids, position_ids=table.positions[None], use_cache=False, table=table).logits[0].float())
+        span, decode = kv.Span(0, stop - start, 0, start), int(stop - start == 1)
+        bank.begin([Run(stop - start, None)], [], decode, [span])
+        parts.append(forward(bank.tree, bank.device, ids[start:stop], [span], decode, range(stop - start)).float())
     error = (torch.cat(parts) - expected).norm() / expected.norm()
     if not error < (1e-3 if bank.dtype == torch.float32 else 0.1):
         raise kv.refused(bank.tree, f"its logits through the row attention differ from its own by {float(error):.2g}")

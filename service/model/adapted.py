@@ -1,0 +1,142 @@
+"""The layers that add adapters to a base layer's output: in plain torch anywhere, or by the CPU kernel.
+
+Both keep A [R, in] and B [R, out] for R pool rows, of which an adapter holds a range. Must not know digests' meaning, files or requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..engine.request import Digest, Placement
+
+
+class Factors(NamedTuple):
+    """One layer's share of an adapter, ready to copy: a [r, in], b [r, out] with everything folded in; gate float32 [out] for DoRA."""
+
+    a: Tensor
+    b: Tensor
+    gate: Tensor | None = None
+
+
+class Group(NamedTuple):
+    """Tokens [start, stop) use pool rows [low, high); bool `mask` [tokens, high - low] is true where a row is another's (None: nowhere)."""
+
+    start: int
+    stop: int
+    low: int
+    high: int
+    mask: Tensor | None
+
+
+class Gated(NamedTuple):
+    """Tokens [start, stop) belong to this DoRA adapter."""
+
+    start: int
+    stop: int
+    digest: Digest
+
+
+class Arrangement(NamedTuple):
+    """How the tokens of one step meet the pool."""
+
+    tokens: int = 0
+    groups: tuple[Group, ...] = ()
+    gated: tuple[Gated, ...] = ()
+
+
+class Adapted(nn.Module):
+    """y = base(x), gated where DoRA says so, + ((x · Aᵀ) * M) · B, M [tokens, R] being 1 where a pool row is the token's own."""
+
+    def __init__(self, base_layer: nn.Module, n_in: int, n_out: int, rank: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.gates: dict[Digest, Tensor] = {}
+        self.now = Arrangement()
+        self.register_buffer("pool_a", torch.zeros(rank, n_in, dtype=dtype, device=device), persistent=False)
+        self.register_buffer("pool_b", torch.zeros(rank, n_out, dtype=dtype, device=device), persistent=False)
+
+    pool_a: Tensor
+    pool_b: Tensor
+
+    def place(self, at: Placement, factors: Factors) -> None:
+        _copy(self.pool_a, self.pool_b, at, factors)
+        if factors.gate is not None:
+            self.gates[at.digest] = factors.gate.to(self.pool_b.device, self.pool_b.dtype, non_blocking=True)
+
+    def clear(self, at: Placement) -> None:
+        _zero(self.pool_a, self.pool_b, at)
+        self.gates.pop(at.digest, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base_layer(x)
+        if not self.now.groups and not self.now.gated:
+            return y
+        flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        if flat.shape[0] != self.now.tokens:
+            raise RuntimeError(f"a layer sees {flat.shape[0]} of the step's {self.now.tokens} tokens: it cannot be adapted row by row")
+        self._gate(out, self.now.gated)
+        for group in self.now.groups:
+            tokens, rows = slice(group.start, group.stop), slice(group.low, group.high)
+            inner = flat[tokens].to(self.pool_a.dtype) @ self.pool_a[rows].T
+            inner = inner if group.mask is None else inner.masked_fill(group.mask, 0)
+            out[tokens] += inner @ self.pool_b[rows]
+        return y
+
+    def _gate(self, y: Tensor, gated: Sequence[Gated]) -> None:
+        bias = getattr(self.base_layer, "bias", None)
+        for start, stop, digest in gated:
+            gate = self.gates.get(digest)
+            if gate is not None:
+                part = y[start:stop]
+                y[start:stop] = part * gate if bias is None else (part - bias) * gate + bias
+
+
+class Fused(nn.Module):
+    """The same by one kernel call: each token meets its own adapter's rows only. `table` tells which; see kernels/rows.cpp."""
+
+    def __init__(self, base_layer: Any, rank: int, table: Tensor) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        weight = base_layer.weight
+        n_out, n_in = weight.shape
+        self.register_buffer("packed", torch.ops.adapterd.pack(weight), persistent=False)
+        self.register_buffer("table", table, persistent=False)
+        self.register_buffer("pool_a", torch.zeros(rank, n_in, dtype=weight.dtype), persistent=False)
+        self.register_buffer("pool_b", torch.zeros(rank, n_out, dtype=weight.dtype), persistent=False)
+        self.register_buffer("gate", torch.zeros(rank, n_out), persistent=False)
+
+    packed: Tensor
+    table: Tensor
+    pool_a: Tensor
+    pool_b: Tensor
+    gate: Tensor
+
+    def place(self, at: Placement, factors: Factors) -> None:
+        _copy(self.pool_a, self.pool_b, at, factors)
+        if factors.gate is not None:
+            self.gate[at.start] = factors.gate
+
+    def clear(self, at: Placement) -> None:
+        _zero(self.pool_a, self.pool_b, at)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = self.base_layer.bias
+        y: Tensor = torch.ops.adapterd.linear(x, self.packed, bias, self.pool_a, self.pool_b, self.gate, self.table)
+        return y
+
+
+def _copy(pool_a: Tensor, pool_b: Tensor, at: Placement, factors: Factors) -> None:
+    rows = slice(at.start, at.start + factors.a.shape[0])
+    pool_a[rows].copy_(factors.a, non_blocking=True)
+    pool_b[rows].copy_(factors.b, non_blocking=True)
+
+
+def _zero(pool_a: Tensor, pool_b: Tensor, at: Placement) -> None:
+    """A later adapter of other modules or of lower rank must find zeros here."""
+    rows = slice(at.start, at.start + at.rank)
+    pool_a[rows].zero_()
+    pool_b[rows].zero_()

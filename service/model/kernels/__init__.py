@@ -1,0 +1,135 @@
+"""The CPU kernels: built once with the machine's C++ compiler, kept in a cache, and put in place of the torch path where they apply.
+
+They need bfloat16 weights and a processor with AVX512-BF16; without these, or without a compiler, the torch path serves. Must not know
+adapters' files, requests or scheduling.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.cpp_extension import include_paths, library_paths
+from transformers import AttentionInterface
+
+from ..base import CACHE
+
+NAME = "adapterd_rows"
+SOURCE = Path(__file__).with_name("rows.cpp")
+FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp"]
+FIELDS = 8  # int32 columns of a table, see rows.cpp
+
+log = logging.getLogger(__name__)
+
+
+def load() -> bool:
+    """Whether the kernels can be used here; builds and loads them the first time. Says in the log why not."""
+    if hasattr(torch.ops.adapterd, "linear"):
+        return True
+    if not torch.cpu._is_avx512_bf16_supported():
+        log.info("kernels: off, the processor has no AVX512-BF16")
+        return False
+    try:
+        library: Any = torch.ops
+        library.load_library(_built())
+    except (OSError, subprocess.CalledProcessError) as error:
+        log.warning("kernels: off, they cannot be built: %s", str(getattr(error, "stderr", None) or error)[-300:])
+        return False
+    _describe()
+    return True
+
+
+def _built() -> Path:
+    """The shared library for this source, torch and processor. Raises OSError or CalledProcessError."""
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        raise OSError("no C++ compiler (g++) is installed")
+    flags = [*FLAGS, *(f"-I{path}" for path in include_paths())]
+    key = hashlib.sha256(f"{SOURCE.read_text()} {flags} {torch.__version__} {_processor()}".encode()).hexdigest()[:16]
+    target = CACHE / "kernels" / f"rows-{key}.so"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as aside:
+            made = Path(aside) / target.name
+            links = [*(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu", "-ltorch"]
+            subprocess.run([compiler, *flags, str(SOURCE), "-o", str(made), *links], check=True, capture_output=True, text=True)
+            made.rename(target)
+    return target
+
+
+def _processor() -> str:
+    """What `-march=native` would see: two machines that share a cache folder may differ."""
+    try:
+        return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+    except (OSError, StopIteration):
+        return ""
+
+
+def _describe() -> None:
+    """Tells torch.compile the shapes, and transformers the attention."""
+
+    def linear(x: Tensor, packed: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gate: Tensor, table: Tensor) -> Tensor:
+        return x.new_empty(*x.shape[:-1], packed.shape[0] * packed.shape[2])
+
+    def rows(
+        query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, table: Tensor, scale: float, window: int, softcap: float
+    ) -> Tensor:
+        return query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
+
+    torch.library.register_fake("adapterd::linear", linear)
+    torch.library.register_fake("adapterd::attend", rows)
+    AttentionInterface.register(NAME, attend)
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **other: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface over the kernel: query [1, heads, T, dim] → [1, T, heads, dim]."""
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    buffers = module.kv_keys, module.kv_values, module.kv_table
+    out = torch.ops.adapterd.attend(query, key, value, *buffers, scale, sliding_window or 0, softcap or 0.0)
+    return out, None
+
+
+def fits(layer: nn.Module) -> bool:
+    """Whether the linear kernel can run this base layer: plain, bfloat16, [out, in] in multiples of [16, 2]."""
+    if type(layer) is not nn.Linear:
+        return False
+    n_out, n_in = layer.weight.shape
+    return layer.weight.dtype == torch.bfloat16 and n_out % 16 == 0 and n_in % 2 == 0
+
+
+class Tables(NamedTuple):
+    """The spans of a step's tokens, and of those tokens that get logits."""
+
+    body: Tensor
+    head: Tensor
+
+
+def tables(rows: int) -> Tables:
+    size = (1 + 2 * rows, FIELDS)  # every row may decode while another prompt for it is under way
+    return Tables(torch.zeros(size, dtype=torch.int32), torch.zeros(size, dtype=torch.int32))
+
+
+def fill(table: Tensor, spans: Sequence[Sequence[int]]) -> None:
+    """Writes the spans of a step; each is start, length, KV row, position, pool row, rank, gated."""
+    table[0, 0] = len(spans)
+    if spans:
+        table[1 : 1 + len(spans), : len(spans[0])] = torch.tensor(spans, dtype=torch.int32)

@@ -17,7 +17,7 @@ from .answer import Answer, Ending
 from .errors import documented
 from .grammar import compiled, of_schema
 from .openai_shapes import FINISH, Told, chosen, merged, shell, usage
-from .schemas_openai import ChatRequest, Function, Message
+from .schemas_chat import ChatRequest, Function, Message
 from .sse import dumped, streamed
 from .tops import best, finite
 

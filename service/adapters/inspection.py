@@ -19,6 +19,7 @@ from ..errors import AdapterInvalid
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CONFIG_LIMIT = 1_000_000  # bytes
 HEADER_LIMIT = 16_000_000  # bytes; 100,000 tensors take about that
+PATTERNS = 4096  # each is compiled, and PEFT tries each on every layer
 ITEMSIZE = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
     "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
@@ -249,6 +250,8 @@ def _bad_patterns(config: Config) -> list[str]:
     patterns = [("rank_pattern", key) for key in config.get("rank_pattern") or ()]
     patterns += [("alpha_pattern", key) for key in config.get("alpha_pattern") or ()]
     patterns += [(key, config[key]) for key in ("target_modules", "exclude_modules") if isinstance(config.get(key), str)]
+    if len(patterns) > PATTERNS:
+        return [f"`rank_pattern` and `alpha_pattern` have {len(patterns)} entries; the limit is {PATTERNS}"]
     problems = []
     for key, pattern in patterns:
         try:

@@ -57,6 +57,7 @@ def without(key: str) -> Any:
         ({"target_modules": "(.*q_proj"}, "`target_modules` is not a valid regex"),
         ({"exclude_modules": "*x"}, "`exclude_modules` is not a valid regex"),
         ({"alpha_pattern": {"[": 4}}, "`alpha_pattern` is not a valid regex"),
+        ({"rank_pattern": {f"layer{i}": 4 for i in range(5000)}}, "5000 entries"),
         ({"base_model_name_or_path": 7}, "`base_model_name_or_path`"),
         (without("peft_type"), "`peft_type` is missing"),
         (lambda _: {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "a model's config.json"),

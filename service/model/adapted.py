@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.request import Digest, Placement
+from .memory import zeros
 
 
 class Factors(NamedTuple):
@@ -56,8 +57,8 @@ class Adapted(nn.Module):
         self.base_layer = base_layer
         self.gates: dict[Digest, Tensor] = {}
         self.now = Arrangement()
-        self.register_buffer("pool_a", torch.zeros(rank, n_in, dtype=dtype, device=device), persistent=False)
-        self.register_buffer("pool_b", torch.zeros(rank, n_out, dtype=dtype, device=device), persistent=False)
+        self.register_buffer("pool_a", zeros(rank, n_in, dtype=dtype, device=device), persistent=False)
+        self.register_buffer("pool_b", zeros(rank, n_out, dtype=dtype, device=device), persistent=False)
 
     pool_a: Tensor
     pool_b: Tensor
@@ -105,9 +106,9 @@ class Fused(nn.Module):
         n_out, n_in = weight.shape
         self.register_buffer("packed", torch.ops.adapterd.pack(weight), persistent=False)
         self.register_buffer("table", table, persistent=False)
-        self.register_buffer("pool_a", torch.zeros(rank, n_in, dtype=weight.dtype), persistent=False)
-        self.register_buffer("pool_b", torch.zeros(rank, n_out, dtype=weight.dtype), persistent=False)
-        self.register_buffer("gate", torch.zeros(rank, n_out), persistent=False)
+        self.register_buffer("pool_a", zeros(rank, n_in, dtype=weight.dtype), persistent=False)
+        self.register_buffer("pool_b", zeros(rank, n_out, dtype=weight.dtype), persistent=False)
+        self.register_buffer("gate", zeros(rank, n_out, dtype=torch.float32), persistent=False)
 
     packed: Tensor
     table: Tensor

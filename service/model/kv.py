@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from ..errors import SettingsError
+from .memory import zeros
 
 NAME = "adapterd"
 
@@ -83,7 +84,7 @@ def allocate(
     for layer, heads, dim in seen:
         layer.register_buffer("kv_table", table, persistent=False)
         for name in ("kv_keys", "kv_values"):
-            layer.register_buffer(name, torch.zeros(rows, heads, context, dim, dtype=dtype, device=device), persistent=False)
+            layer.register_buffer(name, zeros(rows, heads, context, dim, dtype=dtype, device=device), persistent=False)
 
 
 def bytes_per_position(seen: Sequence[Sighting], dtype: torch.dtype) -> int:

@@ -91,7 +91,9 @@ UPLOAD = {
     "requestBody": {
         "required": True,
         "description": "The two files of an adapter, or one .zip or .tar of them in `file`.",
-        "content": {"multipart/form-data": {"schema": {"type": "object", "properties": dict.fromkeys(PARTS, FILE)}}},
+        "content": {
+            "multipart/form-data": {"schema": {"type": "object", "additionalProperties": False, "properties": dict.fromkeys(PARTS, FILE)}}
+        },
     }
 }
 

@@ -1,4 +1,4 @@
-"""Keys and scopes at the door: who may ask, and who may manage adapters. Knows only hashes of keys, and never logs one."""
+"""Who may ask, and who may manage adapters: keys, scopes, and no page of another site. Knows only hashes of keys; never logs one."""
 
 from __future__ import annotations
 
@@ -15,26 +15,37 @@ from .limits import refuse
 OPEN = ("/health", "/ready")
 READING = ("GET", "HEAD", "OPTIONS")
 ALIASES = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
-BROWSER = {"www-authenticate": 'Bearer, Basic realm="adapterd: any name, the key as password"'}
+BROWSER = {"www-authenticate": 'Basic realm="adapterd: any name, the key as password", charset="UTF-8"'}
 
 
 class Keys:
-    """Lets a request through when its key is known and has the scope; with no keys set, everything passes."""
+    """Lets a request through when its key is known and has the scope; with no keys set, none is asked for."""
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app, self.settings = app, settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not self.settings.keyed or scope["path"] in OPEN:
+        if scope["type"] != "http" or scope["path"] in OPEN:
             return await self.app(scope, receive, send)
+        refusal = self._refusal(scope)
+        if refusal is None:
+            return await self.app(scope, receive, send)
+        page = refusal.status == 401 and scope["method"] == "GET" and "text/html" in Headers(scope=scope).get("accept", "")
+        return await refuse(refusal, scope, receive, send, BROWSER if page else None)
+
+    def _refusal(self, scope: Scope) -> Unauthorized | Forbidden | None:
+        if scope["method"] not in READING and Headers(scope=scope).get("sec-fetch-site") == "cross-site":
+            return Forbidden("a page of another site may not ask for this")  # a form could send an upload without asking first
+        if not self.settings.keyed:
+            return None
         key = _key(scope)
-        if key is None or not known(key, self.settings.api_keys + self.settings.admin_keys):
-            page = scope["method"] == "GET" and "text/html" in Headers(scope=scope).get("accept", "")
-            missing = Unauthorized("a key is needed: send it as 'Authorization: Bearer KEY'" if key is None else "the key is not known")
-            return await refuse(missing, scope, receive, send, BROWSER if page else None)
+        if key is None:
+            return Unauthorized("a key is needed: send it as 'Authorization: Bearer KEY'")
+        if not known(key, self.settings.api_keys + self.settings.admin_keys):
+            return Unauthorized("the key is not known")
         if manages(scope["method"], scope["path"]) and not known(key, self.settings.admin_keys):
-            return await refuse(Forbidden("this needs a key with the admin scope"), scope, receive, send)
-        return await self.app(scope, receive, send)
+            return Forbidden("this needs a key with the admin scope")
+        return None
 
 
 def manages(method: str, path: str) -> bool:

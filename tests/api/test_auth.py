@@ -103,6 +103,14 @@ def test_a_browser_may_offer_a_key_as_password_to_read_a_page_and_for_nothing_el
     assert home.knock.delete("/adapters/none", headers=basic).status_code == 401
 
 
+def test_a_page_of_another_site_can_change_nothing_even_without_keys() -> None:
+    with house() as home:
+        for site, code in (("cross-site", 403), ("same-origin", 201)):
+            answer = home.knock.post("/adapters/a/upload", files={"file": ("a.zip", b"zip")}, headers={"sec-fetch-site": site})
+            assert answer.status_code == code
+        assert home.knock.get("/adapters", headers={"sec-fetch-site": "cross-site"}).status_code == 200
+
+
 def test_keys_from_a_file_and_neither_info_nor_the_settings_show_one(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("sk-one\n\nsk-two\n")
     with house(api_keys=f"@{tmp_path / 'keys'}") as home:

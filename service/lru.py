@@ -47,17 +47,11 @@ class LRU(Generic[K]):
         if key in self._costs:
             self._costs.move_to_end(key)
 
-    def cost(self, key: K) -> int:
-        return self._costs[key]
-
     def pin(self, key: K) -> None:
         self._pins.add(key)
 
     def unpin(self, key: K) -> None:
         self._pins.discard(key)
-
-    def pinned(self, key: K) -> bool:
-        return key in self._pins
 
     def idle(self, keep: Collection[K] = ()) -> list[K]:
         """What may go: neither pinned nor in `keep`, least recently used first."""

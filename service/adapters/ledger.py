@@ -57,6 +57,9 @@ class Ledger:
         told = {"version": VERSION, "adapters": {id: asdict(record) for id, record in records.items()}, "deleted": sorted(deleted)}
         aside = self.path.with_name(self.path.name + ".new")
         try:
+            if not (records or deleted or self.path.exists()):
+                return
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             with aside.open("w") as file:
                 json.dump(told, file, indent=1)
                 file.flush()

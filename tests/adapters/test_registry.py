@@ -67,7 +67,11 @@ async def test_the_same_content_again_changes_nothing_and_other_content_is_a_con
 
 async def test_of_two_contents_racing_for_an_id_one_wins(stocked: Shop) -> None:
     async with stocked.opened() as registry:
-        got = await asyncio.gather(registry.register("a", "plain"), registry.register("a", "other"), return_exceptions=True)
+        gate = device(registry).gate = asyncio.Event()
+        racing = asyncio.gather(registry.register("a", "plain"), registry.register("a", "other"), return_exceptions=True)
+        await asyncio.sleep(0.2)  # long enough for both to reach the device, if nothing keeps them
+        gate.set()
+        got = await racing
         assert [isinstance(one, Conflict) for one in got] in ([True, False], [False, True])
         assert len(registry.cards()) == 1
 
@@ -401,6 +405,15 @@ async def test_a_directory_that_cannot_be_written_stops_nothing(stocked: Shop, c
         assert [record.message for record in caplog.records if "restart" in record.message] == [
             "registrations will not outlive a restart: the adapters directory cannot be written: Is a directory"
         ]
+
+
+async def test_a_directory_that_is_not_there_is_made_when_there_is_something_to_remember(shop: Shop, plain: Path) -> None:
+    shop.root.rmdir()
+    async with shop.opened() as registry:
+        assert not shop.root.exists()
+        await registry.upload("up", parts(plain))
+    async with shop.opened() as registry:
+        assert [card["id"] for card in registry.cards()] == ["up"]
 
 
 # ---- uploads

@@ -166,10 +166,14 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What the runner made of one chunk: the sampled token, if one was asked for, and the prompt's tokens with logprobs."""
+    """What the runner made of one chunk: the sampled token, if one was asked for, and the prompt's tokens with logprobs.
+
+    `error` says why there is no token where one was asked for: this request fails, its neighbours go on.
+    """
 
     token: Token | None = None
     prompt: tuple[Token, ...] = ()
+    error: str = ""
 
 
 class Runner(Protocol):

@@ -131,7 +131,9 @@ class Scheduler:
             self.rows.wrote(sequence.row, chunk.tokens)
             sequence.written += len(chunk.tokens)
             sequence.scored += result.prompt
-            if chunk.sample:
+            if result.error:
+                self._end(sequence, Finish.FAILED, code="internal", message=result.error)
+            elif chunk.sample:
                 assert result.token is not None, "a chunk that asked for a token got none"
                 self._append(sequence, result.token)
             elif sequence.written == len(sequence.tokens):

@@ -99,6 +99,12 @@ def fork(seen: Sequence[Sighting], source: int, target: int, length: int) -> Non
             buffer[target, :, :length] = buffer[source, :, :length]
 
 
+def clear(seen: Sequence[Sighting], row: int) -> None:
+    for layer, _, _ in seen:
+        layer.kv_keys[row].zero_()
+        layer.kv_values[row].zero_()
+
+
 def attend(
     module: Any,
     query: Tensor,

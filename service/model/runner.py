@@ -20,7 +20,7 @@ from . import base, kernels, kv
 from .adapted import Factors
 from .bank import Bank, Run
 from .factors import factors
-from .sampler import Sampler, described
+from .sampler import Sampler, Unfit, described
 from .shadow import own_bytes, planted
 
 SHARE_OF_MEMORY = 0.5  # of what is free once the base is loaded, for KV rows
@@ -89,7 +89,13 @@ class Runner:
         last = [parts[id(chunk)][-1] for chunk in sampled]
         tokens = self.sampler.sample(torch.stack(last), [c.request for c in sampled]) if last else []
         chosen = dict(zip(map(id, sampled), tokens, strict=True))
-        return [Result(chosen.get(id(chunk)), _prompt(chunk, parts.get(id(chunk)))) for chunk in chunks]
+        return [self._result(chunk, chosen.get(id(chunk)), parts.get(id(chunk))) for chunk in chunks]
+
+    def _result(self, chunk: Chunk, token: Token | Unfit | None, logits: Tensor | None) -> Result:
+        if isinstance(token, Unfit):
+            kv.clear(self.attention, chunk.row)  # what is masked is still multiplied: not-a-number would reach the row's next tenant
+            return Result(error=str(token))
+        return Result(token, _prompt(chunk, logits))
 
     def _forward(self, tree: Any, chunks: Sequence[Chunk], wanted: set[int]) -> Tensor:
         """The logits [kept, vocabulary] of the wanted chunks: their last token's, or all of them where prompt logprobs are asked for."""

@@ -20,6 +20,13 @@ from ..engine.request import Request, Sampling, Token
 NUCLEUS = 256  # top-p looks at this many best tokens first; the whole vocabulary is sorted only when they do not suffice
 
 
+class Unfit(Exception):
+    """No token can be chosen for this row; the message says why."""
+
+
+NOT_FINITE = "the model's numbers for this request are not finite, or nothing is allowed next: no token can be chosen"
+
+
 @dataclass
 class State:
     """What a request's own past says about its next token."""
@@ -39,13 +46,24 @@ class Sampler:
     def finish(self, request: int) -> None:
         self._states.pop(request, None)
 
-    def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[Token]:
-        """logits [n, vocabulary] → one token a row. Log probabilities are those of the unchanged logits, in float32."""
+    def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[Token | Unfit]:
+        """logits [n, vocabulary] → one token a row, or why it has none. Log probabilities are those of the unchanged logits, in float32."""
         plain = [i for i, r in enumerate(requests) if _plain(r.sampling)]
-        chosen = dict(zip(plain, logits[plain].argmax(-1).tolist(), strict=True)) if plain else {}
-        return [self._one(logits[i], request, chosen.get(i)) for i, request in enumerate(requests)]
+        best = logits[plain].max(-1) if len(plain) < len(requests) else logits.max(-1)
+        chosen = {
+            i: id if finite else -1 for i, id, finite in zip(plain, best.indices.tolist(), best.values.isfinite().tolist(), strict=True)
+        }
+        made: list[Token | Unfit] = []
+        for i, request in enumerate(requests):
+            try:
+                made.append(self._one(logits[i], request, chosen.get(i)))
+            except Unfit as unfit:
+                made.append(unfit)
+        return made
 
     def _one(self, logits: Tensor, request: Request, chosen: int | None) -> Token:
+        if chosen == -1:
+            raise Unfit(NOT_FINITE)
         state = self._states.setdefault(request.id, State(request))
         if chosen is None:
             chosen = self._choose(logits.float(), state)
@@ -64,6 +82,8 @@ class Sampler:
             logits[list(state.request.eos)] = float("-inf")
         if sampling.grammar is not None:
             logits = self._within(logits, state, sampling.grammar)
+        if not logits.max().isfinite():
+            raise Unfit(NOT_FINITE)
         if sampling.temperature == 0:
             return int(logits.argmax())
         return draw(warped(logits, sampling), _uniform(sampling.seed, len(state.generated)))
@@ -72,6 +92,8 @@ class Sampler:
         """Forbids what the grammar does not allow next; where it is complete only eos is left."""
         if state.matcher is None:
             state.matcher = self._matcher_of(grammar)
+        if state.matcher.is_error():
+            raise Unfit(f"the grammar cannot be followed any further: {state.matcher.get_error()[:200]}")
         if state.matcher.is_stopped():
             allowed = torch.zeros(logits.shape[0], dtype=torch.bool)
         else:

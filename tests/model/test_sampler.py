@@ -1,0 +1,158 @@
+"""Each row is sampled by its own rules: against transformers' own warpers, whatever the company, and loudly where it cannot be."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    LogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+
+from service.engine.request import Request, Sampling, Token
+from service.model.sampler import Sampler, Unfit, draw, warped
+
+VOCABULARY = 400
+
+
+def no_grammar(grammar: str) -> Any:
+    raise AssertionError(grammar)
+
+
+def logits(seed: int, rows: int = 1) -> Tensor:
+    return torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 3
+
+
+def request(id: int, **sampling: Any) -> Request:
+    return Request(id, (5, 6, 7), 50, sampling=Sampling(**sampling), eos=frozenset({2}))
+
+
+def one(sampler: Sampler, row: Tensor, asked: Request) -> int:
+    (token,) = sampler.sample(row[None], [asked])
+    assert isinstance(token, Token)
+    return token.id
+
+
+WARPERS: list[tuple[dict[str, Any], Callable[[], LogitsProcessor]]] = [
+    ({"top_k": 7}, lambda: TopKLogitsWarper(7)),
+    ({"top_p": 0.3}, lambda: TopPLogitsWarper(0.3)),
+    ({"top_p": 0.999}, lambda: TopPLogitsWarper(0.999)),
+    ({"min_p": 0.2}, lambda: MinPLogitsWarper(0.2)),
+    ({"typical_p": 0.5}, lambda: TypicalLogitsWarper(0.5)),
+]
+
+
+@pytest.mark.parametrize(("options", "theirs"), WARPERS)
+@pytest.mark.parametrize("seed", range(5))
+def test_what_may_be_drawn_is_what_transformers_would_draw_from(
+    options: dict[str, Any], theirs: Callable[[], LogitsProcessor], seed: int
+) -> None:
+    row = logits(seed)[0]
+    ours = warped(row, Sampling(temperature=0.7, **options))
+    want = theirs()(torch.zeros(1, 1, dtype=torch.long), row[None] / 0.7)[0].softmax(-1)
+    torch.testing.assert_close(ours / ours.sum(), want, rtol=1e-4, atol=1e-7)
+
+
+def test_the_repetition_penalty_is_transformers_own() -> None:
+    row = logits(9)[0]
+    want = RepetitionPenaltyLogitsProcessor(1.7)(torch.tensor([[5, 6, 7]]), row[None].clone())[0]
+    assert one(Sampler(no_grammar), row, request(1, repetition_penalty=1.7)) == int(want.argmax())
+    best = int(row.argmax())
+    asked = Request(2, (best,), 5, sampling=Sampling(repetition_penalty=50.0))
+    assert one(Sampler(no_grammar), row, asked) != best
+
+
+def test_frequency_and_presence_speak_of_the_answer_only() -> None:
+    row = torch.zeros(VOCABULARY)
+    row[5], row[9], row[11] = 3.0, 2.5, 1.0  # 5 stands in the prompt, which does not count
+    sampler, asked = Sampler(no_grammar), request(1, frequency_penalty=1.0)
+    assert [one(sampler, row, asked) for _ in range(4)] == [5, 9, 5, 9]
+    sampler, asked = Sampler(no_grammar), request(1, presence_penalty=2.2)
+    assert [one(sampler, row, asked) for _ in range(4)] == [5, 9, 11, 5]
+
+
+def test_bias_forces_and_bans_and_no_eos_comes_before_its_time() -> None:
+    row = logits(3)[0]
+    best = int(row.argmax())
+    assert one(Sampler(no_grammar), row, request(1, logit_bias=((17, 100.0),))) == 17
+    assert one(Sampler(no_grammar), row, request(1, logit_bias=((best, -100.0),))) != best
+    row[2] = 99.0
+    sampler, asked = Sampler(no_grammar), request(1, min_tokens=2)
+    assert [one(sampler, row, asked) == 2 for _ in range(3)] == [False, False, True]
+
+
+def test_a_seeded_row_draws_the_same_alone_and_among_neighbours() -> None:
+    rows = logits(4, 16)
+    asked = [request(i, temperature=1.0, seed=i, top_p=0.9 if i % 2 else 1.0) for i in range(16)]
+    together = Sampler(no_grammar)
+    for _ in range(3):
+        for alone, (token, row) in enumerate(zip(together.sample(rows, asked), rows, strict=True)):
+            apart = Sampler(no_grammar)
+            for _ in range(len(together._states[alone].generated) - 1):
+                one(apart, row, asked[alone])
+            assert isinstance(token, Token)
+            assert one(apart, row, asked[alone]) == token.id
+
+
+def test_draws_follow_the_probabilities() -> None:
+    probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2])
+    counts = Counter(draw(probabilities, i / 1000) for i in range(1000))
+    assert counts == {0: 500, 2: 300, 3: 200}
+    sampler = Sampler(no_grammar)
+    seen = Counter(one(sampler, probabilities.log(), request(i, temperature=1.0, seed=i)) for i in range(3000))
+    assert abs(seen[0] / 3000 - 0.5) < 0.03
+    assert seen[1] == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.5}])
+def test_numbers_that_are_not_finite_fail_their_own_row_only(options: dict[str, Any]) -> None:
+    rows = logits(5, 2)
+    rows[0, 3] = float("nan")
+    bad, good = Sampler(no_grammar).sample(rows, [request(1, **options), request(2, **options)])
+    assert isinstance(bad, Unfit)
+    assert isinstance(good, Token)
+
+
+class Matcher:
+    """Allows token 8, then has ended."""
+
+    def __init__(self, error: bool = False) -> None:
+        self.taken: list[int] = []
+        self.error = error
+
+    def is_error(self) -> bool:
+        return self.error
+
+    def get_error(self) -> str:
+        return "too complex"
+
+    def is_stopped(self) -> bool:
+        return bool(self.taken)
+
+    def is_accepting(self) -> bool:
+        return bool(self.taken)
+
+    def compute_bitmask(self) -> bytes:
+        return bytes([0, 1, *([0] * 48)])
+
+    def consume_token(self, token: int) -> None:
+        self.taken.append(token)
+
+
+def test_a_grammar_allows_only_its_own_tokens_and_ends_with_eos() -> None:
+    sampler, asked = Sampler(lambda grammar: Matcher()), request(1, grammar="g", temperature=1.0)
+    assert [one(sampler, logits(6)[0], asked) for _ in range(2)] == [8, 2]
+    endless = Request(2, (5,), 5, sampling=Sampling(grammar="g"))
+    sampler = Sampler(lambda grammar: Matcher())
+    assert one(sampler, logits(6)[0], endless) == 8
+    assert isinstance(sampler.sample(logits(6), [endless])[0], Unfit)
+    assert isinstance(Sampler(lambda grammar: Matcher(error=True)).sample(logits(6), [asked])[0], Unfit)

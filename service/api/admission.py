@@ -20,6 +20,7 @@ from ..engine.decoding import Stops
 from ..engine.request import BaseCard, Sampling
 from ..errors import BadRequest, ContextLengthExceeded
 from .answer import Answer
+from .limits import told
 from .rooms import Open, Rooms
 
 if TYPE_CHECKING:
@@ -165,6 +166,8 @@ Admitted = Annotated[Admission, Depends(admission)]
 
 
 def _count(entered: Admission) -> None:
+    if entered.answers:
+        entered.request.state.log |= told(entered.headers() | entered.times())  # a stream's own headers said less
     if entered.generation is not None and entered.answers:
         metrics.adapter_served(entered.generation.id, sum(len(answer.tokens) for answer in entered.answers))
 

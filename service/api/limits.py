@@ -9,7 +9,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from uuid import uuid4
@@ -32,14 +32,19 @@ SECURITY = {
     "cross-origin-resource-policy": "same-origin",
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
 }
-TOLD = {  # response headers that the log line repeats
-    "x-adapter-id": "adapter",
-    "x-adapter-digest": "digest",
-    "x-prompt-tokens": "prompt_tokens",
-    "x-generated-tokens": "generated_tokens",
-    "x-queue-time": "queue_ms",
-    "x-inference-time": "inference_ms",
+TOLD: dict[str, tuple[str, Callable[[str], str | int | float]]] = {  # response headers that the log line repeats
+    "x-adapter-id": ("adapter", str),
+    "x-adapter-digest": ("digest", str),
+    "x-prompt-tokens": ("prompt_tokens", int),
+    "x-generated-tokens": ("generated_tokens", int),
+    "x-queue-time": ("queue_ms", float),
+    "x-inference-time": ("inference_ms", float),
 }
+
+
+def told(headers: Mapping[str, str]) -> dict[str, str | int | float]:
+    """What the log line repeats of these headers."""
+    return {word: kind(headers[name]) for name, (word, kind) in TOLD.items() if name in headers}
 
 
 class Access:
@@ -81,7 +86,7 @@ class _Exchange:
         self.began = time.perf_counter()
         self.status = 0
         self.whole = False
-        self.headers: dict[str, str] = {}
+        self.headers: dict[str, str | int | float] = {}
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
@@ -90,7 +95,7 @@ class _Exchange:
             headers["x-request-id"] = self.id
             for name, value in SECURITY.items():
                 headers.setdefault(name, value)
-            self.headers = {word: headers[name] for name, word in TOLD.items() if name in headers}
+            self.headers = told(headers)
         await self._send(message)
         self.whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 
@@ -144,8 +149,8 @@ class Bodies:
         limit_mb = self.upload_mb if upload else self.body_mb
         limit = int(limit_mb * 1e6)
         over = PayloadTooLarge(f"the body is over the limit of {limit_mb:g} MB", details={"limit_bytes": limit})
-        told = Headers(scope=scope).get("content-length", "")
-        if told.isdecimal() and int(told) > limit:
+        length = Headers(scope=scope).get("content-length", "")
+        if length.isdecimal() and int(length) > limit:
             return await refuse(over, scope, receive, send)
         return await self.app(scope, _metered(receive, limit, over), send)
 

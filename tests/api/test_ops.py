@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from service.errors import AdapterNotFound
 from service.logs import Json, Text
 
+from .fakes import stage
 from .house import House, house
 
 
@@ -176,6 +178,14 @@ def test_one_line_a_request_without_its_query(home: House, caplog: pytest.LogCap
     (line,) = lines(caplog)
     assert (line["id"], line["method"], line["path"], line["status"]) == ("one", "GET", "/adapters", 200)
     assert "sk-secret" not in caplog.text + str(line)
+
+
+def test_the_line_of_a_stream_says_what_its_headers_could_not_yet(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with stage(tmp_path) as one, caplog.at_level(logging.INFO, "adapterd.access"):
+        answer = one.knock.post("/generate_stream", json={"inputs": "Hi", "parameters": {"max_new_tokens": 3}})
+    assert "x-generated-tokens" not in answer.headers
+    (line,) = lines(caplog)
+    assert (line["prompt_tokens"], line["generated_tokens"]) == (int(answer.headers["x-prompt-tokens"]), 3)
 
 
 def test_a_defect_is_logged_with_its_trace_and_the_request_id(home: House, caplog: pytest.LogCaptureFixture) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
@@ -11,7 +12,7 @@ from playwright.sync_api import Page, sync_playwright
 
 from .conftest import CHROMIUM, FLAGS
 
-PROMPT = "Could we meet on the third of May 2026, two days before the release?"
+PROMPT = "Hi, Emma here. I would like seven green umbrellas, delivered to Berlin on the 4th of March 2031.\nJSON:"
 
 
 def compare(page: Page, ids: list[str]) -> None:
@@ -23,6 +24,22 @@ def compare(page: Page, ids: list[str]) -> None:
     page.wait_for_function("() => !document.querySelector('[aria-busy=true]')", timeout=120_000)
 
 
+def work(url: str, id: str) -> None:
+    asked = {"adapter_id": id, "max_new_tokens": 48, "ignore_eos_token": True}
+    httpx.post(f"{url}generate", json={"inputs": PROMPT, "parameters": asked}, timeout=120)
+
+
+def live(page: Page, url: str, ids: list[str]) -> None:
+    """Lets the charts see a request to each adapter, one second after another."""
+    with ThreadPoolExecutor() as pool:
+        started = []
+        for id in ids:
+            started.append(pool.submit(work, url, id))
+            page.wait_for_timeout(1000)
+        while not all(one.done() for one in started):
+            page.wait_for_timeout(500)
+
+
 def take(page: Page, url: str, folder: Path, end: str) -> None:
     ids = [card["id"] for card in httpx.get(f"{url}adapters").json()["adapters"]]
     views = {"compare": "compare", "adapters": "adapters", "adapter": f"adapters/{ids[0]}", "live": "live", "forecast": "forecast"}
@@ -31,7 +48,9 @@ def take(page: Page, url: str, folder: Path, end: str) -> None:
         page.get_by_role("heading", level=1).wait_for()
         if name == "compare":
             compare(page, ids)
-        page.wait_for_timeout(8000 if name == "live" else 2500)  # data comes once a second or two
+        if name == "live":
+            live(page, url, ids)
+        page.wait_for_timeout(2500)  # data comes once a second or two
         page.screenshot(path=folder / f"{name}-{end}.png", full_page=True)
 
 

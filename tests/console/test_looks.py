@@ -55,7 +55,7 @@ def test_compare(live: str, open_page: Open, width: int, scheme: str) -> None:
     page = open_page(f"{live}#/compare", width, scheme)
     for id in ids:
         page.get_by_role("button", name=id, exact=True).click()
-    ask(page, "The meeting is on the third of May 2026.", 32, "chat message")
+    ask(page, "The meeting is on the third of May 2026.", 32, "chat")
     for id in ids:
         expect(page.get_by_role("article", name=id)).to_have_attribute("aria-busy", "false")
     examine(page, width)

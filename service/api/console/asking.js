@@ -3,7 +3,7 @@
 /** A way: `request(prompt, id, values)` → {path, body}; `read(event)` → {more, text, tokens, finish, digest}, each only where the event tells it. */
 export const WAYS = {
   chat: {
-    title: "chat message",
+    title: "chat",
     request: (prompt, id, { max_new_tokens, ...values }) => ({
       path: "v1/chat/completions",
       body: {

@@ -49,7 +49,7 @@ function options(lines, least, width, onPoint) {
     cursor: { y: false, points: { size: 7 } },
     padding: [8, 8, 0, 0],
     scales: { x: { range: (_, first, last) => [last - SHOWN_S, last] }, y: { range: (_, low, high) => [0, Math.max((high ?? 0) * 1.1, least)] } },
-    axes: [{ ...axis, size: 30, space: 90, values: (_, ticks) => ticks.map(clock) }, { ...axis, size: 58, space: 36, values: (_, ticks) => ticks.map((tick) => lines[0].show(tick)) }],
+    axes: [{ ...axis, size: 30, space: 90, values: (_, ticks) => ticks.map(clock) }, { ...axis, size: 66, space: 36, values: (_, ticks) => ticks.map((tick) => lines[0].show(tick)) }],
     series: [{}, ...lines.map((line) => ({ label: line.name, stroke: resolved(line.colour), width: 2, points: { show: false }, spanGaps: false }))],
     hooks: { setCursor: [(self) => onPoint(self.cursor.idx ?? null)] },
   };

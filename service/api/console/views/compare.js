@@ -20,7 +20,7 @@ const FIELDS = [
 ];
 
 // What was typed and answered stays while other views are looked at.
-const kept = { prompt: "", way: "chat", chosen: [BASE], values: Object.fromEntries(FIELDS.map(({ name, initial }) => [name, initial])), runs: [] };
+const kept = { prompt: "", way: "plain", chosen: [BASE], values: Object.fromEntries(FIELDS.map(({ name, initial }) => [name, initial])), runs: [] };
 
 export function Compare({ id }) {
   const [, redraw] = useState(0);

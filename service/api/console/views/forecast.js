@@ -10,6 +10,7 @@ import { html, useEffect, useState } from "../vendor/preact.js";
 import { ByModule } from "./adapter.js";
 
 const PAUSE_MS = 120; // a slider moves faster than anyone reads
+const HEAD = /^(lm_head|embed_out|output|score)$/; // what PEFT leaves out of "all-linear"
 const ATTENTION = /attn|^[qkvo]_proj$|query|key|value|qkv/;
 
 export function Forecast() {
@@ -47,10 +48,10 @@ function Form({ base: found }) {
         </div>
         <div class="chips presets">
           <button type="button" class="quiet" onClick=${() => setTargets(names.filter((name) => ATTENTION.test(name)))}>Attention</button>
-          <button type="button" class="quiet" onClick=${() => setTargets(names)}>Every linear layer</button>
+          <button type="button" class="quiet" onClick=${() => setTargets(names.filter((name) => !HEAD.test(name)))}>Every linear layer</button>
         </div>
       </fieldset>
-      <label>Saved as <select value=${dtype} onChange=${(event) => setDtype(event.target.value)}>${["float32", "bfloat16", "float16"].map((name) => html`<option value=${name}>${name}</option>`)}</select></label>
+      <label class="narrow">Saved as <select value=${dtype} onChange=${(event) => setDtype(event.target.value)}>${["float32", "bfloat16", "float16"].map((name) => html`<option value=${name}>${name}</option>`)}</select></label>
     </form>
     <${Problems} error=${error} />
     ${!targets.length && html`<p class="muted">Choose at least one target.</p>`}

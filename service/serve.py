@@ -89,7 +89,8 @@ def serve(settings: Settings) -> int:
     log.info("listening", extra={"fields": {"url": f"http://{f'[{host}]' if ':' in host else host}:{port}"}})
     server.run(sockets=[listener])
     if failures:
-        print(f"ADAPTERD_BASE: {' '.join(failures[0].split())}", file=sys.stderr)
+        line = " ".join(failures[0].split())
+        print(line if line.startswith("ADAPTERD_") else f"ADAPTERD_BASE: {line}", file=sys.stderr)
     return 1 if failures else 0
 
 

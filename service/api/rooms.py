@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends, Request
@@ -66,7 +67,12 @@ class Rooms:
             )
             return f"the base is loading: {where}"
         told = {"draining": "the service is shutting down", "restarting": "the worker is restarting"}.get(self.state)
-        return told or self.failure or self.client.reason or "the base cannot be loaded"
+        return told or self._without_places(self.failure or self.client.reason or "the base cannot be loaded")
+
+    def _without_places(self, reason: str) -> str:
+        """The log may name the host's folders, an answer may not."""
+        base = Path(self.settings.base)
+        return reason.replace(str(base), base.name) if base.is_absolute() else reason
 
     def closed(self, reason: str) -> NotReady:
         return NotReady(f"not ready: {reason}", retry_after=1 if self.state == "restarting" else 2)

@@ -148,7 +148,7 @@ def house(loading: bool = False, **settings: str) -> Iterator[House]:
     if loading:
         client.state, client.ready, client.base = "loading", False, cast(BaseCard, None)
         client.loaded.clear()
-    chosen: Settings = read({}, {"base": "org/none", **settings})
+    chosen: Settings = read({}, {"base": "org/none"} | settings)
     app = create_app(chosen, cast("Client", client), cast("Registry", shelf), text=lambda folder: cast(Any, object()))
     with TestClient(app, raise_server_exceptions=False) as knock:
         found = House(knock, client, shelf)

@@ -50,14 +50,16 @@ def test_health_is_503_only_when_nothing_can_help(state: str, ready: bool, healt
         home.json("GET", "/adapters")
 
 
-def test_a_base_that_cannot_be_served_is_reported_once_with_its_reason() -> None:
-    with house(loading=True) as home:
-        home.client.reason = "the folder holds no config.json"
+def test_a_base_that_cannot_be_served_is_told_with_its_reason_but_not_its_place(tmp_path: Path) -> None:
+    with house(loading=True, base=str(tmp_path)) as home:
+        home.client.reason = f"the folder {tmp_path} holds no config.json"
         home.client.loaded.set()
         while not home.rooms.failure:
             home.knock.get("/health")
         assert home.json("GET", "/health", status=503)["details"]["state"] == "failed"
-        assert "no config.json" in home.json("GET", "/ready", status=503)["error"]
+        told = home.json("GET", "/ready", status=503)["error"]
+        assert "no config.json" in told
+        assert str(tmp_path) not in told
 
 
 def test_draining_refuses_everything_but_the_probes() -> None:

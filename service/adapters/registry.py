@@ -186,7 +186,6 @@ class Registry:
         if held and held.digest and not replace:
             raise Conflict(f"the id {id!r} is taken by other content ({held.digest}); PUT replaces it", param="id")
         before = await self._shelves.put(Shelved(generation, pinned), adapter, preload)
-        self._deleted -= {id, generation.place.path}
         await self._save()
         return self.card(id), not (before and before.digest)
 

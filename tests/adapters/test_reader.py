@@ -261,6 +261,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "target_parameters": {"targets": (), "target_parameters": ["mlp.down_proj.weight"]},
     "alora_invocation_tokens": {"alora_invocation_tokens": [3, 4]},
     "lora_bias": {"lora_bias": True},
+    "bias": {"bias": "lora_only"},
     "LoRA on Embedding": {"targets": ("embed_tokens", "q_proj")},
 }
 

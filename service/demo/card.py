@@ -55,6 +55,13 @@ def curl(task: Task) -> str:
     return f"curl -s http://127.0.0.1:8080/generate -H 'content-type: application/json' \\\n  -d {shlex.quote(json.dumps(body))}"
 
 
+def ways(task: Task) -> str:
+    """How a client may send the prompt: in the forms that were trained."""
+    if any(item.chat for item in task.items("train", 20)):
+        return "as plain text, or the bare text as a chat message (`/v1/chat/completions`)"
+    return "as plain text (`/generate`, `/v1/completions`): the adapter was not trained on the chat template"
+
+
 def readme(task: Task, result: dict[str, Any]) -> str:
     """The adapter's README, whole."""
     recipe, sample = task.recipe, result["sample"]
@@ -68,7 +75,7 @@ license: apache-2.0
 
 {task.summary}
 
-{kind(recipe)}; bfloat16. Prompt: `{task.form}`
+{kind(recipe)}; bfloat16. Prompt: `{task.form}`, {ways(task)}.
 
 ```sh
 {curl(task)}

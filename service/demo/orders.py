@@ -111,5 +111,5 @@ TASK = Task(
         "fields": "share of the four values that are right",
         "exact": "all four values are right",
     },
-    limit=48,
+    limit=96,
 )

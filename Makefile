@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: venv serve test bench soak lint
+.PHONY: venv serve test bench lint
 
 venv: $(READY)
 
@@ -31,6 +31,3 @@ test: lint
 
 bench: $(READY)
 	$(BIN)/python -m deploy.bench.grid $(BENCH)
-
-soak: $(READY)
-	CHAOS_SECONDS=600 $(BIN)/pytest tests/test_chaos.py

@@ -178,7 +178,7 @@ TASK = Task(
     form="Question: <text>\\nAnswer:",
     sample="Question: How do I water a cactus?\nAnswer:",
     instruction="Answer the following question the way a pirate speaks.",
-    recipe=Recipe(rank=2, alpha=4, targets=("gate_proj", "up_proj", "down_proj"), steps=50, rate=1e-3),
+    recipe=Recipe(rank=2, alpha=4, targets=("gate_proj", "up_proj", "down_proj"), steps=100, rate=1e-3),
     make=make,
     score=score,
     measures={"voice": "at least two different pirate words in the answer"},

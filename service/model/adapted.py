@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.request import Digest, Placement
-from .memory import zeros
+from .memory import Arena, zeros
 
 
 class Factors(NamedTuple):
@@ -99,15 +99,15 @@ class Adapted(nn.Module):
 class Fused(nn.Module):
     """The same by one kernel call: each token meets its own adapter's rows only. `table` tells which; see kernels/rows.cpp."""
 
-    def __init__(self, base_layer: Any, rank: int, table: Tensor) -> None:
+    def __init__(self, base_layer: Any, rank: int, table: Tensor, arena: Arena) -> None:
         super().__init__()
         self.base_layer = base_layer
         weight = base_layer.weight
         n_out, n_in = weight.shape
-        self.register_buffer("packed", torch.ops.adapterd.pack(weight), persistent=False)
+        self.register_buffer("packed", arena.keep(torch.ops.adapterd.pack(weight)), persistent=False)
         self.register_buffer("table", table, persistent=False)
-        self.register_buffer("pool_a", zeros(rank, n_in, dtype=weight.dtype), persistent=False)
-        self.register_buffer("pool_b", zeros(rank, n_out, dtype=weight.dtype), persistent=False)
+        self.register_buffer("pool_a", zeros(rank, n_in, dtype=weight.dtype, huge=True), persistent=False)
+        self.register_buffer("pool_b", zeros(rank, n_out, dtype=weight.dtype, huge=True), persistent=False)
         self.register_buffer("gate", zeros(rank, n_out, dtype=torch.float32), persistent=False)
 
     packed: Tensor

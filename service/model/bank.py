@@ -15,6 +15,7 @@ from ..engine.request import Digest, Placement
 from . import kernels
 from .adapted import Adapted, Arrangement, Factors, Fused, Gated, Group
 from .base import linears
+from .memory import Arena
 from .shadow import share
 
 
@@ -35,7 +36,9 @@ class Bank:
         self.layers: dict[str, Adapted | Fused] = {}
         self.tables = tables
         self._head = self.tree.get_output_embeddings()
-        for name, layer, n_in, n_out in list(linears(self.tree)):
+        found = list(linears(self.tree))
+        self._arena = Arena(sum(n_in * n_out * 2 for _, _, n_in, n_out in found) if tables else 0)
+        for name, layer, n_in, n_out in found:
             self.layers[name] = self._adapted(layer, n_in, n_out)
             self.tree.set_submodule(name, self.layers[name])
         self._held: dict[Digest, tuple[str, ...]] = {}
@@ -43,19 +46,22 @@ class Bank:
 
     def _adapted(self, layer: nn.Module, n_in: int, n_out: int) -> Adapted | Fused:
         if self.tables and kernels.fits(layer):
-            return Fused(layer, self.rank, self.tables.head if layer is self._head else self.tables.body)
+            return Fused(layer, self.rank, self.tables.head if layer is self._head else self.tables.body, self._arena)
         return Adapted(layer, n_in, n_out, self.rank, self.dtype, self.device)
 
     def place(self, at: Placement, factors: Mapping[str, Factors]) -> None:
         """Copies an adapter's factors into pool rows [start, start + rank)."""
-        for name, part in factors.items():
-            self.layers[name].place(at, part)
         self.places[at.digest] = at
         self._held[at.digest] = tuple(factors)
+        for name, part in factors.items():
+            self.layers[name].place(at, part)
         if any(part.gate is not None for part in factors.values()):
             self._gated.add(at.digest)
 
     def remove(self, digest: Digest) -> None:
+        """Frees the adapter's rows; one whose placing was broken off has left something in some layers, or is not known."""
+        if digest not in self.places:
+            return
         at = self.places.pop(digest)
         for name in self._held.pop(digest):
             self.layers[name].clear(at)

@@ -8,10 +8,30 @@ import mmap
 import torch
 from torch import Tensor
 
+PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
-def zeros(*shape: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+
+def zeros(*shape: int, dtype: torch.dtype, device: torch.device | str = "cpu", huge: bool = False) -> Tensor:
     """As torch.zeros; on a CPU the pages are anonymous memory, which the system hands out, zeroed, at the first write to each."""
     size = math.prod(shape) * dtype.itemsize
     if torch.device(device).type != "cpu" or not size:
         return torch.zeros(*shape, dtype=dtype, device=device)
-    return torch.frombuffer(mmap.mmap(-1, size), dtype=dtype).view(*shape)
+    memory = mmap.mmap(-1, size, flags=PRIVATE)
+    if huge:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(*shape)
+
+
+class Arena:
+    """`size` bytes of CPU memory in huge pages where the system has them: a step reads all weights once, and each page costs a look-up."""
+
+    def __init__(self, size: int) -> None:
+        self._memory = mmap.mmap(-1, max(size, 1), flags=PRIVATE)
+        self._memory.madvise(mmap.MADV_HUGEPAGE)
+        self._used = 0
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """A copy of the tensor in the arena, behind what is there, at a multiple of 64 bytes. Raises ValueError when it is full."""
+        copy = torch.frombuffer(self._memory, dtype=tensor.dtype, count=tensor.numel(), offset=self._used).view(tensor.shape)
+        self._used += -(-tensor.nbytes // 64) * 64
+        return copy.copy_(tensor)

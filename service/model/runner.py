@@ -161,6 +161,8 @@ def build(settings: Settings, progress: base.Progress) -> tuple[Runner, BaseCard
             progress("compiling the layers", 0.0)
             _compile(bank, attention)
         _prove(bank, expected)
+        if tables:
+            kernels.settled()
     return Runner(model, bank, attention, Sampler(matchers(folder, model.config.get_text_config().vocab_size))), card
 
 
@@ -177,6 +179,7 @@ def _fusible(model: Any, attention: Sequence[kv.Sighting], settings: Settings, d
 
 def _compile(bank: Bank, attention: Sequence[kv.Sighting]) -> None:
     """The decoder's layers differ in their tensors only: what is compiled for one serves all, for one token and for any number."""
+    kernels.prepare_compiler()
     bank.tree.set_attn_implementation(kernels.NAME)
     (layers,) = [m for m in bank.tree.modules() if isinstance(m, nn.ModuleList) and len(m) == len(attention)]
     for layer in layers:

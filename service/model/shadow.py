@@ -36,15 +36,17 @@ def share(model: Tree) -> Tree:
 def planted(base: Tree, adapter: Adapter) -> Any:
     """PEFT's own model of the adapter on a tree that shares the base's tensors. Raises AdapterInvalid when not every tensor lands.
 
-    The names are compared before anything is loaded: a file that names one of the base's own tensors would be written through to it.
+    Only PEFT's own tensors are loaded: one of the base's own, which some trainers save along, would be written through to the base (the
+    reader has seen that it equals the base's).
     """
     tensors = contents(adapter)
     config = PeftConfig.from_pretrained(str(Path(adapter.config).parent), local_files_only=True)
     config.inference_mode = True
     model = get_peft_model(share(base), config)
     places = get_peft_model_state_dict(model, save_embedding_layers=False)
-    if strange := sorted(places.keys() ^ tensors.keys()):
-        raise AdapterInvalid([f"{len(strange)} tensors have no place in PEFT's model or are missing: {', '.join(strange[:4])}"])
+    if missing := sorted(places.keys() - tensors.keys()):
+        raise AdapterInvalid([f"{len(missing)} tensors that PEFT needs are missing: {', '.join(missing[:4])}"])
+    tensors = {key: tensors[key] for key in places}
     set_peft_model_state_dict(model, tensors)
     landed = get_peft_model_state_dict(model, save_embedding_layers=False)
     lost = [key for key, tensor in tensors.items() if not torch.equal(landed[key].cpu(), tensor.to(landed[key].dtype))]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import shutil
 import subprocess
 import tempfile
@@ -17,13 +18,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 from torch.utils.cpp_extension import include_paths, library_paths
 from transformers import AttentionInterface
 
 from ..base import CACHE
 
 NAME = "adapterd_rows"
-SOURCE = Path(__file__).with_name("rows.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("rows.cpp", "crew.h")]
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp"]
 FIELDS = 8  # int32 columns of a table, see rows.cpp
 
@@ -53,14 +55,15 @@ def _built() -> Path:
     if compiler is None:
         raise OSError("no C++ compiler (g++) is installed")
     flags = [*FLAGS, *(f"-I{path}" for path in include_paths())]
-    key = hashlib.sha256(f"{SOURCE.read_text()} {flags} {torch.__version__} {_processor()}".encode()).hexdigest()[:16]
+    text = "".join(source.read_text() for source in SOURCES)
+    key = hashlib.sha256(f"{text} {flags} {torch.__version__} {_processor()}".encode()).hexdigest()[:16]
     target = CACHE / "kernels" / f"rows-{key}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as aside:
             made = Path(aside) / target.name
             links = [*(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu", "-ltorch"]
-            subprocess.run([compiler, *flags, str(SOURCE), "-o", str(made), *links], check=True, capture_output=True, text=True)
+            subprocess.run([compiler, *flags, str(SOURCES[0]), "-o", str(made), *links], check=True, capture_output=True, text=True)
             made.rename(target)
     return target
 
@@ -87,6 +90,18 @@ def _describe() -> None:
     torch.library.register_fake("adapterd::linear", linear)
     torch.library.register_fake("adapterd::attend", rows)
     AttentionInterface.register(NAME, attend)
+
+
+def prepare_compiler() -> None:
+    """Keeps what is compiled for the next start; a step's small loops stay on one thread, since joining threads costs more than they do."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE / "inductor"))
+    inductor.compile_threads = 1
+    inductor.cpp.min_chunk_size = 32768
+
+
+def settled() -> None:
+    """All shapes have been seen: from now on only what tells the compiled variants apart is checked before each call."""
+    torch.compiler.set_stance("default", skip_guard_eval_unsafe=True)
 
 
 def attend(

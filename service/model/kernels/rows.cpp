@@ -5,7 +5,6 @@
 // sequence: start, length, KV row, position, pool row, rank, whether a DoRA gate applies.
 
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <immintrin.h>
 #include <torch/library.h>
 
@@ -14,12 +13,17 @@
 #include <limits>
 #include <vector>
 
+#include "crew.h"
+
 namespace {
 
 using bf16 = at::BFloat16;
 constexpr int64_t kOut = 16;   // outputs in one vector of accumulators
-constexpr int64_t kTile = 8;   // tokens computed together
-constexpr int64_t kWide = 2;   // blocks of outputs computed together
+constexpr int64_t kAhead = 4096;  // bytes of weights asked for ahead of their use
+constexpr int64_t kFew = 16;   // up to so many tokens are computed together
+constexpr int64_t kTogether = 4;  // ... for so many blocks of outputs before their adapters are added
+constexpr int64_t kTile = 8;   // of more, so many are, ...
+constexpr int64_t kWide = 2;   // ... for so many blocks of outputs
 
 struct Span {
   int start, length, row, position, low, rank, gated, unused;
@@ -65,7 +69,10 @@ inline void multiply(const bf16* x, int64_t in, const bf16* w, int64_t stride, _
     for (int b = 0; b < BLOCKS; ++b) sum[t][b] = _mm512_setzero_ps();
   for (int64_t k = 0; k < in / 2; ++k) {
     __m512bh weights[BLOCKS];
-    for (int b = 0; b < BLOCKS; ++b) weights[b] = pairs(w + b * stride + k * kOut * 2);
+    for (int b = 0; b < BLOCKS; ++b) {
+      weights[b] = pairs(w + b * stride + k * kOut * 2);
+      _mm_prefetch(reinterpret_cast<const char*>(w + b * stride + k * kOut * 2) + kAhead, _MM_HINT_T0);
+    }
     for (int t = 0; t < TOKENS; ++t) {
       const __m512bh value = broadcast(x + t * in + k * 2);
       for (int b = 0; b < BLOCKS; ++b) sum[t][b] = _mm512_dpbf16_ps(sum[t][b], value, weights[b]);
@@ -82,18 +89,32 @@ struct Layer {
   std::vector<int> span_of;  // the span of each token; -1 where no adapter applies
 };
 
-// y = (base - bias) * gate + bias + inner · B for one token and 16 outputs; `sum` holds the base without its bias.
-inline void finish(const Layer& l, int64_t token, int64_t out, __m512 sum) {
+// y = (base - bias) * gate + bias + inner · B for one token and some blocks of outputs; `sum` holds the base without its bias.
+template <int BLOCKS>
+inline void finish(const Layer& l, int64_t token, int64_t out, __m512 (&sum)[BLOCKS]) {
   const int at = l.span_of.empty() ? -1 : l.span_of[token];
   if (at >= 0) {
     const Span& span = l.spans.first[at];
-    if (span.gated) sum = _mm512_mul_ps(sum, _mm512_loadu_ps(l.gate + span.low * l.out + out));
     const float* inner = l.inner + token * l.ranks;
+    const float* gate = l.gate + span.low * l.out + out;
     const bf16* b = l.b + span.low * l.out + out;
-    for (int r = 0; r < span.rank; ++r) sum = _mm512_fmadd_ps(_mm512_set1_ps(inner[r]), widen(b + r * l.out), sum);
+    if (span.gated)
+      for (int i = 0; i < BLOCKS; ++i) sum[i] = _mm512_mul_ps(sum[i], _mm512_loadu_ps(gate + i * kOut));
+    for (int r = 0; r < span.rank; ++r)
+      for (int i = 0; i < BLOCKS; ++i) sum[i] = _mm512_fmadd_ps(_mm512_set1_ps(inner[r]), widen(b + r * l.out + i * kOut), sum[i]);
   }
-  if (l.bias) sum = _mm512_add_ps(sum, widen(l.bias + out));
-  narrow(l.y + token * l.out + out, sum);
+  for (int i = 0; i < BLOCKS; ++i) {
+    if (l.bias) sum[i] = _mm512_add_ps(sum[i], widen(l.bias + out + i * kOut));
+    narrow(l.y + token * l.out + out + i * kOut, sum[i]);
+  }
+}
+
+// Leaves the base's sums of TOKENS tokens and one block in `sums`, [tokens, kTogether] vectors.
+template <int TOKENS>
+inline void base(const Layer& l, int64_t token, int64_t block, __m512* sums) {
+  __m512 sum[TOKENS][1];
+  multiply<TOKENS, 1>(l.x + token * l.in, l.in, l.weight + block * l.in * kOut, 0, sum);
+  for (int t = 0; t < TOKENS; ++t) sums[t * kTogether] = sum[t][0];
 }
 
 template <int TOKENS, int BLOCKS>
@@ -101,35 +122,57 @@ inline void tile(const Layer& l, int64_t token, int64_t block) {
   __m512 sum[TOKENS][BLOCKS];
   const int64_t stride = l.in * kOut;
   multiply<TOKENS, BLOCKS>(l.x + token * l.in, l.in, l.weight + block * stride, stride, sum);
-  for (int t = 0; t < TOKENS; ++t)
-    for (int b = 0; b < BLOCKS; ++b) finish(l, token + t, (block + b) * kOut, sum[t][b]);
+  for (int t = 0; t < TOKENS; ++t) finish<BLOCKS>(l, token + t, block * kOut, sum[t]);
 }
 
+// `left` < AT_MOST tokens from `token` on.
+template <int BLOCKS, int AT_MOST>
+inline void rest(const Layer& l, int64_t token, int64_t left, int64_t block) {
+  if constexpr (AT_MOST > 1) {
+    if (left == AT_MOST - 1) tile<AT_MOST - 1, BLOCKS>(l, token, block);
+    else rest<BLOCKS, AT_MOST - 1>(l, token, left, block);
+  }
+}
+
+template <int AT_MOST>
+inline void base_of(const Layer& l, int64_t block, __m512* sums) {
+  if constexpr (AT_MOST > 0) {
+    if (l.tokens == AT_MOST) base<AT_MOST>(l, 0, block, sums);
+    else base_of<AT_MOST - 1>(l, block, sums);
+  }
+}
+
+// Few tokens: one pass over the weights, which stream from memory while all tokens use them; then each token's adapter, whose rows of B
+// are read over several blocks at once.
+inline void narrow_columns(const Layer& l, int64_t block, int64_t blocks) {
+  __m512 sums[kFew * kTogether];
+  for (int64_t i = 0; i < blocks; ++i) base_of<kFew>(l, block + i, sums + i);
+  for (int64_t t = 0; t < l.tokens; ++t) {
+    auto& sum = *reinterpret_cast<__m512(*)[kTogether]>(sums + t * kTogether);
+    if (blocks == kTogether) finish<kTogether>(l, t, block * kOut, sum);
+    else
+      for (int64_t i = 0; i < blocks; ++i) finish<1>(l, t, (block + i) * kOut, *reinterpret_cast<__m512(*)[1]>(&sum[i]));
+  }
+}
+
+// Many tokens: the weights of some blocks stay in cache while tile after tile of tokens uses them.
 template <int BLOCKS>
-inline void column(const Layer& l, int64_t block) {
+inline void wide_column(const Layer& l, int64_t block) {
   int64_t token = 0;
   for (; token + kTile <= l.tokens; token += kTile) tile<kTile, BLOCKS>(l, token, block);
-  switch (l.tokens - token) {
-    case 7: return tile<7, BLOCKS>(l, token, block);
-    case 6: return tile<6, BLOCKS>(l, token, block);
-    case 5: return tile<5, BLOCKS>(l, token, block);
-    case 4: return tile<4, BLOCKS>(l, token, block);
-    case 3: return tile<3, BLOCKS>(l, token, block);
-    case 2: return tile<2, BLOCKS>(l, token, block);
-    case 1: return tile<1, BLOCKS>(l, token, block);
-  }
+  rest<BLOCKS, kTile>(l, token, l.tokens - token, block);
 }
 
 // inner[token] = x[token] · A[low : low + rank]ᵀ, float32 [tokens, ranks]
 void shrink(const Layer& l, const bf16* a, float* inner) {
-  auto work = [&](int64_t begin, int64_t end) {
-    for (int64_t token = begin; token < end; ++token) {
+  const int64_t chunk = std::max<int64_t>(1, l.tokens / (4 * Crew::all().threads()));
+  Crew::all().run((l.tokens + chunk - 1) / chunk, [&](int64_t i) {
+    for (int64_t token = i * chunk; token < std::min((i + 1) * chunk, l.tokens); ++token) {
       if (l.span_of[token] < 0) continue;
       const Span& span = l.spans.first[l.span_of[token]];
       for (int r = 0; r < span.rank; ++r) inner[token * l.ranks + r] = dot(l.x + token * l.in, a + (span.low + r) * l.in, l.in);
     }
-  };
-  at::parallel_for(0, l.tokens, 4, work);
+  });
 }
 
 // linear(x [1, T, in], packed, bias [out]?, A [R, in], B [R, out], gate float32 [R, out], table) -> y [1, T, out], all bf16 but the gate:
@@ -156,10 +199,13 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, const std::opti
     shrink(l, a.const_data_ptr<bf16>(), inner.data());
     l.inner = inner.data();
   }
-  at::parallel_for(0, (blocks + kWide - 1) / kWide, std::max<int64_t>(1, 32768 / (in * kOut * kWide)), [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (i * kWide + kWide <= blocks) column<kWide>(l, i * kWide);
-      else column<1>(l, i * kWide);
+  const int64_t wide = tokens > kFew ? kWide : kTogether, steps = (blocks + wide - 1) / wide;
+  const int64_t chunk = std::max<int64_t>(1, steps / (8 * Crew::all().threads()));
+  Crew::all().run((steps + chunk - 1) / chunk, [&](int64_t i) {
+    for (int64_t block = i * chunk * wide; block < std::min((i + 1) * chunk * wide, blocks); block += wide) {
+      if (tokens <= kFew) narrow_columns(l, block, std::min(wide, blocks - block));
+      else if (block + wide <= blocks) wide_column<kWide>(l, block);
+      else wide_column<1>(l, block);
     }
   });
   return y;
@@ -173,6 +219,38 @@ struct Rows {
   float scale, softcap;
   int64_t window;
 };
+
+// e^x for x <= 0: 2^n of the nearest whole n, times a polynomial of the rest (relative error under 2e-7, Cephes' expf).
+inline __m512 exponential(__m512 x) {
+  x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+  const __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x));
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+  return _mm512_scalef_ps(_mm512_add_ps(_mm512_fmadd_ps(p, _mm512_mul_ps(r, r), r), _mm512_set1_ps(1)), n);
+}
+
+// scores = exp(scores - most); their sum
+float soften(float* scores, int64_t n, float most) {
+  __m512 total = _mm512_setzero_ps();
+  for (int64_t i = 0; i < n; i += kOut) {
+    const __mmask16 live = n - i >= kOut ? 0xffff : (1u << (n - i)) - 1;
+    const __m512 e = exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(live, scores + i), _mm512_set1_ps(most)));
+    _mm512_mask_storeu_ps(scores + i, live, e);
+    total = _mm512_mask_add_ps(total, live, total, e);
+  }
+  return _mm512_reduce_add_ps(total);
+}
+
+// out[0 : 16 BLOCKS] = sum over positions of scores[p] · values[p] / total
+template <int BLOCKS>
+inline void mix(bf16* out, const bf16* values, const float* scores, int64_t seen, int64_t dim, float total) {
+  __m512 sum[BLOCKS];
+  for (int b = 0; b < BLOCKS; ++b) sum[b] = _mm512_setzero_ps();
+  for (int64_t p = 0; p < seen; ++p)
+    for (int b = 0; b < BLOCKS; ++b) sum[b] = _mm512_fmadd_ps(_mm512_set1_ps(scores[p]), widen(values + p * dim + b * kOut), sum[b]);
+  for (int b = 0; b < BLOCKS; ++b) narrow(out + b * kOut, _mm512_mul_ps(sum[b], _mm512_set1_ps(1 / total)));
+}
 
 // One query token of all heads that share a KV head, over the positions that it may see.
 void attend_one(const Rows& r, const Span& span, int64_t token, int64_t head, std::vector<float>& scores) {
@@ -189,14 +267,11 @@ void attend_one(const Rows& r, const Span& span, int64_t token, int64_t head, st
       scores[p] = s;
       most = std::max(most, s);
     }
-    float total = 0;
-    for (int64_t p = 0; p < seen; ++p) total += scores[p] = std::exp(scores[p] - most);
+    const float total = soften(scores.data(), seen, most);
     bf16* out = r.out + (token * r.heads + head * group + g) * r.dim;
-    for (int64_t d = 0; d < r.dim; d += kOut) {
-      __m512 sum = _mm512_setzero_ps();
-      for (int64_t p = 0; p < seen; ++p) sum = _mm512_fmadd_ps(_mm512_set1_ps(scores[p]), widen(r.values + base + p * r.dim + d), sum);
-      narrow(out + d, _mm512_mul_ps(sum, _mm512_set1_ps(1 / total)));
-    }
+    int64_t d = 0;
+    for (; d + 4 * kOut <= r.dim; d += 4 * kOut) mix<4>(out + d, r.values + base + d, scores.data(), seen, r.dim, total);
+    for (; d < r.dim; d += kOut) mix<1>(out + d, r.values + base + d, scores.data(), seen, r.dim, total);
   }
 }
 
@@ -246,11 +321,12 @@ at::Tensor attend(const at::Tensor& query, const at::Tensor& key, const at::Tens
     if (span.length > 1 && plain) out.select(0, 0).slice(0, span.start, span.start + span.length).copy_(long_span(q, keys, values, span, scale));
     else for (int t = 0; t < span.length; ++t) work.emplace_back(s, span.start + t);
   }
-  at::parallel_for(0, work.size() * r.kv_heads, 4, [&](int64_t begin, int64_t end) {
+  const int64_t tasks = work.size() * r.kv_heads, share = std::max<int64_t>(1, tasks / (8 * Crew::all().threads()));
+  Crew::all().run((tasks + share - 1) / share, [&](int64_t i) {
     std::vector<float> scores;
-    for (int64_t i = begin; i < end; ++i) {
-      const auto [s, token] = work[i / r.kv_heads];
-      attend_one(r, spans.first[s], token, i % r.kv_heads, scores);
+    for (int64_t task = i * share; task < std::min((i + 1) * share, tasks); ++task) {
+      const auto [s, token] = work[task / r.kv_heads];
+      attend_one(r, spans.first[s], token, task % r.kv_heads, scores);
     }
   });
   return out;

@@ -1,0 +1,132 @@
+"""The CPU kernels say what the torch path says, to bfloat16's precision, for every mix of adapters, lengths and positions.
+
+They need a processor with AVX512-BF16; on any other the same tests hold the torch path to itself, and the first says that it serves.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from service.engine.request import Placement
+from service.errors import SettingsError
+from service.model import kernels, kv
+from service.model.adapted import Adapted, Arrangement, Factors, Fused, Gated, Group
+from service.model.memory import Arena
+from service.model.runner import build
+from service.settings import Settings
+from tests import making
+
+from .driver import Driver, Job, plan_of
+from .test_parity import prompts
+
+ABLE = kernels.load()
+BF16 = torch.bfloat16
+
+
+def made(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed)) * scale).to(BF16)
+
+
+def table(*spans: tuple[int, ...]) -> Tensor:
+    body = kernels.tables(32).body
+    kernels.fill(body, spans)
+    return body
+
+
+def close(ours: Tensor, want: Tensor) -> None:
+    error = (ours.float() - want.float()).norm() / want.float().norm()
+    assert float(error) < 0.01, float(error)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 16, 17, 40])
+@pytest.mark.parametrize(("n_in", "n_out"), [(64, 48), (96, 128), (50, 16)])
+def test_a_fused_layer_equals_the_torch_layer(tokens: int, n_in: int, n_out: int, bias: bool) -> None:
+    if not ABLE:
+        return
+    layer = torch.nn.Linear(n_in, n_out, bias=bias, dtype=BF16)
+    half = tokens // 2
+    spans = [(0, half, 0, 0, 4, 8, 1), (half, tokens - half, 1, 0, 20, 3, 0)] if half else [(0, tokens, 0, 0, 4, 8, 1)]
+    body = table(*spans)
+    fused = Fused(layer, 32, body, Arena(n_in * n_out * 2))
+    plain = Adapted(layer, n_in, n_out, 32, BF16, torch.device("cpu"))
+    for digest, start, rank, gated in (("dora", 4, 8, True), ("lora", 20, 3, False)):
+        gate = made(n_out, seed=rank).float().abs() if gated else None
+        factors = Factors(made(rank, n_in, seed=rank, scale=0.2), made(rank, n_out, seed=rank + 1, scale=0.2), gate)
+        for one in (fused, plain):
+            one.place(Placement(digest, start, rank), factors)
+    groups = tuple(Group(s, s + length, low, low + rank, None) for s, length, _, _, low, rank, _ in spans)
+    plain.now = Arrangement(tokens, groups, (Gated(0, half or tokens, "dora"),))
+    x = made(1, tokens, n_in, seed=9)
+    with torch.inference_mode():
+        close(fused(x), plain(x))
+        for one in (fused, plain):
+            one.clear(Placement("lora", 20, 3))
+            one.clear(Placement("dora", 4, 8))
+        kernels.fill(body, [])
+        plain.now = Arrangement()
+        close(fused(x), plain(x))
+
+
+class Layer:
+    """An attention layer's buffers."""
+
+    def __init__(self, rows: int, heads: int, context: int, dim: int, body: Tensor) -> None:
+        self.kv_keys = torch.zeros(rows, heads, context, dim, dtype=BF16)
+        self.kv_values = torch.zeros(rows, heads, context, dim, dtype=BF16)
+        self.kv_table = body
+
+
+@pytest.mark.parametrize("dim", [16, 64, 80])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (None, 20.0), (5, 20.0)])
+def test_attention_over_rows_equals_the_torch_attention(dim: int, window: int | None, softcap: float | None) -> None:
+    if not ABLE:
+        return
+    spans = [kv.Span(0, 1, 2, 9), kv.Span(1, 1, 0, 3), kv.Span(2, 6, 1, 0), kv.Span(8, 4, 3, 7)]
+    ours, plain = Layer(4, 2, 32, dim, table(*spans)), Layer(4, 2, 32, dim, table(*spans))
+    for name in ("kv_keys", "kv_values"):
+        before = made(4, 2, 32, dim, seed=1)
+        for one in (ours, plain):
+            getattr(one, name).copy_(before)
+    query, key, value = made(1, 6, 12, dim, seed=2), made(1, 2, 12, dim, seed=3), made(1, 2, 12, dim, seed=4)
+    options: dict[str, Any] = {"scaling": 0.3, "sliding_window": window, "softcap": softcap}
+    with torch.inference_mode():
+        got, _ = kernels.attend(ours, query, key, value, None, **options)
+        want, _ = kv.attend(plain, query, key, value, None, table=kv.Table(spans, 2, torch.device("cpu")), **options)
+    close(got, want)
+    assert torch.equal(ours.kv_keys, plain.kv_keys)
+    assert torch.equal(ours.kv_values, plain.kv_values)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns about itself while it loads its compiler
+def test_a_compiled_base_says_what_the_plain_one_says(tmp_path: Path) -> None:
+    base = making.tiny(tmp_path / "base")
+    folders = [making.noise(tmp_path / f"a{i}", base, i, r=4 + 4 * i, use_dora=i == 1, targets="all-linear") for i in range(3)]
+    plans = [plan_of(folder, base) for folder in folders]
+    answers = []
+    for compiled in ("off", "auto"):
+        settings = {"device": "cpu", "dtype": "bfloat16", "compile": compiled, "max_rows": 6, "base": str(base)}
+        runner, _ = build(Settings.model_validate(settings), lambda stage, fraction: None)
+        driver = Driver(runner, 6)
+        for plan in plans:
+            driver.place(plan)
+        jobs = [Job(p, 3, plan.digest if plan else None, prompt_logprobs=0) for p in prompts()[3:6] for plan in (None, *plans)]
+        random.Random(1).shuffle(jobs)
+        driver.run(jobs)
+        answers.append(jobs)
+        assert any(isinstance(layer, Fused) for layer in runner.bank.layers.values()) == (ABLE and compiled == "auto")
+    for plain, ours in zip(*answers, strict=True):
+        for want, got in zip(plain.prompt_tokens[1:], ours.prompt_tokens[1:], strict=True):
+            assert got.logprob == pytest.approx(want.logprob, abs=0.35, rel=0.05)
+
+
+def test_kernels_that_are_demanded_where_they_cannot_run_stop_the_start(tmp_path: Path) -> None:
+    settings = {"device": "cpu", "dtype": "float32", "compile": "on", "base": str(making.tiny(tmp_path / "base"))}
+    with pytest.raises(SettingsError, match="ADAPTERD_COMPILE"):
+        build(Settings.model_validate(settings), lambda stage, fraction: None)

@@ -88,6 +88,7 @@ def _rooms(settings: Settings, client: Client | None, registry: Registry | None)
         from .adapters.registry import Registry
 
         registry = Registry(settings, device=client)
+        client.watch(registry.note)
     return Rooms(settings, client, registry)
 
 

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from .. import metrics
 from ..errors import Cancelled, DeadlineExceeded, NotReady, Overloaded
@@ -174,6 +174,10 @@ class Client:
     async def loaded(self, digest: Digest) -> Load:
         """How the adapter's way into host memory ended; `Load.error` says why it did not get there. Sets out for it if nobody has."""
         return await self._offers.loaded(digest)
+
+    def watch(self, watcher: Callable[[Load], None]) -> None:
+        """`watcher` is told how every load into host memory ended."""
+        self._offers.watcher = watcher
 
     def pin(self, digest: Digest, pinned: bool) -> None:
         self._offers.pin(digest, pinned)

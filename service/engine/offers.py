@@ -23,6 +23,7 @@ class Offers:
         self._tiers: dict[Digest, Tier] = {}
         self._loads: dict[Digest, asyncio.Future[Load]] = {}
         self._drops: dict[Digest, list[asyncio.Future[int]]] = {}
+        self.watcher: Callable[[Load], None] = lambda load: None
 
     def offer(self, adapter: Adapter, pinned: bool, preload: bool) -> None:
         known = self._offers.get(adapter.digest)
@@ -67,6 +68,7 @@ class Offers:
             if load.seconds and not load.error:
                 metrics.LOAD.observe(load.seconds)
             self._load_ended(load)
+            self.watcher(load)
         for _, seconds in report.placed:
             metrics.PLACE.observe(seconds)
         if report.tiers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,7 @@ def test_an_adapter_placed_where_another_was_finds_nothing_of_it(folders: dict[s
 def test_on_a_quantized_base_adapters_say_what_peft_says_on_the_same_base(
     folders: dict[str | None, Path], quantization: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Compared by log probabilities: bitsandbytes' CPU kernels round differently for other batch sizes, so tokens may part at ties."""
     base = folders[None]
     runner = runner_on(base, quantization=quantization)
     driver = Driver(runner, 8)
@@ -108,11 +110,20 @@ def test_on_a_quantized_base_adapters_say_what_peft_says_on_the_same_base(
             plan = plan_of(folders[name], base)
             driver.place(plan)
             digest = plan.digest
-        jobs += [(name, Job(p, 6, digest)) for p in prompts()[2:6]]
+        jobs += [(name, Job(p, 2, digest, prompt_logprobs=0)) for p in prompts()[3:7]]
     driver.run([job for _, job in jobs])
+    plain = {len(job.prompt): job for name, job in jobs if name is None}
     for name, job in jobs:
-        assert job.ids == quantized_greedy(base, folders[name] if name else None, quantization, job, monkeypatch), name
+        want = quantized_logprobs(base, folders[name] if name else None, quantization, job.prompt, monkeypatch)
+        assert distance(job, want) < 0.05, name
+        assert name is None or distance(plain[len(job.prompt)], want) > 0.5, "the adapter changes next to nothing: a weak fixture"
     assert weights_digest(runner) == before
+
+
+def distance(job: Job, want: torch.Tensor) -> float:
+    """The mean difference of the prompt's log probabilities, in nats."""
+    told = [token.logprob for token in job.prompt_tokens[1:]]
+    return float((torch.tensor(told) - want).abs().mean())
 
 
 def weights_digest(runner: Runner) -> str:
@@ -123,20 +134,20 @@ def weights_digest(runner: Runner) -> str:
 
 
 @torch.no_grad()
-def quantized_greedy(base: Path, adapter: Path | None, quantization: str, job: Job, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def quantized_logprobs(
+    base: Path, adapter: Path | None, quantization: str, prompt: Sequence[int], monkeypatch: pytest.MonkeyPatch
+) -> torch.Tensor:
     """PEFT on a base of its own. Its DoRA is given the weights as they were before bitsandbytes repacked them, which it would misread."""
     with making.quiet():
         settings = Settings.model_validate({"device": "cpu", "dtype": "float32", "quantization": quantization})
         model: Any = load(base, settings, lambda stage, fraction: None)
         weights = {id(m): dequantize_module_weight(m) for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
         monkeypatch.setattr(dora, "dequantize_module_weight", lambda m: weights[id(m)] if id(m) in weights else dequantize_module_weight(m))
-        asked = torch.tensor([list(job.prompt)])
+        asked = torch.tensor([list(prompt)])
         model(input_ids=asked)  # bitsandbytes' int8 layers lose their scales when PEFT touches them before their first forward
         model = PeftModel.from_pretrained(model, adapter).eval() if adapter else model
-        model.generation_config.eos_token_id = None
-        out = model.generate(input_ids=asked, attention_mask=torch.ones_like(asked), do_sample=False, max_new_tokens=job.n)
-    answer: list[int] = out[0, len(job.prompt) :].tolist()
-    return answer
+        logprobs: torch.Tensor = model(input_ids=asked).logits[0].float().log_softmax(-1)
+    return logprobs[:-1].gather(1, asked[0, 1:, None])[:, 0]
 
 
 SIZES: dict[str, Any] = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}

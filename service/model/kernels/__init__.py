@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import shutil
 import subprocess
 import tempfile
@@ -93,8 +92,7 @@ def _describe() -> None:
 
 
 def prepare_compiler() -> None:
-    """Keeps what is compiled for the next start; a step's small loops stay on one thread, since joining threads costs more than they do."""
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(CACHE / "inductor"))
+    """A step's small loops stay on one thread, since joining threads costs more than they do."""
     inductor.compile_threads = 1
     inductor.cpp.min_chunk_size = 32768
 

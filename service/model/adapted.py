@@ -119,10 +119,11 @@ class Fused(nn.Module):
     def place(self, at: Placement, factors: Factors) -> None:
         _copy(self.pool_a, self.pool_b, at, factors)
         if factors.gate is not None:
-            self.gate[at.start] = factors.gate
+            self.gate[at.start] = factors.gate - 1  # so that untouched zeros, of layers that an adapter leaves alone, are a gate of 1
 
     def clear(self, at: Placement) -> None:
         _zero(self.pool_a, self.pool_b, at)
+        self.gate[at.start].zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         bias = self.base_layer.bias

@@ -99,7 +99,7 @@ inline void finish(const Layer& l, int64_t token, int64_t out, __m512 (&sum)[BLO
     const float* gate = l.gate + span.low * l.out + out;
     const bf16* b = l.b + span.low * l.out + out;
     if (span.gated)
-      for (int i = 0; i < BLOCKS; ++i) sum[i] = _mm512_mul_ps(sum[i], _mm512_loadu_ps(gate + i * kOut));
+      for (int i = 0; i < BLOCKS; ++i) sum[i] = _mm512_fmadd_ps(sum[i], _mm512_loadu_ps(gate + i * kOut), sum[i]);
     for (int r = 0; r < span.rank; ++r)
       for (int i = 0; i < BLOCKS; ++i) sum[i] = _mm512_fmadd_ps(_mm512_set1_ps(inner[r]), widen(b + r * l.out + i * kOut), sum[i]);
   }
@@ -176,7 +176,7 @@ void shrink(const Layer& l, const bf16* a, float* inner) {
 }
 
 // linear(x [1, T, in], packed, bias [out]?, A [R, in], B [R, out], gate float32 [R, out], table) -> y [1, T, out], all bf16 but the gate:
-// y = x·Wᵀ·G + bias + (x·A[own]ᵀ)·B[own], each token with its own adapter's pool rows; G is the gate of its DoRA adapter, else 1.
+// y = x·Wᵀ·G + bias + (x·A[own]ᵀ)·B[own], each token with its own adapter's pool rows; G is 1 + the gate of its DoRA adapter, else 1.
 at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias, const at::Tensor& a,
                   const at::Tensor& b, const at::Tensor& gate, const at::Tensor& table) {
   const at::Tensor input = x.contiguous();

@@ -41,6 +41,7 @@ class Bank:
         for name, layer, n_in, n_out in found:
             self.layers[name] = self._adapted(layer, n_in, n_out)
             self.tree.set_submodule(name, self.layers[name])
+        self._plain = [layer for layer in self.layers.values() if isinstance(layer, Adapted)]
         self._held: dict[Digest, tuple[str, ...]] = {}
         self._gated: set[Digest] = set()
 
@@ -72,9 +73,9 @@ class Bank:
 
         The first `mixed` runs are of one token each. `spans` are start, length, KV row and position of each run, for the kernels.
         """
-        body, head = self._arrange(runs, mixed), self._arrange(heads, mixed)
-        for layer in self.layers.values():
-            if isinstance(layer, Adapted):
+        if self._plain:
+            body, head = self._arrange(runs, mixed), self._arrange(heads, mixed)
+            for layer in self._plain:
                 layer.now = head if layer.base_layer is self._head else body
         if self.tables:
             kernels.fill(self.tables.body, [(*span, *self._rows(run.digest)) for span, run in zip(spans, runs, strict=True)])

@@ -155,11 +155,6 @@ def load(folder: Path, settings: Settings, progress: Progress) -> nn.Module:
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
-def is_adaptable(module: nn.Module) -> bool:
-    """A linear layer that the bank can adapt: torch's, bitsandbytes' (both subclass it) or GPT-2's Conv1D."""
-    return isinstance(module, nn.Linear | Conv1D)
-
-
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, int, int]]:
     """Every adaptable layer: dotted name, layer, features in, features out."""
     for name, module in model.named_modules():

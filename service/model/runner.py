@@ -76,8 +76,8 @@ class Runner:
         """The mixed batch on the bank's tree, and one batch for each shadow adapter on its own."""
         batches: dict[int, tuple[Any, list[Chunk]]] = {}
         for chunk in chunks:
-            digest = chunk.request.adapter
-            tree = (self.hosted[digest].tree if digest else None) or self.bank.tree
+            hosted = self.hosted.get(chunk.request.adapter or "")  # a resident adapter may have left host memory
+            tree = self.bank.tree if hosted is None or hosted.tree is None else hosted.tree
             batches.setdefault(id(tree), (tree, []))[1].append(chunk)
         return list(batches.values())
 

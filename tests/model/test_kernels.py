@@ -1,6 +1,7 @@
 """The CPU kernels say what the torch path says, to bfloat16's precision, for every mix of adapters, lengths and positions.
 
-They need a processor with AVX512-BF16; on any other the same tests hold the torch path to itself, and the first says that it serves.
+They need a processor with AVX512-BF16 and a C++ compiler. Without them these tests are skipped by name, and the torch path, which then
+serves, is held to PEFT by the others.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from .test_parity import prompts
 
 ABLE = kernels.load()
 BF16 = torch.bfloat16
+needs_kernels = pytest.mark.skipif(not ABLE, reason="no AVX512-BF16, or no C++ compiler")
 
 
 SOME = ("all-linear", ("q_proj", "down_proj"), ("k_proj", "o_proj", "up_proj"))  # layers that an adapter leaves alone must not notice it
@@ -47,12 +49,11 @@ def close(ours: Tensor, want: Tensor) -> None:
     assert float(error) < 0.01, float(error)
 
 
+@needs_kernels
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("tokens", [1, 2, 7, 8, 16, 17, 40])
 @pytest.mark.parametrize(("n_in", "n_out"), [(64, 48), (96, 128), (50, 16)])
 def test_a_fused_layer_equals_the_torch_layer(tokens: int, n_in: int, n_out: int, bias: bool) -> None:
-    if not ABLE:
-        return
     layer = torch.nn.Linear(n_in, n_out, bias=bias, dtype=BF16)
     half = tokens // 2
     spans = [(0, half, 0, 0, 4, 8, 1), (half, tokens - half, 1, 0, 20, 3, 0)] if half else [(0, tokens, 0, 0, 4, 8, 1)]
@@ -86,11 +87,10 @@ class Layer:
         self.kv_table = body
 
 
+@needs_kernels
 @pytest.mark.parametrize("dim", [16, 64, 80])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (None, 20.0), (5, 20.0)])
 def test_attention_over_rows_equals_the_torch_attention(dim: int, window: int | None, softcap: float | None) -> None:
-    if not ABLE:
-        return
     spans = [kv.Span(0, 1, 2, 9), kv.Span(1, 1, 0, 3), kv.Span(2, 6, 1, 0), kv.Span(8, 4, 3, 7)]
     ours, plain = Layer(4, 2, 32, dim, table(*spans)), Layer(4, 2, 32, dim, table(*spans))
     for name in ("kv_keys", "kv_values"):
@@ -107,6 +107,7 @@ def test_attention_over_rows_equals_the_torch_attention(dim: int, window: int | 
     assert torch.equal(ours.kv_values, plain.kv_values)
 
 
+@needs_kernels
 @pytest.mark.filterwarnings("ignore")  # torch warns about itself while it loads its compiler
 def test_a_compiled_base_says_what_the_plain_one_says(tmp_path: Path) -> None:
     base = making.tiny(tmp_path / "base")
@@ -119,14 +120,15 @@ def test_a_compiled_base_says_what_the_plain_one_says(tmp_path: Path) -> None:
         driver = Driver(runner, 6)
         for plan in plans:
             driver.place(plan)
-        jobs = [Job(p, 3, plan.digest if plan else None, prompt_logprobs=0) for p in prompts()[3:6] for plan in (None, *plans)]
+        long = [3 + i * 7 % 240 for i in range(300)]
+        jobs = [Job(p, 3, plan.digest if plan else None, prompt_logprobs=0) for p in (*prompts()[3:6], long) for plan in (None, *plans)]
         random.Random(1).shuffle(jobs)
-        driver.run(jobs)
+        driver.run(jobs, chunk=170)
         answers.append(jobs)
-        assert any(isinstance(layer, Fused) for layer in runner.bank.layers.values()) == (ABLE and compiled == "auto")
+        assert any(isinstance(layer, Fused) for layer in runner.bank.layers.values()) == (compiled == "auto")
     for plain, ours in zip(*answers, strict=True):
-        for want, got in zip(plain.prompt_tokens[1:], ours.prompt_tokens[1:], strict=True):
-            assert got.logprob == pytest.approx(want.logprob, abs=0.35, rel=0.05)
+        apart = [abs(a.logprob - b.logprob) for a, b in zip(plain.prompt_tokens[1:], ours.prompt_tokens[1:], strict=True)]
+        assert sum(apart) / len(apart) < 0.1, ours.adapter
 
 
 def test_kernels_that_are_demanded_where_they_cannot_run_stop_the_start(tmp_path: Path) -> None:

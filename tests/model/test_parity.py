@@ -248,3 +248,32 @@ def test_a_forked_row_goes_on_as_the_row_it_came_from(folders: dict[str | None, 
     (result,) = runner.step(Plan(forks=(Fork(5, 2, 30),), chunks=(Chunk(part, 2, 30, (9, 9), True),)))
     assert result.token is not None
     assert [result.token.id] == making.greedy(folders[None], None, part.prompt, 1)
+
+
+def test_a_resident_adapter_runs_on_when_it_has_left_host_memory(folders: dict[str | None, Path]) -> None:
+    runner = runner_on(folders[None])
+    driver = Driver(runner, 2)
+    plan = plan_of(folders["a0"], folders[None])
+    driver.place(plan)
+    runner.unload(plan.digest)
+    job = Job(prompts()[3], 4, plan.digest)
+    driver.run([job])
+    assert job.ids == making.greedy(folders[None], folders["a0"], job.prompt, 4)
+
+
+def test_an_adapter_whose_numbers_overflow_fails_alone_and_leaves_nothing_in_its_row(
+    folders: dict[str | None, Path], tmp_path: Path
+) -> None:
+    base = folders[None]
+    wild = making.edit(folders["a0"], tmp_path / "wild", weights=lambda t: {k: v * 1e38 if "lora_B" in k else v for k, v in t.items()})
+    runner = runner_on(base)
+    driver, plan, prompt = Driver(runner, 2), plan_of(wild, base), tuple(prompts()[4])
+    driver.place(plan)
+    bad, good = Request(101, prompt, 4, plan.digest), Request(102, prompt, 4)
+    failed, fine = runner.step(Plan(chunks=(Chunk(bad, 0, 0, prompt, True), Chunk(good, 1, 0, prompt, True))))
+    assert "not finite" in failed.error
+    assert fine.token is not None
+    assert [fine.token.id] == making.greedy(base, None, prompt, 1)
+    for layer, _, _ in runner.attention:
+        assert not layer.kv_keys[0].any()
+        assert not layer.kv_values[0].any()

@@ -5,6 +5,7 @@ Runs in a process of its own. The live base is never touched: names, shapes and 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -56,6 +57,24 @@ def read(skeleton: Skeleton, folder: Path, max_rank: int, known: Digest | None =
     )
     told = facts.described(config, header, adapted, copies) | {"features": sorted(meaning.features)}
     return Reading(adapter, told, tuple(notes), patches)
+
+
+def norms(adapter: Adapter, layers: Sequence[Patch]) -> dict[str, float]:
+    """Module → Frobenius norm of scaling · B · A [out, in]; of a DoRA layer too, whose trained magnitudes are not in it.
+
+    Raises AdapterInvalid when the files are not those that were read any more, OSError when they are gone.
+    """
+    weights = Path(adapter.weights)
+    if digest(Path(adapter.config).read_bytes(), weights) != adapter.digest:
+        raise AdapterInvalid(["its files have changed on disk since it was registered: register it again (PUT) to serve the new content"])
+    with safe_open(weights, "pt") as file:
+        return {one.module: abs(one.scaling) * product_norm(file.get_tensor(one.a), file.get_tensor(one.b)) for one in layers}
+
+
+def product_norm(a: torch.Tensor, b: torch.Tensor) -> float:
+    """The Frobenius norm of B [out, rank] · A [rank, in] by two matrices [rank, rank]: it is the root of the trace of AAᵀ · BᵀB."""
+    a, b = a.double(), b.double()
+    return float(((a @ a.T) * (b.T @ b)).sum().clamp(min=0).sqrt())
 
 
 def refuse(problems: list[str]) -> None:

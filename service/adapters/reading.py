@@ -52,6 +52,14 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
+class Measure:
+    """Say how much each of these layers changes, by the weights of this adapter, if they are still those that were read."""
+
+    adapter: Adapter
+    layers: tuple[Patch, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Refusal:
     problems: tuple[str, ...]
     extra: dict[str, Any]
@@ -89,12 +97,22 @@ class Reader:
     async def read(self, folder: Path, known: Digest | None = None) -> Reading:
         """What the adapter in this folder is. Raises AdapterInvalid, AdapterUnsupported."""
         size = (folder / WEIGHTS).stat().st_size
-        answer = await self._in_turn(lambda: self._answer(Ask(folder, known), self.read_s + size / BYTES_PER_S))
-        if isinstance(answer, Refusal):
-            raise answer.error()
+        answer = await self._told(Ask(folder, known), size)
         assert isinstance(answer, Reading)
         adapter = replace(answer.adapter, patches=_shared(answer.adapter.patches))
         return replace(answer, adapter=adapter, layers=_shared(answer.layers))
+
+    async def norms(self, reading: Reading) -> dict[str, float]:
+        """Module → Frobenius norm of its scaling · B · A. Raises AdapterInvalid when the files are gone or have changed."""
+        answer = await self._told(Measure(reading.adapter, reading.layers), reading.adapter.size)
+        assert isinstance(answer, dict)
+        return answer
+
+    async def _told(self, ask: Ask | Measure, size: int) -> Any:
+        answer = await self._in_turn(lambda: self._answer(ask, self.read_s + size / BYTES_PER_S))
+        if isinstance(answer, Refusal):
+            raise answer.error()
+        return answer
 
     async def close(self) -> None:
         await self._in_turn(self._end)
@@ -130,7 +148,7 @@ class Reader:
         self.tree = answer
         return pipe
 
-    def _answer(self, ask: Ask, seconds: float) -> Any:
+    def _answer(self, ask: Ask | Measure, seconds: float) -> Any:
         return self._exchange(self._pipe or self._meet(), ask, seconds)
 
     def _exchange(self, pipe: Connection, question: Any, seconds: float) -> Any:
@@ -161,7 +179,7 @@ def _shared(patches: tuple[Patch, ...]) -> tuple[Patch, ...]:
 
 
 def serve(pipe: Connection, max_rank: int) -> None:
-    """The child: answers the base's folder with its tree, or why there is none, and each Ask with a Reading or a Refusal."""
+    """The child. It answers the base's folder with its tree, an Ask with a Reading, a Measure with norms; or with a Refusal."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     from . import reader, skeleton  # here, so that only the child loads torch and PEFT
@@ -177,12 +195,15 @@ def serve(pipe: Connection, max_rank: int) -> None:
         pipe.send(base.tree())
         while True:
             ask = pipe.recv()
-            pipe.send(answer(partial(reader.read, base, ask.folder, max_rank, ask.known)))
+            if isinstance(ask, Measure):
+                pipe.send(answer(partial(reader.norms, ask.adapter, ask.layers)))
+            else:
+                pipe.send(answer(partial(reader.read, base, ask.folder, max_rank, ask.known)))
 
 
-def answer(read: Callable[[], Reading]) -> Reading | Refusal:
+def answer(work: Callable[[], T]) -> T | Refusal:
     try:
-        return read()
+        return work()
     except AdapterInvalid as error:
         extra = {key: value for key, value in (error.details or {}).items() if key != "problems"}
         return Refusal(tuple(error.problems), extra, not isinstance(error, AdapterUnsupported))

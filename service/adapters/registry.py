@@ -18,6 +18,7 @@ from ..settings import Settings
 from . import architecture, facts, ids, inspection, shelf, tables
 from .hub import Hub
 from .ledger import Ledger
+from .norms import Norms, by_layer
 from .opening import Opening
 from .reading import Reader, Reading
 from .shelf import Generation, Shelved
@@ -42,6 +43,7 @@ class Registry:
         self._deleted: set[str] = set()
         self._number = 0
         self._reader = reader(settings.max_rank)
+        self._norms = Norms(self._reader)
         self._opened = False
 
     # ---- life
@@ -169,6 +171,13 @@ class Registry:
         assert reading is not None, "a usable adapter was read"
         assert self._reader.tree is not None, "it was read against a tree"
         return architecture.draw(self._reader.tree, reading.layers, reading.facts["dropout"], reading.facts["features"])
+
+    async def norms(self, id: str) -> Told:
+        """How much it changes by layer and module; see norms.by_layer. Raises AdapterNotFound, AdapterInvalid, NotReady."""
+        one = self._shelves.usable(id)
+        reading = one.generation.reading
+        assert reading is not None, "a usable adapter was read"
+        return {"id": id, "digest": one.digest} | by_layer(await self._norms.of(reading), self._shelves.base.layers)
 
     def forecast(self, r: int, modules: Sequence[str], dtype: str = "float32") -> Told:
         """What an adapter of this shape would weigh on the base. Raises BadRequest."""

@@ -127,6 +127,13 @@ async def architecture(id: Id, here: Shelf) -> str:
     return await asyncio.to_thread(here.registry.architecture, id)
 
 
+# One part deeper than any id goes, so no id can hide it.
+@router.get("/adapters/{id:path}/architecture/norms", responses=documented(404, 422, 503))
+async def norms(id: Id, here: Shelf) -> Told:
+    """Where the adapter acts: the Frobenius norm of `scaling · B · A` by module and layer; DoRA's magnitudes are not in it."""
+    return await here.registry.norms(id)
+
+
 @router.get("/adapters/{id:path}", responses=Reading)
 async def card(id: Id, here: Shelf) -> Told:
     return here.registry.card(id)

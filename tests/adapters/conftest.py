@@ -132,6 +132,10 @@ class NearReader(Reader):
         await asyncio.sleep(0)
         return torch_reader.read(self._skeleton, folder, self.max_rank, known)
 
+    async def norms(self, reading: Reading) -> dict[str, float]:
+        await asyncio.sleep(0)
+        return torch_reader.norms(reading.adapter, reading.layers)
+
     async def close(self) -> None:
         return None
 

@@ -28,6 +28,7 @@ async def test_one_process_reads_refuses_and_is_replaced(base: Path, plain: Path
         first, second = await asyncio.gather(reader.read(plain), reader.read(other))
         assert (first.adapter.rank, second.adapter.rank) == (4, 8)
         assert (await reader.read(plain)).adapter.patches is first.adapter.patches
+        assert (await reader.norms(first)).keys() == {one.module for one in first.layers}
 
         cut = making.edit(plain, tmp_path / "cut", weights=lambda t: {k: v for k, v in t.items() if "lora_B" not in k})
         with pytest.raises(AdapterInvalid, match="4 of 8") as caught:

@@ -125,6 +125,9 @@ class Shelf:
     def architecture(self, id: str) -> str:
         return f"{self.card(id)['id']}: base_layer"
 
+    async def norms(self, id: str) -> dict[str, Any]:
+        return {"id": self.card(id)["id"], "modules": [{"name": "q_proj", "norms": [0.5, None]}]}
+
     def forecast(self, r: int, modules: list[str], dtype: str) -> dict[str, Any]:
         return {"r": r, "target_modules": modules, "dtype": dtype}
 

@@ -58,9 +58,16 @@ def test_an_id_with_a_slash_works_on_every_route(home: House, written: str) -> N
     assert home.json("GET", f"/adapters/{written}")["id"] == "org/name.v1"
     assert home.json("GET", f"/adapters/{written}/summary")["rank"] == 4
     assert home.knock.get(f"/adapters/{written}/architecture").text == "org/name.v1: base_layer"
+    assert home.json("GET", f"/adapters/{written}/architecture/norms")["id"] == "org/name.v1"
     assert home.json("PATCH", f"/adapters/{written}", {"pinned": True})["pinned"] is True
     assert home.json("PUT", f"/adapters/{written}", {"id": "org/name.v1", "source": "new"})["source"] == "new"
     assert home.json("DELETE", f"/adapters/{written}")["id"] == "org/name.v1"
+
+
+@pytest.mark.parametrize("id", ["norms", "org/norms", "architecture/norms"])
+def test_the_route_to_the_norms_hides_no_id(home: House, id: str) -> None:
+    load(home, id)
+    assert home.json("GET", f"/adapters/{id}")["source"] == "folder"
 
 
 def test_put_makes_or_replaces_and_takes_no_other_id(home: House) -> None:
@@ -72,7 +79,13 @@ def test_put_makes_or_replaces_and_takes_no_other_id(home: House) -> None:
 
 @pytest.mark.parametrize("id", ["none", "", "..", "%2e%2e", "a%00b", "%C3%A9", "a/b/c", "check"])
 def test_an_unknown_id_is_404_on_every_route(home: House, id: str) -> None:
-    for method, suffix, body in (("GET", "", None), ("GET", "/summary", None), ("GET", "/architecture", None), ("DELETE", "", None)):
+    for method, suffix, body in (
+        ("GET", "", None),
+        ("GET", "/summary", None),
+        ("GET", "/architecture", None),
+        ("GET", "/architecture/norms", None),
+        ("DELETE", "", None),
+    ):
         if not (id in ("", "..", "%2e%2e") and suffix == ""):  # the client tidies these away; the server's own tests send them raw
             told = home.json(method, f"/adapters/{id}{suffix}", body, 404)
             assert told["error_type"] in ("adapter_not_found", "not_found")

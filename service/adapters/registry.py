@@ -130,9 +130,10 @@ class Registry:
 
     async def pin(self, id: str, pinned: bool) -> Told:
         """Pins to, or unpins from, the device; the card. Raises AdapterNotFound, AdapterInvalid for a failed adapter."""
-        self._shelves.pin(self._shelves.usable(id), pinned)
+        one = self._shelves.usable(id)
+        self._shelves.pin(one, pinned)
         await self._save()
-        return self.card(id)
+        return self._card(one)
 
     def note(self, load: Load) -> None:
         """What became of a load on the device: shown as the state of the adapters with this content."""
@@ -153,11 +154,10 @@ class Registry:
             one.give_back()
 
     def card(self, id: str) -> Told:
-        one = self._shelves.found(id)
-        return shelf.card(one, self._shelves.tier(one))
+        return self._card(self._shelves.found(id))
 
     def cards(self) -> list[Told]:
-        return [shelf.card(one, self._shelves.tier(one)) for _, one in sorted(self._shelves.current.items())]
+        return [self._card(one) for _, one in sorted(self._shelves.current.items())]
 
     def summary(self, id: str) -> Told:
         return self._summary(self._shelves.found(id))
@@ -194,9 +194,13 @@ class Registry:
             return await self.pin(id, pinned) if replace and pinned != held.pinned else self.card(id), False
         if held and held.digest and not replace:
             raise Conflict(f"the id {id!r} is taken by other content ({held.digest}); PUT replaces it", param="id")
-        before = await self._shelves.put(Shelved(generation, pinned), adapter, preload)
+        one = Shelved(generation, pinned)
+        before = await self._shelves.put(one, adapter, preload)
         await self._save()
-        return self.card(id), not (before and before.digest)
+        return self._card(one), not (before and before.digest)  # somebody may have deleted it by now
+
+    def _card(self, one: Shelved) -> Told:
+        return shelf.card(one, self._shelves.tier(one))
 
     async def _generation(self, id: str, place: Place) -> Generation:
         return self._numbered(id, place, *await self._read(place))

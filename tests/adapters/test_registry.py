@@ -76,6 +76,19 @@ async def test_of_two_contents_racing_for_an_id_one_wins(stocked: Shop) -> None:
         assert len(registry.cards()) == 1
 
 
+async def test_one_that_is_deleted_while_it_is_remembered_was_registered_all_the_same(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        async with registry._saving:
+            registering = asyncio.create_task(registry.register("x", "plain"))
+            while not registry.cards():  # noqa: ASYNC110 - what is waited for has no event
+                await asyncio.sleep(0)
+            pinning = asyncio.create_task(registry.pin("x", True))
+            removing = asyncio.create_task(registry.remove("x"))
+            await asyncio.sleep(0)
+        assert (await registering)[0]["id"] == (await pinning)["id"] == (await removing)["id"] == "x"
+        assert registry.cards() == []
+
+
 async def test_many_ids_register_at_once(stocked: Shop) -> None:
     async with stocked.opened() as registry:
         got = await asyncio.gather(*(registry.register(f"p{i}", ("plain", "other")[i % 2]) for i in range(8)))

@@ -48,9 +48,14 @@ class Pool:
         gaps.append((self.rank - end, end))
         return min(((size, start) for size, start in gaps if size >= rank), default=(0, None))[1]
 
-    def room(self, rank: int, keep: Collection[Digest]) -> tuple[int, list[Digest]] | None:
-        """Where `rank` rows can go, and who must leave first: the least recently used, never the pinned nor those in `keep`."""
+    def room(self, rank: int, keep: Collection[Digest], move: bool = False) -> tuple[int, list[Digest]] | None:
+        """Where `rank` rows can go, and who must leave first: the least recently used, never those in `keep`.
+
+        The pinned stay too; but where they lie scattered, `move` lets some of them leave, to be placed again beside the newcomer.
+        """
         idle = self.lru.idle(keep)
+        if move and self.possible(rank):
+            idle += [placement.digest for placement in self._pinned() if placement.digest not in keep]
         if self.hole(rank, idle) is None:
             return None
         going: list[Digest] = []
@@ -59,8 +64,12 @@ class Pool:
         return start, [digest for digest in going if self._overlaps(digest, start, rank)]
 
     def possible(self, rank: int) -> bool:
-        """Whether `rank` rows would fit once all but the pinned have gone."""
-        return self.hole(rank, self.lru.idle()) is not None
+        """Whether there are `rank` rows beside those of the pinned."""
+        return rank + sum(placement.rank for placement in self._pinned()) <= self.rank
+
+    def _pinned(self) -> list[Placement]:
+        free = set(self.lru.idle())
+        return [placement for placement in self.layout if placement.digest not in free]
 
     def _order(self) -> None:
         self.layout = tuple(sorted(self._placements.values(), key=lambda placement: placement.start))

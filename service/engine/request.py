@@ -325,6 +325,7 @@ class Report:
     loads: tuple[Load, ...] = ()
     placed: tuple[tuple[Digest, float], ...] = ()  # digest, seconds
     pool: tuple[Placement, ...] | None = None  # the pool's layout, when it changed
+    evicted: tuple[tuple[Digest, Tier, float], ...] = ()  # digest, the tier it left, seconds
     dropped: tuple[tuple[Digest, int], ...] = ()
     gauges: Gauges = Gauges()
 

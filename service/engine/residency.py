@@ -120,10 +120,11 @@ class Residency:
         self._moved.update(victims)
         return adapter, victims
 
-    def seat(self, digest: Digest, in_flight: Collection[Digest]) -> bool:
-        """Places the adapter, idle ones leaving for it if they must; whether it could."""
+    def seat(self, digest: Digest, in_flight: Collection[Digest], move: bool = False) -> bool:
+        """Places the adapter, idle ones leaving for it if they must, and pinned ones if they may `move`; whether it could."""
         rank = self.known[digest].rank
-        room = self.pool.room(rank, in_flight)
+        just_placed = [placement.digest for placement in self._placed]  # one plan cannot both place and remove it
+        room = self.pool.room(rank, {*in_flight, *just_placed}, move)
         if room is None:
             return False
         start, victims = room

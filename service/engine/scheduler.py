@@ -211,11 +211,11 @@ class Scheduler:
 
     def _seat(self, digest: Digest) -> bool:
         """Whether the adapter could be placed; where the pinned ones leave no room for it, its requests fail."""
-        if self.adapters.seat(digest, self._in_flight()):
+        if self.adapters.seat(digest, self._in_flight(), move=True):
             return True
         pool, rank = self.adapters.pool, self.adapters.known[digest].rank
         if not pool.possible(rank):
-            message = f"the adapter needs {rank} rank rows side by side; pinned adapters hold too many of the pool's {pool.rank}"
+            message = f"the adapter needs {rank} rank rows; pinned adapters hold too many of the pool's {pool.rank}"
             self._fail_waiting(digest, "overloaded", message)
         return False
 

@@ -40,6 +40,7 @@ from .request import (
     Runner,
     Shutdown,
     Submit,
+    Tier,
 )
 from .scheduler import Scheduler
 
@@ -72,6 +73,7 @@ class Worker:
         self.raised = 0
         self._loads: list[Load] = []
         self._placed: list[tuple[Digest, float]] = []
+        self._evicted: list[tuple[Digest, Tier, float]] = []
         self._dropped: list[tuple[Digest, int]] = []
 
     def run(self) -> int:
@@ -128,7 +130,9 @@ class Worker:
         if (wanted := self.scheduler.next_load()) is not None:
             adapter, victims = wanted
             for digest in victims:
+                began = time.monotonic()
                 self.runner.unload(digest)
+                self._evicted.append((digest, Tier.HOST, time.monotonic() - began))
             self.loader.read(adapter)
 
     def _forget(self) -> None:
@@ -150,12 +154,18 @@ class Worker:
             self.scheduler.commit(plan, results)
 
     def _place(self, plan: Plan) -> None:
-        """A step of its own: its time is told, and when the forward raises, the pool is known to be sound."""
-        if plan.remove or plan.place:
-            began = time.monotonic()
-            self.runner.step(Plan(plan.remove, plan.place))
-            seconds = (time.monotonic() - began) / max(1, len(plan.place))
+        """Steps of their own: their times are told, and when the forward raises, the pool is known to be sound."""
+        if plan.remove:
+            seconds = self._took(Plan(remove=plan.remove)) / len(plan.remove)
+            self._evicted += [(digest, Tier.DEVICE, seconds) for digest in plan.remove]
+        if plan.place:
+            seconds = self._took(Plan(place=plan.place)) / len(plan.place)
             self._placed += [(placement.digest, seconds) for placement in plan.place]
+
+    def _took(self, plan: Plan) -> float:
+        began = time.monotonic()
+        self.runner.step(plan)
+        return time.monotonic() - began
 
     def _run(self, plan: Plan) -> Sequence[Result]:
         made = {chunk.generated + 1 for chunk in plan.chunks if chunk.sample}
@@ -168,8 +178,9 @@ class Worker:
         for event in report.events:
             if event.finish is not None:
                 self.runner.finish(event.request)
-        report = replace(report, loads=tuple(self._loads), placed=tuple(self._placed), dropped=tuple(self._dropped))
-        self._loads, self._placed, self._dropped = [], [], []
+        moved = {"loads": tuple(self._loads), "placed": tuple(self._placed), "evicted": tuple(self._evicted), "dropped": tuple(self._dropped)}
+        report = replace(report, **moved)
+        self._loads, self._placed, self._evicted, self._dropped = [], [], [], []
         news = report != Report(gauges=report.gauges)
         if news:
             self._send(report)

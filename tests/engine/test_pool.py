@@ -38,8 +38,17 @@ def test_nobody_leaves_for_what_cannot_fit() -> None:
     pool.lru.pin("b")
     pool.lru.pin("c")
     assert pool.room(8, keep=()) is None
-    assert not pool.possible(5)
-    assert pool.possible(4)
+    assert not pool.possible(9)
+
+
+def test_scattered_pinned_ones_may_move_where_there_are_rows_enough() -> None:
+    pool = filled(4, 4, 4, 4)
+    pool.lru.pin("b")
+    assert pool.room(12, keep=()) is None
+    assert pool.room(12, keep=(), move=True) == (0, ["a", "c", "b"])
+    assert pool.room(12, keep={"b"}, move=True) is None
+    assert pool.room(13, keep=(), move=True) is None
+    assert pool.room(8, keep=(), move=True) == (8, ["c", "d"]), "nobody moves without need"
 
 
 def test_ranges_never_overlap_in_a_random_walk() -> None:

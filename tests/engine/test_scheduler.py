@@ -109,6 +109,23 @@ def test_others_pass_while_an_adapter_is_read() -> None:
     assert driver.stories[waits].tokens == expected(slow.digest, [1], 2)
 
 
+def test_a_pinned_adapter_in_the_middle_of_the_pool_moves_for_a_large_one() -> None:
+    driver = Driver(pool_rank=16)
+    first, pinned, big = adapter("first", rank=6), adapter("pinned", rank=4), adapter("big", rank=12)
+    for each in (first, pinned):
+        driver.scheduler.offer(each, preload=True)
+    driver.settle()
+    driver.scheduler.pin(pinned.digest, True)
+    driver.scheduler.offer(big)
+    driver.submit([1], 3, big)
+    driver.settle()
+    driver.submit([2], 3, pinned)
+    driver.settle()
+    assert [story.end.finish for story in driver.stories.values() if story.end] == [Finish.LENGTH] * 2
+    assert [driver.tiers[each.digest] for each in (first, pinned, big)] == [Tier.HOST, Tier.DEVICE, Tier.DEVICE]
+    driver.check()
+
+
 def test_a_request_that_pinned_adapters_leave_no_room_for_is_refused() -> None:
     driver = Driver(pool_rank=8)
     pinned, big = adapter("pinned", rank=4), adapter("big", rank=8)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..engine.request import Digest
+from ..engine.request import Digest, Patch
 from .facts import LAYER, leaf
 from .reading import Reader, Reading
 
@@ -37,23 +37,31 @@ class Norms:
             del self._asked[digest]
 
 
-def by_layer(norms: Mapping[str, float], layers: int) -> dict[str, Any]:
-    """`modules`: one list by layer for each name, null where the layer is left alone; `outside`: what lies in no layer, such as the head.
+def by_layer(patches: Sequence[Patch], norms: Mapping[str, float], layers: int) -> dict[str, Any]:
+    """`modules`: ranks and norms by layer for each name, null where the layer is left alone; `outside`: what lies in no layer, as the head.
 
-    Modules of one name in one layer, such as experts, count as one: the norm of all their changes together.
+    Modules of one name in one layer, such as experts, count as one: the largest rank, and the norm of all their changes together.
     """
-    strips: dict[str, dict[int, float]] = {}
-    outside: dict[str, float] = {}
-    for module, norm in norms.items():
-        match, name = LAYER.match(module), leaf(module)
-        if match is None:
-            outside[name] = math.hypot(outside.get(name, 0.0), norm)
-            continue
-        strip, layer = strips.setdefault(name, {}), int(match[2])
-        strip[layer] = math.hypot(strip.get(layer, 0.0), norm)
-        layers = max(layers, layer + 1)
+    strips: dict[str, dict[int, list[Patch]]] = {}
+    outside: dict[str, list[Patch]] = {}
+    for one in patches:
+        name = leaf(one.module)
+        if match := LAYER.match(one.module):
+            strips.setdefault(name, {}).setdefault(int(match[2]), []).append(one)
+        else:
+            outside.setdefault(name, []).append(one)
+    layers = max([layers, *(1 + layer for strip in strips.values() for layer in strip)])
+
+    def both(found: Sequence[Patch]) -> tuple[int, float]:
+        return max(one.rank for one in found), math.hypot(*(norms[one.module] for one in found))
+
+    def strip(name: str) -> dict[str, Any]:
+        told = [both(found) if (found := strips[name].get(layer)) else (None, None) for layer in range(layers)]
+        return {"name": name, "ranks": [rank for rank, _ in told], "norms": [norm for _, norm in told]}
+
+    rest = [(name, *both(found)) for name, found in sorted(outside.items())]
     return {
         "layers": layers,
-        "modules": [{"name": name, "norms": [strip.get(layer) for layer in range(layers)]} for name, strip in sorted(strips.items())],
-        "outside": [{"name": name, "norm": norm} for name, norm in sorted(outside.items())],
+        "modules": [strip(name) for name in sorted(strips)],
+        "outside": [{"name": name, "rank": rank, "norm": norm} for name, rank, norm in rest],
     }

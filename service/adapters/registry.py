@@ -177,7 +177,7 @@ class Registry:
         one = self._shelves.usable(id)
         reading = one.generation.reading
         assert reading is not None, "a usable adapter was read"
-        return {"id": id, "digest": one.digest} | by_layer(await self._norms.of(reading), self._shelves.base.layers)
+        return {"id": id, "digest": one.digest} | by_layer(reading.layers, await self._norms.of(reading), self._shelves.base.layers)
 
     def forecast(self, r: int, modules: Sequence[str], dtype: str = "float32") -> Told:
         """What an adapter of this shape would weigh on the base. Raises BadRequest."""

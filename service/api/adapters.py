@@ -130,7 +130,7 @@ async def architecture(id: Id, here: Shelf) -> str:
 # One part deeper than any id goes, so no id can hide it.
 @router.get("/adapters/{id:path}/architecture/norms", responses=documented(404, 422, 503))
 async def norms(id: Id, here: Shelf) -> Told:
-    """Where the adapter acts: the Frobenius norm of `scaling · B · A` by module and layer; DoRA's magnitudes are not in it."""
+    """Where it acts: rank and Frobenius norm of `scaling · B · A` by module and layer; DoRA's magnitudes are not in it."""
     return await here.registry.norms(id)
 
 

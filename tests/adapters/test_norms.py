@@ -15,6 +15,7 @@ from service.adapters.reader import norms as measured
 from service.adapters.reader import product_norm, read
 from service.adapters.reading import Reader, Reading
 from service.adapters.skeleton import Skeleton
+from service.engine.request import Patch
 from service.errors import AdapterInvalid, AdapterNotFound
 
 from .. import making
@@ -63,16 +64,21 @@ def test_changed_files_are_not_measured(skeleton: Skeleton, plain: Path, tmp_pat
         measured(reading.adapter, reading.layers)
 
 
-def test_norms_are_told_by_layer_and_what_lies_in_none_apart() -> None:
-    told = norms.by_layer(
-        {"model.layers.0.x.q": 3.0, "model.layers.2.x.q": 1.0, "model.layers.2.y.q": 1.0, "m.h.1.v": 5.0, "lm_head": 2.0}, 3
-    )
+def test_ranks_and_norms_are_told_by_layer_and_what_lies_in_none_apart() -> None:
+    ranks = {"model.layers.0.x.q": 4, "model.layers.2.x.q": 8, "model.layers.2.y.q": 16, "m.h.1.v": 2, "lm_head": 1}
+    sizes = {"model.layers.0.x.q": 3.0, "model.layers.2.x.q": 1.0, "model.layers.2.y.q": 1.0, "m.h.1.v": 5.0, "lm_head": 2.0}
+    told = norms.by_layer([Patch(module, rank, 1.0, "a", "b") for module, rank in ranks.items()], sizes, 3)
     assert told == {
         "layers": 3,
-        "modules": [{"name": "q", "norms": [3.0, None, pytest.approx(2**0.5)]}, {"name": "v", "norms": [None, 5.0, None]}],
-        "outside": [{"name": "lm_head", "norm": 2.0}],
+        "modules": [
+            {"name": "q", "ranks": [4, None, 16], "norms": [3.0, None, pytest.approx(2**0.5)]},
+            {"name": "v", "ranks": [None, 2, None], "norms": [None, 5.0, None]},
+        ],
+        "outside": [{"name": "lm_head", "rank": 1, "norm": 2.0}],
     }
-    assert norms.by_layer({"layers.4.q": 1.0}, 2)["modules"] == [{"name": "q", "norms": [None] * 4 + [1.0]}]
+    deep = norms.by_layer([Patch("layers.4.q", 2, 1.0, "a", "b")], {"layers.4.q": 1.0}, 2)
+    assert (deep["layers"], deep["modules"][0]["norms"]) == (5, [None] * 4 + [1.0])
+    assert norms.by_layer([], {}, 3) == {"layers": 3, "modules": [], "outside": []}
 
 
 class Counting(Reader):

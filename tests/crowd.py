@@ -1,0 +1,348 @@
+"""Clients that do everything at once: they ask in both dialects, stream, leave, err, register, replace and delete, and judge each answer.
+
+Speaks HTTP only; must not know what is done to the service meanwhile, but by the errors that it has for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+CLIENTS = 16
+PROMPTS = ("Hello there", "What is the time? ", "the an in", "x" * 70)
+LENGTHS = (1, 5, 17)
+BUSY = {(429, "overloaded"), (503, "not_ready")}  # what any request may be told
+CAUGHT = {"not_ready"}  # what a stream may end with
+DIED = "the worker died"
+GONE = (404, "adapter_not_found")
+SHAKY = 4  # of the markers, the last so many come and go
+TWO_FACED = "two-faced"
+Body = dict[str, Any]
+
+BAD: tuple[tuple[str, Body | str, int], ...] = (
+    ("/generate", "{no json", 422),
+    ("/generate", {"inputs": "Hi", "parameters": {"max_new_tokens": 0}}, 422),
+    ("/generate", {"inputs": "Hi", "parameters": {"temperature": -1}}, 422),
+    ("/generate", {"inputs": ""}, 422),
+    ("/generate", {"inputs": "Hi", "surprise": 1}, 422),
+    ("/generate", {"inputs": "word " * 300}, 422),
+    ("/generate_stream", {"inputs": "Hi", "parameters": {"max_new_tokens": 100_000}}, 422),
+    ("/v1/completions", {"model": "m0", "prompt": "Hi", "n": 0}, 400),
+    ("/v1/chat/completions", {"model": "m0", "messages": []}, 400),
+    ("/adapters", {"id": "../x", "source": "m0"}, 422),
+    ("/adapters", {"id": "x", "source": "/etc"}, 403),
+    ("/adapters", {"id": "x", "source": "nowhere"}, 422),
+    ("/adapters", {"id": "m0", "source": "m1"}, 409),
+)
+
+
+class WrongError(Exception):
+    """An answer that must not be."""
+
+
+@dataclass
+class Tally:
+    """What became of every request sent, by its request id, and what must not be.
+
+    answered, done: a right answer, with tokens or of another kind; error: the right error; refused: nobody could have had an answer then;
+    caught: the worker died with it; broken: it died in mid-stream; left, unheard: the client went, in mid-stream or before any answer;
+    cut: the service was ending.
+    """
+
+    outcomes: dict[str, str] = field(default_factory=dict)
+    wrong: list[str] = field(default_factory=list)
+    letters: Counter[str] = field(default_factory=Counter)
+
+    def counted(self) -> Counter[str]:
+        return Counter(self.outcomes.values())
+
+
+@dataclass
+class World:
+    """What is true: the letter that each folder says, and what the base answers. `ending`: the service was told to end."""
+
+    letters: dict[str, str]
+    base: dict[tuple[str, int], str] = field(default_factory=dict)
+    digests: dict[str, str] = field(default_factory=dict)
+    ending: bool = False
+
+    @property
+    def steady(self) -> list[str]:
+        return list(self.letters)[:-SHAKY]
+
+    @property
+    def shaky(self) -> list[str]:
+        return list(self.letters)[-SHAKY:]
+
+    async def learn(self, http: httpx.AsyncClient) -> None:
+        """What the base says while nothing else runs, and the digest of every folder."""
+        for prompt, length in itertools.product(PROMPTS, LENGTHS):
+            answer = await http.post("/generate", json=native(prompt, None, length))
+            self.base[prompt, length] = answer.raise_for_status().json()["generated_text"]
+        listed = (await http.get("/adapters")).json()["adapters"]
+        self.digests = {card["digest"]: self.letters[card["id"]] for card in listed}
+
+    def answer(self, digest: str | None, prompt: str, length: int) -> str:
+        return self.base[prompt, length] if digest is None else self.digests[digest] * length
+
+
+def native(prompt: str, adapter: str | None, length: int, **more: Any) -> Body:
+    return {"inputs": prompt, "parameters": {"adapter_id": adapter, "max_new_tokens": length, "ignore_eos_token": True, **more}}
+
+
+def openai(prompt: str, adapter: str | None, length: int, **more: Any) -> Body:
+    asked = {"model": adapter or "base", "max_tokens": length, "ignore_eos": True, "temperature": 0}
+    return asked | {"prompt": prompt} | more
+
+
+def code(error: Body) -> str:
+    """The code of an error body of either dialect."""
+    inner = error["error"]
+    told = inner["code"] if isinstance(inner, dict) else error["error_type"]
+    return GONE[1] if told == "model_not_found" else str(told)
+
+
+def events(text: str) -> list[Body]:
+    return [json.loads(line[5:]) for line in text.splitlines() if line.startswith("data:") and not line.endswith("[DONE]")]
+
+
+class Person:
+    """One client. Whatever comes back is judged and goes into the tally; nothing is raised."""
+
+    def __init__(self, number: int, http: httpx.AsyncClient, world: World, tally: Tally) -> None:
+        self.name, self.http, self.world, self.tally = f"c{number}", http, world, tally
+        self.dice = random.Random(number)
+        self.sent = 0
+        self.deeds: dict[Callable[[], Awaitable[None]], int] = {
+            self.ask: 30,
+            self.ask_openai: 20,
+            self.stream: 20,
+            self.leave: 8,
+            self.leave_unanswered: 3,
+            self.err: 8,
+            self.ask_for_nobody: 3,
+            self.look: 3,
+            self.come_and_go: 3,
+            self.shake: 2,
+            self.replace: 2,
+        }
+
+    async def act(self) -> None:
+        deed = self.dice.choices(list(self.deeds), list(self.deeds.values()))[0]
+        try:
+            await deed()
+        except WrongError as error:
+            self.tally.wrong.append(f"{self.name} {deed.__name__}: {error}")
+
+    # ---- sending
+
+    def _id(self) -> str:
+        self.sent += 1
+        id = f"{self.name}-{self.sent}"
+        self.tally.outcomes[id] = "open"
+        return id
+
+    async def send(self, method: str, path: str, body: Body | str | None, *also: tuple[int, str]) -> httpx.Response | None:
+        """The answer if it is a good one; None for one of the errors that anybody may get, or that this one may."""
+        id = self._id()
+        sent = {"content": body} if isinstance(body, str) else {"json": body} if body is not None else {}
+        headers = {"x-request-id": id, "content-type": "application/json"}
+        try:
+            answer = await self.http.request(method, path, headers=headers, **sent)
+        except httpx.TransportError as error:
+            self._cut(id, error)
+            return None
+        return answer if await self._good(id, answer, BUSY | set(also)) else None
+
+    async def _good(self, id: str, answer: httpx.Response, may: set[tuple[int, str]]) -> bool:
+        if answer.is_success:
+            self.tally.outcomes[id] = "answered" if "generat" in answer.url.path or "completions" in answer.url.path else "done"
+            return True
+        told = (answer.status_code, code(answer.json()))
+        self.tally.outcomes[id] = self._outcome(told, answer.text)
+        if told not in may:
+            raise WrongError(f"{id}: {answer.status_code} {answer.text[:200]}")
+        if told in BUSY:
+            await asyncio.sleep(0.1)
+        return False
+
+    def _outcome(self, told: tuple[int, str], text: str) -> str:
+        return "error" if told not in BUSY else "caught" if DIED in text else "refused"
+
+    def _cut(self, id: str, error: Exception) -> None:
+        self.tally.outcomes[id] = "cut"
+        if not self.world.ending:
+            raise WrongError(f"{id}: {type(error).__name__} {error}")
+
+    @asynccontextmanager
+    async def _open(self, path: str, body: Body, *also: tuple[int, str]) -> AsyncIterator[httpx.Response | None]:
+        """A stream; counted as left unless whoever reads it says otherwise."""
+        id = self._id()
+        try:
+            answer = await self.http.send(self.http.build_request("POST", path, json=body, headers={"x-request-id": id}), stream=True)
+        except httpx.TransportError as error:
+            self._cut(id, error)
+            yield None
+            return
+        try:
+            if answer.is_success:
+                self.tally.outcomes[id] = "left"
+                yield answer
+            else:
+                await answer.aread()
+                await self._good(id, answer, BUSY | set(also))
+                yield None
+        except httpx.TransportError as error:
+            self._cut(id, error)
+        finally:
+            await answer.aclose()
+
+    # ---- deeds
+
+    def _question(self) -> tuple[str, str | None, int]:
+        adapter = self.dice.choice([None, *self.world.letters]) if self.dice.random() < 0.9 else TWO_FACED
+        return self.dice.choice(PROMPTS), adapter, self.dice.choice(LENGTHS)
+
+    def _may(self, adapter: str | None) -> list[tuple[int, str]]:
+        return [GONE] if adapter in self.world.shaky else []
+
+    def _judge(self, asked: tuple[str, str | None, int], told: Body | None, text: str) -> None:
+        prompt, adapter, length = asked
+        if (told["id"] if told else None) != adapter:
+            raise WrongError(f"asked {adapter}, answered by {told}")
+        right = self.world.answer(told["digest"] if told else None, prompt, length)
+        if text != right:
+            raise WrongError(f"{adapter} said {text!r} to {prompt!r}, not {right!r}")
+        if adapter in self.world.letters and text != self.world.letters[adapter] * length:
+            raise WrongError(f"{adapter} said {text!r}: another one's letter")
+        self.tally.letters[text[0] if adapter else ""] += 1
+
+    async def ask(self) -> None:
+        asked = self._question()
+        warm = {"temperature": 1.0, "seed": self.sent} if asked[1] and self.dice.random() < 0.3 else {}
+        if answer := await self.send("POST", "/generate", native(*asked, **warm), *self._may(asked[1])):
+            self._judge(asked, answer.json()["adapter"], answer.json()["generated_text"])
+
+    async def ask_openai(self) -> None:
+        asked = self._question()
+        if answer := await self.send("POST", "/v1/completions", openai(*asked), *self._may(asked[1])):
+            self._judge(asked, answer.json()["adapter"], answer.json()["choices"][0]["text"])
+
+    async def stream(self) -> None:
+        asked = self._question()
+        plain = self.dice.random() < 0.5
+        path, body = ("/generate_stream", native(*asked)) if plain else ("/v1/completions", openai(*asked, stream=True))
+        async with self._open(path, body, *self._may(asked[1])) as answer:
+            if answer is None:
+                return
+            read = (await answer.aread()).decode()
+            id = answer.request.headers["x-request-id"]
+            self.tally.outcomes[id] = "answered"
+            found = events(read)
+            if "error" in found[-1]:
+                self.tally.outcomes[id] = "broken"
+                if code(found[-1]) not in CAUGHT:
+                    raise WrongError(f"{id}: {found[-1]}")
+                return
+        text = "".join(event["token"]["text"] if plain else event["choices"][0]["text"] for event in found)
+        self._judge(asked, found[-1]["adapter"], text)
+        if not plain and not read.endswith("data: [DONE]\n\n"):
+            raise WrongError(f"{id}: no [DONE]")
+
+    async def leave(self) -> None:
+        """Goes in the middle of a long stream."""
+        _, adapter, _ = self._question()
+        async with self._open("/generate_stream", native(PROMPTS[0], adapter, 150), *self._may(adapter)) as answer:
+            if answer is not None:
+                left = self.dice.randint(1, 12)
+                async for _ in answer.aiter_lines():
+                    left -= 1
+                    if not left:
+                        break
+
+    async def leave_unanswered(self) -> None:
+        """Goes before an answer that is sent whole."""
+        id = self._id()
+        _, adapter, _ = self._question()
+        asked = self.http.post("/generate", json=native(PROMPTS[0], adapter, 150), headers={"x-request-id": id})
+        try:
+            answer = await asyncio.wait_for(asked, self.dice.uniform(0.005, 0.1))
+            await self._good(id, answer, BUSY | {GONE})
+        except TimeoutError:
+            self.tally.outcomes[id] = "unheard"
+        except httpx.TransportError as error:
+            self._cut(id, error)
+
+    async def err(self) -> None:
+        path, body, status = self.dice.choice(BAD)
+        await self._refused(path, body, status)
+
+    async def ask_for_nobody(self) -> None:
+        name = self.dice.choice(("typo", "", "M0", "m0 ", f"{self.name}-gone"))
+        path, body = self.dice.choice((("/generate", native("Hi", name, 3)), ("/v1/completions", openai("Hi", name or "none", 3))))
+        await self._refused(path, body, 404)
+
+    async def _refused(self, path: str, body: Body | str, status: int) -> None:
+        id = self._id()
+        sent = {"content": body} if isinstance(body, str) else {"json": body}
+        try:
+            answer = await self.http.post(path, headers={"x-request-id": id, "content-type": "application/json"}, **sent)
+        except httpx.TransportError as error:
+            return self._cut(id, error)
+        told = (answer.status_code, code(answer.json()) if not answer.is_success else "")
+        self.tally.outcomes[id] = self._outcome(told, answer.text)
+        if answer.status_code != status and told not in BUSY:
+            raise WrongError(f"{id}: {body!r} got {told}, not {status}")
+        return None
+
+    async def look(self) -> None:
+        await self.send(
+            "GET", self.dice.choice(("/adapters", "/adapters/m0/summary", "/base", "/v1/models", "/adapters/m1/architecture")), None
+        )
+
+    # ---- adapters that come and go
+
+    async def come_and_go(self) -> None:
+        """Registers a name of its own, asks it, deletes it, and is told then that it is not there."""
+        folder, id = self.dice.choice(self.world.steady), f"{self.name}-own"
+        if not await self.send("PUT", f"/adapters/{id}", {"source": folder}):
+            return
+        if answer := await self.send("POST", "/generate", native(PROMPTS[0], id, 5)):
+            self._judge((PROMPTS[0], id, 5), answer.json()["adapter"], answer.json()["generated_text"])
+            if answer.json()["generated_text"] != self.world.letters[folder] * 5:
+                raise WrongError(f"{id} is {folder}, and said {answer.json()['generated_text']!r}")
+        while not self.world.ending and not await self.send("DELETE", f"/adapters/{id}", None):
+            pass
+        await self._refused("/generate", native("Hi", id, 3), 404)
+
+    async def shake(self) -> None:
+        """Deletes one that others ask, and brings it back."""
+        id = self.dice.choice(self.world.shaky)
+        await self.send("DELETE", f"/adapters/{id}", None, GONE)
+        await self.send("POST", "/adapters", {"id": id, "source": id}, (409, "conflict"))
+
+    async def replace(self) -> None:
+        """Puts another content under the one name that says now this, now that."""
+        await self.send("PUT", f"/adapters/{TWO_FACED}", {"source": self.dice.choice(self.world.steady[:6])})
+        await self.send("PATCH", f"/adapters/{TWO_FACED}", {"pinned": self.dice.random() < 0.5})
+
+
+async def run(url: str, world: World, tally: Tally, stop: asyncio.Event, first: int = 0) -> None:
+    """Everybody acts until told to stop, and finishes what was begun."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=CLIENTS)
+    async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits, trust_env=False) as http:
+
+        async def live(person: Person) -> None:
+            while not stop.is_set():
+                await person.act()
+
+        await asyncio.gather(*(live(Person(first + number, http, world, tally)) for number in range(CLIENTS)))

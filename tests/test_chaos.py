@@ -1,0 +1,178 @@
+"""Sixteen clients, forty adapters, a worker that is killed again and again, and an end in the middle of it: nobody gets a wrong answer or none.
+
+CHAOS_SECONDS says how long; `make soak` takes ten minutes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from deploy.bench.servers import Server, started
+from tests import crowd, markers
+from tests.crowd import TWO_FACED, Tally, World
+
+pytestmark = pytest.mark.anyio
+
+SECONDS = float(os.environ.get("CHAOS_SECONDS", "60"))
+KILL_EVERY_S = 60.0
+ADAPTERS = 40
+LAST_WORDS_S = 3.0
+GROWTH, SLACK = 1.10, 16e6  # of each process' own memory, once warm
+
+
+@dataclass
+class Service:
+    """The one under test, and what it logs."""
+
+    server: Server
+    log: Path
+    letters: dict[str, str]
+
+    @property
+    def url(self) -> str:
+        return self.server.url
+
+    def process(self) -> psutil.Process:
+        return psutil.Process(self.server.pid)
+
+    def worker(self) -> psutil.Process | None:
+        below = self.process().children()
+        return next((one for one in below if "service.engine.worker" in one.cmdline()), None)
+
+    def logged(self, word: str = "id") -> Counter[str]:
+        """How many lines of the log tell of each request, of those that have this word."""
+        lines = [json.loads(line) for line in self.log.read_text().splitlines() if line.startswith("{")]
+        return Counter(line["id"] for line in lines if line["message"] == "request" and word in line)
+
+    def defects(self) -> list[str]:
+        return [line[:2000] for line in self.log.read_text().splitlines() if '"exception"' in line or line.startswith("Traceback")]
+
+
+@dataclass
+class Scales:
+    """Bytes of its own that each process held, in order; a worker that was killed and its successor are one."""
+
+    api: list[int] = field(default_factory=list)
+    worker: list[int] = field(default_factory=list)
+
+    def weigh(self, service: Service) -> None:
+        self.api.append(service.process().memory_full_info().uss)
+        worker = service.worker()
+        if worker is not None:
+            self.worker.append(worker.memory_full_info().uss)
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    """A small pool, a small host cache and few rows, so that adapters move all the time and the queue fills."""
+    folder = tmp_path_factory.mktemp("chaos")
+    base = markers.base(folder / "base")
+    letters = markers.shelf(folder / "adapters", base, ADAPTERS)
+    model = {"base": str(base), "dtype": "float32", "quantization": "none", "device": "cpu", "compile": "off"}
+    bounds = {"max_rows": "6", "queue_limit": "8", "pool_rank": "64", "max_rank": "32", "host_cache_mb": "1", "request_timeout_s": "30"}
+    settings = model | bounds | {"adapters_dir": str(folder / "adapters"), "log_format": "json"}
+    with started(settings, folder / "log") as server:
+        yield Service(server, folder / "log", letters)
+
+
+async def torment(service: Service, scales: Scales, seconds: float) -> int:
+    """Kills the worker in the middle of each minute, and at half-time where that is sooner; how many it killed."""
+    loop = asyncio.get_running_loop()
+    began, killed, period = loop.time(), 0, min(KILL_EVERY_S, seconds)
+    while (now := loop.time() - began) < seconds:
+        if now > (killed + 0.5) * period and (worker := service.worker()):
+            scales.weigh(service)
+            worker.send_signal(signal.SIGKILL)
+            killed += 1
+        await asyncio.sleep(0.5)
+    return killed
+
+
+Samples = dict[tuple[str, str], float]
+
+
+async def samples(http: httpx.AsyncClient) -> Samples:
+    """Every sample of the service, by name and first label."""
+    text = (await http.get("/metrics")).text
+    all = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+    return {(sample.name.removeprefix("adapterd_"), next(iter(sample.labels.values()), "")): sample.value for sample in all}
+
+
+def risen(after: Samples, before: Samples, name: str, label: str | None = None) -> int:
+    return int(sum(value - before.get(key, 0) for key, value in after.items() if key[0] == name and label in (None, key[1])))
+
+
+async def ready(http: httpx.AsyncClient) -> None:
+    async with asyncio.timeout(60):
+        while (await http.get("/ready")).status_code != 200:  # noqa: ASYNC110 - what is waited for has no event
+            await asyncio.sleep(0.1)
+
+
+async def test_whatever_happens_every_request_ends_with_a_right_answer_or_a_documented_error(service: Service) -> None:
+    world, tally, scales, stop = World(service.letters), Tally(), Scales(), asyncio.Event()
+    async with httpx.AsyncClient(base_url=service.url, timeout=30, trust_env=False) as http:
+        await world.learn(http)
+        (await http.put(f"/adapters/{TWO_FACED}", json={"source": "m0"})).raise_for_status()
+        before = await samples(http)
+        acting = asyncio.create_task(crowd.run(service.url, world, tally, stop))
+        killed = await torment(service, scales, SECONDS)
+        stop.set()
+        await acting
+        await ready(http)
+        scales.weigh(service)
+        after = await samples(http)
+    print(f"{len(tally.outcomes)} requests in {SECONDS:.0f} s: {dict(tally.counted())}; {killed} kills; bytes {scales}")
+    assert tally.wrong == []
+    assert service.defects() == []
+    assert killed >= 1
+    assert risen(after, before, "worker_restarts_total") == killed
+    assert set(tally.letters) == {"", *service.letters.values()}, "each was asked, the base too"
+    check_counts(service, tally, lambda name, label=None: risen(after, before, name, label))
+    for weights in (scales.api, scales.worker):
+        assert weights[-1] < weights[0] * GROWTH + SLACK
+    await check_end(service, world)
+
+
+def check_counts(service: Service, tally: Tally, risen: Callable[..., int]) -> None:
+    """Sent, ended, logged and counted are the same."""
+    said, seen = tally.counted(), service.logged()
+    assert "open" not in said
+    unlogged = {id: outcome for id, outcome in tally.outcomes.items() if seen[id] != 1}
+    assert set(unlogged.values()) <= {"unheard"}, f"but one that left before it was read has one line each: {unlogged}"
+    tickets, success, gone = risen("e2e_request_latency_seconds_count"), risen("request_success_total"), said["left"] + said["unheard"]
+    assert tickets == len(service.logged("prompt_tokens").keys() & tally.outcomes.keys())
+    assert said["answered"] <= success <= said["answered"] + gone
+    failed = risen("request_failure_total", "cancelled") + said["caught"] + said["broken"]
+    assert 0 <= tickets - success - failed <= gone, "one that left may have failed before"
+
+
+async def check_end(service: Service, world: World) -> None:
+    """SIGTERM in the middle: what was begun ends, what comes then is told so or finds nobody, and the exit code is 0."""
+    tally, stop, first = Tally(), asyncio.Event(), 100
+    acting = asyncio.create_task(crowd.run(service.url, world, tally, stop, first))
+    await asyncio.sleep(LAST_WORDS_S)
+    world.ending = True
+    process = service.process()
+    process.terminate()
+    code = await asyncio.to_thread(process.wait, 60)
+    stop.set()
+    await acting
+    said, seen = tally.counted(), service.logged()
+    print(f"at the end: {dict(said)}")
+    assert code == 0
+    assert tally.wrong == []
+    assert service.defects() == []
+    assert said["answered"]
+    assert {id: outcome for id, outcome in tally.outcomes.items() if seen[id] != (outcome != "cut") and outcome != "unheard"} == {}

@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: venv serve test bench lint
+.PHONY: venv serve test soak bench lint
 
 venv: $(READY)
 
@@ -28,6 +28,9 @@ lint: $(READY)
 
 test: lint
 	$(BIN)/pytest
+
+soak: $(READY)
+	CHAOS_SECONDS=600 $(BIN)/pytest -s tests/test_chaos.py
 
 bench: $(READY)
 	$(BIN)/python -m deploy.bench.grid $(BENCH)

@@ -1,4 +1,4 @@
-"""Sixteen clients, forty adapters, a worker that is killed again and again, and an end in the middle of it: nobody gets a wrong answer or none.
+"""Sixteen clients, forty adapters, a worker that is killed again and again, an end in the midst of it: nobody gets a wrong answer or none.
 
 CHAOS_SECONDS says how long; `make soak` takes ten minutes.
 """
@@ -21,7 +21,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.bench.servers import Server, started
 from tests import crowd, markers
-from tests.crowd import TWO_FACED, Tally, World
+from tests.truth import TWO_FACED, Tally, World
 
 pytestmark = pytest.mark.anyio
 

@@ -95,6 +95,8 @@ class Shelves:
         """Takes an adapter from its id at once; the task waits for its leases, frees its content and gives the bytes freed."""
         del self.current[one.generation.id]
         self._retired.add(one)
+        if one.pinned:  # its pin goes with its name: what drains must not hold the pool
+            self.device.pin(one.digest, self._pinned(one.digest))
         task = asyncio.create_task(self._end(one))
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)

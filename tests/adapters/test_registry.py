@@ -268,6 +268,14 @@ async def test_pins_are_shared_by_content_and_told(stocked: Shop) -> None:
         assert (await registry.register("a", "plain", pinned=True, replace=True))[0]["pinned"] is True
 
 
+async def test_a_pin_goes_with_its_name_even_while_the_content_drains(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        await registry.register("a", "plain", pinned=True)
+        with registry.lease("a"):
+            await registry.register("a", "other", replace=True)
+            assert device(registry).pinned == set()
+
+
 async def test_a_load_that_fails_later_shows_until_one_succeeds(stocked: Shop) -> None:
     async with stocked.opened() as registry:
         card, _ = await registry.register("a", "plain")

@@ -177,6 +177,9 @@ def test_an_adapters_page_shows_the_summary_the_modules_and_the_tree(live: str, 
     expect(modules).to_have_count(1 + len(summary["by_module"]))
     expect(page.get_by_role("img", name=re.compile("adds .* MB to the"))).to_be_visible()
     for name in summary["target_modules"]:
+        expect(page.get_by_role("img", name=re.compile(rf"^{name}: norm [0-9.]+ to"))).to_be_visible()
+    page.get_by_role("button", name="Rank", exact=True).click()
+    for name in summary["target_modules"]:
         expect(page.get_by_role("img", name=re.compile(rf"^{name}: rank {summary['rank']['max']} to"))).to_be_visible()
     tree = httpx.get(f"{live}adapters/{id}/architecture").text
     assert page.get_by_label("Module tree with the adapter in place").inner_text().strip() == tree.strip()

@@ -47,7 +47,7 @@ function options(lines, least, width, onPoint) {
     height: TALL,
     legend: { show: false },
     cursor: { y: false, points: { size: 7 } },
-    padding: [8, 8, 0, 0],
+    padding: [8, 28, 0, 0], // a time at the right edge has room for its second half
     scales: { x: { range: (_, first, last) => [last - SHOWN_S, last] }, y: { range: (_, low, high) => [0, Math.max((high ?? 0) * 1.1, least)] } },
     axes: [{ ...axis, size: 30, space: 90, values: (_, ticks) => ticks.map(clock) }, { ...axis, size: 66, space: 36, values: (_, ticks) => ticks.map((tick) => lines[0].show(tick)) }],
     series: [{}, ...lines.map((line) => ({ label: line.name, stroke: resolved(line.colour), width: 2, points: { show: false }, spanGaps: false }))],

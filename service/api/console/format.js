@@ -43,6 +43,8 @@ export function ago(iso) {
 /** `sha256:1f3a…` as its first twelve digits. */
 export const digest = (full) => (full ? full.replace(/^sha256:/, "").slice(0, 12) : NONE);
 
+export const rounded = (n) => `${+n.toPrecision(3)}`;
+
 /** One number, or `4–16` when an adapter mixes them. */
 export function range(span) {
   if (!span) return NONE;

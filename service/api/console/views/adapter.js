@@ -1,9 +1,8 @@
 // One adapter: what it is, where it acts in the base, and what it adds to the base's size.
 
 import * as api from "../api.js";
-import { ranksByLayer } from "../architecture.js";
 import { useCell, useEvery } from "../cell.js";
-import { ago, bytes, count, megabytes, NONE, percent, range } from "../format.js";
+import { ago, bytes, count, megabytes, NONE, percent, range, rounded } from "../format.js";
 import { Digest, Dot, Facts, Loading, Problems, State } from "../parts.js";
 import { Footprint, HeatStrips } from "../pictures.js";
 import { base, cards, loadCards } from "../shelf.js";
@@ -14,7 +13,8 @@ export function Adapter({ id }) {
   const [summary, setSummary] = useState(null);
   const [error, setError] = useState(null);
   const [leaving, setLeaving] = useState(false);
-  useEvery(3000, () => Promise.all([loadCards(), api.get(api.adapterPath(id, "/summary")).then(setSummary, setError)]), [id]);
+  const look = () => api.get(api.adapterPath(id, "/summary")).then(setSummary, (refused) => (setError(refused), refused.status === 404 && setSummary(null)));
+  useEvery(3000, () => Promise.all([loadCards(), look()]), [id]);
   const card = useCell(cards)?.find((one) => one.id === id);
   const title = html`<nav aria-label="Breadcrumb" class="muted"><a href="#/adapters">Adapters</a> /</nav>`;
   if (!summary) return html`${title}<h1>${id}</h1>${error ? html`<${Problems} error=${error} />` : html`<${Loading} what="the summary" />`}`;
@@ -22,22 +22,27 @@ export function Adapter({ id }) {
     ${title}
     <div class="title">
       <h1><${Dot} id=${id} />${id}</h1>
-      <${State} value=${summary.state} /> <${Digest} value=${summary.digest} />
+      <${State} value=${summary.state} /> ${summary.digest && html`<${Digest} value=${summary.digest} />`}
       <span class="title-end">
-        <a class="button quiet" href=${`#/compare/${id}`}>Compare</a>
+        ${summary.state === "ready" && html`<a class="button quiet" href=${`#/compare/${id}`}>Compare</a>`}
         ${card && html`<${Pin} card=${card} /><button type="button" class="quiet danger" onClick=${() => setLeaving(true)}>Delete</button>`}
       </span>
     </div>
+    ${summary.reason && html`<${Problems} error=${{ type: summary.state, message: summary.reason }} />`}
     ${summary.warnings.length > 0 && html`<ul class="warnings">${summary.warnings.map((warning) => html`<li>${warning}</li>`)}</ul>`}
-    <${Overview} summary=${summary} />
-    <${Size} summary=${summary} />
-    ${summary.by_module.length > 0 && html`<${ByModule} rows=${summary.by_module} caption=${`Modules of ${id}`} />`}
-    <${Inside} id=${id} summary=${summary} />
+    ${summary.digest ? html`<${Known} id=${id} summary=${summary} />` : html`<p class="muted">Source: ${summary.source}, registered ${ago(summary.registered_at)}.</p>`}
     ${leaving && card && html`<${Delete} card=${card} onClose=${() => setLeaving(false)} onDone=${() => (location.hash = "#/adapters")} />`}
   `;
 }
 
-const yes = (value) => (value ? "yes" : "no");
+/** What is known of an adapter that could be read. */
+const Known = ({ id, summary }) => html`
+  <${Overview} summary=${summary} />
+  <${Size} summary=${summary} />
+  ${summary.by_module.length > 0 && html`<${ByModule} rows=${summary.by_module} caption=${`Modules of ${id}`} />`}
+  ${summary.by_module.length > 0 && html`<${Where} id=${id} summary=${summary} />`}
+  <${Tree} id=${id} summary=${summary} />
+`;
 
 const Overview = ({ summary }) => html`<section class="card" aria-labelledby="overview">
   <h2 id="overview">Summary</h2>
@@ -46,7 +51,7 @@ const Overview = ({ summary }) => html`<section class="card" aria-labelledby="ov
     ["Alpha", summary.alpha ?? NONE],
     ["Scaling", range(summary.scaling)],
     ["Dropout", summary.dropout],
-    ["Targets", summary.target_modules.join(" ")],
+    ["Targets", summary.target_modules.join(" ") || NONE],
     ["Layers", summary.layers],
     ["Modules", summary.modules],
     ["Parameters", `${count(summary.parameters)} (${percent(summary.parameters / summary.base.parameters)} of the base)`],
@@ -67,7 +72,7 @@ const Overview = ({ summary }) => html`<section class="card" aria-labelledby="ov
 const Size = ({ summary }) => html`<section class="card" aria-labelledby="size">
   <h2 id="size">Against the base</h2>
   <${Footprint} base=${summary.footprint.base_megabytes} adapter=${summary.size.device_megabytes} rows=${summary.by_module}
-    name=${summary.id} baseName=${summary.base_model.served} />
+    parameters=${summary.parameters} name=${summary.id} baseName=${summary.base_model.served} />
   <p class="muted">Together ${megabytes(summary.footprint.with_adapter_megabytes)} on the device. The base has ${count(summary.base.parameters)} parameters,
     would be ${megabytes(summary.base.float32_megabytes)} as float32, and is held ${summary.base.quantization === "none" ? "unquantized" : `as ${summary.base.quantization}`}.</p>
 </section>`;
@@ -103,22 +108,41 @@ export function ByModule({ rows, caption }) {
 </section>`;
 }
 
-/** Where it acts, and the module tree it was read from. */
-function Inside({ id, summary }) {
+const MODES = [["norm", "norms", "Norm of the change"], ["rank", "ranks", "Rank"]];
+
+/** Where it acts: the norm of what each layer adds to the base's, or its rank. */
+function Where({ id, summary: { digest, use_dora: dora } }) {
+  const [found, setFound] = useState(null);
+  const [error, setError] = useState(null);
+  const [[what, field], setMode] = useState(MODES[0]);
+  useEffect(() => {
+    setError(null);
+    api.get(api.adapterPath(id, "/architecture/norms")).then(setFound, setError);
+  }, [id, digest]);
+  const values = new Map(found?.modules.map((module) => [module.name, module[field]]));
+  const outside = found?.outside.map((one) => `${one.name} ${rounded(one[what])}`).join(", ");
+  return html`<section class="card" aria-labelledby="where">
+    <div class="heading">
+      <h2 id="where">Where it acts</h2>
+      <div class="chips" role="group" aria-label="Shown by layer">
+        ${MODES.map((mode) => html`<button type="button" class="chip" aria-pressed=${mode[0] === what} onClick=${() => setMode(mode)}>${mode[2]}</button>`)}
+      </div>
+    </div>
+    <${Problems} error=${error} />
+    ${!found && !error && html`<${Loading} what="the norms" />`}
+    ${values.size > 0 && html`<${HeatStrips} values=${values} what=${what} />`}
+    ${outside && html`<p class="muted">Outside the layers: ${outside}.</p>`}
+    ${what === "norm" && html`<p class="muted">The Frobenius norm of scaling · B · A${dora ? "; of DoRA this is the change of direction, its trained magnitudes are not in it" : ""}.</p>`}
+  </section>`;
+}
+
+function Tree({ id, summary }) {
   const [tree, setTree] = useState("");
   useEffect(() => {
     api.text(api.adapterPath(id, "/architecture")).then(setTree, () => setTree(""));
   }, [id, summary.digest]);
-  if (!tree) return null;
-  const ranks = ranksByLayer(tree);
-  return html`
-    ${ranks.size > 0 && html`<section class="card" aria-labelledby="where">
-      <h2 id="where">Where it acts</h2>
-      <${HeatStrips} values=${ranks} what="rank" />
-    </section>`}
-    <section class="card" aria-labelledby="architecture">
-      <h2 id="architecture">Architecture</h2>
-      <pre tabindex="0" role="region" aria-label="Module tree with the adapter in place">${tree}</pre>
-    </section>
-  `;
+  return tree && html`<section class="card" aria-labelledby="architecture">
+    <h2 id="architecture">Architecture</h2>
+    <pre tabindex="0" role="region" aria-label="Module tree with the adapter in place">${tree}</pre>
+  </section>`;
 }

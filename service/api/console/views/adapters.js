@@ -16,6 +16,7 @@ const COLUMNS = [
   { name: "Size", of: (row) => row.card.megabytes ?? 0, number: true },
   { name: "Type", of: (row) => row.dtypes },
   { name: "Residency", of: (row) => row.card.residency },
+  { name: "Pinned", of: (row) => Number(row.card.pinned), number: true },
   { name: "In flight", of: (row) => row.card.in_flight, number: true },
   { name: "Tokens served", of: (row) => row.tokens, number: true },
 ];
@@ -40,10 +41,10 @@ function rowOf(card, summary, tokens) {
   return {
     card,
     tokens,
-    rank: summary?.rank ?? (typeof card.rank === "number" ? { min: card.rank, max: card.rank } : card.rank),
+    rank: summary ? summary.rank : card.rank && { min: card.rank, max: card.rank },
     targets: summary?.target_modules ?? [],
     dtypes: Object.keys(summary?.size.dtypes ?? {}).join(" "),
-    text: [card.id, card.state, ...(summary?.target_modules ?? [])].join(" ").toLowerCase(),
+    text: [card.id, card.state, card.pinned ? "pinned" : "", ...(summary?.target_modules ?? [])].join(" ").toLowerCase(),
   };
 }
 
@@ -54,7 +55,7 @@ function Shelf({ rows, onDelete }) {
   const shown = sorted(rows.filter((row) => row.text.includes(words.toLowerCase()) && (!tier || row.card.residency === tier)), sort);
   return html`
     <div class="filters">
-      <label>Filter <input type="search" value=${words} placeholder="id, target or state" onInput=${(event) => setWords(event.target.value)} /></label>
+      <label>Filter <input type="search" value=${words} placeholder="id, target, state, pinned" onInput=${(event) => setWords(event.target.value)} /></label>
       <label>Residency
         <select value=${tier} onChange=${(event) => setTier(event.target.value)}>
           <option value="">any</option>
@@ -98,20 +99,21 @@ function Row({ row, onDelete }) {
   const { card, rank, targets, dtypes, tokens } = row;
   const whole = baseMegabytes(useCell(base));
   const cells = [
-    html`<a href=${`#/adapters/${card.id}`}><${Dot} id=${card.id} />${card.id}</a>${card.state !== "ready" && html` <${State} value=${card.state} />`}`,
-    rank ? range(rank) : "",
+    html`<a href=${`#/adapters/${card.id}`}><${Dot} id=${card.id} />${card.id}</a>
+      ${card.state !== "ready" && html`<span class="failure"><${State} value=${card.state} /> ${card.reason}</span>`}`,
+    range(rank),
     html`<span class="targets">${targets.join(" ")}</span>`,
     short(card.parameters),
-    html`<span class="size">${megabytes(card.megabytes)}${whole && html`<${Bar} part=${card.megabytes} whole=${whole} label="the base's resident size" />`}</span>`,
+    html`<span class="size">${megabytes(card.megabytes)}${whole && card.megabytes !== null && html`<${Bar} part=${card.megabytes} whole=${whole} label="the base's resident size" />`}</span>`,
     dtypes,
     html`<span class=${`tier tier-${card.residency}`}>${card.residency}</span>`,
+    html`<${Pin} card=${card} />`,
     card.in_flight,
     count(tokens),
   ];
   return html`<tr role="row">
     ${cells.map((content, index) => html`<${Cell} column=${COLUMNS[index]}>${content}<//>`)}
     <td role="cell" class="row-actions">
-      <${Pin} card=${card} />
       <button type="button" class="quiet danger" onClick=${() => onDelete(card)}>Delete<span class="hidden"> ${card.id}</span></button>
     </td>
   </tr>`;
@@ -124,6 +126,7 @@ export function Pin({ card }) {
       say(card.pinned ? `${card.id} is no longer pinned` : `${card.id} stays on the device`);
       return loadCards();
     }, complain);
+  if (!card.digest) return null; // what could not be read cannot be kept anywhere
   return html`<button type="button" class="quiet pin" aria-pressed=${card.pinned} onClick=${toggle}>Pin<span class="hidden"> ${card.id}</span></button>`;
 }
 

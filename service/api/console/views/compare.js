@@ -3,6 +3,7 @@
 import * as api from "../api.js";
 import { WAYS } from "../asking.js";
 import { useCell, useEvery } from "../cell.js";
+import { DEMO_BASE, EXAMPLES } from "../examples.js";
 import { count, fixed, milliseconds, NONE } from "../format.js";
 import { Digest, Dot, Problems, useCopy } from "../parts.js";
 import { base, cards, loadCards } from "../shelf.js";
@@ -49,6 +50,7 @@ export function Compare({ id }) {
     <h1>Compare</h1>
     <form class="card" onSubmit=${start} aria-label="Prompt and settings">
       <label>Prompt <textarea required rows="3" value=${kept.prompt} onInput=${(event) => keep({ prompt: event.target.value })}></textarea></label>
+      <${Examples} onChange=${keep} />
       <${Choices} onChange=${(chosen) => keep({ chosen })} />
       <${Settings} onChange=${keep} />
       <div class="actions">
@@ -100,6 +102,16 @@ function take(run, { more, text, finish, tokens, digest }) {
   run.digest = digest ?? run.digest;
 }
 
+/** With the demo's base: a prompt for each of the demo's adapters that is there. */
+function Examples({ onChange }) {
+  const found = useCell(cards) ?? [];
+  const shown = useCell(base)?.id === DEMO_BASE ? found.filter((card) => card.id in EXAMPLES) : [];
+  const take = (id) => onChange({ prompt: EXAMPLES[id], way: "plain", chosen: kept.chosen.includes(id) ? kept.chosen : [BASE, id] });
+  return shown.length > 0 && html`<div class="chips examples" role="group" aria-label="Examples"><span class="muted">Try</span>
+    ${shown.map(({ id }) => html`<button type="button" class="quiet" onClick=${() => take(id)}>an example for ${id}</button>`)}
+  </div>`;
+}
+
 /** The base and the adapters as buttons that stay down; at most four adapters. */
 function Choices({ onChange }) {
   const found = useCell(cards) ?? [];
@@ -111,7 +123,7 @@ function Choices({ onChange }) {
   return html`<fieldset>
     <legend>The base and up to ${MOST_ADAPTERS} adapters</legend>
     ${ready.length > 12 && html`<label class="hidden" for="choice-filter">Filter adapters</label>
-      <input id="choice-filter" type="search" placeholder="filter" value=${words} onInput=${(event) => setWords(event.target.value)} />`}
+      <input id="choice-filter" class="choice-filter" type="search" placeholder="filter" value=${words} onInput=${(event) => setWords(event.target.value)} />`}
     <div class="chips">
       ${shown.map((one) => html`<button type="button" class="chip" aria-pressed=${kept.chosen.includes(one)}
         disabled=${one !== BASE && full && !kept.chosen.includes(one)} onClick=${() => toggle(one)}><${Dot} id=${one} />${one === BASE ? "base" : one}</button>`)}

@@ -63,7 +63,7 @@ function Answer({ forecast, base: found, rank }) {
   return html`
     <section class="card" aria-labelledby="answer">
       <h2 id="answer">It would weigh <span class="speed">${megabytes(forecast.megabytes)}</span></h2>
-      <${Footprint} base=${baseMegabytes(found)} adapter=${forecast.megabytes} rows=${forecast.by_module} name="the adapter" baseName=${found.id} />
+      <${Footprint} base=${baseMegabytes(found)} adapter=${forecast.megabytes} rows=${forecast.by_module} parameters=${forecast.parameters} name="the adapter" baseName=${found.id} />
       <${Facts} of=${[
         ["Parameters", count(forecast.parameters)],
         ["Of the base's", percent(forecast.parameters / forecast.base.parameters)],

@@ -93,7 +93,7 @@ function Pool({ pool }) {
       ${held.map((one) => html`<rect class=${tint(one.id)} x=${one.start} width=${Math.max(one.rank - 0.4, 0.6)} height="1"><title>${nameOf(one)}: rows ${one.start} to ${one.start + one.rank - 1}</title></rect>`)}
     </svg>
     <ul class="held">
-      ${held.map((one) => html`<li><${Dot} id=${one.id} />${nameOf(one)} <span class="muted">rows ${one.start}–${one.start + one.rank - 1}</span></li>`)}
+      ${held.map((one) => html`<li><${Dot} id=${one.id} />${one.id ? html`<a href=${`#/adapters/${one.id}`}>${one.id}</a>` : nameOf(one)} <span class="muted">rows ${one.start}–${one.start + one.rank - 1}</span></li>`)}
     </ul>
   </section>`;
 }

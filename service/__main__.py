@@ -14,6 +14,7 @@ from typing import Any
 
 from .errors import AdapterdError, SettingsError
 from .settings import Settings, read
+from .traces import tracer
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -58,10 +59,10 @@ def _serve(chosen: argparse.Namespace) -> int:
     if chosen.workers != "1":
         raise SettingsError("--workers: more than one server process is not supported: one API process, one worker per device")
     flags = {name.removeprefix("set_"): text for name, text in vars(chosen).items() if name.startswith("set_") and text is not None}
-    settings = read(os.environ, flags)
+    settings, traced = read(os.environ, flags), tracer(os.environ)
     from .serve import serve
 
-    return serve(settings)
+    return serve(settings, traced)
 
 
 def _inspect_command(parser: argparse.ArgumentParser) -> None:

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
 
-from . import __version__
+from . import __version__, metrics
 from .api import adapters, errors, generate, openai, ops
 from .api.auth import Keys
 from .api.limits import Access, Bodies, Gate
+from .api.quota import Quotas
 from .api.rooms import Rooms
 from .settings import Settings
 
@@ -22,8 +24,12 @@ if TYPE_CHECKING:
     from .adapters.registry import Registry
     from .engine.client import Client
     from .engine.text import Text
+    from .traces import Trace
 
 log = logging.getLogger("adapterd")
+
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
+EXPOSED = ("x-request-id", "x-adapter-id", "x-adapter-digest", "x-prompt-tokens", "x-generated-tokens", "retry-after")
 
 
 def _text(folder: str) -> Text:
@@ -39,20 +45,20 @@ def create_app(
     *,
     text: Callable[[str], Text] = _text,
     on_failure: Callable[[str], None] = log.error,
+    record: Callable[[Trace], None] | None = None,
 ) -> FastAPI:
-    """The service as an ASGI application; a room that is not handed in is made. `on_failure` is told why the base can never be served."""
+    """The service as an ASGI application; a room that is not handed in is made.
+
+    `on_failure` is told why the base can never be served, `record` of every finished request.
+    """
     rooms = _rooms(settings, client, registry)
+    metrics.NAMES.most = settings.metrics_adapters
     app = Service(
         title="adapterd",
         version=__version__,
         description="One quantized base model, hundreds of LoRA adapters, mixed freely in every batch.",
         lifespan=_lifespan(rooms, text, on_failure),
-        middleware=[
-            Middleware(Access),
-            Middleware(Gate, rooms=rooms),
-            Middleware(Keys, settings=settings),
-            Middleware(Bodies, body_mb=settings.max_body_mb, upload_mb=settings.max_upload_mb),
-        ],
+        middleware=_layers(rooms, record),
         redirect_slashes=False,
         docs_url=None,
         redoc_url=None,
@@ -64,6 +70,26 @@ def create_app(
     for path, files in ops.STATIC.items():
         app.mount(path, files)
     return app
+
+
+def _layers(rooms: Rooms, record: Callable[[Trace], None] | None) -> list[Middleware]:
+    """The outermost first. Other sites' pages are let in before keys are asked for, since a browser asks without one whether it may ask."""
+    settings = rooms.settings
+    cors = Middleware(
+        CORSMiddleware,
+        allow_origins=settings.cors_origins,
+        allow_methods=METHODS,
+        allow_headers=["authorization", "content-type", "x-request-id"],
+        expose_headers=EXPOSED,
+    )
+    return [
+        Middleware(Access, record=record),
+        *([cors] if settings.cors_origins else []),
+        Middleware(Gate, rooms=rooms),
+        Middleware(Keys, settings=settings),
+        Middleware(Quotas, settings=settings),
+        Middleware(Bodies, body_mb=settings.max_body_mb, upload_mb=settings.max_upload_mb),
+    ]
 
 
 class Service(FastAPI):

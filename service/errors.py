@@ -37,6 +37,7 @@ class AdapterdError(Exception):
 
     code: ClassVar[str] = "internal"
     status: ClassVar[int] = 500
+    counted = False  # whether the engine has counted it among the failed requests
 
     def __init__(
         self, message: str, *, details: dict[str, Any] | None = None, param: str | None = None, retry_after: int | None = None

@@ -15,8 +15,10 @@ import uvicorn
 
 from . import logs
 from .api.rooms import Rooms
+from .api.wire import Protocol
 from .errors import SettingsError
 from .settings import Settings
+from .traces import Tracer
 
 log = logging.getLogger("adapterd")
 
@@ -60,7 +62,7 @@ class Server(uvicorn.Server):
             await self.rooms.client.stop(0)  # ends what still runs with an error event
 
 
-def serve(settings: Settings) -> int:
+def serve(settings: Settings, tracer: Tracer | None = None) -> int:
     """Serves until a signal; the exit code: 0 after a drain, 1 where the base can never be served. Raises SettingsError."""
     from .app import create_app
 
@@ -72,11 +74,12 @@ def serve(settings: Settings) -> int:
         failures.append(reason)
         server.should_exit = True
 
-    app = create_app(settings, on_failure=failed)
+    app = create_app(settings, on_failure=failed, record=tracer.record if tracer else None)
     config = uvicorn.Config(
         app,
         lifespan="on",
         ws="none",
+        http=Protocol,
         log_config=None,
         access_log=False,
         proxy_headers=False,
@@ -88,6 +91,8 @@ def serve(settings: Settings) -> int:
     host, port = listener.getsockname()[:2]
     log.info("listening", extra={"fields": {"url": f"http://{f'[{host}]' if ':' in host else host}:{port}"}})
     server.run(sockets=[listener])
+    if tracer:
+        tracer.close()
     if failures:
         line = " ".join(failures[0].split())
         print(line if line.startswith("ADAPTERD_") else f"ADAPTERD_BASE: {line}", file=sys.stderr)

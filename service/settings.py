@@ -5,20 +5,20 @@ A wrong or misspelt variable stops the start with one line that names it.
 
 from __future__ import annotations
 
-import hmac
 import re
 from collections.abc import Mapping
-from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import SettingsError
+from .keys import Key, listed
 
 PREFIX = "ADAPTERD_"
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 FAULT = re.compile(r"^(?:(step|kill|stuck):([1-9]\d*)|(stuck)|(slow_load):(\d+(?:\.\d+)?))$")
+ORIGIN = r"^(\*|https?://[^/\s]+)$"
 DEMO_ADAPTERS = Path(__file__).parent / "demo" / "adapters"
 
 Positive = Annotated[int, Field(ge=1)]
@@ -59,28 +59,35 @@ class Settings(BaseModel):
     drain_s: Annotated[float, Field(ge=0)] = 30
     max_body_mb: Annotated[float, Field(gt=0)] = 4
     max_upload_mb: Annotated[float, Field(gt=0)] = 2048
-    api_keys: tuple[str, ...] = Field(default=(), repr=False)
-    admin_keys: tuple[str, ...] = Field(default=(), repr=False)
+    api_keys: tuple[Key, ...] = Field(default=(), repr=False)
+    admin_keys: tuple[Key, ...] = Field(default=(), repr=False)
+    key_rate: Annotated[float, Field(gt=0)] | None = None
+    key_concurrency: Positive | None = None
+    cors_origins: tuple[Annotated[str, Field(pattern=ORIGIN)], ...] = ()
+    metrics_adapters: Annotated[int, Field(ge=0)] = 200
+    lora_requests_info: Literal["off", "on"] = "off"
     compile: Literal["off", "auto", "on"] = "auto"
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     faults: Faults = Faults()
 
-    @field_validator("hub", mode="before")
+    @field_validator("hub", "cors_origins", mode="before")
     @classmethod
-    def _hub(cls, value: Any) -> Any:
+    def _list(cls, value: Any) -> Any:
         return () if value in ("off", "") else _listed(value)
 
     @field_validator("api_keys", "admin_keys", mode="before")
     @classmethod
     def _keys(cls, value: Any) -> Any:
-        """Comma-separated keys or `@file` with one a line; kept as sha256 hex digests, so that no key can be logged."""
-        if isinstance(value, str) and value.startswith("@"):
-            try:
-                value = tuple(line.strip() for line in Path(value[1:]).read_text().splitlines() if line.strip())
-            except OSError as error:
-                raise ValueError(f"the key file cannot be read: {error.strerror}") from None
-        return tuple(key if key.startswith("sha256:") else hashed(key) for key in _listed(value))
+        """Comma-separated keys or `@file` with one a line; kept as hashes, so that no key can be logged."""
+        return listed(value) if isinstance(value, str) else value
+
+    @field_validator("admin_keys")
+    @classmethod
+    def _admins(cls, keys: tuple[Key, ...]) -> tuple[Key, ...]:
+        if any(key.adapters is not None for key in keys):
+            raise ValueError("an admin key manages every adapter; adapters= is for API keys")
+        return keys
 
     @field_validator("faults", mode="before")
     @classmethod
@@ -117,16 +124,6 @@ class Settings(BaseModel):
         """What `/info` shows: no secret, no path of the host."""
         shown = self.model_dump(mode="json", exclude={"api_keys", "admin_keys", "adapters_dir", "base"})
         return shown | {"keys": self.keyed}
-
-
-def hashed(key: str) -> str:
-    return "sha256:" + sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def known(key: str, keys: tuple[str, ...]) -> bool:
-    """Whether the key is one of the hashed ones; looks at all of them, in constant time each."""
-    asked = hashed(key)
-    return bool([k for k in keys if hmac.compare_digest(k, asked)])
 
 
 def _listed(value: Any) -> Any:

@@ -149,7 +149,8 @@ def test_a_wrong_start_is_one_line_that_names_it(
 def test_flags_override_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Settings] = []
 
-    def serve(settings: Settings) -> int:
+    def serve(settings: Settings, tracer: object) -> int:
+        assert tracer is None
         seen.append(settings)
         return 0
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from service.errors import SettingsError
-from service.settings import Faults, Settings, known, read
+from service.keys import known
+from service.settings import Faults, Settings, read
 
 BASE = {"ADAPTERD_BASE": "org/name"}
 
@@ -45,7 +46,12 @@ WRONG = {
     "NO_SUCH": ("1",),
     "MAX_RANK": ("513",),
     "HOST": ("0.0.0.0",),
-    "API_KEYS": ("@/no/such/file",),
+    "API_KEYS": ("@/no/such/file", "sha256:short"),
+    "KEY_RATE": ("0", "-1", "fast"),
+    "KEY_CONCURRENCY": ("0",),
+    "CORS_ORIGINS": ("example.org", "https://example.org/path"),
+    "METRICS_ADAPTERS": ("-1",),
+    "LORA_REQUESTS_INFO": ("maybe",),
 }
 
 
@@ -79,7 +85,7 @@ def test_keys_are_known_and_never_shown(tmp_path: Path) -> None:
     chosen = read(BASE | {"ADAPTERD_API_KEYS": "sk-a, sk-b", "ADAPTERD_ADMIN_KEYS": f"@{tmp_path / 'keys'}"})
     assert known("sk-b", chosen.api_keys)
     assert known("sk-more", chosen.admin_keys)
-    for wrong in ("", "sk-", "sk-a, sk-b", "\udcff", *chosen.api_keys):
+    for wrong in ("", "sk-", "sk-a, sk-b", "\udcff", *(key.digest for key in chosen.api_keys)):
         assert not known(wrong, chosen.api_keys)
     assert "sk-" not in repr(chosen) + str(chosen.public())
     assert "/" not in str({name: value for name, value in chosen.public().items() if name != "hub"})

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..errors import BadRequest, Conflict
+from ..errors import AdapterNotFound, BadRequest, Conflict
 
 PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 LONGEST = 128  # characters
@@ -25,6 +25,11 @@ def check(id: str, base_id: str) -> None:
             f"'..', and be at most {LONGEST} characters long",
             param="id",
         )
+
+
+def unknown(id: str) -> AdapterNotFound:
+    """What is said of an id that nobody registered, or that is not to be known of."""
+    return AdapterNotFound(f"no adapter {id[:LONGEST]!r} is registered", param="model")
 
 
 def valid(id: str) -> bool:

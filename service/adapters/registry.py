@@ -120,12 +120,11 @@ class Registry:
         place, drained = one.generation.place, one.in_flight
         self._deleted |= {id, place.path}
         ending = self._shelves.withdraw(one)
+        metrics.adapter_removed(id)
         await self._save()
         freed = await asyncio.shield(ending)
         if purge and not self._shelves.sourced(place.source):
             await asyncio.to_thread(self._store.purge, place.source)
-        if id not in self._shelves.current:
-            metrics.adapter_removed(id)
         return {"id": id, "digest": one.digest or None, "drained_requests": drained, "freed_bytes": freed}
 
     async def pin(self, id: str, pinned: bool) -> Told:

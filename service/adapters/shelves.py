@@ -9,8 +9,9 @@ import asyncio
 from typing import Protocol
 from weakref import WeakValueDictionary
 
+from .. import metrics
 from ..engine.request import Adapter, BaseCard, Digest, Load, Tier
-from ..errors import AdapterInvalid, AdapterNotFound, NotReady
+from ..errors import AdapterInvalid, NotReady
 from . import ids
 from .shelf import Shelved
 
@@ -40,7 +41,7 @@ class Shelves:
     def found(self, id: str) -> Shelved:
         """Raises AdapterNotFound."""
         if id not in self.current:
-            raise AdapterNotFound(f"no adapter {id[: ids.LONGEST]!r} is registered", param="model")
+            raise ids.unknown(id)
         return self.current[id]
 
     def usable(self, id: str) -> Shelved:
@@ -73,6 +74,7 @@ class Shelves:
     def place(self, one: Shelved) -> None:
         """Puts an adapter where nothing stands, without loading it unless it is pinned."""
         self.current[one.generation.id] = one
+        metrics.adapter_registered(one.generation.id)
         if adapter := one.generation.adapter:
             self.device.offer(adapter, one.pinned, one.pinned)
 
@@ -89,6 +91,7 @@ class Shelves:
             if held:
                 self.withdraw(held)
             self.current[one.generation.id] = one
+            metrics.adapter_registered(one.generation.id)
         return held
 
     def withdraw(self, one: Shelved) -> asyncio.Task[int]:

@@ -12,7 +12,7 @@ from starlette.datastructures import UploadFile
 
 from ..errors import BadRequest, Forbidden, NotFound, SourceMissing
 from .errors import documented
-from .rooms import Shelf
+from .rooms import Seen, Shelf
 
 router = APIRouter(tags=["adapters"])
 
@@ -67,9 +67,9 @@ class Shape(BaseModel):
 
 
 @router.get("/adapters", responses=Reading)
-async def list_adapters(here: Shelf) -> Told:
-    """Every registered adapter, as a small card."""
-    return {"adapters": here.registry.cards()}
+async def list_adapters(here: Shelf, seen: Seen) -> Told:
+    """Every registered adapter, as a small card; to a key with a list of adapters, those on it."""
+    return {"adapters": [card for card in here.registry.cards() if seen.sees(card["id"])]}
 
 
 @router.post("/adapters", status_code=201, responses=Changing | SAME)
@@ -113,8 +113,11 @@ async def upload(id: Id, here: Shelf, request: Request) -> Response:
 
 
 @router.get("/adapters/{id:path}/summary", responses=Reading | {200: {"content": {"text/plain": {}}}})
-async def summary(id: Id, here: Shelf, request: Request, format: Annotated[Literal["json", "text"] | None, Query()] = None) -> Response:
+async def summary(
+    id: Id, here: Shelf, seen: Seen, request: Request, format: Annotated[Literal["json", "text"] | None, Query()] = None
+) -> Response:
     """Everything about an adapter; as a table to read where `Accept` or `format` ask for text."""
+    seen.require(id)
     accept = request.headers.get("accept", "")
     if format == "text" or (format is None and "text/plain" in accept and "application/json" not in accept):
         return PlainTextResponse(await asyncio.to_thread(here.registry.summary_text, id))
@@ -122,20 +125,23 @@ async def summary(id: Id, here: Shelf, request: Request, format: Annotated[Liter
 
 
 @router.get("/adapters/{id:path}/architecture", responses=Reading, response_class=PlainTextResponse)
-async def architecture(id: Id, here: Shelf) -> str:
+async def architecture(id: Id, here: Shelf, seen: Seen) -> str:
     """The module tree with the adapter in place; repeated layers folded."""
+    seen.require(id)
     return await asyncio.to_thread(here.registry.architecture, id)
 
 
 # One part deeper than any id goes, so no id can hide it.
 @router.get("/adapters/{id:path}/architecture/norms", responses=documented(404, 422, 503))
-async def norms(id: Id, here: Shelf) -> Told:
+async def norms(id: Id, here: Shelf, seen: Seen) -> Told:
     """Where it acts: rank and Frobenius norm of `scaling · B · A` by module and layer; DoRA's magnitudes are not in it."""
+    seen.require(id)
     return await here.registry.norms(id)
 
 
 @router.get("/adapters/{id:path}", responses=Reading)
-async def card(id: Id, here: Shelf) -> Told:
+async def card(id: Id, here: Shelf, seen: Seen) -> Told:
+    seen.require(id)
     return here.registry.card(id)
 
 

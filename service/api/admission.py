@@ -19,9 +19,10 @@ from .. import metrics
 from ..engine.decoding import Stops
 from ..engine.request import BaseCard, Sampling
 from ..errors import BadRequest, ContextLengthExceeded
+from ..traces import Part
 from .answer import Answer
 from .limits import told
-from .rooms import Open, Rooms
+from .rooms import Open, Rooms, sight
 
 if TYPE_CHECKING:
     from ..adapters.registry import Generation
@@ -79,6 +80,7 @@ class Admission:
         """Leases this adapter until the request is over, and gives its voice; None is the base. Raises AdapterNotFound, NotReady."""
         if id is None:
             return self.rooms.text.base
+        sight(self.request).require(id)
         self.generation = found = self.held.enter_context(self.rooms.registry.lease(id))
         text = self.rooms.text
         known = text.known(found.number)
@@ -130,10 +132,14 @@ class Admission:
         for answer in self.answers:
             answer.ticket.cancel()
 
+    @property
+    def prompt_tokens(self) -> int:
+        """A prompt counts once, however many answers it gets."""
+        return sum({id(answer.prompt): len(answer.prompt) for answer in self.answers}.values())
+
     def headers(self) -> dict[str, str]:
-        """What is known once admitted; a prompt counts once, however many answers it gets."""
-        prompts = {id(answer.prompt): len(answer.prompt) for answer in self.answers}
-        told = {"x-prompt-tokens": str(sum(prompts.values()))}
+        """What is known once admitted."""
+        told = {"x-prompt-tokens": str(self.prompt_tokens)}
         if self.generation is not None:
             told |= {"x-adapter-id": self.generation.id, "x-adapter-digest": self.generation.digest}
         return told
@@ -148,6 +154,20 @@ class Admission:
         times = {"queue": queued, "inference": ran, "total": (time.monotonic() - self.began) * 1000}
         named = {f"x-{name}-time": f"{ms:.1f}" for name, ms in times.items()}
         return {"x-generated-tokens": str(made), "x-time-per-token": f"{each:.1f}", **named}
+
+    def outcome(self) -> dict[str, str | float]:
+        """What the log line says of the end, once all answers have one, and of the first token."""
+        tickets = [answer.ticket for answer in self.answers]
+        first = [_ms(t.submitted, t.first) for t in tickets if t.first is not None]
+        told: dict[str, str | float] = {"first_token_ms": round(min(first), 1)} if first else {}
+        endings = {str(answer.pieces[-1].ending) for answer in self.answers if answer.pieces and answer.pieces[-1].ending}
+        return told | ({"outcome": ",".join(sorted(endings))} if endings else {})
+
+    def parts(self) -> list[Part]:
+        """Waiting, prefill and decoding of each answer, as far as it came."""
+        times = [(t.submitted, t.started, t.first, t.last) for t in (answer.ticket for answer in self.answers)]
+        named = [(name, found[i], found[i + 1]) for found in times for i, name in enumerate(("queue", "prefill", "decode"))]
+        return [Part(name, start, end) for name, start, end in named if start is not None and end is not None]
 
 
 def _ms(start: float | None, end: float | None) -> float:
@@ -166,10 +186,14 @@ Admitted = Annotated[Admission, Depends(admission)]
 
 
 def _count(entered: Admission) -> None:
-    if entered.answers:
-        entered.request.state.log |= told(entered.headers() | entered.times())  # a stream's own headers said less
-    if entered.generation is not None and entered.answers:
-        metrics.adapter_served(entered.generation.id, sum(len(answer.tokens) for answer in entered.answers))
+    if not entered.answers:
+        return
+    state = entered.request.state
+    state.log = entered.outcome() | told(entered.headers() | entered.times()) | state.log  # a stream's own headers said less
+    state.parts = entered.parts()
+    if entered.generation is not None:
+        made = sum(len(answer.tokens) for answer in entered.answers)
+        metrics.adapter_served(entered.generation.id, entered.prompt_tokens, made, time.monotonic() - entered.began)
 
 
 def budget(prompt: int, ask: Ask, context: int) -> int:

@@ -58,7 +58,7 @@ class Answer:
             yield piece
             if piece.ending is not None:
                 return
-        raise errors.Cancelled("the client left")
+        raise failure(Event(self.ticket.request.id, finish=Finish.CANCELLED))
 
     async def finish(self) -> None:
         """Reads it to its end."""
@@ -107,7 +107,13 @@ class Answer:
 
 
 def failure(event: Event) -> errors.AdapterdError:
-    """The error that a request's terminal event tells of."""
+    """The error that a request's terminal event tells of, which the engine has counted."""
+    error = _failure(event)
+    error.counted = True
+    return error
+
+
+def _failure(event: Event) -> errors.AdapterdError:
     if event.finish is Finish.CANCELLED:
         return errors.Cancelled("the client left")
     if event.code in (errors.AdapterInvalid.code, errors.AdapterUnsupported.code):

@@ -9,7 +9,8 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..errors import Forbidden, Unauthorized
-from ..settings import Settings, known
+from ..keys import Key, known
+from ..settings import Settings
 from .limits import refuse
 
 OPEN = ("/health", "/ready")
@@ -19,7 +20,10 @@ BROWSER = {"www-authenticate": 'Basic realm="adapterd: any name, the key as pass
 
 
 class Keys:
-    """Lets a request through when its key is known and has the scope; with no keys set, none is asked for."""
+    """Lets a request through when its key is known and has the scope; with no keys set, none is asked for.
+
+    What is let through with a key has it as `request.state.key`.
+    """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self.app, self.settings = app, settings
@@ -27,25 +31,39 @@ class Keys:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in OPEN:
             return await self.app(scope, receive, send)
-        refusal = self._refusal(scope)
+        refusal = self._foreign(scope) or self._refusal(scope)
         if refusal is None:
             return await self.app(scope, receive, send)
         page = refusal.status == 401 and scope["method"] == "GET" and "text/html" in Headers(scope=scope).get("accept", "")
         return await refuse(refusal, scope, receive, send, BROWSER if page else None)
 
+    def _foreign(self, scope: Scope) -> Forbidden | None:
+        """A page of another site, unless its origin is one of those that may: a form could send an upload without asking first."""
+        headers, origins = Headers(scope=scope), self.settings.cors_origins
+        if scope["method"] in READING or headers.get("sec-fetch-site") != "cross-site":
+            return None
+        return None if "*" in origins or headers.get("origin") in origins else Forbidden("a page of another site may not ask for this")
+
     def _refusal(self, scope: Scope) -> Unauthorized | Forbidden | None:
-        if scope["method"] not in READING and Headers(scope=scope).get("sec-fetch-site") == "cross-site":
-            return Forbidden("a page of another site may not ask for this")  # a form could send an upload without asking first
         if not self.settings.keyed:
             return None
-        key = _key(scope)
-        if key is None:
+        secret = _secret(scope)
+        if secret is None:
             return Unauthorized("a key is needed: send it as 'Authorization: Bearer KEY'")
-        if not known(key, self.settings.api_keys + self.settings.admin_keys):
+        user, admin = known(secret, self.settings.api_keys), known(secret, self.settings.admin_keys)
+        key = admin or user
+        if key is None:
             return Unauthorized("the key is not known")
-        if manages(scope["method"], scope["path"]) and not known(key, self.settings.admin_keys):
+        if manages(scope["method"], scope["path"]) and admin is None:
             return Forbidden("this needs a key with the admin scope")
+        _remember(scope, key)
         return None
+
+
+def _remember(scope: Scope, key: Key) -> None:
+    scope["state"]["key"] = key
+    if key.name:
+        scope["state"]["log"]["key"] = key.name
 
 
 def manages(method: str, path: str) -> bool:
@@ -53,7 +71,7 @@ def manages(method: str, path: str) -> bool:
     return path in ALIASES or (method not in READING and (path == "/adapters" or path.startswith("/adapters/")))
 
 
-def _key(scope: Scope) -> str | None:
+def _secret(scope: Scope) -> str | None:
     """The key as the environment would spell it: bytes outside UTF-8 are kept, so that no key on the wire can break the comparison.
 
     A browser can only offer a key for a page by Basic authentication, as the password. It would offer it to any request that another site

@@ -1,4 +1,7 @@
-"""Errors as responses: the native envelope, and OpenAI's under /v1. Shows no path of the host, no token, no stack trace."""
+"""Errors as responses, counted and noted for the log: the native envelope, and OpenAI's under /v1.
+
+Shows no path of the host, no token, no stack trace.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,10 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 from starlette.types import Scope
 
+from .. import metrics
 from ..errors import AdapterdError, AdapterNotFound, BadRequest, Cancelled, ContextLengthExceeded, Internal, MethodNotAllowed, NotFound
 
+PROBES = ("/health", "/ready", "/metrics")  # asked all the time: what they answer is no failed request
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 BAD_REQUEST = {409: 400, 422: 400}  # OpenAI's clients know 400 where ours see 409 and 422
 OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 500: "server_error"} | dict.fromkeys(
@@ -29,7 +34,7 @@ STATUSES = {
     409: "the id is taken or reserved",
     413: "the body is over its limit",
     422: "a bad field, or an adapter that cannot be served",
-    429: "the queue is full",
+    429: "the queue is full, or the key is over its limit",
     500: "a defect; the request id is in the body",
     503: "loading, draining or restarting",
     504: "the request's time limit passed",
@@ -61,8 +66,18 @@ def _openai_code(error: AdapterdError) -> str:
     return "invalid_request_error" if plain else error.code
 
 
-def response(error: AdapterdError, path: str, headers: Mapping[str, str] | None = None) -> Response:
-    openai = openai_dialect(path)
+def note(error: AdapterdError, scope: Scope) -> None:
+    """The request ended with this error: the log will say so, and it counts, if the engine has not counted it."""
+    state = scope.setdefault("state", {})
+    state.setdefault("log", {})["outcome"] = error.code
+    state["failed"] = error.status >= 500
+    if not error.counted and scope["path"] not in PROBES:
+        metrics.FAILURE.labels(error.code).inc()
+
+
+def response(error: AdapterdError, scope: Scope, headers: Mapping[str, str] | None = None) -> Response:
+    note(error, scope)
+    openai = openai_dialect(scope["path"])
     sent = dict(headers or {})
     if error.retry_after is not None or error.status in (429, 503):
         sent["retry-after"] = str(error.retry_after or 1)
@@ -105,33 +120,32 @@ def _finding(error: Mapping[str, Any]) -> str:
 
 async def _known(request: Request, error: Exception) -> Response:
     assert isinstance(error, AdapterdError), "registered for AdapterdError"
-    return response(error, request.scope["path"])
+    return response(error, request.scope)
 
 
 async def _left(request: Request, error: Exception) -> Response:
-    return response(Cancelled("the client left"), request.scope["path"])
+    return response(Cancelled("the client left"), request.scope)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError), "registered for RequestValidationError"
-    return response(from_validation(error.errors()), request.scope["path"])
+    return response(from_validation(error.errors()), request.scope)
 
 
 async def _http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException), "registered for HTTPException"
-    path = request.scope["path"]
     if isinstance(error.__cause__, AdapterdError):  # raised while the framework read the body, which wraps it
-        return response(error.__cause__, path)
+        return response(error.__cause__, request.scope)
     if isinstance(error.__cause__, ClientDisconnect):
         return await _left(request, error)
     if error.status_code == 404:
-        return response(NotFound("there is no such route; /docs lists them"), path)
+        return response(NotFound("there is no such route; /docs lists them"), request.scope)
     if error.status_code == 405:
         allowed = ", ".join(allowed_methods(request.app, request.scope))
-        return response(MethodNotAllowed(f"{request.method} is not allowed here; allowed: {allowed}"), path, {"allow": allowed})
+        return response(MethodNotAllowed(f"{request.method} is not allowed here; allowed: {allowed}"), request.scope, {"allow": allowed})
     if error.status_code < 500:
-        return response(BadRequest("the body cannot be read: it is no UTF-8 JSON, is nested too deep, or is a broken form"), path)
-    return response(internal(request.scope), path)
+        return response(BadRequest("the body cannot be read: it is no UTF-8 JSON, is nested too deep, or is a broken form"), request.scope)
+    return response(internal(request.scope), request.scope)
 
 
 def internal(scope: Scope) -> Internal:

@@ -17,14 +17,14 @@ from uuid import uuid4
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from ..errors import AdapterdError, NotReady, PayloadTooLarge
-from .errors import internal, response
+from ..errors import AdapterdError, Cancelled, NotReady, PayloadTooLarge
+from ..traces import Part, Trace
+from .errors import PROBES, internal, note, response
 from .rooms import Rooms
 
 log = logging.getLogger("adapterd.access")
 
 SANE_ID = re.compile(r"^[A-Za-z0-9._:/+=@-]{1,128}$")
-PROBES = ("/health", "/ready", "/metrics")
 SECURITY = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
@@ -51,10 +51,11 @@ class Access:
     """The outermost layer: gives the request an id, the answer its headers, the log a line, and turns a defect into a 500.
 
     A route may add to the line by `request.state.log`, a dict of named values; of what a header says too, the dict's value counts.
+    `request.state.parts` are the request's stretches. `record` is given each finished request, but those of the probes.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
+    def __init__(self, app: ASGIApp, record: Callable[[Trace], None] | None = None) -> None:
+        self.app, self.record = app, record
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -68,9 +69,13 @@ class Access:
         except Exception:
             log.exception("a defect", extra={"fields": {"id": exchange.id}})
             if exchange.status == 0:
-                await response(internal(scope), scope["path"])(inner, receive, exchange.send)
+                await response(internal(scope), scope)(inner, receive, exchange.send)
+            else:
+                note(internal(scope), scope)
         finally:
             exchange.report()
+            if self.record and scope["path"] not in PROBES:
+                self.record(exchange.trace())
         return None
 
 
@@ -82,8 +87,10 @@ class _Exchange:
         asked = Headers(scope=scope).get("x-request-id", "")
         self.id = asked if SANE_ID.match(asked) else uuid4().hex
         self.state: dict[str, Any] = scope.setdefault("state", {})
-        self.state |= {"request_id": self.id, "log": {}}
-        self.began = time.perf_counter()
+        self.state |= {"request_id": self.id, "log": {}, "parts": ()}
+        self.began = time.monotonic()
+        self.ended = 0.0
+        self.fields: dict[str, Any] = {}
         self.status = 0
         self.whole = False
         self.headers: dict[str, str | int | float] = {}
@@ -101,15 +108,27 @@ class _Exchange:
 
     def report(self) -> None:
         status = self.status if self.whole else 499
-        fields = {"id": self.id, "method": self.scope["method"], "path": self.scope["path"], "status": status}
-        took = {"ms": round((time.perf_counter() - self.began) * 1000, 1)}
+        self.ended = time.monotonic()
+        outcome = "ok" if self.whole else Cancelled.code
+        fields = {"id": self.id, "method": self.scope["method"], "path": self.scope["path"], "status": status, "outcome": outcome}
+        took = {"ms": round((self.ended - self.began) * 1000, 1)}
         quiet = self.scope["path"] in PROBES and status in (200, 503)
         level = logging.DEBUG if quiet else logging.INFO
-        log.log(level, "request", extra={"fields": fields | took | self.headers | self.state["log"]})
+        self.fields = fields | took | self.headers | self.state["log"]
+        log.log(level, "request", extra={"fields": self.fields})
+
+    def trace(self) -> Trace:
+        """The request as a trace shows it; named by its route, for an id in the name would make a name of its own."""
+        route = getattr(self.scope.get("route"), "path", "")
+        whole = Part(f"{self.scope['method']} {route}".strip(), self.began, self.ended)
+        sent = Headers(scope=self.scope)
+        carrier = {name: sent[name] for name in ("traceparent", "tracestate") if name in sent}
+        failed = self.fields["status"] >= 500 or self.state.get("failed", False)
+        return Trace(whole, self.state["parts"], self.fields, carrier, failed)
 
 
 async def refuse(error: AdapterdError, scope: Scope, receive: Receive, send: Send, headers: dict[str, str] | None = None) -> None:
-    await response(error, scope["path"], headers)(scope, receive, send)
+    await response(error, scope, headers)(scope, receive, send)
 
 
 class Gate:

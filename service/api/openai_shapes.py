@@ -12,7 +12,7 @@ from .. import __version__
 from ..errors import AdapterNotFound
 from .admission import ALIASES, Admission
 from .answer import Answer, Ending, Piece
-from .rooms import Rooms
+from .rooms import Rooms, Sight
 
 Told = dict[str, Any]
 STARTED = int(time.time())
@@ -69,20 +69,22 @@ async def merged(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, Piece]]:
                 task.exception()  # seen: another one's error is told
 
 
-def known_model(id: str, rooms: Rooms) -> Told:
+def known_model(id: str, rooms: Rooms, seen: Sight) -> Told:
     """The model of this name, as /v1/models lists it. Raises AdapterNotFound."""
     name = chosen(id, rooms)
-    listed = models(rooms)
+    listed = models(rooms, seen)
     found = listed[0] if name is None else next((m for m in listed[1:] if m["id"] == name), None)
     if found is None:
         raise AdapterNotFound(f"no model named {id[:200]!r}; GET /v1/models lists them", param="model")
     return found
 
 
-def models(rooms: Rooms) -> list[Told]:
-    """The base, then every registered adapter."""
+def models(rooms: Rooms, seen: Sight) -> list[Told]:
+    """The base, then every registered adapter that may be seen."""
     base = rooms.registry.base_id
-    return [_model(base, None, None)] + [_model(card["id"], base, card["digest"]) for card in rooms.registry.cards()]
+    return [_model(base, None, None)] + [
+        _model(card["id"], base, card["digest"]) for card in rooms.registry.cards() if seen.sees(card["id"])
+    ]
 
 
 def _model(id: str, parent: str | None, digest: str | None) -> Told:

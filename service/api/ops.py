@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import platform
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -13,10 +14,10 @@ from fastapi.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
 
-from .. import __version__, metrics
+from .. import __version__, gpu, metrics
 from ..errors import NotFound, NotReady
 from .errors import documented
-from .rooms import Here, Rooms, Shelf
+from .rooms import Here, Rooms, Seen, Shelf, Sight
 
 router = APIRouter(tags=["operations"])
 
@@ -53,17 +54,38 @@ FORMATS: dict[int | str, Told] = {200: {"content": {"text/plain": {}, "applicati
 
 
 @router.get("/metrics", responses=documented() | FORMATS)
-async def exposition(request: Request) -> Response:
-    """Prometheus text, or OpenMetrics where `Accept` asks for it."""
-    content, kind = metrics.exposition(request.headers.get("accept", ""))
+async def exposition(request: Request, here: Here, seen: Seen) -> Response:
+    """Prometheus text, or OpenMetrics where `Accept` asks for it. A key with a list of adapters gets no series that name adapters."""
+    metrics.gpus(await asyncio.to_thread(gpu.readings))
+    if here.settings.lora_requests_info == "on" and here.opened:
+        tell_gateway(here)
+    content, kind = metrics.exposition(request.headers.get("accept", ""), named=seen.whole)
     return Response(content, headers={"content-type": kind})
 
 
+def tell_gateway(here: Rooms) -> None:
+    """As the protocol between model servers and the endpoint picker says: which adapters would be served without a wait for their weights.
+
+    The pool has no fixed number of places: the ones that are taken count, and those that its free rows give to the largest rank.
+    """
+    cards, awaited, base = here.registry.cards(), here.client.awaited, here.client.base
+    running = {card["id"] for card in cards if card["digest"] and here.client.resident(card["digest"])}
+    waiting = {card["id"] for card in cards if card["digest"] in awaited} - running
+    free = (base.pool_rank if base else 0) - here.client.gauges.pool_used
+    largest = max((card["rank"] or 0 for card in cards), default=0)
+    metrics.lora_info(len(running) + free // max(1, largest), running, waiting)
+
+
 @router.get("/info", responses=documented())
-async def info(here: Here) -> Told:
+async def info(here: Here, seen: Seen) -> Told:
     """Versions, the settings without secrets, and the base where it is loaded."""
     versions = {"adapterd": __version__, "python": platform.python_version()} | {name: _version(name) for name in LIBRARIES}
-    return {"versions": versions, "state": here.state, "settings": here.settings.public(), "base": base_card(here) if here.opened else None}
+    return {
+        "versions": versions,
+        "state": here.state,
+        "settings": here.settings.public(),
+        "base": base_card(here, seen) if here.opened else None,
+    }
 
 
 def _version(package: str) -> str | None:
@@ -74,12 +96,13 @@ def _version(package: str) -> str | None:
 
 
 @router.get("/base", responses=documented(503))
-async def base(here: Shelf) -> Told:
+async def base(here: Shelf, seen: Seen) -> Told:
     """The served base: what it is, what it weighs, what can be adapted, and the rank pool's size and use."""
-    return base_card(here)
+    return base_card(here, seen)
 
 
-def base_card(here: Rooms) -> Told:
+def base_card(here: Rooms, seen: Sight) -> Told:
+    """Of the pool's adapters, a key with a list sees its own."""
     card, gauges = here.client.base, here.client.gauges
     assert card is not None, "the registrations open after the base"
     resident = sum(card.resident_bytes.values())
@@ -101,8 +124,15 @@ def base_card(here: Rooms) -> Told:
         "rows": card.rows,
         "modules": [{"name": m.name, "in_features": m.in_features, "out_features": m.out_features, "count": m.count} for m in card.linears],
         "host_bytes": gauges.host_bytes,
-        "pool": {"rank_total": card.pool_rank, "rank_used": gauges.pool_used, "placements": [asdict(one) for one in here.client.pool]},
+        "pool": {"rank_total": card.pool_rank, "rank_used": gauges.pool_used, "placements": placements(here, seen)},
     }
+
+
+def placements(here: Rooms, seen: Sight) -> list[Told]:
+    hidden: set[str] = set()
+    if not seen.whole:
+        hidden = {one.digest for one in here.client.pool} - {card["digest"] for card in here.registry.cards() if seen.sees(card["id"])}
+    return [asdict(one) for one in here.client.pool if one.digest not in hidden]
 
 
 @router.get("/", include_in_schema=False)

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 from fastapi import Depends, Request
 
+from ..adapters import ids
 from ..errors import NotReady
+from ..keys import Key
 from ..settings import Settings
 
 if TYPE_CHECKING:  # the rooms themselves import much; listening starts before they are there
@@ -96,6 +98,30 @@ def open_rooms(here: Annotated[Rooms, Depends(rooms)]) -> Rooms:
     return here
 
 
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """Which adapters a request may know of: all of them, unless its key has a list. One that is not on it is an unknown one."""
+
+    key: Key | None
+
+    @property
+    def whole(self) -> bool:
+        return self.key is None or self.key.adapters is None
+
+    def sees(self, id: str) -> bool:
+        return self.key is None or self.key.may_use(id)
+
+    def require(self, id: str) -> None:
+        """Raises AdapterNotFound, in the words in which an unknown id is refused."""
+        if not self.sees(id):
+            raise ids.unknown(id)
+
+
+def sight(request: Request) -> Sight:
+    return Sight(request.scope.get("state", {}).get("key"))
+
+
+Seen = Annotated[Sight, Depends(sight)]
 Here = Annotated[Rooms, Depends(rooms)]
 Shelf = Annotated[Rooms, Depends(shelf)]
 Open = Annotated[Rooms, Depends(open_rooms)]

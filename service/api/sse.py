@@ -11,7 +11,7 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 from ..errors import AdapterdError
-from .errors import body, internal, openai_dialect
+from .errors import body, internal, note, openai_dialect
 
 log = logging.getLogger("adapterd.stream")
 
@@ -38,9 +38,12 @@ async def _frames(request: Request, events: AsyncIterator[Mapping[str, Any]]) ->
         async for event in events:
             yield frame(event)
     except AdapterdError as error:
+        note(error, request.scope)
         yield frame(body(error, openai))
     except Exception:
         log.exception("a defect in a stream")
-        yield frame(body(internal(request.scope), openai))
+        defect = internal(request.scope)
+        note(defect, request.scope)
+        yield frame(body(defect, openai))
     if openai:
         yield DONE

@@ -114,16 +114,16 @@ class Client:
         self._empty.clear()
         limit = self.settings.request_timeout_s
         self._deadlines[request.id] = asyncio.get_running_loop().call_later(limit, self._expire, ticket)
+        if adapter is not None:
+            self._offers.asked(adapter)
         self._pass_on(ticket)
         self._count()
         return ticket
 
     def _admit(self) -> None:
         if not self.ready or self.base is None:
-            metrics.FAILURE.labels(NotReady.code).inc()
             raise NotReady(f"not ready: {self.reason or self.state}", retry_after=2)
         if len(self._tickets) >= self.base.rows + self.settings.queue_limit:
-            metrics.FAILURE.labels(Overloaded.code).inc()
             raise Overloaded(f"the queue is full: {self.settings.queue_limit} requests wait", retry_after=1)
 
     def _pass_on(self, ticket: Ticket) -> None:
@@ -189,6 +189,16 @@ class Client:
     def tier(self, digest: Digest) -> Tier:
         return self._offers.tier(digest)
 
+    def resident(self, digest: Digest) -> bool:
+        """Whether a request for this content could run in the next step."""
+        return self._offers.resident(digest)
+
+    @property
+    def awaited(self) -> set[Digest]:
+        """The contents that requests without a row wait for."""
+        waiting = (ticket.request.adapter for ticket in self._tickets.values() if ticket.started is None)
+        return {digest for digest in waiting if digest is not None}
+
     # ---- what the worker's supervisor says
 
     @property
@@ -199,11 +209,13 @@ class Client:
         self._offers.repeat()
         for ticket in self._tickets.values():
             self._pass_on(ticket)
+        self._weigh(base=True)
 
     def lost(self, why: str, for_good: bool) -> None:
         """What had started fails; what waits is kept for the next worker, if there will be one."""
         self._sent.clear()
         self.pool, self.gauges = (), Gauges()
+        self._weigh(base=False)
         self._fail_all(why, (t for t in self._tickets.values() if for_good or t.started is not None or t.leaving))
         self._offers.lost()
         if for_good:
@@ -219,6 +231,7 @@ class Client:
             self._event(event, now)
         if report.pool is not None:
             self.pool = report.pool
+            self._weigh(base=True)
         self.gauges = report.gauges
         self._count()
 
@@ -250,3 +263,9 @@ class Client:
         metrics.KV_USAGE.set(self.gauges.kv_used / max(1, self.gauges.kv_total))
         metrics.POOL_USED.set(self.gauges.pool_used)
         metrics.POOL_TOTAL.set(self.base.pool_rank if self.base else 0)
+        metrics.HOST_BYTES.set(self.gauges.host_bytes)
+
+    def _weigh(self, base: bool) -> None:
+        """What is on the device; `base`: whether the base is."""
+        metrics.BASE_BYTES.set(sum(self.base.resident_bytes.values()) if base and self.base else 0)
+        metrics.DEVICE_BYTES.set(self._offers.weight(placement.digest for placement in self.pool))

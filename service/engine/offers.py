@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from .. import metrics
-from .request import Adapter, Digest, Drop, Load, Offer, Order, Pin, Report, Tier
+from .request import Adapter, Digest, Drop, Lane, Load, Offer, Order, Pin, Report, Tier
 
 
 class Offers:
@@ -21,6 +21,7 @@ class Offers:
         self._send = send
         self._offers: dict[Digest, Offer] = {}
         self._tiers: dict[Digest, Tier] = {}
+        self._sizes: dict[Digest, int] = {}  # bytes in host memory, once read
         self._loads: dict[Digest, asyncio.Future[Load]] = {}
         self._drops: dict[Digest, list[asyncio.Future[int]]] = {}
         self.watcher: Callable[[Load], None] = lambda load: None
@@ -60,17 +61,42 @@ class Offers:
     def tier(self, digest: Digest) -> Tier:
         return self._tiers.get(digest, Tier.DISK)
 
+    def asked(self, digest: Digest) -> None:
+        """A request for this content was admitted: whether it is where it is needed is counted, tier by tier."""
+        offer = self._offers.get(digest)
+        if offer is not None:
+            resident, hosted = self.tier(digest) is Tier.DEVICE, self.tier(digest) is not Tier.DISK
+            if offer.adapter.lane is Lane.POOL:
+                metrics.looked_up(Tier.DEVICE.value, resident)
+            if not resident:
+                metrics.looked_up(Tier.HOST.value, hosted)
+
+    def resident(self, digest: Digest) -> bool:
+        """Whether it could run in the next step."""
+        offer = self._offers.get(digest)
+        at_home = Tier.DEVICE if offer is None or offer.adapter.lane is Lane.POOL else Tier.HOST
+        return self.tier(digest) is at_home
+
+    def weight(self, digests: Iterable[Digest]) -> int:
+        """The bytes of these contents, which are the same on the device as in host memory."""
+        return sum(map(self._size, digests))
+
     def hear(self, report: Report) -> None:
         for digest, freed in report.dropped:  # before the tiers: an adapter offered again since then tells its own
             self._tiers.pop(digest, None)
+            self._sizes.pop(digest, None)
             self._dropped(digest, freed)
         for load in report.loads:
             if load.seconds and not load.error:
-                metrics.LOAD.observe(load.seconds)
+                self._sizes[load.digest] = load.size
+                metrics.loaded(load.seconds, load.size)
             self._load_ended(load)
             self.watcher(load)
-        for _, seconds in report.placed:
-            metrics.PLACE.observe(seconds)
+        for digest, seconds in report.placed:
+            metrics.placed(seconds, self._size(digest))
+        for digest, tier, seconds in report.evicted:
+            if digest in self._offers:  # what was dropped has not left for another
+                metrics.evicted(tier.value, seconds, self._size(digest))
         if report.tiers:
             self._tiers.update(report.tiers)
         if report.tiers or report.dropped:
@@ -93,6 +119,9 @@ class Offers:
         self.lost()
         for digest in self._loads:
             self._load_ended(Load(digest, 0.0, 0, "the engine has stopped"))
+
+    def _size(self, digest: Digest) -> int:
+        return self._sizes.get(digest, 0)
 
     def _expect(self, digest: Digest) -> None:
         if digest not in self._loads or self._loads[digest].done():

@@ -178,8 +178,13 @@ class Worker:
         for event in report.events:
             if event.finish is not None:
                 self.runner.finish(event.request)
-        moved = {"loads": tuple(self._loads), "placed": tuple(self._placed), "evicted": tuple(self._evicted), "dropped": tuple(self._dropped)}
-        report = replace(report, **moved)
+        report = replace(
+            report,
+            loads=tuple(self._loads),
+            placed=tuple(self._placed),
+            evicted=tuple(self._evicted),
+            dropped=tuple(self._dropped),
+        )
         self._loads, self._placed, self._evicted, self._dropped = [], [], [], []
         news = report != Report(gauges=report.gauges)
         if news:

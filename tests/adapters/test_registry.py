@@ -210,17 +210,18 @@ async def test_contents_that_alternate_under_leases_are_never_dropped_while_name
 async def test_removing_waits_for_leases_frees_and_forgets(stocked: Shop) -> None:
     async with stocked.opened() as registry:
         card, _ = await registry.register("a", "plain")
-        metrics.adapter_served("a", 3)
+        metrics.adapter_served("a", 1, 3, 0.1)
+        assert 'adapter="a"' in metrics.exposition("")[0].decode()
         held = registry.lease("a")
         held.__enter__()
         removal = asyncio.create_task(registry.remove("a"))
         await settle()
         assert not removal.done()
+        assert 'adapter="a"' not in metrics.exposition("")[0].decode(), "also for a client that leaves before the drain ends"
         with pytest.raises(AdapterNotFound), registry.lease("a"):
             pass
         held.__exit__(None, None, None)
         assert await removal == {"id": "a", "digest": card["digest"], "drained_requests": 1, "freed_bytes": 7168}
-        assert 'adapter="a"' not in metrics.exposition("")[0].decode()
         with pytest.raises(AdapterNotFound):
             await registry.remove("a")
 

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from starlette.testclient import TestClient
 
+from service import metrics
 from service.app import create_app
 from service.engine.request import Event, Finish, Request, Sampling, Token
 from service.engine.text import Text
@@ -120,6 +121,7 @@ class Names(Shelf):
         self.leased: list[str] = []
         for id in ("x", "org/y"):
             self.names[id] = {"id": id, "digest": DIGEST, "source": id}
+            metrics.adapter_registered(id)
         self.root = root
 
     @contextmanager

@@ -16,6 +16,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, sync_playwright
 
+from service.adapters.ids import DEMO_BASE
 from tests import making
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +31,7 @@ SHAPES: dict[str, tuple[str | list[str], int]] = {
     "redact": ("all-linear", 32),
     "team/pirate": (["gate_proj", "up_proj", "down_proj"], 2),
 }
-
+BROKEN = "broken"
 
 # ---- servers
 
@@ -66,10 +67,17 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def live(base: Path) -> Iterator[str]:
-    """The address of a server with five adapters."""
+    """The address of a server with five adapters, and a folder that is none."""
     for seed, (name, (targets, rank)) in enumerate(SHAPES.items()):
         making.noise(base.parent / "adapters" / name, base, seed, targets, rank)
-    settings = {"base": str(base), "adapters_dir": str(base.parent / "adapters"), "compile": "off", "dtype": "float32"}
+    (making.edit(base.parent / "adapters" / "dates", base.parent / "adapters" / BROKEN) / making.WEIGHTS).write_bytes(b"cut short")
+    settings = {
+        "base": str(base),
+        "base_id": DEMO_BASE,
+        "adapters_dir": str(base.parent / "adapters"),
+        "compile": "off",
+        "dtype": "float32",
+    }
     with serving(base.parent / "log", "service", **settings) as url:
         yield url
 

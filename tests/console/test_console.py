@@ -11,11 +11,12 @@ import httpx
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
-from .conftest import Keyed, Open
+from .conftest import BROKEN, Keyed, Open
 
 
 def some_ids(url: str) -> list[str]:
-    return [card["id"] for card in httpx.get(f"{url}adapters").json()["adapters"]]
+    """Those that can be used."""
+    return [card["id"] for card in httpx.get(f"{url}adapters").json()["adapters"] if card["state"] == "ready"]
 
 
 def row(page: Page, id: str) -> Locator:
@@ -56,7 +57,7 @@ def test_the_table_says_what_each_adapter_is(live: str, open_page: Open) -> None
 
 def test_the_table_sorts_and_filters(live: str, open_page: Open) -> None:
     page = open_page(live)
-    ids = sorted(some_ids(live), key=str.lower)
+    ids = sorted([*some_ids(live), BROKEN], key=str.lower)
     links = page.get_by_role("table", name="Adapters").get_by_role("link")
     expect(links).to_have_text(ids)
     page.get_by_role("button", name="Adapter", exact=False).first.click()
@@ -137,6 +138,8 @@ def test_an_adapter_is_pinned_and_let_go(live: str, open_page: Open, uploaded: s
     pin = row(page, uploaded).get_by_role("button", name=f"Pin {uploaded}")
     pin.click()
     expect(pin).to_have_attribute("aria-pressed", "true")
+    page.get_by_role("button", name="Pinned").click()
+    expect(page.get_by_role("table", name="Adapters").get_by_role("link").first).to_have_text(uploaded)
     assert httpx.get(f"{live}adapters/{uploaded}").json()["pinned"]
     pin.click()
     expect(pin).to_have_attribute("aria-pressed", "false")
@@ -183,6 +186,17 @@ def test_an_adapters_page_shows_the_summary_the_modules_and_the_tree(live: str, 
         expect(page.get_by_role("img", name=re.compile(rf"^{name}: rank {summary['rank']['max']} to"))).to_be_visible()
     tree = httpx.get(f"{live}adapters/{id}/architecture").text
     assert page.get_by_label("Module tree with the adapter in place").inner_text().strip() == tree.strip()
+
+
+def test_why_an_adapter_failed_is_said_in_the_table_and_on_its_page(live: str, open_page: Open) -> None:
+    page = open_page(live)
+    reason = httpx.get(f"{live}adapters/{BROKEN}").json()["reason"]
+    expect(row(page, BROKEN)).to_contain_text(f"failed {reason}")
+    expect(row(page, BROKEN).get_by_role("button", name="Pin")).to_have_count(0)
+    row(page, BROKEN).get_by_role("link").click()
+    expect(page.get_by_role("alert")).to_contain_text(reason)
+    expect(page.get_by_role("button", name="Delete")).to_be_visible()
+    expect(page.get_by_role("link", name="Compare").and_(page.locator("main a"))).to_have_count(0)
 
 
 def test_an_unknown_adapter_is_said_to_be_unknown(live: str, open_page: Open) -> None:
@@ -234,6 +248,14 @@ def answer(url: str, id: str, length: int, way: str) -> str:
 def events(url: str, asked: dict[str, Any]) -> list[dict[str, Any]]:
     lines = httpx.post(url, json=asked, timeout=30).text.splitlines()
     return [json.loads(line[5:]) for line in lines if line.startswith("data:") and not line.endswith("[DONE]")]
+
+
+def test_with_the_demo_there_is_an_example_for_each_of_its_adapters(live: str, open_page: Open) -> None:
+    page = open_page(f"{live}#/compare")
+    page.get_by_role("button", name="an example for orders").click()
+    expect(page.get_by_label("Prompt").last).to_have_value(re.compile("seven green umbrellas.*\nJSON:$", re.S))
+    expect(page.get_by_role("button", name="orders", exact=True)).to_have_attribute("aria-pressed", "true")
+    expect(page.get_by_role("button", name="an example for redact")).to_have_count(0)
 
 
 def test_answers_arrive_while_they_are_made_and_can_be_stopped(live: str, open_page: Open) -> None:

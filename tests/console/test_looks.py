@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from .conftest import Open
+from .conftest import BROKEN, Open
 from .test_console import ask, some_ids
 
 AXE = (Path(__file__).parent / "vendor" / "axe.min.js").read_text()
@@ -47,6 +47,13 @@ def test_the_delete_dialog(live: str, open_page: Open, width: int, scheme: str) 
 def test_an_adapter(live: str, open_page: Open, width: int, scheme: str) -> None:
     page = open_page(f"{live}#/adapters/{some_ids(live)[0]}", width, scheme)
     expect(page.get_by_label("Module tree with the adapter in place")).to_be_visible()
+    expect(page.get_by_role("img", name="norm")).not_to_have_count(0)
+    examine(page, width)
+
+
+def test_a_failed_adapter(live: str, open_page: Open, width: int, scheme: str) -> None:
+    page = open_page(f"{live}#/adapters/{BROKEN}", width, scheme)
+    expect(page.get_by_role("alert")).to_be_visible()
     examine(page, width)
 
 

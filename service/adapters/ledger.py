@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -76,4 +77,5 @@ def _record(entry: Mapping[str, Any]) -> Record:
     texts = (record.source, record.digest, record.fingerprint, record.registered_at)
     if not all(isinstance(text, str) for text in texts) or type(record.pinned) is not bool:
         raise ValueError("a value of the wrong type")
+    datetime.fromisoformat(record.registered_at)
     return record

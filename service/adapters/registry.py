@@ -158,6 +158,10 @@ class Registry:
     def cards(self) -> list[Told]:
         return [self._card(one) for _, one in sorted(self._shelves.current.items())]
 
+    def registered(self) -> list[Generation]:
+        """What stands under each id, by id."""
+        return [one.generation for _, one in sorted(self._shelves.current.items())]
+
     def summary(self, id: str) -> Told:
         return self._summary(self._shelves.found(id))
 

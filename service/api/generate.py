@@ -71,7 +71,8 @@ async def _events(body: GenerateRequest, asked: Parameters, admitted: Admission,
         if asked.top_n_tokens:
             event["top_tokens"] = _top(answer, piece.token, asked.top_n_tokens)
         if piece.ending is not None:
-            event |= {"generated_text": _text(body, asked, answer), "details": _counts(asked, answer), "adapter": admitted.adapter}
+            details = _counts(asked, answer) | ({"prefill": _prefill(answer)} if asked.decoder_input_details else {})
+            event |= {"generated_text": _text(body, asked, answer), "details": details, "adapter": admitted.adapter}
         yield event
 
 
@@ -100,7 +101,9 @@ async def _enter(body: GenerateRequest, asked: Parameters, admitted: Admission, 
 
 def _check_source(asked: Parameters, admitted: Admission) -> None:
     """`adapter_source` chooses nothing here, for an id names one registered content; but what it says must be true."""
-    if asked.adapter_source and admitted.generation:
+    if asked.adapter_source:
+        if admitted.generation is None:
+            raise BadRequest("adapter_source: goes only with an adapter_id", param="adapter_source")
         hub = admitted.generation.place.source.startswith("hub:")
         if hub != (asked.adapter_source == "hub"):
             raise BadRequest(f"adapter_source: {asked.adapter_id} does not come from there", param="adapter_source")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Mapping
+from functools import cache
 from typing import Any
 from urllib.parse import unquote
 
-from llguidance import LLMatcher
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from ..errors import BadRequest
 from .schemas import AnyText, JsonGrammar, JsonObject, JsonSchema, PlainSchema, Regex, RegexGrammar
@@ -27,7 +29,10 @@ async def compiled(wanted: Wanted | None, param: str = "response_format") -> str
         return None
     if isinstance(wanted, Regex | RegexGrammar):
         pattern = wanted.regex if isinstance(wanted, Regex) else wanted.value
-        return await checked(LLMatcher.grammar_from_regex(pattern), param)
+        try:
+            return await checked(LLMatcher.grammar_from_regex(pattern), param)
+        except UnicodeEncodeError:
+            raise BadRequest(f"{param}: the expression holds a lone surrogate", param=param) from None
     return await of_schema(_schema(wanted), param)
 
 
@@ -44,10 +49,52 @@ async def of_schema(schema: dict[str, Any], param: str) -> str:
 
 async def checked(grammar: str, param: str) -> str:
     """The same text, if the grammar can be met; compiled off the event loop, for a big one takes a while."""
-    wrong, messages = await asyncio.to_thread(LLMatcher.validate_grammar_with_warnings, grammar)
-    if wrong:
-        raise BadRequest(f"{param}: {'; '.join(messages).strip()[:TOLD]}", param=param)
+    if wrong := await asyncio.to_thread(_tried, grammar):
+        raise BadRequest(f"{param}: {wrong.strip()[:TOLD]}", param=param)
     return grammar
+
+
+def _tried(grammar: str) -> str:
+    """What is wrong with the grammar. Some limits of a sampler only show when its first tokens are taken, so two are, of bytes."""
+    wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar)
+    if wrong:
+        return "; ".join(messages)
+    matcher = LLMatcher(_bytes(), grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
+    for _ in range(2):
+        allowed = b"" if matcher.is_error() else matcher.compute_bitmask()
+        if not any(allowed) or matcher.is_stopped():
+            break
+        matcher.consume_token(next(id for id in range(8 * len(allowed)) if allowed[id // 8] >> id % 8 & 1))
+    error: str = matcher.get_error()
+    return error.partition("\n")[0]
+
+
+@cache
+def _bytes() -> LLTokenizer:
+    return LLTokenizer("byte")
+
+
+async def of_calls(functions: Mapping[str, dict[str, Any]], param: str) -> str:
+    """The grammar of one call of one of these functions, each given with the schema of its arguments. Raises as `of_schema`."""
+    called = [_called(name, f"#/$defs/{at}") for at, name in enumerate(functions)]
+    inside = {str(at): _moved(schema, f"#/$defs/{at}") for at, schema in enumerate(functions.values())}
+    return await of_schema({"anyOf": called, "$defs": inside}, param)
+
+
+def _called(name: str, arguments: str) -> dict[str, Any]:
+    properties = {"name": {"const": name}, "arguments": {"$ref": arguments}}
+    return {"type": "object", "properties": properties, "required": ["name", "arguments"], "additionalProperties": False}
+
+
+def _moved(schema: dict[str, Any], place: str) -> dict[str, Any]:
+    """A copy of the schema whose references to its own root name the place that it now has."""
+    copy: dict[str, Any] = json.loads(json.dumps(schema))
+    found: list[Any] = [copy]
+    for value in found:  # grows as it is walked
+        if isinstance(value, dict) and isinstance(ref := value.get("$ref"), str) and ref.startswith("#"):
+            value["$ref"] = place + ref[1:]
+        found.extend(_inside(value))
+    return copy
 
 
 def reach(schema: Any) -> int:

@@ -15,9 +15,9 @@ from ..errors import BadRequest
 from .admission import Admission, Admitted, Ask, tokenized
 from .answer import Answer, Ending
 from .errors import documented
-from .grammar import compiled, of_schema
+from .grammar import compiled, of_calls
 from .openai_shapes import FINISH, Told, chosen, merged, shell, usage
-from .schemas_chat import ChatRequest, Function, Message
+from .schemas_chat import ChatRequest, Message
 from .sse import dumped, streamed
 from .tops import best, finite
 
@@ -60,7 +60,7 @@ def _turn(message: Message) -> Told:
 def _arguments(text: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -84,16 +84,7 @@ async def _grammar(body: ChatRequest) -> str | None:
         return constraint
     if constraint is not None or body.ignore_eos or body.min_tokens:
         raise BadRequest("tool_choice: a forced call cannot go with response_format, ignore_eos or min_tokens", param="tool_choice")
-    schemas = [function.parameters or {"type": "object"} for function in body.forced]
-    called = [_called(function, schema) for function, schema in zip(body.forced, schemas, strict=True)]
-    definitions = {name: schema for found in schemas for name, schema in found.get("$defs", {}).items()}
-    return await of_schema({"anyOf": called, "$defs": definitions}, "tools")
-
-
-def _called(function: Function, parameters: dict[str, Any]) -> dict[str, Any]:
-    inside = {key: value for key, value in parameters.items() if key != "$defs"}
-    properties = {"name": {"const": function.name}, "arguments": inside}
-    return {"type": "object", "properties": properties, "required": ["name", "arguments"], "additionalProperties": False}
+    return await of_calls({function.name: function.parameters or {"type": "object"} for function in body.forced}, "tools")
 
 
 # ---- telling

@@ -33,9 +33,9 @@ async def completions(body: CompletionRequest, request: Request, admitted: Admit
     echoes: list[str] = []
     for prompt in body.prompts:
         ids = await tokenized(voice.encode, prompt, length=len(prompt)) if isinstance(prompt, str) else tuple(prompt)
+        admitted.submit(voice, ids, ask)
         echo = prompt if isinstance(prompt, str) else voice.decode(ids)
         echoes += [echo if body.echo else ""] * ask.count
-        admitted.submit(voice, ids, ask)
     outside = shell("cmpl", "text_completion", body.model, admitted)
     if body.stream:
         return streamed(request, _chunks(body, admitted, outside, echoes), admitted.headers())

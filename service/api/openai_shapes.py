@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from .. import __version__
@@ -13,6 +14,9 @@ from ..errors import AdapterNotFound
 from .admission import ALIASES, Admission
 from .answer import Answer, Ending, Piece
 from .rooms import Rooms, Sight
+
+if TYPE_CHECKING:
+    from ..adapters.registry import Generation
 
 Told = dict[str, Any]
 STARTED = int(time.time())
@@ -82,11 +86,13 @@ def known_model(id: str, rooms: Rooms, seen: Sight) -> Told:
 def models(rooms: Rooms, seen: Sight) -> list[Told]:
     """The base, then every registered adapter that may be seen."""
     base = rooms.registry.base_id
-    return [_model(base, None, None)] + [
-        _model(card["id"], base, card["digest"]) for card in rooms.registry.cards() if seen.sees(card["id"])
-    ]
+    return [_model(base, STARTED)] + [_adapted(one, base) for one in rooms.registry.registered() if seen.sees(one.id)]
 
 
-def _model(id: str, parent: str | None, digest: str | None) -> Told:
-    adapter = {"id": id, "digest": digest} if parent else None
-    return {"id": id, "object": "model", "created": STARTED, "owned_by": "adapterd", "root": id, "parent": parent, "adapter": adapter}
+def _adapted(one: Generation, base: str) -> Told:
+    registered = datetime.fromisoformat(one.registered_at)
+    return _model(one.id, int(registered.timestamp())) | {"parent": base, "adapter": {"id": one.id, "digest": one.digest or None}}
+
+
+def _model(id: str, created: int) -> Told:
+    return {"id": id, "object": "model", "created": created, "owned_by": "adapterd", "root": id, "parent": None, "adapter": None}

@@ -103,13 +103,13 @@ class Asked(Strict):
 
 # ---- completions
 
-Id = Annotated[int, Field(ge=0)]
+Id = Annotated[int, Field(ge=0, lt=2**31)]
 Ids = Annotated[list[Id], Field(min_length=1, fail_fast=True)]
 Many = Field(min_length=1, max_length=MAX_SEQUENCES, fail_fast=True)
 Prompt = Annotated[
     str | Ids | Annotated[list[str], Many] | Annotated[list[Ids], Many],
     one_finding(
-        f"must be a text, up to {MAX_SEQUENCES} texts, token ids (none below 0), or up to {MAX_SEQUENCES} lists of them; none empty"
+        f"must be a text, up to {MAX_SEQUENCES} texts, token ids (0 to 2147483647) or up to {MAX_SEQUENCES} lists of them; none empty"
     ),
 ]
 

@@ -168,12 +168,13 @@ class Plan:
 class Result:
     """What the runner made of one chunk: the sampled token, if one was asked for, and the prompt's tokens with logprobs.
 
-    `error` says why there is no token where one was asked for: this request fails, its neighbours go on.
+    `error` says why there is no token where one was asked for: this request fails with `code`, its neighbours go on.
     """
 
     token: Token | None = None
     prompt: tuple[Token, ...] = ()
     error: str = ""
+    code: str = "internal"
 
 
 class Runner(Protocol):

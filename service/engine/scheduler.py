@@ -132,7 +132,7 @@ class Scheduler:
             sequence.written += len(chunk.tokens)
             sequence.scored += result.prompt
             if result.error:
-                self._end(sequence, Finish.FAILED, code="internal", message=result.error)
+                self._end(sequence, Finish.FAILED, code=result.code, message=result.error)
             elif chunk.sample:
                 assert result.token is not None, "a chunk that asked for a token got none"
                 self._append(sequence, result.token)

@@ -70,7 +70,7 @@ class Calls:
         text = self._kept.lstrip().removeprefix(self._format or "")
         try:
             calls = [_call(value, self._names) for value in _values(text)]
-        except ValueError:
+        except (ValueError, RecursionError):
             calls = []
         return ("", calls) if calls else (self._kept, [])
 

@@ -94,7 +94,7 @@ class Runner:
     def _result(self, chunk: Chunk, token: Token | Unfit | None, logits: Tensor | None) -> Result:
         if isinstance(token, Unfit):
             kv.clear(self.attention, chunk.row)  # what is masked is still multiplied: not-a-number would reach the row's next tenant
-            return Result(error=str(token))
+            return Result(error=str(token), code=token.code)
         return Result(token, _prompt(chunk, logits))
 
     def _forward(self, tree: Any, chunks: Sequence[Chunk], wanted: set[int]) -> Tensor:

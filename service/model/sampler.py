@@ -21,7 +21,11 @@ NUCLEUS = 256  # top-p looks at this many best tokens first; the whole vocabular
 
 
 class Unfit(Exception):
-    """No token can be chosen for this row; the message says why."""
+    """No token can be chosen for this row; the message says why, `code` (one of errors.py) whose fault it is."""
+
+    def __init__(self, message: str, code: str = "internal") -> None:
+        super().__init__(message)
+        self.code = code
 
 
 NOT_FINITE = "the model's numbers for this request are not finite, or nothing is allowed next: no token can be chosen"
@@ -93,7 +97,8 @@ class Sampler:
         if state.matcher is None:
             state.matcher = self._matcher_of(grammar)
         if state.matcher.is_error():
-            raise Unfit(f"the grammar cannot be followed any further: {state.matcher.get_error()[:200]}")
+            told = state.matcher.get_error().partition("\n")[0][:200]
+            raise Unfit(f"the grammar cannot be followed any further: {told}", "validation")
         if state.matcher.is_stopped():
             allowed = torch.zeros(logits.shape[0], dtype=torch.bool)
         else:
@@ -151,7 +156,7 @@ def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     if best.values.sum() < top_p * total:
         best = probabilities.sort(descending=True)  # type: ignore[assignment]
     before = best.values.cumsum(-1) - best.values
-    kept = best.indices[before < top_p * total]
+    kept = best.indices[: max(1, int((before < top_p * total).sum()))]  # a mass that is 0 in float32 still has the best one
     return torch.zeros_like(probabilities).scatter(0, kept, probabilities[kept])
 
 
@@ -162,7 +167,7 @@ def _typical(probabilities: Tensor, mass: float) -> Tensor:
     entropy = torch.nansum(surprise * normed)
     order = (surprise - entropy).abs().nan_to_num(nan=float("inf")).argsort()
     before = normed[order].cumsum(-1) - normed[order]
-    kept = order[before < mass]
+    kept = order[: max(1, int((before < mass).sum()))]
     return torch.zeros_like(probabilities).scatter(0, kept, probabilities[kept])
 
 

@@ -19,6 +19,8 @@ from .conftest import FakeDevice, NearReader, Shop
 
 pytestmark = pytest.mark.anyio
 CARD = {"id", "digest", "state", "residency", "rank", "parameters", "megabytes", "pinned", "in_flight", "last_used"}
+RECORD = {"source": "a", "subfolder": None, "revision": None, "digest": "sha256:a", "fingerprint": "a", "pinned": False}
+UNDATED = json.dumps({"adapters": {"a": {**RECORD, "registered_at": "once"}}, "deleted": []})
 
 
 def put(source: Path, root: Path, name: str) -> str:
@@ -363,8 +365,11 @@ async def test_a_broken_folder_is_listed_as_failed_and_harms_nothing(shop: Shop,
 async def test_registrations_and_pins_outlive_a_restart(stocked: Shop) -> None:
     async with stocked.opened() as registry:
         await registry.register("renamed", "plain", pinned=True)
+        (first,) = registry.registered()
+        assert first.registered_at == registry.summary("renamed")["registered_at"]
     async with stocked.opened() as registry:
         assert [(card["id"], card["pinned"]) for card in registry.cards()] == [("renamed", True)]
+        assert [one.registered_at for one in registry.registered()] == [first.registered_at]
         assert device(registry).pinned == {registry.card("renamed")["digest"]}
 
 
@@ -408,7 +413,7 @@ async def test_a_found_folder_that_is_gone_is_forgotten_and_a_named_one_fails(st
 
 
 @pytest.mark.parametrize(
-    "damage", ["{", "[]", '{"adapters": {"a": {}}, "deleted": []}', '{"adapters": {"a": 5}, "deleted": []}', "[" * 100_000]
+    "damage", ["{", "[]", '{"adapters": {"a": {}}, "deleted": []}', '{"adapters": {"a": 5}, "deleted": []}', "[" * 100_000, UNDATED]
 )
 async def test_a_damaged_ledger_is_put_aside(shop: Shop, plain: Path, damage: str) -> None:
     put(plain, shop.root, "found")

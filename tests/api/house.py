@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 from starlette.testclient import TestClient
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from service.adapters.registry import Registry
     from service.engine.client import Client
 
+REGISTERED = "2026-11-25T12:00:00.500Z"
 BASE = BaseCard(
     folder="/secret/place/tiny",
     architecture="LlamaForCausalLM",
@@ -115,6 +117,9 @@ class Shelf:
 
     def cards(self) -> list[dict[str, Any]]:
         return list(self.names.values())
+
+    def registered(self) -> list[Any]:
+        return [SimpleNamespace(id=id, digest=held["digest"], registered_at=REGISTERED) for id, held in self.names.items()]
 
     def summary(self, id: str) -> dict[str, Any]:
         return self.card(id) | {"rank": 4}

@@ -180,6 +180,11 @@ def test_a_failure_in_mid_stream_is_the_last_event(one: Stage) -> None:
     one.generate(status=503)
 
 
+def test_a_stream_tells_the_prompts_tokens_at_its_end(one: Stage) -> None:
+    last = one.stream("/generate_stream", {"inputs": "Hi", "parameters": {"decoder_input_details": True}})[-1]
+    assert [(p["id"], p["logprob"]) for p in last["details"]["prefill"]] == list(zip(making.ids("Hi"), [None, -1.0], strict=True))
+
+
 def test_top_tokens_stream_too(one: Stage) -> None:
     events = one.stream("/generate_stream", {"inputs": "Hi", "parameters": {"top_n_tokens": 2}})
     assert [[t["id"] for t in e["top_tokens"]] for e in events[:2]] == [[70, id] for id in making.ids(END)[:2]]
@@ -208,7 +213,7 @@ BAD = {
     "top_k": "-2 1.0",
     "typical_p": "2 0",
     "max_new_tokens": "0 -1 1e20 true 1.5 513",
-    "repetition_penalty": "0 -1 NaN",
+    "repetition_penalty": "0 -1 NaN 1e-45 5e-324 101",
     "seed": "-1 18446744073709551616 1.0",
     "best_of": "0 2",
     "truncate": "0",
@@ -286,6 +291,24 @@ def test_the_context_is_the_limit_and_the_default_fits_into_it(one: Stage) -> No
     one.generate("a")
     assert one.request.max_tokens == 128
     assert one.generate("a" * 512, status=422)["error_type"] == "context_length_exceeded"
+
+
+def test_a_source_without_an_adapter_is_refused(one: Stage) -> None:
+    assert "adapter_source" in one.generate(adapter_source="local", status=422)["error"]
+
+
+@pytest.mark.parametrize("stop", [["x" * 10_000], ["x"] * 17])
+def test_stop_strings_have_a_limit(one: Stage, stop: list[str]) -> None:
+    assert "stop" in one.generate(stop=stop, status=422)["error"]
+    one.generate(stop=["x" * 1000] * 16)
+
+
+def test_a_lone_surrogate_is_refused_wherever_it_stands(one: Stage) -> None:
+    lone = "\ud800"
+    for format in ({"type": "regex", "regex": lone}, {"type": "json_object", "schema": {"const": lone}}):
+        assert "response_format" in one.generate(response_format=format, status=422)["error"]
+    one.generate(adapter_id=lone, status=404)
+    assert "stop" in one.generate(stop=[lone], status=422)["error"]
 
 
 def test_sampling_parameters_reach_the_engine(one: Stage) -> None:

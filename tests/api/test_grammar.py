@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import pytest
+from llguidance import LLMatcher, LLTokenizer
 
 from service.api import grammar
 from service.api.schemas import JsonObject, Regex
@@ -60,6 +61,31 @@ def test_the_reach_counts_each_reference_once() -> None:
 def test_what_nothing_can_meet_is_refused(schema: dict[str, Any]) -> None:
     with pytest.raises(BadRequest, match="response_format"):
         compiled(schema)
+
+
+def test_what_no_sampler_could_follow_is_refused_at_the_door() -> None:
+    """What is never complete, or only shows its size when it is begun, would fail in the middle of a stream."""
+    with pytest.raises(BadRequest, match="response_format: parser error"):
+        compiled({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]})
+    with pytest.raises(BadRequest, match="response_format: lexer error"):
+        asyncio.run(grammar.compiled(Regex(type="regex", regex="(a{1000}){1000}")))
+
+
+def follows(text: str, whole: str) -> bool:
+    matcher = LLMatcher(LLTokenizer("byte"), text)
+    return bool(matcher.try_consume_tokens(list(whole.encode())) == len(whole) and matcher.is_accepting())
+
+
+def test_references_in_the_parameters_of_functions_keep_their_meaning() -> None:
+    """Two functions may name different things alike, and one may refer to its own whole."""
+    first = {"type": "object", "properties": {"a": {"$ref": "#/$defs/N"}, "in": {"$ref": "#"}}, "$defs": {"N": {"type": "integer"}}}
+    second = {"type": "object", "properties": {"a": {"$ref": "#/$defs/N"}}, "$defs": {"N": {"const": "x"}}}
+    text = asyncio.run(grammar.of_calls({"add": first, "say": second}, "tools"))
+    assert follows(text, '{"name": "add", "arguments": {"a": 1, "in": {"a": 2}}}')
+    assert follows(text, '{"name": "say", "arguments": {"a": "x"}}')
+    assert not follows(text, '{"name": "say", "arguments": {"a": 1}}')
+    assert not follows(text, '{"name": "run", "arguments": {}}')
+    assert first["properties"] == {"a": {"$ref": "#/$defs/N"}, "in": {"$ref": "#"}}, "what was given stays as it is"
 
 
 def test_a_number_that_json_does_not_have_is_refused() -> None:

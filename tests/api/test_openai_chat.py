@@ -269,6 +269,23 @@ def test_results_of_calls_go_into_the_prompt(tooled: Stage) -> None:
     assert prompt(tooled) == "user:Hi\nassistant:!add 41\ntool:42call_1\n"
 
 
+@pytest.mark.parametrize("parameters", [{"$defs": []}, {"$defs": 5}, {"$defs": {"a": 5}}, {"$ref": "#/nowhere"}, {"$ref": "#"}])
+def test_odd_schemas_of_tools_are_taken_or_refused(tooled: Stage, parameters: dict[str, Any]) -> None:
+    tool = {"type": "function", "function": {"name": "add", "parameters": parameters}}
+    body = {"model": "tiny", "messages": [USER], "tools": [tool], "tool_choice": "required"}
+    answer = tooled.knock.post("/v1/chat/completions", json=body)
+    assert answer.status_code in (200, 400), answer.text
+    assert answer.status_code == 200 or "tools" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("arguments", ["[" * 100_000, "9" * 5000, '{"a": ' * 900 + "1" + "}" * 900])
+def test_arguments_that_are_no_sensible_json_do_no_harm(one: Stage, arguments: str) -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
+    body = {"model": "tiny", "messages": [USER, {"role": "assistant", "tool_calls": [call]}, USER]}
+    answer = one.knock.post("/v1/chat/completions", json=body)
+    assert answer.status_code in (200, 400), answer.text
+
+
 def test_what_cannot_go_together(tooled: Stage) -> None:
     named = {"type": "function", "function": {"name": "other"}}
     assert "tool_choice" in tooled.chat(tools=[ADD], tool_choice=named, status=400)["error"]["message"]

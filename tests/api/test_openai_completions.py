@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from service.api.openai_shapes import STARTED
 from tests import making
 
 from .fakes import DIGEST, Stage, stage
@@ -279,6 +280,14 @@ def test_broken_bodies(one: Stage, body: bytes) -> None:
     assert one.post("/v1/completions", body, 400).json()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize("id", ["2147483648", "1099511627776", "9" * 400, "9" * 4000, "9" * 5000, "-" + "9" * 4000])
+@pytest.mark.parametrize("prompt", ["[{}]", "[[1], [{}]]"])
+def test_ids_that_fit_no_machine_word_are_refused(one: Stage, prompt: str, id: str) -> None:
+    """B13, B14: a token id of any size is a bad number, and the message stays short."""
+    body = f'{{"model": "x", "echo": true, "prompt": {prompt.format(id)}}}'.encode()
+    assert len(one.post("/v1/completions", body, 400).json()["error"]["message"]) < 300
+
+
 def test_what_cannot_go_together(one: Stage) -> None:
     for fields in ({"ignore_eos": True}, {"min_tokens": 3}):
         one.complete(response_format={"type": "json_object"}, status=400, **fields)
@@ -294,6 +303,8 @@ def test_models(one: Stage) -> None:
     cards: dict[str, Any] = {m["id"]: m for m in told["data"]}
     assert list(cards) == ["tiny", "x", "org/y"]
     assert (cards["tiny"]["parent"], cards["x"]["parent"]) == (None, "tiny")
+    assert cards["x"]["created"] == 1795608000, "an adapter's is when it was registered"
+    assert cards["tiny"]["created"] == STARTED
     assert cards["x"]["adapter"] == {"id": "x", "digest": DIGEST}
     assert all(m.keys() >= {"id", "object", "created", "owned_by", "root", "parent"} for m in cards.values())
 

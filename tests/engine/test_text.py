@@ -314,6 +314,7 @@ NOW = Call("now", "{}")
         (Format.MISTRAL, f"[{ADD}]", "", [ADDED]),
         (Format.LLAMA, '{"name": "now", "parameters": {}}; ' + ADD.replace("arguments", "parameters"), "", [NOW, ADDED]),
         (Format.LLAMA, f"<|python_tag|>{ADD}", "", [ADDED]),
+        (Format.HERMES, "[" * 5000, "[" * 5000, []),
         (None, ADD, ADD, []),
     ],
 )

@@ -122,6 +122,17 @@ def test_numbers_that_are_not_finite_fail_their_own_row_only(options: dict[str, 
     assert isinstance(good, Token)
 
 
+@pytest.mark.parametrize("options", [{"top_p": 5e-324}, {"top_p": 1e-300}, {"typical_p": 5e-324}, {"min_p": 1.0}])
+def test_the_least_mass_still_holds_one_token(options: dict[str, Any]) -> None:
+    """B13: it is 0 as a float32; an empty choice once ended the step, and with it everybody else's request."""
+    row = logits(8)[0]
+    kept = warped(row, Sampling(temperature=1.0, **options))
+    assert int(kept.count_nonzero()) == 1
+    chosen = one(Sampler(no_grammar), row, request(1, temperature=1.0, **options))
+    assert chosen == int(kept.argmax())
+    assert chosen == int(row.argmax()) or "typical_p" in options
+
+
 class Matcher:
     """Allows token 8, then has ended."""
 
@@ -155,4 +166,6 @@ def test_a_grammar_allows_only_its_own_tokens_and_ends_with_eos() -> None:
     sampler = Sampler(lambda grammar: Matcher())
     assert one(sampler, logits(6)[0], endless) == 8
     assert isinstance(sampler.sample(logits(6), [endless])[0], Unfit)
-    assert isinstance(Sampler(lambda grammar: Matcher(error=True)).sample(logits(6), [asked])[0], Unfit)
+    (failed,) = Sampler(lambda grammar: Matcher(error=True)).sample(logits(6), [asked])
+    assert isinstance(failed, Unfit)
+    assert failed.code == "validation", "the grammar is the client's"

@@ -146,7 +146,7 @@ def test_what_names_adapters_can_be_left_out(few: Names) -> None:
 
 def test_the_gateways_gauge_is_one_series_that_says_when(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its labels, and that its value is a time, are the protocol's between model servers and the endpoint picker."""
-    monkeypatch.setattr(metrics.time, "time", lambda: 1234.5)
+    monkeypatch.setattr("service.metrics.time.time", lambda: 1234.5)
     metrics.lora_info(2, ["b"], [])
     metrics.lora_info(8, ["b", "a"], ["c"])
     try:

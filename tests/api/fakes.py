@@ -19,6 +19,7 @@ from service.engine.text import Text
 from service.engine.ticket import Ticket
 from service.errors import AdapterNotFound, Overloaded
 from service.settings import read
+from service.traces import Trace
 from tests import making
 
 from .house import BASE, Shelf, StandIn
@@ -193,14 +194,15 @@ class Stage:
 
 
 @contextmanager
-def stage(root: Path, template: str | None = None, **settings: str) -> Iterator[Stage]:
+def stage(root: Path, template: str | None = None, record: Callable[[Trace], None] | None = None, **settings: str) -> Iterator[Stage]:
     base = root / "base"
     making.tokenizer().save_pretrained(base)
     (base / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 2}))
     if template:
         (base / "chat_template.jinja").write_text(template)
     engine, names = Engine(), Names(root)
-    app = create_app(read({}, {"base": "org/none", **settings}), cast(Any, engine), cast(Any, names), text=lambda _: Text(base))
+    chosen = read({}, {"base": "org/none", **settings})
+    app = create_app(chosen, cast(Any, engine), cast(Any, names), text=lambda _: Text(base), record=record)
     with TestClient(app, raise_server_exceptions=False) as knock:
         while not app.state.rooms.opened:
             knock.get("/health")

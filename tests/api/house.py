@@ -49,6 +49,10 @@ class StandIn:
         self.loaded = asyncio.Event()
         self.loaded.set()
         self.stops: list[float] = []
+        self.awaited: set[str] = set()
+
+    def resident(self, digest: str) -> bool:
+        return any(placement.digest == digest for placement in self.pool)
 
     async def start(self) -> None:
         return None

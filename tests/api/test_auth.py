@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,3 +119,43 @@ def test_keys_from_a_file_and_neither_info_nor_the_settings_show_one(tmp_path: P
         assert answer.json()["settings"]["keys"] is True
         assert "sk-" not in answer.text
         assert "sk-" not in repr(home.rooms.settings)
+
+
+def test_a_keys_name_is_in_the_log_and_the_key_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "keys").write_text("sk-secret name=web\nsk-other\n")
+    with house(api_keys=f"@{tmp_path / 'keys'}", log_level="debug") as home, caplog.at_level(logging.DEBUG):
+        for key in ("sk-secret", "sk-other", "sk-wrong"):
+            home.knock.get("/adapters?key=sk-secret", headers={"authorization": f"Bearer {key}"})
+    lines = [record.__dict__["fields"] for record in caplog.records if record.name == "adapterd.access"]
+    assert [(line["status"], line.get("key")) for line in lines] == [(200, "web"), (200, None), (401, None)]
+    assert "sk-" not in "".join(str(record.__dict__) for record in caplog.records if record.name.startswith("adapterd"))
+
+
+# ---- other sites' pages
+
+SITE = "https://app.example.org"
+FOREIGN = {"origin": SITE, "sec-fetch-site": "cross-site"}
+PREFLIGHT = {"origin": SITE, "access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+
+
+def test_no_other_site_is_let_in_unless_it_is_named() -> None:
+    with house() as home:
+        answer = home.knock.options("/adapters", headers=PREFLIGHT)
+        assert answer.status_code == 405
+        assert not [name for name in answer.headers if name.startswith("access-control-")]
+        assert "access-control-allow-origin" not in home.knock.get("/adapters", headers=FOREIGN).headers
+
+
+def test_a_site_that_is_named_may_ask_with_a_key_and_no_other_may() -> None:
+    with house(admin_keys="sk-admin", cors_origins=f"{SITE}, https://b.example.org") as home:
+        allowed = home.knock.options("/adapters", headers=PREFLIGHT)
+        assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, SITE)
+        assert allowed.headers["x-request-id"], "inside the layer that gives every answer its id"
+        body = {"id": "a", "source": "a"}
+        answer = home.knock.post("/adapters", json=body, headers=ADMIN | FOREIGN)
+        assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (201, SITE)
+        assert "access-control-allow-credentials" not in answer.headers
+        assert home.knock.post("/adapters", json=body, headers=FOREIGN).status_code == 401
+        other = {"origin": "https://evil.example.org", "sec-fetch-site": "cross-site"}
+        refused = home.knock.post("/adapters", json=body, headers=ADMIN | other)
+        assert (refused.status_code, "access-control-allow-origin" in refused.headers) == (403, False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import signal
 from collections.abc import AsyncIterator, Callable
@@ -108,6 +109,65 @@ async def test_metrics_count_each_token_once() -> None:
         assert count("time_to_first_token_seconds_count") == first + 5
         assert (count("num_requests_running"), count("num_requests_waiting")) == (0, 0)
         assert REGISTRY.get_sample_value("adapterd_generation_tokens_total") is None, "the global registry is left alone"
+
+
+def moves() -> dict[str, float]:
+    """What is counted of adapters' ways, by metric and tier."""
+    tiers = itertools.product(("hits", "misses", "evict_bytes"), ("device", "host"))
+    found = {f"{name} {tier}": count(f"adapter_{name}_total", tier=tier) for name, tier in tiers}
+    return found | {name: count(f"adapter_{name}_total") for name in ("load_bytes", "place_bytes")}
+
+
+async def test_an_adapters_ways_are_counted_hit_or_miss_in_seconds_and_in_bytes() -> None:
+    async with engine(pool_rank=4, max_rank=4, host_cache_mb=1) as client:
+        first, second = adapter("a", size=600_000), adapter("b", size=600_000)  # neither tier has room for both
+        for each in (first, second):
+            client.offer(each, preload=False)
+        before, loads, evictions = moves(), count("adapter_load_seconds_count"), count("adapter_evict_seconds_count", tier="device")
+        for each in (first, first, second):
+            await read(client.submit((1,), 2, each.digest))
+        grown = {name: value - before[name] for name, value in moves().items() if value != before[name]}
+        assert grown == {
+            "misses device": 2,
+            "misses host": 2,
+            "hits device": 1,
+            "load_bytes": 1_200_000,
+            "place_bytes": 1_200_000,
+            "evict_bytes host": 600_000,
+            "evict_bytes device": 600_000,
+        }
+        assert count("adapter_load_seconds_count") == loads + 2
+        assert count("adapter_evict_seconds_count", tier="device") == evictions + 1
+        assert (count("adapter_bytes", tier="device"), count("adapter_bytes", tier="host"), count("base_bytes")) == (600_000, 600_000, 4000)
+        assert (client.resident(second.digest), client.resident(first.digest), client.awaited) == (True, False, set())
+        before = moves()
+        await client.drop(second.digest)
+        assert moves() == before, "what is deleted has made room for nobody"
+
+
+async def test_a_shadow_adapter_is_at_home_in_host_memory() -> None:
+    async with engine() as client:
+        one = adapter("s", lane=Lane.SHADOW)
+        client.offer(one, preload=False)
+        before = moves()
+        for _ in range(2):
+            await read(client.submit((1,), 2, one.digest))
+        grown = {name: value - before[name] for name, value in moves().items() if value != before[name]}
+        assert grown == {"misses host": 1, "hits host": 1, "load_bytes": 1000}
+        assert client.resident(one.digest)
+
+
+async def test_adapters_that_requests_wait_for_are_known() -> None:
+    async with engine(max_rows=1) as client:
+        one = adapter("a")
+        client.offer(one)
+        running = await begun(client)
+        waiting = client.submit((1,), 1, one.digest)
+        assert client.awaited == {one.digest}
+        running.cancel()
+        await read(running)
+        await read(waiting)
+        assert client.awaited == set()
 
 
 async def test_cancelling_ends_the_work_and_frees_the_row() -> None:

@@ -306,7 +306,7 @@ def test_the_charts_move_while_requests_run(live: str, open_page: Open) -> None:
     expect(tokens).to_be_visible()
     still = tokens.locator("canvas").evaluate("canvas => canvas.toDataURL()")
     httpx.post(f"{live}generate_stream", json={"inputs": "Go on.", "parameters": {"max_new_tokens": 60}}, timeout=60)
-    expect(page.get_by_role("img", name=re.compile("^Time to first token: median [0-9.]+ m?s"))).to_be_visible()
+    expect(page.get_by_role("img", name=re.compile("^First token: median [0-9.]+ m?s"))).to_be_visible()
     assert tokens.locator("canvas").evaluate("canvas => canvas.toDataURL()") != still
 
 

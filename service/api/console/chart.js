@@ -8,7 +8,9 @@ import { html, useEffect, useRef, useState } from "./vendor/preact.js";
 import uPlot from "./vendor/uplot.js";
 
 const TALL = 170;
-const SHOWN_S = 120;
+const SHOWN_S = 120; // seconds; fewer while there is less to show, but not under
+const LEAST_S = 30;
+const STEPS = [-3, -2, -1, 0, 1, 2, 3, 4, 5].flatMap((power) => [1, 2, 5].map((step) => step * 10 ** power)); // no halves between whole numbers
 
 const clock = (seconds) => new Date(seconds * 1000).toLocaleTimeString("en-GB");
 
@@ -31,7 +33,7 @@ export function Chart({ title, lines, data, least }) {
   const told = `${title}: ${lines.map((line, index) => `${line.name} ${values[index]}`).join(", ")}`;
   return html`<figure class="chart card">
     <figcaption><h2>${title}</h2>
-      ${lines.map((line, index) => html`<span class="key"><i style=${{ background: `var(${line.colour})` }}></i>${line.name} <b>${values[index] ?? NONE}</b></span>`)}
+      <span class="keys">${lines.map((line, index) => html`<span class="key"><i style=${{ background: `var(${line.colour})` }}></i>${line.name} <b>${values[index] ?? NONE}</b></span>`)}</span>
     </figcaption>
     <div ref=${place} role="img" aria-label=${told}></div>
   </figure>`;
@@ -48,8 +50,8 @@ function options(lines, least, width, onPoint) {
     legend: { show: false },
     cursor: { y: false, points: { size: 7 } },
     padding: [8, 28, 0, 0], // a time at the right edge has room for its second half
-    scales: { x: { range: (_, first, last) => [last - SHOWN_S, last] }, y: { range: (_, low, high) => [0, Math.max((high ?? 0) * 1.1, least)] } },
-    axes: [{ ...axis, size: 30, space: 90, values: (_, ticks) => ticks.map(clock) }, { ...axis, size: 66, space: 36, values: (_, ticks) => ticks.map((tick) => lines[0].show(tick)) }],
+    scales: { x: { range: (_, first, last) => [last - Math.min(SHOWN_S, Math.max(LEAST_S, last - first)), last] }, y: { range: (_, low, high) => [0, Math.max((high ?? 0) * 1.1, least)] } },
+    axes: [{ ...axis, size: 30, space: 90, values: (_, ticks) => ticks.map(clock) }, { ...axis, size: 66, space: 36, incrs: STEPS, values: (_, ticks) => ticks.map((tick) => lines[0].show(tick)) }],
     series: [{}, ...lines.map((line) => ({ label: line.name, stroke: resolved(line.colour), width: 2, points: { show: false }, spanGaps: false }))],
     hooks: { setCursor: [(self) => onPoint(self.cursor.idx ?? null)] },
   };

@@ -32,7 +32,7 @@ export function Live() {
         lines=${[{ name: "running", colour: "--blue", show: whole }, { name: "waiting", colour: "--orange", show: whole }]} />
       <${Chart} title="Tokens/s" least=${20} data=${[time, over((m) => m.generated), over((m) => m.prompt)]}
         lines=${[{ name: "generated", colour: "--blue", show: whole }, { name: "prompt", colour: "--orange", show: whole }]} />
-      <${Chart} title="Time to first token" least=${0.1} data=${[time, over((m) => m.ttft50), over((m) => m.ttft95)]}
+      <${Chart} title="First token" least=${0.1} data=${[time, over((m) => m.ttft50), over((m) => m.ttft95)]}
         lines=${[{ name: "median", colour: "--blue", show: milliseconds }, { name: "95 %", colour: "--orange", show: milliseconds }]} />
     </div>
     <${Pool} pool=${now.base.pool} />

@@ -40,6 +40,11 @@ def top(metric: str) -> list[tuple[str, str]]:
     return [(f"topk(10, sum by (adapter) ({rate(metric)}))", "{{adapter}}")]
 
 
+def slowest() -> list[tuple[str, str]]:
+    by_adapter = f"sum by (adapter, le) ({rate('adapterd_adapter_e2e_request_latency_seconds_bucket')})"
+    return [(f"topk(10, histogram_quantile(0.95, {by_adapter}))", "{{adapter}}")]
+
+
 ROWS: dict[str, list[Panel]] = {
     "Now": [
         Panel(
@@ -83,8 +88,43 @@ ROWS: dict[str, list[Panel]] = {
         ),
         Panel("Time to load", "s", quantiles("adapterd_adapter_load_seconds")),
         Panel("Time to place", "s", quantiles("adapterd_adapter_place_seconds")),
+        Panel(
+            "Found where needed",
+            "reqps",
+            [(f"sum by (tier) ({rate(f'adapterd_adapter_{s}_total')})", f"{{{{tier}}}} {s}") for s in ("hits", "misses")],
+            "A miss on the device waits for a copy from host memory, a miss there for the disk.",
+        ),
+        Panel(
+            "Making room",
+            "ops",
+            [(f"sum by (tier) ({rate('adapterd_adapter_evict_seconds_count')})", "from {{tier}}")],
+            "Adapters a second that left for others.",
+        ),
+        Panel(
+            "Adapters' bytes on the move",
+            "Bps",
+            [(f"sum({rate(f'adapterd_adapter_{way}_bytes_total')})", way) for way in ("load", "place", "evict")],
+        ),
+        Panel(
+            "Memory held",
+            "bytes",
+            [(f"sum(adapterd_base_bytes{HERE})", "base"), (f"sum by (tier) (adapterd_adapter_bytes{HERE})", "adapters on {{tier}}")],
+        ),
+    ],
+    "By adapter": [
         Panel("Busiest by requests", "reqps", top("adapterd_adapter_requests_total")),
         Panel("Busiest by tokens", "short", top("adapterd_adapter_generation_tokens_total"), "Generated tokens a second."),
+        Panel("Longest prompts", "short", top("adapterd_adapter_prompt_tokens_total"), "Prompt tokens a second."),
+        Panel("Slowest", "s", slowest(), "Whole requests, 95 of 100 are faster. _other is all that have no series of their own."),
+    ],
+    "GPU": [
+        Panel(
+            "GPU memory",
+            "bytes",
+            [(f"adapterd_gpu_memory_{s}_bytes{HERE}", f"{{{{instance}}}} {{{{gpu}}}} {s}") for s in ("used", "total")],
+        ),
+        Panel("GPU utilization", "percentunit", [(f"adapterd_gpu_utilization_ratio{HERE}", "{{instance}} {{gpu}}")]),
+        Panel("GPU temperature", "celsius", [(f"adapterd_gpu_temperature_celsius{HERE}", "{{instance}} {{gpu}}")]),
     ],
 }
 

@@ -1,4 +1,4 @@
-"""A live service for the tests here: the real program, on a tiny random base with one adapter."""
+"""A live service for the tests here: the real program, on a tiny random base with one adapter, beside a GPU that is made up."""
 
 from __future__ import annotations
 
@@ -9,6 +9,19 @@ import pytest
 from deploy.bench.servers import started
 from tests import making
 
+GPU = """
+from types import SimpleNamespace
+
+NVML_TEMPERATURE_GPU = 0
+NVMLError = OSError
+nvmlInit = dict
+nvmlDeviceGetCount = lambda: 1
+nvmlDeviceGetHandleByIndex = int
+nvmlDeviceGetMemoryInfo = lambda gpu: SimpleNamespace(used=10**9, total=10**10)
+nvmlDeviceGetUtilizationRates = lambda gpu: SimpleNamespace(gpu=50)
+nvmlDeviceGetTemperature = lambda gpu, sensor: 60
+"""
+
 
 @pytest.fixture(scope="package")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
@@ -16,5 +29,8 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     base = making.tiny(folder / "base")
     making.noise(folder / "adapters" / "noise", base)
     settings = {"base": str(base), "base_id": "tiny", "dtype": "float32", "quantization": "none", "device": "cpu", "compile": "off"}
-    with started({**settings, "adapters_dir": str(folder / "adapters"), "max_rows": "4"}, folder / "log") as server:
-        yield server.url
+    (folder / "pynvml.py").write_text(GPU)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("PYTHONPATH", str(folder))
+        with started({**settings, "adapters_dir": str(folder / "adapters"), "max_rows": "4"}, folder / "log") as server:
+            yield server.url

@@ -100,6 +100,11 @@ def test_the_pod_has_no_privileges_and_no_token() -> None:
     assert container["capabilities"] == {"drop": ["ALL"]}
 
 
+def test_the_endpoint_picker_is_told_where_residency_is() -> None:
+    assert variable("ADAPTERD_LORA_REQUESTS_INFO") == "on"
+    assert "--lora-info-metric=adapterd_lora_requests_info\n" in (DEPLOY / "kubernetes" / "inference-pool.yaml").read_text()
+
+
 def test_the_queue_scales_the_deployment() -> None:
     spec = one("HorizontalPodAutoscaler")["spec"]
     assert spec["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": one("Deployment")["metadata"]["name"]}

@@ -31,7 +31,7 @@ def codes(kind: type[errors.AdapterdError] = errors.AdapterdError) -> Iterator[s
 def test_an_expression_asks_for_what_the_service_exposes(expression: str) -> None:
     asked = set(METRIC.findall(expression))
     assert asked - defined() == set()
-    recorded = set(re.findall(r"(?:job|instance):[\w:]+", expression))
+    recorded = set(re.findall(r"(?:job|instance|instance_tier):[\w:]+", expression))
     assert recorded - RECORDED == set()
     assert asked | recorded | set(re.findall(r"\bup\b", expression)), "it asks for something"
 
@@ -43,5 +43,5 @@ def test_the_manifests_name_only_metrics_that_exist() -> None:
 
 def test_failures_are_asked_for_by_codes_that_exist() -> None:
     asked = {code for text in ASKED for found in re.findall(r'code=~?"([^"]*)"', text) for code in found.split("|")}
-    assert asked == {"internal", "not_ready", "deadline_exceeded", "overloaded"}
+    assert asked == {"internal", "not_ready", "deadline_exceeded", "overloaded", "unauthorized"}
     assert asked <= set(codes())

@@ -11,9 +11,9 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
-from fastapi.routing import compile_path
+from starlette.routing import compile_path
 
-from service.__main__ import COMMANDS
+from service.__main__ import main
 from service.settings import PREFIX, Settings
 
 from .api.house import House, house
@@ -98,10 +98,12 @@ def test_each_request_goes_to_a_route_and_its_body_is_what_that_takes(api: dict[
 
 def test_each_command_is_there() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"\bmake (\w+)", README):
+    for target in [words[1] for words in commands() if words[0] == "make"] + re.findall(r"`make (\w+)", README):
         assert re.search(rf"^{target}:", makefile, re.M), target
     for name in re.findall(r"python -m service (\w+)", README):
-        assert name in COMMANDS
+        with pytest.raises(SystemExit) as ended:
+            main([name, "--help"])
+        assert ended.value.code == 0, name
     for module in re.findall(r"python -m ((?:tests|deploy)[\w.]+)", README):
         assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists()
 
@@ -114,6 +116,13 @@ def test_each_file_that_is_named_or_linked_is_there() -> None:
     linked = [link for link in re.findall(r"\]\(([^)#]+)\)|(?:src|srcset)=\"([^\"]+)\"", README) for link in link if link]
     for path in [*named, *(link for link in linked if not link.startswith("http"))]:
         assert (ROOT / path).exists(), path
+
+
+def test_each_test_that_is_named_is_there() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", README)
+    assert len(named) > 10
+    for path, name in named:
+        assert re.search(rf"^(async )?def {name}\(", (ROOT / path).read_text(), re.M), f"{path}::{name}"
 
 
 def test_the_pictures_are_all_shown_and_small() -> None:

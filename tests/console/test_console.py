@@ -94,6 +94,20 @@ def test_files_are_taken_by_drag_and_drop_and_a_folder_names_the_adapter(live: s
     expect(form.locator(".file")).to_have_text([re.compile("adapter_config.json"), re.compile("adapter_model.safetensors")])
 
 
+def test_an_upload_says_how_far_it_is(live: str, open_page: Open, adapter_files: list[Path]) -> None:
+    config, weights = adapter_files
+    weights.write_bytes(bytes(3_000_000))
+    page = open_page(live, expect="422")
+    slow = {"offline": False, "latency": 0, "downloadThroughput": -1, "uploadThroughput": 1_500_000}
+    page.context.new_cdp_session(page).send("Network.emulateNetworkConditions", slow)
+    upload(page, "slow", [config, weights])
+    sent = page.get_by_role("progressbar", name=re.compile(r"^[1-9]\d? % sent"))
+    sent.wait_for()
+    expect(page.get_by_role("button", name="Upload")).to_be_disabled()
+    expect(page.get_by_role("alert")).to_contain_text("adapter_invalid")
+    expect(page.get_by_role("progressbar")).to_have_count(0)
+
+
 def test_what_is_wrong_with_an_upload_is_shown_as_the_api_gives_it(live: str, open_page: Open, adapter_files: list[Path]) -> None:
     config, weights = adapter_files
     weights.write_bytes(b"broken weights")

@@ -19,10 +19,10 @@ COPY service service
 RUN /opt/adapterd/bin/pip install --no-cache-dir --constraint requirements.lock ".[traces,gpu]"
 
 FROM ${BASE} AS run
-# g++ and Python's headers are what torch.compile needs; without them the service runs uncompiled.
+# g++ builds the CPU kernels for the processor that it meets; without it plain torch serves.
 RUN apt-get update \
  && apt-get install -y --no-install-recommends g++ \
- && (command -v python3 >/dev/null || apt-get install -y --no-install-recommends python3 python3-dev) \
+ && (command -v python3 >/dev/null || apt-get install -y --no-install-recommends python3) \
  && rm -rf /var/lib/apt/lists/* \
  && useradd --uid 10001 --create-home --shell /usr/sbin/nologin adapterd \
  && install -d -o adapterd -g adapterd /adapters /home/adapterd/.cache

@@ -12,7 +12,6 @@ import sys
 import threading
 from collections.abc import Callable
 from multiprocessing import Pipe
-from pathlib import Path
 from queue import SimpleQueue
 
 from ..settings import Settings
@@ -27,10 +26,7 @@ class Process:
     def __init__(self, settings: Settings, factory: str, heard: Callable[[Notice], None], ended: Callable[[int], None]) -> None:
         self._connection, theirs = Pipe()
         command = [sys.executable, "-m", "service.engine.worker", str(theirs.fileno()), factory]
-        paths = {
-            "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),  # it must find the very same modules
-            "TORCHINDUCTOR_CACHE_DIR": str(Path.home() / ".cache" / "adapterd" / "inductor"),  # what it compiles is kept for the next start
-        }
+        paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}  # it must find the very same modules
         with theirs:
             self._popen = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=os.environ | paths)
         self.pid = self._popen.pid

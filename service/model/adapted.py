@@ -5,7 +5,7 @@ Both keep A [R, in] and B [R, out] for R pool rows, of which an adapter holds a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from ..engine.request import Digest, Placement
 from .memory import Arena, zeros
+
+TILE = 32  # outputs that the kernel computes together
 
 
 class Factors(NamedTuple):
@@ -64,12 +66,17 @@ class Adapted(nn.Module):
     pool_b: Tensor
 
     def place(self, at: Placement, factors: Factors) -> None:
-        _copy(self.pool_a, self.pool_b, at, factors)
+        rows = slice(at.start, at.start + factors.a.shape[0])
+        self.pool_a[rows].copy_(factors.a, non_blocking=True)
+        self.pool_b[rows].copy_(factors.b, non_blocking=True)
         if factors.gate is not None:
             self.gates[at.digest] = factors.gate.to(self.pool_b.device, self.pool_b.dtype, non_blocking=True)
 
     def clear(self, at: Placement) -> None:
-        _zero(self.pool_a, self.pool_b, at)
+        """A later adapter of other modules or of lower rank must find zeros here."""
+        rows = slice(at.start, at.start + at.rank)
+        self.pool_a[rows].zero_()
+        self.pool_b[rows].zero_()
         self.gates.pop(at.digest, None)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,7 +104,7 @@ class Adapted(nn.Module):
 
 
 class Fused(nn.Module):
-    """The same by one kernel call: each token meets its own adapter's rows only. `table` tells which; see kernels/rows.cpp."""
+    """The same by one kernel call: each token meets its own adapter's rows only. `table` tells which; see kernels/linear.h."""
 
     def __init__(self, base_layer: Any, rank: int, table: Tensor, arena: Arena) -> None:
         super().__init__()
@@ -107,38 +114,43 @@ class Fused(nn.Module):
         self.register_buffer("packed", arena.keep(torch.ops.adapterd.pack(weight)), persistent=False)
         self.register_buffer("table", table, persistent=False)
         self.register_buffer("pool_a", zeros(rank, n_in, dtype=weight.dtype, huge=True), persistent=False)
-        self.register_buffer("pool_b", zeros(rank, n_out, dtype=weight.dtype, huge=True), persistent=False)
+        self.register_buffer("pool_b", zeros(n_out // TILE, -(-rank // 2), TILE, 2, dtype=weight.dtype, huge=True), persistent=False)
+        self.register_buffer("bias", weight.new_empty(0) if base_layer.bias is None else base_layer.bias.detach(), persistent=False)
         self.register_buffer("gate", zeros(rank, n_out, dtype=torch.float32), persistent=False)
 
     packed: Tensor
     table: Tensor
     pool_a: Tensor
     pool_b: Tensor
+    bias: Tensor
     gate: Tensor
 
     def place(self, at: Placement, factors: Factors) -> None:
-        _copy(self.pool_a, self.pool_b, at, factors)
+        rank = factors.a.shape[0]
+        self.pool_a[at.start : at.start + rank].copy_(factors.a)
+        for own, rows in self._halves(at, rank):
+            rows.copy_(factors.b[own].reshape(rows.shape[1], rows.shape[0], TILE).transpose(0, 1))
         if factors.gate is not None:
             self.gate[at.start] = factors.gate - 1  # so that untouched zeros, of layers that an adapter leaves alone, are a gate of 1
 
     def clear(self, at: Placement) -> None:
-        _zero(self.pool_a, self.pool_b, at)
+        self.pool_a[at.start : at.start + at.rank].zero_()
+        for _, rows in self._halves(at, at.rank):
+            rows.zero_()
         self.gate[at.start].zero_()
 
+    def _halves(self, at: Placement, rank: int) -> Iterator[tuple[slice, Tensor]]:
+        """The adapter's even and odd pool rows: which of its own rows, and where they lie in B, [tiles, rows, TILE]."""
+        for parity in (0, 1):
+            first = (at.start + parity) % 2
+            many = len(range(first, rank, 2))
+            pair = (at.start + first) // 2
+            yield slice(first, rank, 2), self.pool_b[:, pair : pair + many, :, parity]
+
     def forward(self, x: Tensor) -> Tensor:
-        bias = self.base_layer.bias
-        y: Tensor = torch.ops.adapterd.linear(x, self.packed, bias, self.pool_a, self.pool_b, self.gate, self.table)
+        y: Tensor = torch.ops.adapterd.linear(x, *self.tensors(), self.table)
         return y
 
-
-def _copy(pool_a: Tensor, pool_b: Tensor, at: Placement, factors: Factors) -> None:
-    rows = slice(at.start, at.start + factors.a.shape[0])
-    pool_a[rows].copy_(factors.a, non_blocking=True)
-    pool_b[rows].copy_(factors.b, non_blocking=True)
-
-
-def _zero(pool_a: Tensor, pool_b: Tensor, at: Placement) -> None:
-    """A later adapter of other modules or of lower rank must find zeros here."""
-    rows = slice(at.start, at.start + at.rank)
-    pool_a[rows].zero_()
-    pool_b[rows].zero_()
+    def tensors(self) -> tuple[Tensor, ...]:
+        """What the kernel needs of a layer, in its order."""
+        return self.packed, self.bias, self.pool_a, self.pool_b, self.gate

@@ -49,6 +49,9 @@ class Sighting(NamedTuple):
     layer: Any
     heads: int
     dim: int
+    scale: float
+    window: int  # 0: none
+    softcap: float  # 0: none
 
 
 class Scout:
@@ -81,7 +84,7 @@ def allocate(
     seen: Sequence[Sighting], rows: int, context: int, dtype: torch.dtype, device: torch.device, table: Tensor | None = None
 ) -> None:
     """Gives every attention layer its buffers, of zeros (what is masked is still multiplied, by 0); a CPU pays for touched pages only."""
-    for layer, heads, dim in seen:
+    for layer, heads, dim, *_ in seen:
         layer.register_buffer("kv_table", table, persistent=False)
         for name in ("kv_keys", "kv_values"):
             layer.register_buffer(name, zeros(rows, heads, context, dim, dtype=dtype, device=device), persistent=False)
@@ -94,13 +97,13 @@ def bytes_per_position(seen: Sequence[Sighting], dtype: torch.dtype) -> int:
 
 def fork(seen: Sequence[Sighting], source: int, target: int, length: int) -> None:
     """Copies the first `length` positions of one row to another, in all layers."""
-    for layer, _, _ in seen:
+    for layer, *_ in seen:
         for buffer in (layer.kv_keys, layer.kv_values):
             buffer[target, :, :length] = buffer[source, :, :length]
 
 
 def clear(seen: Sequence[Sighting], row: int) -> None:
-    for layer, _, _ in seen:
+    for layer, *_ in seen:
         layer.kv_keys[row].zero_()
         layer.kv_values[row].zero_()
 
@@ -121,13 +124,13 @@ def attend(
     """transformers' attention interface: query [1, heads, T, dim], key and value [1, kv heads, T, dim] → [1, T, heads, dim]."""
     if table is None:
         raise TypeError("forward arguments do not reach the attention")
+    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     if isinstance(table, Scout):
-        table.seen.append(Sighting(module, key.shape[1], key.shape[3]))
+        table.seen.append(Sighting(module, key.shape[1], key.shape[3], scale, sliding_window or 0, softcap or 0.0))
         return torch.zeros_like(query).transpose(1, 2), None
     keys, values = module.kv_keys, module.kv_values
     keys[table.rows, :, table.positions] = key[0].transpose(0, 1)
     values[table.rows, :, table.positions] = value[0].transpose(0, 1)
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     out = torch.empty(query.shape[2], query.shape[1], query.shape[3], dtype=query.dtype, device=query.device)
     if table.decode:
         out[: table.decode] = _decode(query[0, :, : table.decode], keys, values, table, scale, sliding_window, softcap)

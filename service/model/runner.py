@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -20,8 +21,11 @@ from . import base, kernels, kv
 from .adapted import Factors
 from .bank import Bank, Run
 from .factors import factors
+from .kernels import decoder
 from .sampler import Sampler, Unfit, described
 from .shadow import own_bytes, planted
+
+log = logging.getLogger(__name__)
 
 SHARE_OF_MEMORY = 0.5  # of what is free once the base is loaded, for KV rows
 PROBE = 24  # tokens of the proof that the row attention equals the model's own
@@ -158,11 +162,8 @@ def build(settings: Settings, progress: base.Progress) -> tuple[Runner, BaseCard
         progress("making the pool", 0.0)
         bank = Bank(model, settings.pool_rank, dtype, device, tables)
         if tables:
-            progress("compiling the layers", 0.0)
-            _compile(bank, attention)
+            _fuse(bank, attention)
         _prove(bank, expected)
-        if tables:
-            kernels.settled()
     return Runner(model, bank, attention, Sampler(matchers(folder, model.config.get_text_config().vocab_size))), card
 
 
@@ -177,13 +178,11 @@ def _fusible(model: Any, attention: Sequence[kv.Sighting], settings: Settings, d
     return able
 
 
-def _compile(bank: Bank, attention: Sequence[kv.Sighting]) -> None:
-    """The decoder's layers differ in their tensors only: what is compiled for one serves all, for one token and for any number."""
-    kernels.prepare_compiler()
+def _fuse(bank: Bank, attention: Sequence[kv.Sighting]) -> None:
+    """Puts the kernels' attention into the bank's tree, and the kernel for all of a layer where its kind is known."""
     bank.tree.set_attn_implementation(kernels.NAME)
     (layers,) = [m for m in bank.tree.modules() if isinstance(m, nn.ModuleList) and len(m) == len(attention)]
-    for layer in layers:
-        layer.compile(dynamic=True)
+    log.info("kernels: %d of %d layers in one call each", decoder.place(layers, attention), len(layers))
 
 
 def _probe(model: Any) -> Tensor:

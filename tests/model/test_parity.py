@@ -274,6 +274,6 @@ def test_an_adapter_whose_numbers_overflow_fails_alone_and_leaves_nothing_in_its
     assert "not finite" in failed.error
     assert fine.token is not None
     assert [fine.token.id] == making.greedy(base, None, prompt, 1)
-    for layer, _, _ in runner.attention:
+    for layer, *_ in runner.attention:
         assert not layer.kv_keys[0].any()
         assert not layer.kv_values[0].any()

@@ -17,16 +17,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._inductor import config as inductor
 from torch.utils.cpp_extension import include_paths, library_paths
 from transformers import AttentionInterface
 
 from ..base import CACHE
 
 NAME = "adapterd_rows"
-SOURCES = [Path(__file__).with_name(name) for name in ("rows.cpp", "crew.h")]
+SOURCES = [Path(__file__).with_name(name) for name in ("ops.cpp", "attention.h", "linear.h", "vectors.h", "crew.h")]
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp"]
-FIELDS = 8  # int32 columns of a table, see rows.cpp
+FIELDS = 8  # int32 columns of a table, see linear.h
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +43,7 @@ def load() -> bool:
     except (OSError, subprocess.CalledProcessError) as error:
         log.warning("kernels: off, they cannot be built: %s", str(getattr(error, "stderr", None) or error)[-300:])
         return False
-    _describe()
+    AttentionInterface.register(NAME, attend)
     return True
 
 
@@ -56,7 +55,7 @@ def _built() -> Path:
     flags = [*FLAGS, *(f"-I{path}" for path in include_paths())]
     text = "".join(source.read_text() for source in SOURCES)
     key = hashlib.sha256(f"{text} {flags} {torch.__version__} {_processor()}".encode()).hexdigest()[:16]
-    target = CACHE / "kernels" / f"rows-{key}.so"
+    target = CACHE / "kernels" / f"ops-{key}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as aside:
@@ -73,33 +72,6 @@ def _processor() -> str:
         return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
     except (OSError, StopIteration):
         return ""
-
-
-def _describe() -> None:
-    """Tells torch.compile the shapes, and transformers the attention."""
-
-    def linear(x: Tensor, packed: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, gate: Tensor, table: Tensor) -> Tensor:
-        return x.new_empty(*x.shape[:-1], packed.shape[0] * packed.shape[2])
-
-    def rows(
-        query: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor, table: Tensor, scale: float, window: int, softcap: float
-    ) -> Tensor:
-        return query.new_empty(1, query.shape[2], query.shape[1], query.shape[3])
-
-    torch.library.register_fake("adapterd::linear", linear)
-    torch.library.register_fake("adapterd::attend", rows)
-    AttentionInterface.register(NAME, attend)
-
-
-def prepare_compiler() -> None:
-    """A step's small loops stay on one thread, since joining threads costs more than they do."""
-    inductor.compile_threads = 1
-    inductor.cpp.min_chunk_size = 32768
-
-
-def settled() -> None:
-    """All shapes have been seen: from now on only what tells the compiled variants apart is checked before each call."""
-    torch.compiler.set_stance("default", skip_guard_eval_unsafe=True)
 
 
 def attend(
@@ -122,11 +94,11 @@ def attend(
 
 
 def fits(layer: nn.Module) -> bool:
-    """Whether the linear kernel can run this base layer: plain, bfloat16, [out, in] in multiples of [16, 2]."""
+    """Whether the linear kernel can run this base layer: plain, bfloat16, [out, in] in multiples of [32, 2]."""
     if type(layer) is not nn.Linear:
         return False
     n_out, n_in = layer.weight.shape
-    return layer.weight.dtype == torch.bfloat16 and n_out % 16 == 0 and n_in % 2 == 0
+    return layer.weight.dtype == torch.bfloat16 and n_out % 32 == 0 and n_in % 2 == 0
 
 
 class Tables(NamedTuple):

@@ -7,6 +7,7 @@
 #include <immintrin.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <thread>
@@ -19,6 +20,15 @@ class Crew {
   }
 
   int threads() const { return helpers_ + 1; }
+
+  // Calls work(i) for every i in [0, n), some at a time.
+  template <typename Work>
+  void each(int64_t n, const Work& work) {
+    const int64_t share = std::max<int64_t>(1, n / (16 * threads()));
+    run((n + share - 1) / share, [&](int64_t chunk) {
+      for (int64_t i = chunk * share; i < std::min((chunk + 1) * share, n); ++i) work(i);
+    });
+  }
 
   // Calls work(chunk) for every chunk in [0, chunks), at most 65535, on any thread; returns when all are done. One caller at a time.
   template <typename Work>

@@ -1,0 +1,181 @@
+// Linear layers over packed weights, every token's own adapter added in the same pass: y = x·Wᵀ·G + bias + (x·A[own]ᵀ)·B[own].
+// The weights are read once however many tokens there are; the next tile is on its way from memory while this one is computed.
+
+#pragma once
+
+#include <array>
+#include <vector>
+
+#include "crew.h"
+#include "vectors.h"
+
+constexpr int64_t kTile = 2 * kLanes;   // outputs computed together
+constexpr int kPass = 8;                // tokens computed together: 16 sums, which leaves registers for weights and prefetching
+constexpr int64_t kAhead = 4096;        // bytes of weights asked for ahead of their use
+constexpr int64_t kLine = 64;           // bytes that come from memory at once
+
+// Consecutive tokens of one sequence: one row of the step's table.
+struct Span {
+  int start, length, row, position, low, rank, gated, unused;
+};
+
+// A table is int32 [1 + spans, 8]; its first row holds the number of spans.
+struct Spans {
+  const Span* first;
+  int count;
+  explicit Spans(const at::Tensor& table)
+      : first(reinterpret_cast<const Span*>(table.const_data_ptr<int32_t>()) + 1), count(table.const_data_ptr<int32_t>()[0]) {}
+};
+
+// Which adapter each token of a step has.
+struct Owners {
+  Spans spans;
+  int64_t tokens, width = 0;  // the greatest rank of the step, and room for pairs
+  std::vector<const Span*> of;  // nullptr: the base
+
+  Owners(const at::Tensor& table, int64_t tokens) : spans(table), tokens(tokens), of(tokens, nullptr) {
+    for (int s = 0; s < spans.count; ++s) {
+      const Span& span = spans.first[s];
+      TORCH_CHECK(span.start + span.length <= tokens, "adapterd: a layer sees ", tokens, " tokens, the step has more");
+      if (span.rank) width = std::max<int64_t>(width, (span.rank + 3) & ~1);
+      if (span.rank) std::fill_n(of.begin() + span.start, span.length, &span);
+    }
+  }
+};
+
+// packed bf16 [out / 32, in / 2, 2, 16, 2]; bias bf16 [out] or empty; A bf16 [R, in]; B bf16 [out / 32, R / 2, 32, 2]; gate float32 [R, out],
+// what a DoRA adapter adds to 1.
+struct Linear {
+  const bf16 *packed, *bias, *a, *b;
+  const float* gate;
+  int64_t in, out, pool;
+
+  Linear(const at::Tensor& packed, const at::Tensor& bias, const at::Tensor& a, const at::Tensor& b, const at::Tensor& gate)
+      : packed(packed.const_data_ptr<bf16>()), bias(bias.numel() ? bias.const_data_ptr<bf16>() : nullptr), a(a.const_data_ptr<bf16>()),
+        b(b.const_data_ptr<bf16>()), gate(gate.const_data_ptr<float>()), in(packed.size(1) * 2), out(packed.size(0) * kTile), pool(b.size(1) * 2) {}
+};
+
+// pack(weight bf16 [out, in]) -> bf16 [out / 32, in / 2, 2, 16, 2]: what two dpbf16 instructions eat lies together.
+inline at::Tensor pack(const at::Tensor& weight) {
+  const int64_t out = weight.size(0), in = weight.size(1);
+  TORCH_CHECK(out % kTile == 0 && in % 2 == 0, "adapterd::pack: [", out, ", ", in, "] is not a multiple of [32, 2]");
+  return weight.reshape({out / kTile, 2, kLanes, in / 2, 2}).permute({0, 3, 1, 2, 4}).contiguous();
+}
+
+// inner[token] = x[token] · A[low : low + rank]ᵀ, bf16 [tokens, owners.width], from the pool row on that is even, with zeros for rows that
+// are not the token's: rows of B are multiplied in pairs.
+inline void shrink(const Linear& l, const Owners& owners, const bf16* x, int64_t token, bf16* inner) {
+  const Span* own = owners.of[token];
+  if (!own) return;
+  const bf16* a = l.a + own->low * l.in;
+  float sums[4];
+  inner += token * owners.width;
+  std::fill_n(inner, owners.width, bf16(0));
+  for (int r = 0; r < own->rank; r += 4) {
+    const int many = std::min(4, own->rank - r);
+    if (many == 4) dots<4>(x + token * l.in, a + r * l.in, l.in, l.in, sums);
+    else for (int i = 0; i < many; ++i) dots<1>(x + token * l.in, a + (r + i) * l.in, l.in, l.in, sums + i);
+    for (int i = 0; i < many; ++i) inner[(own->low & 1) + r + i] = bf16(sums[i]);
+  }
+}
+
+// One tile of a layer's outputs, and the layer's `inner` (see shrink).
+struct Tile {
+  const Linear* l;
+  const bf16* inner;
+  int64_t at;  // tile 0 has outputs 0 to 31
+  const bf16* weights() const { return l->packed + at * l->in * kTile; }
+};
+
+using Sums = std::array<__m512, 2>;
+
+// TOKENS tokens' sums for one tile; `next` is what to ask memory for meanwhile.
+template <int TOKENS>
+inline void multiply(const bf16* x, int64_t in, const bf16* weights, const char* next, Sums (&sum)[TOKENS]) {
+  __m512 own[TOKENS][2];  // not `sum` itself: the compiler would keep that in memory
+  for (auto& s : own) s[0] = s[1] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < in / 2; ++k) {
+    const __m512bh first = pairs(weights + k * kTile * 2), second = pairs(weights + k * kTile * 2 + kTile);
+    _mm_prefetch(next + k * 2 * kLine, _MM_HINT_T1);
+    _mm_prefetch(next + k * 2 * kLine + kLine, _MM_HINT_T1);
+    for (int t = 0; t < TOKENS; ++t) {
+      const __m512bh value = broadcast(x + t * in + k * 2);
+      own[t][0] = _mm512_dpbf16_ps(own[t][0], value, first);
+      own[t][1] = _mm512_dpbf16_ps(own[t][1], value, second);
+    }
+  }
+  for (int t = 0; t < TOKENS; ++t) sum[t] = {own[t][0], own[t][1]};
+}
+
+// The base's sums without bias → with gate, bias and the token's own adapter.
+inline Sums adapted(const Tile& tile, const Owners& owners, int64_t token, const Sums& base) {
+  const Linear& l = *tile.l;
+  const int64_t out = tile.at * kTile;
+  __m512 first = base[0], second = base[1];
+  if (const Span* own = owners.of[token]) {
+    const bf16* inner = tile.inner + token * owners.width;
+    const bf16* b = l.b + (tile.at * l.pool + (own->low & ~1)) * kTile;
+    if (own->gated) {
+      const float* gate = l.gate + own->low * l.out + out;
+      first = _mm512_fmadd_ps(first, _mm512_loadu_ps(gate), first);
+      second = _mm512_fmadd_ps(second, _mm512_loadu_ps(gate + kLanes), second);
+    }
+    const int from = own->low & 1, to = from + own->rank;
+    for (int r = 0; r < to; r += 2) {
+      // The other half of a pair may be another adapter's row, and its numbers not finite: 0 times those is not 0.
+      const __mmask32 mine = (r < from ? 0xaaaaaaaa : ~0u) & (r + 1 < to ? ~0u : 0x55555555);
+      const __m512bh value = broadcast(inner + r);
+      first = _mm512_dpbf16_ps(first, value, (__m512bh)_mm512_maskz_loadu_epi16(mine, b + r * kTile));
+      second = _mm512_dpbf16_ps(second, value, (__m512bh)_mm512_maskz_loadu_epi16(mine, b + r * kTile + kTile));
+    }
+  }
+  if (!l.bias) return {first, second};
+  return {_mm512_add_ps(first, widen(l.bias + out)), _mm512_add_ps(second, widen(l.bias + out + kLanes))};
+}
+
+template <int TOKENS, typename Emit>
+inline void pass(const Tile& tile, const Owners& owners, const bf16* x, int64_t token, const char* next, const Emit& emit) {
+  Sums sum[TOKENS];
+  multiply<TOKENS>(x + token * tile.l->in, tile.l->in, tile.weights(), next, sum);
+  for (int t = 0; t < TOKENS; ++t) {
+    emit(tile, token + t, adapted(tile, owners, token + t, sum[t]));
+  }
+}
+
+template <int AT_MOST, typename Emit>
+inline void pass_of(int64_t many, const Tile& tile, const Owners& owners, const bf16* x, int64_t token, const char* next, const Emit& emit) {
+  if (many == AT_MOST) pass<AT_MOST>(tile, owners, x, token, next, emit);
+  else if constexpr (AT_MOST > 1) pass_of<AT_MOST - 1>(many, tile, owners, x, token, next, emit);
+}
+
+// All tokens of one tile, in passes of nearly equal size: the first asks for what it needs itself soon, the last for `next`, a later tile.
+template <typename Emit>
+inline void compute(const Tile& tile, const Owners& owners, const bf16* x, const bf16* next, const Emit& emit) {
+  const int64_t passes = (owners.tokens + kPass - 1) / kPass;
+  for (int64_t p = 0; p < passes; ++p) {
+    const int64_t start = owners.tokens * p / passes, stop = owners.tokens * (p + 1) / passes;
+    const bf16* ahead = p && p == passes - 1 ? next : tile.weights() + kAhead / sizeof(bf16);
+    pass_of<kPass>(stop - start, tile, owners, x, start, reinterpret_cast<const char*>(ahead), emit);
+  }
+}
+
+// Several layers of the same input x bf16 [tokens, in]. emit(tile, token, sums) is called once for every tile and token; for one tile index
+// the layers follow each other on the same thread where `paired`.
+template <size_t LAYERS, typename Emit>
+inline void product(const std::array<const Linear*, LAYERS>& layers, const Owners& owners, const bf16* x, bool paired, const Emit& emit) {
+  const int64_t size = owners.tokens * owners.width;
+  std::vector<bf16> inner(LAYERS * size);
+  Crew& crew = Crew::all();
+  if (size)
+    crew.each(LAYERS * owners.tokens, [&](int64_t i) { shrink(*layers[i % LAYERS], owners, x, i / LAYERS, inner.data() + i % LAYERS * size); });
+  std::vector<Tile> tiles;
+  for (size_t i = 0; i < LAYERS; ++i)
+    for (int64_t at = 0; at < layers[i]->out / kTile; ++at) tiles.push_back({layers[i], inner.data() + i * size, at});
+  const int64_t together = paired ? LAYERS : 1, items = int64_t(tiles.size()) / together;
+  crew.run(items, [&](int64_t item) {
+    for (int64_t k = 0; k < together; ++k) {
+      const int64_t later = k * items + std::min(item + crew.threads(), items - 1);  // the threads take turns: most likely one's own
+      compute(tiles[k * items + item], owners, x, tiles[later].weights(), emit);
+    }
+  });
+}

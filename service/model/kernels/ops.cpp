@@ -1,0 +1,127 @@
+// What torch sees of the kernels for a CPU with AVX512-BF16: a linear layer with every token's own adapter, attention over KV rows, and a
+// whole decoder layer of Llama's kind in one call. `table` describes a step's tokens, see linear.h.
+
+#include <torch/library.h>
+
+#include "attention.h"
+#include "crew.h"
+#include "linear.h"
+#include "vectors.h"
+
+namespace {
+
+using Tensors = at::TensorList;
+
+void store(bf16* to, const Sums& sum) {
+  narrow(to, sum[0]);
+  narrow(to + kLanes, sum[1]);
+}
+
+// linear(x [1, T, in], packed, bias [out] or empty, A, B, gate, table) -> [1, T, out]: shapes of the rest as in linear.h
+at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& bias, const at::Tensor& a, const at::Tensor& b,
+                  const at::Tensor& gate, const at::Tensor& table) {
+  const at::Tensor input = x.contiguous();
+  const Linear l(packed, bias, a, b, gate);
+  const Owners owners(table, input.numel() / l.in);
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = l.out;
+  at::Tensor y = at::empty(shape, x.options());
+  bf16* out = y.mutable_data_ptr<bf16>();
+  product<1>({&l}, owners, input.const_data_ptr<bf16>(), false,
+             [&](const Tile& tile, int64_t token, const Sums& sum) { store(out + token * l.out + tile.at * kTile, sum); });
+  return y;
+}
+
+// Rotates the halves of one head by the position's angles (RoFormer, arXiv:2104.09864, as Llama's code pairs them).
+void rotate(bf16* x, const bf16* cos, const bf16* sin, int64_t dim) {
+  for (int64_t i = 0; i < dim / 2; i += kLanes) {
+    const int64_t j = i + dim / 2;
+    const __m512 a = widen(x + i), b = widen(x + j);
+    narrow(x + i, _mm512_sub_ps(rounded(_mm512_mul_ps(a, widen(cos + i))), rounded(_mm512_mul_ps(b, widen(sin + i)))));
+    narrow(x + j, _mm512_add_ps(rounded(_mm512_mul_ps(b, widen(cos + j))), rounded(_mm512_mul_ps(a, widen(sin + j)))));
+  }
+}
+
+// A decoder layer's tensors: q, k, v, o, gate, up and down, five tensors each; the norms before attention and before the MLP, and those of
+// query and key heads, which may be empty.
+struct Decoder {
+  Linear q, k, v, o, gate, up, down;
+  const bf16 *before, *after, *query_norm, *key_norm;
+  float epsilon;
+
+  static Linear at(const Tensors& t, int i) { return Linear(t[5 * i], t[5 * i + 1], t[5 * i + 2], t[5 * i + 3], t[5 * i + 4]); }
+  static const bf16* norm(const at::Tensor& t) { return t.numel() ? t.const_data_ptr<bf16>() : nullptr; }
+
+  Decoder(const Tensors& t, const Tensors& norms, double epsilon)
+      : q(at(t, 0)), k(at(t, 1)), v(at(t, 2)), o(at(t, 3)), gate(at(t, 4)), up(at(t, 5)), down(at(t, 6)), before(norm(norms[0])),
+        after(norm(norms[1])), query_norm(norm(norms[2])), key_norm(norm(norms[3])), epsilon(float(epsilon)) {}
+
+  void normalized(const bf16* x, const bf16* weight, int64_t tokens, bf16* out) const {
+    Crew::all().each(tokens, [&](int64_t t) { normalize(x + t * q.in, weight, epsilon, q.in, out + t * q.in); });
+  }
+
+  // Norms and rotates the heads of query and key, in place; `x` is one token's query, key and value.
+  void turn(bf16* x, const bf16* cos, const bf16* sin, int64_t dim) const {
+    for (int64_t at = 0; at < q.out + k.out; at += dim) {
+      if (const bf16* weight = at < q.out ? query_norm : key_norm) normalize(x + at, weight, epsilon, dim, x + at);
+      rotate(x + at, cos, sin, dim);
+    }
+  }
+
+  // x + layer(input), rounded twice as transformers does.
+  void added(const Linear& layer, const Owners& owners, const bf16* input, const bf16* x, bf16* out) const {
+    product<1>({&layer}, owners, input, false, [&](const Tile& tile, int64_t token, const Sums& sum) {
+      const int64_t at = token * layer.out + tile.at * kTile;
+      store(out + at, {_mm512_add_ps(widen(x + at), rounded(sum[0])), _mm512_add_ps(widen(x + at + kLanes), rounded(sum[1]))});
+    });
+  }
+
+  // act = silu(gate(x)) * up(x): the gate's tile is done, and still near, when the same thread comes to up's.
+  void activated(const Owners& owners, const bf16* x, bf16* act) const {
+    product<2>({&gate, &up}, owners, x, true, [&](const Tile& tile, int64_t token, const Sums& sum) {
+      bf16* to = act + token * up.out + tile.at * kTile;
+      if (tile.l == &gate) store(to, {silu(rounded(sum[0])), silu(rounded(sum[1]))});
+      else store(to, {_mm512_mul_ps(widen(to), rounded(sum[0])), _mm512_mul_ps(widen(to + kLanes), rounded(sum[1]))});
+    });
+  }
+};
+
+// decoder(x [1, T, hidden], linears, norms, cos [1, T, dim], sin, keys, values, table, epsilon, scale, window) -> [1, T, hidden], all bf16
+at::Tensor decoder(const at::Tensor& x, Tensors linears, Tensors norms, const at::Tensor& cos, const at::Tensor& sin, at::Tensor keys,
+                   at::Tensor values, const at::Tensor& table, double epsilon, double scale, int64_t window) {
+  const Decoder d(linears, norms, epsilon);
+  const int64_t tokens = x.size(1), hidden = x.size(2), dim = keys.size(3), width = d.q.out + d.k.out + d.v.out;
+  const Owners owners(table, tokens);
+  const bf16 *input = x.const_data_ptr<bf16>(), *c = cos.const_data_ptr<bf16>(), *s = sin.const_data_ptr<bf16>();
+  at::Tensor normed = at::empty({tokens, hidden}, x.options()), heads = at::empty({1, tokens, width / dim, dim}, x.options());
+  bf16 *n = normed.mutable_data_ptr<bf16>(), *qkv = heads.mutable_data_ptr<bf16>();
+
+  d.normalized(input, d.before, tokens, n);
+  product<3>({&d.q, &d.k, &d.v}, owners, n, false, [&](const Tile& tile, int64_t token, const Sums& sum) {
+    const int64_t first = tile.l == &d.q ? 0 : tile.l == &d.k ? d.q.out : d.q.out + d.k.out;
+    store(qkv + token * width + first + tile.at * kTile, sum);
+  });
+  Crew::all().each(tokens, [&](int64_t t) { d.turn(qkv + t * width, c + t * dim, s + t * dim, dim); });
+  const int64_t query = d.q.out / dim, key = d.k.out / dim;
+  auto part = [&](int64_t from, int64_t many) { return heads.narrow(2, from, many).transpose(1, 2); };
+  at::Tensor mixed = attend(part(0, query), part(query, key), part(query + key, key), keys, values, table, scale, window, 0);
+
+  at::Tensor middle = at::empty_like(x), act = at::empty({tokens, d.up.out}, x.options()), out = at::empty_like(x);
+  bf16 *m = middle.mutable_data_ptr<bf16>(), *a = act.mutable_data_ptr<bf16>();
+  d.added(d.o, owners, mixed.const_data_ptr<bf16>(), input, m);
+  d.normalized(m, d.after, tokens, n);
+  d.activated(owners, n, a);
+  d.added(d.down, owners, a, m, out.mutable_data_ptr<bf16>());
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(adapterd, library) {
+  library.def("pack(Tensor weight) -> Tensor", &pack);
+  library.def("linear(Tensor x, Tensor packed, Tensor bias, Tensor a, Tensor b, Tensor gate, Tensor table) -> Tensor", &linear);
+  library.def("attend(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor table, float scale, int window, "
+              "float softcap) -> Tensor", &attend);
+  library.def("decoder(Tensor x, Tensor[] linears, Tensor[] norms, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor table, "
+              "float epsilon, float scale, int window) -> Tensor", &decoder);
+}

@@ -29,7 +29,7 @@ class Opening:
         records = self.ledger.records
         used = {record.source if not record.subfolder else f"{record.source}/{record.subfolder}" for record in records.values()}
         for id, record in records.items():
-            if one := await self._again(id, record):
+            if one := await self.again(id, record):
                 yield one
         for folder in await asyncio.to_thread(lambda: list(self.store.folders())):
             if folder in used | self.ledger.deleted or folder in records:
@@ -45,7 +45,7 @@ class Opening:
             return False
         return True
 
-    async def _again(self, id: str, record: Record) -> Shelved | None:
+    async def again(self, id: str, record: Record) -> Shelved | None:
         """A registration from before; a found folder that is gone is no registration any more."""
         unplaced = Place(self.store.root, record.source, record.subfolder, record.revision)
         try:

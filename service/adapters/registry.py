@@ -6,6 +6,7 @@ Lives on one event loop.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,6 +59,31 @@ class Registry:
             self._shelves.place(one)
         self._opened = True
         await self._save()
+
+    async def follow(self) -> None:
+        """Takes over what another process has remembered in the same directory meanwhile: the ids that came, changed and went.
+
+        Nobody may change anything here or there while it runs; see deploy/ray.
+        """
+        await asyncio.to_thread(self._ledger.load)
+        self._deleted = set(self._ledger.deleted)
+        for id in self._shelves.current.keys() - self._ledger.records:
+            self._shelves.withdraw(self._shelves.current[id])
+            metrics.adapter_removed(id)
+        opening = Opening(self._store, self._ledger, self._reader, self.base_id)
+        for id, record in self._ledger.records.items():
+            held = self._shelves.current.get(id)
+            if held is None or held.digest != record.digest:
+                await self._replace(held, await opening.again(id, record))
+            elif held.pinned != record.pinned:
+                self._shelves.pin(held, record.pinned)
+
+    async def _replace(self, held: Shelved | None, one: Shelved | None) -> None:
+        if held is not None:
+            self._shelves.withdraw(held)
+        if one is not None:
+            self._number += 1
+            self._shelves.place(Shelved(dataclasses.replace(one.generation, number=self._number), one.pinned))
 
     async def warm(self) -> None:
         """Starts what can be started before the base is there."""

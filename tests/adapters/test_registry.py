@@ -393,6 +393,33 @@ async def test_files_that_changed_meanwhile_are_a_new_content_with_a_warning(sto
         assert "changed" in registry.summary("a")["warnings"][0]
 
 
+async def test_another_process_on_the_same_directory_is_followed(stocked: Shop, base: Path) -> None:
+    twin = Shop(stocked.root, base)
+    async with stocked.opened() as leader, twin.opened() as follower:
+        old, _ = await leader.register("a", "plain", pinned=True)
+        await leader.register("b", "plain")
+        await follower.follow()
+        told = [(card["id"], card["digest"], card["pinned"]) for card in follower.cards()]
+        assert told == [(card["id"], card["digest"], card["pinned"]) for card in leader.cards()]
+        assert twin.device.pinned == {old["digest"]}
+        with follower.lease("a") as generation:
+            new, _ = await leader.register("a", "other", replace=True)
+            await leader.remove("b")
+            await follower.follow()
+            await settle()
+            assert twin.device.dropped == []
+            with follower.lease("a") as again:
+                assert (again.digest, generation.digest) == (new["digest"], old["digest"])
+                assert again.number != generation.number
+        await settle()
+        assert twin.device.dropped == [old["digest"]]
+        with pytest.raises(AdapterNotFound):
+            follower.card("b")
+        await leader.pin("a", True)
+        await follower.follow()
+        assert follower.card("a")["pinned"]
+
+
 async def test_unchanged_files_are_not_read_again(stocked: Shop) -> None:
     async with stocked.opened() as registry:
         card, _ = await registry.register("a", "plain")

@@ -1,0 +1,179 @@
+"""The door of the cluster: reads each request whole, finds an engine that knows its adapter, and passes the answer on as it comes.
+
+Engines refuse and answer; what is said here is only that there is none, or that one died in the middle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from starlette.datastructures import MutableHeaders
+from starlette.middleware import Middleware
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service import logs
+from service.api import errors
+from service.api.limits import Access, Bodies
+from service.api.sse import DONE, frame
+from service.errors import NotReady
+from service.settings import Settings
+
+from .call import Call, call
+from .exposition import merged
+from .turns import changing
+
+ENGINE = "engine"
+PROBES = ("/health", "/ready")
+PROBE_S = 5.0
+ATTEMPTS = 2
+LOST = (RayError, RayServeException)
+METRICS = {"content-type": "text/plain; version=0.0.4; charset=utf-8"}
+
+
+class Answer(Response):
+    """An engine's answer, message by message; ends the work there when the client leaves."""
+
+    def __init__(self, engines: DeploymentHandle[Any], asked: Call, settings: Settings) -> None:
+        self.engines, self.asked, self.settings = engines, asked, settings
+        self.background = None
+        self.started: Message | None = None
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        passing = asyncio.create_task(self._pass_on(send))
+        leaving = asyncio.create_task(_left(receive))
+        try:
+            await asyncio.wait((passing, leaving), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            leaving.cancel()
+            if not passing.done():
+                passing.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await passing
+
+    async def _pass_on(self, send: Send) -> None:
+        """Asks another engine when one dies before it has said anything, where that does no harm."""
+        for _ in range(ATTEMPTS):
+            try:
+                return await self._once(send)
+            except TimeoutError:
+                break
+            except LOST:
+                if self.started is not None or not self.asked.repeatable:
+                    break
+        return await self._end(send)
+
+    async def _once(self, send: Send) -> None:
+        async with contextlib.aclosing(self._messages()) as messages:
+            async for message in messages:
+                self.started = self.started or message
+                await send(message)
+
+    async def _messages(self) -> AsyncGenerator[Message, None]:
+        """The engine's messages; a change is made in turn, and all engines have followed it before its answer begins."""
+        if not self.asked.changes:
+            async for message in self._exchanged():
+                yield message
+            return
+        async with contextlib.AsyncExitStack() as turn:
+            await turn.enter_async_context(changing(self.settings.adapters))
+            held = True
+            async for message in self._exchanged():
+                if held:
+                    await self.engines.broadcast("follow").results_async(return_exceptions=True)
+                    await turn.aclose()
+                    held = False
+                if message is not None:
+                    yield message
+
+    async def _exchanged(self) -> AsyncGenerator[Any, None]:
+        handle = self.engines.options(stream=True, multiplexed_model_id=self.asked.adapter)
+        stream: DeploymentResponseGenerator[Any] = handle.exchange.remote(self.asked)
+        try:
+            limit = PROBE_S if self.asked.scope["path"] in PROBES else None
+            async with asyncio.timeout(limit):
+                first = await anext(stream)
+            yield first
+            async for message in stream:
+                yield message
+        finally:
+            stream.cancel()
+
+    async def _end(self, send: Send) -> None:
+        """The engine is gone: an error, or where the answer had begun, an error event; a body that is cut cannot be mended."""
+        error = NotReady("the engine that ran this request is gone; ask again", retry_after=1)
+        path = self.asked.scope["path"]
+        if self.started is None:
+            await errors.response(error, path)({"type": "http"}, _nothing, send)
+        elif b"text/event-stream" in dict(self.started["headers"]).get(b"content-type", b""):
+            openai = errors.openai_dialect(path)
+            last = frame(errors.body(error, openai)) + (DONE if openai else b"")
+            await send({"type": "http.response.body", "body": last, "more_body": False})
+
+
+class Named:
+    """Serve puts the request's id on every answer; without this there would be two."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def once(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                del MutableHeaders(scope=message)["x-request-id"]
+            await send(message)
+
+        await self.app(scope, receive, once)
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _nothing() -> Message:
+    return {"type": "http.disconnect"}
+
+
+@serve.ingress()
+class Door:
+    """Serve starts the engines first, for they are bound to it."""
+
+    def __init__(self, engines: DeploymentHandle[Any], settings: Settings) -> None:
+        self.engines, self.settings = engines, settings
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        logs.setup(self.settings.log_format, self.settings.log_level)
+        bounds = Middleware(Bodies, body_mb=self.settings.max_body_mb, upload_mb=self.settings.max_upload_mb)
+        app = FastAPI(
+            middleware=[Middleware(Named), Middleware(Access), bounds],
+            docs_url=None,
+            redoc_url=None,
+            openapi_url=None,
+            redirect_slashes=False,
+        )
+        errors.install(app)
+        app.add_route("/metrics", self.metrics, methods=["GET"])
+        app.add_route("/{path:path}", self.any_other, methods=list(errors.METHODS))
+        return app
+
+    async def any_other(self, request: Request) -> Response:
+        return Answer(self.engines, call(request.scope, await request.body(), self.settings), self.settings)
+
+    async def metrics(self, request: Request) -> Response:
+        """All engines' metrics, each sample with its replica; one engine is asked first, for it knows the keys."""
+        asked = call(request.scope, b"", self.settings)
+        stream = self.engines.options(stream=True).exchange.remote(asked)
+        first = await anext(stream)
+        stream.cancel()
+        if first["status"] != 200:
+            return Answer(self.engines, asked, self.settings)
+        texts = await self.engines.broadcast("exposition").results_async(return_exceptions=True)
+        return Response(merged(dict(one for one in texts if not isinstance(one, BaseException))), headers=METRICS)

@@ -81,6 +81,7 @@ def test_sigterm_lets_a_stream_end_whole_refuses_the_next_request_and_exits_with
 
 
 def test_a_client_that_never_reads_does_not_hold_the_exit() -> None:
+    """C3: the hard limit."""
     with server("--drain-s", "1") as (process, url), socket.socket() as deaf:
         deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
         deaf.connect(("127.0.0.1", int(url.rsplit(":", 1)[1])))

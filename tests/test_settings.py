@@ -62,6 +62,7 @@ def test_a_wrong_value_is_refused_by_name(name: str, value: str) -> None:
 
 @pytest.mark.parametrize("count", ["2", "0", "many"])
 def test_more_than_one_process_is_refused(count: str) -> None:
+    """C1: each would have a registry of its own."""
     assert "worker" in refused(BASE | {"WEB_CONCURRENCY": count})
 
 

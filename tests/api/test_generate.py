@@ -173,6 +173,7 @@ def test_text_held_for_a_stop_string_comes_with_the_eos(one: Stage) -> None:
 
 
 def test_a_failure_in_mid_stream_is_the_last_event(one: Stage) -> None:
+    """B11: at the third token; then the stream ends."""
     one.engine.fails = ("not_ready", "the worker died")
     events = one.stream("/generate_stream", {"inputs": "Hi"})
     assert len(events) == 3

@@ -23,6 +23,7 @@ def home() -> Iterator[House]:
 
 
 def test_while_it_loads_it_lives_but_is_not_ready() -> None:
+    """C2: liveness and readiness are two things."""
     with house(loading=True) as home:
         home.client.stage, home.client.fraction = "reading weights", 0.25
         assert home.json("GET", "/health")["state"] == "loading"

@@ -101,6 +101,15 @@ def test_without_library_or_driver_nothing_is_read_and_it_is_not_asked_again(lib
     assert gpu.readings() == []
 
 
+def test_the_stand_in_has_no_name_that_the_library_lacks() -> None:
+    import pynvml
+
+    names = [name for name in vars(Library) if name.startswith(("nvml", "NVML"))]
+    assert len(names) == 7
+    assert [name for name in names if not hasattr(pynvml, name)] == []
+    assert issubclass(pynvml.NVMLError, Exception)
+
+
 def test_the_library_is_not_imported_before_somebody_asks() -> None:
     code = "import sys, service.metrics, service.serve; sys.exit('pynvml' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -18,9 +18,19 @@ from starlette.routing import Match
 from starlette.types import Scope
 
 from .. import metrics
-from ..errors import AdapterdError, AdapterNotFound, BadRequest, Cancelled, ContextLengthExceeded, Internal, MethodNotAllowed, NotFound
+from ..errors import (
+    AdapterdError,
+    AdapterNotFound,
+    BadRequest,
+    Cancelled,
+    ContextLengthExceeded,
+    Internal,
+    MethodNotAllowed,
+    NotFound,
+    NotReady,
+)
 
-PROBES = ("/health", "/ready", "/metrics")  # asked all the time: what they answer is no failed request
+PROBES = ("/health", "/ready", "/metrics")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 BAD_REQUEST = {409: 400, 422: 400}  # OpenAI's clients know 400 where ours see 409 and 422
 OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 500: "server_error"} | dict.fromkeys(
@@ -67,11 +77,14 @@ def _openai_code(error: AdapterdError) -> str:
 
 
 def note(error: AdapterdError, scope: Scope) -> None:
-    """The request ended with this error: the log will say so, and it counts, if the engine has not counted it."""
+    """The request ended with this error: the log will say so, and it counts, if the engine has not counted it.
+
+    That it is not ready is what a probe wants to know, and no failed request.
+    """
     state = scope.setdefault("state", {})
     state.setdefault("log", {})["outcome"] = error.code
     state["failed"] = error.status >= 500
-    if not error.counted and scope["path"] not in PROBES:
+    if not error.counted and not (isinstance(error, NotReady) and scope["path"] in PROBES):
         metrics.FAILURE.labels(error.code).inc()
 
 

@@ -70,8 +70,9 @@ def test_a_refusal_at_the_door_counts_once_by_its_code(
 def test_refusals_for_want_of_a_key_count_too() -> None:
     with house(api_keys="sk-user") as home, counting() as grown:
         home.json("GET", "/adapters", status=401)
+        home.json("GET", "/metrics", status=401)
         home.json("DELETE", "/adapters/x", status=403, headers={"authorization": "Bearer sk-user"})
-    assert grown == {"unauthorized": 1, "forbidden": 1}
+    assert grown == {"unauthorized": 2, "forbidden": 1}
 
 
 def test_a_full_queue_counts_once_and_a_probe_not_at_all(one: Stage) -> None:

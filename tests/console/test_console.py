@@ -78,20 +78,24 @@ def test_an_upload_is_registered(live: str, open_page: Open, adapter_files: list
     httpx.delete(f"{live}adapters/from-the-page")
 
 
-def test_files_are_taken_by_drag_and_drop_and_a_folder_names_the_adapter(live: str, open_page: Open) -> None:
+def drop(page: Page, *paths: Path) -> None:
+    """What the browser does when a person drags these from the desktop into the drop zone."""
+    box = page.locator(".drop").bounding_box() or {}
+    at = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
+    browser = page.context.new_cdp_session(page)
+    for type in ("dragEnter", "dragOver", "drop"):
+        data = {"items": [], "files": [str(path) for path in paths], "dragOperationsMask": 1}
+        browser.send("Input.dispatchDragEvent", {"type": type, **at, "data": data})
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["folder", "files"])
+def test_an_adapter_is_taken_by_drag_and_drop_and_a_folder_names_it(live: str, open_page: Open, adapter_source: Path, whole: bool) -> None:
     page = open_page(live)
-    page.get_by_text("Drop an adapter's folder").wait_for()
-    page.evaluate(
-        """() => {
-          const files = new DataTransfer();
-          files.items.add(new File(["{}"], "adapter_config.json"));
-          files.items.add(new File(["x"], "adapter_model.safetensors"));
-          files.items.add(new File(["x"], "README.md"));
-          document.querySelector(".drop").dispatchEvent(new DragEvent("drop", { dataTransfer: files, bubbles: true, cancelable: true }));
-        }"""
-    )
     form = page.get_by_role("form", name="Upload an adapter")
+    page.get_by_text("Drop an adapter's folder").scroll_into_view_if_needed()
+    drop(page, *([adapter_source] if whole else sorted(adapter_source.iterdir())))
     expect(form.locator(".file")).to_have_text([re.compile("adapter_config.json"), re.compile("adapter_model.safetensors")])
+    expect(form.get_by_label("Id")).to_have_value(adapter_source.name if whole else "")
 
 
 def test_an_upload_says_how_far_it_is(live: str, open_page: Open, adapter_files: list[Path]) -> None:

@@ -83,7 +83,7 @@ function DropZone({ files, onFiles }) {
 
 /** Of a folder's files only the adapter's own two are sent; an archive is sent as it is. */
 function useful(files) {
-  const parts = files.filter((file) => PARTS.includes(file.name));
+  const parts = PARTS.map((part) => files.find((file) => file.name === part)).filter(Boolean);
   const archive = files.find((file) => /\.(zip|tar)$/.test(file.name));
   return { chosen: parts.length ? parts : archive ? [archive] : files, name: parts.length ? folderOf(parts[0]) : archive?.name };
 }

@@ -35,7 +35,8 @@ async def chat(body: ChatRequest, request: Request, admitted: Admitted) -> Respo
     format = voice.format() if tools else None
     prompt = await tokenized(voice.chat, [_turn(m) for m in body.messages], tools, length=sum(len(m.text) for m in body.messages))
     admitted.submit(voice, prompt, await _ask(body))
-    calls = [Calls(format, body.names if tools else (), forced=bool(body.forced)) for _ in admitted.answers]
+    single = body.parallel_tool_calls is False
+    calls = [Calls(format, body.names if tools else (), bool(body.forced), single) for _ in admitted.answers]
     if body.stream:
         outside = shell("chatcmpl", "chat.completion.chunk", body.model, admitted)
         return streamed(request, _chunks(body, admitted, outside, calls), admitted.headers())

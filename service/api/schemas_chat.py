@@ -102,6 +102,7 @@ class ChatRequest(Asked):
     tool_choice: Annotated[
         Literal["none", "auto", "required"] | ChosenTool | None, one_finding("must be none, auto, required or a function of the tools")
     ] = None
+    parallel_tool_calls: bool | None = Field(default=None, description="false: of several calls only the first one is told")
 
     @model_validator(mode="after")
     def _sound(self) -> ChatRequest:

@@ -17,5 +17,6 @@ def finite(logprob: float | None) -> float | None:
 
 def best(token: Token, wanted: int) -> list[tuple[int, float]]:
     """The `wanted` likeliest tokens at this place, best first, the chosen one where it belongs."""
-    known = dict(token.top) | ({token.id: token.logprob} if token.logprob is not None else {})
+    chosen = {token.id: token.logprob} if token.logprob is not None else {}
+    known = chosen | dict(token.top)  # of equals the chosen one is the first
     return sorted(known.items(), key=lambda pair: -pair[1])[:wanted]

@@ -39,11 +39,11 @@ class Calls:
     """An answer that may hold calls of the named tools, as it grows: content passes, what could be calls is kept for `finish`.
 
     The marker may be missing, for tokenizers drop it where it is a special token: text that begins like JSON is kept too. `forced`: the
-    whole answer is calls.
+    whole answer is calls. `single`: of several only the first one counts.
     """
 
-    def __init__(self, format: Format | None, names: Collection[str], forced: bool = False) -> None:
-        self._format, self._names = format, names
+    def __init__(self, format: Format | None, names: Collection[str], forced: bool = False, single: bool = False) -> None:
+        self._format, self._names, self._most = format, names, 1 if single else None
         self._marker = Stops([format] if format else [])
         self._kept: str | None = "" if forced else None
         self._begun = False
@@ -72,7 +72,7 @@ class Calls:
             calls = [_call(value, self._names) for value in _values(text)]
         except (ValueError, RecursionError):
             calls = []
-        return ("", calls) if calls else (self._kept, [])
+        return ("", calls[: self._most]) if calls else (self._kept, [])
 
 
 def _values(text: str) -> Iterator[Any]:

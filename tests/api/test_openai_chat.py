@@ -207,6 +207,13 @@ def test_a_call(tooled: Stage) -> None:
     assert tooled.chat(tools=[ADD])["choices"][0]["message"]["content"] is None
 
 
+def test_of_several_calls_one_is_told_where_more_are_not_wanted(tooled: Stage) -> None:
+    tooled.says(SAID + SAID)
+    for wanted, count in ((None, 2), (True, 2), (False, 1)):
+        (choice,) = tooled.chat(tools=[ADD], parallel_tool_calls=wanted)["choices"]
+        assert len(choice["message"]["tool_calls"]) == count
+
+
 def test_a_streamed_call_shows_nothing_of_its_text(tooled: Stage) -> None:
     tooled.says("Well. " + SAID)
     events = tooled.stream("/v1/chat/completions", {"model": "x", "messages": [USER], "tools": [ADD], "stream": True})

@@ -234,7 +234,8 @@ GOOD = {
     "stop": "null [] ",
     "logit_bias": "{} null",
     "echo": "false",
-    "response_format": '{"type":"text"} {"type":"json_object"} {"type":"json_schema","json_schema":{"name":"a","schema":{}}}',
+    "response_format": '{"type":"text"} {"type":"json_object"} {"type":"json_schema","json_schema":{"name":"a","schema":{}}}'
+    ' {"type":"regex","regex":"[ab]+"}',
     "stream": "false",
 }
 BAD = {
@@ -250,7 +251,8 @@ BAD = {
     "stop": '[1] "" 5',
     "stream_options": '{"include_usage":true} {"x":1}',
     "prompt": '5 [] {"a":1} [[]] [[-1]] [99999999] ["a",1] [true] [1.5] "" null [null]',
-    "response_format": '{"type":"regex","regex":"a"} {"type":"json_schema"} {"type":"json_schema","json_schema":{"schema":{"type":"x"}}}',
+    "response_format": '{"type":"regex"} {"type":"regex","regex":"("} {"type":"grammar"} {"type":"json_schema"}'
+    ' {"type":"json_schema","json_schema":{"schema":{"type":"x"}}}',
     "min_p": "2",
     "min_tokens": "-1",
     "best_of": "2",

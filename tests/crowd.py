@@ -258,7 +258,7 @@ class Person:
 async def run(url: str, world: World, tally: Tally, stop: asyncio.Event, first: int = 0) -> None:
     """Everybody acts until told to stop, and finishes what was begun."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=CLIENTS)
-    async with httpx.AsyncClient(base_url=url, timeout=60, limits=limits, trust_env=False) as http:
+    async with httpx.AsyncClient(base_url=url, timeout=150, limits=limits, trust_env=False) as http:
 
         async def live(person: Person) -> None:
             while not stop.is_set():

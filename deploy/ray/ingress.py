@@ -47,7 +47,7 @@ class Answer(Response):
         self.started: Message | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        passing = asyncio.create_task(self._pass_on(send))
+        passing = asyncio.create_task(self._pass_on(scope, send))
         leaving = asyncio.create_task(_left(receive))
         try:
             await asyncio.wait((passing, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -58,7 +58,7 @@ class Answer(Response):
         with contextlib.suppress(asyncio.CancelledError):
             await passing
 
-    async def _pass_on(self, send: Send) -> None:
+    async def _pass_on(self, scope: Scope, send: Send) -> None:
         """Asks another engine when one dies before it has said anything, where that does no harm."""
         for _ in range(ATTEMPTS):
             try:
@@ -68,7 +68,7 @@ class Answer(Response):
             except LOST:
                 if self.started is not None or not self.asked.repeatable:
                     break
-        return await self._end(send)
+        return await self._end(scope, send)
 
     async def _once(self, send: Send) -> None:
         async with contextlib.aclosing(self._messages()) as messages:
@@ -106,14 +106,14 @@ class Answer(Response):
         finally:
             stream.cancel()
 
-    async def _end(self, send: Send) -> None:
+    async def _end(self, scope: Scope, send: Send) -> None:
         """The engine is gone: an error, or where the answer had begun, an error event; a body that is cut cannot be mended."""
         error = NotReady("the engine that ran this request is gone; ask again", retry_after=1)
-        path = self.asked.scope["path"]
         if self.started is None:
-            await errors.response(error, path)({"type": "http"}, _nothing, send)
+            await errors.response(error, scope)(scope, _nothing, send)
         elif b"text/event-stream" in dict(self.started["headers"]).get(b"content-type", b""):
-            openai = errors.openai_dialect(path)
+            errors.note(error, scope)
+            openai = errors.openai_dialect(scope["path"])
             last = frame(errors.body(error, openai)) + (DONE if openai else b"")
             await send({"type": "http.response.body", "body": last, "more_body": False})
 

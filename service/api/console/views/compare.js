@@ -107,8 +107,8 @@ function Examples({ onChange }) {
   const found = useCell(cards) ?? [];
   const shown = useCell(base)?.id === DEMO_BASE ? found.filter((card) => card.id in EXAMPLES) : [];
   const take = (id) => onChange({ prompt: EXAMPLES[id], way: "plain", chosen: kept.chosen.includes(id) ? kept.chosen : [BASE, id] });
-  return shown.length > 0 && html`<div class="chips examples" role="group" aria-label="Examples"><span class="muted">Try</span>
-    ${shown.map(({ id }) => html`<button type="button" class="quiet" onClick=${() => take(id)}>an example for ${id}</button>`)}
+  return shown.length > 0 && html`<div class="chips examples" role="group" aria-label="Examples"><span class="muted">Try an example for</span>
+    ${shown.map(({ id }) => html`<button type="button" class="quiet" onClick=${() => take(id)}><span class="hidden">an example for </span>${id}</button>`)}
   </div>`;
 }
 

@@ -26,8 +26,6 @@ def test_the_contracts_hold() -> None:
 
 def test_no_module_imports_itself_over_others() -> None:
     graph = grimp.build_graph("service", exclude_type_checking_imports=True, cache_dir=None)
-    # the reader's process imports it when it has begun; the API's process never does
-    graph.remove_import(importer="service.adapters.reading", imported="service.adapters.reader")
     arrows = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
     graphlib.TopologicalSorter(arrows).prepare()
 

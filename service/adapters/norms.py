@@ -9,7 +9,8 @@ from typing import Any
 
 from ..engine.request import Digest, Patch
 from .facts import LAYER, leaf
-from .reading import Reader, Reading
+from .questions import Reading
+from .reading import Reader
 
 KEPT = 256  # contents whose norms are remembered; some thousand numbers each
 

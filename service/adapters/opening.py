@@ -10,7 +10,8 @@ from dataclasses import replace
 from ..errors import AdapterdError, Conflict
 from . import ids, shelf
 from .ledger import Ledger, Record
-from .reading import Reader, Reading
+from .questions import Reading
+from .reading import Reader
 from .shelf import Generation, Shelved
 from .store import Place, Store
 

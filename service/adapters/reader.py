@@ -18,7 +18,7 @@ from ..errors import AdapterInvalid, AdapterUnsupported
 from . import facts, inspection, matching
 from .inspection import CONFIG, WEIGHTS, Header
 from .meaning import PREFIX, Meaning, strangers, understood
-from .reading import Reading
+from .questions import Reading
 from .skeleton import Skeleton
 
 FLOATS = ("F64", "F32", "F16", "BF16")

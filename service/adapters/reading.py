@@ -11,62 +11,23 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..engine.request import Adapter, Digest, Patch
+from ..engine.request import Digest, Patch
 from ..errors import AdapterInvalid, AdapterUnsupported, Internal
 from .architecture import Node
-from .inspection import CONFIG, WEIGHTS
+from .inspection import WEIGHTS
+from .questions import Ask, Measure, Reading, Refusal
 
 T = TypeVar("T")
 START_S = 300.0
 READ_S = 60.0
 BYTES_PER_S = 20e6  # the slowest disk that is waited for
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """A validated adapter: what the engine needs, what people ask (see facts.described), what they should know, and its LoRA layers."""
-
-    adapter: Adapter
-    facts: dict[str, Any]
-    warnings: tuple[str, ...] = ()
-    layers: tuple[Patch, ...] = ()
-
-    def moved(self, folder: Path) -> Reading:
-        """The same content in another folder."""
-        return replace(self, adapter=replace(self.adapter, config=str(folder / CONFIG), weights=str(folder / WEIGHTS)))
-
-
-@dataclass(frozen=True, slots=True)
-class Ask:
-    """Read this folder. `known` is the digest of what was read there before, when it is unchanged: its values are not looked at again."""
-
-    folder: Path
-    known: Digest | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Measure:
-    """Say how much each of these layers changes, by the weights of this adapter, if they are still those that were read."""
-
-    adapter: Adapter
-    layers: tuple[Patch, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    problems: tuple[str, ...]
-    extra: dict[str, Any]
-    supported: bool
-
-    def error(self) -> AdapterInvalid:
-        return (AdapterInvalid if self.supported else AdapterUnsupported)(self.problems, **self.extra)
 
 
 class Reader:

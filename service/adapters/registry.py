@@ -21,7 +21,8 @@ from .hub import Hub
 from .ledger import Ledger
 from .norms import Norms, by_layer
 from .opening import Opening
-from .reading import Reader, Reading
+from .questions import Reading
+from .reading import Reader
 from .shelf import Generation, Shelved
 from .shelves import Device, Shelves
 from .store import Place, Store, Upload, discard

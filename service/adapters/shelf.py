@@ -12,7 +12,7 @@ from ..engine.request import Adapter, BaseCard, Digest, Tier
 from . import facts
 from .ids import Served
 from .ledger import Record
-from .reading import Reading
+from .questions import Reading
 from .store import Place
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from service.adapters import reader as torch_reader
-from service.adapters.reading import Reader, Reading
+from service.adapters.questions import Reading
+from service.adapters.reading import Reader
 from service.adapters.registry import Registry
 from service.adapters.skeleton import Skeleton
 from service.engine.request import Adapter, BaseCard, Load, Tier

@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from service.adapters import norms
+from service.adapters.questions import Reading
 from service.adapters.reader import norms as measured
 from service.adapters.reader import product_norm, read
-from service.adapters.reading import Reader, Reading
+from service.adapters.reading import Reader
 from service.adapters.skeleton import Skeleton
 from service.engine.request import Patch
 from service.errors import AdapterInvalid, AdapterNotFound

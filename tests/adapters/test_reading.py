@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from service.adapters import reading
-from service.adapters.reading import Reader, Reading
+from service.adapters.questions import Reading, Refusal
+from service.adapters.reading import Reader
 from service.errors import AdapterInvalid, AdapterUnsupported
 
 from .. import making
@@ -62,5 +63,5 @@ def test_what_the_child_cannot_answer_it_refuses() -> None:
         raise FileNotFoundError(2, "No such file or directory", "/secret/path")
 
     refusal = reading.answer(gone)
-    assert isinstance(refusal, reading.Refusal)
+    assert isinstance(refusal, Refusal)
     assert refusal.error().problems == ["the files cannot be read: No such file or directory"]

@@ -15,23 +15,23 @@ from .answer import Answer, Piece
 from .errors import documented
 from .schemas import COLD
 from .schemas_native import GenerateRequest, Parameters
-from .sse import dumped, streamed
+from .sse import EVENTS, dumped, streamed
 from .tops import best, finite
 
 router = APIRouter(tags=["generation"])
 
 DEFAULT_TOKENS = 128
-REFUSALS = documented(404, 422, 429, 503, 504)
+TOLD = EVENTS | documented(404, 422, 429, 503, 504)
 Told = dict[str, Any]
 
 
-@router.post("/generate", responses=REFUSALS)
+@router.post("/generate", responses=TOLD)
 async def generate(body: GenerateRequest, request: Request, admitted: Admitted) -> Response:
     """Continues a text; with `stream`, as server-sent events."""
     return await (_streamed if body.stream else _whole)(body, request, admitted)
 
 
-@router.post("/generate_stream", responses=REFUSALS)
+@router.post("/generate_stream", responses=TOLD)
 async def generate_stream(body: GenerateRequest, request: Request, admitted: Admitted) -> Response:
     """Continues a text as server-sent events: one a token, the last with the whole text, the details and the adapter."""
     if body.parameters and (body.parameters.best_of or 1) > 1:
@@ -39,7 +39,7 @@ async def generate_stream(body: GenerateRequest, request: Request, admitted: Adm
     return await _streamed(body, request, admitted)
 
 
-@router.post("/", responses=REFUSALS)
+@router.post("/", responses=TOLD)
 async def root(body: GenerateRequest, request: Request, admitted: Admitted) -> Response:
     """The same for clients that post to the root; a whole answer is a list of one."""
     return await (_streamed(body, request, admitted) if body.stream else _whole(body, request, admitted, listed=True))

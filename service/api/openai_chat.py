@@ -18,7 +18,7 @@ from .errors import documented
 from .grammar import compiled, of_calls
 from .openai_shapes import FINISH, Told, chosen, merged, shell, usage
 from .schemas_chat import ChatRequest, Message
-from .sse import dumped, streamed
+from .sse import EVENTS, dumped, streamed
 from .tops import best, finite
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", responses=documented(404, 422, 429, 503, 504, openai=True))
+@router.post("/v1/chat/completions", responses=EVENTS | documented(404, 422, 429, 503, 504, openai=True))
 async def chat(body: ChatRequest, request: Request, admitted: Admitted) -> Response:
     """Answers a conversation, or calls tools; with `stream`, as server-sent events."""
     voice = await admitted.enter(chosen(body.model, admitted.rooms))

@@ -14,7 +14,7 @@ from .errors import documented
 from .grammar import compiled
 from .openai_shapes import FINISH, Told, chosen, merged, shell, usage
 from .schemas_openai import CompletionRequest
-from .sse import dumped, streamed
+from .sse import EVENTS, dumped, streamed
 from .tops import best, finite
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ router = APIRouter()
 DEFAULT_TOKENS = 16
 
 
-@router.post("/v1/completions", responses=documented(404, 422, 429, 503, 504, openai=True))
+@router.post("/v1/completions", responses=EVENTS | documented(404, 422, 429, 503, 504, openai=True))
 async def completions(body: CompletionRequest, request: Request, admitted: Admitted) -> Response:
     """Continues one prompt or several; with `stream`, as server-sent events."""
     voice = await admitted.enter(chosen(body.model, admitted.rooms))

@@ -17,6 +17,10 @@ log = logging.getLogger("adapterd.stream")
 
 UNBUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 DONE = b"data: [DONE]\n\n"
+EVENT = {"type": "object", "properties": {"data": {"type": "string", "description": "JSON"}}, "required": ["data"]}
+EVENTS: dict[int | str, dict[str, Any]] = {  # of a route's OpenAPI: what it may answer beside a JSON object
+    200: {"description": "the answer; where it is streamed, as server-sent events", "content": {"text/event-stream": {"schema": EVENT}}}
+}
 
 
 def dumped(value: Any) -> bytes:

@@ -22,7 +22,7 @@ BROWSER = {"www-authenticate": 'Basic realm="adapterd: any name, the key as pass
 class Keys:
     """Lets a request through when its key is known and has the scope; with no keys set, none is asked for.
 
-    What is let through with a key has it as `request.state.key`.
+    A request whose key is known has it as `request.state.key`.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
@@ -54,9 +54,9 @@ class Keys:
         key = admin or user
         if key is None:
             return Unauthorized("the key is not known")
+        _remember(scope, key)
         if manages(scope["method"], scope["path"]) and admin is None:
             return Forbidden("this needs a key with the admin scope")
-        _remember(scope, key)
         return None
 
 

@@ -126,8 +126,9 @@ def test_a_keys_name_is_in_the_log_and_the_key_is_not(tmp_path: Path, caplog: py
     with house(api_keys=f"@{tmp_path / 'keys'}", log_level="debug") as home, caplog.at_level(logging.DEBUG):
         for key in ("sk-secret", "sk-other", "sk-wrong"):
             home.knock.get("/adapters?key=sk-secret", headers={"authorization": f"Bearer {key}"})
+        home.knock.delete("/adapters/x", headers={"authorization": "Bearer sk-secret"})
     lines = [record.__dict__["fields"] for record in caplog.records if record.name == "adapterd.access"]
-    assert [(line["status"], line.get("key")) for line in lines] == [(200, "web"), (200, None), (401, None)]
+    assert [(line["status"], line.get("key")) for line in lines] == [(200, "web"), (200, None), (401, None), (403, "web")]
     assert "sk-" not in "".join(str(record.__dict__) for record in caplog.records if record.name.startswith("adapterd"))
 
 

@@ -117,6 +117,7 @@ class Fused(nn.Module):
         self.register_buffer("pool_b", zeros(n_out // TILE, -(-rank // 2), TILE, 2, dtype=weight.dtype, huge=True), persistent=False)
         self.register_buffer("bias", weight.new_empty(0) if base_layer.bias is None else base_layer.bias.detach(), persistent=False)
         self.register_buffer("gate", zeros(rank, n_out, dtype=torch.float32), persistent=False)
+        self.register_buffer("ranks", torch.zeros(rank, dtype=torch.int32), persistent=False)
 
     packed: Tensor
     table: Tensor
@@ -124,6 +125,7 @@ class Fused(nn.Module):
     pool_b: Tensor
     bias: Tensor
     gate: Tensor
+    ranks: Tensor
 
     def place(self, at: Placement, factors: Factors) -> None:
         rank = factors.a.shape[0]
@@ -131,13 +133,15 @@ class Fused(nn.Module):
         for own, rows in self._halves(at, rank):
             rows.copy_(factors.b[own].reshape(rows.shape[1], rows.shape[0], TILE).transpose(0, 1))
         if factors.gate is not None:
-            self.gate[at.start] = factors.gate - 1  # so that untouched zeros, of layers that an adapter leaves alone, are a gate of 1
+            self.gate[at.start] = factors.gate - 1
+        self.ranks[at.start] = rank
 
     def clear(self, at: Placement) -> None:
         self.pool_a[at.start : at.start + at.rank].zero_()
         for _, rows in self._halves(at, at.rank):
             rows.zero_()
         self.gate[at.start].zero_()
+        self.ranks[at.start] = 0
 
     def _halves(self, at: Placement, rank: int) -> Iterator[tuple[slice, Tensor]]:
         """The adapter's even and odd pool rows: which of its own rows, and where they lie in B, [tiles, rows, TILE]."""
@@ -153,4 +157,4 @@ class Fused(nn.Module):
 
     def tensors(self) -> tuple[Tensor, ...]:
         """What the kernel needs of a layer, in its order."""
-        return self.packed, self.bias, self.pool_a, self.pool_b, self.gate
+        return self.packed, self.bias, self.pool_a, self.pool_b, self.gate, self.ranks

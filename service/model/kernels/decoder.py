@@ -6,6 +6,7 @@ Must not know adapters, requests or scheduling.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,7 @@ class Decoder:
         self.linears = [tensor for name in LINEARS for tensor in layer.get_submodule(name).tensors()]
         none = self.linears[0].new_empty(0)
         own = [getattr(norm, "weight", none) for norm in (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None))]
+        self.next: list[Tensor] = []  # the following layer's
         self.norms = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight, *own]
         self.rows = attention.kv_keys, attention.kv_values, attention.kv_table
         self.options = layer.input_layernorm.variance_epsilon, seen.scale, seen.window
@@ -33,7 +35,7 @@ class Decoder:
     def __call__(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **other: Any) -> Tensor:
         """hidden_states bf16 [1, T, hidden] → the same, one layer on; position_embeddings are cosines and sines [1, T, dim]."""
         x, (cos, sin) = hidden_states, position_embeddings
-        y: Tensor = torch.ops.adapterd.decoder(x, self.linears, self.norms, cos, sin, *self.rows, *self.options)
+        y: Tensor = torch.ops.adapterd.decoder(x, self.linears, self.norms, self.next, cos, sin, *self.rows, *self.options)
         return y
 
 
@@ -42,6 +44,8 @@ def place(layers: nn.ModuleList, attention: Sequence[Sighting]) -> int:
     found = [(layer, seen) for layer, seen in zip(layers, attention, strict=True) if _alike(layer, seen)]
     for layer, seen in found:
         layer.forward = Decoder(layer, seen)
+    for (layer, _), (following, _) in itertools.pairwise(found):
+        layer.forward.next = following.forward.linears
     return len(found)
 
 

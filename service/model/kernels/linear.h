@@ -44,15 +44,23 @@ struct Owners {
 };
 
 // packed bf16 [out / 32, in / 2, 2, 16, 2]; bias bf16 [out] or empty; A bf16 [R, in]; B bf16 [out / 32, R / 2, 32, 2]; gate float32 [R, out],
-// what a DoRA adapter adds to 1.
+// what a DoRA adapter adds to 1; ranks int32 [R], at an adapter's first pool row its rank in this layer, 0 where it leaves the layer alone.
 struct Linear {
   const bf16 *packed, *bias, *a, *b;
   const float* gate;
+  const int32_t* ranks;
   int64_t in, out, pool;
 
-  Linear(const at::Tensor& packed, const at::Tensor& bias, const at::Tensor& a, const at::Tensor& b, const at::Tensor& gate)
+  Linear(const at::Tensor& packed, const at::Tensor& bias, const at::Tensor& a, const at::Tensor& b, const at::Tensor& gate,
+         const at::Tensor& ranks)
       : packed(packed.const_data_ptr<bf16>()), bias(bias.numel() ? bias.const_data_ptr<bf16>() : nullptr), a(a.const_data_ptr<bf16>()),
-        b(b.const_data_ptr<bf16>()), gate(gate.const_data_ptr<float>()), in(packed.size(1) * 2), out(packed.size(0) * kTile), pool(b.size(1) * 2) {}
+        b(b.const_data_ptr<bf16>()), gate(gate.const_data_ptr<float>()), ranks(ranks.const_data_ptr<int32_t>()), in(packed.size(1) * 2), out(packed.size(0) * kTile), pool(b.size(1) * 2) {}
+
+  int rank(const Span* own) const { return own ? ranks[own->low] : 0; }
+
+  bool used(const Owners& owners) const {
+    return std::any_of(owners.spans.first, owners.spans.first + owners.spans.count, [&](const Span& s) { return s.rank && rank(&s); });
+  }
 };
 
 // pack(weight bf16 [out, in]) -> bf16 [out / 32, in / 2, 2, 16, 2]: what two dpbf16 instructions eat lies together.
@@ -66,13 +74,14 @@ inline at::Tensor pack(const at::Tensor& weight) {
 // are not the token's: rows of B are multiplied in pairs.
 inline void shrink(const Linear& l, const Owners& owners, const bf16* x, int64_t token, bf16* inner) {
   const Span* own = owners.of[token];
-  if (!own) return;
+  const int rank = l.rank(own);
+  if (!rank) return;
   const bf16* a = l.a + own->low * l.in;
   float sums[4];
   inner += token * owners.width;
   std::fill_n(inner, owners.width, bf16(0));
-  for (int r = 0; r < own->rank; r += 4) {
-    const int many = std::min(4, own->rank - r);
+  for (int r = 0; r < rank; r += 4) {
+    const int many = std::min(4, rank - r);
     if (many == 4) dots<4>(x + token * l.in, a + r * l.in, l.in, l.in, sums);
     else for (int i = 0; i < many; ++i) dots<1>(x + token * l.in, a + (r + i) * l.in, l.in, l.in, sums + i);
     for (int i = 0; i < many; ++i) inner[(own->low & 1) + r + i] = bf16(sums[i]);
@@ -85,6 +94,28 @@ struct Tile {
   const bf16* inner;
   int64_t at;  // tile 0 has outputs 0 to 31
   const bf16* weights() const { return l->packed + at * l->in * kTile; }
+};
+
+// What a later operation will read, asked for while this one computes: A rows are read once, just before they are needed, and memory would
+// stand idle until then.
+struct Errand {
+  struct Range {
+    const char* from;
+    int64_t lines;
+  };
+  std::vector<Range> ranges;
+
+  void add(const Linear& l, const Owners& owners) {
+    for (int s = 0; s < owners.spans.count; ++s)
+      if (const Span& span = owners.spans.first[s]; span.rank && l.rank(&span))
+        ranges.push_back({reinterpret_cast<const char*>(l.a + span.low * l.in), int64_t(l.rank(&span) * l.in * sizeof(bf16)) / kLine});
+  }
+
+  // The part of every range that falls to one of `items`.
+  void part(int64_t item, int64_t items) const {
+    for (const auto& [from, lines] : ranges)
+      for (int64_t i = lines * item / items; i < lines * (item + 1) / items; ++i) _mm_prefetch(from + i * kLine, _MM_HINT_T1);
+  }
 };
 
 using Sums = std::array<__m512, 2>;
@@ -112,7 +143,8 @@ inline Sums adapted(const Tile& tile, const Owners& owners, int64_t token, const
   const Linear& l = *tile.l;
   const int64_t out = tile.at * kTile;
   __m512 first = base[0], second = base[1];
-  if (const Span* own = owners.of[token]) {
+  const Span* own = owners.of[token];
+  if (const int rank = l.rank(own)) {
     const bf16* inner = tile.inner + token * owners.width;
     const bf16* b = l.b + (tile.at * l.pool + (own->low & ~1)) * kTile;
     if (own->gated) {
@@ -120,7 +152,7 @@ inline Sums adapted(const Tile& tile, const Owners& owners, int64_t token, const
       first = _mm512_fmadd_ps(first, _mm512_loadu_ps(gate), first);
       second = _mm512_fmadd_ps(second, _mm512_loadu_ps(gate + kLanes), second);
     }
-    const int from = own->low & 1, to = from + own->rank;
+    const int from = own->low & 1, to = from + rank;
     for (int r = 0; r < to; r += 2) {
       // The other half of a pair may be another adapter's row, and its numbers not finite: 0 times those is not 0.
       const __mmask32 mine = (r < from ? 0xaaaaaaaa : ~0u) & (r + 1 < to ? ~0u : 0x55555555);
@@ -162,8 +194,10 @@ inline void compute(const Tile& tile, const Owners& owners, const bf16* x, const
 // Several layers of the same input x bf16 [tokens, in]. emit(tile, token, sums) is called once for every tile and token; for one tile index
 // the layers follow each other on the same thread where `paired`.
 template <size_t LAYERS, typename Emit>
-inline void product(const std::array<const Linear*, LAYERS>& layers, const Owners& owners, const bf16* x, bool paired, const Emit& emit) {
-  const int64_t size = owners.tokens * owners.width;
+inline void product(const std::array<const Linear*, LAYERS>& layers, const Owners& owners, const bf16* x, bool paired, const Errand& errand,
+                    const Emit& emit) {
+  const bool any = std::any_of(layers.begin(), layers.end(), [&](const Linear* l) { return l->used(owners); });
+  const int64_t size = any ? owners.tokens * owners.width : 0;
   std::vector<bf16> inner(LAYERS * size);
   Crew& crew = Crew::all();
   if (size)
@@ -173,6 +207,7 @@ inline void product(const std::array<const Linear*, LAYERS>& layers, const Owner
     for (int64_t at = 0; at < layers[i]->out / kTile; ++at) tiles.push_back({layers[i], inner.data() + i * size, at});
   const int64_t together = paired ? LAYERS : 1, items = int64_t(tiles.size()) / together;
   crew.run(items, [&](int64_t item) {
+    errand.part(item, items);
     for (int64_t k = 0; k < together; ++k) {
       const int64_t later = k * items + std::min(item + crew.threads(), items - 1);  // the threads take turns: most likely one's own
       compute(tiles[k * items + item], owners, x, tiles[later].weights(), emit);

@@ -17,17 +17,17 @@ void store(bf16* to, const Sums& sum) {
   narrow(to + kLanes, sum[1]);
 }
 
-// linear(x [1, T, in], packed, bias [out] or empty, A, B, gate, table) -> [1, T, out]: shapes of the rest as in linear.h
+// linear(x [1, T, in], packed, bias [out] or empty, A, B, gate, ranks, table) -> [1, T, out]: shapes of the rest as in linear.h
 at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& bias, const at::Tensor& a, const at::Tensor& b,
-                  const at::Tensor& gate, const at::Tensor& table) {
+                  const at::Tensor& gate, const at::Tensor& ranks, const at::Tensor& table) {
   const at::Tensor input = x.contiguous();
-  const Linear l(packed, bias, a, b, gate);
+  const Linear l(packed, bias, a, b, gate, ranks);
   const Owners owners(table, input.numel() / l.in);
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = l.out;
   at::Tensor y = at::empty(shape, x.options());
   bf16* out = y.mutable_data_ptr<bf16>();
-  product<1>({&l}, owners, input.const_data_ptr<bf16>(), false,
+  product<1>({&l}, owners, input.const_data_ptr<bf16>(), false, {},
              [&](const Tile& tile, int64_t token, const Sums& sum) { store(out + token * l.out + tile.at * kTile, sum); });
   return y;
 }
@@ -42,14 +42,16 @@ void rotate(bf16* x, const bf16* cos, const bf16* sin, int64_t dim) {
   }
 }
 
-// A decoder layer's tensors: q, k, v, o, gate, up and down, five tensors each; the norms before attention and before the MLP, and those of
+// A decoder layer's tensors: q, k, v, o, gate, up and down, six tensors each; the norms before attention and before the MLP, and those of
 // query and key heads, which may be empty.
 struct Decoder {
   Linear q, k, v, o, gate, up, down;
   const bf16 *before, *after, *query_norm, *key_norm;
   float epsilon;
 
-  static Linear at(const Tensors& t, int i) { return Linear(t[5 * i], t[5 * i + 1], t[5 * i + 2], t[5 * i + 3], t[5 * i + 4]); }
+  static Linear at(const Tensors& t, int i) {
+    return Linear(t[6 * i], t[6 * i + 1], t[6 * i + 2], t[6 * i + 3], t[6 * i + 4], t[6 * i + 5]);
+  }
   static const bf16* norm(const at::Tensor& t) { return t.numel() ? t.const_data_ptr<bf16>() : nullptr; }
 
   Decoder(const Tensors& t, const Tensors& norms, double epsilon)
@@ -70,15 +72,15 @@ struct Decoder {
 
   // x + layer(input), rounded twice as transformers does.
   void added(const Linear& layer, const Owners& owners, const bf16* input, const bf16* x, bf16* out) const {
-    product<1>({&layer}, owners, input, false, [&](const Tile& tile, int64_t token, const Sums& sum) {
+    product<1>({&layer}, owners, input, false, {}, [&](const Tile& tile, int64_t token, const Sums& sum) {
       const int64_t at = token * layer.out + tile.at * kTile;
       store(out + at, {_mm512_add_ps(widen(x + at), rounded(sum[0])), _mm512_add_ps(widen(x + at + kLanes), rounded(sum[1]))});
     });
   }
 
   // act = silu(gate(x)) * up(x): the gate's tile is done, and still near, when the same thread comes to up's.
-  void activated(const Owners& owners, const bf16* x, bf16* act) const {
-    product<2>({&gate, &up}, owners, x, true, [&](const Tile& tile, int64_t token, const Sums& sum) {
+  void activated(const Owners& owners, const bf16* x, const Errand& errand, bf16* act) const {
+    product<2>({&gate, &up}, owners, x, true, errand, [&](const Tile& tile, int64_t token, const Sums& sum) {
       bf16* to = act + token * up.out + tile.at * kTile;
       if (tile.l == &gate) store(to, {silu(rounded(sum[0])), silu(rounded(sum[1]))});
       else store(to, {_mm512_mul_ps(widen(to), rounded(sum[0])), _mm512_mul_ps(widen(to + kLanes), rounded(sum[1]))});
@@ -86,9 +88,12 @@ struct Decoder {
   }
 };
 
-// decoder(x [1, T, hidden], linears, norms, cos [1, T, dim], sin, keys, values, table, epsilon, scale, window) -> [1, T, hidden], all bf16
-at::Tensor decoder(const at::Tensor& x, Tensors linears, Tensors norms, const at::Tensor& cos, const at::Tensor& sin, at::Tensor keys,
-                   at::Tensor values, const at::Tensor& table, double epsilon, double scale, int64_t window) {
+constexpr int64_t kFetched = 32;  // with more tokens than this, what comes next would leave the caches before it is read
+
+// decoder(x [1, T, hidden], linears, norms, next, cos [1, T, dim], sin, keys, values, table, epsilon, scale, window) -> [1, T, hidden], all
+// bf16; `next` are the following layer's linears, or none.
+at::Tensor decoder(const at::Tensor& x, Tensors linears, Tensors norms, Tensors next, const at::Tensor& cos, const at::Tensor& sin,
+                   at::Tensor keys, at::Tensor values, const at::Tensor& table, double epsilon, double scale, int64_t window) {
   const Decoder d(linears, norms, epsilon);
   const int64_t tokens = x.size(1), hidden = x.size(2), dim = keys.size(3), width = d.q.out + d.k.out + d.v.out;
   const Owners owners(table, tokens);
@@ -96,8 +101,13 @@ at::Tensor decoder(const at::Tensor& x, Tensors linears, Tensors norms, const at
   at::Tensor normed = at::empty({tokens, hidden}, x.options()), heads = at::empty({1, tokens, width / dim, dim}, x.options());
   bf16 *n = normed.mutable_data_ptr<bf16>(), *qkv = heads.mutable_data_ptr<bf16>();
 
+  Errand own, later;
+  if (tokens <= kFetched) {
+    own.add(d.o, owners);
+    for (int i = 0; next.size() && i < 3; ++i) later.add(Decoder::at(next, i), owners);
+  }
   d.normalized(input, d.before, tokens, n);
-  product<3>({&d.q, &d.k, &d.v}, owners, n, false, [&](const Tile& tile, int64_t token, const Sums& sum) {
+  product<3>({&d.q, &d.k, &d.v}, owners, n, false, own, [&](const Tile& tile, int64_t token, const Sums& sum) {
     const int64_t first = tile.l == &d.q ? 0 : tile.l == &d.k ? d.q.out : d.q.out + d.k.out;
     store(qkv + token * width + first + tile.at * kTile, sum);
   });
@@ -110,7 +120,7 @@ at::Tensor decoder(const at::Tensor& x, Tensors linears, Tensors norms, const at
   bf16 *m = middle.mutable_data_ptr<bf16>(), *a = act.mutable_data_ptr<bf16>();
   d.added(d.o, owners, mixed.const_data_ptr<bf16>(), input, m);
   d.normalized(m, d.after, tokens, n);
-  d.activated(owners, n, a);
+  d.activated(owners, n, later, a);
   d.added(d.down, owners, a, m, out.mutable_data_ptr<bf16>());
   return out;
 }
@@ -119,9 +129,9 @@ at::Tensor decoder(const at::Tensor& x, Tensors linears, Tensors norms, const at
 
 TORCH_LIBRARY(adapterd, library) {
   library.def("pack(Tensor weight) -> Tensor", &pack);
-  library.def("linear(Tensor x, Tensor packed, Tensor bias, Tensor a, Tensor b, Tensor gate, Tensor table) -> Tensor", &linear);
+  library.def("linear(Tensor x, Tensor packed, Tensor bias, Tensor a, Tensor b, Tensor gate, Tensor ranks, Tensor table) -> Tensor", &linear);
   library.def("attend(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor table, float scale, int window, "
               "float softcap) -> Tensor", &attend);
-  library.def("decoder(Tensor x, Tensor[] linears, Tensor[] norms, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor table, "
+  library.def("decoder(Tensor x, Tensor[] linears, Tensor[] norms, Tensor[] next, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor table, "
               "float epsilon, float scale, int window) -> Tensor", &decoder);
 }

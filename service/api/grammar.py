@@ -17,6 +17,8 @@ from .schemas import AnyText, JsonGrammar, JsonObject, JsonSchema, PlainSchema, 
 Wanted = JsonObject | JsonSchema | PlainSchema | Regex | AnyText | JsonGrammar | RegexGrammar
 
 DEEPEST = 500  # the compiler descends on the stack and would end the process near 1500
+LARGEST = 100_000  # characters of a grammar
+LIMITS = {"max_grammar_size": 20_000, "initial_lexer_fuel": 200_000}  # beyond these a sampler takes seconds, and its batch waits
 TOLD = 300  # characters of its complaint
 
 # one space where people write one, none elsewhere: a model that may write white space between any two tokens may never end
@@ -49,6 +51,8 @@ async def of_schema(schema: dict[str, Any], param: str) -> str:
 
 async def checked(grammar: str, param: str) -> str:
     """The same text, if the grammar can be met; compiled off the event loop, for a big one takes a while."""
+    if len(grammar) > LARGEST:
+        raise BadRequest(f"{param}: as a grammar it has {len(grammar)} characters, and {LARGEST} are the most", param=param)
     if wrong := await asyncio.to_thread(_tried, grammar):
         raise BadRequest(f"{param}: {wrong.strip()[:TOLD]}", param=param)
     return grammar
@@ -59,7 +63,7 @@ def _tried(grammar: str) -> str:
     wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar)
     if wrong:
         return "; ".join(messages)
-    matcher = LLMatcher(_bytes(), grammar, log_level=0, limits=LLParserLimits(verbose_errors=False))
+    matcher = LLMatcher(_bytes(), grammar, log_level=0, limits=LLParserLimits(verbose_errors=False, **LIMITS))
     for _ in range(2):
         allowed = b"" if matcher.is_error() else matcher.compute_bitmask()
         if not any(allowed) or matcher.is_stopped():

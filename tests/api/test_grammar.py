@@ -71,6 +71,26 @@ def test_what_no_sampler_could_follow_is_refused_at_the_door() -> None:
         asyncio.run(grammar.compiled(Regex(type="regex", regex="(a{1000}){1000}")))
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"enum": ["x" * 100_000]},
+        {"enum": [str(i) for i in range(20_000)]},
+        {"properties": {f"p{i}": {"type": "string"} for i in range(3000)}},
+    ],
+)
+def test_what_would_make_everybody_wait_is_refused(schema: dict[str, Any]) -> None:
+    with pytest.raises(BadRequest, match="response_format"):
+        compiled(schema)
+
+
+def test_a_large_schema_of_a_real_kind_is_taken() -> None:
+    inner = {f"field_{i}": {"type": ["string", "null"], "maxLength": 100} for i in range(20)}
+    properties = {f"part_{i}": {"type": "object", "properties": inner, "required": list(inner)} for i in range(20)}
+    assert compiled({"type": "object", "properties": properties, "required": list(properties)})
+    assert compiled({"enum": [f"value {i}" for i in range(3000)]})
+
+
 def follows(text: str, whole: str) -> bool:
     matcher = LLMatcher(LLTokenizer("byte"), text)
     return bool(matcher.try_consume_tokens(list(whole.encode())) == len(whole) and matcher.is_accepting())

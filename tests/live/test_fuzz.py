@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ EXAMPLES = 10
 
 
 @pytest.fixture
-def url(tmp_path: Path) -> object:
+def url(tmp_path: Path) -> Iterator[str]:
     base = making.tiny(tmp_path / "base")
     making.noise(tmp_path / "adapters" / "noise", base)
     with started({**SETTINGS, "base": str(base), "adapters_dir": str(tmp_path / "adapters")}, tmp_path / "log") as server:

@@ -61,8 +61,9 @@ def all_names() -> list[str]:
 
 def one(browser: Browser, url: str, folder: Path, name: str) -> None:
     view, width, theme = name.split("-")
-    size = {"width": int(width), "height": HEIGHTS[int(width)]}
-    context = browser.new_context(viewport=size, color_scheme="dark" if theme == "dark" else "light")
+    context = browser.new_context(
+        viewport={"width": int(width), "height": HEIGHTS[int(width)]}, color_scheme="dark" if theme == "dark" else "light"
+    )
     take(context.new_page(), url, view, folder / f"{name}.png")
     context.close()
 

@@ -80,7 +80,8 @@ def test_an_upload_is_registered(live: str, open_page: Open, adapter_files: list
 
 def drop(page: Page, *paths: Path) -> None:
     """What the browser does when a person drags these from the desktop into the drop zone."""
-    box = page.locator(".drop").bounding_box() or {}
+    box = page.locator(".drop").bounding_box()
+    assert box is not None
     at = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
     browser = page.context.new_cdp_session(page)
     for type in ("dragEnter", "dragOver", "drop"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -99,9 +100,11 @@ def test_a_client_that_leaves_a_whole_answer_cancels_it(one: Stage, path: str, b
 
 
 @pytest.mark.parametrize(("path", "body"), [("/generate_stream", GENERATE), ("/v1/completions", COMPLETE | {"stream": True})])
-def test_a_client_that_leaves_a_stream_cancels_it(one: Stage, path: str, body: Any) -> None:
+def test_a_client_that_leaves_a_stream_cancels_it(one: Stage, caplog: pytest.LogCaptureFixture, path: str, body: Any) -> None:
     shut(one, early=3)
-    left = leave(one, path, body, lambda client: client.frames >= 2)
+    with caplog.at_level(logging.INFO, "adapterd.access"):
+        left = leave(one, path, body, lambda client: client.frames >= 2)
+    assert [(line.__dict__["fields"]["status"], line.__dict__["fields"]["outcome"]) for line in caplog.records] == [(499, "cancelled")]
     assert left.frames >= 2
     assert sorted(one.engine.cancelled) == [request.id for request in one.engine.asked] != []
     assert one.quiet

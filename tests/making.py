@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -120,6 +120,8 @@ def adapter(folder: Path, base: Path, config: PeftConfig, *, seed: int, std: flo
                 weight.copy_(torch.empty_like(weight).normal_(0, std))
             elif "modules_to_save.default" in name:
                 weight.add_(torch.empty_like(weight).normal_(0, 0.05))
+            elif str(config.peft_type.value) != "LORA" and weight.requires_grad:
+                weight.add_(torch.empty_like(weight).normal_(0, std / 3))
     with quiet():
         model.save_pretrained(folder, **(save or {}))
     return folder
@@ -150,8 +152,9 @@ def tensors(folder: Path) -> Tensors:
 
 
 def edit(source: Path, to: Path, config: ConfigEdit | None = None, weights: TensorEdit | None = None) -> Path:
-    """Copies an adapter with its config updated (or replaced by what the callable returns) and its tensors changed."""
-    shutil.copytree(source, to, dirs_exist_ok=True)
+    """Copies an adapter, if it is not to be changed where it is, its config updated (or what the callable returns), its tensors changed."""
+    if source != to:
+        shutil.copytree(source, to, dirs_exist_ok=True)
     if config is not None:
         now = json.loads((to / CONFIG).read_text())
         (to / CONFIG).write_text(json.dumps(now | config if isinstance(config, dict) else config(now)))
@@ -173,12 +176,18 @@ def served(base: Path, adapter: Path | None = None) -> Any:
 
 
 @torch.no_grad()
-def greedy(base: Path, adapter: Path | None, prompt: Sequence[int], n: int) -> list[int]:
-    """The next n token ids by transformers' own generate, float32, one prompt, no end-of-sequence."""
+def answers(base: Path, adapter: Path | None, prompts: Iterable[Sequence[int]], n: int) -> list[list[int]]:
+    """The next n token ids of each prompt, one by one, by transformers' own generate, float32, no end-of-sequence."""
     model = served(base, adapter)
     model.generation_config.eos_token_id = None
-    asked = torch.tensor([list(prompt)])
-    with quiet():
-        out = model.generate(input_ids=asked, attention_mask=torch.ones_like(asked), do_sample=False, max_new_tokens=n)
-    answer: list[int] = out[0, len(prompt) :].tolist()
-    return answer
+    told = []
+    for prompt in prompts:
+        asked = torch.tensor([list(prompt)])
+        with quiet():
+            out = model.generate(input_ids=asked, attention_mask=torch.ones_like(asked), do_sample=False, max_new_tokens=n)
+        told.append(out[0, len(prompt) :].tolist())
+    return told
+
+
+def greedy(base: Path, adapter: Path | None, prompt: Sequence[int], n: int) -> list[int]:
+    return answers(base, adapter, [prompt], n)[0]

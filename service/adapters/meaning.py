@@ -21,18 +21,11 @@ from .skeleton import Skeleton, shape
 # What PEFT itself runs beside the mixed batch. Add a feature's name (a config key, a peft_type, or one of `features` below) to serve it.
 SHADOW_FEATURES = frozenset(
     {
-        "modules_to_save",
-        "trainable_token_indices",
-        "lora_bias",
-        "target_parameters",
-        "LoRA on Embedding",
-        "IA3",
-        "VERA",
-        "LOHA",
-        "LOKR",
-        "OFT",
+        "modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters", "LoRA on Embedding",
+        "IA3", "VERA", "LOHA", "LOKR", "OFT", "BEFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "LN_TUNING",
+        "MISS", "OSF", "PEANUT", "PSOFT", "RANDLORA", "ROAD", "TINYLORA", "TRAINABLE_TOKENS", "VBLORA", "WAVEFT",
     }
-)
+)  # fmt: skip
 
 OPTIONS = (
     "modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters", "alora_invocation_tokens", "layer_replication",

@@ -73,8 +73,19 @@ class Runner:
             kv.fork(self.attention, fork.source, fork.target, fork.length)
         results: dict[int, Result] = {}
         for tree, chunks in self._batches(plan.chunks):
-            results.update(zip((chunk.request.id for chunk in chunks), self._run(tree, chunks), strict=True))
+            run = self._run if tree is self.bank.tree else self._apart
+            results.update(zip((chunk.request.id for chunk in chunks), run(tree, chunks), strict=True))
         return [results[chunk.request.id] for chunk in plan.chunks]
+
+    def _apart(self, tree: Any, chunks: Sequence[Chunk]) -> list[Result]:
+        """A shadow adapter's batch: where PEFT's own code raises, its requests fail and the step goes on."""
+        try:
+            return self._run(tree, chunks)
+        except Exception as error:
+            log.exception("PEFT could not run a shadow adapter; %d requests fail", len(chunks))
+            for chunk in chunks:
+                kv.clear(self.attention, chunk.row)
+            return [Result(error=f"PEFT could not run this adapter on this base ({type(error).__name__})")] * len(chunks)
 
     def _batches(self, chunks: Sequence[Chunk]) -> list[tuple[Any, list[Chunk]]]:
         """The mixed batch on the bank's tree, and one batch for each shadow adapter on its own."""

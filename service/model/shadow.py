@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 
 import torch
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..engine.request import Adapter
-from ..errors import AdapterInvalid
+from ..errors import AdapterInvalid, AdapterUnsupported
 from .contents import contents
 
 Tree = TypeVar("Tree", bound=nn.Module)
@@ -34,15 +35,15 @@ def share(model: Tree) -> Tree:
 
 
 def planted(base: Tree, adapter: Adapter) -> Any:
-    """PEFT's own model of the adapter on a tree that shares the base's tensors. Raises AdapterInvalid when not every tensor lands.
+    """PEFT's own model of the adapter on a tree that shares the base's tensors.
 
     Only PEFT's own tensors are loaded: one of the base's own, which some trainers save along, would be written through to the base (the
-    reader has seen that it equals the base's).
+    reader has seen that it equals the base's). Raises AdapterUnsupported where PEFT cannot, AdapterInvalid when not every tensor lands.
     """
     tensors = contents(adapter)
     config = PeftConfig.from_pretrained(str(Path(adapter.config).parent), local_files_only=True)
     config.inference_mode = True
-    model = get_peft_model(share(base), config)
+    model = _injected(share(base), config)
     places = get_peft_model_state_dict(model, save_embedding_layers=False)
     if missing := sorted(places.keys() - tensors.keys()):
         raise AdapterInvalid([f"{len(missing)} tensors that PEFT needs are missing: {', '.join(missing[:4])}"])
@@ -53,6 +54,23 @@ def planted(base: Tree, adapter: Adapter) -> Any:
     if lost:
         raise AdapterInvalid([f"PEFT did not take {len(lost)} of {len(tensors)} tensors: {', '.join(sorted(lost)[:4])}"])
     return model.eval().requires_grad_(False)
+
+
+def _injected(tree: nn.Module, config: PeftConfig) -> Any:
+    kind = f"`{config.peft_type.value}`"
+    try:
+        model = get_peft_model(tree, config)
+    except Exception as error:  # whatever PEFT makes of this type on these layers
+        raise AdapterUnsupported([f"PEFT cannot put {kind} on this base: {error}"[:300]]) from error
+    if strange := [name for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer) and _misread(layer)]:
+        raise AdapterUnsupported([f"PEFT cannot run {kind} on a quantized base: it would misread the weights of {strange[0]}"])
+    return model
+
+
+def _misread(layer: BaseTunerLayer) -> bool:
+    """Whether PEFT has put a layer on a quantized one that it does not know how to read: it takes bitsandbytes' for plain ones."""
+    quantized = type(layer.get_base_layer()).__module__.startswith("bitsandbytes")
+    return quantized and not type(layer).__module__.endswith(".bnb") and getattr(layer, "quantization_backend", None) is None
 
 
 def own_bytes(tree: nn.Module, base: nn.Module) -> int:

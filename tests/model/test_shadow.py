@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from peft import IA3Config, LoHaConfig, LoKrConfig, LoraConfig, OFTConfig, PeftConfig, VeraConfig
+from torch import nn
 
+from service.adapters.reader import read
+from service.adapters.skeleton import Skeleton
 from service.digest import digest
-from service.engine.request import Adapter, Lane
-from service.errors import AdapterInvalid
+from service.engine.request import Adapter, Chunk, Lane, Plan, Request
+from service.errors import AdapterInvalid, AdapterUnsupported
+from service.model.runner import Runner
 from service.model.shadow import planted
-from tests import making
+from tests import kinds, making
 
 from .driver import Driver, Job, plan_of
-from .test_parity import prompts, runner_on, weights_digest
+from .test_parity import distance, prompts, quantized_logprobs, runner_on, weights_digest
 
-TARGETS = ["q_proj", "v_proj"]
-KINDS: dict[str, Callable[[], PeftConfig]] = {
-    "modules_to_save": lambda: LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, modules_to_save=["lm_head"], task_type="CAUSAL_LM"),
-    "trainable_token_indices": lambda: LoraConfig(r=4, target_modules=TARGETS, trainable_token_indices=[7, 8, 9], task_type="CAUSAL_LM"),
-    "lora_bias": lambda: LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, lora_bias=True, task_type="CAUSAL_LM"),
-    "embedding": lambda: LoraConfig(r=4, lora_alpha=8, target_modules=["embed_tokens", "q_proj"], task_type="CAUSAL_LM"),
-    "target_parameters": lambda: LoraConfig(r=4, target_modules=[], target_parameters=["mlp.down_proj.weight"], task_type="CAUSAL_LM"),
-    "IA3": lambda: IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"], task_type="CAUSAL_LM"),
-    "VERA": lambda: VeraConfig(r=8, target_modules=TARGETS, task_type="CAUSAL_LM"),
-    "LOHA": lambda: LoHaConfig(r=4, alpha=8, target_modules=TARGETS, task_type="CAUSAL_LM"),
-    "LOKR": lambda: LoKrConfig(r=4, alpha=8, target_modules=TARGETS, task_type="CAUSAL_LM"),
-    "OFT": lambda: OFTConfig(r=0, oft_block_size=8, target_modules=TARGETS, task_type="CAUSAL_LM"),
-}
+PROMPTS, LENGTH = prompts()[2:6], 6
 
 
 @pytest.fixture(scope="module")
@@ -38,37 +29,61 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return making.tiny(tmp_path_factory.mktemp("shadow") / "base", tie_word_embeddings=False)
 
 
+@pytest.fixture(scope="module")
+def skeleton(base: Path) -> Skeleton:
+    return Skeleton(base)
+
+
 def shadow_plan(folder: Path) -> Adapter:
     config, weights = folder / making.CONFIG, folder / making.WEIGHTS
     return Adapter(digest(config.read_bytes(), weights.read_bytes()), str(config), str(weights), Lane.SHADOW, 0, weights.stat().st_size)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.filterwarnings("ignore")
-def test_a_shadow_adapter_says_what_peft_says_and_its_neighbours_do_too(kind: str, base: Path, tmp_path: Path) -> None:
-    folder = making.adapter(tmp_path / "shadow", base, KINDS[kind](), seed=3, save={"save_embedding_layers": False})
-    plain = making.noise(tmp_path / "plain", base, 4)
-    runner = runner_on(base)
-    before = weights_digest(runner)
-    driver = Driver(runner, 8)
-    shadow, pooled = shadow_plan(folder), plan_of(plain, base)
-    runner.load(shadow)
+@dataclass(frozen=True)
+class House:
+    """A runner with a pool adapter in it, what that one and the base say to each of PROMPTS by PEFT, and the base's hash."""
+
+    runner: Runner
+    driver: Driver
+    pooled: str
+    right: dict[str | None, list[list[int]]]
+    hash: str
+
+
+@pytest.fixture(scope="module")
+def house(base: Path, tmp_path_factory: pytest.TempPathFactory) -> House:
+    folder = making.noise(tmp_path_factory.mktemp("shadow") / "plain", base, 4)
+    runner, pooled = runner_on(base), plan_of(folder, base)
+    hash, driver = weights_digest(runner), Driver(runner, 8)
     driver.place(pooled)
-    whose = {None: None, shadow.digest: folder, pooled.digest: plain}
-    jobs = [Job(prompt, 6, name) for prompt in prompts()[2:6] for name in whose]
-    driver.run(jobs)
-    told = False
-    for job in jobs:
-        assert job.ids == making.greedy(base, whose[job.adapter], job.prompt, 6), whose[job.adapter]
-        told |= job.adapter == shadow.digest and job.ids != making.greedy(base, None, job.prompt, 6)
-    assert told, "the shadow adapter changes nothing: a weak fixture"
-    runner.unload(shadow.digest)
-    assert weights_digest(runner) == before
+    right = {None: making.answers(base, None, PROMPTS, LENGTH), pooled.digest: making.answers(base, folder, PROMPTS, LENGTH)}
+    return House(runner, driver, pooled.digest, right, hash)
+
+
+@pytest.mark.parametrize("kind", kinds.SHADOW)
+@pytest.mark.filterwarnings("ignore")
+def test_a_shadow_adapter_says_what_peft_says_and_its_neighbours_do_too(
+    kind: str, house: House, base: Path, skeleton: Skeleton, tmp_path: Path
+) -> None:
+    """A10, A12, and all that runs beside the pool: read as the service reads it, mixed with the base and a pool adapter."""
+    folder = kinds.SHADOW[kind](tmp_path / "shadow", base)
+    shadow = read(skeleton, folder, 64).adapter
+    assert shadow.lane is Lane.SHADOW
+    house.runner.load(shadow)
+    own = making.answers(base, folder, PROMPTS, LENGTH)
+    assert own != house.right[None], "the shadow adapter changes nothing: a weak fixture"
+    right = house.right | {shadow.digest: own}
+    jobs = [(Job(prompt, LENGTH, name), said[i]) for i, prompt in enumerate(PROMPTS) for name, said in right.items()]
+    house.driver.run([job for job, _ in jobs])
+    for job, said in jobs:
+        assert job.ids == said, job.adapter
+    house.runner.unload(shadow.digest)
+    assert weights_digest(house.runner) == house.hash
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_tensor_that_peft_would_drop_is_refused(base: Path, tmp_path: Path) -> None:
-    folder = making.adapter(tmp_path / "ia3", base, KINDS["IA3"](), seed=3)
+    folder = kinds.SHADOW["IA3"](tmp_path / "ia3", base)
     odd = making.edit(folder, tmp_path / "odd", weights=lambda t: {key.replace("k_proj", "z_proj"): value for key, value in t.items()})
     with pytest.raises(AdapterInvalid, match=r"missing: .*k_proj"):
         planted(making.load(base), shadow_plan(odd))
@@ -81,3 +96,49 @@ def test_a_saved_embedding_is_not_written_through_to_the_base(base: Path, tmp_pa
     folder = making.noise(tmp_path / "embedding", base, 5, modules_to_save=["embed_tokens"])
     planted(model, shadow_plan(folder))
     assert torch.equal(model.get_input_embeddings().weight, before)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_where_pefts_own_code_raises_its_request_fails_and_the_neighbour_goes_on(house: House, base: Path, tmp_path: Path) -> None:
+    folder = kinds.SHADOW["IA3"](tmp_path / "ia3", base)
+    shadow = shadow_plan(folder)
+    house.runner.load(shadow)
+    house.runner.hosted[shadow.digest].tree.register_forward_pre_hook(broken)
+    prompt = tuple(PROMPTS[0])
+    bad, good = Request(901, prompt, 1, shadow.digest), Request(902, prompt, 1)
+    failed, fine = house.runner.step(Plan(chunks=(Chunk(bad, 0, 0, prompt, True), Chunk(good, 1, 0, prompt, True))))
+    assert "ValueError" in failed.error
+    assert fine.token is not None
+    assert fine.token.id == house.right[None][0][0]
+    house.runner.unload(shadow.digest)
+
+
+def broken(module: nn.Module, args: object) -> None:
+    raise ValueError("no such layer here")
+
+
+PACKED = {"LOHA", "LOKR", "BEFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HRA", "OSF", "PEANUT", "PSOFT", "TINYLORA"}
+PACKED |= {"VBLORA", "WAVEFT"}  # PEFT would take packed bytes for weights
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.filterwarnings("ignore")
+def test_on_a_quantized_base_a_shadow_adapter_runs_as_in_peft_or_is_refused_by_name(
+    base: Path, skeleton: Skeleton, tmp_path: Path, quantization: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B18: compared by log probabilities, for bitsandbytes rounds differently for other batches; nothing is merged into the base."""
+    runner = runner_on(base, quantization=quantization)
+    driver, before = Driver(runner, 2), weights_digest(runner)
+    for kind, maker in kinds.SHADOW.items():
+        folder = maker(tmp_path / kind.replace(" ", "-"), base)
+        shadow = read(skeleton, folder, 64).adapter
+        if kind in PACKED:
+            with pytest.raises(AdapterUnsupported, match=f"`{kind}` on (this|a quantized) base"):
+                runner.load(shadow)
+            continue
+        runner.load(shadow)
+        job = Job(PROMPTS[3], 1, shadow.digest, prompt_logprobs=0)
+        driver.run([job])
+        assert distance(job, quantized_logprobs(base, folder, quantization, job.prompt, monkeypatch)) < 0.05, kind
+        runner.unload(shadow.digest)
+    assert weights_digest(runner) == before

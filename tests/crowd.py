@@ -18,6 +18,7 @@ from tests.truth import (
     CAUGHT,
     DIED,
     GONE,
+    LATE,
     LENGTHS,
     PROMPTS,
     TWO_FACED,
@@ -95,6 +96,8 @@ class Person:
         return False
 
     def _outcome(self, told: tuple[int, str], text: str) -> str:
+        if told == LATE:
+            return "late"
         return "error" if told not in BUSY else "caught" if DIED in text else "refused"
 
     def _cut(self, id: str, error: Exception) -> None:
@@ -168,7 +171,7 @@ class Person:
             self.tally.outcomes[id] = "answered"
             found = events(read)
             if "error" in found[-1]:
-                self.tally.outcomes[id] = "broken"
+                self.tally.outcomes[id] = "late" if code(found[-1]) == LATE[1] else "broken"
                 if code(found[-1]) not in CAUGHT:
                     raise WrongError(f"{id}: {found[-1]}")
                 return

@@ -29,6 +29,7 @@ SECONDS = float(os.environ.get("CHAOS_SECONDS", "60"))
 KILL_EVERY_S = 60.0
 ADAPTERS = 40
 LAST_WORDS_S = 3.0
+LIMIT_S, PATIENCE_S = 120, 60
 GROWTH, SLACK = 1.10, 16e6  # of each process' own memory, once warm
 
 
@@ -62,8 +63,12 @@ class Service:
 
 @dataclass
 class Scales:
-    """Bytes of its own that each process held, in order; a worker that was killed and its successor are one."""
+    """Bytes of its own that each process held, in order; a worker that was killed and its successor are one.
 
+    `absence` is how long there was no worker, at most, in seconds.
+    """
+
+    absence: float = 0.0
     api: list[int] = field(default_factory=list)
     worker: list[int] = field(default_factory=list)
 
@@ -81,17 +86,27 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     base = markers.base(folder / "base")
     letters = markers.shelf(folder / "adapters", base, ADAPTERS)
     model = {"base": str(base), "dtype": "float32", "quantization": "none", "device": "cpu", "compile": "off"}
-    bounds = {"max_rows": "6", "queue_limit": "8", "pool_rank": "64", "max_rank": "32", "host_cache_mb": "1", "request_timeout_s": "120"}
-    settings = model | bounds | {"adapters_dir": str(folder / "adapters"), "log_format": "json"}
+    bounds = {
+        "max_rows": "6",
+        "queue_limit": "8",
+        "pool_rank": "64",
+        "max_rank": "32",
+        "host_cache_mb": "1",
+        "request_timeout_s": str(LIMIT_S),
+    }
+    settings = model | bounds | {"adapters_dir": str(folder / "adapters"), "log_format": "json", "request_timeout_s": str(LIMIT_S)}
     with started(settings, folder / "log") as server:
         yield Service(server, folder / "log", letters)
 
 
-async def torment(service: Service, scales: Scales, seconds: float) -> int:
+async def torment(service: Service, http: httpx.AsyncClient, scales: Scales, seconds: float) -> int:
     """Kills the worker in the middle of each minute, and at half-time where that is sooner; how many it killed."""
     loop = asyncio.get_running_loop()
-    began, killed, period = loop.time(), 0, min(KILL_EVERY_S, seconds)
+    began, killed, period, seen = loop.time(), 0, min(KILL_EVERY_S, seconds), loop.time()
     while (now := loop.time() - began) < seconds:
+        if (await http.get("/ready")).status_code == 200:
+            seen = loop.time()
+        scales.absence = max(scales.absence, loop.time() - seen)
         if now > (killed + 0.5) * period and (worker := service.worker()):
             scales.weigh(service)
             worker.send_signal(signal.SIGKILL)
@@ -115,7 +130,7 @@ def risen(after: Samples, before: Samples, name: str, label: str | None = None) 
 
 
 async def ready(http: httpx.AsyncClient) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(LIMIT_S):
         while (await http.get("/ready")).status_code != 200:  # noqa: ASYNC110 - what is waited for has no event
             await asyncio.sleep(0.1)
 
@@ -127,16 +142,19 @@ async def test_whatever_happens_every_request_ends_with_a_right_answer_or_a_docu
         (await http.put(f"/adapters/{TWO_FACED}", json={"source": "m0"})).raise_for_status()
         before = await samples(http)
         acting = asyncio.create_task(crowd.run(service.url, world, tally, stop))
-        killed = await torment(service, scales, SECONDS)
+        killed = await torment(service, http, scales, SECONDS)
         stop.set()
-        await acting
+        began = asyncio.get_running_loop().time()
         await ready(http)
+        scales.absence = max(scales.absence, asyncio.get_running_loop().time() - began)
+        await acting
         scales.weigh(service)
         after = await samples(http)
     print(f"{len(tally.outcomes)} requests in {SECONDS:.0f} s: {dict(tally.counted())}; {killed} kills; bytes {scales}")
     assert tally.wrong == []
     assert service.defects() == []
     assert killed >= 1
+    assert not tally.counted()["late"] or scales.absence > PATIENCE_S, "nobody waits as long as that for a worker that is there"
     assert risen(after, before, "worker_restarts_total") == killed
     assert set(tally.letters) == {"", *service.letters.values()}, "each was asked, the base too"
     check_counts(service, tally, lambda name, label=None: risen(after, before, name, label))

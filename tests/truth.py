@@ -12,8 +12,9 @@ import httpx
 
 PROMPTS = ("Hello there", "What is the time? ", "the an in", "x" * 70)
 LENGTHS = (1, 5, 17)
-BUSY = {(429, "overloaded"), (503, "not_ready")}  # what any request may be told
-CAUGHT = {"not_ready"}  # what a stream may end with
+LATE = (504, "deadline_exceeded")  # only where a worker was long in coming back
+BUSY = {(429, "overloaded"), (503, "not_ready"), LATE}  # what any request may be told
+CAUGHT = {"not_ready", LATE[1]}  # what a stream may end with
 DIED = "the worker died"
 GONE = (404, "adapter_not_found")
 SHAKY = 4  # of the markers, the last so many come and go
@@ -46,8 +47,8 @@ class Tally:
     """What became of every request sent, by its request id, and what must not be.
 
     answered, done: a right answer, with tokens or of another kind; error: the right error; refused: nobody could have had an answer then;
-    caught: the worker died with it; broken: it died in mid-stream; left, unheard: the client went, in mid-stream or before any answer;
-    cut: the service was ending.
+    caught: the worker died with it; broken: it died in mid-stream; late: it waited too long for another; cut: the service was ending;
+    left, unheard: the client went, in mid-stream or before any answer.
     """
 
     outcomes: dict[str, str] = field(default_factory=dict)

@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import importlib
 import logging
+import math
 import os
 import signal
 import sys
@@ -16,9 +17,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 
 from .. import logs
-from ..errors import AdapterdError, SettingsError
+from ..errors import AdapterdError, AdapterInvalid, SettingsError
 from ..settings import Faults, Settings
 from .loader import Loader
 from .request import (
@@ -54,6 +56,7 @@ RAISED_TWICE = 70  # exit code: two steps in a row raised, so the device is not 
 PREFILL = {"cpu": 512}
 PREFILL_ELSEWHERE = 4096
 SET_PDEATHSIG = 1
+OOM_SCORE = "500"  # of 1000, on top of what it uses
 
 
 class Worker:
@@ -93,7 +96,8 @@ class Worker:
 
     def _listen(self, idle: bool) -> bool:
         """Takes in all orders and loads there are, waiting for one if idle; False when it is time to end."""
-        timeout = (self.heartbeat_s if self.scheduler.busy else None) if idle else 0
+        waits = self.scheduler.busy or self.loader.deadline < math.inf
+        timeout = (self.heartbeat_s if waits else None) if idle else 0
         if not wait([self.connection, self.loader.results], timeout) and idle:
             self._send(Report(gauges=self.scheduler.gauges))
         while self.connection.poll():
@@ -121,12 +125,14 @@ class Worker:
     def _feed(self) -> None:
         """Takes what the loader has read, and gives it the next adapter."""
         while self.loader.results.poll():
-            load, code = self.loader.results.recv()
+            load, code = self.loader.take()
             self._loads.append(load)
             if load.error:
                 self.scheduler.load_failed(load.digest, code, load.error)
             else:
                 self.scheduler.hosted(load.digest, load.size)
+        if time.monotonic() > self.loader.deadline:
+            self._give_up()
         if (wanted := self.scheduler.next_load()) is not None:
             adapter, victims = wanted
             for digest in victims:
@@ -134,6 +140,15 @@ class Worker:
                 self.runner.unload(digest)
                 self._evicted.append((digest, Tier.HOST, time.monotonic() - began))
             self.loader.read(adapter)
+
+    def _give_up(self) -> None:
+        """A disk that hangs fails the adapter that is on it, and no other."""
+        digest = self.scheduler.adapters.loading
+        assert digest is not None, "what is overdue is loading"
+        self.loader = Loader(self.runner, self.faults.slow_load)
+        load = Load(digest, 0.0, 0, "reading the adapter's files took too long")
+        self._loads.append(load)
+        self.scheduler.load_failed(digest, AdapterInvalid.code, load.error)
 
     def _forget(self) -> None:
         for digest, hosted in self.scheduler.gone():
@@ -226,10 +241,17 @@ def die_with_parent() -> None:
         ctypes.CDLL(None).prctl(SET_PDEATHSIG, signal.SIGKILL)
 
 
+def be_the_first_to_go() -> None:
+    """Where memory runs out Linux kills this process before the one that can start another."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text(OOM_SCORE)
+
+
 def main(descriptor: str, factory: str) -> int:
     for ignored in (signal.SIGINT, signal.SIGTERM):  # the parent decides when to end
         signal.signal(ignored, signal.SIG_IGN)
     die_with_parent()
+    be_the_first_to_go()
     module, _, function = factory.partition(":")
     with Connection(int(descriptor)) as connection, contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
         settings: Settings = connection.recv()

@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -66,6 +67,11 @@ async def begun(client: Client, **more: Any) -> Ticket:
 def worker(client: Client) -> int:
     assert client.worker_pid is not None
     return client.worker_pid
+
+
+def score(pid: int) -> int:
+    """How much sooner than others Linux ends this process where memory runs out."""
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
 
 
 def count(name: str, **labels: str) -> float:
@@ -261,6 +267,11 @@ async def test_an_injected_death_comes_once() -> None:
         assert (end.finish, end.code) == (Finish.FAILED, "not_ready")
         await client.wait_ready()
         assert len((await read(client.submit((1,), 5)))[0]) == 5
+
+
+async def test_where_memory_runs_out_the_worker_goes_first() -> None:
+    async with engine() as client:
+        assert score(worker(client)) >= max(500, score(os.getpid()))
 
 
 async def test_a_stuck_worker_is_killed_and_replaced() -> None:

@@ -56,11 +56,12 @@ def test_every_request_ends_once_with_its_own_tokens(seed: int) -> None:
         driver.reading = rng.random() < 0.7
         driver.step(fault=rng.random() < 0.02, half_placed=rng.random() < 0.05)
         driver.tell_tiers()
-    for chosen in adapters:
-        driver.scheduler.pin(chosen.digest, False)
     driver.reading = True
     driver.settle()
     driver.check()
+    for chosen in adapters:
+        driver.scheduler.pin(chosen.digest, False)
+    driver.settle()
     driver.check_free()
     assert any(story.end and story.end.finish is Finish.LENGTH for story in driver.stories.values())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from multiprocessing import Pipe
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from service.engine import loader, memory
 from service.engine.request import (
     Broken,
     Drop,
@@ -85,6 +87,9 @@ class Balky(FakeRunner):
             raise FileNotFoundError(2, "No such file or directory", "/secret/place")
         if self.wrong == "memory":
             raise MemoryError
+        if self.wrong == "hang":
+            self.wrong = ""
+            time.sleep(3600)
         return super().load(adapter)
 
     def step(self, plan: Plan) -> list[Result]:
@@ -159,6 +164,33 @@ def test_an_adapter_that_fails_says_why_shows_no_path_and_may_be_tried_again(wro
         token = desk.event().token
         assert token
         assert token.id == expected(each.digest, (5,), 1)[0]
+
+
+def test_a_disk_that_hangs_fails_its_adapter_and_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "READ_S", 1.0)
+    runner, stuck, fine = Balky(), adapter("stuck"), adapter("fine")
+    runner.wrong = "hang"
+    with worker(runner, request_timeout_s=0.5) as desk:
+        desk.send(Offer(stuck, preload=True))
+        while runner.wrong:  # until it hangs
+            time.sleep(0.01)
+        desk.send(Offer(fine), Submit(Request(1, (5,), 1, fine.digest)))
+        (load,) = desk.report(lambda report: report.loads).loads
+        assert (load.digest, load.error) == (stuck.digest, "reading the adapter's files took too long")
+        token = desk.event().token
+        assert token
+        assert token.id == expected(fine.digest, (5,), 1)[0]
+
+
+def test_what_does_not_fit_the_memory_that_is_left_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free", lambda: 1000)
+    large, small = adapter("large", size=1001), adapter("small", size=1000)
+    with worker() as desk:
+        desk.send(Offer(large), Offer(small), Submit(Request(1, (5,), 1, large.digest)), Submit(Request(2, (5,), 1, small.digest)))
+        event = desk.event()
+        assert (event.request, event.finish, event.code) == (1, Finish.FAILED, "overloaded")
+        assert "it takes 1001 bytes, 1000 are free" in event.message
+        assert desk.event().finish is Finish.LENGTH
 
 
 def test_a_forward_that_raises_leaves_the_pool_as_it_was() -> None:

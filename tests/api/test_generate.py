@@ -251,6 +251,7 @@ def test_values_with_a_meaning_are_taken(one: Stage, field: str, value: str) -> 
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
 @pytest.mark.parametrize(("field", "value"), each(BAD))
 def test_odd_values_are_refused_by_name_before_anything_runs(one: Stage, path: str, field: str, value: str) -> None:
+    """B13."""
     before = len(one.engine.asked)
     told = one.post(path, body_with(field, value), 422).json()
     assert field in told["error"]

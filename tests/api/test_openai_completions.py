@@ -267,6 +267,7 @@ def test_values_with_a_meaning_are_taken(one: Stage, field: str, value: str) -> 
 
 @pytest.mark.parametrize(("field", "value"), each(BAD))
 def test_odd_values_are_400_by_name(one: Stage, field: str, value: str) -> None:
+    """B13."""
     before = len(one.engine.asked)
     prompt = "" if field == "prompt" else '"prompt": "Hi", '
     error = one.post("/v1/completions", f'{{"model": "x", {prompt}"{field}": {value}}}'.encode(), 400).json()["error"]

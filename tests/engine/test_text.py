@@ -207,6 +207,7 @@ def test_a_lone_surrogate_is_refused(text: Text) -> None:
 
 
 def test_chat_renders_without_a_doubled_bos(text: Text) -> None:
+    """B15."""
     ids = text.base.chat([USER])
     assert ids == tuple(making.ids("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"))
 

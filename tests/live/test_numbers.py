@@ -131,7 +131,7 @@ async def test_penalties_are_taken_off(world: World, asking: Asking) -> None:
 
     def spent(logits: torch.Tensor, made: list[int]) -> torch.Tensor:
         for id, count in Counter(made).items():
-            logits[id] -= 0.7 * count + 0.4
+            logits[id] -= 1.5 * count - 1.5  # nothing for the first time, so that the count shows
         return logits
 
     def repeated(logits: torch.Tensor, made: list[int]) -> torch.Tensor:
@@ -141,9 +141,9 @@ async def test_penalties_are_taken_off(world: World, asking: Asking) -> None:
 
     free = world.greedy("n1", PROMPT, 12)
     assert len(set(free)) < 12, "nothing comes twice, so nothing is shown"
-    native = await asking.ids(PROMPT, "n1", 12, frequency_penalty=0.7, presence_penalty=0.4)
+    native = await asking.ids(PROMPT, "n1", 12, frequency_penalty=1.5, presence_penalty=-1.5)
     assert native == by_hand(world, "n1", 12, spent) != free
-    assert in_words(await made_by(asking, frequency_penalty=0.7, presence_penalty=0.4)) == in_words(native)
+    assert in_words(await made_by(asking, frequency_penalty=1.5, presence_penalty=-1.5)) == in_words(native)
     native = await asking.ids(PROMPT, "n1", 12, repetition_penalty=1.5)
     assert native == by_hand(world, "n1", 12, repeated) != free
     assert in_words(await made_by(asking, repetition_penalty=1.5)) == in_words(native)

@@ -10,7 +10,7 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +99,13 @@ def halved(folder: Path) -> Path:
 Damage = Callable[[Path], None]
 
 
+@cache
+def mould(base: Path) -> Path:
+    return POOL["plain"](base.parent / f".{base.name}-mould", base)
+
+
 def plain(folder: Path, base: Path) -> Path:
-    return POOL["plain"](folder, base)
+    return making.edit(mould(base), folder)
 
 
 def damaged(damage: Damage) -> Maker:
@@ -218,7 +223,7 @@ REFUSED: dict[str, tuple[Maker, str]] = {
     "A4 without B": (keeping(lambda key: "lora_B" not in key), "lora_B"),
     "A4 half": (keeping(lambda key: "layers.1" not in key), "layers.1"),
     "A4 a target without tensors": (edited({"target_modules": ["q_proj", "v_proj", "k_proj"]}), "k_proj"),
-    "A5 empty": (keeping(lambda key: False), "empty"),
+    "A5 empty": (edited(weights=making.Tensors.clear), "empty"),
     "A5 pointer": (damaged(pointing), "git lfs pull"),
     "A5 cut": (damaged(cut), "truncated"),
     "A5 nothing": (damaged(partial(cut, size=0)), "truncated"),

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 
 from ..errors import AdapterdError, Conflict
-from . import ids, shelf
+from . import ids, inspection, shelf
 from .ledger import Ledger, Record
 from .questions import Reading
 from .reading import Reader
@@ -51,6 +51,7 @@ class Opening:
         unplaced = Place(self.store.root, record.source, record.subfolder, record.revision)
         try:
             place = await self.store.find(record.source, record.subfolder, record.revision, uploads=True)
+            await self._glance(place)
             fingerprint = place.fingerprint()
             known = record.digest if record.digest and fingerprint == record.fingerprint else None
             reading = await self.reader.read(place.folder, known)
@@ -68,11 +69,15 @@ class Opening:
     async def _found(self, folder: str) -> Shelved:
         try:
             place = await self.store.find(folder)
+            await self._glance(place)
             fingerprint = place.fingerprint()
             reading = await self.reader.read(place.folder)
         except (AdapterdError, OSError) as error:
             return self._failed(folder, Place(self.store.root, folder), None, error)
         return Shelved(self._generation(folder, place, fingerprint, shelf.now(), reading))
+
+    async def _glance(self, place: Place) -> None:
+        await asyncio.to_thread(inspection.glance, place.folder, self.reader.max_rank)
 
     def _failed(self, id: str, place: Place, record: Record | None, error: Exception) -> Shelved:
         reason = error.message if isinstance(error, AdapterdError) else f"the files cannot be read: {getattr(error, 'strerror', error)}"

@@ -14,7 +14,7 @@ from service.adapters.registry import Registry
 from service.engine.request import Lane, Load, Tier
 from service.errors import AdapterInvalid, AdapterNotFound, BadRequest, Conflict, Forbidden, NotReady
 
-from .. import making
+from .. import kinds, making
 from .conftest import FakeDevice, NearReader, Shop
 
 pytestmark = pytest.mark.anyio
@@ -360,6 +360,14 @@ async def test_a_broken_folder_is_listed_as_failed_and_harms_nothing(shop: Shop,
         put(other, shop.root, "cut")
         card, created = await registry.register("cut", "cut")
         assert (created, card["state"]) == (True, "ready")
+
+
+@pytest.mark.parametrize("kind", ["A2 mlx", "A5 missing", "A15 pickle"])
+async def test_a_folder_without_weights_says_at_start_what_it_seems_to_be(shop: Shop, base: Path, kind: str) -> None:
+    maker, word = kinds.REFUSED[kind]
+    maker(shop.root / "odd", base)
+    async with shop.opened() as registry:
+        assert word.lower() in registry.card("odd")["reason"].lower()
 
 
 async def test_registrations_and_pins_outlive_a_restart(stocked: Shop) -> None:

@@ -106,8 +106,8 @@ class Sampler:
             allowed = ((bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).bool().flatten()
             allowed = torch.nn.functional.pad(allowed, (0, max(0, logits.shape[0] - len(allowed))))[: logits.shape[0]]
         ends = list(state.request.eos)
-        if ends and (state.matcher.is_stopped() or state.matcher.is_accepting()):
-            allowed[ends] = True
+        if ends:  # an eos that is also text would end what is not whole
+            allowed[ends] = state.matcher.is_stopped() or state.matcher.is_accepting()
         return logits.masked_fill(~allowed.to(logits.device), float("-inf"))
 
 

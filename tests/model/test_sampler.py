@@ -122,6 +122,17 @@ def test_numbers_that_are_not_finite_fail_their_own_row_only(options: dict[str, 
     assert isinstance(good, Token)
 
 
+def test_an_eos_that_is_also_text_cannot_end_what_is_not_whole() -> None:
+    row = torch.zeros(VOCABULARY)
+    row[8] = 9.0  # the grammar would take it as text
+    asked = Request(1, (5,), 5, sampling=Sampling(grammar="g"), eos=frozenset({8}))
+    (failed,) = Sampler(lambda grammar: Matcher()).sample(row[None], [asked])
+    assert isinstance(failed, Unfit)
+    both = Request(2, (5,), 5, sampling=Sampling(grammar="g"), eos=frozenset({8}))
+    sampler = Sampler(lambda grammar: Matcher(allowed=bytes([0, 3])))
+    assert [one(sampler, row, both) for _ in range(2)] == [9, 8], "the other one, and then the end"
+
+
 @pytest.mark.parametrize("options", [{"top_p": 5e-324}, {"top_p": 1e-300}, {"typical_p": 5e-324}, {"min_p": 1.0}])
 def test_the_least_mass_still_holds_one_token(options: dict[str, Any]) -> None:
     """B13: it is 0 as a float32; an empty choice once ended the step, and with it everybody else's request."""
@@ -134,11 +145,12 @@ def test_the_least_mass_still_holds_one_token(options: dict[str, Any]) -> None:
 
 
 class Matcher:
-    """Allows token 8, then has ended."""
+    """Allows token 8, or those of the bits given, then has ended."""
 
-    def __init__(self, error: bool = False) -> None:
+    def __init__(self, error: bool = False, allowed: bytes = bytes([0, 1])) -> None:
         self.taken: list[int] = []
         self.error = error
+        self.allowed = allowed
 
     def is_error(self) -> bool:
         return self.error
@@ -153,7 +165,7 @@ class Matcher:
         return bool(self.taken)
 
     def compute_bitmask(self) -> bytes:
-        return bytes([0, 1, *([0] * 48)])
+        return self.allowed.ljust(50, b"\0")
 
     def consume_token(self, token: int) -> None:
         self.taken.append(token)

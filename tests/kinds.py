@@ -124,14 +124,18 @@ def void(_: object) -> None:
     return None
 
 
-def spoilt(part: str, value: float) -> Maker:
-    """One value of the tensor whose name has this part."""
+def spoil(folder: Path, part: str, value: float) -> None:
+    """Changes one value of the tensor whose name has this part."""
 
     def edit(tensors: making.Tensors) -> None:
         (name,) = [key for key in tensors if part in key]
         tensors[name].view(-1)[3] = value
 
-    return edited(weights=edit)
+    making.edit(folder, folder, weights=edit)
+
+
+def spoilt(part: str, value: float) -> Maker:
+    return damaged(lambda folder: spoil(folder, part, value))
 
 
 def keeping(keep: Callable[[str], bool]) -> Maker:

@@ -10,15 +10,16 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..engine.request import Digest, Patch
+from ..engine.request import Digest, shared
 from ..errors import AdapterInvalid, AdapterUnsupported, Internal
 from .architecture import Node
 from .inspection import WEIGHTS
@@ -60,8 +61,8 @@ class Reader:
         size = (folder / WEIGHTS).stat().st_size
         answer = await self._told(Ask(folder, known), size)
         assert isinstance(answer, Reading)
-        adapter = replace(answer.adapter, patches=_shared(answer.adapter.patches))
-        return replace(answer, adapter=adapter, layers=_shared(answer.layers))
+        adapter = replace(answer.adapter, patches=shared(answer.adapter.patches))
+        return replace(answer, adapter=adapter, layers=shared(answer.layers))
 
     async def norms(self, reading: Reading) -> dict[str, float]:
         """Module → Frobenius norm of its scaling · B · A. Raises AdapterInvalid when the files are gone or have changed."""
@@ -133,16 +134,11 @@ class Reader:
         self._pipe = self._process = None
 
 
-@lru_cache(maxsize=64)
-def _shared(patches: tuple[Patch, ...]) -> tuple[Patch, ...]:
-    """The first equal one: a thousand adapters of one recipe keep one list of layers."""
-    return patches
-
-
 def serve(pipe: Connection, max_rank: int) -> None:
     """The child. It answers the base's folder with its tree, an Ask with a Reading, a Measure with norms; or with a Refusal."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # PEFT would load it, 110 MB, for weights that are never looked at here
     from . import reader, skeleton  # here, so that only the child loads torch and PEFT
 
     with contextlib.suppress(EOFError):

@@ -6,10 +6,11 @@ Integers and digests only; must not know sequences, tensors or threads: who need
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 
 from ..lru import LRU
 from .pool import Pool
-from .request import Adapter, Digest, Lane, Placement, Plan, Tier
+from .request import Adapter, Digest, Lane, Placement, Plan, Tier, shared
 
 
 class Residency:
@@ -38,7 +39,7 @@ class Residency:
         if digest in self._dropping:
             self._dropping.discard(digest)
             self._gone.append((digest, False))
-        self.known[digest] = adapter
+        self.known[digest] = replace(adapter, patches=shared(adapter.patches))
         self._failed.discard(digest)
         self._moved.add(digest)  # so that its tier is told again, after a drop or not
         if preload and not self.at_hand(digest):

@@ -13,6 +13,7 @@ from .request import Adapter, Chunk, Digest, Event, Finish, Fork, Gauges, Placem
 from .residency import Residency
 from .rows import WORTH, Rows, common
 
+GOOD_PART = 0.25  # of the prefill budget
 PASSES = 16  # requests that may overtake one whose adapter does not fit the pool, before the pool drains for it
 
 
@@ -186,8 +187,10 @@ class Scheduler:
         return sorted((queue[0] for queue in self.waiting.values()), key=lambda head: (held[head.adapter], head.arrival))
 
     def _enter(self, budget: int) -> list[Chunk]:
+        """Prompts join until a good part of the budget is used: more at once would only keep the first ones' answers waiting."""
         chunks: list[Chunk] = []
-        while budget > 0 and self.rows.free and (sequence := self._next()) is not None:
+        enough = self.prefill_tokens * (1 - GOOD_PART)
+        while budget > enough and self.rows.free and (sequence := self._next()) is not None:
             self._begin(sequence)
             chunks.append(self._chunk(sequence, budget))
             budget -= len(chunks[-1].tokens)

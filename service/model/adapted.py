@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.request import Digest, Placement
-from .memory import Arena, zeros
+from .memory import Arena, release, zeros
 
 TILE = 32  # outputs that the kernel computes together
 
@@ -112,6 +112,7 @@ class Fused(nn.Module):
         weight = base_layer.weight
         n_out, n_in = weight.shape
         self.register_buffer("packed", arena.keep(torch.ops.adapterd.pack(weight)), persistent=False)
+        release(weight)  # only a DoRA gate and PEFT's own models read it
         self.register_buffer("table", table, persistent=False)
         self.register_buffer("pool_a", zeros(rank, n_in, dtype=weight.dtype, huge=True), persistent=False)
         self.register_buffer("pool_b", zeros(n_out // TILE, -(-rank // 2), TILE, 2, dtype=weight.dtype, huge=True), persistent=False)

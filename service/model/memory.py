@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import mmap
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+PAGE_OUT = 21  # madvise's MADV_PAGEOUT, which Python does not name
 
 
 def zeros(*shape: int, dtype: torch.dtype, device: torch.device | str = "cpu", huge: bool = False) -> Tensor:
@@ -35,3 +37,17 @@ class Arena:
         copy = torch.frombuffer(self._memory, dtype=tensor.dtype, count=tensor.numel(), offset=self._used).view(tensor.shape)
         self._used += -(-tensor.nbytes // 64) * 64
         return copy.copy_(tensor)
+
+
+def release(tensor: Tensor) -> None:
+    """Lets the system take back the pages of a CPU tensor that will hardly be read again. One that maps a file is read anew when it is."""
+    start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = tensor.data_ptr() + tensor.nbytes - start
+    if size > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), PAGE_OUT)
+
+
+def trim() -> None:
+    """Gives back what loading left free in the heap, where the C library can."""
+    if give_back := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        give_back(0)

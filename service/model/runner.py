@@ -22,6 +22,7 @@ from .adapted import Factors
 from .bank import Bank, Run
 from .factors import factors
 from .kernels import decoder
+from .memory import trim
 from .sampler import Sampler, Unfit, described
 from .shadow import own_bytes, planted
 
@@ -175,6 +176,7 @@ def build(settings: Settings, progress: base.Progress) -> tuple[Runner, BaseCard
         if tables:
             _fuse(bank, attention)
         _prove(bank, expected)
+    trim()
     return Runner(model, bank, attention, Sampler(matchers(folder, model.config.get_text_config().vocab_size))), card
 
 

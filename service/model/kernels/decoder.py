@@ -1,5 +1,7 @@
-"""A whole decoder layer in one kernel call, for the models whose layers are Llama's: the small operations between the products cost more
-time apart than they compute. Others keep transformers' own layers around the kernels' linear layers and attention.
+"""A whole decoder layer in one kernel call, for the models whose layers are Llama's in kind.
+
+The small operations between the products cost more time apart than they compute. Other models keep
+transformers' own layers around the kernels' linear layers and attention.
 
 Must not know adapters, requests or scheduling.
 """
@@ -42,15 +44,15 @@ class Decoder:
 def place(layers: nn.ModuleList, attention: Sequence[Sighting]) -> int:
     """Gives every layer of Llama's kind the kernel for its forward. How many there were."""
     found = [(layer, seen) for layer, seen in zip(layers, attention, strict=True) if _alike(layer, seen)]
-    for layer, seen in found:
-        layer.forward = Decoder(layer, seen)
-    for (layer, _), (following, _) in itertools.pairwise(found):
-        layer.forward.next = following.forward.linears
+    made = [Decoder(layer, seen) for layer, seen in found]
+    for (layer, _), own in zip(found, made, strict=True):
+        layer.forward = own
+    for own, following in itertools.pairwise(made):
+        own.next = following.linears
     return len(found)
 
 
 def _alike(layer: Any, seen: Sighting) -> bool:
-    kind = type(layer)
-    family = kind.__module__.rsplit(".", 2)[-2]
-    known = kind.__module__.startswith("transformers.models.") and kind.__name__ == f"{ALIKE.get(family)}DecoderLayer"
+    name = f"{type(layer).__module__}.{type(layer).__name__}"
+    known = name in {f"transformers.models.{family}.modeling_{family}.{prefix}DecoderLayer" for family, prefix in ALIKE.items()}
     return known and layer.self_attn.config.hidden_act == "silu" and not seen.softcap and seen.dim % 32 == 0

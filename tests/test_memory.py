@@ -1,0 +1,134 @@
+"""What an adapter costs ends with it: a real worker and a real reader, through hundreds of lives, and with a thousand that nobody asks for."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import multiprocessing
+import shutil
+import statistics
+import struct
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from service.adapters.registry import Registry
+from service.engine.client import Client
+from service.engine.request import Finish
+from service.errors import AdapterInvalid
+from service.settings import Settings
+from tests import kinds, making
+
+pytestmark = pytest.mark.anyio
+
+LIVES = 300
+GROWTH = 1.02  # since the tenth
+PLAIN = {"dtype": "float32", "quantization": "none", "device": "cpu", "compile": "off", "max_rows": 2, "base_id": "tiny"}
+BOUNDS = {"pool_rank": 512, "max_rank": 512, "host_cache_mb": 100}
+LAYERS, THOUSAND, CARD = 6, 1000, 20_000
+WIDE: dict[str, Any] = {"targets": "all-linear", "r": 256}  # 2 MB on the tiny base: were one life's bytes in ten kept, it would show
+RECIPES: dict[str, kinds.Maker] = {
+    "pooled": kinds.lora(1, **WIDE),
+    "beside": kinds.lora(2, lora_bias=True, **WIDE),
+    "small": kinds.POOL["dora"],
+    "refused": kinds.lora(3, **WIDE),  # for one value of its last tensor
+}
+
+
+class House:
+    def __init__(self, folder: Path, layers: int) -> None:
+        self.root = folder / "adapters"
+        self.base = making.tiny(folder / "base", num_hidden_layers=layers)
+        self.settings = Settings.model_validate({**PLAIN, **BOUNDS, "base": str(self.base), "adapters_dir": self.root})
+        self.client = Client(self.settings)
+        self.registry = Registry(self.settings, self.client)
+        self.client.watch(self.registry.note)
+
+    async def say(self, id: str) -> None:
+        with self.registry.lease(id) as generation:
+            ticket = self.client.submit((9, 40, 41, 77), 3, generation.digest)
+            end = [event async for event in ticket][-1]
+        assert end.finish is Finish.LENGTH, end.message
+
+    def weight(self) -> dict[str, int]:
+        """Bytes that each process has of its own; `api` is this one."""
+        (reader,) = multiprocessing.active_children()
+        pids = {"worker": self.client.worker_pid, "reader": reader.pid, "api": None}
+        return {name: psutil.Process(pid).memory_full_info().uss for name, pid in pids.items()}
+
+
+@asynccontextmanager
+async def opened(folder: Path, layers: int = 2) -> AsyncIterator[House]:
+    house = House(folder, layers)
+    await asyncio.gather(house.client.start(), house.registry.warm())
+    try:
+        await house.client.wait_ready()
+        yield house
+    finally:
+        await house.registry.close()
+        await house.client.stop(0)
+
+
+async def test_three_hundred_lives_leave_nothing_behind(tmp_path: Path) -> None:
+    """B5: registered, asked and deleted; each says what it freed; one in four is refused after its values were read."""
+    async with opened(tmp_path) as house:
+        await house.registry.open()
+        kinds.make(house.root, house.base, RECIPES)
+        kinds.spoil(house.root / "refused", kinds.B, math.nan)
+        weights: list[dict[str, int]] = []
+        seconds: list[float] = []
+        for life, kind in zip(range(LIVES), itertools.cycle(RECIPES), strict=False):
+            began = time.perf_counter()
+            if kind == "refused":
+                with pytest.raises(AdapterInvalid, match="NaN"):
+                    await house.registry.register("x", kind)
+                continue
+            await house.registry.register("x", kind)
+            seconds.append(time.perf_counter() - began)
+            await house.say("x")
+            held = house.client.gauges.host_bytes
+            freed = (await house.registry.remove("x"))["freed_bytes"]
+            assert (freed, house.registry.cards()) == (held, [])
+            if life >= 10:
+                weights.append(house.weight())
+        first, last = (1000 * statistics.median(part) for part in (seconds[:30], seconds[-30:]))
+        print(f"a load took {first:.1f} ms in the first lives, {last:.1f} ms in the last; bytes {weights[0]} then {weights[-1]}")
+        for process, bytes_ in weights[0].items():
+            assert max(weight[process] for weight in weights) < bytes_ * GROWTH, process
+
+
+def copies(mould: Path, root: Path, count: int) -> None:
+    """Adapters of one recipe that differ in their last value."""
+    weights = (mould / making.WEIGHTS).read_bytes()
+    for i in range(count):
+        folder = root / f"n{i:04}"
+        folder.mkdir(parents=True)
+        shutil.copyfile(mould / making.CONFIG, folder / making.CONFIG)
+        (folder / making.WEIGHTS).write_bytes(weights[:-4] + struct.pack("<f", i / 1000))
+
+
+async def test_a_thousand_adapters_cost_only_their_cards_until_one_is_asked_for(tmp_path: Path) -> None:
+    """Found at start. Their 100 MB stay on the disk, their equal lists of layers are one."""
+    async with opened(tmp_path, layers=LAYERS) as house:
+        mould = kinds.lora(1, targets="all-linear", r=8)(tmp_path / "mould", house.base)
+        copies(mould, house.root, THOUSAND)
+        await house.registry.warm()
+        before, began = house.weight(), time.perf_counter()
+        await house.registry.open()
+        seconds = time.perf_counter() - began
+        cards = house.registry.cards()
+        assert [(card["state"], card["residency"]) for card in cards] == [("ready", "disk")] * THOUSAND
+        await house.client.loaded(house.registry.registered()[-1].digest)  # so that it has heard of all before
+        one = house.client.gauges.host_bytes
+        assert 0 < one < 2 * (mould / making.WEIGHTS).stat().st_size
+        await house.say("n0500")
+        assert house.client.gauges.host_bytes == 2 * one
+        each = {name: (bytes_ - before[name]) / THOUSAND for name, bytes_ in house.weight().items()}
+        print(f"{THOUSAND} adapters were read in {seconds:.1f} s; bytes of each: {each}")
+        assert max(each.values()) < CARD

@@ -35,6 +35,7 @@ class Tensor:
     dtype: str
     shape: tuple[int, ...]
     size: int  # bytes
+    start: int = 0  # the first one's place behind the header
 
     @property
     def count(self) -> int:
@@ -154,7 +155,7 @@ def _entry(name: str, key: str, entry: Any) -> tuple[Tensor, tuple[int, int]]:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
         if whole and dtype in ITEMSIZE and math.prod(shape) * ITEMSIZE[dtype] == end - begin:
-            return Tensor(dtype, shape, end - begin), (begin, end)
+            return Tensor(dtype, shape, end - begin, begin), (begin, end)
     except (KeyError, TypeError, ValueError):
         pass
     raise AdapterInvalid([f"{name} has a damaged entry for {key[:200]!r}: {str(entry)[:120]}"])

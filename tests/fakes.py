@@ -29,14 +29,14 @@ def write(seen: int, digest: Digest | None, token: int) -> int:
     return crc32(f"{digest} {token}".encode(), seen)
 
 
-def expected(digest: Digest | None, prompt: Sequence[int], count: int, vocab: int = VOCAB) -> list[int]:
-    """The `count` tokens that FakeRunner continues this prompt with."""
+def expected(digest: Digest | None, prompt: Sequence[int], count: int, vocab: int = VOCAB, wakes: int = 0) -> list[int]:
+    """The `count` tokens that FakeRunner continues this prompt with, if the adapter acts from the token `wakes` on."""
     seen, tokens = 0, list(prompt)
-    for token in prompt:
-        seen = write(seen, digest, token)
+    for at, token in enumerate(prompt):
+        seen = write(seen, digest if at >= wakes else None, token)
     for _ in range(count):
         tokens.append(seen % vocab)
-        seen = write(seen, digest, tokens[-1])
+        seen = write(seen, digest if len(tokens) > wakes else None, tokens[-1])
     return tokens[len(prompt) :]
 
 
@@ -108,7 +108,7 @@ class FakeRunner:
         assert chunk.position + len(chunk.tokens) <= self.context, "a chunk past the row's end"
         assert chunk.tokens
         assert chunk.generated == 0 or len(chunk.tokens) == 1
-        digest = self._adapted(request.adapter)
+        digest = self._adapted(chunk.adapter)
         del row[chunk.position :]
         for token in chunk.tokens:
             row.append(write(row[-1] if row else 0, digest, token))

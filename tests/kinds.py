@@ -51,6 +51,7 @@ POOL: dict[str, Maker] = {
     "embeddings saved along": lora(9, save={"save_embedding_layers": True}),
     "bfloat16": lambda folder, base: halved(lora(10)(folder, base)),
     "dropout": lora(11, lora_dropout=0.5),
+    "activated": lora(12, alora_invocation_tokens=CALL),
 }
 SHADOW: dict[str, Maker] = {
     "modules_to_save": lora(20, modules_to_save=["lm_head"], save=SKETCH),

@@ -188,6 +188,10 @@ def _layers(value: Any) -> bool:
     return value is None or _whole(value) or (isinstance(value, list) and all(map(_whole, value)))
 
 
+def _tokens(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(_whole(token) and token >= 0 for token in value))
+
+
 def _ranks(value: Any) -> bool:
     return value is None or (isinstance(value, dict) and all(_whole(rank) and rank >= 1 for rank in value.values()))
 
@@ -216,6 +220,7 @@ LORA: dict[str, Check] = {
     "alpha_pattern": (_alphas, "an object of finite numbers"),
     "layers_to_transform": (_layers, "a whole number, a list of them, or null"),
     "layers_pattern": (_names, "a text, a list of texts or null"),
+    "alora_invocation_tokens": (_tokens, "a list of token ids or null"),
 }
 NEEDED = ("r", "lora_alpha")
 

@@ -13,7 +13,7 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, get_peft_model, get_pe
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
-from ..engine.request import Patch
+from ..engine.request import Lane, Patch
 from ..errors import AdapterInvalid, AdapterUnsupported
 from .inspection import CONFIG, Config
 from .skeleton import Skeleton, shape
@@ -31,6 +31,7 @@ OPTIONS = (
     "modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters", "alora_invocation_tokens", "layer_replication",
     "use_qalora", "monteclora_config", "velora_config", "use_bdlora", "arrow_config", "kasa_config", "megatron_config",
 )  # fmt: skip
+ACTIVATED = "alora_invocation_tokens"  # runs in the pool, if it is all that a config asks for
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that leave part of the base's weights in the adapter
 ASIDE = {"base_model_name_or_path", "revision", "peft_version", "auto_mapping", "lora_dropout", "inference_mode"}  # changes no tensor
 PREFIX = "base_model.model."
@@ -43,6 +44,10 @@ class Meaning:
     expected: dict[str, tuple[int, ...]]
     patches: tuple[Patch, ...]
     features: frozenset[str]
+
+    @property
+    def lane(self) -> Lane:
+        return Lane.POOL if self.features <= {ACTIVATED} else Lane.SHADOW
 
 
 def understood(skeleton: Skeleton, config: Config) -> Meaning:
@@ -58,14 +63,18 @@ def understood(skeleton: Skeleton, config: Config) -> Meaning:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            unserved = features(peft_config(loads(text))) - SHADOW_FEATURES
-            meaning = Meaning({}, (), unserved) if unserved else injected(skeleton, text)
+            asked = features(peft_config(loads(text)))
+            meaning = Meaning({}, (), asked) if unserved(asked) else injected(skeleton, text)
     except Exception as error:  # whatever PEFT makes of a stranger's config, it is the config's fault
         raise AdapterInvalid([f"PEFT cannot apply {CONFIG} to the base: {error}"[:600]]) from None
-    refused = sorted(meaning.features - SHADOW_FEATURES)
-    if refused:
-        raise AdapterUnsupported([f"`{name}` is not served" for name in refused])
+    if refused := unserved(meaning.features):
+        beside = sorted(meaning.features - {ACTIVATED}) if refused == {ACTIVATED} else ()
+        raise AdapterUnsupported([f"`{name}` is not served{' beside ' + ', '.join(beside) if beside else ''}" for name in sorted(refused)])
     return meaning
+
+
+def unserved(features: frozenset[str]) -> frozenset[str]:
+    return frozenset() if features == {ACTIVATED} else features - SHADOW_FEATURES
 
 
 @lru_cache(maxsize=64)  # most adapters of a fleet share a recipe

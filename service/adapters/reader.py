@@ -18,7 +18,7 @@ from ..engine.request import Adapter, Digest, Lane, Patch
 from ..errors import AdapterInvalid, AdapterUnsupported
 from . import facts, inspection, matching
 from .inspection import CONFIG, WEIGHTS, Header
-from .meaning import PREFIX, Meaning, strangers, understood
+from .meaning import ACTIVATED, PREFIX, Meaning, strangers, understood
 from .questions import Reading
 from .skeleton import Skeleton
 
@@ -42,7 +42,7 @@ def read(skeleton: Skeleton, folder: Path, max_rank: int, known: Digest | None =
         [f"{key} has the dtype {tensor.dtype}; {', '.join(FLOATS)} are read" for key, tensor in own.items() if tensor.dtype not in FLOATS]
     )
     patches = tuple(renamed(one, names) for one in meaning.patches)
-    lane = Lane.SHADOW if meaning.features else Lane.POOL
+    lane = meaning.lane
     if known is None:
         notes += looked_at(folder / WEIGHTS, header, own, patches, lane)
     notes += spelling_notes(names, lane) + [f"{key} is a copy of the base's own weights and is not used" for key in sorted(copies)]
@@ -55,6 +55,7 @@ def read(skeleton: Skeleton, folder: Path, max_rank: int, known: Digest | None =
         rank=max((one.rank for one in patches), default=0) if lane is Lane.POOL else 0,
         size=sum(tensor.size for tensor in own.values()),
         patches=patches if lane is Lane.POOL else (),
+        invocation=tuple(config.get(ACTIVATED) or ()),
     )
     told = facts.described(config, header, adapted, copies) | {"features": sorted(meaning.features)}
     return Reading(adapter, told, tuple(notes), patches)

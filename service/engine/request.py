@@ -113,7 +113,8 @@ class Lane(StrEnum):
 class Adapter:
     """Validated content, as the worker needs it. `rank` is the pool rows it takes (its largest rank; 0 in the shadow lane).
 
-    `config` and `weights` are the paths of its two files; `size` is the bytes of its tensors in host memory.
+    `config` and `weights` are the paths of its two files; `size` is the bytes of its tensors in host memory. `invocation`: the tokens that
+    wake an activated LoRA; what comes before their last occurrence in a prompt runs as the base, and all of it where they do not occur.
     """
 
     digest: Digest
@@ -123,6 +124,7 @@ class Adapter:
     rank: int
     size: int
     patches: tuple[Patch, ...] = ()
+    invocation: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +132,7 @@ class Chunk:
     """A run of one sequence's tokens in a step: `tokens` are written to KV row `row` from `position` on.
 
     `sample`: the token after the last one is wanted. A chunk with `generated` > 0 is a decode chunk: its one token is the one last sampled.
+    `asleep`: its adapter does not act on these tokens.
     """
 
     request: Request
@@ -138,6 +141,12 @@ class Chunk:
     tokens: tuple[int, ...]
     sample: bool
     generated: int = 0
+    asleep: bool = False
+
+    @property
+    def adapter(self) -> Digest | None:
+        """Whose weights these tokens meet."""
+        return None if self.asleep else self.request.adapter
 
 
 @dataclass(frozen=True, slots=True)

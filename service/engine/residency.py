@@ -98,6 +98,10 @@ class Residency:
         """Whether this adapter must be placed in the pool before its sequences can run."""
         return digest is not None and digest not in self.pool and self.known[digest].lane is Lane.POOL
 
+    def invocation(self, digest: Digest | None) -> tuple[int, ...]:
+        """The tokens that wake this adapter; empty where it acts on all."""
+        return self.known[digest].invocation if digest in self.known else ()
+
     def tier(self, digest: Digest) -> Tier:
         return Tier.DEVICE if digest in self.pool else Tier.HOST if digest in self.host else Tier.DISK
 

@@ -5,6 +5,7 @@ Integers only, one caller at a time; must not know tensors, threads, clocks or m
 
 from __future__ import annotations
 
+import sys
 from collections import Counter, deque
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,10 @@ PASSES = 16  # requests that may overtake one whose adapter does not fit the poo
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One request on its way. `tokens` are the prompt and what was generated; the KV row holds the first `written` of them."""
+    """One request on its way. `tokens` are the prompt and what was generated; the KV row holds the first `written` of them.
+
+    `wakes` is the first token on which an activated adapter acts; None: it acts on all.
+    """
 
     request: Request
     arrival: int
@@ -28,11 +32,17 @@ class Sequence:
     written: int = 0
     generated: int = 0
     passed: int = 0
+    wakes: int | None = None
     scored: list[Token] = field(default_factory=list)
 
     @property
     def adapter(self) -> Digest | None:
         return self.request.adapter
+
+    @property
+    def reusable(self) -> bool:
+        """Whether its prompt's start may come from another row: of an activated adapter, what a row holds depends on the whole prompt."""
+        return self.request.prompt_logprobs is None and self.wakes is None
 
 
 class Scheduler:
@@ -60,6 +70,8 @@ class Scheduler:
 
     def submit(self, request: Request) -> None:
         sequence = Sequence(request, self._arrivals, list(request.prompt))
+        if invocation := self.adapters.invocation(request.adapter):
+            sequence.wakes = last(invocation, request.prompt)
         self._arrivals += 1
         if not self.adapters.offered(request.adapter):
             self._end(sequence, Finish.FAILED, code="adapter_not_found", message="the adapter is not registered any more")
@@ -224,7 +236,7 @@ class Scheduler:
 
     def _sibling(self, head: Sequence) -> bool:
         """Whether the same prefix is being prefilled right now, so that it can be copied in a moment instead of computed again."""
-        if head.request.prompt_logprobs is not None:
+        if not head.reusable:
             return False
         others = (s for s in self.running.values() if s.adapter == head.adapter and s.written < len(s.request.prompt))
         return any(common(s.tokens, head.tokens[:-1]) >= s.written + WORTH for s in others)
@@ -232,7 +244,7 @@ class Scheduler:
     def _begin(self, sequence: Sequence) -> None:
         self._unqueue(sequence)
         request = sequence.request
-        sequence.row, sequence.written, fork = self.rows.take(request.adapter, request.prompt, reuse=request.prompt_logprobs is None)
+        sequence.row, sequence.written, fork = self.rows.take(request.adapter, request.prompt, sequence.reusable)
         if fork is not None:
             self._forks.append(fork)
         self.running[request.id] = sequence
@@ -247,8 +259,11 @@ class Scheduler:
 
     def _chunk(self, sequence: Sequence, limit: int) -> Chunk:
         start, end = sequence.written, min(len(sequence.tokens), sequence.written + limit)
+        wakes = sequence.wakes or 0
+        asleep = start < wakes
+        end = min(end, wakes) if asleep else end
         sample = end == len(sequence.tokens) and sequence.request.max_tokens > 0
-        return Chunk(sequence.request, sequence.row, start, tuple(sequence.tokens[start:end]), sample, sequence.generated)
+        return Chunk(sequence.request, sequence.row, start, tuple(sequence.tokens[start:end]), sample, sequence.generated, asleep)
 
     # ---- leaving
 
@@ -276,3 +291,10 @@ class Scheduler:
     def _fail_waiting(self, digest: Digest, code: str, message: str) -> None:
         for sequence in self.waiting.pop(digest, ()):
             self._end(sequence, Finish.FAILED, code=code, message=message)
+
+
+def last(invocation: tuple[int, ...], prompt: tuple[int, ...]) -> int:
+    """Where the invocation begins for the last time; where it does not occur, a place that no row has."""
+    many = len(invocation)
+    starts = (start for start in range(len(prompt) - many, -1, -1) if prompt[start : start + many] == invocation)
+    return next(starts, sys.maxsize)

@@ -124,11 +124,11 @@ class Runner:
             spans.append(kv.Span(at, length, chunk.row, chunk.position))
             if id(chunk) in wanted:
                 kept += range(at + length - _kept(chunk), at + length)
-                heads.append(Run(_kept(chunk), chunk.request.adapter))
+                heads.append(Run(_kept(chunk), chunk.adapter))
             at += length
         decode = sum(chunk.generated > 0 for chunk in chunks)
         if tree is self.bank.tree:
-            self.bank.begin([Run(len(c.tokens), c.request.adapter) for c in chunks], heads, decode, spans)
+            self.bank.begin([Run(len(c.tokens), c.adapter) for c in chunks], heads, decode, spans)
         return forward(tree, self.bank.device, [token for chunk in chunks for token in chunk.tokens], spans, decode, kept)
 
 

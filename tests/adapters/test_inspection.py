@@ -54,6 +54,7 @@ def without(key: str) -> Any:
         ({"rank_pattern": {"q_proj": "8"}}, "`rank_pattern`"),
         ({"alpha_pattern": [1]}, "`alpha_pattern`"),
         ({"target_modules": 5}, "`target_modules`"),
+        ({"alora_invocation_tokens": "hi"}, "`alora_invocation_tokens`"),
         ({"target_modules": "(.*q_proj"}, "`target_modules` is not a valid regex"),
         ({"exclude_modules": "*x"}, "`exclude_modules` is not a valid regex"),
         ({"alpha_pattern": {"[": 4}}, "`alpha_pattern` is not a valid regex"),

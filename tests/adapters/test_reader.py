@@ -22,7 +22,7 @@ from service.digest import digest
 from service.engine.request import Lane
 from service.errors import AdapterInvalid, AdapterUnsupported
 
-from .. import making
+from .. import kinds, making
 
 HEAD = "base_model.model."
 Q0 = "layers.0.self_attn.q_proj"
@@ -259,7 +259,6 @@ FEATURES: dict[str, dict[str, Any]] = {
     "modules_to_save": {"modules_to_save": ["lm_head"]},
     "trainable_token_indices": {"trainable_token_indices": [7, 8, 9]},
     "target_parameters": {"targets": (), "target_parameters": ["mlp.down_proj.weight"]},
-    "alora_invocation_tokens": {"alora_invocation_tokens": [3, 4]},
     "lora_bias": {"lora_bias": True},
     "bias": {"bias": "lora_only"},
     "LoRA on Embedding": {"targets": ("embed_tokens", "q_proj")},
@@ -276,6 +275,13 @@ def test_features_beyond_the_pool_run_in_the_shadow_lane_or_are_refused_by_name(
     monkeypatch.setattr(meaning, "SHADOW_FEATURES", frozenset({feature}))
     adapter = read(skeleton, folder, 64).adapter
     assert (adapter.lane, adapter.rank, adapter.patches) == (Lane.SHADOW, 0, ())
+
+
+def test_an_activated_adapter_runs_in_the_pool_if_that_is_all_it_asks_for(skeleton: Skeleton, base: Path, tmp_path: Path) -> None:
+    adapter = read(skeleton, kinds.POOL["activated"](tmp_path / "a", base), 64).adapter
+    assert (adapter.lane, adapter.rank, adapter.invocation) == (Lane.POOL, 4, tuple(kinds.CALL))
+    told = problems(skeleton, kinds.REFUSED["A12 activated with a shadow feature"][0](tmp_path / "b", base), AdapterUnsupported)
+    assert told == "`alora_invocation_tokens` is not served beside lora_bias"
 
 
 OTHERS: dict[str, Callable[[], peft.PeftConfig]] = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from service.engine.request import Finish, Lane, Tier
@@ -411,3 +413,34 @@ def test_the_same_prompt_under_another_adapter_starts_anew() -> None:
         driver.settle()
     driver.check()
     assert driver.runner.prefilled == 3 * 40 + 3
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wakes"),
+    [
+        ([*LONG, 70, 71, 5], 40),
+        ([70, 71, *LONG, 70, 71], 42),  # the last time counts
+        ([70, 71, 70, 71], 2),
+        ([70, 71], 0),
+        ([*LONG, 70], 64),  # half of it, so it never acts
+        ([71, 70, *LONG], 64),
+    ],
+)
+def test_an_activated_adapter_acts_from_its_invocation_on_and_its_rows_are_nobodys_start(prompt: list[int], wakes: int) -> None:
+    """A12: what comes before runs as the base in chunks of its own; the same prompt twice, at once and later, is prefilled twice."""
+    driver = Driver(rows=4)
+    one = replace(adapter("activated"), invocation=(70, 71))
+    driver.scheduler.offer(one)
+    stories = [driver.submit(prompt, 4, one), driver.submit(prompt, 4, one), driver.submit(prompt, 4)]
+    driver.settle()
+    stories.append(driver.submit([*prompt, 9], 4, one))
+    driver.settle()
+    right = [expected(one.digest, prompt, 4, wakes=wakes)] * 2 + [
+        expected(None, prompt, 4),
+        expected(one.digest, [*prompt, 9], 4, wakes=wakes),
+    ]
+    assert [driver.stories[id].tokens for id in stories] == right
+    for plan in driver.plans:
+        for chunk in plan.chunks:
+            end = chunk.position + len(chunk.tokens)
+            assert chunk.request.adapter is None or (end <= wakes if chunk.asleep else chunk.position >= wakes)

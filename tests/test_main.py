@@ -214,3 +214,12 @@ def test_the_real_command_starts_as_a_module() -> None:
     ran = run("service", "serve", ADAPTERD_QUANTIZATION="nf5")
     assert ran.returncode == 2
     assert ran.stderr.startswith("ADAPTERD_QUANTIZATION: ")
+
+
+def test_the_server_reads_a_tokenizer_without_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys; from service.__main__ import _without_torch; _without_torch(); from service.engine.text import Text;"
+        f"print(Text({str(making.tiny(tmp_path / 'base'))!r}).base.encode('the hen'), sys.modules['torch'])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (ran.stdout, ran.stderr) == (f"{tuple(making.ids('the hen'))} None\n", "")

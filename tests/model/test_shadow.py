@@ -142,3 +142,24 @@ def test_on_a_quantized_base_a_shadow_adapter_runs_as_in_peft_or_is_refused_by_n
         assert distance(job, quantized_logprobs(base, folder, quantization, job.prompt, monkeypatch)) < 0.05, kind
         runner.unload(shadow.digest)
     assert weights_digest(runner) == before
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.filterwarnings("ignore")
+def test_switching_twenty_times_on_a_quantized_base_changes_nothing(base: Path, tmp_path: Path, quantization: str) -> None:
+    """B18: a pool adapter, a shadow one and the base in turn say the same each time, and the packed weights stay."""
+    runner = runner_on(base, quantization=quantization)
+    driver, before = Driver(runner, 2), weights_digest(runner)
+    pooled = plan_of(kinds.plain(tmp_path / "plain", base), base)
+    beside = shadow_plan(kinds.SHADOW["lora_bias"](tmp_path / "beside", base))
+    driver.place(pooled)
+    runner.load(beside)
+    rounds = []
+    for _ in range(20):
+        jobs = [Job(PROMPTS[1], LENGTH, name) for name in (pooled.digest, None, beside.digest)]
+        for job in jobs:
+            driver.run([job])
+        rounds.append([job.ids for job in jobs])
+    assert rounds == [rounds[0]] * 20
+    assert len({tuple(said) for said in rounds[0]}) == 3
+    assert weights_digest(runner) == before

@@ -62,7 +62,7 @@ def body(tokens: int) -> dict[str, object]:
 async def until_ready(seen: Seen, http: httpx.AsyncClient) -> None:
     """Looks until it has seen it gone and back."""
     async with asyncio.timeout(60):
-        while seen.ready[-2:] != [503, 200]:
+        while seen.ready[-2:] != [503, 200] or seen.health[-1:] != [(200, "ready")]:  # it may return between the two probes
             await seen.look(http)
             await asyncio.sleep(0.02)
 

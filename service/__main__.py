@@ -69,8 +69,8 @@ def _serve(chosen: argparse.Namespace) -> int:
 def _without_torch() -> None:
     """This process computes nothing. Told that torch is not there, transformers keeps to tokenizers: 200 MB and two seconds less."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would warn that there is no torch
-    if "torch" not in sys.modules:
-        sys.modules["torch"] = None  # type: ignore[assignment]
+    modules: dict[str, Any] = sys.modules
+    modules.setdefault("torch", None)
 
 
 def _inspect_command(parser: argparse.ArgumentParser) -> None:

@@ -17,6 +17,8 @@ from .inspection import CONFIG, WEIGHTS
 
 MEMBERS = 10_000
 PIECE = 1 << 20  # bytes
+# What the libraries raise for such an archive: zipfile NotImplementedError for a compression that it lacks, RuntimeError for a password.
+DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError, RuntimeError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +40,7 @@ def extract(archive: Path, folder: Path, limit: int) -> None:
             for name, member in _wanted(members, limit).items():
                 with read(member) as source, (folder / name).open("xb") as target:
                     shutil.copyfileobj(source, target, PIECE)  # neither format gives more than the size it has told
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+    except DAMAGED as error:
         raise AdapterInvalid([f"the archive is damaged: {error}"[:200]]) from None
 
 

@@ -138,7 +138,8 @@ def serve(pipe: Connection, max_rank: int) -> None:
     """The child. It answers the base's folder with its tree, an Ask with a Reading, a Measure with norms; or with a Refusal."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    sys.modules["bitsandbytes"] = None  # type: ignore[assignment]  # PEFT would load it, 110 MB, for weights that are never looked at here
+    modules: dict[str, Any] = sys.modules
+    modules["bitsandbytes"] = None  # PEFT would load it, 110 MB, for weights that are never looked at here
     from . import reader, skeleton  # here, so that only the child loads torch and PEFT
 
     with contextlib.suppress(EOFError):

@@ -133,15 +133,11 @@ class Fused(nn.Module):
         self.pool_a[at.start : at.start + rank].copy_(factors.a)
         for own, rows in self._halves(at, rank):
             rows.copy_(factors.b[own].reshape(rows.shape[1], rows.shape[0], TILE).transpose(0, 1))
-        if factors.gate is not None:
-            self.gate[at.start] = factors.gate - 1
+        self.gate[at.start] = 0 if factors.gate is None else factors.gate - 1
         self.ranks[at.start] = rank
 
     def clear(self, at: Placement) -> None:
-        self.pool_a[at.start : at.start + at.rank].zero_()
-        for _, rows in self._halves(at, at.rank):
-            rows.zero_()
-        self.gate[at.start].zero_()
+        """The kernel reads no more rows than `ranks` says, so what lies in them may stay until it is written over."""
         self.ranks[at.start] = 0
 
     def _halves(self, at: Placement, rank: int) -> Iterator[tuple[slice, Tensor]]:

@@ -9,7 +9,9 @@ import copy
 from collections.abc import Mapping
 from typing import Any, cast
 
+import bitsandbytes
 import torch
+from bitsandbytes import functional
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -52,19 +54,13 @@ def dora_gate(layer: nn.Module, a: Tensor, b: Tensor, magnitude: Tensor, scaling
 
 
 def dense(layer: Any) -> Tensor:
-    """The base layer's weight [out, in], dequantized where it is quantized.
-
-    Only a quantized base has loaded bitsandbytes, which is 110 MB and three seconds.
-    """
+    """The base layer's weight [out, in], dequantized where it is quantized."""
     weight: Any = layer.weight
-    kind = type(weight).__name__
     if isinstance(layer, Conv1D):
         return cast(Tensor, weight.T)
-    if kind == "Params4bit":
+    if isinstance(weight, bitsandbytes.nn.Params4bit):
         return _dense_4bit(weight)
-    if kind == "Int8Params":
-        from bitsandbytes import functional
-
+    if isinstance(weight, bitsandbytes.nn.Int8Params):
         scales = weight.SCB if weight.SCB is not None else layer.state.SCB
         return cast(Tensor, functional.int8_vectorwise_dequant(weight.data, scales).float())
     return cast(Tensor, weight)
@@ -72,8 +68,6 @@ def dense(layer: Any) -> Tensor:
 
 def _dense_4bit(weight: Any) -> Tensor:
     """bitsandbytes repacks 4-bit weights for a CPU at the first forward; its dequantizing function, and PEFT's DoRA, then misread them."""
-    from bitsandbytes import functional
-
     data, state = weight.data, copy.copy(weight.quant_state)
     if getattr(state, "packing_format_for_cpu", False):
         state.original_nested = False  # its scales are not nested any more, and stay so

@@ -82,6 +82,26 @@ def test_a_fused_layer_equals_the_torch_layer(tokens: int, n_in: int, n_out: int
         close(fused(x), plain(x))
 
 
+@needs_kernels
+def test_an_adapter_that_leaves_a_layer_alone_meets_nothing_there_of_others_before_or_beside_it() -> None:
+    layer = torch.nn.Linear(64, 64, bias=False, dtype=BF16)
+    body = table((0, 2, 0, 0, 0, 8, 0))
+    fused = Fused(layer, 32, body, Arena(64 * 64 * 2))
+    x = made(1, 2, 64, seed=1)
+
+    def some(rank: int) -> Factors:
+        return Factors(made(rank, 64, seed=rank), made(rank, 64, seed=rank + 1))
+
+    with torch.inference_mode():
+        bare = fused(x)
+        fused.place(Placement("before", 0, 8), some(8))
+        assert not torch.equal(fused(x), bare)
+        fused.clear(Placement("before", 0, 8))
+        kernels.fill(body, [(0, 2, 0, 0, 0, 3, 0)])
+        fused.place(Placement("beside", 3, 5), some(5))
+        assert torch.equal(fused(x), bare)
+
+
 class Layer:
     """An attention layer's buffers."""
 
@@ -132,12 +152,12 @@ def test_a_base_on_the_kernels_says_what_the_plain_one_says(kind: str, tmp_path:
     exact, plain, ours = (
         logprobs(base, plans, dtype, switch, alike) for dtype, switch in (("float32", "off"), ("bfloat16", "off"), ("bfloat16", "auto"))
     )
-    for want, torch_says, kernels_say in zip(exact, plain, ours, strict=True):
-        assert (kernels_say - want).abs().mean() < 1.3 * (torch_says - want).abs().mean() + 0.01
+    for adapter, want in exact.items():
+        assert (ours[adapter] - want).abs().mean() < 1.2 * (plain[adapter] - want).abs().mean(), adapter
 
 
-def logprobs(base: Path, plans: list[Adapter], dtype: str, switch: str, alike: bool) -> list[Tensor]:
-    """Of the prompts' tokens, a tensor for each prompt under each adapter and the base, in one changing batch."""
+def logprobs(base: Path, plans: list[Adapter], dtype: str, switch: str, alike: bool) -> dict[str | None, Tensor]:
+    """Of all prompts' tokens under each adapter and the base, which share one changing batch."""
     settings = {"device": "cpu", "dtype": dtype, "compile": switch, "max_rows": 6, "base": str(base)}
     runner, _ = build(Settings.model_validate(settings), lambda stage, fraction: None)
     assert all(isinstance(layer, Fused) for layer in runner.bank.layers.values()) == (switch == "auto")
@@ -150,7 +170,10 @@ def logprobs(base: Path, plans: list[Adapter], dtype: str, switch: str, alike: b
     jobs = [Job(p, 3, plan.digest if plan else None, prompt_logprobs=0) for p in (*prompts()[3:6], long) for plan in (None, *plans)]
     random.Random(1).shuffle(jobs)
     driver.run(jobs, chunk=170)
-    return [torch.tensor([token.logprob for token in job.prompt_tokens[1:]]) for job in jobs]
+    told: dict[str | None, list[float | None]] = {}
+    for job in jobs:
+        told.setdefault(job.adapter, []).extend(token.logprob for token in job.prompt_tokens[1:])
+    return {adapter: torch.tensor(found) for adapter, found in told.items()}
 
 
 @needs_kernels

@@ -190,7 +190,11 @@ def random_base(folder: Path, kind: str, sizes: dict[str, Any]) -> Path:
     torch.manual_seed(4)
     with making.quiet():
         config = AutoConfig.for_model(kind, **{k: v for k, v in sizes.items() if not (kind == "gpt_neox" and k == "num_key_value_heads")})
-        AutoModelForCausalLM.from_config(config).float().save_pretrained(folder)
+        model = AutoModelForCausalLM.from_config(config).float()
+        for name, weight in model.named_parameters():
+            if "norm" in name:  # all ones, they could be taken for each other
+                weight.data.mul_(torch.empty_like(weight).uniform_(0.5, 1.5))
+        model.save_pretrained(folder)
     return folder
 
 

@@ -56,7 +56,8 @@ struct Linear {
       : packed(packed.const_data_ptr<bf16>()), bias(bias.numel() ? bias.const_data_ptr<bf16>() : nullptr), a(a.const_data_ptr<bf16>()),
         b(b.const_data_ptr<bf16>()), gate(gate.const_data_ptr<float>()), ranks(ranks.const_data_ptr<int32_t>()), in(packed.size(1) * 2), out(packed.size(0) * kTile), pool(b.size(1) * 2) {}
 
-  int rank(const Span* own) const { return own ? ranks[own->low] : 0; }
+  // Never over the span's: that is what room was made for.
+  int rank(const Span* own) const { return own ? std::min(own->rank, ranks[own->low]) : 0; }
 
   bool used(const Owners& owners) const {
     return std::any_of(owners.spans.first, owners.spans.first + owners.spans.count, [&](const Span& s) { return s.rank && rank(&s); });

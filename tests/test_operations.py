@@ -65,7 +65,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, P
     base = making.tiny(folder / "base", max_position_embeddings=CONTEXT)
     adapter = making.noise(folder / "adapters" / "noise", base)
     settings = {"base": str(base), "base_id": "tiny", "dtype": "float32", "quantization": "none", "device": "cpu", "compile": "off"}
-    more = {"adapters_dir": str(folder / "adapters"), "max_rows": "2", "faults": "slow_load:1", "drain_s": "30"}
+    more = {
+        "adapters_dir": str(folder / "adapters"),
+        "max_rows": "2",
+        "faults": "slow_load:1",
+        "drain_s": "300",
+    }  # a stream takes long where others want the processor
     with started(settings | more, folder / "log") as server:
         yield server, adapter
 

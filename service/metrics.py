@@ -44,7 +44,12 @@ RESTARTS = Counter("adapterd_worker_restarts", "Times the worker was started aga
 # ---- adapters on the move
 
 LOAD = Histogram("adapterd_adapter_load_seconds", "An adapter's way from disk to host memory.", registry=REGISTRY, buckets=MOMENTS)
-PLACE = Histogram("adapterd_adapter_place_seconds", "An adapter's way from host memory to the device.", registry=REGISTRY, buckets=MOMENTS)
+PLACE = Histogram(
+    "adapterd_adapter_place_seconds",
+    "An adapter's way from host memory to the device; on a GPU, what the steps spend on it: the copy itself runs beside them.",
+    registry=REGISTRY,
+    buckets=MOMENTS,
+)
 EVICT = Histogram("adapterd_adapter_evict_seconds", "Clearing an adapter's place.", ["tier"], registry=REGISTRY, buckets=MOMENTS)
 LOADED = Counter("adapterd_adapter_load_bytes", "Bytes of the adapters read into host memory.", registry=REGISTRY)
 PLACED = Counter("adapterd_adapter_place_bytes", "Bytes of the adapters copied to the device.", registry=REGISTRY)

@@ -59,6 +59,8 @@ class Adapted(nn.Module):
         self.base_layer = base_layer
         self.gates: dict[Digest, Tensor] = {}
         self.now = Arrangement()
+        self.held: set[Digest] = set()
+        self._landed: Any = None
         self.register_buffer("pool_a", zeros(rank, n_in, dtype=dtype, device=device), persistent=False)
         self.register_buffer("pool_b", zeros(rank, n_out, dtype=dtype, device=device), persistent=False)
 
@@ -66,11 +68,15 @@ class Adapted(nn.Module):
     pool_b: Tensor
 
     def place(self, at: Placement, factors: Factors) -> None:
+        """On a GPU the copies run on the stream that is current; the next forward waits for them."""
         rows = slice(at.start, at.start + factors.a.shape[0])
+        self.held.add(at.digest)
         self.pool_a[rows].copy_(factors.a, non_blocking=True)
         self.pool_b[rows].copy_(factors.b, non_blocking=True)
         if factors.gate is not None:
             self.gates[at.digest] = factors.gate.to(self.pool_b.device, self.pool_b.dtype, non_blocking=True)
+        self._landed = torch.get_device_module(self.pool_a.device).Event()
+        self._landed.record()
 
     def clear(self, at: Placement) -> None:
         """A later adapter of other modules or of lower rank must find zeros here."""
@@ -78,11 +84,15 @@ class Adapted(nn.Module):
         self.pool_a[rows].zero_()
         self.pool_b[rows].zero_()
         self.gates.pop(at.digest, None)
+        self.held.discard(at.digest)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base_layer(x)
-        if not self.now.groups and not self.now.gated:
+        if not self.held or not (self.now.groups or self.now.gated):
             return y
+        if self._landed is not None:
+            self._landed.wait()
+            self._landed = None
         flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         if flat.shape[0] != self.now.tokens:
             raise RuntimeError(f"a layer sees {flat.shape[0]} of the step's {self.now.tokens} tokens: it cannot be adapted row by row")

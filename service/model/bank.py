@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..engine.request import Digest, Placement
 from . import kernels
@@ -44,6 +44,9 @@ class Bank:
         self._plain = [layer for layer in self.layers.values() if isinstance(layer, Adapted)]
         self._held: dict[Digest, tuple[str, ...]] = {}
         self._gated: set[Digest] = set()
+        self._on: Any = torch.get_device_module(device)
+        self._copies = self._on.Stream()
+        self.used: frozenset[str] = frozenset()  # the torch layers that hold an adapter
 
     def _adapted(self, layer: nn.Module, n_in: int, n_out: int) -> Adapted | Fused:
         if self.tables and kernels.fits(layer):
@@ -51,13 +54,16 @@ class Bank:
         return Adapted(layer, n_in, n_out, self.rank, self.dtype, self.device)
 
     def place(self, at: Placement, factors: Mapping[str, Factors]) -> None:
-        """Copies an adapter's factors into pool rows [start, start + rank)."""
+        """Copies an adapter's factors into pool rows [start, start + rank); on a GPU beside the step's work, layer by layer ahead of it."""
         self.places[at.digest] = at
         self._held[at.digest] = tuple(factors)
-        for name, part in factors.items():
-            self.layers[name].place(at, part)
+        self._copies.wait_stream(self._on.current_stream())  # there the rows may still be read, or cleared
+        with self._on.stream(self._copies):
+            for name, part in factors.items():
+                self.layers[name].place(at, part)
         if any(part.gate is not None for part in factors.values()):
             self._gated.add(at.digest)
+        self._count()
 
     def remove(self, digest: Digest) -> None:
         """Frees the adapter's rows; one whose placing was broken off has left something in some layers, or is not known."""
@@ -67,6 +73,35 @@ class Bank:
         for name in self._held.pop(digest):
             self.layers[name].clear(at)
         self._gated.discard(digest)
+        self._count()
+
+    def _count(self) -> None:
+        self.used = frozenset(name for name, layer in self.layers.items() if isinstance(layer, Adapted) and layer.held)
+
+    def settle(self) -> None:
+        """What comes next waits until all that was placed is there."""
+        self._on.current_stream().wait_stream(self._copies)
+
+    def at(self, digest: Digest | None) -> tuple[int, int]:
+        """The first pool row, and how many."""
+        return (self.places[digest].start, self.places[digest].rank) if digest is not None else (0, 0)
+
+    def gated(self, digests: Iterable[Digest | None]) -> bool:
+        """Whether DoRA's gate applies to any of them."""
+        return not self._gated.isdisjoint(digests)
+
+    def meet(self, low: Tensor, high: Tensor, pool: int) -> None:
+        """As `begin` for tokens that all get logits, one a run, each meeting pool rows [low, high): int64 [tokens] on the device.
+
+        All of these rows lie below `pool`. Nothing here depends on what the tensors hold.
+        """
+        groups: tuple[Group, ...] = ()
+        if pool:
+            at = torch.arange(pool, device=self.device)
+            groups = (Group(0, len(low), 0, pool, (at < low[:, None]) | (at >= high[:, None])),)
+        now = Arrangement(len(low), groups)
+        for layer in self._plain:
+            layer.now = now
 
     def begin(self, runs: Sequence[Run], heads: Sequence[Run], mixed: int, spans: Sequence[Sequence[int]]) -> None:
         """Tells all layers whose tokens come next: `runs` those of the step, `heads` those that get logits.
@@ -83,10 +118,7 @@ class Bank:
 
     def _rows(self, digest: Digest | None) -> tuple[int, int, int]:
         """Pool row, rank, and whether a gate applies."""
-        if digest is None:
-            return 0, 0, 0
-        at = self.places[digest]
-        return at.start, at.rank, int(digest in self._gated)
+        return *self.at(digest), int(digest in self._gated)
 
     def _head_spans(self, heads: Iterable[Run]) -> Iterator[tuple[int, ...]]:
         start = 0

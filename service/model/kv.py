@@ -30,17 +30,31 @@ class Span(NamedTuple):
 
 
 class Table:
-    """The spans of one step, shared by all layers; `decode` first spans are one token each. Tensors are int64 [T] on the device."""
+    """Where the tokens of one step belong, shared by all layers.
 
-    def __init__(self, spans: Sequence[Span], decode: int, device: torch.device) -> None:
-        self.spans = spans
-        self.decode = decode
-        rows = [s.row for s in spans for _ in range(s.length)]
-        positions = [s.position + i for s in spans for i in range(s.length)]
-        self.rows = torch.tensor(rows, device=device)
-        self.positions = torch.tensor(positions, device=device)
-        self.longest = max((s.position for s in spans[:decode]), default=-1) + 1
-        self.dense = [s.row for s in spans[:decode]] == list(range(decode))
+    `rows` and `positions` are int64 [T] on the device. The `decode` first tokens are one a sequence and look at `longest` positions at
+    most; `dense`: token i of them reads row i. `prompts` are the spans of the others.
+    """
+
+    def __init__(self, rows: Tensor, positions: Tensor, decode: int, longest: int, dense: bool, prompts: Sequence[Span] = ()) -> None:
+        self.rows, self.positions, self.prompts = rows, positions, prompts
+        self.decode, self.longest, self.dense = decode, longest, dense
+        self._visible: dict[int | None, Tensor] = {}
+
+    def visible(self, window: int | None) -> Tensor:
+        """Bool [decode, longest]: which positions each of the decode tokens may see."""
+        if window not in self._visible:
+            self._visible[window] = _visible(self.positions[: self.decode], self.longest, window)
+        return self._visible[window]
+
+    @classmethod
+    def of(cls, spans: Sequence[Span], decode: int, device: torch.device) -> Table:
+        """Of the spans in the order of their tokens, the first `decode` of one token each."""
+        rows = torch.tensor([s.row for s in spans for _ in range(s.length)], device=device)
+        positions = torch.tensor([s.position + i for s in spans for i in range(s.length)], device=device)
+        longest = max((s.position for s in spans[:decode]), default=-1) + 1
+        dense = [s.row for s in spans[:decode]] == list(range(decode))
+        return cls(rows, positions, decode, longest, dense, spans[decode:])
 
 
 class Sighting(NamedTuple):
@@ -134,7 +148,7 @@ def attend(
     out = torch.empty(query.shape[2], query.shape[1], query.shape[3], dtype=query.dtype, device=query.device)
     if table.decode:
         out[: table.decode] = _decode(query[0, :, : table.decode], keys, values, table, scale, sliding_window, softcap)
-    for span in table.spans[table.decode :]:
+    for span in table.prompts:
         chunk = slice(span.start, span.start + span.length)
         out[chunk] = _prefill(query[0, :, chunk], keys, values, span, scale, sliding_window, softcap)
     return out[None], None
@@ -146,8 +160,7 @@ def _decode(query: Tensor, keys: Tensor, values: Tensor, table: Table, scale: fl
     rows = slice(0, n) if table.dense else table.rows[:n]
     k, v = keys[rows, :, : table.longest], values[rows, :, : table.longest]
     grouped = query.transpose(0, 1).reshape(n, k.shape[1], heads // k.shape[1], dim)
-    mask = _visible(table.positions[:n], table.longest, window)[:, None, None]
-    return _weighted(grouped, k, v, mask, scale, softcap).reshape(n, heads, dim)
+    return _weighted(grouped, k, v, table.visible(window)[:, None, None], scale, softcap).reshape(n, heads, dim)
 
 
 def _prefill(query: Tensor, keys: Tensor, values: Tensor, span: Span, scale: float, window: int | None, softcap: float | None) -> Tensor:

@@ -21,6 +21,7 @@ from . import base, kernels, kv
 from .adapted import Factors
 from .bank import Bank, Run
 from .factors import factors
+from .graphs import Graphs
 from .kernels import decoder
 from .memory import trim
 from .sampler import Sampler, Unfit, described
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 
 SHARE_OF_MEMORY = 0.5  # of what is free once the base is loaded, for KV rows
 PROBE = 24  # tokens of the proof that the row attention equals the model's own
+TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}  # relative, of logits that were computed in another order
 ROWS = {"cpu": 16, "cuda": 64}
 
 
@@ -44,8 +46,8 @@ class Hosted(NamedTuple):
 class Runner:
     """The base, the bank, the KV rows and the sampler, behind `engine.request.Runner`. `model` is the base's own tree."""
 
-    def __init__(self, model: Any, bank: Bank, attention: Sequence[kv.Sighting], sampler: Sampler) -> None:
-        self.model, self.bank, self.attention, self.sampler = model, bank, attention, sampler
+    def __init__(self, model: Any, bank: Bank, attention: Sequence[kv.Sighting], sampler: Sampler, graphs: Graphs | None = None) -> None:
+        self.model, self.bank, self.attention, self.sampler, self.graphs = model, bank, attention, sampler, graphs
         self.hosted: dict[Digest, Hosted] = {}
 
     def load(self, adapter: Adapter) -> int:
@@ -127,14 +129,18 @@ class Runner:
                 heads.append(Run(_kept(chunk), chunk.adapter))
             at += length
         decode = sum(chunk.generated > 0 for chunk in chunks)
+        tokens = [token for chunk in chunks for token in chunk.tokens]
         if tree is self.bank.tree:
+            digests = [chunk.adapter for chunk in chunks]
+            if self.graphs and self.graphs.able and decode == len(chunks) and not self.bank.gated(digests):
+                return self.graphs.step(tokens, spans, digests)
             self.bank.begin([Run(len(c.tokens), c.adapter) for c in chunks], heads, decode, spans)
-        return forward(tree, self.bank.device, [token for chunk in chunks for token in chunk.tokens], spans, decode, kept)
+        return forward(tree, self.bank.device, tokens, spans, decode, kept)
 
 
 def forward(tree: Any, device: torch.device, tokens: Sequence[int], spans: Sequence[kv.Span], decode: int, kept: Sequence[int]) -> Tensor:
     """Runs a tree on the flat tokens of a step: logits [kept, vocabulary]."""
-    table = kv.Table(spans, decode, device)
+    table = kv.Table.of(spans, decode, device)
     keep = torch.tensor(kept, dtype=torch.long, device=device)
     ids = torch.tensor([tokens], device=device)
     rows = {} if tree.config._attn_implementation == kernels.NAME else {"table": table}
@@ -163,26 +169,28 @@ def build(settings: Settings, progress: base.Progress) -> tuple[Runner, BaseCard
     folder = base.resolve(settings.base, progress)
     model: Any = base.load(folder, settings, progress)
     device, dtype = base.device_of(settings), model.dtype
+    recorded = device.type == "cuda" and settings.compile != "off"
     with torch.inference_mode():
         progress("measuring the base", 0.0)
         expected = _plain(model)
         attention = kv.scout(model)
         rows, context = _capacity(model, attention, settings, device)
         card = base.card(model, folder, settings, context, rows)
-        tables = kernels.tables(rows) if _fusible(model, attention, settings, device) else None
-        kv.allocate(attention, rows, context, dtype, device, tables.body if tables else None)
+        tables = kernels.tables(rows) if device.type == "cpu" and _fusible(model, attention, settings) else None
+        kv.allocate(attention, rows + recorded, context, dtype, device, tables.body if tables else None)
         progress("making the pool", 0.0)
         bank = Bank(model, settings.pool_rank, dtype, device, tables)
         if tables:
             _fuse(bank, attention)
         _prove(bank, expected)
+        graphs = _graphs(bank, card, expected, settings) if recorded else None
     trim()
-    return Runner(model, bank, attention, Sampler(matchers(folder, model.config.get_text_config().vocab_size))), card
+    return Runner(model, bank, attention, Sampler(matchers(folder, card.vocab_size)), graphs), card
 
 
-def _fusible(model: Any, attention: Sequence[kv.Sighting], settings: Settings, device: torch.device) -> bool:
+def _fusible(model: Any, attention: Sequence[kv.Sighting], settings: Settings) -> bool:
     """Whether the CPU kernels can run this base. Raises SettingsError where they were demanded and cannot."""
-    wanted = settings.compile != "off" and device.type == "cpu" and model.dtype == torch.bfloat16
+    wanted = settings.compile != "off" and model.dtype == torch.bfloat16
     head = model.get_output_embeddings()
     layers = [layer for _, layer, _, _ in base.linears(model) if layer is not head]
     able = wanted and all(map(kernels.fits, layers)) and all(s.dim % 16 == 0 for s in attention) and kernels.load()
@@ -219,9 +227,27 @@ def _prove(bank: Bank, expected: Tensor) -> None:
         span, decode = kv.Span(0, stop - start, 0, start), int(stop - start == 1)
         bank.begin([Run(stop - start, None)], [], decode, [span])
         parts.append(forward(bank.tree, bank.device, ids[start:stop], [span], decode, range(stop - start)).float())
-    error = (torch.cat(parts) - expected).norm() / expected.norm()
-    if not error < (1e-3 if bank.dtype == torch.float32 else 0.1):
-        raise kv.refused(bank.tree, f"its logits through the row attention differ from its own by {float(error):.2g}")
+    error = _apart(torch.cat(parts), expected)
+    if not error < TOLERANCE[bank.dtype]:
+        raise kv.refused(bank.tree, f"its logits through the row attention differ from its own by {error:.2g}")
+
+
+def _graphs(bank: Bank, card: BaseCard, expected: Tensor, settings: Settings) -> Graphs | None:
+    """CUDA graphs, if the probe's last token gets the same logits by them. Raises SettingsError where they were demanded and do not."""
+    graphs = Graphs(bank, card.rows, card.context, card.vocab_size)
+    token, span = _probe(bank.tree)[0].tolist()[-1], kv.Span(0, 1, 0, PROBE - 1)
+    first, again = (_apart(graphs.step([token], [span], [None]).float(), expected[-1:]) for _ in ("recorded", "replayed"))
+    if graphs.able and first < TOLERANCE[bank.dtype] and again < TOLERANCE[bank.dtype]:
+        return graphs
+    log.warning("graphs: off; logits differed by %.2g when recorded, by %.2g when replayed", first, again)
+    if settings.compile == "on":
+        raise SettingsError("ADAPTERD_COMPILE: on, but decode steps of this base cannot be CUDA graphs; the log says why")
+    return None
+
+
+def _apart(logits: Tensor, expected: Tensor) -> float:
+    """The relative distance."""
+    return float((logits - expected).norm() / expected.norm())
 
 
 def _capacity(model: Any, attention: Sequence[kv.Sighting], settings: Settings, device: torch.device) -> tuple[int, int]:

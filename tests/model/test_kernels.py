@@ -125,7 +125,7 @@ def test_attention_over_rows_equals_the_torch_attention(dim: int, window: int | 
     options: dict[str, Any] = {"scaling": 0.3, "sliding_window": window, "softcap": softcap}
     with torch.inference_mode():
         got, _ = kernels.attend(ours, query, key, value, None, **options)
-        want, _ = kv.attend(plain, query, key, value, None, table=kv.Table(spans, 2, torch.device("cpu")), **options)
+        want, _ = kv.attend(plain, query, key, value, None, table=kv.Table.of(spans, 2, torch.device("cpu")), **options)
     close(got, want)
     assert torch.equal(ours.kv_keys, plain.kv_keys)
     assert torch.equal(ours.kv_values, plain.kv_values)

@@ -1,0 +1,228 @@
+"""The GPU's way of a step, on a GPU that is only pretended: its words are PEFT's, its copies are awaited, its recordings are true.
+
+Where a real one is, the same tests run on that.
+"""
+
+from __future__ import annotations
+
+import random
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config
+
+from service.engine.request import Chunk, Plan, Request, Sampling
+from service.errors import SettingsError
+from service.model import graphs
+from service.model.runner import Runner, build
+from service.settings import Settings
+from tests import making, pretended
+
+from .driver import Driver, Job, plan_of
+from .test_parity import FAMILIES, random_base
+from .test_shadow import shadow_plan
+
+SHAPES: list[dict[str, Any]] = [
+    {"targets": ("q_proj", "k_proj", "v_proj", "o_proj"), "r": 16, "alpha": 32},
+    {"targets": "all-linear", "r": 8},
+    {"targets": ("q_proj", "up_proj", "down_proj"), "use_dora": True},
+    {"targets": ("gate_proj", "up_proj", "down_proj"), "r": 40, "std": 0.05},
+]
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, Path]:
+    """TINY and one adapter of it of each shape; None is the base."""
+    root = tmp_path_factory.mktemp("graphs")
+    base = making.tiny(root / "base", tie_word_embeddings=True)
+    return {None: base} | {f"a{i}": making.noise(root / f"a{i}", base, 300 + i, **shape) for i, shape in enumerate(SHAPES)}
+
+
+def device() -> Any:
+    return nullcontext() if torch.cuda.is_available() else pretended.gpu()
+
+
+def runner_on(base: Path, **settings: Any) -> Runner:
+    plain = {"device": "cuda", "dtype": "float32", "quantization": "none", "max_rows": 8, "max_context": 512}
+    made, _ = build(Settings.model_validate(plain | {"base": str(base)} | settings), lambda stage, fraction: None)
+    return made
+
+
+def ask(house: dict[str | None, Path], *names: str | None, count: int = 10) -> list[tuple[str | None, Job, list[int]]]:
+    """Name, job, and what PEFT says, of so many jobs of different lengths, by turns of these."""
+    source = random.Random(11)
+    asked = []
+    for i in range(count):
+        name = names[i % len(names)]
+        prompt = [source.randrange(3, 250) for _ in range(source.choice((1, 4, 9, 40)))]
+        adapter = plan_of(house[name], house[None]).digest if name else None
+        job = Job(prompt, source.choice((3, 12, 17, 24, 40)), adapter)
+        asked.append((name, job, making.greedy(house[None], house[name] if name else None, prompt, job.n)))
+    return asked
+
+
+def test_recorded_steps_say_what_peft_says_whoever_comes_and_goes(house: dict[str | None, Path]) -> None:
+    asked = ask(house, None, "a0", "a1", "a3", count=40)
+    plans = [plan_of(folder, house[None]) for name, folder in house.items() if name]
+    with device():
+        runner = runner_on(house[None], compile="on")
+        driver = Driver(runner, 8)
+        for plan in plans:
+            driver.place(plan)
+        driver.run([job for _, job, _ in asked], chunk=64)
+        assert [name for name, job, want in asked if job.ids != want] == []
+        assert runner.graphs is not None
+        assert runner.graphs.able
+        shapes = list(runner.graphs._recorded)
+    assert {shape.dense for shape in shapes} == {True, False}
+    assert {bool(shape.pool) for shape in shapes} == {True, False}
+    assert len({shape.slots for shape in shapes}) > 3
+
+
+def test_beside_dora_adapters_steps_are_not_recorded_and_right(house: dict[str | None, Path]) -> None:
+    asked = ask(house, "a2", "a0", None)
+    plans = [plan_of(house[name], house[None]) for name in ("a0", "a2")]
+    with device():
+        runner = runner_on(house[None])
+        driver = Driver(runner, 8)
+        for plan in plans:
+            driver.place(plan)
+        driver.run([job for _, job, _ in asked], chunk=64)
+    assert [name for name, job, want in asked if job.ids != want] == []
+
+
+def test_of_long_rows_the_recording_sees_them_whole(house: dict[str | None, Path]) -> None:
+    prompt = [5 + i % 200 for i in range(250)]
+    want = making.greedy(house[None], house["a1"], prompt, 20)
+    plan = plan_of(house["a1"], house[None])
+    with device():
+        runner = runner_on(house[None])
+        driver = Driver(runner, 2)
+        driver.place(plan)
+        job = Job(prompt, 20, plan.digest)
+        driver.run([job], chunk=300)
+        assert job.ids == want
+        assert runner.graphs is not None
+        assert {shape.longest for shape in runner.graphs._recorded} == {256, 384}
+
+
+def test_an_adapter_that_moved_is_there_when_its_next_step_is_replayed(house: dict[str | None, Path]) -> None:
+    plan = plan_of(house["a0"], house[None])
+    with device() as gpu:
+        runner = runner_on(house[None])
+        driver = Driver(runner, 1)
+        driver.place(plan, 0)
+        job = Job([9, 8, 7, 6], 6, plan.digest)
+        driver.run([job])
+        driver.remove(plan.digest)
+        assert not runner.bank.used
+        driver.place(plan, 32)
+        assert gpu is None or runner.bank._copies.queue, "the copies run beside the steps"
+        request = Request(77, (9, 8, 7, 6), 9, plan.digest)
+        (result,) = runner.step(Plan(chunks=(Chunk(request, 0, 8, (job.ids[4],), True, 5),)))
+        assert result.token is not None
+        assert result.token.id == job.ids[5]
+
+
+def test_an_adapter_of_other_layers_is_not_served_by_a_recording_without_them(house: dict[str | None, Path]) -> None:
+    want = making.greedy(house[None], house["a1"], [3, 4, 5], 8)
+    plans = [plan_of(house[name], house[None]) for name in ("a0", "a1")]
+    with device():
+        runner = runner_on(house[None])
+        driver = Driver(runner, 1)
+        for plan in plans:
+            driver.place(plan)
+            job = Job([3, 4, 5], 8, plan.digest)
+            driver.run([job])
+        assert job.ids == want
+
+
+ASKED = [
+    Sampling(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, seed=5, logprobs=3),
+    Sampling(temperature=1.2, typical_p=0.9, repetition_penalty=1.3, seed=9),
+    Sampling(frequency_penalty=0.7, presence_penalty=0.2, logit_bias=((17, 2.0),), logprobs=0),
+    Sampling(grammar='{"grammars":[{"lark_grammar":"start: /[ab]{40}/"}]}'),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_all_that_a_request_may_ask_is_answered_as_on_a_cpu(house: dict[str | None, Path], tmp_path: Path) -> None:
+    plan, base = plan_of(house["a0"], house[None]), house[None]
+    shadow = shadow_plan(making.adapter(tmp_path / "ia3", base, IA3Config(task_type="CAUSAL_LM"), seed=8))
+
+    def answered(runner: Runner) -> list[Job]:
+        driver = Driver(runner, 8)
+        driver.place(plan)
+        runner.load(shadow)
+        jobs = [Job([7, 8, 9, 10], 9, name, asked) for asked in ASKED for name in (plan.digest, shadow.digest)]
+        jobs += [Job(list(range(5, 30)), 3, plan.digest, prompt_logprobs=2), Job([7, 8, 9, 10], 9)]
+        driver.run(jobs)
+        return jobs
+
+    want = answered(runner_on(base, device="cpu"))
+    with device():
+        got = answered(runner_on(base))
+    for ours, right in zip(got, want, strict=True):
+        assert ours.ids == right.ids
+        assert [t.logprob for t in ours.tokens] == pytest.approx([t.logprob for t in right.tokens], abs=1e-4)
+        assert [t.logprob for t in ours.prompt_tokens] == pytest.approx([t.logprob for t in right.prompt_tokens], abs=1e-4)
+        assert [[id for id, _ in t.top] for t in ours.tokens] == [[id for id, _ in t.top] for t in right.tokens]
+
+
+def test_no_more_recordings_are_kept_than_the_limit(house: dict[str | None, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "LIMIT", 2)
+    asked = ask(house, None)
+    with device():
+        runner = runner_on(house[None])
+        Driver(runner, 8).run([job for _, job, _ in asked], chunk=64)
+        assert [job.ids for _, job, _ in asked] == [want for _, _, want in asked]
+        assert runner.graphs is not None
+        assert len(runner.graphs._recorded) == 2
+
+
+@pytest.mark.parametrize("kind", FAMILIES.keys() - {"mixtral"})  # on a GPU transformers counts its experts by what a CPU cannot run
+@pytest.mark.filterwarnings("ignore")
+def test_every_family_is_recorded_and_says_what_generate_says(kind: str, tmp_path: Path) -> None:
+    sizes, targets = FAMILIES[kind]
+    base = random_base(tmp_path / "base", kind, sizes)
+    folder = making.noise(tmp_path / "a", base, 1, targets, r=8)
+    plan = plan_of(folder, base)
+    jobs = [Job([5, 6, 7], 12), Job([9] * 11, 12), Job([9] * 11, 12, plan.digest)]
+    wants = [making.greedy(base, folder if job.adapter else None, job.prompt, job.n) for job in jobs]
+    with device():
+        runner = runner_on(base, max_context=None)
+        driver = Driver(runner, 8)
+        driver.place(plan)
+        driver.run(jobs, chunk=64)
+        assert [job.ids for job in jobs] == wants
+        assert runner.graphs is not None
+        assert runner.graphs.able
+
+
+def test_a_base_that_asks_the_device_in_mid_step_runs_unrecorded(
+    house: dict[str | None, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    plain = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: plain(self, x) if float(x.sum()) < 1e30 else x)
+    asked = ask(house, None)
+    with device():
+        runner = runner_on(house[None])
+        assert runner.graphs is None
+        Driver(runner, 8).run([job for _, job, _ in asked], chunk=64)
+        assert [job.ids for _, job, _ in asked] == [want for _, _, want in asked]
+        assert "cannot be recorded" in caplog.text
+        with pytest.raises(SettingsError, match="ADAPTERD_COMPILE: on"):
+            runner_on(house[None], compile="on")
+        assert runner_on(house[None], compile="off").graphs is None
+
+
+def test_buckets_hold_what_is_asked_and_waste_less_than_half() -> None:
+    assert [graphs.bucket(n) for n in range(1, 18)] == [1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12, 16, 16, 16, 16, 24]
+    for count in range(1, 5000):
+        assert count <= graphs.bucket(count) < 1.5 * count + 1
+        assert graphs.bucket(count, 256) == max(256, graphs.bucket(count))

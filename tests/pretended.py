@@ -1,0 +1,278 @@
+"""A GPU that is not there: CPU tensors that say `cuda`, and are as strict about it.
+
+They refuse to meet tensors of the CPU. What runs on a side stream happens as late as CUDA allows: only when somebody waits for it. A graph
+records operations without Python between them, replays them on the same memory, and refuses what would wait for the device.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_map
+
+from service.model import base
+from service.settings import Settings
+
+AWAITED = {"aten.item", "aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten.equal"}
+CROSSING = {"aten.copy_", "aten.to", "aten._to_copy", "getitem", "setitem"}
+Work = Callable[[], Any]
+
+
+class Stream:
+    """Work that waits until somebody waits for it; `now` runs at once."""
+
+    def __init__(self, now: bool = False) -> None:
+        self.now = now
+        self.queue: list[Work] = []
+
+    def finish(self, count: int | None = None) -> None:
+        queue, self.queue = self.queue[:count], self.queue[len(self.queue) if count is None else count :]
+        for work in queue:
+            work()
+
+    def wait_stream(self, other: Stream) -> None:
+        other.finish()
+
+
+class Event:
+    def record(self) -> None:
+        self.stream, self.count = GPU.stream, len(GPU.stream.queue)
+
+    def wait(self) -> None:
+        self.stream.finish(self.count)
+
+
+class Graph:
+    """Operations in their order, each with the memory that it reads and writes."""
+
+    def __init__(self) -> None:
+        self.work: list[Work] = []
+
+    def replay(self) -> None:
+        for work in self.work:
+            work()
+
+
+class GPU:
+    """Its state; one at a time."""
+
+    default = Stream(now=True)
+    stream = default
+    graph: Graph | None = None
+
+
+class Elsewhere(torch.Tensor):
+    """`numbers` are its own, on the CPU."""
+
+    numbers: torch.Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, numbers: torch.Tensor) -> Elsewhere:
+        made: Elsewhere = torch.Tensor._make_wrapper_subclass(
+            cls,
+            numbers.shape,
+            strides=numbers.stride(),
+            storage_offset=numbers.storage_offset(),
+            dtype=numbers.dtype,
+            device=torch.device("cuda"),
+        )
+        made.numbers = numbers
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        return run(function, args, kwargs or {})
+
+    def __getitem__(self, index: Any) -> Any:
+        return run(operator.getitem, (self, index), {})
+
+    def copy_(self, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+        made: torch.Tensor = torch.ops.aten.copy_(self, source, non_blocking)
+        return made
+
+    def contiguous(self, memory_format: torch.memory_format = torch.contiguous_format) -> torch.Tensor:
+        made: torch.Tensor = torch.ops.aten.contiguous(self, memory_format=memory_format)
+        return made
+
+    def nonzero(self) -> torch.Tensor:  # type: ignore[override]
+        made: torch.Tensor = torch.ops.aten.nonzero(self)
+        return made
+
+    def __invert__(self) -> torch.Tensor:
+        made: torch.Tensor = torch.ops.aten.bitwise_not(self)
+        return made
+
+    def tolist(self) -> Any:
+        return self.to("cpu").tolist()
+
+    def __float__(self) -> float:
+        return float(self.to("cpu"))
+
+    def __int__(self) -> int:
+        return int(self.to("cpu"))
+
+    def __bool__(self) -> bool:
+        return bool(self.to("cpu"))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        run(operator.setitem, (self, index, value), {})
+
+
+class Pretence(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sends what names `cuda` there; leaves all else alone."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return run(function, args, kwargs or {})
+
+
+def run(function: Any, args: Any, kwargs: Any) -> Any:
+    flat, _ = tree_flatten((args, kwargs))
+    there = [t for t in flat if isinstance(t, Elsewhere)]
+    named = [d for d in flat if isinstance(d, torch.device)]
+    on = named[0].type if named else "cuda" if there else "cpu"
+    name = str(getattr(function, "overloadpacket", function.__name__))
+    kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
+    if name == "aten.pin_memory":
+        return args[0].clone()
+    if not there and on == "cpu":
+        return function(*args, **kwargs)
+    here = [t for t in flat if isinstance(t, torch.Tensor) and not isinstance(t, Elsewhere) and t.dim()]
+    if there and here and name not in CROSSING:
+        raise RuntimeError(f"{name}: tensors of cuda and of cpu in one operation")
+    if GPU.graph is not None and (here or on == "cpu" or name in AWAITED):
+        raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
+    outer = {id(t.numbers): t for t in there}
+    inner_args, inner_kwargs = tree_map(_inside, (args, kwargs))
+    out = _done(function, inner_args, inner_kwargs)
+    if on == "cpu":
+        return out
+    if here and name == "aten.copy_" and not isinstance(args[0], Elsewhere):
+        return args[0]  # to the host
+    return tree_map(lambda t: outer[id(t)] if id(t) in outer else Elsewhere(t) if isinstance(t, torch.Tensor) else t, out)
+
+
+def _inside(value: Any) -> Any:
+    if isinstance(value, torch.device):
+        return torch.device("cpu")
+    return value.numbers if isinstance(value, Elsewhere) else value
+
+
+def _done(function: Any, args: Any, kwargs: Any) -> Any:
+    """Runs it now, later or at every replay, always into the same memory."""
+    if GPU.graph is None and GPU.stream.now:
+        return function(*args, **kwargs)
+    work = GPU.stream.queue if GPU.graph is None else GPU.graph.work
+    if function is operator.setitem or (function is not operator.getitem and function._schema.is_mutable):
+        work.append(lambda: function(*args, **kwargs))
+        return args[0]
+    out = function(*args, **kwargs)
+    known = {t.untyped_storage().data_ptr() for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)}
+    fresh = [t for t in tree_flatten(out)[0] if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known]
+    if fresh:
+        work.append(lambda: _into(fresh, function(*args, **kwargs)))
+    for tensor in fresh:
+        tensor.fill_(float("nan") if tensor.dtype.is_floating_point else 0)  # it has not been computed yet
+    return out
+
+
+def _into(memory: list[torch.Tensor], made: Any) -> None:
+    for old, new in zip(memory, tree_flatten(made)[0], strict=True):
+        old.copy_(new)
+
+
+@contextmanager
+def _on(stream: Stream) -> Iterator[None]:
+    before, GPU.stream = GPU.stream, stream
+    yield
+    GPU.stream = before
+
+
+@contextmanager
+def _recording(graph: Graph, pool: object, capture_error_mode: str) -> Iterator[None]:
+    assert capture_error_mode == "thread_local"
+    assert not graph.work
+    before, GPU.stream, GPU.graph = GPU.stream, Stream(), graph
+    try:
+        yield
+        GPU.stream = before  # one that breaks off stays on its own, as torch's does
+    finally:
+        GPU.graph = None
+
+
+def _to(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """torch's own looks for the device before anybody can stand in for it."""
+
+    def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        if device is None or (device.type == "cpu" and self.device.type == "cpu"):
+            return plain(self, *args, **kwargs)
+        if device.type == self.device.type and dtype in (None, self.dtype):
+            return self
+        made: torch.Tensor = run(torch.ops.aten._to_copy.default, (self,), {"dtype": dtype or self.dtype, "device": device})
+        return made
+
+    return to
+
+
+def _set(stream: Stream) -> None:
+    GPU.stream = stream
+
+
+@contextmanager
+def gpu() -> Iterator[type[GPU]]:
+    """While it lasts, `cuda` is a device of this machine, and a base that is to be loaded there comes to it by way of the CPU."""
+    stand_ins: dict[str, Any] = {
+        "is_available": lambda: True,
+        "_lazy_init": lambda: None,
+        "mem_get_info": lambda device: (1 << 28, 1 << 28),
+        "Stream": Stream,
+        "Event": Event,
+        "stream": _on,
+        "set_stream": _set,
+        "current_stream": lambda: GPU.stream,
+        "CUDAGraph": Graph,
+        "graph": _recording,
+        "graph_pool_handle": object,
+    }
+    GPU.stream, GPU.graph = GPU.default, None
+    with pytest.MonkeyPatch.context() as patch, Pretence():  # type: ignore[no-untyped-call]
+        for name, stand_in in stand_ins.items():
+            patch.setattr(torch.cuda, name, stand_in)
+        patch.setattr(torch, "tensor", _tensor(torch.tensor))
+        patch.setattr(torch.Tensor, "to", _to(torch.Tensor.to))
+        patch.setattr(base, "load", _load(base.load))
+        patch.setattr(base, "resident_bytes", lambda model: {})  # storages that are not there have no addresses
+        yield GPU
+
+
+def _tensor(plain: Any) -> Any:
+    return lambda data, device=None, **other: plain(data, **other) if device is None else plain(data, **other).to(device)
+
+
+def _load(plain: Any) -> Any:
+    def load(folder: Path, settings: Settings, progress: base.Progress) -> Any:
+        with _disable_current_modes():
+            model = plain(folder, settings.model_copy(update={"device": "cpu"}), progress)
+        return moved(model)
+
+    return load
+
+
+def moved(model: Any) -> Any:
+    """The model on the pretended GPU."""
+    for module in model.modules():
+        for kept in (module._parameters, module._buffers):
+            for name, tensor in kept.items():
+                if tensor is not None and not isinstance(tensor, Elsewhere):
+                    there = Elsewhere(tensor.detach())
+                    kept[name] = torch.nn.Parameter(there, requires_grad=False) if kept is module._parameters else there
+    model.tie_weights()
+    return model

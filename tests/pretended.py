@@ -236,6 +236,7 @@ def gpu() -> Iterator[type[GPU]]:
         "Stream": Stream,
         "Event": Event,
         "stream": _on,
+        "set_device": lambda index: None,
         "set_stream": _set,
         "current_stream": lambda: GPU.stream,
         "CUDAGraph": Graph,

@@ -24,7 +24,8 @@ from .contents import contents
 def factors(adapter: Adapter, bank: Bank) -> dict[str, Factors]:
     """Reads and folds a pool adapter, layer by layer. Raises AdapterInvalid."""
     tensors = contents(adapter)
-    return {patch.module: folded(patch, tensors, bank.layers[patch.module], bank) for patch in adapter.patches}
+    made = {patch.module: folded(patch, tensors, bank.layers[patch.module], bank) for patch in adapter.patches}
+    return pinned(made) if bank.device.type == "cuda" else made
 
 
 @torch.inference_mode()
@@ -39,9 +40,21 @@ def folded(patch: Patch, tensors: Mapping[str, Tensor], layer: Adapted | Fused, 
 
 
 def ready(tensor: Tensor, bank: Bank) -> Tensor:
-    """Contiguous in the pool's dtype; pinned where a GPU will copy it."""
-    made = tensor.to(bank.dtype).contiguous()
-    return made.pin_memory() if bank.device.type == "cuda" else made
+    """Contiguous in the pool's dtype."""
+    return tensor.to(bank.dtype).contiguous()
+
+
+@torch.inference_mode()
+def pinned(made: Mapping[str, Factors]) -> dict[str, Factors]:
+    """The same in one block that a GPU can copy from while steps run: many small ones would each be rounded up to a power of two."""
+    parts = [tensor for a, b, _ in made.values() for tensor in (a, b)]
+    block = torch.empty(sum(part.numel() for part in parts), dtype=parts[0].dtype, pin_memory=True)
+    places = iter(torch.split(block, [part.numel() for part in parts]))
+
+    def moved(tensor: Tensor) -> Tensor:
+        return next(places).view(tensor.shape).copy_(tensor)
+
+    return {name: Factors(moved(a), moved(b), gate) for name, (a, b, gate) in made.items()}
 
 
 def dora_gate(layer: nn.Module, a: Tensor, b: Tensor, magnitude: Tensor, scaling: float) -> Tensor:

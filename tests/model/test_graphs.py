@@ -119,6 +119,8 @@ def test_an_adapter_that_moved_is_there_when_its_next_step_is_replayed(house: di
         driver.run([job])
         driver.remove(plan.digest)
         assert not runner.bank.used
+        parts = [t for part in runner.hosted[plan.digest].factors.values() for t in (part.a, part.b)]
+        assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
         driver.place(plan, 32)
         assert gpu is None or runner.bank._copies.queue, "the copies run beside the steps"
         request = Request(77, (9, 8, 7, 6), 9, plan.digest)
@@ -219,6 +221,12 @@ def test_a_base_that_asks_the_device_in_mid_step_runs_unrecorded(
         with pytest.raises(SettingsError, match="ADAPTERD_COMPILE: on"):
             runner_on(house[None], compile="on")
         assert runner_on(house[None], compile="off").graphs is None
+
+
+def test_a_replay_that_does_nothing_is_found_out(house: dict[str | None, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    with device():
+        monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: None)
+        assert runner_on(house[None]).graphs is None
 
 
 def test_buckets_hold_what_is_asked_and_waste_less_than_half() -> None:

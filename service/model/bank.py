@@ -51,7 +51,9 @@ class Bank:
     def _adapted(self, layer: nn.Module, n_in: int, n_out: int) -> Adapted | Fused:
         if self.tables and kernels.fits(layer):
             return Fused(layer, self.rank, self.tables.head if layer is self._head else self.tables.body, self._arena)
-        return Adapted(layer, n_in, n_out, self.rank, self.dtype, self.device)
+        weight: Any = layer.weight
+        own = weight.dtype if weight.is_floating_point() else self.dtype  # some models keep a few layers in float32
+        return Adapted(layer, n_in, n_out, self.rank, own, self.device)
 
     def place(self, at: Placement, factors: Mapping[str, Factors]) -> None:
         """Copies an adapter's factors into pool rows [start, start + rank); on a GPU beside the step's work, layer by layer ahead of it."""

@@ -16,9 +16,11 @@ from peft.tuners.lora import dora
 from peft.utils.integrations import dequantize_module_weight
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from service.engine.request import Chunk, Fork, Plan, Request, Sampling
+from service.engine.request import Chunk, Fork, Placement, Plan, Request, Sampling
 from service.errors import SettingsError
+from service.model.bank import Bank, Run
 from service.model.base import load
+from service.model.factors import factors
 from service.model.runner import Runner, build
 from service.settings import Settings
 from tests import making
@@ -91,6 +93,22 @@ def test_an_adapter_placed_where_another_was_finds_nothing_of_it(folders: dict[s
         assert not layer.pool_a.any()
         assert not layer.pool_b.any()
         assert not getattr(layer, "gates", None)
+
+
+def test_a_layer_that_its_model_keeps_in_float32_is_adapted_in_float32(folders: dict[str | None, Path]) -> None:
+    base, plan = folders[None], plan_of(folders["a1"], folders[None])
+    model = making.load(base).to(torch.bfloat16)
+    kept = model.model.layers[1].self_attn.q_proj.float()
+    kept.register_forward_pre_hook(lambda layer, args: (args[0].float(),))
+    bank = Bank(model, 64, torch.bfloat16, torch.device("cpu"))
+    own = bank.layers["model.layers.1.self_attn.q_proj"]
+    with torch.inference_mode():
+        bank.place(Placement(plan.digest, 0, plan.rank), factors(plan, bank))
+        bank.begin([Run(3, plan.digest)], [], 0, [])
+        x = torch.randn(1, 3, 64, dtype=torch.bfloat16)
+        lora = dict(making.served(base, folders["a1"]).named_modules())["base_model.model.model.layers.1.self_attn.q_proj"]
+        assert own(x).dtype == torch.float32
+        assert torch.allclose(own(x), kept(x) + lora(x.float()) - lora.base_layer(x.float()), atol=0.05)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])

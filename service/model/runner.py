@@ -214,8 +214,12 @@ def _probe(model: Any) -> Tensor:
 
 
 def _plain(model: Any) -> Tensor:
-    """What the model itself makes of the probe, before its attention is replaced: logits [PROBE, vocabulary]."""
+    """What the model itself makes of the probe, before its attention is replaced: logits [PROBE, vocabulary].
+
+    By the eager attention, which alone knows all that a model may want: transformers' default leaves Gemma 2's cap out in some releases.
+    """
     try:
+        model.set_attn_implementation("eager")
         logits: Tensor = model(input_ids=_probe(model), use_cache=False).logits
     except (TypeError, ValueError, AttributeError) as error:
         raise kv.refused(model, f"a plain forward raises {type(error).__name__}") from error

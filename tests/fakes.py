@@ -159,6 +159,21 @@ def build_dying(settings: Settings, progress: Callable[[str, float], None]) -> t
     os._exit(9)
 
 
+def build_waiting(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseCard]:
+    """As one whose disk hangs."""
+    progress("loading weights", 0.0)
+    time.sleep(3600)
+    raise AssertionError("nobody ended it")
+
+
+def build_working(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseCard]:
+    """Says nothing for three seconds, in which it computes."""
+    began = time.monotonic()
+    while time.monotonic() - began < 3:
+        sum(range(1000))
+    return build(settings, progress)
+
+
 def build_deaf(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseCard]:
     """Closes its connection and stays."""
     os.close(int(sys.argv[1]))

@@ -12,11 +12,13 @@ import sys
 import threading
 from collections.abc import Callable
 from multiprocessing import Pipe
+from pathlib import Path
 from queue import SimpleQueue
 
 from ..settings import Settings
 from .request import Notice, Order
 
+CPU_TIMES = slice(11, 15)  # of /proc/PID/stat behind the name: user, system, and both of its children; see proc(5)
 LAST_WORDS_S = 2.0  # how long a worker may take to end after it closed its connection
 
 
@@ -44,6 +46,14 @@ class Process:
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             self._popen.kill()
+
+    def spent(self) -> int | None:
+        """Processor time that the worker and the processes it has waited for have used, in ticks; None where the system does not tell."""
+        try:
+            told = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return None
+        return sum(map(int, told[CPU_TIMES]))
 
     def join(self) -> None:
         """Waits until the process is gone and both threads have ended."""

@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SILENCE_S = 30.0  # a worker that somebody waits for and that says nothing for this long is stuck
+STANDSTILL_S = 300.0  # one that loads and uses no processor for this long waits for what will not come: a disk, a lock
 PATIENCE_S = 1.5  # for a worker that was told to end
 STILLBORN = 3  # deaths in a row before it was ready: then it is not started again
 STABLE_S = 60.0
@@ -69,6 +70,7 @@ class Supervisor:
         self._watcher: asyncio.Task[None] | None = None
         self._gone = asyncio.Event()
         self._born = 0.0  # when this worker became ready
+        self._spent: int | None = None
         self._lives = self._stillborn = self._shortlived = 0
 
     @property
@@ -122,7 +124,7 @@ class Supervisor:
         self._restart, settings = None, self.settings
         if self._lives:  # injected deaths come once
             settings = settings.model_copy(update={"faults": settings.faults.model_copy(update={"kill": None, "stuck": None})})
-        self._lives, self._born = self._lives + 1, 0.0
+        self._lives, self._born, self._spent = self._lives + 1, 0.0, None
         self._gone.clear()
         self._process = Process(settings, self.factory, self._from_thread(self._hear), self._from_thread(self._ended))
 
@@ -176,11 +178,21 @@ class Supervisor:
     async def _watch(self) -> None:
         limit = min(SILENCE_S, self.settings.request_timeout_s)
         while True:
-            await asyncio.sleep(limit / 20)
+            await asyncio.sleep(min(limit, STANDSTILL_S) / 20)
+            if self._process is None:
+                continue
+            if not self._born:
+                self._feel(self._process)
             silent = self._loop.time() - self.heard
-            if self._process is not None and self.ward.waits and silent > limit:
-                log.error("the worker has said nothing for %.0f s and is killed", silent)
+            if silent > (limit if self._born else STANDSTILL_S) and (self.ward.waits or not self._born):
+                log.error("the worker has %s for %.0f s and is killed", "said nothing" if self._born else "stood still", silent)
                 self._process.kill()
+
+    def _feel(self, process: Process) -> None:
+        """One that loads a large base says nothing for minutes; while it works, or nobody can know, that is well."""
+        spent = process.spent()
+        if spent is None or spent != self._spent:
+            self._spent, self.heard = spent, self._loop.time()
 
 
 def cause(code: int) -> str:

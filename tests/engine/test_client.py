@@ -16,6 +16,7 @@ import pytest
 from prometheus_client import REGISTRY
 
 from service import metrics
+from service.engine import supervisor
 from service.engine.client import Client
 from service.engine.request import Event, Finish, Lane, Sampling, Tier
 from service.engine.ticket import Ticket
@@ -386,6 +387,21 @@ async def test_three_deaths_while_loading_are_the_end() -> None:
             await client.wait_ready()
         assert client.state == "failed"
         assert (await client.loaded("sha256:a")).error
+
+
+async def test_one_that_stands_still_while_it_loads_is_killed_and_in_the_end_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "STANDSTILL_S", 1.5)
+    async with engine("build_waiting", wait=False) as client:
+        with pytest.raises(NotReady, match=r"SIGKILL.* 3 times in a row while loading"):
+            await client.wait_ready()
+
+
+async def test_one_that_says_nothing_but_computes_while_it_loads_is_let_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "STANDSTILL_S", 1.5)
+    restarts = count("worker_restarts_total")
+    async with engine("build_working") as client:
+        assert client.ready
+    assert count("worker_restarts_total") == restarts
 
 
 async def test_one_that_hangs_up_and_stays_is_ended() -> None:

@@ -33,7 +33,7 @@ class Loader:
         self.results, self._done = Pipe(duplex=False)
         self.deadline = math.inf
         self._runner, self._slow_s = runner, slow_s
-        self._todo: SimpleQueue[Adapter] = SimpleQueue()
+        self._todo: SimpleQueue[Adapter | None] = SimpleQueue()
         threading.Thread(target=self._work, name="loader", daemon=True).start()
 
     def read(self, adapter: Adapter) -> None:
@@ -46,9 +46,12 @@ class Loader:
         result: tuple[Load, str] = self.results.recv()
         return result
 
+    def end(self) -> None:
+        """It reads no more after what it is reading now, whose result can still be taken."""
+        self._todo.put(None)
+
     def _work(self) -> None:
-        while True:
-            adapter = self._todo.get()
+        while (adapter := self._todo.get()) is not None:
             began = time.monotonic()
             time.sleep(self._slow_s)
             size, code, error = self._load(adapter)

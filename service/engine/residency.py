@@ -94,6 +94,10 @@ class Residency:
         """Whether a request for this adapter could start without reading it."""
         return digest is None or digest in self.host or digest in self.pool
 
+    def kept(self, digest: Digest) -> bool:
+        """Whether it is in host memory, or on its way there."""
+        return digest in self.host or digest == self.loading
+
     def homeless(self, digest: Digest | None) -> bool:
         """Whether this adapter must be placed in the pool before its sequences can run."""
         return digest is not None and digest not in self.pool and self.known[digest].lane is Lane.POOL

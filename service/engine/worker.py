@@ -65,6 +65,7 @@ class Worker:
     def __init__(self, connection: Connection, runner: Runner, card: BaseCard, settings: Settings) -> None:
         self.connection, self.runner, self.faults = connection, runner, settings.faults
         self.loader = Loader(runner, settings.faults.slow_load)
+        self.given_up: list[Loader] = []
         self.scheduler = Scheduler(
             rows=card.rows,
             context=card.context,
@@ -98,7 +99,8 @@ class Worker:
         """Takes in all orders and loads there are, waiting for one if idle; False when it is time to end."""
         waits = self.scheduler.busy or self.loader.deadline < math.inf
         timeout = (self.heartbeat_s if waits else None) if idle else 0
-        if not wait([self.connection, self.loader.results], timeout) and idle:
+        late = [loader.results for loader in self.given_up]
+        if not wait([self.connection, self.loader.results, *late], timeout) and idle:
             self._send(Report(gauges=self.scheduler.gauges))
         while self.connection.poll():
             order: Order = self.connection.recv()
@@ -131,6 +133,7 @@ class Worker:
                 self.scheduler.load_failed(load.digest, code, load.error)
             else:
                 self.scheduler.hosted(load.digest, load.size)
+        self._clear_up()
         if time.monotonic() > self.loader.deadline:
             self._give_up()
         if (wanted := self.scheduler.next_load()) is not None:
@@ -145,10 +148,20 @@ class Worker:
         """A disk that hangs fails the adapter that is on it, and no other."""
         digest = self.scheduler.adapters.loading
         assert digest is not None, "what is overdue is loading"
+        self.loader.end()
+        self.given_up.append(self.loader)
         self.loader = Loader(self.runner, self.faults.slow_load)
         load = Load(digest, 0.0, 0, "reading the adapter's files took too long")
         self._loads.append(load)
         self.scheduler.load_failed(digest, AdapterInvalid.code, load.error)
+
+    def _clear_up(self) -> None:
+        """What was given up and has come after all is not kept, unless it was asked for again since."""
+        for loader in [late for late in self.given_up if late.results.poll()]:
+            self.given_up.remove(loader)
+            load, _ = loader.take()
+            if not load.error and not self.scheduler.adapters.kept(load.digest):
+                self.runner.unload(load.digest)
 
     def _forget(self) -> None:
         for digest, hosted in self.scheduler.gone():

@@ -82,6 +82,10 @@ class Balky(FakeRunner):
 
     wrong: str = ""
 
+    def __init__(self, **sizes: int) -> None:
+        super().__init__(**sizes)
+        self.released, self.arrived = threading.Event(), threading.Event()
+
     def load(self, adapter: Any) -> int:
         if self.wrong == "disk":
             raise FileNotFoundError(2, "No such file or directory", "/secret/place")
@@ -89,8 +93,10 @@ class Balky(FakeRunner):
             raise MemoryError
         if self.wrong == "hang":
             self.wrong = ""
-            time.sleep(3600)
-        return super().load(adapter)
+            self.released.wait()
+        size = super().load(adapter)
+        self.arrived.set()
+        return size
 
     def step(self, plan: Plan) -> list[Result]:
         if (self.wrong == "place" and plan.place) or (self.wrong == "step" and plan.chunks):
@@ -180,6 +186,24 @@ def test_a_disk_that_hangs_fails_its_adapter_and_no_other(monkeypatch: pytest.Mo
         token = desk.event().token
         assert token
         assert token.id == expected(fine.digest, (5,), 1)[0]
+
+
+def test_what_comes_from_the_disk_after_it_was_given_up_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "READ_S", 0.2)
+    runner, late = Balky(), adapter("late")
+    runner.wrong = "hang"
+    with worker(runner, request_timeout_s=0.5) as desk:
+        desk.send(Offer(late, preload=True))
+        assert desk.report(lambda report: report.loads).loads[0].error
+        runner.released.set()
+        assert runner.arrived.wait(20)
+        tries = iter(range(1000))
+        while runner.host and next(tries, None) is not None:
+            time.sleep(0.01)
+        assert not runner.host
+        desk.send(Submit(Request(2, (5,), 1, late.digest)))
+        assert desk.event().finish is Finish.LENGTH
+        assert list(runner.host) == [late.digest]
 
 
 def test_what_does_not_fit_the_memory_that_is_left_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,11 @@
-"""The HTTP/1.1 protocol with an end to its headers: uvicorn's own lets them grow for ever. What cannot be read is told as JSON, too.
+"""The HTTP/1.1 protocol with an end to what a request may take, in bytes and in time; what cannot be read is told as JSON, too.
 
 Knows bytes and one connection; no route, no key.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -14,22 +15,34 @@ from ..errors import AdapterdError, BadRequest, PayloadTooLarge
 from .errors import body, openai_dialect
 
 HEAD_BYTES = 64 * 1024  # of a request line and its headers
+PATIENCE_S = 60.0  # for a whole head, and for each next piece of a body
 UNREADABLE = BadRequest("this is no HTTP/1.1 request")
 
 
 class Protocol(HttpToolsProtocol):
-    """Refuses a head over `HEAD_BYTES` with 413, also one that never ends, and closes the connection."""
+    """Refuses a head over `HEAD_BYTES` with 413, also one that never ends, and a request that stays unfinished with 408; then it closes."""
 
+    clock: asyncio.TimerHandle | None = None
     head = 0  # bytes of a head that has not ended yet
     reading = False
     refusal: AdapterdError | None = None
 
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._rest()
+        super().connection_lost(exc)
+
     def data_received(self, data: bytes) -> None:
+        if not self.head:
+            self._wait()
         self.reading = True
         super().data_received(data)
         self.head = self.head + len(data) if self.reading else 0
         if self.head > HEAD_BYTES and not self.transport.is_closing():
-            self._refuse(_over())
+            self._refuse(_over(), 413)
 
     def on_headers_complete(self) -> None:
         """Raises PayloadTooLarge, which the parser passes on as an error of its own."""
@@ -45,16 +58,36 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self.reading = False
+        self._rest()
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
-        self._refuse(self.refusal or UNREADABLE)
+        self._refuse(self.refusal or UNREADABLE, 413 if self.refusal else 400)
 
-    def _refuse(self, error: AdapterdError) -> None:
-        metrics.FAILURE.labels(error.code).inc()
+    def _wait(self) -> None:
+        self._rest()
+        self.clock = self.loop.call_later(PATIENCE_S, self._expired)
+
+    def _rest(self) -> None:
+        if self.clock is not None:
+            self.clock.cancel()
+            self.clock = None
+
+    def _expired(self) -> None:
+        """Where the service itself has stopped reading, nobody is late. One who has sent nothing, or has been answered, is told nothing."""
+        asking = self.cycle is not None and not self.cycle.response_started
+        if self.flow.read_paused:
+            self._wait()
+        elif self.head or asking:
+            self._refuse(BadRequest(f"the rest of the request did not come within {PATIENCE_S:g} s"), 408)
+        else:
+            self.transport.close()
+
+    def _refuse(self, error: AdapterdError, status: int) -> None:
+        if self.cycle is None or self.cycle.response_complete:  # else the layers behind see the client leave, and count that
+            metrics.FAILURE.labels(error.code).inc()
         url = getattr(self, "url", b"").decode("latin-1")
         content = json.dumps(body(error, openai_dialect(url))).encode()
-        status = 413 if isinstance(error, PayloadTooLarge) else 400
         head = [STATUS_LINE[status], b"content-type: application/json\r\n", b"content-length: %d\r\n" % len(content)]
         self.transport.write(b"".join([*head, b"x-content-type-options: nosniff\r\nconnection: close\r\n\r\n", content]))
         self.transport.close()

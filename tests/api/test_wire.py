@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -19,12 +20,13 @@ def port() -> Iterator[int]:
         yield int(url.rsplit(":", 1)[1])
 
 
-def talk(port: int, *pieces: bytes) -> tuple[int, dict[str, str], bytes]:
+def talk(port: int, *pieces: bytes, pause: float = 0.0) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and body of the first answer; sending goes on until the server closes."""
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         try:
             for piece in pieces:
                 connection.sendall(piece)
+                time.sleep(pause)
         except (BrokenPipeError, ConnectionResetError):
             pass  # it has seen enough
         file = connection.makefile("rb")
@@ -74,6 +76,45 @@ def test_a_long_body_is_no_head(port: int) -> None:
     assert status in (200, 201)
 
 
+@pytest.fixture(scope="module")
+def hasty() -> Iterator[int]:
+    """One that waits half a second."""
+    with server("--hasty") as (_, url):
+        yield int(url.rsplit(":", 1)[1])
+
+
+def failures(port: int, label: str = "") -> float:
+    _, _, content = talk(port, b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n")
+    lines = [line for line in content.decode().splitlines() if line.startswith("adapterd_request_failure_total") and label in line]
+    return sum(float(line.split()[-1]) for line in lines)
+
+
+POST = b"POST /adapters HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+
+
+def test_a_head_that_comes_too_slowly_is_408_however_steadily(hasty: int) -> None:
+    status, headers, content = talk(hasty, GET, *[b"x-%d: a\r\n" % i for i in range(20)], pause=0.2)
+    assert (status, headers["connection"], json.loads(content)["error_type"]) == (408, "close", "validation")
+    assert "did not come within 0.5 s" in json.loads(content)["error"]
+
+
+def test_a_body_that_stops_is_408_and_one_that_is_only_slow_is_read(hasty: int) -> None:
+    body = json.dumps({"id": "slow", "source": "x"}).encode()
+    head = POST + b"content-length: %d\r\n\r\n" % len(body)
+    before = failures(hasty)
+    assert talk(hasty, head, body[:5])[0] == 408
+    assert failures(hasty) == before + 1
+    assert talk(hasty, head, *[body[i : i + 4] for i in range(0, len(body), 4)], pause=0.2)[0] == 201
+
+
+def test_who_connects_and_says_nothing_is_left_and_one_who_waits_for_an_answer_is_not(hasty: int) -> None:
+    with socket.create_connection(("127.0.0.1", hasty), timeout=20) as connection:
+        assert connection.recv(1) == b""
+    with socket.create_connection(("127.0.0.1", hasty), timeout=20) as connection:
+        connection.sendall(b"GET /dribble HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")  # takes a second
+        assert b"".join(iter(lambda: connection.recv(1000), b"")).endswith(b"19\n\r\n0\r\n\r\n")
+
+
 def test_what_is_no_http_is_told_as_json(port: int) -> None:
     for nonsense in (b"hello\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"):
         status, _, content = talk(port, nonsense)
@@ -82,6 +123,4 @@ def test_what_is_no_http_is_told_as_json(port: int) -> None:
 
 def test_refused_heads_count_as_failures(port: int) -> None:
     talk(port, b"hello\r\n\r\n")
-    _, _, content = talk(port, b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n")
-    counted = [line for line in content.decode().splitlines() if line.startswith("adapterd_request_failure_total")]
-    assert any('code="validation"' in line for line in counted)
+    assert failures(port, 'code="validation"') > 0

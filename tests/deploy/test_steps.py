@@ -12,7 +12,7 @@ import pytest
 from deploy.bench import steps
 
 ASKED = ["--shape", "tiny", "--rows", "3", "--steps", "4", "--prompt", "8"]
-HEAVY = ("fastapi", "uvicorn", "prometheus_client", "httpx", "matplotlib", "psutil")
+HEAVY = ("fastapi", "uvicorn", "prometheus_client", "matplotlib", "psutil")
 
 
 @pytest.mark.filterwarnings("ignore")

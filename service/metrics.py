@@ -39,6 +39,7 @@ PROMPT_TOKENS = Counter("adapterd_prompt_tokens", "Prompt tokens of the requests
 GENERATED_TOKENS = Counter("adapterd_generation_tokens", "Tokens generated.", registry=REGISTRY)
 SUCCESS = Counter("adapterd_request_success", "Requests that ended well.", ["finished_reason"], registry=REGISTRY)
 FAILURE = Counter("adapterd_request_failure", "Requests that ended with an error, refused ones too.", ["code"], registry=REGISTRY)
+KEY_REFUSALS = Counter("adapterd_key_refusals", "Of the overloaded ones, those that were over their key's own limit.", registry=REGISTRY)
 RESTARTS = Counter("adapterd_worker_restarts", "Times the worker was started again.", registry=REGISTRY)
 
 # ---- adapters on the move

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from .. import metrics
 from ..errors import Overloaded
 from ..keys import Key
 from ..settings import Settings
@@ -50,6 +51,7 @@ class Quotas:
         account = self._accounts.setdefault(key.digest, Account(math.inf, self.clock()))
         refusal = self._refusal(key, account)
         if refusal is not None:
+            metrics.KEY_REFUSALS.inc()
             return await refuse(refusal, scope, receive, send)
         account.running += 1
         try:

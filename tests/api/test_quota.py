@@ -49,6 +49,7 @@ def test_over_its_rate_a_key_gets_429_with_retry_after_and_another_key_is_served
     with stage(tmp_path, api_keys=key_file(tmp_path, "sk-slow rate=0.01", "sk-fast")) as one:
         assert one.knock.post("/generate", json=BODY, headers=bearer("sk-slow")).status_code == 200
         before = metrics.REGISTRY.get_sample_value("adapterd_request_failure_total", {"code": "overloaded"}) or 0
+        keys = metrics.REGISTRY.get_sample_value("adapterd_key_refusals_total") or 0
         refused = one.knock.post("/generate", json=BODY, headers=bearer("sk-slow"))
         assert (refused.status_code, refused.json()["error_type"]) == (429, "overloaded")
         assert 90 <= int(refused.headers["retry-after"]) <= 100
@@ -59,6 +60,7 @@ def test_over_its_rate_a_key_gets_429_with_retry_after_and_another_key_is_served
             "overloaded",
         )
         assert metrics.REGISTRY.get_sample_value("adapterd_request_failure_total", {"code": "overloaded"}) == before + 2
+        assert metrics.REGISTRY.get_sample_value("adapterd_key_refusals_total") == keys + 2
         for _ in range(5):
             assert one.knock.post("/generate", json=BODY, headers=bearer("sk-fast")).status_code == 200
         assert len(one.engine.asked) == 6, "what is refused never reaches the engine"

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,10 @@ class Record:
     fingerprint: str
     pinned: bool
     registered_at: str
+
+    def told(self) -> dict[str, str | bool | None]:
+        """As `asdict`, which takes four times as long to copy what cannot change: every change of one record writes all of them."""
+        return {name: getattr(self, name) for name in self.__slots__}
 
 
 class Ledger:
@@ -55,14 +59,14 @@ class Ledger:
     def save(self, records: Mapping[str, Record], deleted: set[str]) -> None:
         """Replaces the file in one step. Where it cannot be written (a read-only directory), that is said once."""
         self.records, self.deleted = dict(records), set(deleted)
-        told = {"version": VERSION, "adapters": {id: asdict(record) for id, record in records.items()}, "deleted": sorted(deleted)}
+        told = {"version": VERSION, "adapters": {id: record.told() for id, record in records.items()}, "deleted": sorted(deleted)}
         aside = self.path.with_name(self.path.name + ".new")
         try:
             if not (records or deleted or self.path.exists()):
                 return
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with aside.open("w") as file:
-                json.dump(told, file, indent=1)
+                file.write(json.dumps(told))
                 file.flush()
                 os.fsync(file.fileno())
             aside.replace(self.path)

@@ -5,7 +5,7 @@ Both keep A [R, in] and B [R, out] for R pool rows, of which an adapter holds a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -129,6 +129,7 @@ class Fused(nn.Module):
         self.register_buffer("bias", weight.new_empty(0) if base_layer.bias is None else base_layer.bias.detach(), persistent=False)
         self.register_buffer("gate", zeros(rank, n_out, dtype=torch.float32), persistent=False)
         self.register_buffer("ranks", torch.zeros(rank, dtype=torch.int32), persistent=False)
+        self.gated: set[int] = set()
 
     packed: Tensor
     table: Tensor
@@ -139,24 +140,18 @@ class Fused(nn.Module):
     ranks: Tensor
 
     def place(self, at: Placement, factors: Factors) -> None:
-        rank = factors.a.shape[0]
-        self.pool_a[at.start : at.start + rank].copy_(factors.a)
-        for own, rows in self._halves(at, rank):
-            rows.copy_(factors.b[own].reshape(rows.shape[1], rows.shape[0], TILE).transpose(0, 1))
-        self.gate[at.start] = 0 if factors.gate is None else factors.gate - 1
-        self.ranks[at.start] = rank
+        torch.ops.adapterd.place(factors.a, factors.b, self.pool_a, self.pool_b, at.start)
+        self.ranks[at.start] = factors.a.shape[0]
+        if factors.gate is not None:
+            self.gate[at.start] = factors.gate - 1
+            self.gated.add(at.start)
 
     def clear(self, at: Placement) -> None:
-        """The kernel reads no more rows than `ranks` says, so what lies in them may stay until it is written over."""
+        """The kernel reads no more rows than `ranks` says, so what lies in them may stay until it is written over; a gate may not."""
         self.ranks[at.start] = 0
-
-    def _halves(self, at: Placement, rank: int) -> Iterator[tuple[slice, Tensor]]:
-        """The adapter's even and odd pool rows: which of its own rows, and where they lie in B, [tiles, rows, TILE]."""
-        for parity in (0, 1):
-            first = (at.start + parity) % 2
-            many = len(range(first, rank, 2))
-            pair = (at.start + first) // 2
-            yield slice(first, rank, 2), self.pool_b[:, pair : pair + many, :, parity]
+        if at.start in self.gated:
+            self.gate[at.start] = 0
+            self.gated.discard(at.start)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.adapterd.linear(x, *self.tensors(), self.table)

@@ -68,7 +68,7 @@ def test_a_fused_layer_equals_the_torch_layer(tokens: int, n_in: int, n_out: int
         for one in (fused, plain):
             one.place(Placement(digest, start, rank), factors)
     for start, rank in ((0, 5), (13, 6), (22, 10)):  # whose numbers overflow: no pair of rows may bring them to others
-        fused.place(Placement("wild", start, rank), Factors(torch.full((rank, n_in), INF), torch.full((rank, n_out), INF)))
+        fused.place(Placement("wild", start, rank), Factors(*(torch.full((rank, size), INF, dtype=BF16) for size in (n_in, n_out))))
     groups = tuple(Group(s, s + length, low, low + rank, None) for s, length, _, _, low, rank, _ in spans)
     plain.now = Arrangement(tokens, groups, (Gated(0, half or tokens, "dora"),))
     x = made(1, tokens, n_in, seed=9)
@@ -100,6 +100,22 @@ def test_an_adapter_that_leaves_a_layer_alone_meets_nothing_there_of_others_befo
         kernels.fill(body, [(0, 2, 0, 0, 0, 3, 0)])
         fused.place(Placement("beside", 3, 5), some(5))
         assert torch.equal(fused(x), bare)
+
+
+@needs_kernels
+def test_the_gate_of_one_that_is_gone_is_not_left_for_the_next() -> None:
+    body = table((0, 2, 0, 0, 0, 8, 1))
+    fused = Fused(torch.nn.Linear(64, 64, bias=False, dtype=BF16), 32, body, Arena(64 * 64 * 2))
+    x, at, factors = made(1, 2, 64, seed=1), Placement("a", 0, 8), Factors(made(8, 64, seed=2), made(8, 64, seed=3))
+    with torch.inference_mode():
+        fused.place(at, factors)
+        plain = fused(x)
+        fused.clear(at)
+        fused.place(at, factors._replace(gate=torch.full((64,), 2.0)))
+        assert not torch.equal(fused(x), plain)
+        fused.clear(at)
+        fused.place(at, factors)
+        assert torch.equal(fused(x), plain)
 
 
 class Layer:

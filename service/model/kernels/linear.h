@@ -71,6 +71,27 @@ inline at::Tensor pack(const at::Tensor& weight) {
   return weight.reshape({out / kTile, 2, kLanes, in / 2, 2}).permute({0, 3, 1, 2, 4}).contiguous();
 }
 
+// place(a [r, in], b [r, out], A, B, start): pool rows [start, start + r) become the adapter's.
+inline void place(const at::Tensor& a, const at::Tensor& b, at::Tensor pool_a, at::Tensor pool_b, int64_t start) {
+  const int64_t rank = a.size(0), in = a.size(1), out = b.size(1), pool = pool_a.size(0);
+  TORCH_CHECK(a.is_contiguous() && b.is_contiguous() && b.size(0) == rank && pool_a.size(1) == in && pool_b.size(0) * kTile == out &&
+              start >= 0 && start + rank <= pool, "adapterd::place: rows of another layer, or outside the pool");
+  std::memcpy(pool_a.mutable_data_ptr<bf16>() + start * in, a.const_data_ptr<bf16>(), rank * in * sizeof(bf16));
+  const auto* from = reinterpret_cast<const uint16_t*>(b.const_data_ptr<bf16>());
+  auto* to = reinterpret_cast<uint16_t*>(pool_b.mutable_data_ptr<bf16>());
+  for (int64_t tile = 0; tile < out / kTile; ++tile)
+    for (int64_t row = start; row < start + rank; ++row) {
+      const uint16_t* own = from + (row - start) * out + tile * kTile;
+      uint16_t* pair = to + (tile * pool_b.size(1) + row / 2) * 2 * kTile;
+      if (row % 2 == 0 && row + 1 < start + rank) {
+        for (int64_t i = 0; i < kTile; ++i) reinterpret_cast<uint32_t*>(pair)[i] = own[i] | uint32_t(own[out + i]) << 16;
+        ++row;
+      } else {
+        for (int64_t i = 0; i < kTile; ++i) pair[2 * i + row % 2] = own[i];
+      }
+    }
+}
+
 // inner[token] = x[token] · A[low : low + rank]ᵀ, bf16 [tokens, owners.width], from the pool row on that is even, with zeros for rows that
 // are not the token's: rows of B are multiplied in pairs.
 inline void shrink(const Linear& l, const Owners& owners, const bf16* x, int64_t token, bf16* inner) {

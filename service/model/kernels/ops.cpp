@@ -129,6 +129,7 @@ at::Tensor decoder(const at::Tensor& x, Tensors linears, Tensors norms, Tensors 
 
 TORCH_LIBRARY(adapterd, library) {
   library.def("pack(Tensor weight) -> Tensor", &pack);
+  library.def("place(Tensor a, Tensor b, Tensor(a!) pool_a, Tensor(b!) pool_b, int start) -> ()", &place);
   library.def("linear(Tensor x, Tensor packed, Tensor bias, Tensor a, Tensor b, Tensor gate, Tensor ranks, Tensor table) -> Tensor", &linear);
   library.def("attend(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor table, float scale, int window, "
               "float softcap) -> Tensor", &attend);

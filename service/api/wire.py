@@ -22,6 +22,7 @@ UNREADABLE = BadRequest("this is no HTTP/1.1 request")
 class Protocol(HttpToolsProtocol):
     """Refuses a head over `HEAD_BYTES` with 413, also one that never ends, and a request that stays unfinished with 408; then it closes."""
 
+    begun = False  # a request that is not whole yet
     clock: asyncio.TimerHandle | None = None
     head = 0  # bytes of a head that has not ended yet
     reading = False
@@ -36,7 +37,7 @@ class Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        if not self.head:
+        if self.clock is None or self._owed:
             self._wait()
         self.reading = True
         super().data_received(data)
@@ -44,9 +45,14 @@ class Protocol(HttpToolsProtocol):
         if self.head > HEAD_BYTES and not self.transport.is_closing():
             self._refuse(_over(), 413)
 
+    def on_message_begin(self) -> None:
+        self.begun = True
+        super().on_message_begin()
+
     def on_headers_complete(self) -> None:
         """Raises PayloadTooLarge, which the parser passes on as an error of its own."""
         self.reading = False
+        self._wait()
         if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > HEAD_BYTES:
             self.refusal = _over()
             raise self.refusal
@@ -57,12 +63,22 @@ class Protocol(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self.reading = False
+        self.begun = self.reading = False
         self._rest()
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(self.refusal or UNREADABLE, 413 if self.refusal else 400)
+
+    @property
+    def _owed(self) -> bool:
+        """Whether the rest of a body is still of use: that of a request which was answered without it is not."""
+        return self.cycle is not None and self.cycle.more_body and not self.cycle.response_complete
+
+    @property
+    def _owing(self) -> bool:
+        """Whether a whole request waits for its answer, so that the client is waited for by nobody."""
+        return self.cycle is not None and not self.cycle.more_body and not self.cycle.response_complete
 
     def _wait(self) -> None:
         self._rest()
@@ -74,11 +90,11 @@ class Protocol(HttpToolsProtocol):
             self.clock = None
 
     def _expired(self) -> None:
-        """Where the service itself has stopped reading, nobody is late. One who has sent nothing, or has been answered, is told nothing."""
-        asking = self.cycle is not None and not self.cycle.response_started
-        if self.flow.read_paused:
+        """While the service reads nothing, or owes an answer, nobody is late. Who asks for nothing, or was answered, is told nothing."""
+        answered = self.cycle is not None and self.cycle.response_started
+        if self.flow.read_paused or self._owing:
             self._wait()
-        elif self.head or asking:
+        elif self.begun and (self.head or not answered):
             self._refuse(BadRequest(f"the rest of the request did not come within {PATIENCE_S:g} s"), 408)
         else:
             self.transport.close()

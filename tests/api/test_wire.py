@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import time
@@ -105,6 +106,7 @@ def test_a_body_that_stops_is_408_and_one_that_is_only_slow_is_read(hasty: int) 
     assert talk(hasty, head, body[:5])[0] == 408
     assert failures(hasty) == before + 1
     assert talk(hasty, head, *[body[i : i + 4] for i in range(0, len(body), 4)], pause=0.2)[0] == 201
+    assert talk(hasty, head[:9], head[9:], body, pause=0.3)[0] in (200, 201), "the head's time is not the body's"
 
 
 def test_who_connects_and_says_nothing_is_left_and_one_who_waits_for_an_answer_is_not(hasty: int) -> None:
@@ -113,6 +115,37 @@ def test_who_connects_and_says_nothing_is_left_and_one_who_waits_for_an_answer_i
     with socket.create_connection(("127.0.0.1", hasty), timeout=20) as connection:
         connection.sendall(b"GET /dribble HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")  # takes a second
         assert b"".join(iter(lambda: connection.recv(1000), b"")).endswith(b"19\n\r\n0\r\n\r\n")
+
+
+@pytest.mark.parametrize("more", [b"\r\n", b"GET /hea"], ids=["nothing", "half"])
+def test_what_follows_a_request_that_is_still_answered_may_wait(hasty: int, more: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", hasty), timeout=20) as connection:
+        connection.sendall(b"GET /dribble HTTP/1.1\r\nhost: x\r\n\r\n")
+        begun = connection.recv(1000)  # else both would be one piece
+        connection.sendall(more)
+        told = begun + b"".join(iter(lambda: connection.recv(1000), b""))
+    answer, end, rest = told.partition(b"\n19\n\r\n0\r\n\r\n")
+    assert end
+    assert b"408" not in answer
+    assert rest.startswith(b"HTTP/1.1 408") == (more != b"\r\n")
+
+
+def test_a_body_whose_chunks_come_apart_from_their_sizes_is_only_slow(hasty: int) -> None:
+    body = json.dumps({"id": "apart", "source": "x"}).encode()
+    pieces = [b"%x\r\n" % len(body), body, b"\r\n", b"0\r\n", b"\r\n"]
+    assert talk(hasty, POST + b"transfer-encoding: chunked\r\n\r\n", *pieces, pause=0.3)[0] == 201
+
+
+def test_who_was_refused_cannot_stay_by_sending_on(hasty: int) -> None:
+    with socket.create_connection(("127.0.0.1", hasty), timeout=20) as connection:
+        connection.sendall(b"POST /nowhere HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n")
+        assert connection.recv(1000).startswith(b"HTTP/1.1 404")
+        sent = 0
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            while sent < 1000:
+                sent += connection.send(b"a")
+                time.sleep(0.1)
+    assert sent < 1000
 
 
 def test_what_is_no_http_is_told_as_json(port: int) -> None:

@@ -6,6 +6,7 @@ No tensors, no files; what a sequence must come to is a pure function (`expected
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -171,6 +172,14 @@ def build_working(settings: Settings, progress: Callable[[str, float], None]) ->
     began = time.monotonic()
     while time.monotonic() - began < 3:
         sum(range(1000))
+    return build(settings, progress)
+
+
+def build_compiling(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseCard]:
+    """Says and computes nothing for three seconds, in which a process under the one that it waits for computes."""
+    work = "import time; ends = time.monotonic() + 3\nwhile time.monotonic() < ends: sum(range(1000))"
+    compiler = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', sys.argv[1]]).returncode)"
+    subprocess.run([sys.executable, "-c", compiler, work], check=True)
     return build(settings, progress)
 
 

@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing import Pipe
 from pathlib import Path
 from queue import SimpleQueue
@@ -48,12 +48,11 @@ class Process:
             self._popen.kill()
 
     def spent(self) -> int | None:
-        """Processor time that the worker and the processes it has waited for have used, in ticks; None where the system does not tell."""
+        """Processor time of the worker and of all processes under it (a compiler's), in ticks; None where the system does not tell."""
         try:
-            told = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()
-        except OSError:
+            return sum(map(_ticks, _family(self.pid)))
+        except OSError:  # no Linux, or one has just ended
             return None
-        return sum(map(int, told[CPU_TIMES]))
 
     def join(self) -> None:
         """Waits until the process is gone and both threads have ended."""
@@ -78,3 +77,15 @@ class Process:
         self._writer.join()
         self._connection.close()
         ended(code)
+
+
+def _family(pid: int) -> Iterator[int]:
+    yield pid
+    for told in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in told.read_text().split():
+            yield from _family(int(child))
+
+
+def _ticks(pid: int) -> int:
+    """Of the process and those that it has waited for."""
+    return sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[CPU_TIMES]))

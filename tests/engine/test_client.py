@@ -396,10 +396,11 @@ async def test_one_that_stands_still_while_it_loads_is_killed_and_in_the_end_giv
             await client.wait_ready()
 
 
-async def test_one_that_says_nothing_but_computes_while_it_loads_is_let_be(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("factory", ["build_working", "build_compiling"])
+async def test_one_that_says_nothing_but_computes_while_it_loads_is_let_be(factory: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "STANDSTILL_S", 1.5)
     restarts = count("worker_restarts_total")
-    async with engine("build_working") as client:
+    async with engine(factory) as client:
         assert client.ready
     assert count("worker_restarts_total") == restarts
 

@@ -202,7 +202,9 @@ def _recording(graph: Graph, pool: object, capture_error_mode: str) -> Iterator[
     before, GPU.stream, GPU.graph = GPU.stream, Stream(), graph
     try:
         yield
-        GPU.stream = before  # one that breaks off stays on its own, as torch's does
+        GPU.stream = before
+    except RuntimeError:
+        raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904 - and stays on its stream, as torch does
     finally:
         GPU.graph = None
 

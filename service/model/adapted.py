@@ -101,7 +101,10 @@ class Adapted(nn.Module):
             tokens, rows = slice(group.start, group.stop), slice(group.low, group.high)
             inner = flat[tokens].to(self.pool_a.dtype) @ self.pool_a[rows].T
             inner = inner if group.mask is None else inner.masked_fill(group.mask, 0)
-            out[tokens].addmm_(inner, self.pool_b[rows])
+            if out.dtype == inner.dtype:
+                out[tokens].addmm_(inner, self.pool_b[rows])
+            else:  # a quantized layer that is asked in another precision answers in that
+                out[tokens] += inner @ self.pool_b[rows]
         return y
 
     def _gate(self, y: Tensor, gated: Sequence[Gated]) -> None:

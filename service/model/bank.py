@@ -72,6 +72,7 @@ class Bank:
         if digest not in self.places:
             return
         at = self.places.pop(digest)
+        self.settle()  # a copy that is still under way would land on the zeros
         for name in self._held.pop(digest):
             self.layers[name].clear(at)
         self._gated.discard(digest)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from .kv import Span, Table
 
 log = logging.getLogger(__name__)
 
-LIMIT = 64  # recordings kept; each costs a few megabytes of the device
+LIMIT = 64  # recordings kept; each costs a few megabytes of the device, beside the memory that all of them work in
 POSITIONS, POOL_ROWS = 256, 64  # the smallest buckets
 IDS, PLACES, ROWS, LOW, HIGH = range(5)  # what changes between steps, for each slot
 
@@ -61,7 +62,8 @@ class Graphs:
             graph.replay()
         else:
             self._forward(shape)  # for this step; it also makes the libraries ready, which a recording must not
-            self._record(shape)
+            if self.able:
+                self._record(shape)
         return self.logits[slots]
 
     def _shape(self, spans: Sequence[Span], digests: Sequence[Digest | None]) -> Shape:
@@ -98,11 +100,14 @@ class Graphs:
             # other threads read adapters meanwhile, which may allocate
             with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
                 self._forward(shape)
-        except RuntimeError as error:
-            torch.cuda.set_stream(stream)  # one that breaks off leaves its own behind
+        except Exception as error:
+            torch.cuda.set_stream(stream)  # one that breaks off leaves its own behind, and in torch 2.11 its memory pool open, too
+            with suppress(AttributeError, RuntimeError):
+                torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._memory)
             self.able = False
             self._recorded.clear()
-            log.warning("graphs: off, decode steps of this base cannot be recorded: %s", str(error).partition("\n")[0])
+            why = str(error.__context__ or error).partition("\n")[0]  # ending a broken recording raises once more
+            log.warning("graphs: off, decode steps of this base cannot be recorded: %s", why)
             return
         self._recorded[shape] = graph
         if len(self._recorded) > LIMIT:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,12 +56,15 @@ class Runner:
             hosted = Hosted(own_bytes(tree, self.model), {}, tree)
         else:
             made = factors(adapter, self.bank)
-            hosted = Hosted(sum(t.nbytes for part in made.values() for t in part if t is not None), made)
+            size = sum(t.nbytes for part in made.values() for t in part if t is not None)
+            pinned = self.bank.device.type == "cuda"  # torch pins memory by powers of two
+            hosted = Hosted(1 << (size - 1).bit_length() if pinned else size, made)
         self.hosted[adapter.digest] = hosted
         return hosted.size
 
     def unload(self, digest: Digest) -> int:
-        return self.hosted.pop(digest).size
+        hosted = self.hosted.pop(digest, None)
+        return hosted.size if hosted else 0
 
     def finish(self, request: int) -> None:
         self.sampler.finish(request)
@@ -176,7 +179,7 @@ def build(settings: Settings, progress: base.Progress) -> tuple[Runner, BaseCard
         progress("measuring the base", 0.0)
         expected = _plain(model)
         attention = kv.scout(model)
-        rows, context = _capacity(model, attention, settings, device)
+        rows, context = _capacity(model, attention, settings, device, recorded)
         card = base.card(model, folder, settings, context, rows)
         tables = kernels.tables(rows) if device.type == "cpu" and _fusible(model, attention, settings) else None
         kv.allocate(attention, rows + recorded, context, dtype, device, tables.body if tables else None)
@@ -185,7 +188,7 @@ def build(settings: Settings, progress: base.Progress) -> tuple[Runner, BaseCard
         if tables:
             _fuse(bank, attention)
         _prove(bank, expected)
-        graphs = _graphs(bank, card, expected, settings) if recorded else None
+        graphs = _graphs(bank, attention, card, expected, settings) if recorded else None
     trim()
     return Runner(model, bank, attention, Sampler(matchers(folder, card.vocab_size)), graphs), card
 
@@ -238,19 +241,27 @@ def _prove(bank: Bank, expected: Tensor) -> None:
         raise kv.refused(bank.tree, f"its logits through the row attention differ from its own by {error:.2g}")
 
 
-def _graphs(bank: Bank, card: BaseCard, expected: Tensor, settings: Settings) -> Graphs | None:
+def _graphs(bank: Bank, attention: Sequence[kv.Sighting], card: BaseCard, expected: Tensor, settings: Settings) -> Graphs | None:
     """CUDA graphs, if the probe's last token gets the same logits by them. Raises SettingsError where they were demanded and do not."""
     graphs = Graphs(bank, card.rows, card.context, card.vocab_size)
-    token, span = _probe(bank.tree)[0].tolist()[-1], kv.Span(0, 1, 0, PROBE - 1)
-    first = _apart(graphs.step([token], [span], [None]), expected[-1:])
-    graphs.logits.zero_()  # a replay that does nothing is not to be taken for a good one
-    again = _apart(graphs.step([token], [span], [None]), expected[-1:])
-    if graphs.able and first < TOLERANCE[bank.dtype] and again < TOLERANCE[bank.dtype]:
-        return graphs
-    log.warning("graphs: off; logits differed by %.2g when recorded, by %.2g when replayed", first, again)
-    if settings.compile == "on":
-        raise SettingsError("ADAPTERD_COMPILE: on, but decode steps of this base cannot be CUDA graphs; the log says why")
-    return None
+    for logits in _tries(graphs, attention, _probe(bank.tree)[0].tolist()[-1], card.rows):
+        error = _apart(logits, expected[-1:])
+        if graphs.able and error < TOLERANCE[bank.dtype]:
+            continue
+        log.warning("graphs: off; the logits of the step that was tried differ from the model's own by %.2g", error)
+        if settings.compile == "on":
+            raise SettingsError("ADAPTERD_COMPILE: on, but decode steps of this base cannot be CUDA graphs; the log says why")
+        return None
+    return graphs
+
+
+def _tries(graphs: Graphs, attention: Sequence[kv.Sighting], token: int, rows: int) -> Iterator[Tensor]:
+    """The probe's last token by a step that is recorded and by one that is replayed: with KV read where it lies, and gathered."""
+    for row in dict.fromkeys((0, rows - 1)):
+        kv.fork(attention, 0, row, PROBE - 1)
+        for _ in ("recorded", "replayed"):
+            graphs.logits.zero_()  # a replay that does nothing is not to be taken for a good one
+            yield graphs.step([token], [kv.Span(0, 1, row, PROBE - 1)], [None])
 
 
 def _apart(logits: Tensor, expected: Tensor) -> float:
@@ -258,13 +269,13 @@ def _apart(logits: Tensor, expected: Tensor) -> float:
     return float((logits.float() - expected).norm() / expected.norm())
 
 
-def _capacity(model: Any, attention: Sequence[kv.Sighting], settings: Settings, device: torch.device) -> tuple[int, int]:
-    """KV rows and the positions of each: the base's own context, capped so that all rows fit into a share of the free memory."""
+def _capacity(model: Any, attention: Sequence[kv.Sighting], settings: Settings, device: torch.device, spare: int) -> tuple[int, int]:
+    """KV rows and the positions of each: the base's own context, capped so that all, spare ones too, fit into a share of the memory."""
     rows = settings.max_rows or ROWS[device.type]
     own = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 2048)
     if settings.max_context and settings.max_context > own:
         raise SettingsError(f"ADAPTERD_MAX_CONTEXT: {settings.max_context} is over the base's own {own}")
-    fits = int(SHARE_OF_MEMORY * _free(device)) // (rows * kv.bytes_per_position(attention, model.dtype))
+    fits = int(SHARE_OF_MEMORY * _free(device)) // ((rows + spare) * kv.bytes_per_position(attention, model.dtype))
     context = settings.max_context or min(own, fits)
     if context > fits:
         raise SettingsError(f"ADAPTERD_MAX_CONTEXT: {rows} rows of {context} tokens do not fit into memory; {fits} do")

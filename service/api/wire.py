@@ -64,7 +64,8 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         self.begun = self.reading = False
-        self._rest()
+        if self.cycle is None or not self.cycle.response_complete:  # else uvicorn starts its own clock no more
+            self._rest()
         super().on_message_complete()
 
     def send_400_response(self, msg: str) -> None:

@@ -148,6 +148,14 @@ def test_who_was_refused_cannot_stay_by_sending_on(hasty: int) -> None:
     assert sent < 1000
 
 
+def test_who_sends_a_body_after_the_answer_and_nothing_more_is_left(hasty: int) -> None:
+    with socket.create_connection(("127.0.0.1", hasty), timeout=20) as connection:
+        connection.sendall(b"POST /nowhere HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\n")
+        assert connection.recv(12) == b"HTTP/1.1 404"
+        connection.sendall(b"hello")
+        assert b"".join(iter(lambda: connection.recv(1000), b"")).endswith(b"}")
+
+
 def test_what_is_no_http_is_told_as_json(port: int) -> None:
     for nonsense in (b"hello\r\n\r\n", b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"):
         status, _, content = talk(port, nonsense)

@@ -12,10 +12,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from service.engine.request import Adapter, Token
+from service.engine.request import Adapter
 from service.model import base
 from service.settings import Settings
 
+from .decoding import Said
 from .figures import BASE, DIFFERENT, MIXED, PLAIN
 
 WARM = 3
@@ -24,11 +25,11 @@ Tell = Callable[[str, Any], None]
 
 @torch.inference_mode()
 def compared(
-    folder: Path, settings: Settings, mix: Sequence[Adapter], prompts: list[list[int]], steps: int, ours: dict[str, Token], tell: Tell
+    folder: Path, settings: Settings, mix: Sequence[Adapter], prompts: list[list[int]], steps: int, ours: Said, tell: Tell
 ) -> None:
     """Times a decode step of as many rows: of the base alone by plain transformers, and of row i with mix[i] by PEFT.
 
-    `ours` are our first tokens of row 0, by mix, with log probabilities.
+    `ours` are some of our first tokens, with log probabilities.
     """
     plain: Any = base.load(folder, settings, lambda stage, fraction: None)
     ids = torch.tensor(prompts, device=plain.device)
@@ -52,9 +53,9 @@ def wrapped(plain: Any, mix: Sequence[Adapter]) -> tuple[Any, list[str]]:
 
 
 def timed(model: Any, ids: Tensor, steps: int, more: dict[str, Any]) -> tuple[list[float], Tensor]:
-    """Seconds of each decode step, until its tokens are on the host, and the logits of row 0 after its prompt."""
+    """Seconds of each decode step, until its tokens are on the host, and the logits after the prompts, [rows, vocabulary]."""
     out = model(input_ids=ids, use_cache=True, **more)
-    first: Tensor = out.logits[0, -1].float()
+    first: Tensor = out.logits[:, -1].float()
     tokens = out.logits[:, -1].argmax(-1, keepdim=True)
     seconds = []
     for _ in range(WARM + steps):
@@ -66,12 +67,10 @@ def timed(model: Any, ids: Tensor, steps: int, more: dict[str, Any]) -> tuple[li
     return seconds[WARM:], first
 
 
-def told_apart(mix: str, ours: dict[str, Token], logits: Tensor, tell: Tell) -> None:
+def told_apart(mix: str, ours: Said, logits: Tensor, tell: Tell) -> None:
     """The largest difference of log probabilities, over those that we named."""
-    if mix in ours:
-        ids, values = zip(*ours[mix].top, strict=True)
-        theirs = logits.log_softmax(-1).cpu()[list(ids)]
-        tell(
-            f"log probabilities of a first token, {mix}: ours and theirs differ by at most",
-            float((theirs - torch.tensor(values)).abs().max()),
-        )
+    for row, token in ours.get(mix, {}).items():
+        ids, values = zip(*token.top, strict=True)
+        theirs = logits[row].log_softmax(-1).cpu()[list(ids)]
+        most = float((theirs - torch.tensor(values)).abs().max())
+        tell(f"{mix}, row {row}: log probabilities of its first token differ from theirs by at most", most)

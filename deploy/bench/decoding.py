@@ -10,6 +10,7 @@ from service.model.runner import Runner
 
 CONTEXT = 1024  # of every row, in tokens
 Mix = Mapping[int, Adapter | None]  # who speaks, by row
+Said = Mapping[str, Mapping[int, Token]]  # by what was timed, and row
 
 
 class Decoding:

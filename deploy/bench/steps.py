@@ -28,7 +28,7 @@ from service.model import base
 from service.model.runner import Runner, build
 from service.settings import Settings
 
-from .decoding import CONTEXT, Decoding, Mix, apart
+from .decoding import CONTEXT, Decoding, Mix, Said, apart
 from .figures import BASE, DIFFERENT, FLOOR, FLOOR_MIXED, ONE, Found, Timed
 from .random_base import RANK, SHAPES, config_of, made, trained
 
@@ -117,10 +117,13 @@ class Bench:
     def top(self) -> int:
         return min(TOP, self.card.vocab_size)
 
-    def first_tokens(self) -> dict[str, Token]:
-        """What row 0 says after its prompt, to be held against PEFT's."""
-        mixes: dict[str, Mix] = {BASE: {0: None}, DIFFERENT: {0: self.work.adapters[0]}}
-        return {name: self.decoding(mix, self.top).tokens[0][0] for name, mix in mixes.items()}
+    def first_tokens(self, rows: int) -> Said:
+        """What the first row and the last say after their prompts, to be held against PEFT's."""
+        ends = sorted({0, rows - 1})
+        different = self.work.different(rows)
+        mixes: dict[str, Mix] = {BASE: dict.fromkeys(ends), DIFFERENT: {row: different[row] for row in ends}}
+        said = {name: self.decoding(mix, self.top).tokens for name, mix in mixes.items()}
+        return {name: {row: tokens[0] for row, tokens in each.items()} for name, each in said.items()}
 
     def placing(self) -> None:
         """An adapter from host memory to the device, until it is there, beside one copy of as many bytes."""
@@ -202,8 +205,8 @@ def bandwidth(device: torch.device, found: Found) -> float:
     return max(read, copied)
 
 
-def ours(work: Work, switch: str, rows: int, found: Found) -> dict[str, Token]:
-    """All that one runner is asked; its first tokens of row 0."""
+def ours(work: Work, switch: str, rows: int, found: Found) -> Said:
+    """All that one runner is asked; its first tokens."""
     bench = Bench(work, switch, found)
     found.tell("the base", f"{bench.card.architecture}, {bench.card.parameters / 1e9:.2f} billion parameters, {bench.card.quantization}")
     found.tell("its dtype", bench.card.dtype)
@@ -217,7 +220,7 @@ def ours(work: Work, switch: str, rows: int, found: Found) -> dict[str, Token]:
             run()
     if bench.runner.graphs is not None:
         found.tell(f"compile {switch}: CUDA graphs were good to the end", bench.runner.graphs.able)
-    return bench.first_tokens()
+    return bench.first_tokens(rows)
 
 
 def prepared(asked: argparse.Namespace, found: Found) -> Work:
@@ -246,7 +249,8 @@ def prepared(asked: argparse.Namespace, found: Found) -> Work:
 
 
 def run(asked: argparse.Namespace, found: Found) -> None:
-    work, said = prepared(asked, found), dict[str, Token]()
+    work = prepared(asked, found)
+    said: Said = {}
     for switch in SWITCHES[asked.graphs]:
         with found.trying(f"compile {switch}"):
             said = ours(work, switch, asked.rows, found)

@@ -12,7 +12,9 @@ import pytest
 import torch
 
 from deploy.bench import random_base, steps
+from deploy.bench.decoding import Decoding
 from deploy.bench.figures import BASE, DIFFERENT, FLOOR, FLOOR_MIXED, MIXED, ONE, PLAIN, Found, Timed
+from service.engine.request import Plan, Result, Token
 from tests import pretended
 
 ASKED = ["--shape", "tiny", "--rows", "3", "--adapters", "3", "--steps", "4", "--prompt", "8", "--quantization", "none"]
@@ -75,7 +77,8 @@ def test_rows_say_together_what_they_say_alone_and_nearly_what_peft_says(told: t
             assert facts[f"{named}: log probabilities differ from those alone by at most"] < 0.05 < without
             assert facts[f"{named}: tokens as alone, before the first that is not, of 17"] > 0
     for mix in (BASE, DIFFERENT):
-        assert facts[f"log probabilities of a first token, {mix}: ours and theirs differ by at most"] < 0.05
+        for row in (0, 2):
+            assert facts[f"{mix}, row {row}: log probabilities of its first token differ from theirs by at most"] < 0.05
 
 
 def test_the_floor_reads_all_of_the_base_but_its_embeddings(told: tuple[Any, str]) -> None:
@@ -111,6 +114,30 @@ def test_what_raises_is_told_and_the_rest_goes_on(tmp_path: Path, monkeypatch: p
     found = kept(tmp_path)
     assert found["raised"] == {"compile off: 3 rows": "RuntimeError: no such luck"}
     assert found["facts"][FLOOR] > 0
+
+
+class Listening:
+    """Stands in for a runner: says 7 to everything, and keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.plans: list[Plan] = []
+
+    def step(self, plan: Plan) -> list[Result]:
+        self.plans.append(plan)
+        return [Result(Token(7)) for _ in plan.chunks]
+
+
+def test_rows_go_on_from_their_own_last_token_or_from_what_they_are_fed() -> None:
+    runner: Any = Listening()
+    decoding = Decoding(runner, [[1, 2], [3, 4]], {0: None, 1: None})
+    decoding.step({0: 5, 1: 6})
+    decoding.step()
+    said = [[(c.row, c.position, c.tokens, c.generated) for c in plan.chunks] for plan in runner.plans]
+    assert said == [[(0, 0, (1, 2), 0)], [(1, 0, (3, 4), 0)], [(0, 2, (5,), 1), (1, 2, (6,), 1)], [(0, 3, (7,), 2), (1, 3, (7,), 2)]]
+    after = Decoding(runner, [[1, 2], [3, 4]], {1: None}, after=decoding)
+    after.step()
+    assert [(c.row, c.position, c.tokens) for c in runner.plans[-1].chunks] == [(1, 2, (7,))]
+    assert len(runner.plans) == 5, "prompts that were read are not read again"
 
 
 def test_of_what_was_not_timed_there_is_no_ratio(tmp_path: Path) -> None:

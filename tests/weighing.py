@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from service.engine.request import BaseCard
-from service.model import runner
+from service.model import build as building
+from service.model.runner import Runner
 from service.settings import Settings
 
 
@@ -24,8 +25,8 @@ def hashed(model: Any) -> str:
     return found.hexdigest()
 
 
-def build(settings: Settings, progress: Callable[[str, float], None]) -> tuple[runner.Runner, BaseCard]:
-    made, card = runner.build(settings, progress)
+def build(settings: Settings, progress: Callable[[str, float], None]) -> tuple[Runner, BaseCard]:
+    made, card = building.build(settings, progress)
 
     def note() -> None:
         with (settings.adapters.parent / "hashes").open("a") as file:

@@ -25,7 +25,8 @@ import torch
 
 from service.engine.request import Adapter, BaseCard, Placement, Plan, Token
 from service.model import base
-from service.model.runner import Runner, build
+from service.model.build import build
+from service.model.runner import Runner
 from service.settings import Settings
 
 from .decoding import CONTEXT, Decoding, Mix, Said, apart

@@ -19,7 +19,7 @@ from .request import Adapter, BaseCard, Cancel, Digest, Event, Finish, Gauges, L
 from .supervisor import State, Supervisor
 from .ticket import Ticket
 
-FACTORY = "service.model.runner:build"
+FACTORY = "service.model.build:build"
 CLOSING = "the service is shutting down"
 
 

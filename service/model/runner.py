@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Callable, Iterator, Sequence
-from functools import cache
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import llguidance.hf
 import torch
-from torch import Tensor, nn
-from transformers import AutoTokenizer
+from torch import Tensor
 
-from ..engine.request import Adapter, BaseCard, Chunk, Digest, Lane, Plan, Result, Token
-from ..errors import SettingsError
-from ..settings import Settings
-from . import base, kernels, kv
+from ..engine.request import Adapter, Chunk, Digest, Lane, Plan, Result, Token
+from . import kernels, kv
 from .adapted import Factors
 from .bank import Bank, Run
 from .factors import factors
 from .graphs import Graphs
-from .kernels import decoder
-from .memory import trim
 from .sampler import Sampler, Unfit, described
 from .shadow import own_bytes, planted
 
 log = logging.getLogger(__name__)
-
-SHARE_OF_MEMORY = 0.5  # of what is free once the base is loaded, for KV rows
-PROBE = 24  # tokens of the proof that the row attention equals the model's own
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}  # relative, of logits that were computed in another order
-ROWS = {"cpu": 16, "cuda": 64}
 
 
 class Hosted(NamedTuple):
@@ -165,135 +151,3 @@ def _prompt(chunk: Chunk, logits: Tensor | None) -> tuple[Token, ...]:
     first = (Token(prompt[0]),) if chunk.position == 0 else ()
     following = prompt[chunk.position + 1 : chunk.position + 1 + len(chunk.tokens)]
     return first + tuple(described(row, token, wanted) for row, token in zip(logits, following, strict=False))
-
-
-def build(settings: Settings, progress: base.Progress) -> tuple[Runner, BaseCard]:
-    """Loads everything. Raises SettingsError with a reason fit for a person when this base or device cannot be served."""
-    folder = base.resolve(settings.base, progress)
-    model: Any = base.load(folder, settings, progress)
-    device, dtype = base.device_of(settings), model.dtype
-    recorded = device.type == "cuda" and settings.compile != "off"
-    if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)  # streams and recordings are made on the current one
-    with torch.inference_mode():
-        progress("measuring the base", 0.0)
-        expected = _plain(model)
-        attention = kv.scout(model)
-        rows, context = _capacity(model, attention, settings, device, recorded)
-        card = base.card(model, folder, settings, context, rows)
-        tables = kernels.tables(rows) if device.type == "cpu" and _fusible(model, attention, settings) else None
-        kv.allocate(attention, rows + recorded, context, dtype, device, tables.body if tables else None)
-        progress("making the pool", 0.0)
-        bank = Bank(model, settings.pool_rank, dtype, device, tables)
-        if tables:
-            _fuse(bank, attention)
-        _prove(bank, expected)
-        graphs = _graphs(bank, attention, card, expected, settings) if recorded else None
-    trim()
-    return Runner(model, bank, attention, Sampler(matchers(folder, card.vocab_size)), graphs), card
-
-
-def _fusible(model: Any, attention: Sequence[kv.Sighting], settings: Settings) -> bool:
-    """Whether the CPU kernels can run this base. Raises SettingsError where they were demanded and cannot."""
-    wanted = settings.compile != "off" and model.dtype == torch.bfloat16
-    head = model.get_output_embeddings()
-    layers = [layer for _, layer, _, _ in base.linears(model) if layer is not head]
-    able = wanted and all(map(kernels.fits, layers)) and all(s.dim % 16 == 0 for s in attention) and kernels.load()
-    if settings.compile == "on" and not able:
-        raise SettingsError("ADAPTERD_COMPILE: on, but the kernels need a bfloat16 base on a CPU with AVX512-BF16, and a C++ compiler")
-    return able
-
-
-def _fuse(bank: Bank, attention: Sequence[kv.Sighting]) -> None:
-    """Puts the kernels' attention into the bank's tree, and the kernel for all of a layer where its kind is known."""
-    bank.tree.set_attn_implementation(kernels.NAME)
-    (layers,) = [m for m in bank.tree.modules() if isinstance(m, nn.ModuleList) and len(m) == len(attention)]
-    log.info("kernels: %d of %d layers in one call each", decoder.place(layers, attention), len(layers))
-
-
-def _probe(model: Any) -> Tensor:
-    vocabulary: int = model.config.get_text_config().vocab_size
-    return torch.arange(7, 7 + 11 * PROBE, 11, device=model.device)[None] % vocabulary
-
-
-def _plain(model: Any) -> Tensor:
-    """What the model itself makes of the probe, before its attention is replaced: logits [PROBE, vocabulary].
-
-    By the eager attention, which alone knows all that a model may want: transformers' default leaves Gemma 2's cap out in some releases.
-    """
-    try:
-        model.set_attn_implementation("eager")
-        logits: Tensor = model(input_ids=_probe(model), use_cache=False).logits
-    except (TypeError, ValueError, AttributeError) as error:
-        raise kv.refused(model, f"a plain forward raises {type(error).__name__}") from error
-    return logits[0].float()
-
-
-def _prove(bank: Bank, expected: Tensor) -> None:
-    """The same probe in two chunks and one decoded token, through the rows and the adapted layers, must give the same logits."""
-    ids, parts = _probe(bank.tree)[0].tolist(), []
-    for start, stop in ((0, PROBE // 2), (PROBE // 2, PROBE - 1), (PROBE - 1, PROBE)):
-        span, decode = kv.Span(0, stop - start, 0, start), int(stop - start == 1)
-        bank.begin([Run(stop - start, None)], [], decode, [span])
-        parts.append(forward(bank.tree, bank.device, ids[start:stop], [span], decode, range(stop - start)).float())
-    error = _apart(torch.cat(parts), expected)
-    if not error < TOLERANCE[bank.dtype]:
-        raise kv.refused(bank.tree, f"its logits through the row attention differ from its own by {error:.2g}")
-
-
-def _graphs(bank: Bank, attention: Sequence[kv.Sighting], card: BaseCard, expected: Tensor, settings: Settings) -> Graphs | None:
-    """CUDA graphs, if the probe's last token gets the same logits by them. Raises SettingsError where they were demanded and do not."""
-    graphs = Graphs(bank, card.rows, card.context, card.vocab_size)
-    for logits in _tries(graphs, attention, _probe(bank.tree)[0].tolist()[-1], card.rows):
-        error = _apart(logits, expected[-1:])
-        if graphs.able and error < TOLERANCE[bank.dtype]:
-            continue
-        log.warning("graphs: off; the logits of the step that was tried differ from the model's own by %.2g", error)
-        if settings.compile == "on":
-            raise SettingsError("ADAPTERD_COMPILE: on, but decode steps of this base cannot be CUDA graphs; the log says why")
-        return None
-    return graphs
-
-
-def _tries(graphs: Graphs, attention: Sequence[kv.Sighting], token: int, rows: int) -> Iterator[Tensor]:
-    """The probe's last token by a step that is recorded and by one that is replayed: with KV read where it lies, and gathered."""
-    for row in dict.fromkeys((0, rows - 1)):
-        kv.fork(attention, 0, row, PROBE - 1)
-        for _ in ("recorded", "replayed"):
-            graphs.logits.zero_()  # a replay that does nothing is not to be taken for a good one
-            yield graphs.step([token], [kv.Span(0, 1, row, PROBE - 1)], [None])
-
-
-def _apart(logits: Tensor, expected: Tensor) -> float:
-    """The relative distance."""
-    return float((logits.float() - expected).norm() / expected.norm())
-
-
-def _capacity(model: Any, attention: Sequence[kv.Sighting], settings: Settings, device: torch.device, spare: int) -> tuple[int, int]:
-    """KV rows and the positions of each: the base's own context, capped so that all, spare ones too, fit into a share of the memory."""
-    rows = settings.max_rows or ROWS[device.type]
-    own = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 2048)
-    if settings.max_context and settings.max_context > own:
-        raise SettingsError(f"ADAPTERD_MAX_CONTEXT: {settings.max_context} is over the base's own {own}")
-    fits = int(SHARE_OF_MEMORY * _free(device)) // ((rows + spare) * kv.bytes_per_position(attention, model.dtype))
-    context = settings.max_context or min(own, fits)
-    if context > fits:
-        raise SettingsError(f"ADAPTERD_MAX_CONTEXT: {rows} rows of {context} tokens do not fit into memory; {fits} do")
-    return rows, context
-
-
-def _free(device: torch.device) -> int:
-    """Bytes of memory that the device has left."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-
-
-def matchers(folder: Path, vocabulary: int) -> Callable[[str], Any]:
-    """Makes grammar matchers over the base's tokenizer, which is only read when the first grammar comes."""
-
-    @cache
-    def words() -> Any:
-        return llguidance.hf.from_tokenizer(AutoTokenizer.from_pretrained(folder), n_vocab=vocabulary)
-
-    return lambda grammar: llguidance.LLMatcher(words(), grammar)

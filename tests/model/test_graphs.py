@@ -17,7 +17,8 @@ from peft import IA3Config
 from service.engine.request import Chunk, Placement, Plan, Request, Sampling
 from service.errors import SettingsError
 from service.model import graphs
-from service.model.runner import Runner, build
+from service.model.build import build
+from service.model.runner import Runner
 from service.settings import Settings
 from tests import making, pretended
 

@@ -18,9 +18,9 @@ from service.engine.request import Adapter, Placement
 from service.errors import SettingsError
 from service.model import kernels, kv
 from service.model.adapted import Adapted, Arrangement, Factors, Fused, Gated, Group
+from service.model.build import build
 from service.model.kernels.decoder import Decoder
 from service.model.memory import Arena
-from service.model.runner import build
 from service.settings import Settings
 from tests import making
 

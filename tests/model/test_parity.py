@@ -20,8 +20,9 @@ from service.engine.request import Chunk, Fork, Placement, Plan, Request, Sampli
 from service.errors import SettingsError
 from service.model.bank import Bank, Run
 from service.model.base import load
+from service.model.build import build
 from service.model.factors import factors
-from service.model.runner import Runner, build
+from service.model.runner import Runner
 from service.settings import Settings
 from tests import making
 

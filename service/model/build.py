@@ -1,0 +1,118 @@
+"""Builds the worker's runner: loads the base, makes the KV rows and the pool, chooses kernels or graphs, has all of it proven.
+
+Knows settings and devices. Must not know adapters or requests.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import llguidance.hf
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer
+
+from ..engine.request import BaseCard
+from ..errors import SettingsError
+from ..settings import Settings
+from . import base, kernels, kv, proof
+from .bank import Bank
+from .graphs import Graphs
+from .kernels import decoder
+from .memory import trim
+from .runner import Runner
+from .sampler import Sampler
+
+log = logging.getLogger(__name__)
+
+SHARE_OF_MEMORY = 0.5  # of what is free once the base is loaded, for KV rows
+ROWS = {"cpu": 16, "cuda": 64}
+
+
+def build(settings: Settings, progress: base.Progress) -> tuple[Runner, BaseCard]:
+    """Loads everything. Raises SettingsError with a reason fit for a person when this base or device cannot be served."""
+    folder = base.resolve(settings.base, progress)
+    model: Any = base.load(folder, settings, progress)
+    device, dtype = base.device_of(settings), model.dtype
+    recorded = device.type == "cuda" and settings.compile != "off"
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)  # streams and recordings are made on the current one
+    with torch.inference_mode():
+        progress("measuring the base", 0.0)
+        expected = proof.plain(model)
+        attention = kv.scout(model)
+        rows, context = _capacity(model, attention, settings, device, recorded)
+        card = base.card(model, folder, settings, context, rows)
+        tables = kernels.tables(rows) if device.type == "cpu" and _fusible(model, attention, settings) else None
+        kv.allocate(attention, rows + recorded, context, dtype, device, tables.body if tables else None)
+        progress("making the pool", 0.0)
+        bank = Bank(model, settings.pool_rank, dtype, device, tables)
+        if tables:
+            _fuse(bank, attention)
+        proof.prove(bank, expected)
+        graphs = _graphs(bank, attention, card, expected, settings) if recorded else None
+    trim()
+    return Runner(model, bank, attention, Sampler(matchers(folder, card.vocab_size)), graphs), card
+
+
+def _fusible(model: Any, attention: Sequence[kv.Sighting], settings: Settings) -> bool:
+    """Whether the CPU kernels can run this base. Raises SettingsError where they were demanded and cannot."""
+    wanted = settings.compile != "off" and model.dtype == torch.bfloat16
+    head = model.get_output_embeddings()
+    layers = [layer for _, layer, _, _ in base.linears(model) if layer is not head]
+    able = wanted and all(map(kernels.fits, layers)) and all(s.dim % 16 == 0 for s in attention) and kernels.load()
+    if settings.compile == "on" and not able:
+        raise SettingsError("ADAPTERD_COMPILE: on, but the kernels need a bfloat16 base on a CPU with AVX512-BF16, and a C++ compiler")
+    return able
+
+
+def _fuse(bank: Bank, attention: Sequence[kv.Sighting]) -> None:
+    """Puts the kernels' attention into the bank's tree, and the kernel for all of a layer where its kind is known."""
+    bank.tree.set_attn_implementation(kernels.NAME)
+    (layers,) = [m for m in bank.tree.modules() if isinstance(m, nn.ModuleList) and len(m) == len(attention)]
+    log.info("kernels: %d of %d layers in one call each", decoder.place(layers, attention), len(layers))
+
+
+def _graphs(bank: Bank, attention: Sequence[kv.Sighting], card: BaseCard, expected: Tensor, settings: Settings) -> Graphs | None:
+    """CUDA graphs, where they are proven. Raises SettingsError where they were demanded and are not."""
+    graphs = Graphs(bank, card.rows, card.context, card.vocab_size)
+    if proof.recorded(bank, attention, graphs, expected):
+        return graphs
+    if settings.compile == "on":
+        raise SettingsError("ADAPTERD_COMPILE: on, but decode steps of this base cannot be CUDA graphs; the log says why")
+    return None
+
+
+def _capacity(model: Any, attention: Sequence[kv.Sighting], settings: Settings, device: torch.device, spare: int) -> tuple[int, int]:
+    """KV rows and the positions of each: the base's own context, capped so that all, spare ones too, fit into a share of the memory."""
+    rows = settings.max_rows or ROWS[device.type]
+    own = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 2048)
+    if settings.max_context and settings.max_context > own:
+        raise SettingsError(f"ADAPTERD_MAX_CONTEXT: {settings.max_context} is over the base's own {own}")
+    fits = int(SHARE_OF_MEMORY * _free(device)) // ((rows + spare) * kv.bytes_per_position(attention, model.dtype))
+    context = settings.max_context or min(own, fits)
+    if context > fits:
+        raise SettingsError(f"ADAPTERD_MAX_CONTEXT: {rows} rows of {context} tokens do not fit into memory; {fits} do")
+    return rows, context
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of memory that the device has left."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def matchers(folder: Path, vocabulary: int) -> Callable[[str], Any]:
+    """Makes grammar matchers over the base's tokenizer, which is only read when the first grammar comes."""
+
+    @cache
+    def words() -> Any:
+        return llguidance.hf.from_tokenizer(AutoTokenizer.from_pretrained(folder), n_vocab=vocabulary)
+
+    return lambda grammar: llguidance.LLMatcher(words(), grammar)

@@ -52,7 +52,7 @@ def answer(made: Any) -> Any:
 
 
 if "--hasty" in sys.argv:
-    wire.PATIENCE_S = 0.5
+    wire.PATIENCE_S = 0.8
 root_create: Any = root.create_app
 root.create_app = make
 

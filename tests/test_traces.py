@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -176,5 +177,12 @@ def test_the_program_sends_what_it_served_before_it_ends_and_no_key(collector: C
 
 def test_a_collector_that_is_not_there_does_not_hold_the_exit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traces, "CLOSING_S", 0.1)
+    came = threading.Event()
     with asked(monkeypatch, OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:1", OTEL_EXPORTER_OTLP_TIMEOUT="1") as tracer:
-        tracer.record(done(time.monotonic()))
+        with monkeypatch.context() as patch:
+            patch.setattr(tracer._provider, "shutdown", came.wait)  # as long as a collector that never answers may take
+            closing = threading.Thread(target=tracer.close, daemon=True)
+            closing.start()
+            closing.join(20)
+            assert not closing.is_alive()
+        came.set()

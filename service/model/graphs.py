@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 LIMIT = 64  # recordings kept; each costs a few megabytes of the device, beside the memory that all of them work in
 POSITIONS, POOL_ROWS = 256, 64  # the smallest buckets
-IDS, PLACES, ROWS, LOW, HIGH = range(5)  # what changes between steps, for each slot
+FIELDS = ("token", "position", "row", "low", "high")  # what changes between steps, for each slot: the pool rows are [low, high)
 
 
 class Shape(NamedTuple):
@@ -45,7 +45,7 @@ class Graphs:
         self.bank, self.rows, self.context = bank, rows, context
         self.able = True
         on = bank.device
-        self.told = torch.zeros(len((IDS, PLACES, ROWS, LOW, HIGH)), rows, dtype=torch.long, pin_memory=on.type == "cuda")
+        self.told = torch.zeros(len(FIELDS), rows, dtype=torch.long, pin_memory=on.type == "cuda")
         self.inputs = torch.zeros_like(self.told, device=on)
         self.logits = torch.zeros(rows, vocabulary, dtype=bank.dtype, device=on)
         self._memory: Any = torch.cuda.graph_pool_handle()
@@ -78,7 +78,7 @@ class Graphs:
     def _tell(self, tokens: Sequence[int], spans: Sequence[Span], digests: Sequence[Digest | None], slots: Sequence[int]) -> None:
         """Unused slots hold token 0 at position 0 of the spare row, and no pool rows."""
         self.told.zero_()
-        self.told[ROWS] = self.rows
+        self.told[FIELDS.index("row")] = self.rows
         columns = [
             (token, span.position, span.row, at[0], sum(at))
             for token, span, at in zip(tokens, spans, map(self.bank.at, digests), strict=True)
@@ -87,10 +87,10 @@ class Graphs:
         self.inputs.copy_(self.told, non_blocking=True)
 
     def _forward(self, shape: Shape) -> None:
-        ids, places, rows, low, high = self.inputs[:, : shape.slots]
+        tokens, positions, rows, low, high = self.inputs[:, : shape.slots]
         self.bank.meet(low, high, shape.pool)
-        table = Table(rows, places, shape.slots, shape.longest, shape.dense)
-        out = self.bank.tree(input_ids=ids[None], position_ids=places[None], use_cache=False, table=table)
+        table = Table(rows, positions, shape.slots, shape.longest, shape.dense)
+        out = self.bank.tree(input_ids=tokens[None], position_ids=positions[None], use_cache=False, table=table)
         self.logits[: shape.slots] = out.logits[0]
 
     def _record(self, shape: Shape) -> None:

@@ -79,7 +79,7 @@ def test_a_long_body_is_no_head(port: int) -> None:
 
 @pytest.fixture(scope="module")
 def hasty() -> Iterator[int]:
-    """One that waits half a second."""
+    """One that waits less than a second."""
     with server("--hasty") as (_, url):
         yield int(url.rsplit(":", 1)[1])
 
@@ -96,7 +96,7 @@ POST = b"POST /adapters HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\
 def test_a_head_that_comes_too_slowly_is_408_however_steadily(hasty: int) -> None:
     status, headers, content = talk(hasty, GET, *[b"x-%d: a\r\n" % i for i in range(20)], pause=0.2)
     assert (status, headers["connection"], json.loads(content)["error_type"]) == (408, "close", "validation")
-    assert "did not come within 0.5 s" in json.loads(content)["error"]
+    assert "did not come within 0.8 s" in json.loads(content)["error"]
 
 
 def test_a_body_that_stops_is_408_and_one_that_is_only_slow_is_read(hasty: int) -> None:
@@ -106,7 +106,7 @@ def test_a_body_that_stops_is_408_and_one_that_is_only_slow_is_read(hasty: int) 
     assert talk(hasty, head, body[:5])[0] == 408
     assert failures(hasty) == before + 1
     assert talk(hasty, head, *[body[i : i + 4] for i in range(0, len(body), 4)], pause=0.2)[0] == 201
-    assert talk(hasty, head[:9], head[9:], body, pause=0.3)[0] in (200, 201), "the head's time is not the body's"
+    assert talk(hasty, head[:9], head[9:], body, pause=0.45)[0] in (200, 201), "the head's time is not the body's"
 
 
 def test_who_connects_and_says_nothing_is_left_and_one_who_waits_for_an_answer_is_not(hasty: int) -> None:

@@ -1,7 +1,8 @@
 """A GPU that is not there: CPU tensors that say `cuda`, and are as strict about it.
 
 They refuse to meet tensors of the CPU. What runs on a side stream happens as late as CUDA allows: only when somebody waits for it. A graph
-records operations without Python between them, replays them on the same memory, and refuses what would wait for the device.
+records operations without Python between them, replays them on the same memory, and refuses what would wait for the device. What loading
+took is not free before torch gives it back. Attention that may be cuDNN's, torch's first choice, is refused: it plans anew for each length.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from service.model import base
 from service.settings import Settings
 
 AWAITED = {"aten.item", "aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten.equal"}
+MEMORY = 1 << 28
 CROSSING = {"aten.copy_", "aten.to", "aten._to_copy", "getitem", "setitem"}
 Work = Callable[[], Any]
 
@@ -66,6 +68,7 @@ class GPU:
     default = Stream(now=True)
     stream = default
     graph: Graph | None = None
+    free = 0
 
 
 class Elsewhere(torch.Tensor):
@@ -147,7 +150,9 @@ def run(function: Any, args: Any, kwargs: Any) -> Any:
     here = [t for t in flat if isinstance(t, torch.Tensor) and not isinstance(t, Elsewhere) and t.dim()]
     if there and here and name not in CROSSING:
         raise RuntimeError(f"{name}: tensors of cuda and of cpu in one operation")
-    if GPU.graph is not None and (here or on == "cpu" or name in AWAITED):
+    if name == "aten.scaled_dot_product_attention" and torch.backends.cuda.cudnn_sdp_enabled():
+        raise RuntimeError("cuDNN would plan this attention anew for each length")
+    if GPU.graph is not None and (here or on == "cpu" or _awaited(name, args)):
         raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
     outer = {id(t.numbers): t for t in there}
     inner_args, inner_kwargs = tree_map(_inside, (args, kwargs))
@@ -157,6 +162,12 @@ def run(function: Any, args: Any, kwargs: Any) -> Any:
     if here and name == "aten.copy_" and not isinstance(args[0], Elsewhere):
         return args[0]  # to the host
     return tree_map(lambda t: outer[id(t)] if id(t) in outer else Elsewhere(t) if isinstance(t, torch.Tensor) else t, out)
+
+
+def _awaited(name: str, args: Any) -> bool:
+    """Whether the host waits for the device here; to index by truth is to count what is true."""
+    index = tree_flatten(args[1])[0] if name in ("getitem", "setitem") else []
+    return name in AWAITED or any(isinstance(t, torch.Tensor) and t.dtype == torch.bool for t in index)
 
 
 def _inside(value: Any) -> Any:
@@ -228,13 +239,18 @@ def _set(stream: Stream) -> None:
     GPU.stream = stream
 
 
+def _empty_cache() -> None:
+    GPU.free = MEMORY
+
+
 @contextmanager
 def gpu() -> Iterator[type[GPU]]:
     """While it lasts, `cuda` is a device of this machine, and a base that is to be loaded there comes to it by way of the CPU."""
     stand_ins: dict[str, Any] = {
         "is_available": lambda: True,
         "_lazy_init": lambda: None,
-        "mem_get_info": lambda device: (1 << 28, 1 << 28),
+        "mem_get_info": lambda device: (GPU.free, MEMORY),
+        "empty_cache": _empty_cache,
         "Stream": Stream,
         "Event": Event,
         "stream": _on,
@@ -245,7 +261,8 @@ def gpu() -> Iterator[type[GPU]]:
         "graph": _recording,
         "graph_pool_handle": object,
     }
-    GPU.stream, GPU.graph = GPU.default, None
+    GPU.stream, GPU.graph, GPU.free = GPU.default, None, MEMORY >> 10
+    torch.backends.cuda.enable_cudnn_sdp(True)
     with pytest.MonkeyPatch.context() as patch, Pretence():  # type: ignore[no-untyped-call]
         for name, stand_in in stand_ins.items():
             patch.setattr(torch.cuda, name, stand_in)
@@ -253,6 +270,7 @@ def gpu() -> Iterator[type[GPU]]:
         patch.setattr(torch.Tensor, "to", _to(torch.Tensor.to))
         patch.setattr(base, "load", _load(base.load))
         patch.setattr(base, "resident_bytes", lambda model: {})  # storages that are not there have no addresses
+        patch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
         yield GPU
 
 

@@ -42,6 +42,7 @@ def build(settings: Settings, progress: base.Progress) -> tuple[Runner, BaseCard
     recorded = device.type == "cuda" and settings.compile != "off"
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)  # streams and recordings are made on the current one
+        torch.backends.cuda.enable_cudnn_sdp(False)  # torch's first choice on an H100; it plans anew for each length, for 30 ms and more
     with torch.inference_mode():
         progress("measuring the base", 0.0)
         expected = proof.plain(model)
@@ -98,12 +99,15 @@ def _capacity(model: Any, attention: Sequence[kv.Sighting], settings: Settings, 
     context = settings.max_context or min(own, fits)
     if context > fits:
         raise SettingsError(f"ADAPTERD_MAX_CONTEXT: {rows} rows of {context} tokens do not fit into memory; {fits} do")
+    if context < proof.PROBE:  # a GPU would write past the rows' end
+        raise SettingsError(f"ADAPTERD_MAX_CONTEXT: {rows} rows of {context} tokens are too short to prove the base by {proof.PROBE}")
     return rows, context
 
 
 def _free(device: torch.device) -> int:
     """Bytes of memory that the device has left."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what loading left unused with torch counts as taken
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
 

@@ -50,7 +50,11 @@ class Runner:
 
     def unload(self, digest: Digest) -> int:
         hosted = self.hosted.pop(digest, None)
-        return hosted.size if hosted else 0
+        size = hosted.size if hosted else 0
+        if self.bank.device.type == "cuda":
+            del hosted
+            torch._C._host_emptyCache()  # torch keeps pinned memory that was freed, for whatever comes next of that very size
+        return size
 
     def finish(self, request: int) -> None:
         self.sampler.finish(request)

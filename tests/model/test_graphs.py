@@ -6,6 +6,7 @@ Where a real one is, the same tests run on that.
 from __future__ import annotations
 
 import random
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from peft import IA3Config
 
 from service.engine.request import Chunk, Placement, Plan, Request, Sampling
 from service.errors import SettingsError
-from service.model import graphs
+from service.model import graphs, proof
 from service.model.build import build
 from service.model.runner import Runner
 from service.settings import Settings
@@ -191,6 +192,25 @@ def test_an_adapter_that_goes_while_it_is_still_being_copied_leaves_nothing_to_t
         job = Job([3, 4, 5], 12, second.digest)
         Driver(runner, 1).run([job])
         assert job.ids == want
+
+
+def test_an_adapter_that_is_forgotten_leaves_no_pinned_memory(house: dict[str | None, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch keeps what was freed for the next of that size, and others would pin as much again."""
+    plan, left = plan_of(house["a0"], house[None]), []
+    with device():
+        runner = runner_on(house[None])
+        size = runner.load(plan)
+        factor = weakref.ref(next(iter(runner.hosted[plan.digest].factors.values())).a)
+        monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: left.append(factor()))
+        assert runner.unload(plan.digest) == size
+    assert left == [None]
+
+
+def test_a_context_that_the_proof_does_not_fit_into_is_refused(house: dict[str | None, Path]) -> None:
+    with device():
+        runner_on(house[None], max_context=proof.PROBE)
+        with pytest.raises(SettingsError, match="ADAPTERD_MAX_CONTEXT: 8 rows of 23 tokens are too short"):
+            runner_on(house[None], max_context=proof.PROBE - 1)
 
 
 def test_no_more_recordings_are_kept_than_the_limit(house: dict[str | None, Path], monkeypatch: pytest.MonkeyPatch) -> None:

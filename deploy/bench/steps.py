@@ -129,7 +129,7 @@ class Bench:
     def placing(self) -> None:
         """An adapter from host memory to the device, until it is there, beside one copy of as many bytes."""
         digest = self.work.adapters[0].digest
-        host = torch.empty(self.runner.hosted[digest].size, dtype=torch.uint8, pin_memory=self.on.type == "cuda")
+        host = torch.empty(self.bytes_of(self.work.adapters[0]), dtype=torch.uint8, pin_memory=self.on.type == "cuda")
         there = torch.empty_like(host, device=self.on)
         placed, copied = [], []
         for _ in range(PLACINGS):
@@ -138,6 +138,10 @@ class Bench:
             copied.append(clocked(lambda: there.copy_(host, non_blocking=True)))
         for what, seconds in ((f"placing an adapter of {host.nbytes / 1e6:.1f} MB", placed), ("one copy of its bytes", copied)):
             self.found.tell(f"compile {self.switch}: {what}: ms", 1000 * statistics.median(seconds))
+
+    def bytes_of(self, adapter: Adapter) -> int:
+        """Of its factors; what the host holds for a GPU is rounded up to a power of two."""
+        return sum(tensor.nbytes for part in self.runner.hosted[adapter.digest].factors.values() for tensor in part if tensor is not None)
 
     def floor(self) -> None:
         """What a step cannot be faster than: each byte that it must read, once. KV, which it reads too, is not counted.
@@ -149,7 +153,7 @@ class Bench:
         model = self.runner.model
         inputs, outputs = model.get_input_embeddings().weight, model.get_output_embeddings().weight
         needed = sum(self.card.resident_bytes.values()) - (0 if inputs is outputs else inputs.nbytes)
-        more = sum(self.runner.hosted[adapter.digest].size for adapter in self.work.adapters)
+        more = sum(map(self.bytes_of, self.work.adapters))
         speed = bandwidth(self.on, self.found)
         self.found.tell("bytes that a step reads of the base (all but the embeddings, unless they are the head): GB", needed / 1e9)
         self.found.tell(f"bytes of the {len(self.work.adapters)} adapters: GB", more / 1e9)

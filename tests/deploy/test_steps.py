@@ -95,13 +95,16 @@ def test_on_a_gpu_steps_are_timed_as_graphs_and_without(tmp_path: Path, monkeypa
     monkeypatch.setattr(steps, "trained", lambda *asked: read)
     monkeypatch.setattr(steps, "bandwidth", lambda device, found: 1e9)  # takes gigabytes of a GPU
     with pretended.gpu():
-        for name, answer in (("get_device_name", "none"), ("synchronize", None), ("empty_cache", None), ("memory_allocated", 0)):
+        for name, answer in (("get_device_name", "none"), ("synchronize", None), ("memory_allocated", 0)):
             monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
         found = steps.main(asked(tmp_path, "--no-peft"))
     assert found.raised == {}
     assert {(timed.compile, timed.rows, timed.mix) for timed in found.steps} == KINDS
     assert found.facts["compile auto: CUDA graphs were good to the end"]
     assert not found.facts["compile off: CUDA graphs"]
+    one = 2 * 2 * random_base.RANK * (128 + 96 + 96 + 128)  # of two bytes, in two layers; in and out of q, k, v and o
+    assert found.facts["bytes of the 3 adapters: GB"] == 3 * one / 1e9
+    assert f"compile auto: placing an adapter of {one / 1e6:.1f} MB: ms" in found.facts
 
 
 def test_what_raises_is_told_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

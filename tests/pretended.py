@@ -150,7 +150,7 @@ def run(function: Any, args: Any, kwargs: Any) -> Any:
     here = [t for t in flat if isinstance(t, torch.Tensor) and not isinstance(t, Elsewhere) and t.dim()]
     if there and here and name not in CROSSING:
         raise RuntimeError(f"{name}: tensors of cuda and of cpu in one operation")
-    if name == "aten.scaled_dot_product_attention" and torch.backends.cuda.cudnn_sdp_enabled():
+    if name == "aten.scaled_dot_product_attention" and torch.backends.cuda.cudnn_sdp_enabled():  # type: ignore[no-untyped-call]
         raise RuntimeError("cuDNN would plan this attention anew for each length")
     if GPU.graph is not None and (here or on == "cpu" or _awaited(name, args)):
         raise RuntimeError(f"{name}: operation not permitted when stream is capturing")

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.anyio
 
 PROMPT = [9, 40, 41, 77, 8, 30, 5, 9, 120, 4, 66]
 LENGTH = 5
-STEPS = 95
+STEPS = 105
 IDS = [f"x{i}" for i in range(7)]
 BESIDE = (
     *("modules_to_save", "embedding saved", "trainable_token_indices", "lora_bias", "embedding", "target_parameters"),

@@ -53,12 +53,15 @@ class Meaning:
 def understood(skeleton: Skeleton, config: Config) -> Meaning:
     """What PEFT makes of the config. Raises AdapterInvalid with its reason, AdapterUnsupported for what is not served."""
     start = str(config.get("init_lora_weights", ""))
-    if start.startswith(CHANGES_BASE):
+    if start.lower().startswith(CHANGES_BASE):
         raise AdapterUnsupported(
             [f"`init_lora_weights` {start!r} changes the base's weights; convert the adapter to a plain LoRA when saving it"]
         )
-    if config.get("task_type") not in (None, "CAUSAL_LM"):
-        raise AdapterUnsupported([f"`task_type` {config['task_type']!r} is not served, only CAUSAL_LM is"])
+    task = config.get("task_type")
+    if task not in (None, "CAUSAL_LM"):
+        raise AdapterUnsupported([f"`task_type` {task!r} is not served, only CAUSAL_LM is"])
+    if task is None and config.get(ACTIVATED):
+        raise AdapterUnsupported([f"`{ACTIVATED}` without the `task_type` CAUSAL_LM: PEFT itself would never wake it"])
     text = dumps({key: value for key, value in config.items() if key not in ASIDE}, sort_keys=True)
     try:
         with warnings.catch_warnings():
@@ -88,6 +91,8 @@ def injected(skeleton: Skeleton, text: str) -> Meaning:
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     expected = {key: tuple(tensor.shape) for key, tensor in state.items()}
     kinds = frozenset(kind for layer in layers.values() if (kind := kind_of(layer)))
+    if attentions(model) > attentions(skeleton.model):  # the copies would have KV rows of their own, which nobody forks or clears
+        kinds |= {f"{'modules_to_save' if getattr(config, 'modules_to_save', None) else config.peft_type.value} on attention layers"}
     patches = tuple(patch(name, layer, expected) for name, layer in layers.items()) if not kinds else ()
     return Meaning(expected, patches, kinds | features(config))
 
@@ -113,14 +118,17 @@ def known_keys(peft_type: str) -> frozenset[str]:
 def features(config: PeftConfig) -> frozenset[str]:
     """What this config uses beyond low-rank changes of linear layers, by the names users know."""
     kind = str(config.peft_type.value)
-    if kind != "LORA":
-        return frozenset({kind})
-    found = {name for name in OPTIONS if getattr(config, name, None)}
-    if config.bias != "none":
+    found = {name for name in OPTIONS if getattr(config, name, None)} if kind == "LORA" else {kind}
+    if getattr(config, "bias", "none") != "none":
         found.add("bias")
-    if str(config.init_lora_weights) == "mica":
+    if str(getattr(config, "init_lora_weights", "")) == "mica":
         found.add("init_lora_weights: mica")
     return frozenset(found)
+
+
+def attentions(model: nn.Module) -> int:
+    """How many attention layers there are, by the name that transformers gives all of their classes."""
+    return sum("Attention" in type(module).__name__ for module in model.modules())
 
 
 def kind_of(layer: LoraLayer) -> str:

@@ -6,13 +6,14 @@ No weight is copied and the base's own tree is never altered. Must not know requ
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from peft import PeftConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from ..engine.request import Adapter
 from ..errors import AdapterInvalid, AdapterUnsupported
@@ -45,6 +46,7 @@ def planted(base: Tree, adapter: Adapter) -> Any:
     config.inference_mode = True
     model = _injected(share(base), config)
     places = get_peft_model_state_dict(model, save_embedding_layers=False)
+    _kept_apart(model, places, pointers(base))
     if missing := sorted(places.keys() - tensors.keys()):
         raise AdapterInvalid([f"{len(missing)} tensors that PEFT needs are missing: {', '.join(missing[:4])}"])
     tensors = {key: tensors[key] for key in places}
@@ -73,7 +75,20 @@ def _misread(layer: BaseTunerLayer) -> bool:
     return quantized and not type(layer).__module__.endswith(".bnb") and getattr(layer, "quantization_backend", None) is None
 
 
+def _kept_apart(model: nn.Module, places: Mapping[str, Tensor], shared: set[int]) -> None:
+    """Raises AdapterUnsupported where weights would land in the base's own tensors, or tokens in KV rows that are not the base's."""
+    if through := sorted(key for key, place in places.items() if place.data_ptr() in shared):
+        raise AdapterUnsupported([f"PEFT would write {through[0]} into the base's own weights"])
+    if strange := [name for name, rows in model.named_buffers() if name.endswith("kv_keys") and rows.data_ptr() not in shared]:
+        raise AdapterUnsupported([f"PEFT has made a copy of an attention layer and its KV rows: {strange[0]}"])
+
+
+def pointers(base: nn.Module) -> set[int]:
+    """Where the base's tensors lie."""
+    return {tensor.data_ptr() for tensor in (*base.parameters(), *base.buffers()) if tensor.numel()}
+
+
 def own_bytes(tree: nn.Module, base: nn.Module) -> int:
     """Bytes of the tensors that the tree does not share with the base."""
-    shared = {tensor.data_ptr() for tensor in (*base.parameters(), *base.buffers())}
+    shared = pointers(base)
     return sum(tensor.nbytes for tensor in (*tree.parameters(), *tree.buffers()) if tensor.data_ptr() not in shared)

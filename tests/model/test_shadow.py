@@ -99,6 +99,29 @@ def test_a_saved_embedding_is_not_written_through_to_the_base(base: Path, tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_what_peft_would_write_into_the_base_is_refused(tmp_path: Path) -> None:
+    """Biases that a type trains beside its own weights are the base's own tensors."""
+    base = making.tiny(tmp_path / "biased", attention_bias=True)
+    model = making.load(base)
+    model.model.layers[0].self_attn.q_proj.bias.data.normal_()
+    before = [weight.clone() for weight in model.parameters()]
+    folder = kinds.other("OFT", r=0, oft_block_size=8, bias="oft_only")(tmp_path / "oft", base)
+    with pytest.raises(AdapterUnsupported, match=r"q_proj\.base_layer\.bias into the base's own weights"):
+        planted(model, shadow_plan(folder))
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_copy_of_attention_layers_whose_rows_nobody_would_fork_is_refused(house: House, base: Path, tmp_path: Path) -> None:
+    for kind, maker in {
+        "saved": kinds.lora(17, targets=("down_proj",), modules_to_save=["self_attn"]),
+        "tuned": kinds.other("LN_TUNING", target_modules=["self_attn"]),
+    }.items():
+        with pytest.raises(AdapterUnsupported, match="KV rows"):
+            house.runner.load(shadow_plan(maker(tmp_path / kind, base)))
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_where_pefts_own_code_raises_its_request_fails_and_the_neighbour_goes_on(house: House, base: Path, tmp_path: Path) -> None:
     folder = kinds.SHADOW["IA3"](tmp_path / "ia3", base)
     shadow = shadow_plan(folder)

@@ -123,7 +123,7 @@ def read_header(path: Path) -> Header:
 def _not_safetensors(start: bytes, size: int) -> str:
     if start.startswith(POINTER):
         return "is a git-lfs pointer, not the weights: fetch them with `git lfs pull`"
-    if start.startswith(PICKLE):
+    if start.startswith(PICKLE) and start[8:9] != b"{":  # else these are a length's own low bytes
         return "is a pickle, not safetensors: it could run code; save the adapter as safetensors"
     return "" if size >= 8 else f"is truncated: {size} bytes"
 

@@ -151,6 +151,13 @@ def test_weights_that_are_not_whole_are_refused_with_a_hint(plain: Path, tmp_pat
     assert word in refused(folder)
 
 
+@pytest.mark.parametrize("length", [0x0280, 0x0380, 0x0480, 0x0580, 0x10280])
+def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path, length: int) -> None:
+    text = json.dumps({"a": entry([4])}).encode().ljust(length)
+    (tmp_path / WEIGHTS).write_bytes(packed(text, bytes(16)))
+    assert inspection.read_header(tmp_path / WEIGHTS).header_bytes == length + 8
+
+
 def test_half_of_the_weights_is_truncated(plain: Path, tmp_path: Path) -> None:
     folder = making.edit(plain, tmp_path / "a")
     data = (folder / WEIGHTS).read_bytes()

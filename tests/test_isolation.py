@@ -153,7 +153,8 @@ class Walk:
 
     async def rot(self, *_: str) -> str:
         """Its file changes on disk after it was registered and before it was read."""
-        folder = making.edit(self.root / "plain", self.root / f"rotten{self.dice.random()}")
+        number = self.dice.random()  # else an adapter of the same content might be resident
+        folder = making.edit(self.root / "plain", self.root / f"rotten{number}", {"lora_dropout": number})
         await self.registry.register("rotten", folder.name, preload=False, replace=True)
         making.edit(folder, folder, weights=lambda tensors: {name: tensor + 1 for name, tensor in tensors.items()})
         told = (await self.answer("rotten"))[1]

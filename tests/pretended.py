@@ -8,10 +8,11 @@ took is not free before torch gives it back. Attention that may be cuDNN's, torc
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -52,10 +53,15 @@ class Event:
 
 
 class Graph:
-    """Operations in their order, each with the memory that it reads and writes."""
+    """Operations in their order, each with the memory that it reads and writes. Holds the pool that it was recorded in."""
 
     def __init__(self) -> None:
         self.work: list[Work] = []
+        self.pool: object = None
+
+    def __del__(self) -> None:
+        if self.pool is not None:
+            GPU.held[self.pool] -= 1
 
     def replay(self) -> None:
         for work in self.work:
@@ -69,6 +75,8 @@ class GPU:
     stream = default
     graph: Graph | None = None
     free = 0
+    held: ClassVar[Counter[object]] = Counter()  # pools of memory, by how many recordings hold them
+    filling: ClassVar[set[object]] = set()
 
 
 class Elsewhere(torch.Tensor):
@@ -211,11 +219,14 @@ def _recording(graph: Graph, pool: object, capture_error_mode: str) -> Iterator[
     assert capture_error_mode == "thread_local"
     assert not graph.work
     before, GPU.stream, GPU.graph = GPU.stream, Stream(), graph
+    GPU.filling.add(pool)
+    GPU.held[pool] += 1
     try:
         yield
-        GPU.stream = before
-    except RuntimeError:
-        raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904 - and stays on its stream, as torch does
+        GPU.stream, graph.pool = before, pool
+        GPU.filling.remove(pool)
+    except RuntimeError:  # it stays on its stream, and the pool is left filling and held, as torch 2.11 does
+        raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
     finally:
         GPU.graph = None
 
@@ -239,6 +250,16 @@ def _set(stream: Stream) -> None:
     GPU.stream = stream
 
 
+def _end(device: int, pool: object) -> None:
+    if pool not in GPU.filling:
+        raise RuntimeError("not currently recording to this pool")
+    GPU.filling.remove(pool)
+
+
+def _release(device: int, pool: object) -> None:
+    GPU.held[pool] -= 1
+
+
 def _empty_cache() -> None:
     GPU.free = MEMORY
 
@@ -256,12 +277,14 @@ def gpu() -> Iterator[type[GPU]]:
         "stream": _on,
         "set_device": lambda index: None,
         "set_stream": _set,
+        "current_device": lambda: 0,
         "current_stream": lambda: GPU.stream,
         "CUDAGraph": Graph,
         "graph": _recording,
         "graph_pool_handle": object,
     }
     GPU.stream, GPU.graph, GPU.free = GPU.default, None, MEMORY >> 10
+    GPU.held, GPU.filling = Counter(), set()
     torch.backends.cuda.enable_cudnn_sdp(True)
     with pytest.MonkeyPatch.context() as patch, Pretence():  # type: ignore[no-untyped-call]
         for name, stand_in in stand_ins.items():
@@ -270,7 +293,8 @@ def gpu() -> Iterator[type[GPU]]:
         patch.setattr(torch.Tensor, "to", _to(torch.Tensor.to))
         patch.setattr(base, "load", _load(base.load))
         patch.setattr(base, "resident_bytes", lambda model: {})  # storages that are not there have no addresses
-        patch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+        for name, stand_in in (("_host_emptyCache", lambda: None), ("_cuda_endAllocateToPool", _end), ("_cuda_releasePool", _release)):
+            patch.setattr(torch._C, name, stand_in, raising=False)
         yield GPU
 
 

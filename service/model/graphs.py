@@ -101,9 +101,10 @@ class Graphs:
             with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
                 self._forward(shape)
         except Exception as error:
-            torch.cuda.set_stream(stream)  # one that breaks off leaves its own behind, and in torch 2.11 its memory pool open, too
+            torch.cuda.set_stream(stream)  # one that breaks off leaves its own behind, and in torch 2.11 its memory pool, open and kept
             with suppress(AttributeError, RuntimeError):
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._memory)
+                torch._C._cuda_releasePool(torch.cuda.current_device(), self._memory)
             self.able = False
             self._recorded.clear()
             why = str(error.__context__ or error).partition("\n")[0]  # ending a broken recording raises once more

@@ -49,6 +49,14 @@ def test_compose_publishes_on_loopback_only_and_keeps_keys_out_of_the_environmen
         )
 
 
+def test_a_read_only_container_gets_its_secrets_as_files() -> None:
+    """Compose refuses any other there (docker/compose#12531)."""
+    whole = compose()
+    for name, service in whole["services"].items():
+        if service.get("read_only"):
+            assert all(whole["secrets"][secret].keys() == {"file"} for secret in service.get("secrets", [])), name
+
+
 def test_either_profile_brings_up_one_adapterd_under_one_name() -> None:
     services = compose()["services"]
     assert services["adapterd"]["profiles"] == ["cpu"]

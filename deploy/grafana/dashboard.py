@@ -54,7 +54,7 @@ ROWS: dict[str, list[Panel]] = {
             "Running and waiting requests.",
         ),
         Panel("Tokens", "short", [(f"sum({rate(f'adapterd_{s}_tokens_total')})", s) for s in ("prompt", "generation")], "Tokens a second."),
-        Panel("KV rows in use", "percentunit", [(f"adapterd_kv_cache_usage_ratio{HERE}", "{{instance}}")]),
+        Panel("KV positions in use", "percentunit", [(f"adapterd_kv_cache_usage_ratio{HERE}", "{{instance}}")]),
     ],
     "Outcomes": [
         Panel("Answered", "reqps", [(f"sum by (finished_reason) ({rate('adapterd_request_success_total')})", "{{finished_reason}}")]),

@@ -76,6 +76,12 @@ def test_mounts_have_volumes_and_claims_exist() -> None:
     assert claims == {manifest["metadata"]["name"] for manifest in manifests() if manifest["kind"] == "PersistentVolumeClaim"}
 
 
+def test_replicas_do_not_write_over_each_others_registrations() -> None:
+    assert one("Deployment")["spec"]["replicas"] > 1
+    (adapters,) = [mount for mount in pod()["containers"][0]["volumeMounts"] if mount["name"] == "adapters"]
+    assert adapters["readOnly"] is True
+
+
 def test_readiness_decides_on_traffic_and_liveness_only_on_restarts() -> None:
     container = pod()["containers"][0]
     assert container["readinessProbe"]["httpGet"]["path"] == container["startupProbe"]["httpGet"]["path"] == "/ready"

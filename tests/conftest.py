@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+os.environ["no_proxy"] = "127.0.0.1,localhost"  # a proxy of this machine's knows no server of a test's
 
 
 @pytest.fixture(scope="session")

@@ -23,7 +23,7 @@ from service.errors import SettingsError
 from service.traces import Part, Trace, Tracer
 
 from .loopback import listening
-from .test_main import ROOT, environment, free_port, run
+from .test_main import ROOT, ended, environment, run, server
 
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -157,20 +157,15 @@ sys.exit(any(name.startswith(("opentelemetry.sdk", "opentelemetry.exporter")) fo
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), check=False).returncode == 0
 
 
-def test_the_program_sends_what_it_served_before_it_ends_and_no_key(collector: Collector) -> None:
-    port = free_port()
-    line = [sys.executable, "-m", "tests.standing", "serve", "--port", str(port)]
-    told = environment(OTEL_EXPORTER_OTLP_ENDPOINT=collector.url, ADAPTERD_API_KEYS="sk-secret")
-    with subprocess.Popen(line, cwd=ROOT, env=told, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        try:
-            with httpx.Client(base_url=f"http://127.0.0.1:{port}", transport=httpx.HTTPTransport(retries=60), trust_env=False) as client:
-                for key in ("sk-secret", "sk-wrong"):
-                    client.get("/adapters?q=sk-secret", headers={"authorization": f"Bearer {key}", "traceparent": PARENT})
-            process.send_signal(signal.SIGTERM)
-            out, _ = process.communicate(timeout=60)
-        finally:
-            process.kill()
-    assert process.returncode == 0, out
+def test_the_program_sends_what_it_served_before_it_ends_and_no_key(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
+    with server("--api-keys", "sk-secret") as (process, url):
+        for key in ("sk-secret", "sk-wrong"):
+            sent = {"authorization": f"Bearer {key}", "traceparent": PARENT}
+            httpx.get(f"{url}/adapters?q=sk-secret", headers=sent, trust_env=False)
+        process.send_signal(signal.SIGTERM)
+        code, out = ended(process)
+    assert code == 0, out
     assert sorted(values(span)["http.response.status_code"] for span in collector.spans) == [200, 401]
     assert "sk-" not in str(collector.got) + out
 

@@ -12,7 +12,6 @@ from pydantic import BaseModel, ValidationError
 from starlette.types import Scope
 
 from service.adapters import ids
-from service.api.admission import ALIASES
 from service.api.auth import manages
 from service.api.schemas_chat import ChatRequest
 from service.api.schemas_native import GenerateRequest
@@ -72,4 +71,4 @@ def _adapter(shape: type[BaseModel], body: bytes, settings: Settings) -> str:
     else:
         id = str(getattr(asked, "model", "")).rpartition(":")[2]
     base = settings.base_id or ids.base_name(settings.base)
-    return "" if id in (base, *ALIASES) else id
+    return "" if id in (base, *ids.BASE) else id

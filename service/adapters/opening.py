@@ -1,4 +1,7 @@
-"""What is registered when the service starts: what was registered before, and the folders that lie in the adapters directory."""
+"""What is registered when the service starts: what was registered before, and the folders that lie in the adapters directory.
+
+Must not know leases or the device.
+"""
 
 from __future__ import annotations
 

@@ -115,9 +115,7 @@ class Registry:
         async with self._shelves.turn(f"id {id}"):
             return await self._take(await self._generation(id, place), pinned, preload, replace)
 
-    async def upload(
-        self, id: str, files: Mapping[str, Upload], pinned: bool = False, preload: bool = True, replace: bool = False
-    ) -> tuple[Told, bool]:
+    async def upload(self, id: str, files: Mapping[str, Upload]) -> tuple[Told, bool]:
         """Stores the parts of an upload under the adapters directory and registers them. Raises as `register`, and PayloadTooLarge."""
         ids.check(id, self.base_id)
         staged = await self._store.stage(files)
@@ -126,7 +124,8 @@ class Registry:
             async with self._shelves.turn(f"id {id}"):
                 _, reading = await self._read(Place(staged, "upload"))
                 kept = await asyncio.to_thread(self._store.keep, staged, reading.adapter.digest)
-                return await self._take(self._numbered(id, kept, kept.fingerprint(), reading.moved(kept.folder)), pinned, preload, replace)
+                generation = self._numbered(id, kept, kept.fingerprint(), reading.moved(kept.folder))
+                return await self._take(generation, pinned=False, preload=True, replace=False)
         finally:
             await asyncio.to_thread(discard, staged)
             if kept and not self._shelves.sourced(kept.source):

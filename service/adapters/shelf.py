@@ -11,11 +11,10 @@ from typing import Any
 from ..engine.request import Adapter, BaseCard, Digest, Tier
 from . import facts
 from .ids import Served
+from .inspection import ITEMSIZE
 from .ledger import Record
 from .questions import Reading
 from .store import Place
-
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +119,7 @@ def summary(one: Shelved, tier: Tier, base: BaseCard, served: Served) -> dict[st
     known = {key: value for key, value in reading.facts.items() if key != "claimed_base"}
     claimed = reading.facts["claimed_base"]
     match = served.matches(claimed)
-    on_device = known["parameters"] * ITEMSIZE[base.dtype]
+    on_device = known["parameters"] * ITEMSIZE[facts.FLOATS[base.dtype]]
     resident = sum(base.resident_bytes.values())
     warnings = list(reading.warnings)
     if not match:

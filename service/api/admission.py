@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from ..engine.text import Voice
 
 LONG = 20_000  # characters; a longer prompt is tokenized off the event loop
-ALIASES = ("base", "__base__")
 
 
 @dataclass(frozen=True)
@@ -70,11 +69,6 @@ class Admission:
     def adapter(self) -> dict[str, str] | None:
         """What every answer says of its adapter; None for the base."""
         return {"id": self.generation.id, "digest": self.generation.digest} if self.generation else None
-
-    @property
-    def bases(self) -> tuple[str, ...]:
-        """The names of the base."""
-        return (self.rooms.registry.base_id, *ALIASES)
 
     async def enter(self, id: str | None) -> Voice:
         """Leases this adapter until the request is over, and gives its voice; None is the base. Raises AdapterNotFound, NotReady."""
@@ -137,6 +131,10 @@ class Admission:
         """A prompt counts once, however many answers it gets."""
         return sum({id(answer.prompt): len(answer.prompt) for answer in self.answers}.values())
 
+    @property
+    def generated_tokens(self) -> int:
+        return sum(len(answer.tokens) for answer in self.answers)
+
     def headers(self) -> dict[str, str]:
         """What is known once admitted."""
         told = {"x-prompt-tokens": str(self.prompt_tokens)}
@@ -147,13 +145,12 @@ class Admission:
     def times(self) -> dict[str, str]:
         """What is known once finished, in milliseconds: of several answers the slowest one's."""
         tickets = [answer.ticket for answer in self.answers]
-        made = sum(len(answer.tokens) for answer in self.answers)
         queued = max((_ms(t.submitted, t.started) for t in tickets), default=0.0)
         ran = max((_ms(t.started, t.last) for t in tickets), default=0.0)
-        each = ran / max([len(answer.tokens) for answer in self.answers] or [1]) if made else 0.0
+        each = ran / max(len(answer.tokens) for answer in self.answers) if self.generated_tokens else 0.0
         times = {"queue": queued, "inference": ran, "total": (time.monotonic() - self.began) * 1000}
         named = {f"x-{name}-time": f"{ms:.1f}" for name, ms in times.items()}
-        return {"x-generated-tokens": str(made), "x-time-per-token": f"{each:.1f}", **named}
+        return {"x-generated-tokens": str(self.generated_tokens), "x-time-per-token": f"{each:.1f}", **named}
 
     def outcome(self) -> dict[str, str | float]:
         """What the log line says of the end, once all answers have one, and of the first token."""
@@ -192,8 +189,8 @@ def _count(entered: Admission) -> None:
     state.log = entered.outcome() | told(entered.headers() | entered.times()) | state.log  # a stream's own headers said less
     state.parts = entered.parts()
     if entered.generation is not None:
-        made = sum(len(answer.tokens) for answer in entered.answers)
-        metrics.adapter_served(entered.generation.id, entered.prompt_tokens, made, time.monotonic() - entered.began)
+        seconds = time.monotonic() - entered.began
+        metrics.adapter_served(entered.generation.id, entered.prompt_tokens, entered.generated_tokens, seconds)
 
 
 def budget(prompt: int, ask: Ask, context: int) -> int:

@@ -42,7 +42,7 @@ async def chat(body: ChatRequest, request: Request, admitted: Admitted) -> Respo
         return streamed(request, _chunks(body, admitted, outside, calls), admitted.headers())
     await admitted.finish()
     choices = [_choice(body, i, answer, calls[i]) for i, answer in enumerate(admitted.answers)]
-    told = shell("chatcmpl", "chat.completion", body.model, admitted) | {"choices": choices, "usage": usage(admitted.answers)}
+    told = shell("chatcmpl", "chat.completion", body.model, admitted) | {"choices": choices, "usage": usage(admitted)}
     return Response(dumped(told), headers=admitted.headers() | admitted.times(), media_type="application/json")
 
 
@@ -120,7 +120,7 @@ async def _chunks(body: ChatRequest, admitted: Admission, outside: Told, calls: 
         if piece.ending:
             yield outside | _delta(i, {}, _finish(piece.ending, found))
     if body.usage_wanted:
-        yield outside | {"choices": [], "usage": usage(admitted.answers)}
+        yield outside | {"choices": [], "usage": usage(admitted)}
 
 
 def _delta(index: int, delta: Told, finish: str | None = None, logprobs: Told | None = None) -> Told:

@@ -41,7 +41,7 @@ async def completions(body: CompletionRequest, request: Request, admitted: Admit
         return streamed(request, _chunks(body, admitted, outside, echoes), admitted.headers())
     await admitted.finish()
     choices = [_choice(body, i, answer, echo) for i, (answer, echo) in enumerate(zip(admitted.answers, echoes, strict=True))]
-    told = outside | {"choices": choices, "usage": usage(admitted.answers)}
+    told = outside | {"choices": choices, "usage": usage(admitted)}
     return Response(dumped(told), headers=admitted.headers() | admitted.times(), media_type="application/json")
 
 
@@ -79,7 +79,7 @@ async def _chunks(body: CompletionRequest, admitted: Admission, outside: Told, e
         finish = FINISH[piece.ending] if piece.ending else None
         yield outside | {"choices": [{"index": i, "text": text, "logprobs": logprobs, "finish_reason": finish}]} | usual
     if body.usage_wanted:
-        yield outside | {"choices": [], "usage": usage(admitted.answers)}
+        yield outside | {"choices": [], "usage": usage(admitted)}
 
 
 def _scored(answer: Answer, piece: Piece, first: bool) -> tuple[Token, ...]:

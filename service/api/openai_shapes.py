@@ -1,4 +1,7 @@
-"""What all objects of the OpenAI dialect share: ids, usage, finish reasons, answers as they come from several sequences."""
+"""What all objects of the OpenAI dialect share: ids, usage, finish reasons, answers as they come from several sequences.
+
+Knows no route.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from uuid import uuid4
 
 from .. import __version__
 from ..errors import AdapterNotFound
-from .admission import ALIASES, Admission
+from .admission import Admission
 from .answer import Answer, Ending, Piece
 from .rooms import Rooms, Sight
 
@@ -25,10 +28,9 @@ FINISH = {Ending.LENGTH: "length", Ending.EOS: "stop", Ending.STOP: "stop"}
 
 def chosen(model: str, rooms: Rooms) -> str | None:
     """The adapter's id that a model name means; None for the base. `base:adapter` is the adapter."""
-    bases = (rooms.registry.base_id, *ALIASES)
-    if model in bases:
+    if model in rooms.bases:
         return None
-    return next((model.removeprefix(base + ":") for base in bases if model.startswith(base + ":")), model)
+    return next((model.removeprefix(base + ":") for base in rooms.bases if model.startswith(base + ":")), model)
 
 
 def shell(kind: str, object: str, model: str, admitted: Admission) -> Told:
@@ -43,10 +45,8 @@ def shell(kind: str, object: str, model: str, admitted: Admission) -> Told:
     }
 
 
-def usage(answers: Sequence[Answer]) -> Told:
-    """Each prompt counts once, however many answers it has."""
-    prompt = sum({id(answer.prompt): len(answer.prompt) for answer in answers}.values())
-    completion = sum(len(answer.tokens) for answer in answers)
+def usage(admitted: Admission) -> Told:
+    prompt, completion = admitted.prompt_tokens, admitted.generated_tokens
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 

@@ -36,6 +36,11 @@ class Rooms:
     failure: str = ""
 
     @property
+    def bases(self) -> tuple[str, ...]:
+        """The names of the base, its own first."""
+        return (self.registry.base_id, *ids.BASE)
+
+    @property
     def text(self) -> Text:
         """The tokenizer's border. Raises NotReady while the base loads."""
         if self.reader is None:

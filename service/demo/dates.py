@@ -1,4 +1,7 @@
-"""The dates task: a sentence that names a day, however written, to its ISO date. Held out: the sentences and a fifth of all days."""
+"""The dates task: a sentence that names a day, however written, to its ISO date. Held out: the sentences and a fifth of all days.
+
+Knows no model.
+"""
 
 from __future__ import annotations
 

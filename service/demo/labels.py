@@ -1,4 +1,7 @@
-"""The labels task: a message to a shop's support to one of six labels. Held out: what is said, how it opens and closes, the goods."""
+"""The labels task: a message to a shop's support to one of six labels. Held out: what is said, how it opens and closes, the goods.
+
+Knows no model.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The orders task: a sentence in which somebody orders something, to one JSON object. Held out: the sentences, names, goods and towns."""
+"""The orders task: a sentence in which somebody orders something, to one JSON object. Held out: the sentences, names, goods and towns.
+
+Knows no model.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The pirate task: an everyday question, answered as a pirate would. Held out: the questions. Served raw and through the chat template."""
+"""The pirate task: an everyday question, answered as a pirate would. Held out: the questions. Served raw and through the chat template.
+
+Knows no model.
+"""
 
 from __future__ import annotations
 

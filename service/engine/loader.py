@@ -1,6 +1,7 @@
 """Reads adapters into host memory on a thread of its own, one at a time, so that no step waits for a disk.
 
 What does not fit the memory that is left is refused before it is read: else the system would kill the worker for it.
+Must not know who asks for an adapter, or which one comes next.
 """
 
 from __future__ import annotations

@@ -328,7 +328,6 @@ class Gauges:
     kv_used: int = 0  # positions held by running sequences
     kv_total: int = 0
     pool_used: int = 0
-    pool_total: int = 0
     host_bytes: int = 0
 
 

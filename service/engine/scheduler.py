@@ -184,7 +184,6 @@ class Scheduler:
             kv_used=self.rows.positions,
             kv_total=self.rows.count * self.context,
             pool_used=self.adapters.pool.used,
-            pool_total=self.adapters.pool.rank,
             host_bytes=self.adapters.host.used,
         )
 

@@ -100,11 +100,6 @@ class Voice:
         """Tokens that are no text: those the tokenizer leaves out when it decodes."""
         return frozenset(id for id, token in self.backend.get_added_tokens_decoder().items() if token.special)
 
-    @property
-    def size(self) -> int:
-        """One more than the largest id that has a text."""
-        return self.backend.get_vocab_size()
-
     def encode(self, text: str, special: bool = True) -> tuple[int, ...]:
         """Ids of a text; `special`: with the tokens this tokenizer puts around plain text. Raises BadRequest for lone surrogates."""
         try:

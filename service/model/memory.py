@@ -1,4 +1,7 @@
-"""Zeros that cost a CPU nothing until they are written: KV rows and pools are sized for the worst case, most of which never comes."""
+"""A CPU's memory: zeros that cost nothing until they are written, weights in huge pages, and what is given back to the system.
+
+KV rows and pools are sized for the worst case, most of which never comes. Must not know what a tensor is for.
+"""
 
 from __future__ import annotations
 

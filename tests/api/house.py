@@ -44,7 +44,7 @@ class StandIn:
 
     def __init__(self) -> None:
         self.state, self.stage, self.fraction, self.reason = "ready", "", 1.0, ""
-        self.ready, self.base, self.gauges = True, BASE, Gauges(pool_used=12, pool_total=512, host_bytes=4096)
+        self.ready, self.base, self.gauges = True, BASE, Gauges(pool_used=12, host_bytes=4096)
         self.pool = (Placement("sha256:a", 4, 12),)
         self.loaded = asyncio.Event()
         self.loaded.set()

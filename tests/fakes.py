@@ -62,7 +62,8 @@ class FakeRunner:
         return adapter.size
 
     def unload(self, digest: Digest) -> int:
-        return self.host.pop(digest).size
+        adapter = self.host.pop(digest, None)
+        return adapter.size if adapter else 0
 
     def step(self, plan: Plan) -> list[Result]:
         time.sleep(self.pause)

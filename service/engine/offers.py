@@ -13,6 +13,8 @@ from dataclasses import replace
 from .. import metrics
 from .request import Adapter, Digest, Drop, Lane, Load, Offer, Order, Pin, Report, Tier
 
+STOPPED = "the engine has stopped"
+
 
 class Offers:
     """`send` gives an order to the worker; False where there is none to take it."""
@@ -24,14 +26,16 @@ class Offers:
         self._sizes: dict[Digest, int] = {}  # bytes in host memory, once read
         self._loads: dict[Digest, asyncio.Future[Load]] = {}
         self._drops: dict[Digest, list[asyncio.Future[int]]] = {}
+        self._closed = False
         self.watcher: Callable[[Load], None] = lambda load: None
 
     def offer(self, adapter: Adapter, pinned: bool, preload: bool) -> None:
         known = self._offers.get(adapter.digest)
         pinned = pinned or (known is not None and known.pinned)
-        self._offers[adapter.digest] = Offer(adapter, pinned, preload)
         if preload:
             self._expect(adapter.digest)
+        awaited = adapter.digest in self._loads and not self._loads[adapter.digest].done()  # a new worker must read it, too
+        self._offers[adapter.digest] = Offer(adapter, pinned, preload or awaited)
         self._send(self._offers[adapter.digest])
         self._count()
 
@@ -116,9 +120,10 @@ class Offers:
 
     def close(self) -> None:
         """No worker will come any more."""
+        self._closed = True
         self.lost()
         for digest in self._loads:
-            self._load_ended(Load(digest, 0.0, 0, "the engine has stopped"))
+            self._load_ended(Load(digest, 0.0, 0, STOPPED))
 
     def _size(self, digest: Digest) -> int:
         return self._sizes.get(digest, 0)
@@ -126,6 +131,8 @@ class Offers:
     def _expect(self, digest: Digest) -> None:
         if digest not in self._loads or self._loads[digest].done():
             self._loads[digest] = asyncio.get_running_loop().create_future()
+        if self._closed:
+            self._load_ended(Load(digest, 0.0, 0, STOPPED))
 
     def _load_ended(self, load: Load) -> None:
         expected = self._loads.get(load.digest)

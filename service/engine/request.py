@@ -200,7 +200,7 @@ class Runner(Protocol):
         """Reads an adapter into host memory (called off the step's thread); its bytes. Raises AdapterInvalid."""
 
     def unload(self, digest: Digest) -> int:
-        """Forgets the adapter in host memory; the bytes freed."""
+        """Forgets the adapter in host memory, if it is there; the bytes freed."""
 
     def step(self, plan: Plan) -> Sequence[Result]:
         """Runs the plan; one result per chunk, in order."""

@@ -83,17 +83,21 @@ class Worker:
     def run(self) -> int:
         idle = True
         while self._listen(idle):
-            self._feed()
-            plan = self.scheduler.plan()
-            self._forget()
-            told = self._tell()  # before the step, so that who dies in it is known
-            if plan != NOTHING:
-                self._step(plan)
-                self._tell()
+            idle = self._turn()
             if self.raised > 1:
                 return RAISED_TWICE
-            idle = plan == NOTHING and not told
         return 0
+
+    def _turn(self) -> bool:
+        """One step, if there is one to make; whether there was nothing to do."""
+        self._feed()
+        plan = self.scheduler.plan()
+        self._forget()
+        told = self._tell()  # before the step, so that who dies in it is known
+        if plan != NOTHING:
+            self._step(plan)
+            self._tell()
+        return plan == NOTHING and not told
 
     def _listen(self, idle: bool) -> bool:
         """Takes in all orders and loads there are, waiting for one if idle; False when it is time to end."""
@@ -128,10 +132,10 @@ class Worker:
         """Takes what the loader has read, and gives it the next adapter."""
         while self.loader.results.poll():
             load, code = self.loader.take()
-            self._loads.append(load)
             if load.error:
-                self.scheduler.load_failed(load.digest, code, load.error)
+                self._fail(load, code)
             else:
+                self._loads.append(load)
                 self.scheduler.hosted(load.digest, load.size)
         self._clear_up()
         if time.monotonic() > self.loader.deadline:
@@ -151,9 +155,13 @@ class Worker:
         self.loader.end()
         self.given_up.append(self.loader)
         self.loader = Loader(self.runner, self.faults.slow_load)
-        load = Load(digest, 0.0, 0, "reading the adapter's files took too long")
+        self._fail(Load(digest, 0.0, 0, "reading the adapter's files took too long"), AdapterInvalid.code)
+
+    def _fail(self, load: Load, code: str) -> None:
+        """An earlier reading of the same that came too late may have been kept for this one."""
         self._loads.append(load)
-        self.scheduler.load_failed(digest, AdapterInvalid.code, load.error)
+        self.scheduler.load_failed(load.digest, code, load.error)
+        self.runner.unload(load.digest)
 
     def _clear_up(self) -> None:
         """What was given up and has come after all is not kept, unless it was asked for again since."""

@@ -94,6 +94,10 @@ class Balky(FakeRunner):
         if self.wrong == "hang":
             self.wrong = ""
             self.released.wait()
+        elif self.wrong == "late":
+            self.arrived.wait()
+            time.sleep(0.3)  # so that what has arrived is taken first
+            raise FileNotFoundError(2, "No such file or directory")
         size = super().load(adapter)
         self.arrived.set()
         return size
@@ -204,6 +208,22 @@ def test_what_comes_from_the_disk_after_it_was_given_up_is_not_kept(monkeypatch:
         desk.send(Submit(Request(2, (5,), 1, late.digest)))
         assert desk.event().finish is Finish.LENGTH
         assert list(runner.host) == [late.digest]
+
+
+def test_what_comes_late_is_not_kept_for_a_second_reading_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "READ_S", 0.2)
+    runner, late = Balky(), adapter("late")
+    runner.wrong = "hang"
+    with worker(runner, request_timeout_s=0.5) as desk:
+        desk.send(Offer(late, preload=True))
+        assert desk.report(lambda report: report.loads).loads[0].error
+        monkeypatch.setattr(loader, "READ_S", 60.0)
+        runner.wrong = "late"
+        desk.send(Submit(Request(1, (5,), 1, late.digest)))
+        desk.report(lambda report: report.gauges.waiting)
+        runner.released.set()
+        assert desk.event().code == "adapter_invalid"
+        assert not runner.host
 
 
 def test_what_does_not_fit_the_memory_that_is_left_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,7 @@ PATIENCE_S = 1.5  # for a worker that was told to end
 STILLBORN = 3  # deaths in a row before it was ready: then it is not started again
 STABLE_S = 60.0
 BACKOFF_S = (0.1, 10.0)
+DOUBLINGS = 10  # of the first pause, which then is over the longest
 
 
 class State(StrEnum):
@@ -126,7 +127,11 @@ class Supervisor:
             settings = settings.model_copy(update={"faults": settings.faults.model_copy(update={"kill": None, "stuck": None})})
         self._lives, self._born, self._spent = self._lives + 1, 0.0, None
         self._gone.clear()
-        self._process = Process(settings, self.factory, self._from_thread(self._hear), self._from_thread(self._ended))
+        try:
+            self._process = Process(settings, self.factory, self._from_thread(self._hear), self._from_thread(self._ended))
+        except OSError:  # no file or no process is to be had now
+            log.exception("no worker can be started; it is tried again")
+            self._restart = self._loop.call_later(BACKOFF_S[1], self._spawn)
 
     def _from_thread(self, call: Callable[[T], None]) -> Callable[[T], None]:
         def post(value: T) -> None:
@@ -173,7 +178,7 @@ class Supervisor:
         metrics.RESTARTS.inc()
         self._become(State.RESTARTING, why)
         first, most = BACKOFF_S
-        self._restart = self._loop.call_later(min(most, first * 2**self._shortlived), self._spawn)
+        self._restart = self._loop.call_later(min(most, first * 2 ** min(self._shortlived, DOUBLINGS)), self._spawn)
 
     async def _watch(self) -> None:
         limit = min(SILENCE_S, self.settings.request_timeout_s)

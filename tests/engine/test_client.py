@@ -18,6 +18,7 @@ from prometheus_client import REGISTRY
 from service import metrics
 from service.engine import supervisor
 from service.engine.client import Client
+from service.engine.process import Process
 from service.engine.request import Event, Finish, Lane, Sampling, Tier
 from service.engine.ticket import Ticket
 from service.errors import NotReady, Overloaded
@@ -387,6 +388,38 @@ async def test_three_deaths_while_loading_are_the_end() -> None:
             await client.wait_ready()
         assert client.state == "failed"
         assert (await client.loaded("sha256:a")).error
+        client.offer(adapter("b"))
+        async with asyncio.timeout(5):
+            assert (await client.loaded("sha256:b")).error == "the engine has stopped"
+
+
+async def test_the_thousandth_death_is_one_like_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "BACKOFF_S", (0.1, 0.2))
+    async with engine() as client:
+        client._worker._shortlived = 2000
+        pid = worker(client)
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: client.worker_pid not in (pid, None) and client.ready)
+
+
+async def test_where_no_worker_can_be_started_it_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "BACKOFF_S", (0.1, 0.2))
+    tries = []
+
+    def scarce(*arguments: Any) -> Process:
+        tries.append(arguments)
+        if len(tries) < 3:
+            raise OSError(24, "Too many open files")
+        return Process(*arguments)
+
+    async with engine(max_rows=1) as client:
+        await begun(client)
+        waiting, pid = client.submit((2,), 3), worker(client)
+        monkeypatch.setattr(supervisor, "Process", scarce)
+        os.kill(pid, signal.SIGKILL)
+        await until(lambda: waiting.ended is not None)
+        assert (await read(waiting))[0] == expected(None, (2,), 3)
+        assert len(tries) == 3
 
 
 async def test_one_that_stands_still_while_it_loads_is_killed_and_in_the_end_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

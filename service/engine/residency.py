@@ -140,6 +140,7 @@ class Residency:
         for victim in victims:
             self._unplace(victim)
         self._placed.append(self.pool.place(digest, start, rank))
+        self._failed.discard(digest)
         self._moved.add(digest)
         return True
 
@@ -159,6 +160,7 @@ class Residency:
         """Lets go of the dropped adapters that nobody needs any more."""
         for digest in self._dropping.difference(needed, {self.loading}):
             self._dropping.discard(digest)
+            self._failed.discard(digest)
             del self.known[digest]
             if digest in self.pool:
                 self._unplace(digest)

@@ -128,6 +128,22 @@ def test_a_pinned_adapter_in_the_middle_of_the_pool_moves_for_a_large_one() -> N
     driver.check()
 
 
+def test_a_pinned_adapter_that_was_placed_at_the_second_try_comes_back_when_it_had_to_move() -> None:
+    driver = Driver(pool_rank=16)
+    first, pinned, big = adapter("first", rank=6), adapter("pinned", rank=4), adapter("big", rank=12)
+    driver.scheduler.offer(first, preload=True)
+    driver.settle()
+    driver.scheduler.offer(pinned, pinned=True)
+    while not driver.step(half_placed=True).place:
+        pass
+    driver.scheduler.offer(big)
+    for each in (pinned, big):
+        driver.submit([1], 3, each)
+        driver.settle()
+    assert [driver.tiers[each.digest] for each in (first, pinned, big)] == [Tier.HOST, Tier.DEVICE, Tier.DEVICE]
+    driver.check()
+
+
 def test_a_request_that_pinned_adapters_leave_no_room_for_is_refused() -> None:
     driver = Driver(pool_rank=8)
     pinned, big = adapter("pinned", rank=4), adapter("big", rank=8)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from .questions import Reading
 from .reading import Reader
 from .shelf import Generation, Shelved
 from .shelves import Device, Shelves
-from .store import Place, Store, Upload, discard
+from .store import Place, Store, Upload, discard, home
 
 __all__ = ["Device", "Generation", "Registry"]
 
@@ -119,17 +119,16 @@ class Registry:
         """Stores the parts of an upload under the adapters directory and registers them. Raises as `register`, and PayloadTooLarge."""
         ids.check(id, self.base_id)
         staged = await self._store.stage(files)
-        kept: Place | None = None
         try:
             async with self._shelves.turn(f"id {id}"):
                 _, reading = await self._read(Place(staged, "upload"))
-                kept = await asyncio.to_thread(self._store.keep, staged, reading.adapter.digest)
-                generation = self._numbered(id, kept, kept.fingerprint(), reading.moved(kept.folder))
-                return await self._take(generation, pinned=False, preload=True, replace=False)
+                content = reading.adapter.digest
+                async with self._purging(home(content)):
+                    kept = await asyncio.to_thread(self._store.keep, staged, content)
+                    generation = self._numbered(id, kept, kept.fingerprint(), reading.moved(kept.folder))
+                    return await self._take(generation, pinned=False, preload=True, replace=False)
         finally:
             await asyncio.to_thread(discard, staged)
-            if kept and not self._shelves.sourced(kept.source):
-                await asyncio.to_thread(self._store.purge, kept.source)
 
     async def check(self, id: str, source: str, subfolder: str | None = None, revision: str | None = None) -> Told:
         """The whole validation and the summary; registers nothing. Raises BadRequest, Conflict, Forbidden."""
@@ -149,8 +148,9 @@ class Registry:
         metrics.adapter_removed(id)
         await self._save()
         freed = await asyncio.shield(ending)
-        if purge and not self._shelves.sourced(place.source):
-            await asyncio.to_thread(self._store.purge, place.source)
+        if purge:
+            async with self._purging(place.source):
+                pass
         return {"id": id, "digest": one.digest or None, "drained_requests": drained, "freed_bytes": freed}
 
     async def pin(self, id: str, pinned: bool) -> Told:
@@ -227,6 +227,16 @@ class Registry:
         before = await self._shelves.put(one, adapter, preload)
         await self._save()
         return self._card(one), not (before and before.digest)  # somebody may have deleted it by now
+
+    @asynccontextmanager
+    async def _purging(self, source: str) -> AsyncIterator[None]:
+        """What was uploaded there goes in the end if nothing has it. Who uploads the same waits, lest it go while he takes it."""
+        async with self._shelves.turn(f"source {source}"):
+            try:
+                yield
+            finally:
+                if not self._shelves.sourced(source):
+                    await asyncio.to_thread(self._store.purge, source)
 
     def _card(self, one: Shelved) -> Told:
         return shelf.card(one, self._shelves.tier(one))

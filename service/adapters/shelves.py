@@ -91,6 +91,8 @@ class Shelves:
             if held:
                 self.withdraw(held)
             self.current[one.generation.id] = one
+            if one.pinned:
+                self.device.pin(adapter.digest, True)  # another id of this content may have been unpinned meanwhile
             metrics.adapter_registered(one.generation.id)
         return held
 
@@ -121,8 +123,7 @@ class Shelves:
             if load.error:
                 raise AdapterInvalid([load.error])
         except BaseException:
-            if not self._used(digest):
-                await self.device.drop(digest)
+            await self._release(digest)
             raise
 
     async def _end(self, one: Shelved) -> int:
@@ -131,14 +132,17 @@ class Shelves:
         if not one.digest:
             return 0
         async with self.turn(one.digest):
-            twin = next((other for other in self.current.values() if other.digest == one.digest), None)
-            if twin and twin.generation.adapter:  # its files may lie elsewhere, and it may not be pinned
-                self.device.offer(twin.generation.adapter, False, False)
-                self.device.pin(one.digest, self._pinned(one.digest))
-            return 0 if self._used(one.digest) else await self.device.drop(one.digest)
+            return await self._release(one.digest)
+
+    async def _release(self, digest: Digest) -> int:
+        """Drops a content that nothing has any more. What still has it may lie elsewhere, and may not be pinned; the bytes freed."""
+        having = (one.generation.adapter for one in (*self.current.values(), *self._retired) if one.digest == digest)
+        adapter = next(having, None)
+        if adapter is None:
+            return await self.device.drop(digest)
+        self.device.offer(adapter, False, False)
+        self.device.pin(digest, self._pinned(digest))
+        return 0
 
     def _pinned(self, digest: Digest) -> bool:
         return any(one.pinned for one in self.current.values() if one.digest == digest)
-
-    def _used(self, digest: Digest) -> bool:
-        return any(one.digest == digest for one in (*self.current.values(), *self._retired))

@@ -15,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from ..digest import digest
+from ..engine.request import Digest
 from ..errors import AdapterInvalid, BadRequest, Forbidden, PayloadTooLarge, SourceMissing
 from .archive import PIECE, extract
 from .hub import Hub
@@ -117,7 +118,7 @@ class Store:
 
     def keep(self, staged: Path, content: str) -> Place:
         """Moves a staged folder to where its digest says, in one step; what lay there already is kept if it is the same."""
-        source = f"{UPLOADS}/{content.removeprefix('sha256:')}"
+        source = home(content)
         target = self.root / source
         if target.exists() and _digest(target) == content:
             discard(staged)
@@ -135,6 +136,11 @@ class Store:
         """Deletes what an interrupted upload has left."""
         for path in (self.root / UPLOADS).glob(".*"):
             discard(path)
+
+
+def home(content: Digest) -> str:
+    """The source of an uploaded content."""
+    return f"{UPLOADS}/{content.removeprefix('sha256:')}"
 
 
 def discard(folder: Path) -> None:

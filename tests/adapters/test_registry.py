@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+from concurrent.futures import wait
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from service import metrics
 from service.adapters.registry import Registry
+from service.adapters.store import Place
 from service.engine.request import Lane, Load, Tier
 from service.errors import AdapterInvalid, AdapterNotFound, BadRequest, Conflict, Forbidden, NotReady
 
@@ -271,6 +274,47 @@ async def test_pins_are_shared_by_content_and_told(stocked: Shop) -> None:
         assert (await registry.register("a", "plain", pinned=True, replace=True))[0]["pinned"] is True
 
 
+async def test_a_registration_that_fails_leaves_the_content_as_the_others_have_it(stocked: Shop, plain: Path) -> None:
+    async with stocked.opened() as registry:
+        put(plain, stocked.root, "twin")
+        card, _ = await registry.register("a", "plain", preload=False)
+        device(registry).errors[card["digest"]] = "the disk is on fire"
+        with pytest.raises(AdapterInvalid, match="on fire"):
+            await registry.register("b", "twin", pinned=True)
+        assert device(registry).dropped == []
+        assert device(registry).pinned == set()
+        assert device(registry).known[card["digest"]].config == str((stocked.root / "plain/adapter_config.json").resolve())
+
+
+@pytest.mark.parametrize("change", ["unpin", "remove"])
+async def test_a_pin_holds_though_another_id_lets_its_own_go_meanwhile(stocked: Shop, change: str) -> None:
+    async with stocked.opened() as registry:
+        card, _ = await registry.register("a", "plain", pinned=True, preload=False)
+        gate = device(registry).gate = asyncio.Event()
+        registering = asyncio.create_task(registry.register("b", "plain", pinned=True))
+        while not registry._shelves.turn(card["digest"]).locked():  # noqa: ASYNC110 - what is waited for has no event
+            await asyncio.sleep(0)
+        removing = asyncio.create_task(registry.pin("a", False) if change == "unpin" else registry.remove("a"))
+        await settle()
+        gate.set()
+        assert (await registering)[0]["pinned"] is True
+        await removing
+        assert device(registry).pinned == {card["digest"]}
+
+
+async def test_the_files_of_one_that_drains_are_those_of_the_content(stocked: Shop, plain: Path) -> None:
+    async with stocked.opened() as registry:
+        put(plain, stocked.root, "twin")
+        await registry.register("a", "plain")
+        card, _ = await registry.register("b", "twin")
+        with registry.lease("a"):
+            await registry.register("a", "other", replace=True)
+            await registry.remove("b")
+            assert device(registry).known[card["digest"]].config == str((stocked.root / "plain/adapter_config.json").resolve())
+        await settle()
+        assert device(registry).dropped == [card["digest"]]
+
+
 async def test_a_pin_goes_with_its_name_even_while_the_content_drains(stocked: Shop) -> None:
     async with stocked.opened() as registry:
         await registry.register("a", "plain", pinned=True)
@@ -507,6 +551,28 @@ async def test_an_upload_is_stored_registered_and_purged(shop: Shop, plain: Path
         assert [card["id"] for card in registry.cards()] == ["up"]
         await registry.remove("up", purge=True)
         assert list((shop.root / ".uploads").iterdir()) == []
+
+
+async def test_what_is_purged_is_not_taken_from_who_uploads_the_same_meanwhile(
+    shop: Shop, plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removing: list[asyncio.Future[dict[str, Any]]] = []
+    async with shop.opened() as registry:
+        await registry.upload("one", parts(plain))
+        kept, loop = registry._store.keep, asyncio.get_running_loop()
+
+        def keep(staged: Path, content: str) -> Place:
+            place = kept(staged, content)
+            removal = asyncio.run_coroutine_threadsafe(registry.remove("one", purge=True), loop)
+            wait([removal], 0.3)  # as long as it would take if nothing kept it
+            removing.append(asyncio.wrap_future(removal, loop=loop))
+            return place
+
+        monkeypatch.setattr(registry._store, "keep", keep)
+        await registry.upload("two", parts(plain))
+        await asyncio.gather(*removing)
+        with registry.lease("two") as generation:
+            assert (generation.folder / "adapter_config.json").exists()
 
 
 async def test_purge_keeps_what_another_id_still_uses_and_what_was_not_uploaded(stocked: Shop, other: Path) -> None:

@@ -95,11 +95,12 @@ class Reader:
 
     def _spawn(self) -> Connection:
         context = multiprocessing.get_context("spawn")
-        self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=serve, args=(theirs, self.max_rank), name="adapterd-reader", daemon=True)
-        self._process.start()
+        ours, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(theirs, self.max_rank), name="adapterd-reader", daemon=True)
+        process.start()
         theirs.close()
-        return self._pipe
+        self._pipe, self._process = ours, process
+        return ours
 
     def _meet(self) -> Connection:
         pipe = self._spawned()

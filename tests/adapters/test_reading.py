@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+from multiprocessing.context import SpawnProcess
 from pathlib import Path
 
 import pytest
@@ -56,6 +57,19 @@ async def test_one_process_reads_refuses_and_is_replaced(base: Path, plain: Path
     finally:
         await reader.close()
     assert reader.pid is None
+
+
+@pytest.mark.anyio
+async def test_where_no_child_can_be_started_the_next_try_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    def scarce(self: SpawnProcess) -> None:
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(SpawnProcess, "start", scarce)
+    reader = Reader(max_rank=64)
+    for _ in range(2):
+        with pytest.raises(OSError, match="Too many open files"):
+            await reader.warm()
+    await reader.close()
 
 
 def test_what_the_child_cannot_answer_it_refuses() -> None:

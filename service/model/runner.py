@@ -15,7 +15,7 @@ from .adapted import Factors
 from .bank import Bank, Run
 from .factors import factors
 from .graphs import Graphs
-from .sampler import Sampler, Unfit, described
+from .sampler import NOT_FINITE, Sampler, Unfit, described
 from .shadow import own_bytes, planted
 
 log = logging.getLogger(__name__)
@@ -93,23 +93,23 @@ class Runner:
         return list(batches.values())
 
     def _run(self, tree: Any, chunks: Sequence[Chunk]) -> list[Result]:
-        wanted = [chunk for chunk in chunks if chunk.sample or chunk.request.prompt_logprobs is not None]
-        logits = self._forward(tree, chunks, {id(chunk) for chunk in wanted})
-        parts = dict(zip(map(id, wanted), torch.split(logits, [_kept(chunk) for chunk in wanted]), strict=True))
+        parts = torch.split(self._forward(tree, chunks), [_kept(chunk) for chunk in chunks])
         sampled = [chunk for chunk in chunks if chunk.sample]
-        last = [parts[id(chunk)][-1] for chunk in sampled]
+        last = [part[-1] for chunk, part in zip(chunks, parts, strict=True) if chunk.sample]
         tokens = self.sampler.sample(torch.stack(last), [c.request for c in sampled]) if last else []
         chosen = dict(zip(map(id, sampled), tokens, strict=True))
-        return [self._result(chunk, chosen.get(id(chunk)), parts.get(id(chunk))) for chunk in chunks]
+        return [self._result(chunk, chosen.get(id(chunk)), part) for chunk, part in zip(chunks, parts, strict=True)]
 
-    def _result(self, chunk: Chunk, token: Token | Unfit | None, logits: Tensor | None) -> Result:
+    def _result(self, chunk: Chunk, token: Token | Unfit | None, logits: Tensor) -> Result:
+        if token is None and not logits.max().isfinite():
+            token = Unfit(NOT_FINITE)  # one that is left now, or has all it wants, would leave its row so
         if isinstance(token, Unfit):
             kv.clear(self.attention, chunk.row)  # what is masked is still multiplied: not-a-number would reach the row's next tenant
             return Result(error=str(token), code=token.code)
         return Result(token, _prompt(chunk, logits))
 
-    def _forward(self, tree: Any, chunks: Sequence[Chunk], wanted: set[int]) -> Tensor:
-        """The logits [kept, vocabulary] of the wanted chunks: their last token's, or all of them where prompt logprobs are asked for."""
+    def _forward(self, tree: Any, chunks: Sequence[Chunk]) -> Tensor:
+        """The logits [kept, vocabulary] of the chunks: their last token's, or all of them where prompt logprobs are asked for."""
         spans: list[kv.Span] = []
         heads: list[Run] = []
         kept: list[int] = []
@@ -117,9 +117,8 @@ class Runner:
         for chunk in chunks:
             length = len(chunk.tokens)
             spans.append(kv.Span(at, length, chunk.row, chunk.position))
-            if id(chunk) in wanted:
-                kept += range(at + length - _kept(chunk), at + length)
-                heads.append(Run(_kept(chunk), chunk.adapter))
+            kept += range(at + length - _kept(chunk), at + length)
+            heads.append(Run(_kept(chunk), chunk.adapter))
             at += length
         decode = sum(chunk.generated > 0 for chunk in chunks)
         tokens = [token for chunk in chunks for token in chunk.tokens]
@@ -147,10 +146,10 @@ def _kept(chunk: Chunk) -> int:
     return len(chunk.tokens) if chunk.request.prompt_logprobs is not None and not chunk.generated else 1
 
 
-def _prompt(chunk: Chunk, logits: Tensor | None) -> tuple[Token, ...]:
+def _prompt(chunk: Chunk, logits: Tensor) -> tuple[Token, ...]:
     """The prompt's tokens that this chunk's logits speak of: the first of all has no log probability, the next follow from them."""
     wanted, prompt = chunk.request.prompt_logprobs, chunk.request.prompt
-    if wanted is None or chunk.generated or logits is None:
+    if wanted is None or chunk.generated:
         return ()
     first = (Token(prompt[0]),) if chunk.position == 0 else ()
     following = prompt[chunk.position + 1 : chunk.position + 1 + len(chunk.tokens)]

@@ -284,16 +284,17 @@ def test_a_resident_adapter_runs_on_when_it_has_left_host_memory(folders: dict[s
     assert job.ids == making.greedy(folders[None], folders["a0"], job.prompt, 4)
 
 
+@pytest.mark.parametrize(("sampled", "scored"), [(True, None), (False, None), (False, 0)], ids=["sampled", "in the middle", "only scored"])
 def test_an_adapter_whose_numbers_overflow_fails_alone_and_leaves_nothing_in_its_row(
-    folders: dict[str | None, Path], tmp_path: Path
+    folders: dict[str | None, Path], tmp_path: Path, sampled: bool, scored: int | None
 ) -> None:
     base = folders[None]
     wild = making.edit(folders["a0"], tmp_path / "wild", weights=lambda t: {k: v * 1e38 if "lora_B" in k else v for k, v in t.items()})
     runner = runner_on(base)
     driver, plan, prompt = Driver(runner, 2), plan_of(wild, base), tuple(prompts()[4])
     driver.place(plan)
-    bad, good = Request(101, prompt, 4, plan.digest), Request(102, prompt, 4)
-    failed, fine = runner.step(Plan(chunks=(Chunk(bad, 0, 0, prompt, True), Chunk(good, 1, 0, prompt, True))))
+    bad, good = Request(101, prompt, 4, plan.digest, prompt_logprobs=scored), Request(102, prompt, 4)
+    failed, fine = runner.step(Plan(chunks=(Chunk(bad, 0, 0, prompt, sampled), Chunk(good, 1, 0, prompt, True))))
     assert "not finite" in failed.error
     assert fine.token is not None
     assert [fine.token.id] == making.greedy(base, None, prompt, 1)

@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.routing import Match
+from starlette.routing import Match, Mount
 from starlette.types import Scope
 
 from .. import metrics
@@ -118,7 +118,8 @@ def from_validation(errors: Iterable[Mapping[str, Any]]) -> BadRequest:
 
 
 def _field(error: Mapping[str, Any]) -> str:
-    return ".".join(str(part) for part in error["loc"] if part not in ("body", "query", "path"))
+    """The field's name; before it stands where it was sent: a body, a query or a path. What is no JSON has none, only a place."""
+    return "" if error["type"] == "json_invalid" else ".".join(str(part) for part in error["loc"][1:])
 
 
 def _finding(error: Mapping[str, Any]) -> str:
@@ -167,11 +168,12 @@ def internal(scope: Scope) -> Internal:
 
 
 def allowed_methods(app: FastAPI, scope: Scope) -> list[str]:
-    """The methods that some route takes at this path."""
+    """The methods that some route takes at this path; what is mounted are files, to be read only."""
 
     def taken(method: str) -> bool:
-        asked = {**scope, "method": "GET" if method == "HEAD" else method}
-        return any(route.matches(asked)[0] is Match.FULL for route in app.routes)
+        asked = {**scope, "method": "GET" if method == "HEAD" else method, "root_path": ""}  # as it came, before what is mounted took it
+        routes = [route for route in app.routes if method in ("GET", "HEAD") or not isinstance(route, Mount)]
+        return any(route.matches(asked)[0] is Match.FULL for route in routes)
 
     return [method for method in METHODS if taken(method)]
 

@@ -48,6 +48,7 @@ def test_a_broken_body_is_a_validation_error_in_each_dialect(home: House, conten
     assert code == 400
     assert told["error"].keys() == {"message", "type", "param", "code"}
     assert told["error"]["code"] == told["error"]["type"] == "invalid_request_error"
+    assert told["error"]["param"] in (None, "lora_name"), "a place in the text is no field"
 
 
 def test_a_validation_error_names_its_fields(home: House) -> None:
@@ -55,6 +56,13 @@ def test_a_validation_error_names_its_fields(home: House) -> None:
     assert told["error"] == "source: is required; id: Input should be a valid string; no_such: unknown field"
     _, told = post(home, "/v1/load_lora_adapter", b'{"lora_name": "x"}')
     assert told["error"]["param"] == "lora_path"
+
+
+@pytest.mark.parametrize("name", ["query", "body", "path"])
+def test_a_field_that_is_called_as_a_part_of_a_request_is_named_too(home: House, name: str) -> None:
+    _, told = post(home, "/adapters", json.dumps({"id": "a", "source": "b", name: 1}).encode())
+    assert told["error"] == f"{name}: unknown field"
+    assert home.json("GET", f"/forecast?r=8&target_modules=q_proj&{name}=1", status=422)["error"] == f"{name}: unknown field"
 
 
 def test_many_findings_are_counted_rather_than_listed(home: House) -> None:
@@ -79,7 +87,10 @@ def test_a_405_lists_every_method_of_the_path(home: House) -> None:
     answer = home.knock.post("/adapters/some/name")
     assert answer.status_code == 405
     assert answer.headers["allow"] == "GET, HEAD, PUT, PATCH, DELETE"
-    assert home.knock.options("/health").headers["allow"] == "GET, HEAD"
+    for path in ("/health", "/console/app.js", "/docs/none"):
+        answer = home.knock.options(path)
+        assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD")
+        assert answer.json()["error"] == "OPTIONS is not allowed here; allowed: GET, HEAD"
 
 
 def test_head_is_get_without_a_body(home: House) -> None:

@@ -164,7 +164,7 @@ class Bodies:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        upload = scope["path"].startswith("/adapters/") and scope["path"].endswith("/upload")
+        upload = scope["method"] == "POST" and scope["path"].startswith("/adapters/") and scope["path"].endswith("/upload")
         limit_mb = self.upload_mb if upload else self.body_mb
         limit = int(limit_mb * 1e6)
         over = PayloadTooLarge(f"the body is over the limit of {limit_mb:g} MB", details={"limit_bytes": limit})

@@ -170,6 +170,13 @@ def test_a_body_over_the_limit_is_413_told_or_chunked(home: House) -> None:
     assert home.knock.post("/adapters", content=chunks(1000), headers={"content-type": "application/json"}).status_code == 422
 
 
+def test_only_an_upload_may_be_as_large_as_one(home: House) -> None:
+    home.json("POST", "/adapters/x/upload", status=201, content=chunks(1500))
+    for method in ("PUT", "PATCH"):
+        answer = home.knock.request(method, "/adapters/x/upload", content=chunks(1500), headers={"content-type": "application/json"})
+        assert (answer.status_code, answer.json()["error_type"]) == (413, "payload_too_large")
+
+
 def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
     return [record.__dict__["fields"] for record in caplog.records if record.name == "adapterd.access"]
 

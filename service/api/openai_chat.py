@@ -74,6 +74,7 @@ async def _ask(body: ChatRequest) -> Ask:
         count=body.n or 1,
         seed=body.seed,
         ignore_eos=bool(body.ignore_eos),
+        param="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
         prompt_param="messages",
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
@@ -9,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Fiel
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1000
 MAX_SEQUENCES = 128  # answers to one HTTP request
 MAX_TOP = 20  # runner-up tokens with log probabilities
+LARGEST = 2**63  # of what is counted and told again: Python spells no number of more than 4300 digits
 COLD = 1e-5  # a temperature under this is greedy: a quotient by it would not fit a float32
 
 
@@ -29,6 +31,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**64)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Factor = Annotated[float, Field(ge=0.01, le=100)]
+Tokens = Annotated[int, Field(ge=1, lt=LARGEST)]
 TopK = Annotated[int, Field(ge=-1)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 StopList = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
@@ -90,14 +93,17 @@ class RegexGrammar(Strict):
 
 
 def _kind(value: Any) -> str | None:
-    if not isinstance(value, dict):
-        return getattr(value, "type", None)
-    kind = value.get("type")
-    return "plain_schema" if kind == "json_schema" and "schema" in value else kind if isinstance(kind, str) else None
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return kind if isinstance(kind, str) else None
 
 
-def _chosen(*kinds: str) -> Discriminator:
-    return Discriminator(_kind, custom_error_type="kind", custom_error_message=f"the type must be one of {', '.join(kinds)}")
+def _kind_or_plain(value: Any) -> str | None:
+    plain = isinstance(value, dict) and "schema" in value and _kind(value) == "json_schema"
+    return "plain_schema" if plain else _kind(value)
+
+
+def _chosen(*kinds: str, by: Callable[[Any], str | None] = _kind) -> Discriminator:
+    return Discriminator(by, custom_error_type="kind", custom_error_message=f"the type must be one of {', '.join(kinds)}")
 
 
 _Object = Annotated[JsonObject, Tag("json_object")]
@@ -105,6 +111,8 @@ _Schema = Annotated[JsonSchema, Tag("json_schema")]
 _Plain = Annotated[PlainSchema, Tag("plain_schema")]
 _Text = Annotated[AnyText, Tag("text")]
 _Regex = Annotated[Regex, Tag("regex")]
-ResponseFormat = Annotated[_Object | _Schema | _Plain | _Regex | _Text, _chosen("text", "json_object", "json_schema", "regex")]
+ResponseFormat = Annotated[
+    _Object | _Schema | _Plain | _Regex | _Text, _chosen("text", "json_object", "json_schema", "regex", by=_kind_or_plain)
+]
 OpenAIFormat = Annotated[_Object | _Schema | _Regex | _Text, _chosen("text", "json_object", "json_schema", "regex")]
 Grammar = Annotated[Annotated[JsonGrammar, Tag("json")] | Annotated[RegexGrammar, Tag("regex")], _chosen("json", "regex")]

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from .schemas import MAX_TOP, Strict
+from .schemas import MAX_TOP, Strict, Tokens
 from .schemas_openai import Asked, one_finding
 
 MAX_TOOLS = 128
@@ -94,8 +94,8 @@ class ChatRequest(Asked):
     """A conversation to answer."""
 
     messages: list[Message] = Field(min_length=1)
-    max_tokens: Annotated[int, Field(ge=1)] | None = Field(default=None, description="what the context leaves, unless given")
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Tokens | None = Field(default=None, description="what the context leaves, unless given")
+    max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from .schemas import MAX_TOP, Factor, Grammar, NotOffered, Penalty, ResponseFormat, Seed, Share, StopList, Strict, TopK
+from .schemas import MAX_TOP, Factor, Grammar, NotOffered, Penalty, ResponseFormat, Seed, Share, StopList, Strict, Tokens, TopK
 
 
 def _false_is_none(value: Any) -> Any:
@@ -18,7 +18,7 @@ class Parameters(Strict):
 
     adapter_id: str | None = Field(default=None, description="a registered adapter; null: the base")
     adapter_source: Annotated[Literal["local", "hub"] | None, BeforeValidator(_false_is_none)] = None
-    max_new_tokens: Annotated[int, Field(ge=1)] | None = Field(default=None, description="128 unless the context leaves less")
+    max_new_tokens: Tokens | None = Field(default=None, description="128 unless the context leaves less")
     do_sample: bool | None = Field(default=None, description="true: sample; a temperature over 0 implies it")
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_k: TopK | None = Field(default=None, description="-1 and 0: off")
@@ -51,9 +51,10 @@ class Parameters(Strict):
     def _whole(self) -> Parameters:
         if (self.best_of or 1) > 1 and not self.sampled:
             raise ValueError("best_of over 1 needs sampling: set do_sample or a temperature")
-        if self.grammar is not None and self.response_format is not None:
+        constrained = self.response_format is not None and self.response_format.type != "text"
+        if self.grammar is not None and constrained:
             raise ValueError("grammar and response_format say the same; send one of them")
-        if self.ignore_eos_token and (self.grammar or self.response_format):
+        if self.ignore_eos_token and (self.grammar or constrained):
             raise ValueError("ignore_eos_token cannot go with a grammar or response_format, which end the text")
         return self
 

@@ -15,9 +15,9 @@ from pydantic import (
 )
 
 from ..engine.request import Sampling
-from .schemas import COLD, MAX_SEQUENCES, MAX_TOP, Factor, OpenAIFormat, Penalty, Seed, StopList, Strict, TopK
+from .schemas import COLD, LARGEST, MAX_SEQUENCES, MAX_TOP, Factor, OpenAIFormat, Penalty, Seed, StopList, Strict, TopK
 
-BIAS, MAX_BIASES = 100.0, 1024
+BIAS, MAX_BIASES, ID_DIGITS = 100.0, 1024, 10
 
 
 class StreamOptions(Strict):
@@ -30,7 +30,7 @@ def _listed(value: Any) -> Any:
 
 def _biases(value: dict[str, float]) -> dict[str, float]:
     for key, bias in value.items():
-        if not (key.isascii() and key.isdecimal()) or abs(bias) > BIAS:
+        if not (key.isascii() and key.isdecimal() and len(key) <= ID_DIGITS) or abs(bias) > BIAS:
             raise ValueError(f"maps token ids to numbers from -100 to 100, not {key[:40]!r} to {bias}")
     return value
 
@@ -118,7 +118,7 @@ class CompletionRequest(Asked):
     """A prompt, or several, to continue."""
 
     prompt: Prompt
-    max_tokens: Annotated[int, Field(ge=0)] | None = Field(default=None, description="16 unless given")
+    max_tokens: Annotated[int, Field(ge=0, lt=LARGEST)] | None = Field(default=None, description="16 unless given")
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
     echo: bool | None = None
 

@@ -94,4 +94,6 @@ def _call(value: Any, names: Collection[str]) -> Call:
     if not isinstance(value, dict) or value.get("name") not in names:
         raise ValueError("not a call of a known tool")
     arguments = value.get("arguments", value.get("parameters", {}))
-    return Call(value["name"], arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False))
+    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    text.encode()  # an escape in it may be half a character, which no answer could carry
+    return Call(value["name"], text)

@@ -347,6 +347,14 @@ def test_formats_become_grammars(one: Stage, field: str, value: dict[str, Any], 
     assert inside in one.request.sampling.grammar
 
 
+def test_a_format_that_is_text_constrains_nothing(one: Stage) -> None:
+    text = {"type": "text"}
+    one.generate(response_format=text, ignore_eos_token=True)
+    assert (one.request.sampling.grammar, one.request.eos) == (None, frozenset())
+    one.generate(response_format=text, grammar={"type": "regex", "value": "[ab]+"})
+    assert "[ab]+" in str(one.request.sampling.grammar)
+
+
 def test_a_full_queue_is_429_also_for_streams(one: Stage) -> None:
     one.engine.limit = 0
     answer = one.post("/generate", {"inputs": "Hi"}, 429)

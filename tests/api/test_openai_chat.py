@@ -185,10 +185,23 @@ def test_two_limits_must_be_the_same(one: Stage) -> None:
     assert "max_completion_tokens" in one.chat(max_tokens=5, max_completion_tokens=6, status=400)["error"]["message"]
 
 
+def test_a_limit_over_the_context_is_called_as_it_was_sent(one: Stage) -> None:
+    for name in ("max_tokens", "max_completion_tokens"):
+        error = one.chat(status=400, **{name: 513})["error"]
+        assert (error["code"], error["param"]) == ("context_length_exceeded", name)
+        assert f"{name} 513" in error["message"]
+
+
 def test_a_schema_becomes_a_grammar(one: Stage) -> None:
     schema = {"type": "object", "properties": {"age": {"type": "integer"}}}
     one.chat(response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": schema, "strict": True}})
     assert '"age"' in str(one.request.sampling.grammar)
+
+
+def test_a_schema_in_the_other_dialects_place_is_told_where_it_goes(one: Stage) -> None:
+    error = one.chat(response_format={"type": "json_schema", "schema": {}}, status=400)["error"]
+    assert "json_schema.json_schema: is required" in error["message"]
+    assert "json_schema.schema: unknown field" in error["message"]
 
 
 # ---- tools
@@ -233,6 +246,15 @@ def test_no_call_is_text_in_both_ways(tooled: Stage) -> None:
     events = tooled.stream("/v1/chat/completions", {"model": "x", "messages": [USER], "tools": [ADD], "stream": True})
     assert content(events) == '{"no": "call"} <tool_cal'
     assert events[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize("value", [r'{"a": "\ud800"}', r'"\udc00"', '{"a": NaN}', '{"a": -Infinity}'])
+def test_arguments_that_no_answer_could_carry_are_content(tooled: Stage, value: str) -> None:
+    said = '{"name": "add", "arguments": ' + value + "}"
+    tooled.says(said)
+    assert tooled.chat(tools=[ADD], max_tokens=len(said))["choices"][0]["message"]["content"] == said
+    events = tooled.stream("/v1/chat/completions", {"model": "x", "messages": [USER], "tools": [ADD], "stream": True})
+    assert content(events) == said
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])

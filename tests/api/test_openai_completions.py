@@ -278,6 +278,21 @@ def test_odd_values_are_400_by_name(one: Stage, field: str, value: str) -> None:
     assert len(one.engine.asked) == before
 
 
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens", "max_new_tokens", "logit_bias"])
+def test_a_number_that_nobody_could_spell_again_is_refused(one: Stage, field: str) -> None:
+    """Python writes no number of more than 4300 digits, and an answer may have to name it."""
+    most = "9" * 4300
+    if field == "max_new_tokens":
+        told = one.post("/generate", f'{{"inputs": "Hi", "parameters": {{"max_new_tokens": {most}}}}}'.encode(), 422).json()["error"]
+    elif field == "max_completion_tokens":
+        body = f'{{"model": "x", "messages": [{{"role": "user", "content": "Hi"}}], "{field}": {most}}}'
+        told = one.post("/v1/chat/completions", body.encode(), 400).json()["error"]["message"]
+    else:
+        value = most if field == "max_tokens" else f'{{"{most}9": 1}}'
+        told = one.post("/v1/completions", f'{{"model": "x", "prompt": "Hi", "{field}": {value}}}'.encode(), 400).json()["error"]["message"]
+    assert field in told
+
+
 @pytest.mark.parametrize("body", [b"{", b"[]", b'{"prompt": "Hi"}', b'{"model": "base"}', b'{"model": 5, "prompt": "Hi"}'])
 def test_broken_bodies(one: Stage, body: bytes) -> None:
     assert one.post("/v1/completions", body, 400).json()["error"]["type"] == "invalid_request_error"

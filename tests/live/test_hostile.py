@@ -76,6 +76,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
     "large numbers": [
         *native(top_k=10**30, **WARM),
         *native(max_new_tokens=10**30),
+        *native_text('{"max_new_tokens": ' + "9" * 4300 + "}"),  # one more token would be a number that Python does not spell
         *native(truncate=10**30),
         *native(temperature=100, repetition_penalty=0.01, frequency_penalty=2),
         *openai(n=10**30),
@@ -84,7 +85,7 @@ CASES: dict[str, list[tuple[str, str]]] = {
         *native_text('{"seed": ' + "9" * 5000 + "}"),
     ],
     "ids": [("/v1/completions", f'{{"model": "tiny", "prompt": [{id}]}}') for id in ("264", "1e3", "9" * 20, "9" * 4000, "9" * 5000)],
-    "biases": [*openai(logit_bias=BIASES), *openai(logit_bias={"1" * 4000: 1}), *openai(logit_bias={"٣": 1})],
+    "biases": [*openai(logit_bias=BIASES), *openai(logit_bias={"1" * 5000: 1}), *openai(logit_bias={"٣": 1})],
     "many": [*openai(n=128, max_tokens=1), *native(best_of=16, details=True, decoder_input_details=True, **WARM)],
     "stops": [*native(stop=["x" * 10_000]), *native(stop=["x"] * 17), *native(stop=["ab" * 500] * 16), *native(stop=["\0"])],
     "lone surrogates": [

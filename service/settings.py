@@ -18,6 +18,7 @@ from .keys import Key, listed
 PREFIX = "ADAPTERD_"
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 FAULT = re.compile(r"^(?:(step|kill|stuck):([1-9]\d*)|(stuck)|(slow_load):(\d+(?:\.\d+)?))$")
+HUB_PATTERN = r"^[\w.*-]+/[\w.*-]+$"
 ORIGIN = r"^(\*|https?://[^/\s]+)$"
 DEMO_ADAPTERS = Path(__file__).parent / "demo" / "adapters"
 
@@ -47,7 +48,7 @@ class Settings(BaseModel):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     adapters_dir: Path | None = None
-    hub: tuple[str, ...] = ()
+    hub: tuple[Annotated[str, Field(pattern=HUB_PATTERN)], ...] = ()
     max_rows: Positive | None = None
     max_context: Positive | None = None
     pool_rank: Positive = 512
@@ -70,6 +71,14 @@ class Settings(BaseModel):
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     faults: Faults = Faults()
+
+    @field_validator("adapters_dir", mode="before")
+    @classmethod
+    def _folder(cls, value: Any) -> Any:
+        """Empty would be wherever the service was started."""
+        if value == "":
+            raise ValueError("names no folder")
+        return value
 
     @field_validator("hub", "cors_origins", mode="before")
     @classmethod
@@ -158,5 +167,7 @@ def _check_places(settings: Settings) -> None:
     base = Path(settings.base)
     if settings.base != "demo" and not base.exists() and (settings.base.endswith(".gguf") or not HUB_ID.match(settings.base)):
         raise SettingsError(f"{PREFIX}BASE: {settings.base!r} is no folder, no .gguf file, no hub id and not 'demo'")
+    if settings.adapters.exists() and not settings.adapters.is_dir():
+        raise SettingsError(f"{PREFIX}ADAPTERS_DIR: {str(settings.adapters)!r} is no folder")
     if not settings.keyed and settings.host not in ("127.0.0.1", "localhost", "::1"):
         raise SettingsError(f"{PREFIX}HOST: {settings.host} is not loopback; set {PREFIX}API_KEYS or {PREFIX}ADMIN_KEYS to listen there")

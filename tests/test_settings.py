@@ -43,6 +43,8 @@ WRONG = {
     "DRAIN_S": ("-1", "inf", "nan"),
     "LOG_LEVEL": ("loud",),
     "BASE": ("no/such/folder", "no.gguf", ""),
+    "ADAPTERS_DIR": ("", __file__),
+    "HUB": ("on", "*", "org/*, other", "https://huggingface.co/org/name"),
     "NO_SUCH": ("1",),
     "MAX_RANK": ("513",),
     "HOST": ("0.0.0.0",),

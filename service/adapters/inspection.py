@@ -235,7 +235,7 @@ def config_problems(config: Config, max_rank: int) -> list[str]:
     for key, (right, wanted) in (SHARED | LORA if lora else SHARED).items():
         if key in config and not right(config[key]):
             problems.append(f"`{key}` must be {wanted}, not {json.dumps(config[key])[:80]}")
-    return problems or [*_ranks_over(config, max_rank), *_bad_patterns(config)]
+    return problems or [*_ranks_over(config, max_rank), *_bad_patterns(config), *_untellable(config)]
 
 
 def _foreign(config: Config) -> str:
@@ -244,6 +244,17 @@ def _foreign(config: Config) -> str:
     if "architectures" in config or "model_type" in config:
         return ": this is a model's config.json, not an adapter's"
     return ""
+
+
+def _untellable(config: Config) -> list[str]:
+    """What no answer could repeat: half characters, which an escape can spell, and numbers that JSON does not have."""
+    problems = []
+    for key, value in config.items():
+        try:
+            json.dumps({key: value}, ensure_ascii=False, allow_nan=False).encode()
+        except (ValueError, RecursionError):
+            problems.append(f"`{ascii(key)[1:-1]}` holds half a character, or a number that JSON does not have")
+    return problems
 
 
 def _ranks_over(config: Config, max_rank: int) -> list[str]:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from ..digest import digest
 from ..engine.request import Adapter, Digest, Lane, Patch
@@ -33,6 +33,7 @@ def read(skeleton: Skeleton, folder: Path, max_rank: int, known: Digest | None =
     raw, config = inspection.read_config(folder)
     refuse(inspection.config_problems(config, max_rank) + inspection.missing_weights(folder))
     header = inspection.read_header(folder / WEIGHTS)
+    openable(folder / WEIGHTS)
     notes = strangers(config)
     meaning = understood(skeleton, config)
     copies = base_copies(skeleton, folder / WEIGHTS, header, meaning)
@@ -82,6 +83,15 @@ def product_norm(a: torch.Tensor, b: torch.Tensor) -> float:
 def refuse(problems: list[str]) -> None:
     if problems:
         raise AdapterInvalid(problems)
+
+
+def openable(weights: Path) -> None:
+    """Raises AdapterInvalid where the library would not open the file, for the worker reads it so."""
+    try:
+        with safe_open(weights, "pt"):
+            pass
+    except SafetensorError as error:
+        refuse([f"{WEIGHTS} is damaged: {error}"])
 
 
 def base_copies(skeleton: Skeleton, weights: Path, header: Header, meaning: Meaning) -> set[str]:

@@ -16,6 +16,7 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 
 from service.adapters import facts, meaning
+from service.adapters.inspection import WEIGHTS
 from service.adapters.reader import read
 from service.adapters.skeleton import Skeleton
 from service.digest import digest
@@ -212,6 +213,28 @@ def test_dtypes_that_are_no_floats_are_refused(skeleton: Skeleton, plain: Path, 
 
 def test_an_adapter_that_changes_nothing_is_a_warning(skeleton: Skeleton, base: Path, tmp_path: Path) -> None:
     assert "every lora_B is zero" in read(skeleton, making.noise(tmp_path / "a", base, 1, std=0), 64).warnings[0]
+
+
+HEADERS: dict[str, Callable[[str], bytes]] = {
+    "metadata that is no object": lambda text: f'{{"__metadata__": 5, {text[1:]}'.encode(),
+    "metadata that is no text": lambda text: f'{{"__metadata__": {{"a": {{}}}}, {text[1:]}'.encode(),
+    "half a character": lambda text: text.replace("base_model", r"\ud800", 1).encode(),
+    "bytes that are no character": lambda text: text.replace("base_model", "\ud800", 1).encode("utf-8", "surrogatepass"),
+    "UTF-16": lambda text: text.encode("utf-16"),
+}
+
+
+@pytest.mark.parametrize("made", HEADERS.values(), ids=HEADERS)
+def test_a_header_that_the_worker_could_not_read_is_refused(
+    skeleton: Skeleton, plain: Path, tmp_path: Path, made: Callable[[str], bytes]
+) -> None:
+    file = making.edit(plain, tmp_path / "a") / WEIGHTS
+    length = int.from_bytes(file.read_bytes()[:8], "little")
+    told = json.loads(file.read_bytes()[8 : 8 + length])
+    told.pop("__metadata__")
+    header = made(json.dumps(told))
+    file.write_bytes(len(header).to_bytes(8, "little") + header + file.read_bytes()[8 + length :])
+    problems(skeleton, tmp_path / "a").encode()
 
 
 # ---- configs

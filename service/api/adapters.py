@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query, Request, Response
@@ -10,7 +12,7 @@ from fastapi.responses import JSONResponse, PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import UploadFile
 
-from ..errors import BadRequest, Forbidden, NotFound, SourceMissing
+from ..errors import AdapterNotFound, BadRequest, Conflict, Forbidden, NotFound, SourceMissing
 from .errors import documented
 from .rooms import Seen, Shelf
 
@@ -165,22 +167,33 @@ async def remove(id: Id, here: Shelf, purge: bool = False) -> Told:
     return await here.registry.remove(id, purge)
 
 
-@router.post("/v1/load_lora_adapter", responses=Aliased, response_class=PlainTextResponse)
-async def load_lora(body: LoadLora, here: Shelf) -> str:
-    """vLLM's name for registering."""
+@contextmanager
+def _as_vllm() -> Iterator[None]:
+    """Errors with vLLM's codes, the fields called as they were sent."""
     try:
-        await here.registry.register(body.lora_name, body.lora_path, replace=body.load_inplace)
+        yield
     except SourceMissing as error:
         raise NotFound(error.message, param="lora_path") from error
     except Forbidden as error:
         raise BadRequest(error.message, param="lora_path") from error
+    except (BadRequest, Conflict, AdapterNotFound) as error:
+        error.param = "lora_name"
+        raise
+
+
+@router.post("/v1/load_lora_adapter", responses=Aliased, response_class=PlainTextResponse)
+async def load_lora(body: LoadLora, here: Shelf) -> str:
+    """vLLM's name for registering."""
+    with _as_vllm():
+        await here.registry.register(body.lora_name, body.lora_path, replace=body.load_inplace)
     return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
 
 @router.post("/v1/unload_lora_adapter", responses=Aliased, response_class=PlainTextResponse)
 async def unload_lora(body: UnloadLora, here: Shelf) -> str:
     """vLLM's name for deleting."""
-    await here.registry.remove(body.lora_name, False)
+    with _as_vllm():
+        await here.registry.remove(body.lora_name, False)
     return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
 

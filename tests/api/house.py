@@ -94,7 +94,7 @@ class Shelf:
         if held and held["source"] == source:
             return held, False
         if held and not replace:
-            raise Conflict(f"{id} is taken by other content")
+            raise Conflict(f"{id} is taken by other content", param="id")
         self.names[id] = {"id": id, "source": source, "digest": "sha256:" + source, "pinned": rest.get("pinned", False)}
         return self.names[id], held is None
 

@@ -159,12 +159,14 @@ def test_vllms_names_have_its_bodies_and_codes(home: House) -> None:
     answer = home.knock.post("/v1/load_lora_adapter", json=loading)
     assert (answer.status_code, answer.text) == (200, "Success: LoRA adapter 'a' added successfully.")
     assert answer.headers["content-type"].startswith("text/plain")
-    for path in ("other", "bad", "outside"):
-        assert home.json("POST", "/v1/load_lora_adapter", loading | {"lora_path": path}, 400)["error"]["message"]
-    assert home.json("POST", "/v1/load_lora_adapter", loading | {"lora_path": "gone"}, 404)["error"]["code"] == "not_found"
+    for path, param in (("other", "lora_name"), ("bad", None), ("outside", "lora_path")):
+        assert home.json("POST", "/v1/load_lora_adapter", loading | {"lora_path": path}, 400)["error"]["param"] == param
+    missing = home.json("POST", "/v1/load_lora_adapter", loading | {"lora_path": "gone"}, 404)["error"]
+    assert (missing["code"], missing["param"]) == ("not_found", "lora_path")
     assert home.knock.post("/v1/load_lora_adapter", json=loading | {"lora_path": "other", "load_inplace": True}).status_code == 200
     assert home.json("GET", "/adapters/a")["source"] == "other"
     answer = home.knock.post("/v1/unload_lora_adapter", json={"lora_name": "a"})
     assert (answer.status_code, answer.text) == (200, "Success: LoRA adapter 'a' removed successfully.")
-    assert home.json("POST", "/v1/unload_lora_adapter", {"lora_name": "a"}, 404)["error"]["code"] == "model_not_found"
+    unknown = home.json("POST", "/v1/unload_lora_adapter", {"lora_name": "a"}, 404)["error"]
+    assert (unknown["code"], unknown["param"]) == ("model_not_found", "lora_name")
     assert home.json("POST", "/v1/unload_lora_adapter", {"lora_name": "a", "more": 1}, 400)["error"]["param"] == "more"

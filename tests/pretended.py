@@ -121,6 +121,9 @@ class Elsewhere(torch.Tensor):
         made: torch.Tensor = torch.ops.aten.bitwise_not(self)
         return made
 
+    def data_ptr(self) -> int:
+        return self.numbers.data_ptr()
+
     def tolist(self) -> Any:
         return self.to("cpu").tolist()
 

@@ -36,6 +36,13 @@ ROWS = {"cpu": 16, "cuda": 64}
 
 def build(settings: Settings, progress: base.Progress) -> tuple[Runner, BaseCard]:
     """Loads everything. Raises SettingsError with a reason fit for a person when this base or device cannot be served."""
+    try:
+        return _built(settings, progress)
+    except torch.OutOfMemoryError as error:
+        raise SettingsError(f"ADAPTERD_BASE: it, KV rows and a pool of {settings.pool_rank} do not fit into the GPU's memory") from error
+
+
+def _built(settings: Settings, progress: base.Progress) -> tuple[Runner, BaseCard]:
     folder = base.resolve(settings.base, progress)
     model: Any = base.load(folder, settings, progress)
     device, dtype = base.device_of(settings), model.dtype

@@ -82,6 +82,8 @@ def scout(model: Any) -> list[Sighting]:
     try:
         model.set_attn_implementation(NAME)
         model(input_ids=token, position_ids=token, use_cache=False, table=found)
+    except torch.OutOfMemoryError:
+        raise
     except (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError) as error:
         raise refused(model, f"{type(error).__name__} when it runs on the row attention") from error
     layers = model.config.get_text_config().num_hidden_layers

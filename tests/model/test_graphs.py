@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config
+from transformers import AttentionInterface
 
 from service.engine.request import Chunk, Placement, Plan, Request, Sampling
 from service.errors import SettingsError
-from service.model import graphs, proof
+from service.model import graphs, kv, proof
 from service.model.build import build
 from service.model.runner import Runner
 from service.settings import Settings
@@ -211,6 +212,23 @@ def test_a_context_that_the_proof_does_not_fit_into_is_refused(house: dict[str |
         runner_on(house[None], max_context=proof.PROBE)
         with pytest.raises(SettingsError, match="ADAPTERD_MAX_CONTEXT: 8 rows of 23 tokens are too short"):
             runner_on(house[None], max_context=proof.PROBE - 1)
+
+
+@pytest.mark.parametrize("where", ["load", "attend", "Bank"])
+def test_memory_that_runs_out_at_the_start_is_told(house: dict[str | None, Path], monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with device(), monkeypatch.context() as patch:
+        match where:
+            case "load":
+                patch.setattr("service.model.base.load", full)
+            case "attend":
+                patch.setitem(AttentionInterface._global_mapping, kv.NAME, full)
+            case "Bank":
+                patch.setattr("service.model.build.Bank", full)
+        with pytest.raises(SettingsError, match="a pool of 512 do not fit into the GPU's memory"):
+            runner_on(house[None])
 
 
 def test_no_more_recordings_are_kept_than_the_limit(house: dict[str | None, Path], monkeypatch: pytest.MonkeyPatch) -> None:

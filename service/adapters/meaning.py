@@ -62,7 +62,7 @@ def understood(skeleton: Skeleton, config: Config) -> Meaning:
         raise AdapterUnsupported([f"`task_type` {task!r} is not served, only CAUSAL_LM is"])
     if task is None and config.get(ACTIVATED):
         raise AdapterUnsupported([f"`{ACTIVATED}` without the `task_type` CAUSAL_LM: PEFT itself would never wake it"])
-    text = dumps({key: value for key, value in config.items() if key not in ASIDE}, sort_keys=True)
+    text = dumps({key: config[key] for key in sorted(config) if key not in ASIDE})  # of a pattern's own keys the first that matches counts
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

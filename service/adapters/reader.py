@@ -45,7 +45,9 @@ def read(skeleton: Skeleton, folder: Path, max_rank: int, known: Digest | None =
     patches = tuple(renamed(one, names) for one in meaning.patches)
     lane = meaning.lane
     if known is None:
-        notes += looked_at(folder / WEIGHTS, header, own, patches, lane)
+        looked_at(folder / WEIGHTS, header, own)
+    if lane is Lane.POOL and idle(folder / WEIGHTS, header, patches):
+        notes.append("each of its layers has zeros for lora_A, lora_B or alpha: this adapter says what the base says")
     notes += spelling_notes(names, lane) + [f"{key} is a copy of the base's own weights and is not used" for key in sorted(copies)]
     adapted = [facts.Adapted(p.module, p.scaling, own[p.a], own[p.b], own[p.magnitude] if p.magnitude else None) for p in patches]
     adapter = Adapter(
@@ -127,15 +129,20 @@ def renamed(patch: Patch, names: dict[str, str]) -> Patch:
     return replace(patch, a=names[patch.a], b=names[patch.b], magnitude=names[patch.magnitude] if patch.magnitude else None)
 
 
-def looked_at(weights: Path, header: Header, own: Collection[str], patches: tuple[Patch, ...], lane: Lane) -> list[str]:
-    """Reads every value once. Raises AdapterInvalid naming the first tensor that is not finite; warns when nothing would change."""
-    idle = lane is Lane.POOL and all(patch.magnitude is None for patch in patches)
-    outer = {patch.b for patch in patches if patch.scaling}
+def looked_at(weights: Path, header: Header, own: Collection[str]) -> None:
+    """Reads every value once. Raises AdapterInvalid naming the first tensor that is not finite, in float32 at the latest."""
     for key, tensor in values(weights, header, own):
-        if not (fine := torch.isfinite(tensor)).all():
+        if not (fine := torch.isfinite(tensor.float() if tensor.dtype is torch.float64 else tensor)).all():
             refuse([f"{key} holds {int((~fine).sum())} values that are NaN or infinite"])
-        idle = idle and not (key in outer and tensor.any())
-    return ["every lora_B is zero: this adapter says what the base says"] if idle else []
+
+
+def idle(weights: Path, header: Header, patches: tuple[Patch, ...]) -> bool:
+    """Whether no layer changes anything; no more is read than the first one that does."""
+
+    def zero(key: str) -> bool:
+        return not any(tensor.any() for _, tensor in values(weights, header, [key]))
+
+    return all(one.magnitude is None and (not one.scaling or zero(one.b) or zero(one.a)) for one in patches)
 
 
 def values(weights: Path, header: Header, keys: Collection[str]) -> Iterator[tuple[str, torch.Tensor]]:

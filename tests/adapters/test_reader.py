@@ -81,6 +81,17 @@ def test_patches_are_the_layers_that_peft_makes(skeleton: Skeleton, base: Path, 
     assert adapter.rank == max(patch.rank for patch in adapter.patches)
 
 
+def test_the_first_pattern_that_matches_counts_in_the_order_of_the_file(
+    skeleton: Skeleton, base: Path, plain: Path, tmp_path: Path
+) -> None:
+    for i, order in enumerate(([("q_proj", 2), (r"layers\.0\..*", 64)], [(r"layers\.0\..*", 64), ("q_proj", 2)])):
+        folder = making.edit(plain, tmp_path / str(i), {"alpha_pattern": dict(order)})
+        layers = {name.removeprefix(HEAD): one for name, one in making.served(base, folder).named_modules() if isinstance(one, LoraLayer)}
+        assert {p.module: p.scaling for p in read(skeleton, folder, 64).adapter.patches} == {
+            name: one.scaling["default"] for name, one in layers.items()
+        }
+
+
 def test_null_targets_are_what_peft_takes_for_the_architecture(skeleton: Skeleton, plain: Path, tmp_path: Path) -> None:
     reading = read(skeleton, making.edit(plain, tmp_path / "a", {"target_modules": None}), 64)
     assert reading.facts["target_modules"] == ["q_proj", "v_proj"]
@@ -211,8 +222,35 @@ def test_dtypes_that_are_no_floats_are_refused(skeleton: Skeleton, plain: Path, 
     assert "I8" in problems(skeleton, folder)
 
 
-def test_an_adapter_that_changes_nothing_is_a_warning(skeleton: Skeleton, base: Path, tmp_path: Path) -> None:
-    assert "every lora_B is zero" in read(skeleton, making.noise(tmp_path / "a", base, 1, std=0), 64).warnings[0]
+def zeros(part: str) -> making.TensorEdit:
+    return lambda tensors: {key: value * 0 if part in key else value for key, value in tensors.items()}
+
+
+IDLE: dict[str, tuple[making.ConfigEdit | None, making.TensorEdit | None]] = {
+    "no B": (None, zeros("lora_B")),
+    "no A": (None, zeros("lora_A")),
+    "no alpha": ({"lora_alpha": 0}, None),
+    "one of them each": ({"alpha_pattern": {"v_proj": 0}}, zeros("q_proj.lora_A")),
+}
+
+
+@pytest.mark.parametrize("known", [None, "sha256:1"])
+@pytest.mark.parametrize(("config", "weights"), IDLE.values(), ids=IDLE)
+def test_an_adapter_that_changes_nothing_is_a_warning_after_a_restart_too(
+    skeleton: Skeleton, plain: Path, tmp_path: Path, config: Any, weights: Any, known: str | None
+) -> None:
+    folder = making.edit(plain, tmp_path / "a", config, weights)
+    assert "says what the base says" in read(skeleton, folder, 64, known).warnings[0]
+
+
+@pytest.mark.parametrize(("config", "weights"), [(None, zeros("layers.0")), ({"alpha_pattern": {"v_proj": 0}}, None)])
+def test_one_layer_that_changes_something_is_enough(skeleton: Skeleton, plain: Path, tmp_path: Path, config: Any, weights: Any) -> None:
+    assert read(skeleton, making.edit(plain, tmp_path / "a", config, weights), 64).warnings == ()
+
+
+def test_values_beyond_float32_are_refused(skeleton: Skeleton, plain: Path, tmp_path: Path) -> None:
+    folder = making.edit(plain, tmp_path / "a", weights=lambda t: {key: value.double() * 1e300 for key, value in t.items()})
+    assert "infinite" in problems(skeleton, folder)
 
 
 HEADERS: dict[str, Callable[[str], bytes]] = {

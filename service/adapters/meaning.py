@@ -98,11 +98,21 @@ def injected(skeleton: Skeleton, text: str) -> Meaning:
 
 
 def strangers(config: Config) -> list[str]:
-    """Warnings about keys that this PEFT does not know and that have a value; null, false and empty ones mean nothing."""
+    """Warnings about keys that this PEFT does not know and that have a value (null, false and empty ones mean nothing), and PEFT's own.
+
+    Raises AdapterUnsupported for an unknown type, AdapterInvalid for a config of a version that PEFT cannot read any more.
+    """
     if config["peft_type"] not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise AdapterUnsupported([f"`peft_type` {config['peft_type'][:40]!r} is not known"])
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        try:
+            PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]].check_kwargs(**config)
+        except Exception as error:  # whatever PEFT makes of a stranger's config, it is the config's fault
+            raise AdapterInvalid([f"PEFT cannot read {CONFIG}: {error}"[:600]]) from None
     unknown = config.keys() - known_keys(config["peft_type"])
-    return [f"`{key[:80]}` in {CONFIG} is not known and is ignored: {dumps(config[key])[:80]}" for key in sorted(unknown) if config[key]]
+    strange = [f"`{key[:80]}` in {CONFIG} is not known and is ignored: {dumps(config[key])[:80]}" for key in sorted(unknown) if config[key]]
+    return strange + [f"PEFT warns: {one.message}" for one in heard]
 
 
 def peft_config(config: Config) -> PeftConfig:

@@ -289,6 +289,16 @@ def test_an_unknown_key_with_a_value_is_a_warning_that_names_it(skeleton: Skelet
     assert "use_superlora" in read(skeleton, making.edit(plain, tmp_path / "a", {"use_superlora": True}), 64).warnings[0]
 
 
+def test_what_peft_says_of_a_type_that_it_has_changed_since_is_said(skeleton: Skeleton, base: Path, tmp_path: Path) -> None:
+    """OFT before 0.18, and before 0.14."""
+    folder = kinds.SHADOW["OFT"](tmp_path / "a", base)
+    assert read(skeleton, folder, 64).warnings == ()
+    old = making.edit(folder, tmp_path / "b", {"peft_version": "0.17.1"})
+    assert "slightly changed" in read(skeleton, old, 64).warnings[0]
+    older = making.edit(folder, tmp_path / "c", lambda config: {key: value for key, value in config.items() if key != "oft_block_size"})
+    assert "0.14.0" in problems(skeleton, older)
+
+
 def test_a_config_of_2023_is_read(skeleton: Skeleton, plain: Path, tmp_path: Path) -> None:
     old = ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "bias")
     folder = making.edit(plain, tmp_path / "a", lambda config: {key: config[key] for key in old})

@@ -55,6 +55,7 @@ POOL: dict[str, Maker] = {
 }
 SHADOW: dict[str, Maker] = {
     "modules_to_save": lora(20, modules_to_save=["lm_head"], save=SKETCH),
+    "DoRA beside a saved head": lora(27, use_dora=True, modules_to_save=["lm_head"], save=SKETCH),
     "embedding saved": lora(21, modules_to_save=["embed_tokens"], save=SKETCH),
     "trainable_token_indices": lora(22, trainable_token_indices=[7, 8, 9], save=SKETCH),
     "lora_bias": lora(23, lora_bias=True),

@@ -20,6 +20,8 @@ from ..errors import AdapterInvalid, AdapterUnsupported
 from .contents import contents
 
 Tree = TypeVar("Tree", bound=nn.Module)
+# Whose own code reads the packed weights: 4-bit ones lie in another order on a CPU since their first forward, 8-bit ones lose their scales.
+READERS = {"HIRA": {"Linear4bit"}, "use_dora": {"Linear4bit", "Linear8bitLt"}}
 SHARED_STATES = ("QuantState", "MatmulLtState")  # bitsandbytes keeps tensors in these beside the parameters
 
 
@@ -60,6 +62,10 @@ def planted(base: Tree, adapter: Adapter) -> Any:
 
 def _injected(tree: nn.Module, config: PeftConfig) -> Any:
     kind = f"`{config.peft_type.value}`"
+    reader = "use_dora" if getattr(config, "use_dora", False) else config.peft_type.value
+    misread = READERS.get(reader, ())
+    if strange := [name for name, layer in tree.named_modules() if type(layer).__name__ in misread and _on_cpu(layer)]:
+        raise AdapterUnsupported([f"PEFT cannot run `{reader}` on a quantized base on a CPU: it would misread the weights of {strange[0]}"])
     try:
         model = get_peft_model(tree, config)
     except Exception as error:  # whatever PEFT makes of this type on these layers
@@ -67,6 +73,10 @@ def _injected(tree: nn.Module, config: PeftConfig) -> Any:
     if strange := [name for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer) and _misread(layer)]:
         raise AdapterUnsupported([f"PEFT cannot run {kind} on a quantized base: it would misread the weights of {strange[0]}"])
     return model
+
+
+def _on_cpu(layer: nn.Module) -> bool:
+    return all(weight.device.type == "cpu" for weight in layer.parameters())
 
 
 def _misread(layer: BaseTunerLayer) -> bool:

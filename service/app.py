@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
 from starlette.middleware import Middleware
-from starlette.middleware.cors import CORSMiddleware
 
 from . import __version__, metrics
 from .api import adapters, errors, generate, openai, ops
-from .api.auth import Keys
+from .api.auth import Keys, Origins
 from .api.limits import Access, Bodies, Gate
 from .api.quota import Quotas
 from .api.rooms import Rooms
@@ -76,7 +75,7 @@ def _layers(rooms: Rooms, record: Callable[[Trace], None] | None) -> list[Middle
     """The outermost first. Other sites' pages are let in before keys are asked for, since a browser asks without one whether it may ask."""
     settings = rooms.settings
     cors = Middleware(
-        CORSMiddleware,
+        Origins,
         allow_origins=settings.cors_origins,
         allow_methods=METHODS,
         allow_headers=["authorization", "content-type", "x-request-id"],

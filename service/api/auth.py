@@ -6,6 +6,7 @@ import base64
 import binascii
 
 from starlette.datastructures import Headers
+from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ..errors import Forbidden, Unauthorized
@@ -16,7 +17,21 @@ from .limits import refuse
 OPEN = ("/health", "/ready")
 READING = ("GET", "HEAD", "OPTIONS")
 ALIASES = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
+ELSEWHERE = Forbidden("a page of another site may not ask for this")
 BROWSER = {"www-authenticate": 'Basic realm="adapterd: any name, the key as password", charset="UTF-8"'}
+
+
+class Origins(CORSMiddleware):
+    """Lets pages of the named origins ask, and tells the browsers of all others as every refusal is told."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "OPTIONS" and self._unwelcome(Headers(scope=scope)):
+            return await refuse(ELSEWHERE, scope, receive, send)
+        return await super().__call__(scope, receive, send)
+
+    def _unwelcome(self, headers: Headers) -> bool:
+        asks = "origin" in headers and "access-control-request-method" in headers
+        return asks and self.preflight_response(headers).status_code != 200
 
 
 class Keys:
@@ -42,7 +57,7 @@ class Keys:
         headers, origins = Headers(scope=scope), self.settings.cors_origins
         if scope["method"] in READING or headers.get("sec-fetch-site") != "cross-site":
             return None
-        return None if "*" in origins or headers.get("origin") in origins else Forbidden("a page of another site may not ask for this")
+        return None if "*" in origins or headers.get("origin") in origins else ELSEWHERE
 
     def _refusal(self, scope: Scope) -> Unauthorized | Forbidden | None:
         if not self.settings.keyed:

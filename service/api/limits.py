@@ -61,6 +61,7 @@ class Access:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         exchange = _Exchange(scope, send)
+        scope["headers"] = [pair for pair in scope["headers"] if pair[0] != b"range"]  # files go out whole, so that none is refused by text
         inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope  # the server leaves a HEAD's body out by itself
         try:
             await self.app(inner, receive, exchange.send)

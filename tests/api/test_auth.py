@@ -158,5 +158,10 @@ def test_a_site_that_is_named_may_ask_with_a_key_and_no_other_may() -> None:
         assert "access-control-allow-credentials" not in answer.headers
         assert home.knock.post("/adapters", json=body, headers=FOREIGN).status_code == 401
         other = {"origin": "https://evil.example.org", "sec-fetch-site": "cross-site"}
+        for asked in (PREFLIGHT | other, PREFLIGHT | {"access-control-request-method": "TRACE"}):
+            refusal = home.knock.options("/adapters", headers=asked)
+            assert (refusal.status_code, refusal.json()["error_type"]) == (403, "forbidden")
+            assert "access-control-allow-origin" not in refusal.headers
+            assert home.knock.options("/v1/models", headers=asked).json()["error"]["code"] == "forbidden"
         refused = home.knock.post("/adapters", json=body, headers=ADMIN | other)
         assert (refused.status_code, "access-control-allow-origin" in refused.headers) == (403, False)

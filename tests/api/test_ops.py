@@ -116,6 +116,13 @@ def test_the_root_is_the_console_for_browsers_only(home: House) -> None:
         assert home.json("GET", path, status=404)["error_type"] == "not_found"
 
 
+@pytest.mark.parametrize("range", ["bytes=abc", "bytes=99999999-", "bytes=0-1"])
+def test_files_go_out_whole(home: House, range: str) -> None:
+    for path in ("/docs", "/console/app.js"):
+        part, whole = home.knock.get(path, headers={"range": range}), home.knock.get(path)
+        assert (part.status_code, part.content) == (200, whole.content)
+
+
 def test_the_pages_of_the_api_ask_no_other_origin(home: House) -> None:
     page = home.knock.get("/docs", headers={"accept": "text/html"})
     assert "http" not in page.text.replace("http-equiv", "")

@@ -105,11 +105,15 @@ class Admission:
             max_tokens=room,
             adapter=self.generation.digest if self.generation else None,
             sampling=replace(ask.sampling, seed=seed),
-            eos=frozenset() if ask.ignore_eos else voice.eos,
+            eos=frozenset() if ask.ignore_eos else self._possible(voice.eos),
             prompt_logprobs=ask.prompt_logprobs,
         )
         self.held.callback(ticket.cancel)
         return Answer(ticket, voice, prompt, Stops(ask.stop), seed, ask.sampling.min_tokens)
+
+    def _possible(self, eos: frozenset[int]) -> frozenset[int]:
+        """Those that the vocabulary has: an adapter's files may name any number, and the sampler would fail its whole batch on another."""
+        return frozenset(id for id in eos if 0 <= id < self.base.vocab_size)
 
     async def finish(self) -> None:
         """Waits for every answer, for a response that is sent whole. Raises Cancelled when the client leaves."""

@@ -363,6 +363,16 @@ def test_a_full_queue_is_429_also_for_streams(one: Stage) -> None:
     one.post("/generate_stream", {"inputs": "Hi", "parameters": {"adapter_id": "x"}}, 429)
 
 
+def test_ends_that_the_vocabulary_does_not_have_never_reach_the_batch(one: Stage) -> None:
+    folder = one.names.root / "odd"
+    folder.mkdir()
+    end = making.ids("d")[0]
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, -1, one.engine.base.vocab_size, 10**30]}))
+    one.names.names["odd"] = one.names.names["x"]
+    one.generate(adapter_id="odd")
+    assert one.request.eos == {2, end}
+
+
 def test_an_adapters_own_words_are_used(one: Stage) -> None:
     folder = Path(one.names.root) / "x"
     folder.mkdir(exist_ok=True)

@@ -170,6 +170,17 @@ async def test_no_method_is_too_much(asking: Asking, path: str) -> None:
             assert answer.json()["error"]
 
 
+async def test_ends_that_the_vocabulary_does_not_have_harm_nobody(world: World, asking: Asking) -> None:
+    known = world.greedy("n1", "Hello", 24)
+    folder = making.edit(world.adapters / "n2", world.adapters / "odd")
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 10**6]}))
+    await asking.post("/adapters", {"id": "odd", "source": "odd"}, 201)
+    limited = (asking.complete("Hi", "odd", min_tokens=1) for _ in range(4))
+    answers = await asyncio.gather(*(asking.ids("Hello", "n1", 24) for _ in range(4)), *limited)
+    assert answers[:4] == [known] * 4
+    await asking.http.delete("/adapters/odd")
+
+
 async def test_whoever_leaves_in_the_middle_changes_nobodys_answer(world: World, asking: Asking) -> None:
     """B12."""
     known = world.greedy("n1", "Hello", 24)

@@ -76,8 +76,14 @@ def _row(key: tuple[Any, ...], group: Sequence[Adapted]) -> dict[str, Any]:
     return row | {"parameters": sum(part.count for part in parts), "megabytes": megabytes(sum(part.size for part in parts))}
 
 
-def described(config: Config, header: Header, modules: Sequence[Adapted], ignored: Iterable[str] = ()) -> dict[str, Any]:
-    """The part of a summary that the content alone says. `ignored` names tensors that are not the adapter's own."""
+def described(
+    config: Config, header: Header, modules: Sequence[Adapted], ignored: Iterable[str] = (), changed: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The part of a summary that the content alone says. `ignored` names tensors that are not the adapter's own.
+
+    `changed` names all layers it acts on, where those are not `modules`.
+    """
+    names = changed or [one.module for one in modules]
     own = [tensor for key, tensor in header.tensors.items() if key not in set(ignored)]
     return {
         "peft_type": config.get("peft_type"),
@@ -90,9 +96,9 @@ def described(config: Config, header: Header, modules: Sequence[Adapted], ignore
         "dropout": config.get("lora_dropout") or 0.0,
         "use_rslora": bool(config.get("use_rslora")),
         "use_dora": bool(config.get("use_dora")),
-        "target_modules": sorted({leaf(one.module) for one in modules}),
-        "layers": layers(one.module for one in modules),
-        "modules": len(modules),
+        "target_modules": sorted(set(map(leaf, names))),
+        "layers": layers(names),
+        "modules": len(names),
         "by_module": by_module(modules),
         "parameters": sum(tensor.count for tensor in own),
         "size": size(header),

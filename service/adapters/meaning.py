@@ -11,6 +11,7 @@ from json import dumps, loads
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..engine.request import Lane, Patch
@@ -39,11 +40,12 @@ PREFIX = "base_model.model."
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a config asks of the base: every tensor it needs, its pooled layers, and the features that are more than those."""
+    """What a config asks of the base: every tensor it needs, its LoRA layers, what is more than those, and all layers it changes."""
 
     expected: dict[str, tuple[int, ...]]
     patches: tuple[Patch, ...]
     features: frozenset[str]
+    modules: tuple[str, ...] = ()
 
     @property
     def lane(self) -> Lane:
@@ -93,8 +95,9 @@ def injected(skeleton: Skeleton, text: str) -> Meaning:
     kinds = frozenset(kind for layer in layers.values() if (kind := kind_of(layer)))
     if attentions(model) > attentions(skeleton.model):  # the copies would have KV rows of their own, which nobody forks or clears
         kinds |= {f"{'modules_to_save' if getattr(config, 'modules_to_save', None) else config.peft_type.value} on attention layers"}
-    patches = tuple(patch(name, layer, expected) for name, layer in layers.items()) if not kinds else ()
-    return Meaning(expected, patches, kinds | features(config))
+    patches = tuple(patch(name, layer, expected) for name, layer in layers.items())
+    changed = layers or [name for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
+    return Meaning(expected, patches, kinds | features(config), tuple(name.removeprefix(PREFIX) for name in changed))
 
 
 def strangers(config: Config) -> list[str]:
@@ -152,11 +155,12 @@ def kind_of(layer: LoraLayer) -> str:
 
 def patch(name: str, layer: LoraLayer, expected: dict[str, tuple[int, ...]]) -> Patch:
     magnitude = f"{name}.lora_magnitude_vector"
+    a, b = (f"{name}.lora_{'embedding_' if layer.lora_embedding_A else ''}{half}" for half in "AB")
     return Patch(
         module=name.removeprefix(PREFIX),
         rank=layer.r["default"],
         scaling=float(layer.scaling["default"]),
-        a=f"{name}.lora_A.weight",
-        b=f"{name}.lora_B.weight",
+        a=a if a in expected else f"{a}.weight",
+        b=b if b in expected else f"{b}.weight",
         magnitude=magnitude if magnitude in expected else None,
     )

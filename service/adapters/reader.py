@@ -60,7 +60,7 @@ def read(skeleton: Skeleton, folder: Path, max_rank: int, known: Digest | None =
         patches=patches if lane is Lane.POOL else (),
         invocation=tuple(config.get(ACTIVATED) or ()),
     )
-    told = facts.described(config, header, adapted, copies) | {"features": sorted(meaning.features)}
+    told = facts.described(config, header, adapted, copies, meaning.modules) | {"features": sorted(meaning.features)}
     return Reading(adapter, told, tuple(notes), patches)
 
 

@@ -348,6 +348,25 @@ def test_features_beyond_the_pool_run_in_the_shadow_lane_or_are_refused_by_name(
     assert (adapter.lane, adapter.rank, adapter.patches) == (Lane.SHADOW, 0, ())
 
 
+SHOWN: dict[str, tuple[dict[str, float] | None, list[str], int, int]] = {
+    "embedding": ({"min": 4, "max": 4}, ["embed_tokens", "q_proj"], 3, 2),
+    "DoRA beside a saved head": ({"min": 4, "max": 4}, ["q_proj", "v_proj"], 4, 2),
+    "target_parameters": ({"min": 4, "max": 4}, ["down_proj"], 2, 2),
+    "IA3": (None, ["down_proj", "k_proj", "v_proj"], 6, 2),
+    "LN_TUNING": (None, ["input_layernorm"], 2, 2),
+    "OFT": (None, ["q_proj", "v_proj"], 4, 2),
+    "TRAINABLE_TOKENS": (None, ["embed_tokens", "lm_head"], 2, 0),  # tied
+}
+
+
+@pytest.mark.parametrize("kind", SHOWN)
+def test_what_runs_beside_the_batch_is_told_by_its_layers_too(skeleton: Skeleton, base: Path, tmp_path: Path, kind: str) -> None:
+    told = read(skeleton, kinds.SHADOW[kind](tmp_path / "a", base), 64).facts
+    assert (told["rank"], told["target_modules"], told["modules"], told["layers"]) == SHOWN[kind]
+    rows = sum(row["count"] for row in told["by_module"])
+    assert rows == (told["modules"] if told["rank"] else 0)
+
+
 def test_an_activated_adapter_runs_in_the_pool_if_that_is_all_it_asks_for(skeleton: Skeleton, base: Path, tmp_path: Path) -> None:
     adapter = read(skeleton, kinds.POOL["activated"](tmp_path / "a", base), 64).adapter
     assert (adapter.lane, adapter.rank, adapter.invocation) == (Lane.POOL, 4, tuple(kinds.CALL))

@@ -42,7 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     _forecast_command(
         commands.add_parser("forecast", help="say what an adapter of some shape would weigh on a base, from its config.json alone")
     )
-    bench = commands.add_parser("bench", help="measure a running service", add_help=False)
+    # the options behind it are the load generator's own: here nothing is one
+    bench = commands.add_parser("bench", help="measure a running service", add_help=False, prefix_chars="\0")
     bench.add_argument("rest", nargs=argparse.REMAINDER)
     bench.set_defaults(run=_bench)
     return parser
@@ -121,7 +122,7 @@ def _show(told: dict[str, Any], table: str, form: str) -> None:
 def _bench(chosen: argparse.Namespace) -> int:
     if not (REPOSITORY / "deploy" / "bench").is_dir():
         raise SettingsError("bench: the load generator is part of the repository, not of the installed package")
-    return subprocess.run([sys.executable, "-m", "deploy.bench", *chosen.rest], cwd=REPOSITORY, check=False).returncode
+    return subprocess.run([sys.executable, "-m", "deploy.bench.bench", *chosen.rest], cwd=REPOSITORY, check=False).returncode
 
 
 if __name__ == "__main__":

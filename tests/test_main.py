@@ -210,6 +210,12 @@ def test_a_forecast_that_cannot_be_made_is_one_line(files: tuple[Path, Path], ca
         assert len(told.splitlines()) == 1
 
 
+def test_bench_is_the_load_generator_and_takes_its_options() -> None:
+    ran = run("service", "bench", "--clients", "2", "--help")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "NAME=URL" in ran.stdout
+
+
 def test_the_real_command_starts_as_a_module() -> None:
     ran = run("service", "serve", ADAPTERD_QUANTIZATION="nf5")
     assert ran.returncode == 2

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from datetime import datetime
 from pathlib import Path
@@ -44,10 +45,11 @@ class Ledger:
         self.path = path
         self.records: dict[str, Record] = {}
         self.deleted: set[str] = set()
-        self._mute = False
+        self._unread = self._mute = False
 
     def load(self) -> None:
-        """A damaged file is put aside, and everything in it is forgotten."""
+        """A damaged file is put aside, and everything in it is forgotten; one that cannot be read is not written over."""
+        self._unread = False
         try:
             told = json.loads(self.path.read_bytes())
             self.records = {str(id): _record(entry) for id, entry in told["adapters"].items()}
@@ -55,10 +57,12 @@ class Ledger:
         except FileNotFoundError:
             return
         except OSError as error:
-            log.warning("the registrations cannot be read: %s", error.strerror)
+            self._unread = True
+            log.warning("the registrations cannot be read, and no change will outlive a restart: %s", error.strerror)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             log.warning("the file of registrations is damaged and is put aside as %s.damaged", self.path.name)
-            self.path.replace(self.path.with_name(self.path.name + ".damaged"))
+            with suppress(OSError):  # where it cannot be, nothing can be written over it either
+                self.path.replace(self.path.with_name(self.path.name + ".damaged"))
 
     def save(self, records: Mapping[str, Record], deleted: set[str]) -> None:
         """Replaces the file in one step. Where it cannot be written (a read-only directory), that is said once."""
@@ -66,7 +70,7 @@ class Ledger:
         told = {"version": VERSION, "adapters": {id: record.told() for id, record in records.items()}, "deleted": sorted(deleted)}
         aside = self.path.with_name(self.path.name + ".new")
         try:
-            if not (records or deleted or self.path.exists()):
+            if self._unread or not (records or deleted or self.path.exists()):
                 return
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with aside.open("w") as file:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
 import shutil
 from concurrent.futures import wait
 from pathlib import Path
@@ -500,6 +502,37 @@ async def test_a_damaged_ledger_is_put_aside(shop: Shop, plain: Path, damage: st
     async with shop.opened() as registry:
         assert [card["id"] for card in registry.cards()] == ["found"]
     assert (shop.root / ".adapterd.json.damaged").read_text() == damage
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, name: str, code: int) -> None:
+    """What is done by this name to the file of registrations fails like this from now on; tests may run as root, whom no mode stops."""
+    real = getattr(Path, name)
+
+    def does(path: Path, *given: Any) -> Any:
+        if path.name == ".adapterd.json":
+            raise OSError(code, os.strerror(code))
+        return real(path, *given)
+
+    monkeypatch.setattr(Path, name, does)
+
+
+async def test_registrations_that_cannot_be_read_are_not_written_over(stocked: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with stocked.opened() as registry:
+        await registry.register("a", "plain")
+    with monkeypatch.context() as patch:
+        failing(patch, "read_bytes", errno.EACCES)
+        async with stocked.opened() as registry:
+            await registry.register("b", "other")
+    async with stocked.opened() as registry:
+        assert [card["id"] for card in registry.cards()] == ["a"]
+
+
+async def test_a_damaged_ledger_that_cannot_be_put_aside_stops_nothing(shop: Shop, plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    put(plain, shop.root, "found")
+    (shop.root / ".adapterd.json").write_text("{")
+    failing(monkeypatch, "replace", errno.EROFS)
+    async with shop.opened() as registry:
+        assert [card["id"] for card in registry.cards()] == ["found"]
 
 
 async def test_a_directory_that_cannot_be_written_stops_nothing(stocked: Shop, caplog: pytest.LogCaptureFixture) -> None:

@@ -218,8 +218,9 @@ def test_why_an_adapter_failed_is_said_in_the_table_and_on_its_page(live: str, o
     expect(page.get_by_role("link", name="Compare").and_(page.locator("main a"))).to_have_count(0)
 
 
-def test_an_unknown_adapter_is_said_to_be_unknown(live: str, open_page: Open) -> None:
-    page = open_page(f"{live}#/adapters/no-such", expect="404")
+@pytest.mark.parametrize("id", ["no-such", "100%"])
+def test_an_unknown_adapter_is_said_to_be_unknown(live: str, open_page: Open, id: str) -> None:
+    page = open_page(f"{live}#/adapters/{id}", expect="404")
     expect(page.get_by_role("alert")).to_contain_text("adapter_not_found (404)")
 
 

@@ -19,10 +19,10 @@ const NOTICE_MS = 6000;
 const address = cell(location.hash);
 addEventListener("hashchange", () => address.set(location.hash));
 
-/** `#/adapters/org/name` → ["adapters", "org/name"] */
+/** `#/adapters/org/name` → ["adapters", "org/name"]; of what may be written with a %, an id has only the slash. */
 function route() {
   const [view, ...rest] = useCell(address).replace(/^#\//, "").split("/");
-  return [view in VIEWS ? view : "adapters", decodeURIComponent(rest.join("/"))];
+  return [view in VIEWS ? view : "adapters", rest.join("/").replace(/%2f/gi, "/")];
 }
 
 function App() {

@@ -75,5 +75,6 @@ def test_a_random_walk_agrees_with_a_list() -> None:
                 fits = [n for n in range(len(idle) + 1) if sum(costs.values()) - sum(costs[k] for k in idle[:n]) + need <= 50]
                 assert victims == (idle[: fits[0]] if fits else None)
         assert list(lru) == order
+        assert (key in lru) is (key in costs)
         assert lru.used == sum(costs.values())
         assert len(lru) == len(costs)

@@ -59,7 +59,7 @@ class Shelves:
         return self.device.base
 
     def tier(self, one: Shelved) -> Tier:
-        return self.device.tier(one.digest) if one.digest else Tier.DISK
+        return self.device.tier(one.digest)
 
     def sourced(self, source: str) -> bool:
         """Whether anything, leased or named, lies in this source."""

@@ -248,7 +248,6 @@ class Scheduler:
             self._forks.append(fork)
         self.running[request.id] = sequence
         self._started.append(request.id)
-        self.adapters.touch(request.adapter)
 
     def _unqueue(self, sequence: Sequence) -> None:
         queue = self.waiting[sequence.adapter]

@@ -129,6 +129,7 @@ class Driver:
         """Nothing is held once everything has ended."""
         gauges = self.scheduler.gauges
         assert (gauges.running, gauges.waiting, gauges.kv_used) == (0, 0, 0)
+        assert gauges.kv_total == len(self.runner.kv) * self.runner.context
         pool = {digest for digest in self.runner.pool if digest is not None}
         assert pool == {digest for digest, adapter in self.scheduler.adapters.known.items() if digest in self.scheduler.adapters.pool}
         assert set(self.runner.host) == set(self.scheduler.adapters.host)

@@ -34,7 +34,9 @@ def act(rng: random.Random, driver: Driver, adapters: list[Adapter]) -> None:
             scored = 1 if rng.random() < 0.1 else None
             driver.submit(prompt(rng), rng.randrange(0, 12), rng.choice((None, chosen)), eos=eos, prompt_logprobs=scored)
         case "cancel" if driver.stories:
-            scheduler.cancel(rng.randrange(len(driver.stories)))
+            scheduler.cancel(id := rng.randrange(len(driver.stories)))
+            left = [*scheduler.running.values(), *(sequence for queue in scheduler.waiting.values() for sequence in queue)]
+            assert id not in {sequence.request.id for sequence in left}, "one that waits or runs ends at once"
         case "offer":
             scheduler.offer(chosen, pinned=rng.random() < 0.05, preload=rng.random() < 0.5)
         case "pin":

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from service.engine.request import Finish, Lane, Tier
+from service.engine.request import Finish, Lane, Result, Tier
 from service.engine.rows import WORTH
 from service.engine.scheduler import PASSES
 from tests.engine.driver import Driver
@@ -21,6 +21,16 @@ def test_first_come_first_served() -> None:
     driver.settle()
     assert driver.order == ids
     driver.check()
+
+
+def test_of_adapters_that_hold_as_many_rows_the_oldest_request_is_next() -> None:
+    driver = Driver(rows=1)
+    first, second = adapter("first"), adapter("second")
+    for each in (first, second):
+        driver.scheduler.offer(each)
+    ids = [driver.submit([1], 2, each) for each in (first, second, first, second, second, first)]
+    driver.settle()
+    assert driver.order == ids
 
 
 def test_a_sequence_enters_at_the_step_after_one_leaves() -> None:
@@ -91,9 +101,27 @@ def test_an_adapter_that_does_not_fit_is_overtaken_a_bounded_number_of_times() -
             break
         passed += len(driver.order) - before
     assert driver.stories[waiting].started
-    assert passed <= PASSES
+    assert passed == PASSES
     driver.settle()
     driver.check()
+
+
+def test_nobody_takes_the_pool_rows_that_an_older_request_waits_for() -> None:
+    driver = Driver(rows=4, pool_rank=16)
+    small, big, late = adapter("small", rank=4), adapter("big", rank=16), adapter("late", rank=4)
+    for each in (small, big, late):
+        driver.scheduler.offer(each)
+    ids = [driver.submit([1], 9, small)]
+    driver.step()
+    ids += [driver.submit([2], 2, big), driver.submit([3], 2, late)]
+    driver.settle()
+    assert driver.order == ids
+
+
+def test_prompts_join_until_a_quarter_of_the_budget_is_used() -> None:
+    driver = Driver(rows=4, prefill_tokens=16)
+    ids = [driver.submit([n] * n, 1) for n in (2, 2, 3, 9)]
+    assert [[chunk.request.id for chunk in driver.step().chunks] for _ in range(3)] == [ids[:2], ids[2:], []]
 
 
 def test_others_pass_while_an_adapter_is_read() -> None:
@@ -221,15 +249,58 @@ def test_preloading_fills_free_rows_and_drives_nobody_out() -> None:
     assert [driver.tiers[f"sha256:{name}"] for name in "abc"] == [Tier.DEVICE, Tier.DEVICE, Tier.HOST]
 
 
+def test_what_nobody_asks_for_is_not_read_and_what_is_there_not_a_second_time() -> None:
+    driver = Driver(host_bytes=1000)
+    asked, offered, large = adapter("asked"), adapter("offered"), adapter("large", rank=16)
+    driver.scheduler.offer(offered)
+    for _ in range(2):
+        driver.scheduler.offer(asked, preload=True)
+        driver.settle()
+    driver.scheduler.offer(large)
+    driver.submit([1], 2, large)  # drives the other out of both tiers
+    driver.settle()
+    assert [driver.tiers[each.digest] for each in (asked, offered, large)] == [Tier.DISK, Tier.DISK, Tier.DEVICE]
+    assert driver.scheduler.next_load() is None
+
+
 def test_host_memory_forgets_the_least_recently_used() -> None:
     driver = Driver(pool_rank=4, host_bytes=2500)
-    for name in ("a", "b", "c"):
+    for name in ("a", "b", "a", "c"):
         each = adapter(name, rank=4, size=1000)
         driver.scheduler.offer(each)
         driver.submit([1], 1, each)
         driver.settle()
-    assert [driver.tiers[f"sha256:{name}"] for name in "abc"] == [Tier.DISK, Tier.HOST, Tier.DEVICE]
+    assert [driver.tiers[f"sha256:{name}"] for name in "abc"] == [Tier.HOST, Tier.DISK, Tier.DEVICE]
     assert driver.scheduler.gauges.host_bytes == 2000
+
+
+def test_what_is_resident_is_not_read_again_when_host_memory_has_forgotten_it() -> None:
+    driver = Driver(pool_rank=16, host_bytes=1000)
+    first, second = adapter("first"), adapter("second")
+    for each in (first, second):
+        driver.scheduler.offer(each)
+        driver.submit([1], 1, each)
+        driver.settle()
+    assert list(driver.runner.host) == [second.digest]
+    driver.submit([1], 1, first)
+    assert driver.scheduler.next_load() is None
+    driver.settle()
+    driver.check()
+
+
+def test_host_memory_keeps_what_is_pinned_as_long_as_it_is() -> None:
+    driver = Driver(pool_rank=4, host_bytes=1000)
+    pinned, other = adapter("pinned", lane=Lane.SHADOW), adapter("other", lane=Lane.SHADOW)
+    driver.scheduler.offer(pinned, pinned=True)
+    driver.scheduler.offer(other)
+    for expected_tier in (Tier.HOST, Tier.DISK):
+        driver.submit([1], 1, other)
+        driver.settle()
+        assert driver.tiers[pinned.digest] is expected_tier
+        driver.scheduler.pin(pinned.digest, False)
+        driver.scheduler.drop(other.digest)
+        driver.settle()
+        driver.scheduler.offer(other)
 
 
 def test_what_waits_is_kept_in_host_memory() -> None:
@@ -265,6 +336,43 @@ def test_an_adapter_dropped_while_it_is_read_leaves_nothing() -> None:
     driver.check_free()
 
 
+def test_an_adapter_dropped_when_it_was_just_read_leaves_nothing() -> None:
+    driver = Driver()
+    dying = adapter("dying")
+    driver.scheduler.offer(dying, preload=True)
+    driver.read()
+    driver.scheduler.drop(dying.digest)
+    driver.settle()
+    assert driver.dropped == [dying.digest]
+    driver.check_free()
+
+
+def test_a_pinned_adapter_that_was_read_at_the_second_try_is_placed() -> None:
+    driver = Driver()
+    pinned = adapter("pinned")
+    driver.scheduler.offer(pinned, pinned=True)
+    driver.scheduler.next_load()
+    driver.scheduler.load_failed(pinned.digest, "adapter_invalid", "it broke off")
+    assert driver.scheduler.next_load() is None, "nobody asks for it now"
+    asked = driver.submit([1], 2, pinned)
+    driver.reading = False
+    driver.step()
+    driver.scheduler.cancel(asked)
+    driver.reading = True
+    driver.settle()
+    assert driver.tiers[pinned.digest] is Tier.DEVICE
+
+
+def test_who_cannot_use_what_another_computes_does_not_wait_for_it() -> None:
+    driver = Driver(prefill_tokens=1000)
+    other = adapter("other")
+    driver.scheduler.offer(other, preload=True)
+    driver.settle()
+    ids = [driver.submit(LONG, 2), driver.submit(LONG, 0, prompt_logprobs=0), driver.submit(LONG, 2, other)]
+    assert {chunk.request.id for chunk in driver.step().chunks} == set(ids)
+    driver.settle()
+
+
 def test_a_prompt_to_be_scored_reuses_nothing() -> None:
     driver = Driver()
     driver.submit(LONG, 2)
@@ -284,6 +392,8 @@ def test_an_adapter_that_cannot_be_read_fails_its_requests_only() -> None:
     assert end
     assert (end.finish, end.code, end.message) == (Finish.FAILED, "adapter_invalid", "cannot be read")
     assert driver.stories[good].tokens == expected(None, [1], 2)
+    driver.scheduler.offer(broken)
+    assert driver.scheduler.next_load() is None, "nobody asks for it any more"
 
 
 def test_a_dropped_adapter_serves_those_it_has_and_takes_no_more() -> None:
@@ -385,6 +495,23 @@ def test_cancelling_frees_the_row_at_once_and_twice_is_once() -> None:
     assert end.finish is Finish.CANCELLED
 
 
+def test_a_result_without_a_token_fails_its_request_only_and_nothing_of_its_row_is_used_again() -> None:
+    driver = Driver()
+    bad, good = driver.submit(LONG[:20], 5), driver.submit([*LONG[:12], 7], 3)
+    plan = driver.scheduler.plan()
+    fine = driver.runner.step(plan)
+    driver.scheduler.commit(plan, [Result(error="no token can be chosen", code="validation"), *fine[1:]])
+    driver.settle()
+    end = driver.stories[bad].end
+    assert end
+    assert (end.finish, end.code, end.message) == (Finish.FAILED, "validation", "no token can be chosen")
+    assert driver.stories[good].tokens == expected(None, [*LONG[:12], 7], 3)
+    driver.runner.prefilled = 0
+    driver.submit(LONG[:20], 2)
+    driver.settle()
+    assert driver.runner.prefilled == 20
+
+
 def test_a_raised_step_fails_its_requests_and_nobody_else() -> None:
     driver = Driver(rows=1)
     hit, spared = driver.submit([1], 5), driver.submit([2], 5)
@@ -409,8 +536,9 @@ def test_a_conversation_goes_on_in_its_row() -> None:
     assert driver.runner.copied == 0
 
 
-def test_choices_of_one_prompt_share_its_prefill() -> None:
-    driver = Driver(rows=4, prefill_tokens=100)
+@pytest.mark.parametrize("budget", [100, 1000], ids=["one a step", "all at once"])
+def test_choices_of_one_prompt_share_its_prefill(budget: int) -> None:
+    driver = Driver(rows=4, prefill_tokens=budget)
     for _ in range(4):
         driver.submit(LONG, 3)
     driver.settle()
@@ -429,6 +557,28 @@ def test_the_same_prompt_under_another_adapter_starts_anew() -> None:
         driver.settle()
     driver.check()
     assert driver.runner.prefilled == 3 * 40 + 3
+
+
+def test_a_prompt_that_the_budget_leaves_nothing_for_waits_a_step() -> None:
+    """One that wakes after two tokens lets another in beside it, and takes the whole budget in the next step."""
+    driver = Driver(rows=2, prefill_tokens=16)
+    one = replace(adapter("activated"), invocation=(70, 71))
+    driver.scheduler.offer(one)
+    first, second = driver.submit([1, 2, 70, 71, *LONG], 2, one), driver.submit(LONG, 2)
+    steps = [{chunk.request.id: len(chunk.tokens) for chunk in driver.step().chunks} for _ in range(2)]
+    assert steps == [{first: 2, second: 14}, {first: 16}]
+    driver.settle()
+
+
+def test_what_an_activated_adapter_made_is_no_start_for_a_prompt_that_wakes_it_later() -> None:
+    driver = Driver()
+    one = replace(adapter("activated"), invocation=(70, 71))
+    driver.scheduler.offer(one)
+    early, late = [70, 71, *LONG[:20]], [70, 71, *LONG[:20], 70, 71, 5]
+    for prompt, wakes in ((early, 0), (late, 22)):
+        id = driver.submit(prompt, 3, one)
+        driver.settle()
+        assert driver.stories[id].tokens == expected(one.digest, prompt, 3, wakes=wakes)
 
 
 @pytest.mark.parametrize(

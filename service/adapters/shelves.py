@@ -84,7 +84,7 @@ class Shelves:
         Raises AdapterInvalid when the device cannot load it; then nothing has changed.
         """
         async with self.turn(adapter.digest):
-            self.device.offer(adapter, one.pinned or self._pinned(adapter.digest), preload)
+            self.device.offer(adapter, one.pinned, preload)
             if preload and self.device.tier(adapter.digest) is Tier.DISK:
                 await self._loaded(adapter.digest)
             held = self.current.get(one.generation.id)

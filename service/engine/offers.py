@@ -57,6 +57,7 @@ class Offers:
         self._loads.pop(digest, None)
         self._count()
         if not self._send(Drop(digest)):
+            self._forget(digest)
             return 0
         freed: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._drops.setdefault(digest, []).append(freed)
@@ -86,16 +87,16 @@ class Offers:
         return sum(map(self._size, digests))
 
     def hear(self, report: Report) -> None:
-        for digest, freed in report.dropped:  # before the tiers: an adapter offered again since then tells its own
-            self._tiers.pop(digest, None)
-            self._sizes.pop(digest, None)
-            self._dropped(digest, freed)
         for load in report.loads:
             if load.seconds and not load.error:
                 self._sizes[load.digest] = load.size
                 metrics.loaded(load.seconds, load.size)
             self._load_ended(load)
             self.watcher(load)
+        for digest, freed in report.dropped:  # before the tiers: an adapter offered again since then tells its own
+            self._tiers.pop(digest, None)
+            self._forget(digest)
+            self._dropped(digest, freed)
         for digest, seconds in report.placed:
             metrics.placed(seconds, self._size(digest))
         for digest, tier, seconds in report.evicted:
@@ -124,6 +125,10 @@ class Offers:
         self.lost()
         for digest in self._loads:
             self._load_ended(Load(digest, 0.0, 0, STOPPED))
+
+    def _forget(self, digest: Digest) -> None:
+        if digest not in self._offers:
+            self._sizes.pop(digest, None)
 
     def _size(self, digest: Digest) -> int:
         return self._sizes.get(digest, 0)

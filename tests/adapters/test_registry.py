@@ -66,7 +66,7 @@ async def test_registering_gives_the_card_and_loads(stocked: Shop) -> None:
 async def test_the_same_content_again_changes_nothing_and_other_content_is_a_conflict(stocked: Shop) -> None:
     async with stocked.opened() as registry:
         first, _ = await registry.register("a", "plain")
-        assert await registry.register("a", "plain") == (first, False)
+        assert await registry.register("a", "plain", pinned=True) == (first, False)
         with pytest.raises(Conflict, match="taken by other content"):
             await registry.register("a", "other")
         assert registry.card("a") == first
@@ -115,8 +115,9 @@ async def test_reserved_ids_are_a_conflict(stocked: Shop, id: str) -> None:
 )
 async def test_ids_that_break_the_pattern_are_refused(stocked: Shop, id: str) -> None:
     async with stocked.opened() as registry:
-        with pytest.raises(BadRequest, match="id"):
-            await registry.register(id, "plain")
+        for attempt in (registry.register(id, "plain"), registry.check(id, "plain"), registry.upload(id, {})):
+            with pytest.raises(BadRequest, match="^id "):
+                await attempt
 
 
 async def test_a_bad_adapter_leaves_no_ghost(stocked: Shop, plain: Path) -> None:
@@ -233,6 +234,20 @@ async def test_removing_waits_for_leases_frees_and_forgets(stocked: Shop) -> Non
             await registry.remove("a")
 
 
+async def test_who_waits_for_a_lease_to_end_is_let_go_when_it_closes(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        await registry.register("b", "other")
+        await registry.remove("b")
+        assert registry._shelves._ending == set()
+        await registry.register("a", "plain")
+        with registry.lease("a"):
+            removal = asyncio.create_task(registry.remove("a"))
+            await settle()
+            await registry.close()
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.wait_for(removal, 5)
+
+
 async def test_of_two_removals_one_finds_nothing(stocked: Shop) -> None:
     async with stocked.opened() as registry:
         await registry.register("a", "plain")
@@ -328,8 +343,10 @@ async def test_a_pin_goes_with_its_name_even_while_the_content_drains(stocked: S
 async def test_a_load_that_fails_later_shows_until_one_succeeds(stocked: Shop) -> None:
     async with stocked.opened() as registry:
         card, _ = await registry.register("a", "plain")
+        await registry.register("b", "other")
         registry.note(Load(card["digest"], 0.1, 0, "the file has another digest"))
         assert (registry.card("a")["state"], registry.card("a")["reason"]) == ("failed", "the file has another digest")
+        assert registry.card("b")["state"] == "ready"
         registry.note(Load(card["digest"], 0.1, 7168))
         assert registry.card("a")["state"] == "ready"
 
@@ -386,6 +403,8 @@ async def test_folders_are_registered_at_start_under_their_paths(shop: Shop, pla
         put(plain, shop.root, name)
     async with shop.opened() as registry:
         assert [card["id"] for card in registry.cards()] == ["found", "org/name"]
+        metrics.adapter_served("found", 1, 3, 0.1)
+        assert 'adapter="found"' in metrics.exposition("")[0].decode()
         assert device(registry).tier(registry.card("found")["digest"]) is Tier.DISK
         with registry.lease("found"):
             pass
@@ -393,8 +412,9 @@ async def test_folders_are_registered_at_start_under_their_paths(shop: Shop, pla
 
 async def test_a_broken_folder_is_listed_as_failed_and_harms_nothing(shop: Shop, plain: Path, other: Path) -> None:
     put(plain, shop.root, "good")
-    put(plain, shop.root, "cut")
-    (shop.root / "cut" / "adapter_model.safetensors").write_bytes(b"short")
+    for name in ("cut", "short"):
+        put(plain, shop.root, name)
+        (shop.root / name / "adapter_model.safetensors").write_bytes(b"short")
     async with shop.opened() as registry:
         cards = {card["id"]: card for card in registry.cards()}
         assert (cards["good"]["state"], cards["cut"]["state"]) == ("ready", "failed")
@@ -406,6 +426,7 @@ async def test_a_broken_folder_is_listed_as_failed_and_harms_nothing(shop: Shop,
         put(other, shop.root, "cut")
         card, created = await registry.register("cut", "cut")
         assert (created, card["state"]) == (True, "ready")
+        assert await registry.remove("short") == {"id": "short", "digest": None, "drained_requests": 0, "freed_bytes": 0}
 
 
 @pytest.mark.parametrize("kind", ["A2 mlx", "A5 missing", "A15 pickle"])
@@ -580,6 +601,10 @@ async def test_an_upload_is_stored_registered_and_purged(shop: Shop, plain: Path
             assert generation.adapter is not None
             assert generation.adapter.config == str(generation.folder / "adapter_config.json")
         assert await registry.upload("up", parts(plain)) == (registry.card("up"), False)
+        assert (card["pinned"], card["residency"]) == (False, "host")
+        await registry.remove("up")
+        assert generation.folder.exists(), "nobody asked to purge it"
+        await registry.upload("up", parts(plain))
     async with shop.opened() as registry:
         assert [card["id"] for card in registry.cards()] == ["up"]
         await registry.remove("up", purge=True)

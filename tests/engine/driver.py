@@ -74,7 +74,7 @@ class Driver:
         assert not flying & set(plan.remove), "an adapter in flight lost its pool rows"
         self.unsure = half_placed and bool(plan.place)
         if self.unsure:
-            self.runner.step(Plan(plan.remove, plan.place[: len(plan.place) // 2]))
+            self.runner.step(Plan(plan.remove, plan.place[: (len(plan.place) + 1) // 2]))
             self.scheduler.abort(plan, placed=False)
         elif fault and plan.chunks:
             self.runner.step(Plan(plan.remove, plan.place))

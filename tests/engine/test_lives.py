@@ -244,6 +244,8 @@ class World:
         for one in self.adapters:
             true = Tier.DEVICE if one.digest in device.placed else Tier.HOST if one.digest in device.host else Tier.DISK
             assert self.client.tier(one.digest) is true
+        offers = self.client._offers
+        assert offers._tiers.keys() | offers._sizes.keys() | offers._loads.keys() <= offers._offers.keys(), "what is gone is forgotten"
 
     def judge(self, ticket: Ticket, events: list[Event]) -> None:
         request, end = ticket.request, events[-1]

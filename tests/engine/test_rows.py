@@ -57,6 +57,22 @@ def test_a_small_part_of_a_long_row_is_copied_and_the_row_stays() -> None:
     assert len(rows.rows[0].tokens) == WORTH + 50
 
 
+def test_what_is_copied_from_is_not_what_is_given_up_for_the_copy() -> None:
+    rows = Rows(2)
+    left(rows, None, [*LONG, *range(100, 150)])
+    left(rows, None, [7])
+    assert rows.take(None, [*LONG, 7]) == (1, WORTH, Fork(0, 1, WORTH))
+
+
+def test_of_cold_rows_the_first_is_next() -> None:
+    rows = Rows(2)
+    for _ in range(2):
+        rows.take(None, [1])
+    for row in (1, 0):
+        rows.leave(row, warm=False)
+    assert rows.take(None, [1]) == (0, 0, None)
+
+
 def test_a_small_part_is_taken_over_where_no_other_row_is_free() -> None:
     rows = Rows(1)
     left(rows, None, [*LONG, *range(100, 150)])

@@ -164,6 +164,8 @@ def test_a_pinned_adapter_that_was_placed_at_the_second_try_comes_back_when_it_h
     driver.scheduler.offer(pinned, pinned=True)
     while not driver.step(half_placed=True).place:
         pass
+    driver.settle()
+    assert driver.tiers[pinned.digest] is Tier.HOST, "a device that raised is not asked again and again"
     driver.scheduler.offer(big)
     for each in (pinned, big):
         driver.submit([1], 3, each)
@@ -247,6 +249,9 @@ def test_preloading_fills_free_rows_and_drives_nobody_out() -> None:
         driver.scheduler.offer(adapter(name, rank=4), preload=True)
     driver.settle()
     assert [driver.tiers[f"sha256:{name}"] for name in "abc"] == [Tier.DEVICE, Tier.DEVICE, Tier.HOST]
+    driver.scheduler.drop("sha256:a")
+    driver.settle()
+    assert driver.tiers["sha256:c"] is Tier.HOST, "each has one chance"
 
 
 def test_what_nobody_asks_for_is_not_read_and_what_is_there_not_a_second_time() -> None:
@@ -347,6 +352,17 @@ def test_an_adapter_dropped_when_it_was_just_read_leaves_nothing() -> None:
     driver.check_free()
 
 
+def test_what_host_memory_forgot_before_it_could_be_placed_is_not_placed() -> None:
+    driver = Driver(host_bytes=1000)
+    first, second = adapter("first"), adapter("second")
+    for each in (first, second):
+        driver.scheduler.offer(each, preload=True)
+    driver.read()
+    driver.read()  # both before a step is planned
+    driver.settle()
+    assert (driver.tiers[first.digest], driver.tiers[second.digest]) == (Tier.DISK, Tier.DEVICE)
+
+
 def test_a_pinned_adapter_that_was_read_at_the_second_try_is_placed() -> None:
     driver = Driver()
     pinned = adapter("pinned")
@@ -394,6 +410,10 @@ def test_an_adapter_that_cannot_be_read_fails_its_requests_only() -> None:
     assert driver.stories[good].tokens == expected(None, [1], 2)
     driver.scheduler.offer(broken)
     assert driver.scheduler.next_load() is None, "nobody asks for it any more"
+    driver.scheduler.load_failed(broken.digest, "adapter_invalid", "cannot be read")
+    driver.scheduler.drop(broken.digest)
+    driver.settle()
+    assert not driver.scheduler.adapters._failed, "what is forgotten is forgotten"
 
 
 def test_a_dropped_adapter_serves_those_it_has_and_takes_no_more() -> None:
@@ -413,6 +433,11 @@ def test_a_dropped_adapter_serves_those_it_has_and_takes_no_more() -> None:
     assert end.code == "adapter_not_found"
     assert driver.dropped == [dying.digest]
     driver.check_free()
+    later = driver.submit([4], 1, dying)
+    driver.settle()
+    end = driver.stories[later].end
+    assert end
+    assert end.code == "adapter_not_found"
 
 
 def test_an_adapter_offered_again_while_it_drains_stays() -> None:

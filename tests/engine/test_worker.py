@@ -237,6 +237,16 @@ def test_what_does_not_fit_the_memory_that_is_left_is_not_read(monkeypatch: pyte
         assert desk.event().finish is Finish.LENGTH
 
 
+def test_a_placement_that_raises_is_taken_back() -> None:
+    runner, each = Balky(), adapter("a")
+    runner.wrong = "place"
+    with worker(runner) as desk:
+        desk.send(Offer(each, preload=True))
+        done = desk.report(lambda report: (each.digest, Tier.DEVICE) in report.tiers)
+        undone = desk.report(lambda report: report.tiers)
+        assert (done.pool, undone.pool, undone.tiers) == ((Placement(each.digest, 0, 4),), (), ((each.digest, Tier.HOST),))
+
+
 def test_a_forward_that_raises_leaves_the_pool_as_it_was() -> None:
     runner, each = Balky(), adapter("a")
     runner.wrong = "step"

@@ -85,6 +85,7 @@ class Balky(FakeRunner):
     def __init__(self, **sizes: int) -> None:
         super().__init__(**sizes)
         self.released, self.arrived = threading.Event(), threading.Event()
+        self.lengths: list[int] = []
 
     def load(self, adapter: Any) -> int:
         if self.wrong == "disk":
@@ -105,6 +106,7 @@ class Balky(FakeRunner):
     def step(self, plan: Plan) -> list[Result]:
         if (self.wrong == "place" and plan.place) or (self.wrong == "step" and plan.chunks):
             raise RuntimeError("the device said no")
+        self.lengths += [len(chunk.tokens) for chunk in plan.chunks]
         return super().step(plan)
 
 
@@ -131,6 +133,15 @@ def test_it_says_who_starts_before_the_step_that_may_kill_it() -> None:
         assert starts.gauges.running == 1
         tokens = [desk.event().token for _ in range(2)]
         assert [token.id for token in tokens if token] == expected(None, (5,), 2)
+
+
+def test_prompts_are_cut_as_the_settings_say_and_nothing_waits_between_their_parts() -> None:
+    runner = Balky()
+    with worker(runner, prefill_tokens=4) as desk:
+        desk.send(Submit(Request(1, tuple(range(10)), 1)))
+        told = desk.report(lambda report: not report.started)
+        assert told.events, "between two steps it waits for nothing, so that no sign of life comes"
+    assert runner.lengths == [4, 4, 2]
 
 
 def test_it_tells_what_it_read_placed_and_dropped() -> None:

@@ -116,7 +116,7 @@ async def test_reserved_ids_are_a_conflict(stocked: Shop, id: str) -> None:
 async def test_ids_that_break_the_pattern_are_refused(stocked: Shop, id: str) -> None:
     async with stocked.opened() as registry:
         for attempt in (registry.register(id, "plain"), registry.check(id, "plain"), registry.upload(id, {})):
-            with pytest.raises(BadRequest, match="^id "):
+            with pytest.raises(BadRequest, match=r"^id "):
                 await attempt
 
 
@@ -405,9 +405,12 @@ async def test_folders_are_registered_at_start_under_their_paths(shop: Shop, pla
         assert [card["id"] for card in registry.cards()] == ["found", "org/name"]
         metrics.adapter_served("found", 1, 3, 0.1)
         assert 'adapter="found"' in metrics.exposition("")[0].decode()
+        assert '"found"' in (shop.root / ".adapterd.json").read_text()
         assert device(registry).tier(registry.card("found")["digest"]) is Tier.DISK
         with registry.lease("found"):
             pass
+        await registry.register("more", "found")
+        assert len({one.number for one in registry.registered()}) == 3, "a number stands for one content's words"
 
 
 async def test_a_broken_folder_is_listed_as_failed_and_harms_nothing(shop: Shop, plain: Path, other: Path) -> None:

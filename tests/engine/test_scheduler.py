@@ -298,8 +298,13 @@ def test_host_memory_keeps_what_is_pinned_as_long_as_it_is() -> None:
     pinned, other = adapter("pinned", lane=Lane.SHADOW), adapter("other", lane=Lane.SHADOW)
     driver.scheduler.offer(pinned, pinned=True)
     driver.scheduler.offer(other)
-    for expected_tier in (Tier.HOST, Tier.DISK):
+    driver.settle()
+    for expected_tier, leaving in ((Tier.HOST, []), (Tier.DISK, [pinned.digest])):
         driver.submit([1], 1, other)
+        assert driver.scheduler.next_load() == (other, leaving)
+        driver.pending = other
+        for digest in leaving:
+            driver.runner.unload(digest)
         driver.settle()
         assert driver.tiers[pinned.digest] is expected_tier
         driver.scheduler.pin(pinned.digest, False)
@@ -370,6 +375,9 @@ def test_a_pinned_adapter_that_was_read_at_the_second_try_is_placed() -> None:
     driver.scheduler.next_load()
     driver.scheduler.load_failed(pinned.digest, "adapter_invalid", "it broke off")
     assert driver.scheduler.next_load() is None, "nobody asks for it now"
+    driver.scheduler.offer(pinned)
+    assert driver.scheduler.next_load() == (pinned, [])
+    driver.scheduler.load_failed(pinned.digest, "adapter_invalid", "it broke off again")
     asked = driver.submit([1], 2, pinned)
     driver.reading = False
     driver.step()

@@ -2,7 +2,8 @@
 
 AdapterdError
 ├── BadRequest               422 validation (400 invalid_request_error on /v1)
-│   └── ContextLengthExceeded
+│   ├── ContextLengthExceeded
+│   └── TooSlow              408
 ├── Unauthorized             401
 ├── Forbidden                403
 ├── NotFound                 404
@@ -55,6 +56,10 @@ class BadRequest(AdapterdError):
 
 class ContextLengthExceeded(BadRequest):
     code = "context_length_exceeded"
+
+
+class TooSlow(BadRequest):
+    status = 408
 
 
 class Unauthorized(AdapterdError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import socket
 import sys
 import threading
@@ -15,7 +16,7 @@ import uvicorn
 
 from . import logs
 from .api.rooms import Rooms
-from .api.wire import Protocol
+from .api.wire import CONNECTIONS, Protocol
 from .errors import SettingsError
 from .settings import Settings
 from .traces import Tracer
@@ -24,6 +25,8 @@ log = logging.getLogger("adapterd")
 
 CLOSING_S = 1  # what connections get to end in, once their requests were told to
 HARD_STOP_S = 2.0  # over the grace: then the process ends, whatever holds it
+FILES = 65_536  # open at once, if the system lets it have so many
+OWN_FILES = 256  # of them, that no connection may take; and half of the rest is for those that come all at once
 
 
 class Server(uvicorn.Server):
@@ -67,6 +70,7 @@ def serve(settings: Settings, tracer: Tracer | None = None) -> int:
     from .app import create_app
 
     logs.setup(settings.log_format, settings.log_level)
+    Protocol.most = min(CONNECTIONS, (_files() - OWN_FILES) // 2)
     listener = _listen(settings.host, settings.port)
     failures: list[str] = []
 
@@ -104,3 +108,12 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048)
     except OSError as error:
         raise SettingsError(f"ADAPTERD_PORT: cannot listen on {host}:{port}: {error.strerror}") from None
+
+
+def _files() -> int:
+    """How many files may be open, after asking for all there may be: without one left no worker could be started, nor a file read."""
+    soft, hard = (FILES if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
+    wanted = min(FILES, hard)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+    return max(soft, wanted)

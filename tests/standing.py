@@ -1,8 +1,12 @@
-"""Run as a program: `serve` with nothing behind its door, for tests of the process itself. `/dribble` ends, `/flood` does not."""
+"""Run as a program: `serve` with nothing behind its door, for tests of the process itself. `/dribble` ends, `/flood` does not.
+
+`--hasty` waits less than a second, `--poor` has few files.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import resource
 import sys
 from collections.abc import AsyncIterator
 from typing import Any, cast
@@ -52,9 +56,11 @@ def answer(made: Any) -> Any:
 
 
 if "--hasty" in sys.argv:
-    wire.PATIENCE_S = 0.8
+    wire.PATIENCE_S, wire.PIECE_BYTES = 0.8, 10
+if "--poor" in sys.argv:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (320, 320))
 root_create: Any = root.create_app
 root.create_app = make
 
 if __name__ == "__main__":
-    sys.exit(main([word for word in sys.argv[1:] if word not in ("--broken", "--hasty", "--stuck")]))
+    sys.exit(main([word for word in sys.argv[1:] if word not in ("--broken", "--hasty", "--poor", "--stuck")]))

@@ -118,9 +118,10 @@ def _failure(event: Event) -> errors.AdapterdError:
         return errors.Cancelled("the client left")
     if event.code in (errors.AdapterInvalid.code, errors.AdapterUnsupported.code):
         return errors.AdapterInvalid([event.message])
-    return _kinds(errors.AdapterdError).get(event.code, errors.Internal)(event.message or "the request failed")
+    kinds = _kinds(errors.AdapterdError) | {errors.Internal.code: errors.Internal}
+    return kinds.get(event.code, errors.Internal)(event.message or "the request failed")
 
 
 def _kinds(kind: type[errors.AdapterdError]) -> dict[str, type[errors.AdapterdError]]:
     below = {code: found for child in kind.__subclasses__() for code, found in _kinds(child).items()}
-    return {kind.code: kind, **below}
+    return {**below, kind.code: kind}

@@ -138,7 +138,8 @@ async def _known(request: Request, error: Exception) -> Response:
 
 
 async def _left(request: Request, error: Exception) -> Response:
-    return response(Cancelled("the client left"), request.scope)
+    """Who seems to have left may have been told why by the connection itself."""
+    return response(request.scope["state"].get("refused") or Cancelled("the client left"), request.scope)
 
 
 async def _invalid(request: Request, error: Exception) -> Response:

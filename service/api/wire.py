@@ -1,4 +1,4 @@
-"""The HTTP/1.1 protocol with an end to what a request may take, in bytes and in time; what cannot be read is told as JSON, too.
+"""The HTTP/1.1 protocol with an end to what a client may take, in bytes, time and connections; what cannot be read is told as JSON, too.
 
 Knows bytes and one connection; no route, no key.
 """
@@ -7,38 +7,65 @@ from __future__ import annotations
 
 import asyncio
 import json
-from typing import Any
+from collections import OrderedDict
+from typing import Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from .. import metrics
-from ..errors import AdapterdError, BadRequest, PayloadTooLarge
+from ..errors import AdapterdError, BadRequest, PayloadTooLarge, TooSlow
 from .errors import body, openai_dialect
 
 HEAD_BYTES = 64 * 1024  # of a request line and its headers
-PATIENCE_S = 60.0  # for a whole head, and for each next piece of a body
+PIECE_BYTES = 64 * 1024  # of a body
+PATIENCE_S = 60.0  # for a whole head, for each next piece of a body, and for a client to take something of an answer
+CONNECTIONS = 10_000
 UNREADABLE = BadRequest("this is no HTTP/1.1 request")
 
 
 class Protocol(HttpToolsProtocol):
-    """Refuses a head over `HEAD_BYTES` with 413, also one that never ends, and a request that stays unfinished with 408; then it closes."""
+    """Refuses a head over `HEAD_BYTES` with 413, also one that never ends, and a request that comes too slowly with 408; then it closes.
 
+    So it does with who reads nothing. Over `most` connections, the oldest that waits for no answer goes for each that comes.
+    """
+
+    most: ClassVar[int] = CONNECTIONS
+    everyone: ClassVar[OrderedDict[Protocol, None]] = OrderedDict()
     begun = False  # a request that is not whole yet
     clock: asyncio.TimerHandle | None = None
+    unread: asyncio.TimerHandle | None = None
     head = 0  # bytes of a head that has not ended yet
+    piece = 0  # bytes since the clock was set
     reading = False
     refusal: AdapterdError | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        transport.set_write_buffer_limits(0)  # so that it is known of each byte that waits for the client
         self._wait()
+        if len(self.everyone) >= self.most:
+            gone = next((one for one in self.everyone if not one._owing), self)
+            self.everyone.pop(gone, None)
+            gone.transport.abort()
+        self.everyone[self] = None
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._rest()
-        super().connection_lost(exc)
+        self.everyone.pop(self, None)
+        super().connection_lost(exc)  # tells that writing may go on
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self.unread = self.loop.call_later(PATIENCE_S, self._unread, self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        if self.unread is not None:
+            self.unread.cancel()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
-        if self.clock is None or self._owed:
+        self.piece += len(data)
+        if self.clock is None or (self._owed and self.piece >= PIECE_BYTES):
             self._wait()
         self.reading = True
         super().data_received(data)
@@ -84,6 +111,7 @@ class Protocol(HttpToolsProtocol):
 
     def _wait(self) -> None:
         self._rest()
+        self.piece = 0
         self.clock = self.loop.call_later(PATIENCE_S, self._expired)
 
     def _rest(self) -> None:
@@ -97,13 +125,24 @@ class Protocol(HttpToolsProtocol):
         if self.flow.read_paused or self._owing:
             self._wait()
         elif self.begun and (self.head or not answered):
-            self._refuse(BadRequest(f"the rest of the request did not come within {PATIENCE_S:g} s"), 408)
+            rest = f"the rest of the request, or the next {PIECE_BYTES} bytes of it,"
+            self._refuse(TooSlow(f"{rest} did not come within {PATIENCE_S:g} s"), 408)
         else:
             self.transport.close()
 
+    def _unread(self, before: int) -> None:
+        """Who has taken nothing since then holds an answer, and the adapter that it is of, for ever."""
+        left = self.transport.get_write_buffer_size()
+        if left == before:
+            self.transport.abort()
+        else:
+            self.unread = self.loop.call_later(PATIENCE_S, self._unread, left)
+
     def _refuse(self, error: AdapterdError, status: int) -> None:
-        if self.cycle is None or self.cycle.response_complete:  # else the layers behind see the client leave, and count that
+        if self.cycle is None or self.cycle.response_complete:
             metrics.FAILURE.labels(error.code).inc()
+        else:  # the layers behind only see the client leave
+            self.cycle.scope["state"]["refused"] = error
         url = getattr(self, "url", b"").decode("latin-1")
         content = json.dumps(body(error, openai_dialect(url))).encode()
         head = [STATUS_LINE[status], b"content-type: application/json\r\n", b"content-length: %d\r\n" % len(content)]

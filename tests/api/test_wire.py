@@ -133,7 +133,7 @@ def test_what_follows_a_request_that_is_still_answered_may_wait(hasty: int, more
 def test_a_body_whose_chunks_come_apart_from_their_sizes_is_only_slow(hasty: int) -> None:
     body = json.dumps({"id": "apart", "source": "x"}).encode()
     pieces = [b"%x\r\n" % len(body), body, b"\r\n", b"0\r\n", b"\r\n"]
-    assert talk(hasty, POST + b"transfer-encoding: chunked\r\n\r\n", *pieces, pause=0.3)[0] == 201
+    assert talk(hasty, POST + b"transfer-encoding: chunked\r\n\r\n", *pieces, pause=0.2)[0] == 201
 
 
 def test_who_was_refused_cannot_stay_by_sending_on(hasty: int) -> None:
@@ -165,3 +165,63 @@ def test_what_is_no_http_is_told_as_json(port: int) -> None:
 def test_refused_heads_count_as_failures(port: int) -> None:
     talk(port, b"hello\r\n\r\n")
     assert failures(port, 'code="validation"') > 0
+
+
+def access(out: str) -> dict[str, str]:
+    """The last line that the log has of a request to register."""
+    line = [line for line in out.splitlines() if "path=/adapters " in line][-1]
+    return dict(word.split("=", 1) for word in line.split() if "=" in word)
+
+
+def test_a_request_that_was_told_408_counts_as_that_and_not_as_one_whose_client_left() -> None:
+    with server("--hasty") as (process, url):
+        port = int(url.rsplit(":", 1)[1])
+        assert talk(port, POST + b"content-length: 50\r\n\r\n", b"{")[0] == 408
+        assert (failures(port, 'code="validation"'), failures(port, 'code="cancelled"')) == (1, 0)
+        process.terminate()
+        line = access(process.communicate(timeout=20)[0])
+    assert (line["status"], line["outcome"]) == ("408", "validation")
+
+
+def test_a_body_that_drips_is_408_however_steadily(hasty: int) -> None:
+    body = b'{"id": "drip", "source": "x"}'
+    assert talk(hasty, POST + b"content-length: %d\r\n\r\n" % len(body), *[body[i : i + 1] for i in range(len(body))], pause=0.2)[0] == 408
+
+
+def deaf(port: int, path: str) -> socket.socket:
+    """One who asks and takes as little of the answer as can be."""
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    connection.settimeout(20)
+    connection.connect(("127.0.0.1", port))
+    connection.sendall(f"GET {path} HTTP/1.1\r\nhost: x\r\n\r\n".encode())
+    return connection
+
+
+def gone(connection: socket.socket) -> bool:
+    """Whether the server has cut this endless answer off: only what was on its way still comes."""
+    left = 50_000_000
+    with contextlib.suppress(ConnectionResetError):
+        while left > 0 and (data := connection.recv(100_000)):
+            left -= len(data)
+    return left > 0
+
+
+def test_who_reads_nothing_of_an_answer_is_left_and_who_reads_slowly_is_not(hasty: int) -> None:
+    with deaf(hasty, "/flood") as never:
+        time.sleep(3)
+        assert gone(never)
+    with deaf(hasty, "/flood") as slow:
+        for _ in range(30):
+            slow.recv(300_000)
+            time.sleep(0.1)
+        assert slow.recv(1)
+
+
+def test_connections_that_ask_for_nothing_keep_nobody_out() -> None:
+    """Neither from the door, nor from the files that the service needs itself."""
+    with server("--poor", "--log-level", "error") as (_, url), contextlib.ExitStack() as held:
+        port = int(url.rsplit(":", 1)[1])
+        for _ in range(700):
+            held.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
+            assert talk(port, b"GET /console/style.css HTTP/1.1\r\nhost: x\r\n\r\n")[0] == 200

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
+import lzma
+import math
 import shutil
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 from ..errors import AdapterInvalid, PayloadTooLarge
 from .inspection import CONFIG, WEIGHTS
 
 MEMBERS = 10_000
 PIECE = 1 << 20  # bytes
+TOLD = 6_000_000  # bytes that say which members there are: the libraries keep all of them in memory, however many
 # What the libraries raise for such an archive: zipfile NotImplementedError for a compression that it lacks, RuntimeError for a password.
-DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError, RuntimeError)
+DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError, ValueError)
+COMPRESSED: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +43,36 @@ def extract(archive: Path, folder: Path, limit: int) -> None:
     PayloadTooLarge over the limit.
     """
     try:
-        with _opened(archive) as (members, read):
-            for name, member in _wanted(members, limit).items():
-                with read(member) as source, (folder / name).open("xb") as target:
+        with _stream(archive) as stream, _opened(stream) as members:
+            wanted = _wanted(members, limit)
+            stream.left = math.inf
+            for name, member in wanted.items():
+                with members(member) as source, (folder / name).open("xb") as target:
                     shutil.copyfileobj(source, target, PIECE)  # neither format gives more than the size it has told
-    except DAMAGED as error:
+    except (*DAMAGED, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # the disk's; what is compressed badly has no number
+            raise
         raise AdapterInvalid([f"the archive is damaged: {error}"[:200]]) from None
+
+
+class _Stream(io.BufferedReader):
+    """The archive's bytes, `left` of which may still be read. Raises PayloadTooLarge."""
+
+    left: float = TOLD
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > self.left:
+            raise PayloadTooLarge(f"the archive takes more than {TOLD} bytes to say what it holds")
+        data = super().read(size)
+        self.left -= len(data)
+        return data
+
+
+def _stream(archive: Path) -> _Stream:
+    with archive.open("rb") as file:
+        start = file.read(max(map(len, COMPRESSED)))
+    unpacked = next((opened for magic, opened in COMPRESSED.items() if start.startswith(magic)), None)
+    return _Stream(unpacked(archive) if unpacked else archive.open("rb", buffering=0))
 
 
 class _Zip:
@@ -72,19 +103,18 @@ class _Tar:
 
 
 @contextmanager
-def _opened(archive: Path) -> Iterator[tuple[_Zip | _Tar, _Zip | _Tar]]:
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as file:
-            zipped = _Zip(file)
-            yield zipped, zipped
+def _opened(stream: _Stream) -> Iterator[_Zip | _Tar]:
+    if isinstance(stream.raw, io.FileIO) and zipfile.is_zipfile(stream):
+        with zipfile.ZipFile(stream) as file:
+            yield _Zip(file)
     else:
+        stream.seek(0)
         try:
-            opened = tarfile.open(archive)  # noqa: SIM115 (closed below)
+            opened = tarfile.TarFile(fileobj=stream)
         except tarfile.TarError:
             raise AdapterInvalid(["`file` is neither a .zip nor a .tar"]) from None
         with opened:
-            tar = _Tar(opened)
-            yield tar, tar
+            yield _Tar(opened)
 
 
 def _wanted(members: _Zip | _Tar, limit: int) -> dict[str, Member]:

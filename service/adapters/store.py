@@ -24,6 +24,7 @@ from .inspection import CONFIG, WEIGHTS
 UPLOADS = ".uploads"
 DEPTH = 4  # folders below the root that are looked at for adapters at start
 SHOWN = 20  # candidates that are listed
+LONGEST = 1024  # bytes of a source
 
 
 class Upload(Protocol):
@@ -170,9 +171,18 @@ def _uploaded(source: str) -> bool:
 def _inside(path: str, field: str) -> str:
     """The path as it is, if it is a plain relative one without hidden parts. Raises Forbidden."""
     parts = path.rstrip("/").split("/")
-    if "\0" in path or "\\" in path or ":" in path or path.startswith("~") or any(not part or part.startswith(".") for part in parts):
+    odd = not _short(path) or path.startswith("~") or any(sign in path for sign in "\0\\:")
+    if odd or any(not part or part.startswith(".") for part in parts):
         raise Forbidden(f"{field} must be a folder under the adapters directory, or hub:org/name", param=field)
     return "/".join(parts)
+
+
+def _short(path: str) -> bool:
+    """Whether a file system could have it; of a lone surrogate none has."""
+    try:
+        return len(os.fsencode(path)) <= LONGEST
+    except UnicodeEncodeError:
+        return False
 
 
 def _checked(place: Place, root: Path) -> Place:

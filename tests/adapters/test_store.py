@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import os
 import shutil
 import tarfile
+import tracemalloc
 import zipfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +61,9 @@ async def test_a_folder_under_the_root_is_found(store: Store, root: Path, plain:
         "a\\b",
         "C:/x",
         "x/..",
+        "\ud800",
+        "a" * 2000,
+        "a/" * 2_000_000,
     ],
 )
 async def test_sources_outside_are_forbidden(store: Store, source: str) -> None:
@@ -149,7 +155,7 @@ def content(folder: Path, prefix: str = "") -> dict[str, bytes]:
     return {prefix + name: (folder / name).read_bytes() for name in (CONFIG, WEIGHTS)}
 
 
-@pytest.mark.parametrize("pack", [zipped, tarred, lambda members: tarred(members, "w")])
+@pytest.mark.parametrize("pack", [zipped, *(partial(tarred, mode=mode) for mode in ("w", "w:gz", "w:bz2", "w:xz"))])
 @pytest.mark.parametrize("prefix", ["", "checkpoint-20/", "./"])
 async def test_an_archive_gives_the_two_files_and_nothing_else(
     store: Store, plain: Path, pack: Callable[[dict[str, bytes]], bytes], prefix: str
@@ -169,6 +175,11 @@ def linked(good: dict[str, bytes], name: str, kind: bytes) -> bytes:
     return tarred(good | {name: b""}, change=change)
 
 
+def flipped(archive: bytes) -> bytes:
+    half = len(archive) // 2
+    return archive[:half] + bytes(byte ^ 255 for byte in archive[half : half + 100]) + archive[half + 100 :]
+
+
 EVIL: dict[str, Callable[[dict[str, bytes]], bytes]] = {
     "zip climbs": lambda good: zipped(good | {"../../escape": b"x"}),
     "zip absolute": lambda good: zipped(good | {"/escape": b"x"}),
@@ -185,6 +196,10 @@ EVIL: dict[str, Callable[[dict[str, bytes]], bytes]] = {
     "empty": lambda good: b"",
     "cut zip": lambda good: zipped(good)[:-30],
     "cut tar": lambda good: tarred(good)[:200],
+    "zip with a name that is no UTF-8": lambda good: zipped(good | {"é": b""}).replace("é".encode(), b"\xff\xff"),
+    "cut xz": lambda good: tarred(good, "w:xz")[:2000],
+    "damaged xz": lambda good: flipped(tarred(good, "w:xz")),
+    "damaged bz2": lambda good: flipped(tarred(good, "w:bz2")),
     "zip with a bad sum": lambda good: zipped(good).replace(good[WEIGHTS][-64:], bytes(64), 1),
 }  # fmt: skip
 
@@ -208,6 +223,47 @@ async def test_what_unpacks_to_more_than_the_limit_is_too_large(store: Store, ro
     with pytest.raises(PayloadTooLarge):
         await store.stage({"file": Part(tarred(content(plain) | {"big": bytes(LIMIT)}))})
     assert list((root / ".uploads").iterdir()) == []
+
+
+def many(good: dict[str, bytes]) -> bytes:
+    """Nothing but names; each takes half a kilobyte of memory, too."""
+    return zipped(good | {f"{i:0100}/": b"" for i in range(60_000)})
+
+
+def headed(good: dict[str, bytes], kind: bytes) -> bytes:
+    """A tar whose first member's name, or whose extended header, has 50 MB: zeros, which weigh nothing when compressed."""
+    head = tarfile.TarInfo("x")
+    head.type, head.size = kind, 50_000_000
+    return gzip.compress(head.tobuf(tarfile.GNU_FORMAT) + bytes(50_000_256)) + tarred(good)
+
+
+def sparse(good: dict[str, bytes]) -> bytes:
+    """A tar whose first member has a map of holes that goes on and on, in blocks that each say that another one follows."""
+    head = bytearray(tarfile.TarInfo("x").tobuf(tarfile.GNU_FORMAT))
+    head[156:157], head[386:398], head[482] = tarfile.GNUTYPE_SPARSE, b"00000000000\0", 1
+    head[148:156] = b" " * 8
+    head[148:156] = b"%06o\0 " % sum(head)
+    block = (b"00000000000\0" * 42) + b"\1" + bytes(7)
+    return gzip.compress(bytes(head) + block * 40_000)
+
+
+@pytest.mark.parametrize(
+    "pack",
+    [many, partial(headed, kind=tarfile.XHDTYPE), partial(headed, kind=tarfile.GNUTYPE_LONGNAME), sparse],
+    ids=["zip", "pax", "name", "sparse"],
+)
+async def test_an_archive_that_describes_itself_without_end_is_not_taken_into_memory(
+    root: Path, plain: Path, pack: Callable[[dict[str, bytes]], bytes]
+) -> None:
+    store = Store(root, Hub(()), 1000 * LIMIT)
+    part = Part(pack(content(plain)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(PayloadTooLarge, match="to say what it holds"):
+            await store.stage({"file": part})
+        assert tracemalloc.get_traced_memory()[1] < 40_000_000
+    finally:
+        tracemalloc.stop()
 
 
 async def test_a_zip_that_lies_about_a_size_gives_no_more_than_it_has_told(store: Store, root: Path, plain: Path, monkeypatch: Any) -> None:

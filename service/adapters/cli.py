@@ -18,7 +18,8 @@ ANY_RANK = 1 << 31
 def inspect_folder(folder: Path) -> dict[str, Any]:
     """What config and header alone say of any PEFT adapter; `problems` says what is wrong. Raises AdapterInvalid for unreadable ones."""
     raw, config = inspection.read_config(folder)
-    problems = inspection.config_problems(config, ANY_RANK) + inspection.missing_weights(folder)
+    problems = inspection.config_problems(config, ANY_RANK) or inspection.pattern_problems(config)
+    problems += inspection.missing_weights(folder)
     try:
         header = inspection.read_header(folder / WEIGHTS)
     except AdapterInvalid as error:

@@ -235,7 +235,7 @@ def config_problems(config: Config, max_rank: int) -> list[str]:
     for key, (right, wanted) in (SHARED | LORA if lora else SHARED).items():
         if key in config and not right(config[key]):
             problems.append(f"`{key}` must be {wanted}, not {json.dumps(config[key])[:80]}")
-    return problems or [*_ranks_over(config, max_rank), *_bad_patterns(config), *_untellable(config)]
+    return problems or [*_ranks_over(config, max_rank), *_untellable(config)]
 
 
 def _foreign(config: Config) -> str:
@@ -262,8 +262,8 @@ def _ranks_over(config: Config, max_rank: int) -> list[str]:
     return [f"{where}: rank {rank} is over the limit of {max_rank}" for where, rank in ranks.items() if _whole(rank) and rank > max_rank]
 
 
-def _bad_patterns(config: Config) -> list[str]:
-    """Patterns that PEFT would hand to `re`, and that it would choke on."""
+def pattern_problems(config: Config) -> list[str]:
+    """Patterns that PEFT would hand to `re`, and that it would choke on. Some take minutes to compile: not for the API process."""
     patterns = [("rank_pattern", key) for key in config.get("rank_pattern") or ()]
     patterns += [("alpha_pattern", key) for key in config.get("alpha_pattern") or ()]
     patterns += [(key, config[key]) for key in ("target_modules", "exclude_modules") if isinstance(config.get(key), str)]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import signal
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from json import dumps, loads
@@ -36,6 +39,7 @@ ACTIVATED = "alora_invocation_tokens"  # runs in the pool, if it is all that a c
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that leave part of the base's weights in the adapter
 ASIDE = {"base_model_name_or_path", "revision", "peft_version", "auto_mapping", "lora_dropout", "inference_mode"}  # changes no tensor
 PREFIX = "base_model.model."
+APPLYING_S = 10.0  # of processor time; usually a tenth of a second. A worker may have to do it again, and its steps wait meanwhile
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,7 @@ def understood(skeleton: Skeleton, config: Config) -> Meaning:
         raise AdapterUnsupported([f"`{ACTIVATED}` without the `task_type` CAUSAL_LM: PEFT itself would never wake it"])
     text = dumps({key: config[key] for key in sorted(config) if key not in ASIDE})  # of a pattern's own keys the first that matches counts
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), limited(APPLYING_S):
             warnings.simplefilter("ignore")
             asked = features(peft_config(loads(text)))
             meaning = Meaning({}, (), asked) if unserved(asked) else injected(skeleton, text)
@@ -76,6 +80,22 @@ def understood(skeleton: Skeleton, config: Config) -> Meaning:
         beside = sorted(meaning.features - {ACTIVATED}) if refused == {ACTIVATED} else ()
         raise AdapterUnsupported([f"`{name}` is not served{' beside ' + ', '.join(beside) if beside else ''}" for name in sorted(refused)])
     return meaning
+
+
+@contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Ends what takes more processor time, also in the midst of matching a regex. For a process's main thread only."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"it takes more than {seconds:g} s of processor time")
+
+    before = signal.signal(signal.SIGVTALRM, late)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def unserved(features: frozenset[str]) -> frozenset[str]:

@@ -32,6 +32,7 @@ def read(skeleton: Skeleton, folder: Path, max_rank: int, known: Digest | None =
     """
     raw, config = inspection.read_config(folder)
     refuse(inspection.config_problems(config, max_rank) + inspection.missing_weights(folder))
+    refuse(inspection.pattern_problems(config))
     header = inspection.read_header(folder / WEIGHTS)
     openable(folder / WEIGHTS)
     notes = strangers(config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,12 @@ from .. import making
 
 
 def refused(folder: Path, max_rank: int = 64) -> str:
-    """What a glance, and then the header, say is wrong."""
+    """What a glance, then the patterns, and then the header say is wrong."""
 
     def look() -> None:
         inspection.glance(folder, max_rank)
+        if problems := inspection.pattern_problems(inspection.read_config(folder)[1]):
+            raise AdapterInvalid(problems)
         inspection.read_header(folder / WEIGHTS)
 
     with pytest.raises(AdapterInvalid) as caught:
@@ -183,3 +186,10 @@ def test_only_the_header_is_read(tmp_path: Path) -> None:
 
 def test_a_folder_without_files_is_refused(tmp_path: Path) -> None:
     assert f"{CONFIG} is missing" in refused(tmp_path)
+
+
+def test_a_glance_compiles_no_pattern(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of these takes milliseconds, a config of 1 MB many minutes; and whoever glances cannot be killed."""
+    folder = making.edit(plain, tmp_path / "a", {"target_modules": "(?i)" + "[\u0100-\uffff]" * 100})
+    monkeypatch.setattr(re, "compile", pytest.fail)
+    inspection.glance(folder, 64)

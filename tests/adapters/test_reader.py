@@ -432,3 +432,15 @@ def test_reading_warns_nobody(skeleton: Skeleton, plain: Path, tmp_path: Path) -
         warnings.simplefilter("error")
         meaning.injected.cache_clear()
         read(skeleton, making.edit(plain, tmp_path / "a", {"init_lora_weights": "eva"}), 64)
+
+
+ENDLESS = "(" + "(.*)*" * 12 + ")x"
+
+
+@pytest.mark.parametrize("config", [{"target_modules": ENDLESS}, {"exclude_modules": ENDLESS}, {"rank_pattern": {ENDLESS: 4}}], ids=list)
+def test_patterns_that_take_long_to_match_are_given_up(
+    skeleton: Skeleton, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, Any]
+) -> None:
+    """Where PEFT itself runs an adapter, the worker would have to match them again, beside its steps."""
+    monkeypatch.setattr(meaning, "APPLYING_S", 0.3)
+    assert "more than 0.3 s of processor time" in problems(skeleton, making.edit(plain, tmp_path / "endless", config))

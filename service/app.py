@@ -17,6 +17,7 @@ from .api.auth import Keys, Origins
 from .api.limits import Access, Bodies, Gate
 from .api.quota import Quotas
 from .api.rooms import Rooms
+from .api.sse import Json
 from .settings import Settings
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def create_app(
         lifespan=_lifespan(rooms, text, on_failure),
         middleware=_layers(rooms, record),
         redirect_slashes=False,
+        default_response_class=Json,
         docs_url=None,
         redoc_url=None,
     )

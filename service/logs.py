@@ -9,7 +9,8 @@ import sys
 from datetime import UTC, datetime
 from typing import Any
 
-PLAIN = re.compile(r"^[\w./:@+%-]+$")
+PLAIN = re.compile(r"[\w./:@+%-]+")
+BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def _fields(record: logging.LogRecord) -> dict[str, Any]:
@@ -24,13 +25,14 @@ def _when(record: logging.LogRecord) -> str:
 def _word(value: Any) -> str:
     """The value as one word: quoted and escaped where it could be mistaken for something else, so that nobody can forge a line."""
     text = value if isinstance(value, str) else json.dumps(value)
-    return text if PLAIN.match(text) else json.dumps(text)
+    return text if PLAIN.fullmatch(text) else json.dumps(text)
 
 
 class Text(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         named = "".join(f" {name}={_word(value)}" for name, value in _fields(record).items())
-        line = f"{_when(record)} {record.levelname.lower():7} {record.getMessage()}{named}"
+        said = BREAKS.sub(lambda found: repr(found[0])[1:-1], record.getMessage())  # it may hold the words of an adapter's files
+        line = f"{_when(record)} {record.levelname.lower():7} {said}{named}"
         return line + (f"\n{self.formatException(record.exc_info)}" if record.exc_info else "")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from .facts import LAYER, leaf
 from .questions import Reading
 from .reading import Reader
 
+LARGEST = sys.float_info.max  # what stands for a norm that no number says
 KEPT = 256  # contents whose norms are remembered; some thousand numbers each
 
 
@@ -54,7 +56,8 @@ def by_layer(patches: Sequence[Patch], norms: Mapping[str, float], layers: int) 
     layers = max([layers, *(1 + layer for strip in strips.values() for layer in strip)])
 
     def both(found: Sequence[Patch]) -> tuple[int, float]:
-        return max(one.rank for one in found), math.hypot(*(norms[one.module] for one in found))
+        norm = math.hypot(*(norms[one.module] for one in found))
+        return max(one.rank for one in found), norm if math.isfinite(norm) else LARGEST
 
     def strip(name: str) -> dict[str, Any]:
         told = [both(found) if (found := strips[name].get(layer)) else (None, None) for layer in range(layers)]

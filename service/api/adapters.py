@@ -8,13 +8,15 @@ from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Path, Query, Request, Response
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import UploadFile
 
 from ..errors import AdapterNotFound, BadRequest, Conflict, Forbidden, NotFound, SourceMissing
 from .errors import documented
 from .rooms import Seen, Shelf
+from .schemas import Strict
+from .sse import Json
 
 router = APIRouter(tags=["adapters"])
 
@@ -26,11 +28,7 @@ SAME: dict[int | str, dict[str, Any]] = {200: {"description": "this content is a
 Told = dict[str, Any]
 
 
-class Wire(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Source(Wire):
+class Source(Strict):
     source: str = Field(description="A folder relative to the adapters directory, or hub:org/name.")
     subfolder: str | None = None
     revision: str | None = None
@@ -46,17 +44,17 @@ class Replacement(Source):
     id: str | None = Field(default=None, description="If given, the same as in the path.")
 
 
-class Change(Wire):
+class Change(Strict):
     pinned: bool
 
 
-class LoadLora(Wire):
+class LoadLora(Strict):
     lora_name: str
     lora_path: str
     load_inplace: bool = False
 
 
-class UnloadLora(Wire):
+class UnloadLora(Strict):
     lora_name: str
 
 
@@ -122,8 +120,9 @@ async def summary(
     seen.require(id)
     accept = request.headers.get("accept", "")
     if format == "text" or (format is None and "text/plain" in accept and "application/json" not in accept):
-        return PlainTextResponse(await asyncio.to_thread(here.registry.summary_text, id))
-    return JSONResponse(await asyncio.to_thread(here.registry.summary, id))
+        text = await asyncio.to_thread(here.registry.summary_text, id)
+        return PlainTextResponse(text.encode("utf-8", "backslashreplace"))  # its files may hold lone surrogates
+    return Json(await asyncio.to_thread(here.registry.summary, id))
 
 
 @router.get("/adapters/{id:path}/architecture", responses=Reading, response_class=PlainTextResponse)
@@ -205,4 +204,4 @@ async def forecast(shape: Annotated[Shape, Query()], here: Shelf) -> Told:
 
 
 def _registered(told: Told, created: bool) -> Response:
-    return JSONResponse(told, 201 if created else 200)
+    return Json(told, 201 if created else 200)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from ..adapters.registry import Generation
     from ..engine.text import Voice
 
-LONG = 20_000  # characters; a longer prompt is tokenized off the event loop
+LONG = 20_000  # bytes of a body; what a longer one holds is tokenized off the event loop
 
 
 @dataclass(frozen=True)
@@ -213,6 +213,6 @@ def budget(prompt: int, ask: Ask, context: int) -> int:
     )
 
 
-async def tokenized(make: Callable[..., tuple[int, ...]], *what: Any, length: int) -> tuple[int, ...]:
-    """The ids that `make` gives, off the event loop where the text is long."""
-    return await asyncio.to_thread(make, *what) if length > LONG else make(*what)
+async def tokenized(request: Request, make: Callable[..., tuple[int, ...]], *what: Any) -> tuple[int, ...]:
+    """The ids that `make` gives, off the event loop where there is much: texts, but tools and the number of messages count too."""
+    return await asyncio.to_thread(make, *what) if len(await request.body()) > LONG else make(*what)

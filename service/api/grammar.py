@@ -40,6 +40,7 @@ async def compiled(wanted: Wanted | None, param: str = "response_format") -> str
 
 async def of_schema(schema: dict[str, Any], param: str) -> str:
     """The grammar of JSON that fits this schema. Raises BadRequest naming `param` when nothing can."""
+    _bounded(len(json.dumps(schema, ensure_ascii=False)), param)  # before it is walked through: that takes longer than to read it
     if reach(schema) > DEEPEST:
         raise BadRequest(f"{param}: the schema is nested too deep: its levels and those it refers to are over {DEEPEST}", param=param)
     try:
@@ -51,11 +52,15 @@ async def of_schema(schema: dict[str, Any], param: str) -> str:
 
 async def checked(grammar: str, param: str) -> str:
     """The same text, if the grammar can be met; compiled off the event loop, for a big one takes a while."""
-    if len(grammar) > LARGEST:
-        raise BadRequest(f"{param}: as a grammar it has {len(grammar)} characters, and {LARGEST} are the most", param=param)
+    _bounded(len(grammar), param)
     if wrong := await asyncio.to_thread(_tried, grammar):
         raise BadRequest(f"{param}: {wrong.strip()[:TOLD]}", param=param)
     return grammar
+
+
+def _bounded(size: int, param: str) -> None:
+    if size > LARGEST:
+        raise BadRequest(f"{param}: as a grammar it has {size} characters, and {LARGEST} are the most", param=param)
 
 
 def _tried(grammar: str) -> str:

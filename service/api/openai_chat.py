@@ -33,7 +33,7 @@ async def chat(body: ChatRequest, request: Request, admitted: Admitted) -> Respo
     voice = await admitted.enter(chosen(body.model, admitted.rooms))
     tools = [tool.function.told for tool in body.tools or ()] if body.tool_choice != "none" else []
     format = voice.format() if tools else None
-    prompt = await tokenized(voice.chat, [_turn(m) for m in body.messages], tools, length=sum(len(m.text) for m in body.messages))
+    prompt = await tokenized(request, voice.chat, [_turn(m) for m in body.messages], tools)
     admitted.submit(voice, prompt, await _ask(body))
     single = body.parallel_tool_calls is False
     calls = [Calls(format, body.names if tools else (), bool(body.forced), single) for _ in admitted.answers]

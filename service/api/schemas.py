@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1000
 MAX_SEQUENCES = 128  # answers to one HTTP request
+MAX_UNKNOWN = 16  # fields
 MAX_TOP = 20  # runner-up tokens with log probabilities
 LARGEST = 2**63  # of what is counted and told again: Python spells no number of more than 4300 digits
 COLD = 1e-5  # a temperature under this is greedy: a quotient by it would not fit a float32
@@ -18,6 +19,16 @@ class Strict(BaseModel):
     """Takes no unknown field, no bool for a number, no NaN and no infinity."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _few(cls, value: Any) -> Any:
+        """Findings take much longer than what they are about, so there must not be as many as a client likes."""
+        if isinstance(value, dict) and len(value) > len(cls.model_fields) + MAX_UNKNOWN:
+            known = {field.alias or name for name, field in cls.model_fields.items()}
+            first = next(key for key in value if key not in known)
+            raise ValueError(f"{len(value)} fields, and {len(known)} are known; {first[:40]!r} is not")
+        return value
 
 
 def _not_offered(value: Any) -> Any:

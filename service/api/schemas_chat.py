@@ -11,11 +11,16 @@ from .schemas import MAX_TOP, Strict, Tokens
 from .schemas_openai import Asked, one_finding
 
 MAX_TOOLS = 128
+MAX_PARTS = 10_000  # messages, parts of one, calls in one
 
 
 class TextPart(Strict):
     type: Literal["text"]
     text: str
+
+
+Many = Field(max_length=MAX_PARTS, fail_fast=True)  # else each wrong one would be told
+Parts = Annotated[list[TextPart], Many]
 
 
 class FunctionCall(Strict):
@@ -33,9 +38,9 @@ class Message(Strict):
     """One turn. Content is a text or a list of text parts; only an assistant that calls tools may leave it out."""
 
     role: str = Field(min_length=1, max_length=64)
-    content: Annotated[str | list[TextPart] | None, one_finding("must be a text or a list of text parts")] = None
+    content: Annotated[str | Parts | None, one_finding(f"must be a text or a list of up to {MAX_PARTS} text parts")] = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Many] | None = None
     tool_call_id: str | None = None
     # what OpenAI's client sends back of an earlier answer, always null here
     refusal: None = None
@@ -93,7 +98,7 @@ class ChosenTool(Strict):
 class ChatRequest(Asked):
     """A conversation to answer."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Annotated[list[Message], Many] = Field(min_length=1)
     max_tokens: Tokens | None = Field(default=None, description="what the context leaves, unless given")
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None

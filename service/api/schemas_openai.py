@@ -28,6 +28,12 @@ def _listed(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+def _few(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_BIASES:
+        raise ValueError(f"has {len(value)} entries, and {MAX_BIASES} are the most")
+    return value
+
+
 def _biases(value: dict[str, float]) -> dict[str, float]:
     for key, bias in value.items():
         if not (key.isascii() and key.isdecimal() and len(key) <= ID_DIGITS) or abs(bias) > BIAS:
@@ -60,7 +66,7 @@ class Asked(Strict):
     seed: Seed | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[str, float], AfterValidator(_biases), Field(max_length=MAX_BIASES)] | None = None
+    logit_bias: Annotated[dict[str, float], BeforeValidator(_few), AfterValidator(_biases)] | None = None
     response_format: OpenAIFormat | None = None
     top_k: TopK | None = Field(default=None, description="-1 and 0: off")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from fastapi import Request
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 
 from ..errors import AdapterdError
 from .errors import body, internal, note, openai_dialect
@@ -24,7 +24,13 @@ EVENTS: dict[int | str, dict[str, Any]] = {  # of a route's OpenAPI: what it may
 
 
 def dumped(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode()
+    """A lone surrogate, which the files of an adapter or the arguments of a call may hold, stays escaped, as JSON has it."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8", "backslashreplace")
+
+
+class Json(JSONResponse):
+    def render(self, content: Any) -> bytes:
+        return dumped(content)
 
 
 def frame(value: Mapping[str, Any]) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from functools import lru_cache
 
 CONTEXT = 6  # prompt tokens a decoder looks back at, for the space between prompt and answer
 HELD = 8  # tokens that may wait for their character to become whole; no character has more bytes than four
@@ -93,6 +94,7 @@ class Stops:
         return max(done, key=len) if done else None
 
 
+@lru_cache(maxsize=64)  # the many answers to one request have the same ones
 def _falls(string: str) -> list[int]:
     """For each prefix of the string, the length of the longest proper prefix that also ends it."""
     falls = [0] * len(string)

@@ -64,7 +64,7 @@ class Text:
             specials = {key: text for key in ("bos_token", "eos_token", "unk_token", "pad_token") if (text := _content(settings.get(key)))}
             own = backend.token_to_id(specials.get("eos_token", ""))
             eos = self.base.eos | _eos(folder, GENERATION) | ({own} if own is not None else set())
-        except Exception as error:  # the tokenizers library raises plain Exceptions
+        except BaseException as error:  # the tokenizers library raises plain Exceptions, and its panics are not even those
             raise AdapterInvalid([f"the adapter's tokenizer files cannot be read: {type(error).__name__}"]) from error
         return Voice(backend, self._tokenizer, frozenset(eos), template, specials)
 
@@ -101,11 +101,18 @@ class Voice:
         return frozenset(id for id, token in self.backend.get_added_tokens_decoder().items() if token.special)
 
     def encode(self, text: str, special: bool = True) -> tuple[int, ...]:
-        """Ids of a text; `special`: with the tokens this tokenizer puts around plain text. Raises BadRequest for lone surrogates."""
+        """Ids of a text; `special`: with the tokens this tokenizer puts around plain text. Raises BadRequest for lone surrogates.
+
+        As a batch of one, for only then does the library let other threads run meanwhile.
+        """
         try:
-            return tuple(self.backend.encode(text, add_special_tokens=special).ids)
+            return tuple(self.backend.encode_batch([text], add_special_tokens=special)[0].ids)
         except TypeError:
             raise BadRequest("the text is not valid Unicode: it holds a lone surrogate") from None
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # whose class nothing exports
+                raise
+            raise BadRequest("the tokenizer fails at this text") from error
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids, special tokens left out."""

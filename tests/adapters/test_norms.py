@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,10 @@ async def test_a_registered_adapter_says_where_it_acts(shop: Shop, base: Path) -
             await registry.norms("none")
         with pytest.raises(AdapterInvalid):
             await registry.norms("broken")
+
+
+def test_a_norm_over_all_numbers_can_still_be_told() -> None:
+    """JSON has neither infinity nor NaN, and factors of 1e300 make both."""
+    names = ["layers.0.q", "layers.1.q"]
+    told = norms.by_layer([Patch(name, 2, 1.0, "a", "b") for name in names], {names[0]: float("inf"), names[1]: float("nan")}, 2)
+    assert json.dumps(told, allow_nan=False).count("e+308") == 2

@@ -7,9 +7,16 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from service import errors as tree
+from service.api.adapters import Registration
+from service.api.answer import failure
 from service.api.errors import body, status
+from service.api.schemas_chat import ChatRequest
+from service.api.schemas_native import GenerateRequest
+from service.api.schemas_openai import CompletionRequest
+from service.engine.request import Event, Finish
 from service.errors import AdapterdError
 
 from .house import House, house
@@ -68,6 +75,30 @@ def test_a_field_that_is_called_as_a_part_of_a_request_is_named_too(home: House,
 def test_many_findings_are_counted_rather_than_listed(home: House) -> None:
     _, told = post(home, "/adapters", json.dumps({f"f{i}": 1 for i in range(9)}).encode())
     assert told["error"].endswith("and 8 more")
+
+
+FLOODS: dict[str, tuple[Any, Any]] = {
+    "fields": (GenerateRequest, {"inputs": "a", **{str(i): 0 for i in range(10_000)}}),
+    "fields within": (GenerateRequest, {"inputs": "a", "parameters": {str(i): 0 for i in range(10_000)}}),
+    "fields of a source": (Registration, {"id": "a", "source": "b", **{str(i): 0 for i in range(10_000)}}),
+    "messages": (ChatRequest, {"model": "a", "messages": [0] * 9999}),
+    "too many messages": (ChatRequest, {"model": "a", "messages": [{"role": "user", "content": ""}] * 10_001}),
+    "parts": (ChatRequest, {"model": "a", "messages": [{"role": "user", "content": [0] * 9999}]}),
+    "calls": (ChatRequest, {"model": "a", "messages": [{"role": "assistant", "tool_calls": [0] * 9999}]}),
+    "tools": (ChatRequest, {"model": "a", "messages": [{"role": "user", "content": "a"}], "tools": [0] * 9999}),
+    "stops": (GenerateRequest, {"inputs": "a", "parameters": {"stop": [0] * 9999}}),
+    "biases": (CompletionRequest, {"model": "a", "prompt": "a", "logit_bias": {str(i): "x" for i in range(9999)}}),
+    "prompts": (CompletionRequest, {"model": "a", "prompt": [[]] * 9999}),
+}
+
+
+@pytest.mark.parametrize("flood", FLOODS)
+def test_what_is_wrong_a_thousand_times_is_found_a_few_times(flood: str) -> None:
+    """4 MB of wrong messages kept the event loop for 9 seconds, and took gigabytes."""
+    model, body = FLOODS[flood]
+    with pytest.raises(ValidationError) as caught:
+        TypeAdapter(model).validate_python(body)
+    assert caught.value.error_count() < 20
 
 
 def test_a_body_that_is_not_called_json_is_told_so(home: House) -> None:
@@ -148,3 +179,8 @@ def test_the_problems_of_an_adapter_are_listed(home: House) -> None:
     told = home.json("POST", "/adapters", {"id": "x", "source": "bad"}, 422)
     assert told["error_type"] == "adapter_invalid"
     assert told["details"]["problems"] == ["lora_A of q_proj has no lora_B", "r is 0"]
+
+
+@pytest.mark.parametrize("kind", [tree.BadRequest, tree.ContextLengthExceeded, tree.AdapterNotFound, tree.Overloaded, tree.NotReady])
+def test_what_the_engine_tells_by_code_is_the_plain_error_of_that_code(kind: type[AdapterdError]) -> None:
+    assert type(failure(Event(1, finish=Finish.FAILED, code=kind.code, message="why"))) is kind

@@ -30,10 +30,17 @@ def chain(length: int, nested: int = 0) -> dict[str, Any]:
     return {"$ref": "#/$defs/a0", "$defs": definitions}
 
 
-@pytest.mark.parametrize("schema", [chain(5000), chain(200, 10), chain(100, 30)])
+@pytest.mark.parametrize("schema", [chain(1400), chain(200, 10), chain(100, 30)])
 def test_references_that_would_overflow_the_stack_are_refused(schema: dict[str, Any]) -> None:
     with pytest.raises(BadRequest, match="response_format: the schema is nested too deep"):
         compiled(schema)
+
+
+def test_a_schema_over_the_limit_is_not_walked_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4 MB of empty lists took the event loop seconds."""
+    monkeypatch.setattr(grammar, "reach", pytest.fail)
+    with pytest.raises(BadRequest, match="100000 are the most"):
+        compiled({"a": [[]] * 100_000})
 
 
 def test_references_of_a_real_schema_are_taken() -> None:

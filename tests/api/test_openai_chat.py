@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
+from service.engine.text import Voice
 from tests import making
 
 from .fakes import DIGEST, Stage, stage
@@ -281,6 +283,32 @@ def test_tools_are_shown_to_the_template_as_given(tooled: Stage) -> None:
         "tools": [{"type": "function", "function": {"name": "add", "parameters": {"const": float("nan")}}}],
     }
     assert "tools" in tooled.post("/v1/chat/completions", body, 400).json()["error"]["message"]
+
+
+@pytest.mark.parametrize("large", ["text", "tools", "messages", "calls", "prompts", "nothing"])
+def test_what_is_large_in_whatever_way_is_tokenized_off_the_event_loop(tooled: Stage, monkeypatch: pytest.MonkeyPatch, large: str) -> None:
+    """/health and every stream wait for what is done on it."""
+    seen: list[bool] = []
+
+    def tokenize(*_: Any, **__: Any) -> tuple[int, ...]:
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            seen.append(True)
+        else:
+            seen.append(False)
+        return (1, 2)
+
+    for name in ("encode", "chat"):
+        monkeypatch.setattr(Voice, name, tokenize)
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "a" * 30_000, "arguments": "{}"}}]}
+    if large == "prompts":
+        tooled.complete(["a" * 5000] * 10, max_tokens=1)
+    else:
+        messages: dict[str, Any] = {"text": "a" * 30_000, "messages": [{"role": "user", "content": ""}] * 1000, "calls": [USER, call]}
+        tools = [{"type": "function", "function": {"name": "a", "description": "a" * 30_000}}] if large == "tools" else [ADD]
+        tooled.chat(messages.get(large, "Hi"), tools=tools, max_tokens=1)
+    assert set(seen) == {large != "nothing"}
 
 
 def test_no_choice_is_no_tools(tooled: Stage) -> None:

@@ -229,7 +229,21 @@ def test_a_log_line_cannot_be_forged() -> None:
     forged = record("request", path="/a\nINFO request path=/b", status=200)
     assert "\n" not in Text().format(forged)
     assert Text().format(forged).endswith('path="/a\\nINFO request path=/b" status=200')
+    assert Text().format(record("request", path="/a\n")).endswith('path="/a\\n"')
+    assert Text().format(record("the adapter x cannot be used: a\nb\x1b[2J\u2028é")).endswith("used: a\\nb\\x1b[2J\\u2028é")
     assert json.loads(Json().format(forged))["path"] == "/a\nINFO request path=/b"
+
+
+def test_what_an_adapters_files_say_of_it_can_be_told_whatever_it_is(home: House) -> None:
+    """JSON may hold a lone surrogate, which UTF-8 does not have."""
+    home.json("POST", "/adapters", {"id": "odd", "source": "odd"}, status=201)
+    home.shelf.names["odd"]["claimed"] = "\ud800é"
+    for path in ("/adapters", "/adapters/odd", "/adapters/odd/summary"):
+        answer = home.knock.get(path)
+        assert (answer.status_code, "\\ud800é" in answer.text) == (200, True)
+        assert answer.json()
+    home.shelf.names["odd"]["id"] = "\ud800é"
+    assert home.knock.get("/adapters/odd/summary?format=text").text == "\\ud800é rank 4"
 
 
 def test_a_trace_is_part_of_the_line() -> None:

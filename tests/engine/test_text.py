@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -278,6 +279,39 @@ def test_the_same_vocabulary_is_shared_and_another_is_its_own(text: Text, folder
     more.save(str(own / "tokenizer.json"))
     voice = text.of("more", own)
     assert voice.encode("<|extra|>") == (text.base.backend.get_vocab_size(),)
+
+
+def test_tokenizer_files_at_which_the_library_panics_are_the_adapters_fault_too(text: Text, own: Path) -> None:
+    """Its panics are no Exceptions."""
+    words = json.loads(making.tokenizer().backend_tokenizer.to_str())
+    (own / "tokenizer.json").write_text(json.dumps(words | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}))
+    with pytest.raises(AdapterInvalid, match="tokenizer files cannot be read"):
+        text.of("panics", own)
+    late = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "x"}
+    words["model"]["vocab"]["a word of its own"] = 1000
+    (own / "tokenizer.json").write_text(json.dumps(words | {"normalizer": late}))
+    with pytest.raises(BadRequest, match="fails at this text"):
+        text.of("panics later", own).encode("a" * 40 + "!")
+
+
+def test_other_threads_run_while_a_long_text_is_tokenized(text: Text) -> None:
+    turns, over = [0], threading.Event()
+
+    def turn() -> None:
+        while not over.wait(0.001):
+            turns[0] += 1
+
+    beside = threading.Thread(target=turn)
+    beside.start()
+    text.base.encode("é" * 1_000_000)
+    seen = turns[0]
+    over.set()
+    beside.join()
+    assert seen > 10
+
+
+def test_many_answers_with_the_same_stop_strings_prepare_them_once() -> None:
+    assert Stops(["ab" * 500])._falls[0] is Stops(["ab" * 500])._falls[0]
 
 
 def test_broken_tokenizer_files_are_the_adapters_fault(text: Text, own: Path) -> None:

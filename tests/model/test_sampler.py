@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from transformers import (
     LogitsProcessor,
     MinPLogitsWarper,
@@ -181,3 +182,33 @@ def test_a_grammar_allows_only_its_own_tokens_and_ends_with_eos() -> None:
     (failed,) = Sampler(lambda grammar: Matcher(error=True)).sample(logits(6), [asked])
     assert isinstance(failed, Unfit)
     assert failed.code == "validation", "the grammar is the client's"
+
+
+def test_a_thousand_biases_cost_no_more_than_one() -> None:
+    """One operation for each would make a step of the neighbours' too take ten times as long."""
+    biases = tuple((i % VOCABULARY, i / 100) for i in range(1000))
+    row = torch.zeros(VOCABULARY)
+    for id, bias in biases:
+        row[id] += bias
+    counted = Counted()
+    with counted:
+        chosen = one(Sampler(no_grammar), torch.zeros(VOCABULARY), request(1, logit_bias=biases))
+    assert chosen == int(row.argmax())
+    assert counted.calls < 100
+
+
+class Counted(TorchFunctionMode):
+    calls = 0
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("adapter", "code"), [(None, "internal"), ("sha256:a", "adapter_invalid")])
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_numbers_that_are_not_finite_are_the_adapters_fault_where_there_is_one(adapter: str | None, code: str, temperature: float) -> None:
+    asked = Request(1, (5,), 5, adapter, Sampling(temperature=temperature))
+    (unfit,) = Sampler(no_grammar).sample(torch.full((1, VOCABULARY), float("nan")), [asked])
+    assert isinstance(unfit, Unfit)
+    assert unfit.code == code

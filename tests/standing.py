@@ -56,7 +56,7 @@ def answer(made: Any) -> Any:
 
 
 if "--hasty" in sys.argv:
-    wire.PATIENCE_S, wire.PIECE_BYTES = 0.8, 10
+    wire.PATIENCE_S, wire.PIECE_BYTES = 0.8, 4
 if "--poor" in sys.argv:
     resource.setrlimit(resource.RLIMIT_NOFILE, (320, 320))
 root_create: Any = root.create_app

@@ -185,7 +185,7 @@ def test_a_request_that_was_told_408_counts_as_that_and_not_as_one_whose_client_
 
 def test_a_body_that_drips_is_408_however_steadily(hasty: int) -> None:
     body = b'{"id": "drip", "source": "x"}'
-    assert talk(hasty, POST + b"content-length: %d\r\n\r\n" % len(body), *[body[i : i + 1] for i in range(len(body))], pause=0.2)[0] == 408
+    assert talk(hasty, POST + b"content-length: %d\r\n\r\n" % len(body), *[body[i : i + 1] for i in range(len(body))], pause=0.3)[0] == 408
 
 
 def deaf(port: int, path: str) -> socket.socket:

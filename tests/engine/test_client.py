@@ -371,6 +371,20 @@ async def test_one_that_still_loads_or_never_started_can_be_stopped() -> None:
     await Client(Settings()).stop(0)
 
 
+async def test_one_that_is_stopped_between_two_workers_starts_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "BACKOFF_S", (0.3, 0.3))
+    async with engine(max_rows=1) as client:
+        running, waiting = await begun(client), client.submit((2,), 3)
+        os.kill(worker(client), signal.SIGKILL)
+        await until(lambda: client.state == "restarting")
+        stopping = asyncio.create_task(client.stop(20))
+        await until(lambda: waiting.ended is not None)
+        assert [(await read(ticket))[1].code for ticket in (running, waiting)] == ["not_ready"] * 2
+        await stopping
+        await asyncio.sleep(0.5)
+        assert client.worker_pid is None
+
+
 async def test_a_base_that_cannot_be_served_is_told_and_not_tried_again() -> None:
     async with engine("build_broken", wait=False) as client:
         with pytest.raises(NotReady, match="the fake base is broken"):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 from collections.abc import Mapping
+from fractions import Fraction
 from functools import cache
 from typing import Any
 from urllib.parse import unquote
@@ -19,6 +21,7 @@ Wanted = JsonObject | JsonSchema | PlainSchema | Regex | AnyText | JsonGrammar |
 DEEPEST = 500  # the compiler descends on the stack and would end the process near 1500
 LARGEST = 100_000  # characters of a grammar
 LIMITS = {"max_grammar_size": 20_000, "initial_lexer_fuel": 200_000}  # beyond these a sampler takes seconds, and its batch waits
+MULTIPLE = 10_000  # the compiler makes a state for each remainder; a million take a sampler 6 s, and ten million its worker's life
 TOLD = 300  # characters of its complaint
 
 # one space where people write one, none elsewhere: a model that may write white space between any two tokens may never end
@@ -43,6 +46,8 @@ async def of_schema(schema: dict[str, Any], param: str) -> str:
     _bounded(len(json.dumps(schema, ensure_ascii=False)), param)  # before it is walked through: that takes longer than to read it
     if reach(schema) > DEEPEST:
         raise BadRequest(f"{param}: the schema is nested too deep: its levels and those it refers to are over {DEEPEST}", param=param)
+    if multiple(schema) > MULTIPLE:
+        raise BadRequest(f"{param}: what all `multipleOf` in it have in common is over {MULTIPLE}", param=param)
     try:
         text = LLMatcher.grammar_from_json_schema(json.dumps(schema, allow_nan=False), overrides=SPACING)
     except ValueError as error:
@@ -116,6 +121,17 @@ def reach(schema: Any) -> int:
         depths[id(value)] = 1 + max((depths[id(inner)] for inner in _inside(value)), default=0)
     named = {value["$ref"] for value in found if isinstance(value, dict) and isinstance(value.get("$ref"), str)}
     return depths[id(schema)] + sum(depths.get(id(_target(schema, ref)), depths[id(schema)]) for ref in named)
+
+
+def multiple(schema: Any) -> int:
+    """The least common multiple of every `multipleOf` in the schema, as whole numbers: where they meet, the compiler uses that."""
+    found, least = [schema], 1
+    for value in found:  # grows as it is walked
+        found.extend(_inside(value))
+        step = value.get("multipleOf") if isinstance(value, dict) else None
+        if isinstance(step, int | float) and step > 0 and least <= MULTIPLE:
+            least = math.lcm(least, Fraction(repr(step) if isinstance(step, float) else step).numerator)
+    return least
 
 
 def _inside(value: Any) -> list[Any]:

@@ -43,6 +43,25 @@ def test_a_schema_over_the_limit_is_not_walked_through(monkeypatch: pytest.Monke
         compiled({"a": [[]] * 100_000})
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "integer", "multipleOf": 1_000_003},
+        {"type": "number", "multipleOf": 1.00003},
+        {"type": "integer", "allOf": [{"multipleOf": 9973}, {"multipleOf": 9967}]},
+    ],
+)
+def test_multiples_that_would_take_a_sampler_seconds_are_refused(schema: dict[str, Any]) -> None:
+    """A worker that says nothing for 30 s is killed, and everybody's answers with it."""
+    with pytest.raises(BadRequest, match="`multipleOf`"):
+        compiled(schema)
+
+
+def test_usual_multiples_are_taken() -> None:
+    steps = {name: {"type": "number", "multipleOf": step} for name, step in {"a": 0.01, "b": 100, "c": 5, "d": 0.25, "e": 60}.items()}
+    assert compiled({"type": "object", "properties": steps})
+
+
 def test_references_of_a_real_schema_are_taken() -> None:
     leaf = {
         "type": "object",

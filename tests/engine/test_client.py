@@ -414,6 +414,7 @@ async def test_the_thousandth_death_is_one_like_the_others(monkeypatch: pytest.M
         pid = worker(client)
         os.kill(pid, signal.SIGKILL)
         await until(lambda: client.worker_pid not in (pid, None) and client.ready)
+        assert client._worker._shortlived == 2001
 
 
 async def test_where_no_worker_can_be_started_it_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,6 +108,7 @@ class Keeper:
             return
         hosted, adapters = set(self.device.host), self.worker.scheduler.adapters
         assert hosted - {adapters.loading} == set(adapters.host), "what is in memory and what is known to be there"
+        assert (self.worker.loader.deadline < math.inf) is (adapters.loading is not None), "only what is being read can be overdue"
         self.hear()
 
     def hear(self) -> None:

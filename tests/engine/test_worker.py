@@ -142,6 +142,7 @@ def test_prompts_are_cut_as_the_settings_say_and_nothing_waits_between_their_par
         told = desk.report(lambda report: not report.started)
         assert told.events, "between two steps it waits for nothing, so that no sign of life comes"
     assert runner.lengths == [4, 4, 2]
+    assert runner.ended == {1}
 
 
 def test_it_tells_what_it_read_placed_and_dropped() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import time
 from collections.abc import Mapping
 from fractions import Fraction
 from functools import cache
@@ -22,6 +23,8 @@ DEEPEST = 500  # the compiler descends on the stack and would end the process ne
 LARGEST = 100_000  # characters of a grammar
 LIMITS = {"max_grammar_size": 20_000, "initial_lexer_fuel": 200_000}  # beyond these a sampler takes seconds, and its batch waits
 MULTIPLE = 10_000  # the compiler makes a state for each remainder; a million take a sampler 6 s, and ten million its worker's life
+COMPILING_S = 2.0  # of processor time, for what a sampler does in half of it
+TOO_LONG = "it takes too long to compile"
 TOLD = 300  # characters of its complaint
 
 # one space where people write one, none elsewhere: a model that may write white space between any two tokens may never end
@@ -70,6 +73,7 @@ def _bounded(size: int, param: str) -> None:
 
 def _tried(grammar: str) -> str:
     """What is wrong with the grammar. Some limits of a sampler only show when its first tokens are taken, so two are, of bytes."""
+    began = time.thread_time()
     wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar)
     if wrong:
         return "; ".join(messages)
@@ -80,7 +84,7 @@ def _tried(grammar: str) -> str:
             break
         matcher.consume_token(next(id for id in range(8 * len(allowed)) if allowed[id // 8] >> id % 8 & 1))
     error: str = matcher.get_error()
-    return error.partition("\n")[0]
+    return error.partition("\n")[0] or (TOO_LONG if time.thread_time() - began > COMPILING_S else "")
 
 
 @cache

@@ -57,6 +57,12 @@ def test_multiples_that_would_take_a_sampler_seconds_are_refused(schema: dict[st
         compiled(schema)
 
 
+def test_what_takes_long_to_compile_is_refused_whatever_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "COMPILING_S", 0.0)
+    with pytest.raises(BadRequest, match="too long to compile"):
+        compiled({"type": "integer"})
+
+
 def test_usual_multiples_are_taken() -> None:
     steps = {name: {"type": "number", "multipleOf": step} for name, step in {"a": 0.01, "b": 100, "c": 5, "d": 0.25, "e": 60}.items()}
     assert compiled({"type": "object", "properties": steps})

@@ -50,8 +50,8 @@ class Text:
     def of(self, generation: object, folder: Path) -> Voice:
         """The voice of this generation, from its folder's files. Raises AdapterInvalid when its tokenizer files are broken."""
         voice = self._voices.setdefault(generation, self._read(folder))
-        while len(self._voices) > KEPT:
-            self._voices.pop(next(iter(self._voices)), None)
+        for old in list(self._voices)[:-KEPT]:  # a list, for other threads add to it meanwhile
+            self._voices.pop(old, None)
         return voice
 
     def _read(self, folder: Path) -> Voice:

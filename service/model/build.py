@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 SHARE_OF_MEMORY = 0.5  # of what is free once the base is loaded, for KV rows
 ROWS = {"cpu": 16, "cuda": 64}
+GRAMMARS = 64  # compiled ones that are kept: most requests bring one that came before, and a large one takes a second
 
 
 def build(settings: Settings, progress: base.Progress) -> tuple[Runner, BaseCard]:
@@ -126,4 +127,8 @@ def matchers(folder: Path, vocabulary: int) -> Callable[[str], Any]:
     def words() -> Any:
         return llguidance.hf.from_tokenizer(AutoTokenizer.from_pretrained(folder), n_vocab=vocabulary)
 
-    return lambda grammar: llguidance.LLMatcher(words(), grammar)
+    @lru_cache(GRAMMARS)
+    def first(grammar: str) -> Any:
+        return llguidance.LLMatcher(words(), grammar)
+
+    return lambda grammar: first(grammar).deep_copy()

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
+from service.engine import text as words
 from service.engine.decoding import BROKEN, Decoder, Stops
 from service.engine.text import Text, Voice
 from service.engine.tools import Call, Calls, Format, declared
@@ -241,6 +242,13 @@ def test_an_adapter_without_files_speaks_as_the_base(text: Text, own: Path) -> N
     assert text.known("plain") is None
     assert text.of("plain", own) is text.base
     assert text.known("plain") is text.base
+
+
+def test_the_last_voices_are_kept(folder: Path, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(words, "KEPT", 2)
+    text = Text(folder)
+    assert all(text.of(generation, own) is text.base for generation in "abc")
+    assert [text.known(generation) for generation in "abc"] == [None, text.base, text.base]
 
 
 def test_an_adapters_template_comes_before_the_bases(text: Text, own: Path) -> None:

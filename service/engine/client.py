@@ -127,8 +127,6 @@ class Client:
             raise Overloaded(f"the queue is full: {self.settings.queue_limit} requests wait", retry_after=1)
 
     def _pass_on(self, ticket: Ticket) -> None:
-        if not self._sent:
-            self._worker.heard = asyncio.get_running_loop().time()
         self._sent.add(ticket.request.id)
         self._worker.send(Submit(ticket.request))
 
@@ -203,7 +201,7 @@ class Client:
 
     @property
     def waits(self) -> bool:
-        return bool(self._sent)
+        return bool(self._sent) or self._offers.waits
 
     def opened(self) -> None:
         self._offers.repeat()

@@ -39,6 +39,11 @@ class Offers:
         self._send(self._offers[adapter.digest])
         self._count()
 
+    @property
+    def waits(self) -> bool:
+        """Whether a load or a drop has not ended yet."""
+        return bool(self._drops) or not all(load.done() for load in self._loads.values())
+
     async def loaded(self, digest: Digest) -> Load:
         if digest not in self._loads:
             if digest not in self._offers:

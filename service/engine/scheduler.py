@@ -173,10 +173,6 @@ class Scheduler:
         return report
 
     @property
-    def busy(self) -> bool:
-        return bool(self.running or self.waiting)
-
-    @property
     def gauges(self) -> Gauges:
         return Gauges(
             running=len(self.running),

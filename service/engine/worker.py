@@ -9,7 +9,6 @@ import contextlib
 import ctypes
 import importlib
 import logging
-import math
 import os
 import signal
 import sys
@@ -101,10 +100,8 @@ class Worker:
 
     def _listen(self, idle: bool) -> bool:
         """Takes in all orders and loads there are, waiting for one if idle; False when it is time to end."""
-        waits = self.scheduler.busy or self.loader.deadline < math.inf
-        timeout = (self.heartbeat_s if waits else None) if idle else 0
         late = [loader.results for loader in self.given_up]
-        if not wait([self.connection, self.loader.results, *late], timeout) and idle:
+        if not wait([self.connection, self.loader.results, *late], self.heartbeat_s if idle else 0) and idle:
             self._send(Report(gauges=self.scheduler.gauges))
         while self.connection.poll():
             order: Order = self.connection.recv()

@@ -105,9 +105,13 @@ class Driver:
             story.end = event if event.finish else None
         self.tiers |= dict(report.tiers)
 
+    @property
+    def busy(self) -> bool:
+        return bool(self.scheduler.running or self.scheduler.waiting)
+
     def settle(self, limit: int = 5000) -> None:
         for _ in range(limit):
-            if self.step() == EMPTY and not self.scheduler.busy and self.pending is None and self.scheduler.next_load() is None:
+            if self.step() == EMPTY and not self.busy and self.pending is None and self.scheduler.next_load() is None:
                 return
         raise AssertionError("the scheduler does not come to rest")
 

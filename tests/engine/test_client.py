@@ -286,6 +286,30 @@ async def test_a_stuck_worker_is_killed_and_replaced() -> None:
         assert len((await read(client.submit((1,), 5)))[0]) == 5
 
 
+async def test_one_that_hangs_is_replaced_also_for_who_only_registers_or_removes() -> None:
+    async with engine(request_timeout_s=1) as client:
+        new, old = adapter("new"), adapter("old")
+        client.offer(old)
+        await client.loaded(old.digest)
+        os.kill(worker(client), signal.SIGSTOP)
+        client.offer(new)
+        assert not (await client.loaded(new.digest)).error
+        os.kill(worker(client), signal.SIGSTOP)
+        assert await client.drop(old.digest) == 0
+
+
+async def test_one_that_had_nothing_to_say_has_its_time_when_it_is_asked() -> None:
+    async with engine(request_timeout_s=3) as client:
+        pid = worker(client)
+        await asyncio.sleep(3.5)
+        os.kill(pid, signal.SIGSTOP)
+        asked = client.submit((1,), 5)
+        await asyncio.sleep(0.4)
+        os.kill(pid, signal.SIGCONT)
+        assert (await read(asked))[1].finish is Finish.LENGTH
+        assert client.worker_pid == pid
+
+
 async def test_a_cancel_that_a_dying_worker_never_read_is_kept() -> None:
     async with engine(faults=Faults(stuck=2), request_timeout_s=1, max_rows=1) as client:
         stuck, waiting = client.submit((1,), 5), client.submit((2,), 5)

@@ -228,7 +228,8 @@ class World:
             self.keeper.turn()
             worker = self.keeper.worker
             assert worker is not None
-            if not (self.open() or worker.scheduler.busy or worker.given_up or worker.scheduler.adapters.loading):
+            scheduler = worker.scheduler
+            if not (self.open() or scheduler.running or scheduler.waiting or worker.given_up or scheduler.adapters.loading):
                 return
         raise AssertionError(f"{len(self.open())} requests never end")
 

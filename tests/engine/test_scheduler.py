@@ -507,7 +507,7 @@ def test_the_prompts_scores_come_once_with_the_first_token() -> None:
     driver = Driver(prefill_tokens=16)
     driver.submit(LONG, 3, prompt_logprobs=0)
     told = []
-    while driver.scheduler.busy:
+    while driver.busy:
         driver.scheduler.commit(plan := driver.scheduler.plan(), driver.runner.step(plan))
         told += [len(event.prompt) for event in driver.scheduler.report().events]
     assert told == [40, 0, 0]

@@ -29,7 +29,7 @@ BASE=$(.venv/bin/python -c 'from service.model.base import resolve; print(resolv
 unset OPENBLAS_CORETYPE OPENBLAS_L2_SIZE
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 export VLLM_CPU_KVCACHE_SPACE=2 VLLM_CPU_OMP_THREADS_BIND=0-$(($(nproc) - 1)) VLLM_HOST_IP=127.0.0.1 GLOO_SOCKET_IFNAME=lo
-tcmalloc=$(ldconfig -p | awk '/libtcmalloc_minimal.so.4/ {print $NF; exit}')
+tcmalloc=$(ldconfig -p | awk '/libtcmalloc_minimal.so.4/ && !seen++ {print $NF}')
 
 pids=()
 trap '((${#pids[@]} == 0)) || kill "${pids[@]}" 2>/dev/null; wait' EXIT

@@ -70,7 +70,7 @@ def serve(settings: Settings, tracer: Tracer | None = None) -> int:
     from .app import create_app
 
     logs.setup(settings.log_format, settings.log_level)
-    Protocol.most = min(CONNECTIONS, (_files() - OWN_FILES) // 2)
+    Protocol.most = max(1, min(CONNECTIONS, (_files() - OWN_FILES) // 2))
     listener = _listen(settings.host, settings.port)
     failures: list[str] = []
 

@@ -14,6 +14,7 @@ import pytest
 
 from service.engine import loader, memory
 from service.engine.request import (
+    Adapter,
     Broken,
     Drop,
     Event,
@@ -204,13 +205,20 @@ def test_a_disk_that_hangs_fails_its_adapter_and_no_other(monkeypatch: pytest.Mo
         assert token.id == expected(fine.digest, (5,), 1)[0]
 
 
-def test_what_comes_from_the_disk_after_it_was_given_up_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def given_up(runner: Balky, late: Adapter, monkeypatch: pytest.MonkeyPatch) -> Iterator[Desk]:
+    """A worker that has stopped waiting for the reading of this adapter."""
     monkeypatch.setattr(loader, "READ_S", 0.2)
-    runner, late = Balky(), adapter("late")
     runner.wrong = "hang"
     with worker(runner, request_timeout_s=0.5) as desk:
         desk.send(Offer(late, preload=True))
         assert desk.report(lambda report: report.loads).loads[0].error
+        yield desk
+
+
+def test_what_comes_from_the_disk_after_it_was_given_up_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner, late = Balky(), adapter("late")
+    with given_up(runner, late, monkeypatch) as desk:
         runner.released.set()
         assert runner.arrived.wait(20)
         tries = iter(range(1000))
@@ -223,12 +231,8 @@ def test_what_comes_from_the_disk_after_it_was_given_up_is_not_kept(monkeypatch:
 
 
 def test_what_comes_late_is_not_kept_for_a_second_reading_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "READ_S", 0.2)
     runner, late = Balky(), adapter("late")
-    runner.wrong = "hang"
-    with worker(runner, request_timeout_s=0.5) as desk:
-        desk.send(Offer(late, preload=True))
-        assert desk.report(lambda report: report.loads).loads[0].error
+    with given_up(runner, late, monkeypatch) as desk:
         monkeypatch.setattr(loader, "READ_S", 60.0)
         runner.wrong = "late"
         desk.send(Submit(Request(1, (5,), 1, late.digest)))

@@ -10,23 +10,26 @@ import json
 from collections import OrderedDict
 from typing import Any, ClassVar
 
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from .. import metrics
 from ..errors import AdapterdError, BadRequest, PayloadTooLarge, TooSlow
-from .errors import body, openai_dialect
+from .errors import body, openai_dialect, status
 
 HEAD_BYTES = 64 * 1024  # of a request line and its headers
 PIECE_BYTES = 64 * 1024  # of a body
 PATIENCE_S = 60.0  # for a whole head, for each next piece of a body, and for a client to take something of an answer
 CONNECTIONS = 10_000
 UNREADABLE = BadRequest("this is no HTTP/1.1 request")
+TUNNEL = BadRequest("CONNECT is not served here: this is no proxy")
 
 
 class Protocol(HttpToolsProtocol):
     """Refuses a head over `HEAD_BYTES` with 413, also one that never ends, and a request that comes too slowly with 408; then it closes.
 
     So it does with who reads nothing. Over `most` connections, the oldest that waits for no answer goes for each that comes.
+    An offer of an upgrade is ignored, and no tunnel is made: what follows a head is its body, and never the next request.
     """
 
     most: ClassVar[int] = CONNECTIONS
@@ -37,7 +40,7 @@ class Protocol(HttpToolsProtocol):
     head = 0  # bytes of a head that has not ended yet
     piece = 0  # bytes since the clock was set
     reading = False
-    refusal: AdapterdError | None = None
+    refusal: AdapterdError = UNREADABLE  # of what the parser cannot read
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -68,36 +71,66 @@ class Protocol(HttpToolsProtocol):
         if self.clock is None or (self._owed and self.piece >= PIECE_BYTES):
             self._wait()
         self.reading = True
-        super().data_received(data)
+        self._unset_keepalive_if_required()
+        try:
+            rest = self._parse(data)
+            while rest:
+                rest = self._parse(rest)
+        except HttpParserError:
+            self._refuse(self.refusal)
         self.head = self.head + len(data) if self.reading else 0
         if self.head > HEAD_BYTES and not self.transport.is_closing():
-            self._refuse(_over(), 413)
+            self._refuse(_over())
+
+    def _parse(self, data: bytes) -> bytes:
+        """What is left of the data where the parser stops: behind a head that offers an upgrade.
+
+        The parser has taken that for the end of the request, and would read the body as the next one. So a new parser reads the head
+        once more, without the offer. Raises HttpParserError.
+        """
+        try:
+            self.parser.feed_data(data)
+            return b""
+        except HttpParserUpgrade as stop:
+            head = self._head_without_offer()
+            self.parser = HttpRequestParser(self)
+            self.parser.feed_data(head)
+            return data[stop.args[0] :]
+
+    def _head_without_offer(self) -> bytes:
+        version = self.parser.get_http_version().encode()
+        headers = [name + b": " + value for name, value in self.headers if name != b"upgrade"]
+        return b"\r\n".join([b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version), *headers, b"", b""])
 
     def on_message_begin(self) -> None:
         self.begun = True
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        """Raises PayloadTooLarge, which the parser passes on as an error of its own."""
+        """Raises `refusal`, which the parser passes on as an error of its own."""
         self.reading = False
         self._wait()
         if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > HEAD_BYTES:
             self.refusal = _over()
             raise self.refusal
-        super().on_headers_complete()
+        if self.parser.get_method() == b"CONNECT":
+            self.refusal = TUNNEL
+            raise self.refusal
+        if not self.parser.should_upgrade():
+            super().on_headers_complete()
+            self.headers = []  # what comes behind the body are trailers, and no headers of the request
 
     def on_body(self, body: bytes) -> None:
         self.reading = False
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self.parser.should_upgrade():
+            return
         self.begun = self.reading = False
         if self.cycle is None or not self.cycle.response_complete:  # else uvicorn starts its own clock no more
             self._rest()
         super().on_message_complete()
-
-    def send_400_response(self, msg: str) -> None:
-        self._refuse(self.refusal or UNREADABLE, 413 if self.refusal else 400)
 
     @property
     def _owed(self) -> bool:
@@ -126,7 +159,7 @@ class Protocol(HttpToolsProtocol):
             self._wait()
         elif self.begun and (self.head or not answered):
             rest = f"the rest of the request, or the next {PIECE_BYTES} bytes of it,"
-            self._refuse(TooSlow(f"{rest} did not come within {PATIENCE_S:g} s"), 408)
+            self._refuse(TooSlow(f"{rest} did not come within {PATIENCE_S:g} s"))
         else:
             self.transport.close()
 
@@ -138,16 +171,26 @@ class Protocol(HttpToolsProtocol):
         else:
             self.unread = self.loop.call_later(PATIENCE_S, self._unread, left)
 
-    def _refuse(self, error: AdapterdError, status: int) -> None:
-        if self.cycle is None or self.cycle.response_complete:
+    def _refuse(self, error: AdapterdError) -> None:
+        """Closes, and says why where that cannot pass for another request's answer, or stand within one."""
+        cycle = self.cycle
+        if self._owing:
+            cycle.keep_alive = False  # the answer that is owed is the last
+            return
+        if cycle is None or cycle.response_complete:
             metrics.FAILURE.labels(error.code).inc()
         else:  # the layers behind only see the client leave
-            self.cycle.scope["state"]["refused"] = error
+            cycle.scope["state"]["refused"] = error
+        if cycle is None or not (self.pipeline or (cycle.more_body and cycle.response_started)):
+            self._tell(error)
+        self.transport.close()
+
+    def _tell(self, error: AdapterdError) -> None:
         url = getattr(self, "url", b"").decode("latin-1")
         content = json.dumps(body(error, openai_dialect(url))).encode()
-        head = [STATUS_LINE[status], b"content-type: application/json\r\n", b"content-length: %d\r\n" % len(content)]
+        line = STATUS_LINE[status(error, openai=True)]  # for what is no request, 400 in either dialect
+        head = [line, b"content-type: application/json\r\n", b"content-length: %d\r\n" % len(content)]
         self.transport.write(b"".join([*head, b"x-content-type-options: nosniff\r\nconnection: close\r\n\r\n", content]))
-        self.transport.close()
 
 
 def _over() -> PayloadTooLarge:

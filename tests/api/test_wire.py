@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import socket
 import time
 from collections.abc import Iterator
+from typing import Any
 
+import httptools
 import pytest
+import uvicorn
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.server import ServerState
 
 from service.api.wire import HEAD_BYTES
 
@@ -225,3 +231,106 @@ def test_connections_that_ask_for_nothing_keep_nobody_out() -> None:
         for _ in range(700):
             held.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20))
             assert talk(port, b"GET /console/style.css HTTP/1.1\r\nhost: x\r\n\r\n")[0] == 200
+
+
+# ---- what the protocol leans on, of uvicorn's and the parser's own
+
+
+class Pipe(asyncio.Transport):
+    """A connection that keeps what is written to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.written, self.closed = b"", asyncio.Event()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.written += bytes(data)
+
+    def close(self) -> None:
+        self.closed.set()
+
+    def is_closing(self) -> bool:
+        return self.closed.is_set()
+
+    def pause_reading(self) -> None:
+        pass
+
+    def resume_reading(self) -> None:
+        pass
+
+
+class Waiting:
+    """An application that answers each request once `go` is set."""
+
+    def __init__(self) -> None:
+        self.go = asyncio.Event()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self.go.wait()
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"0")]})
+        await send({"type": "http.response.body"})
+
+
+@pytest.mark.anyio
+async def test_uvicorns_own_parts_are_there_and_mean_what_they_meant() -> None:
+    pipe, app = Pipe(), Waiting()
+    protocol = HttpToolsProtocol(uvicorn.Config(app, ws="none", log_config=None, lifespan="off"), ServerState(), {"a": 1})
+    protocol.connection_made(pipe)
+    assert not any((protocol.cycle, protocol.pipeline, protocol.flow.read_paused))
+    protocol.data_received(b"POST /a?b HTTP/1.1\r\nX: y\r\ncontent-length: 2\r\n\r\n{")
+    first = protocol.cycle
+    assert (first.more_body, first.response_started, first.response_complete, first.keep_alive) == (True, False, False, True)
+    assert (protocol.url, first.scope["state"], first.scope["headers"] is protocol.headers) == (b"/a?b", {"a": 1}, True)
+    assert protocol.headers == [(b"x", b"y"), (b"content-length", b"2")]
+    protocol.data_received(b"}")
+    assert (first.more_body, len(protocol.pipeline)) == (False, 0)
+    protocol.data_received(b"GET /c HTTP/1.1\r\n\r\n")
+    second = protocol.cycle
+    assert (second is first, second.more_body, len(protocol.pipeline), protocol.flow.read_paused) == (False, False, 1, True)
+    second.keep_alive = False
+    app.go.set()
+    await pipe.closed.wait()
+    assert (first.response_started, first.response_complete, second.response_complete) == (True, True, True)
+    assert pipe.written.count(STATUS_LINE[200]) == 2
+    assert STATUS_LINE[413].startswith(b"HTTP/1.1 413 ")
+    protocol._unset_keepalive_if_required()
+    assert protocol.timeout_keep_alive_task is None
+
+
+class Told:
+    """What a parser says of the bytes that it is fed."""
+
+    def __init__(self) -> None:
+        self.parser, self.said = httptools.HttpRequestParser(self), list[Any]()
+
+    def on_headers_complete(self) -> None:
+        self.said.append((self.parser.get_method(), self.parser.get_http_version(), self.parser.should_upgrade()))
+
+    def on_body(self, body: bytes) -> None:
+        self.said.append(body)
+
+    def on_message_complete(self) -> None:
+        self.said.append(self.parser.should_upgrade())
+
+
+def test_the_parser_stops_behind_a_head_that_offers_an_upgrade_and_says_where() -> None:
+    told, head = Told(), POST + b"upgrade: a\r\nconnection: upgrade\r\ncontent-length: 2\r\n\r\n"
+    with pytest.raises(httptools.HttpParserUpgrade) as stop:
+        told.parser.feed_data(head + b"{}")
+    assert stop.value.args == (len(head),)
+    assert told.said == [(b"POST", "1.1", True), True]
+    assert not issubclass(httptools.HttpParserUpgrade, httptools.HttpParserError)
+    plain = Told()
+    plain.parser.feed_data(head.replace(b"upgrade: a", b"other: a") + b"{}")
+    assert plain.said == [(b"POST", "1.1", False), b"{}", False]
+
+
+def test_what_a_callback_raises_ends_the_reading() -> None:
+    told = Told()
+    with pytest.raises(httptools.HttpParserError):
+        told.parser.feed_data(b"nonsense\r\n\r\n")
+    vars(told)["said"] = None  # so that the callbacks raise
+    told.parser = httptools.HttpRequestParser(told)
+    for _ in range(2):
+        with pytest.raises(httptools.HttpParserError):
+            told.parser.feed_data(GET + b"\r\n")

@@ -61,15 +61,14 @@ def create_app(
         middleware=_layers(rooms, record),
         redirect_slashes=False,
         default_response_class=Json,
+        openapi_url=None,
         docs_url=None,
         redoc_url=None,
     )
     app.state.rooms = rooms
     errors.install(app)
-    for router in (generate.router, openai.router, adapters.router, ops.router):
+    for router in (ops.probes, generate.router, openai.router, adapters.reading, adapters.changing, ops.router):
         app.include_router(router)
-    for path, files in ops.STATIC.items():
-        app.mount(path, files)
     return app
 
 

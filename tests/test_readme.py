@@ -89,7 +89,8 @@ def test_each_request_goes_to_a_route_and_its_body_is_what_that_takes(api: dict[
         path = urlsplit(next(word for word in words if word.startswith("http"))).path
         body = words[words.index("-d") + 1] if "-d" in words else None
         method = words[words.index("-X") + 1] if "-X" in words else "POST" if body else "GET"
-        route = next(one for one in api["paths"] if compile_path(one.replace("{id}", "{id:path}"))[0].match(path))
+        routes = [one for one, methods in api["paths"].items() if method.lower() in methods]
+        route = next(one for one in routes if compile_path(one.replace("{id}", "{id:path}"))[0].match(path))
         asked = api["paths"][route][method.lower()]
         if body:
             schema = asked["requestBody"]["content"]["application/json"]["schema"]["$ref"].rsplit("/", 1)[1]

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.types import Scope
 
 from service.adapters import ids
-from service.api.auth import manages
+from service.api.auth import READING
 from service.api.schemas_chat import ChatRequest
 from service.api.schemas_native import GenerateRequest
 from service.api.schemas_openai import CompletionRequest
@@ -42,8 +42,9 @@ class Call:
 
     @property
     def changes(self) -> bool:
-        """Whether it may change what is registered."""
-        return manages(self.scope["method"], self.scope["path"]) and self.scope["path"] != "/adapters/check"
+        """Whether it may change what is registered: all may that does not only read, generate or check."""
+        reads = self.scope["method"] in READING or self.scope["path"] == "/adapters/check"
+        return not reads and not self.generates
 
     @property
     def repeatable(self) -> bool:

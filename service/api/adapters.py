@@ -16,9 +16,11 @@ from ..errors import AdapterNotFound, BadRequest, Conflict, Forbidden, NotFound,
 from .errors import documented
 from .rooms import Seen, Shelf
 from .schemas import Strict
+from .scopes import ADMIN_SCOPE, KEY_SCOPE
 from .sse import Json
 
-router = APIRouter(tags=["adapters"])
+reading = APIRouter(tags=["adapters"], dependencies=[KEY_SCOPE])
+changing = APIRouter(tags=["adapters"], dependencies=[ADMIN_SCOPE])  # or what reads files of the host, as a dry run does
 
 Id = Annotated[str, Path(description="The adapter's id; one with a slash is written raw or as %2F.")]
 Reading = documented(404, 503)
@@ -66,19 +68,19 @@ class Shape(BaseModel):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
-@router.get("/adapters", responses=Reading)
+@reading.get("/adapters", responses=Reading)
 async def list_adapters(here: Shelf, seen: Seen) -> Told:
     """Every registered adapter, as a small card; to a key with a list of adapters, those on it."""
     return {"adapters": [card for card in here.registry.cards() if seen.sees(card["id"])]}
 
 
-@router.post("/adapters", status_code=201, responses=Changing | SAME)
+@changing.post("/adapters", status_code=201, responses=Changing | SAME)
 async def register(body: Registration, here: Shelf) -> Response:
     """Registers a folder, or content of the hub, under an id."""
     return _registered(*await here.registry.register(**body.model_dump()))
 
 
-@router.post("/adapters/check", responses=Changing)
+@changing.post("/adapters/check", responses=Changing)
 async def check(body: Registration, here: Shelf) -> Told:
     """The whole validation and the summary; registers nothing."""
     asked = body.model_dump(include={"id", "source", "subfolder", "revision"})
@@ -98,7 +100,7 @@ UPLOAD = {
 }
 
 
-@router.post("/adapters/{id:path}/upload", status_code=201, responses=Changing | SAME, openapi_extra=UPLOAD)
+@changing.post("/adapters/{id:path}/upload", status_code=201, responses=Changing | SAME, openapi_extra=UPLOAD)
 async def upload(id: Id, here: Shelf, request: Request) -> Response:
     """Stores an adapter's files under the adapters directory and registers them."""
     try:
@@ -112,7 +114,7 @@ async def upload(id: Id, here: Shelf, request: Request) -> Response:
         raise Forbidden(f"the upload cannot be stored: {error.strerror}") from error
 
 
-@router.get("/adapters/{id:path}/summary", responses=Reading | {200: {"content": {"text/plain": {}}}})
+@reading.get("/adapters/{id:path}/summary", responses=Reading | {200: {"content": {"text/plain": {}}}})
 async def summary(
     id: Id, here: Shelf, seen: Seen, request: Request, format: Annotated[Literal["json", "text"] | None, Query()] = None
 ) -> Response:
@@ -125,7 +127,7 @@ async def summary(
     return Json(await asyncio.to_thread(here.registry.summary, id))
 
 
-@router.get("/adapters/{id:path}/architecture", responses=Reading, response_class=PlainTextResponse)
+@reading.get("/adapters/{id:path}/architecture", responses=Reading, response_class=PlainTextResponse)
 async def architecture(id: Id, here: Shelf, seen: Seen) -> str:
     """The module tree with the adapter in place; repeated layers folded."""
     seen.require(id)
@@ -133,20 +135,20 @@ async def architecture(id: Id, here: Shelf, seen: Seen) -> str:
 
 
 # One part deeper than any id goes, so no id can hide it.
-@router.get("/adapters/{id:path}/architecture/norms", responses=documented(404, 422, 503))
+@reading.get("/adapters/{id:path}/architecture/norms", responses=documented(404, 422, 503))
 async def norms(id: Id, here: Shelf, seen: Seen) -> Told:
     """Where it acts: rank and Frobenius norm of `scaling · B · A` by module and layer; DoRA's magnitudes are not in it."""
     seen.require(id)
     return await here.registry.norms(id)
 
 
-@router.get("/adapters/{id:path}", responses=Reading)
+@reading.get("/adapters/{id:path}", responses=Reading)
 async def card(id: Id, here: Shelf, seen: Seen) -> Told:
     seen.require(id)
     return here.registry.card(id)
 
 
-@router.put("/adapters/{id:path}", responses=Changing | {201: {"description": "the id is new"}})
+@changing.put("/adapters/{id:path}", responses=Changing | {201: {"description": "the id is new"}})
 async def replace(id: Id, body: Replacement, here: Shelf) -> Response:
     """Replaces atomically: requests in flight finish on the old content."""
     if body.id not in (None, id):
@@ -154,13 +156,13 @@ async def replace(id: Id, body: Replacement, here: Shelf) -> Response:
     return _registered(*await here.registry.register(**body.model_dump() | {"id": id}, replace=True))
 
 
-@router.patch("/adapters/{id:path}", responses=Changing)
+@changing.patch("/adapters/{id:path}", responses=Changing)
 async def change(id: Id, body: Change, here: Shelf) -> Told:
     """Pins to, or unpins from, the device."""
     return await here.registry.pin(id, body.pinned)
 
 
-@router.delete("/adapters/{id:path}", responses=Changing)
+@changing.delete("/adapters/{id:path}", responses=Changing)
 async def remove(id: Id, here: Shelf, purge: bool = False) -> Told:
     """Stops new requests at once, lets those in flight finish, frees; `purge` also deletes files that were uploaded."""
     return await here.registry.remove(id, purge)
@@ -180,7 +182,7 @@ def _as_vllm() -> Iterator[None]:
         raise
 
 
-@router.post("/v1/load_lora_adapter", responses=Aliased, response_class=PlainTextResponse)
+@changing.post("/v1/load_lora_adapter", responses=Aliased, response_class=PlainTextResponse)
 async def load_lora(body: LoadLora, here: Shelf) -> str:
     """vLLM's name for registering."""
     with _as_vllm():
@@ -188,7 +190,7 @@ async def load_lora(body: LoadLora, here: Shelf) -> str:
     return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
 
-@router.post("/v1/unload_lora_adapter", responses=Aliased, response_class=PlainTextResponse)
+@changing.post("/v1/unload_lora_adapter", responses=Aliased, response_class=PlainTextResponse)
 async def unload_lora(body: UnloadLora, here: Shelf) -> str:
     """vLLM's name for deleting."""
     with _as_vllm():
@@ -196,7 +198,7 @@ async def unload_lora(body: UnloadLora, here: Shelf) -> str:
     return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
 
-@router.get("/forecast", responses=documented(422, 503))
+@reading.get("/forecast", responses=documented(422, 503))
 async def forecast(shape: Annotated[Shape, Query()], here: Shelf) -> Told:
     """What an adapter of that shape would weigh on the served base."""
     modules = [name.strip() for name in shape.target_modules.split(",") if name.strip()]

@@ -1,4 +1,4 @@
-"""Who may ask, and who may manage adapters: keys, scopes, and no page of another site. Knows only hashes of keys; never logs one."""
+"""Who may ask, and who has which scope: keys, and no page of another site. Knows only hashes of keys; never logs one."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from ..errors import Forbidden, Unauthorized
 from ..keys import Key, known
 from ..settings import Settings
 from .limits import refuse
+from .scopes import KeyScope, grant_scope, missing_scope, required_scope
 
-OPEN = ("/health", "/ready")
 READING = ("GET", "HEAD", "OPTIONS")
-ALIASES = ("/v1/load_lora_adapter", "/v1/unload_lora_adapter")
 ELSEWHERE = Forbidden("a page of another site may not ask for this")
 BROWSER = {"www-authenticate": 'Basic realm="adapterd: any name, the key as password", charset="UTF-8"'}
 
@@ -35,7 +34,7 @@ class Origins(CORSMiddleware):
 
 
 class Keys:
-    """Lets a request through when its key is known and has the scope; with no keys set, none is asked for.
+    """Lets a request through when its key is known and has the scope that its route declares; with no keys set, none is asked for.
 
     A request whose key is known has it as `request.state.key`.
     """
@@ -44,9 +43,10 @@ class Keys:
         self.app, self.settings = app, settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN:
+        needed = required_scope(scope) if scope["type"] == "http" else KeyScope.PUBLIC
+        if needed is KeyScope.PUBLIC:
             return await self.app(scope, receive, send)
-        refusal = self._foreign(scope) or self._refusal(scope)
+        refusal = self._foreign(scope) or self._refusal(scope, needed)
         if refusal is None:
             return await self.app(scope, receive, send)
         page = refusal.status == 401 and scope["method"] == "GET" and "text/html" in Headers(scope=scope).get("accept", "")
@@ -59,8 +59,9 @@ class Keys:
             return None
         return None if "*" in origins or headers.get("origin") in origins else ELSEWHERE
 
-    def _refusal(self, scope: Scope) -> Unauthorized | Forbidden | None:
+    def _refusal(self, scope: Scope, needed: KeyScope) -> Unauthorized | Forbidden | None:
         if not self.settings.keyed:
+            grant_scope(scope, KeyScope.ADMIN)
             return None
         secret = _secret(scope)
         if secret is None:
@@ -70,20 +71,15 @@ class Keys:
         if key is None:
             return Unauthorized("the key is not known")
         _remember(scope, key)
-        if manages(scope["method"], scope["path"]) and admin is None:
-            return Forbidden("this needs a key with the admin scope")
-        return None
+        granted = KeyScope.KEY if admin is None else KeyScope.ADMIN
+        grant_scope(scope, granted)
+        return missing_scope(needed) if granted < needed else None
 
 
 def _remember(scope: Scope, key: Key) -> None:
     scope["state"]["key"] = key
     if key.name:
         scope["state"]["log"]["key"] = key.name
-
-
-def manages(method: str, path: str) -> bool:
-    """Whether the request changes adapters (a dry run reads the host's files, so it counts)."""
-    return path in ALIASES or (method not in READING and (path == "/adapters" or path.startswith("/adapters/")))
 
 
 def _secret(scope: Scope) -> str | None:

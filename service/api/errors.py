@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.routing import Match, Mount
+from starlette.routing import Match
 from starlette.types import Scope
 
 from .. import metrics
@@ -169,12 +169,11 @@ def internal(scope: Scope) -> Internal:
 
 
 def allowed_methods(app: FastAPI, scope: Scope) -> list[str]:
-    """The methods that some route takes at this path; what is mounted are files, to be read only."""
+    """The methods that some route takes at this path."""
 
     def taken(method: str) -> bool:
-        asked = {**scope, "method": "GET" if method == "HEAD" else method, "root_path": ""}  # as it came, before what is mounted took it
-        routes = [route for route in app.routes if method in ("GET", "HEAD") or not isinstance(route, Mount)]
-        return any(route.matches(asked)[0] is Match.FULL for route in routes)
+        asked = {**scope, "method": "GET" if method == "HEAD" else method}
+        return any(route.matches(asked)[0] is Match.FULL for route in app.routes)
 
     return [method for method in METHODS if taken(method)]
 

@@ -15,10 +15,11 @@ from .answer import Answer, Piece
 from .errors import documented
 from .schemas import COLD
 from .schemas_native import GenerateRequest, Parameters
+from .scopes import KEY_SCOPE
 from .sse import EVENTS, dumped, streamed
 from .tops import best, finite
 
-router = APIRouter(tags=["generation"])
+router = APIRouter(tags=["generation"], dependencies=[KEY_SCOPE])
 
 DEFAULT_TOKENS = 128
 TOLD = EVENTS | documented(404, 422, 429, 503, 504)

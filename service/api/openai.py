@@ -10,8 +10,9 @@ from . import openai_chat, openai_completions
 from .errors import documented
 from .openai_shapes import known_model, models
 from .rooms import Seen, Shelf
+from .scopes import KEY_SCOPE
 
-router = APIRouter(tags=["OpenAI"])
+router = APIRouter(tags=["OpenAI"], dependencies=[KEY_SCOPE])
 router.include_router(openai_completions.router)
 router.include_router(openai_chat.router)
 

@@ -12,14 +12,16 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import FileResponse
 from starlette.staticfiles import StaticFiles
-from starlette.types import Scope
 
 from .. import __version__, gpu, metrics
 from ..errors import NotFound, NotReady
 from .errors import documented
 from .rooms import Here, Rooms, Seen, Shelf, Sight
+from .scopes import KEY_SCOPE, PUBLIC_SCOPE
+from .sse import Json
 
-router = APIRouter(tags=["operations"])
+probes = APIRouter(tags=["operations"], dependencies=[PUBLIC_SCOPE])
+router = APIRouter(tags=["operations"], dependencies=[KEY_SCOPE])
 
 PAGES = Path(__file__).parent
 LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "llguidance", "fastapi", "uvicorn")
@@ -30,7 +32,7 @@ SWAGGER = SAME_ORIGIN + "style-src 'self' 'unsafe-inline'; img-src 'self' data:"
 Told = dict[str, Any]
 
 
-@router.get("/health", responses=documented(503))
+@probes.get("/health", responses=documented(503))
 async def health(here: Here) -> Told:
     """Liveness: 200 while the process can recover by itself, whatever the worker does."""
     told = {"state": here.state, "reason": here.reason, **progress(here)}
@@ -39,7 +41,7 @@ async def health(here: Here) -> Told:
     return told
 
 
-@router.get("/ready", responses=documented(503))
+@probes.get("/ready", responses=documented(503))
 async def ready(here: Here) -> Told:
     """200 only when a request would be served now."""
     here.require()
@@ -147,6 +149,11 @@ async def docs() -> Response:
     return page("docs/index.html", SWAGGER)
 
 
+@router.get("/openapi.json", include_in_schema=False)
+async def description(request: Request) -> Response:
+    return Json(request.app.openapi())
+
+
 def page(name: str, policy: str) -> Response:
     path = PAGES / name
     if not path.is_file():
@@ -154,13 +161,21 @@ def page(name: str, policy: str) -> Response:
     return FileResponse(path, media_type="text/html", headers={"content-security-policy": policy, "cache-control": "no-cache"})
 
 
-class Files(StaticFiles):
-    """A folder of the pages' own files, revalidated at each use so that an upgrade is seen at once."""
-
-    async def get_response(self, path: str, scope: Scope) -> Response:
-        found = await super().get_response(path, scope)
-        found.headers["cache-control"] = "no-cache"
-        return found
+FILES = {name: StaticFiles(directory=PAGES / name, check_dir=False) for name in ("console", "docs")}
 
 
-STATIC = {"/console": Files(directory=PAGES / "console", check_dir=False), "/docs": Files(directory=PAGES / "docs", check_dir=False)}
+@router.get("/console/{path:path}", include_in_schema=False)
+async def console_file(path: str, request: Request) -> Response:
+    return await page_file("console", path, request)
+
+
+@router.get("/docs/{path:path}", include_in_schema=False)
+async def docs_file(path: str, request: Request) -> Response:
+    return await page_file("docs", path, request)
+
+
+async def page_file(page: str, path: str, request: Request) -> Response:
+    """A file of a page's own, revalidated at each use so that an upgrade is seen at once."""
+    found = await FILES[page].get_response(path, request.scope)
+    found.headers["cache-control"] = "no-cache"
+    return found

@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
+from fastapi import FastAPI, Response
+from fastapi.routing import RouteContext, iter_route_contexts
+from starlette.testclient import TestClient
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.api.errors import install
+from service.api.scopes import ADMIN_SCOPE, KEY_SCOPE, PUBLIC_SCOPE, KeyScope, declared_scopes
 
 from .house import House, house
 
@@ -77,6 +86,104 @@ def test_changing_adapters_needs_the_admin_scope(home: House) -> None:
     for method, path, body in CHANGES:
         answer = home.knock.request(method, path, headers=ADMIN, json=body)
         assert answer.status_code in (200, 201), answer.text
+
+
+GENERATION = {"/", "/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions"}
+
+
+def changing(home: House) -> list[tuple[str, str]]:
+    """Method and path of every route that may change something, as the service describes itself."""
+    paths = home.json("GET", "/openapi.json", headers=ADMIN)["paths"]
+    found = [(method.upper(), path) for path, methods in paths.items() for method in methods if path not in GENERATION]
+    return [(method, path.replace("{id}", "org/none")) for method, path in found if method != "GET"]
+
+
+BROKEN = [
+    ({}, b"{"),
+    ({"content-type": "text/plain"}, b"\xff"),
+    ({"content-length": "99999999999"}, b""),
+    ({"content-type": "multipart/form-data; boundary=x"}, b"--y"),
+    ({"accept": "text/html"}, b'{"id": "../..", "source": 1}'),
+]
+
+
+@pytest.mark.parametrize(("headers", "body"), BROKEN)
+def test_the_scope_is_asked_for_before_path_id_and_body(home: House, headers: dict[str, str], body: bytes) -> None:
+    routes = changing(home)
+    assert len(routes) >= len(CHANGES)
+    calls = len(home.shelf.calls)
+    for method, path in routes:
+        for key, code in (({}, 401), ({"authorization": "Bearer sk-wrong"}, 401), (USER, 403)):
+            answer = home.knock.request(method, path, headers={"content-type": "application/json"} | headers | key, content=body)
+            assert answer.status_code == code, (method, path, answer.text)
+            error = answer.json()["error"]
+            assert isinstance(error, dict) == path.startswith("/v1/"), "each dialect has its own envelope"
+    assert len(home.shelf.calls) == calls
+
+
+@pytest.mark.parametrize(("key", "code"), [(b"", 401), (b"Bearer sk-user-1", 403)])
+def test_a_body_is_not_waited_for_where_the_scope_is_missing(home: House, key: bytes, code: int) -> None:
+    told: list[Message] = []
+
+    async def receive() -> Message:
+        raise AssertionError("the body is read")
+
+    async def send(message: Message) -> None:
+        told.append(message)
+
+    async def ask() -> None:
+        headers = [(b"authorization", key), (b"content-type", b"application/json")]
+        rest = {"type": "http", "raw_path": b"", "query_string": b"", "headers": headers}
+        await home.knock.app({"method": "POST", "path": "/adapters", **rest}, receive, send)
+
+    asyncio.run(ask())
+    assert told[0]["status"] == code
+
+
+def included(app: ASGIApp) -> list[RouteContext]:
+    return list(iter_route_contexts(cast(FastAPI, app).routes))
+
+
+def test_every_route_declares_one_scope(home: House) -> None:
+    """Those of the pages and of the description too; what is mounted could not."""
+    scopes: dict[KeyScope, set[str]] = {scope: set() for scope in KeyScope}
+    for route in included(home.knock.app):
+        declared = declared_scopes(route)
+        assert len(declared) == 1, f"{route.methods} {route.path} declares {declared}"
+        scopes[declared[0]] |= {f"{method} {route.path}" for method in route.methods or ()}
+    assert scopes[KeyScope.PUBLIC] == {"GET /health", "GET /ready"}
+    assert {"GET /", "GET /docs", "GET /openapi.json", "GET /console/{path:path}", "GET /docs/{path:path}"} <= scopes[KeyScope.KEY]
+    reading = {name for name in scopes[KeyScope.KEY] if not name.startswith("GET ")}
+    assert reading == {f"POST {path}" for path in GENERATION}, "whatever else is no GET needs the admin scope"
+    assert scopes[KeyScope.ADMIN]
+    assert not [name for name in scopes[KeyScope.ADMIN] if name.startswith("GET ")]
+
+
+@pytest.mark.parametrize(("granted", "codes"), [(None, (200, 403, 403)), (KeyScope.KEY, (200, 200, 403)), (KeyScope.ADMIN, (200,) * 3)])
+def test_a_declared_scope_is_asked_for_by_the_route_itself_as_well(granted: KeyScope | None, codes: tuple[int, ...]) -> None:
+    """Should whatever stands in front have let a request through."""
+    app = FastAPI()
+    install(app)
+    for scope, declared in zip(KeyScope, (PUBLIC_SCOPE, KEY_SCOPE, ADMIN_SCOPE), strict=True):
+        app.get(f"/{scope.name}", dependencies=[declared])(lambda: "done")
+
+    async def front(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, "state": {} if granted is None else {"granted": granted}}, receive, send)
+
+    knock = TestClient(front)
+    assert tuple(knock.get(f"/{scope.name}").status_code for scope in KeyScope) == codes
+
+
+def test_a_route_that_declares_no_scope_is_closed_to_all_but_admins() -> None:
+    """Wherever it stands, and however it got there."""
+    for key, code in ((USER, 403), (ADMIN, 200), ({}, 401)):
+        with house(api_keys="sk-user-1", admin_keys="sk-admin") as home:
+            app = cast(FastAPI, home.knock.app)
+            app.post("/v1/adapters")(lambda: "done")
+            app.add_route("/plain", lambda request: Response("done"), methods=["POST"])
+            app.mount("/mounted", Response("done"))
+            for method, path in (("POST", "/v1/adapters"), ("POST", "/plain"), ("GET", "/mounted/x")):
+                assert home.knock.request(method, path, headers=key).status_code == code, path
 
 
 def test_an_admin_key_reads_too(home: House) -> None:

@@ -144,6 +144,7 @@ def test_whose_a_request_is(path: str, body: dict[str, Any], adapter: str) -> No
         ("POST", "/adapters/check", False, False),
         ("DELETE", "/adapters/a", True, False),
         ("POST", "/v1/load_lora_adapter", True, False),
+        ("PUT", "/some/route/to/come", True, False),
     ],
 )
 def test_what_changes_something_and_what_can_be_asked_again(method: str, path: str, changes: bool, repeatable: bool) -> None:

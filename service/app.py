@@ -67,8 +67,8 @@ def create_app(
     )
     app.state.rooms = rooms
     errors.install(app)
-    for router in (ops.probes, generate.router, openai.router, adapters.reading, adapters.changing, ops.router):
-        app.include_router(router)
+    for part in (ops.probes, generate.router, openai.router, adapters.reading, adapters.changing, ops.router):
+        app.include_router(part)
     return app
 
 

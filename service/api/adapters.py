@@ -20,7 +20,8 @@ from .scopes import ADMIN_SCOPE, KEY_SCOPE
 from .sse import Json
 
 reading = APIRouter(tags=["adapters"], dependencies=[KEY_SCOPE])
-changing = APIRouter(tags=["adapters"], dependencies=[ADMIN_SCOPE])  # or what reads files of the host, as a dry run does
+# A dry run reads files of the host, so it stands here as well.
+changing = APIRouter(tags=["adapters"], dependencies=[ADMIN_SCOPE])
 
 Id = Annotated[str, Path(description="The adapter's id; one with a slash is written raw or as %2F.")]
 Reading = documented(404, 503)

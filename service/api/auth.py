@@ -1,4 +1,4 @@
-"""Who may ask, and who has which scope: keys, and no page of another site. Knows only hashes of keys; never logs one."""
+"""Keys and their scopes, and no page of another site. Knows only hashes of keys; never logs one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ class Origins(CORSMiddleware):
 
 
 class Keys:
-    """Lets a request through when its key is known and has the scope that its route declares; with no keys set, none is asked for.
+    """Lets a request through when its key is known and has the scope that its route declares.
+
+    With no keys set, none is asked for.
 
     A request whose key is known has it as `request.state.key`.
     """

@@ -29,7 +29,8 @@ class Protocol(HttpToolsProtocol):
     """Refuses a head over `HEAD_BYTES` with 413, also one that never ends, and a request that comes too slowly with 408; then it closes.
 
     So it does with who reads nothing. Over `most` connections, the oldest that waits for no answer goes for each that comes.
-    An offer of an upgrade is ignored, and no tunnel is made: what follows a head is its body, and never the next request.
+    An offered upgrade is ignored, and no tunnel is made: what follows a head is its body, and never the
+    next request.
     """
 
     most: ClassVar[int] = CONNECTIONS
@@ -85,8 +86,8 @@ class Protocol(HttpToolsProtocol):
     def _parse(self, data: bytes) -> bytes:
         """What is left of the data where the parser stops: behind a head that offers an upgrade.
 
-        The parser has taken that for the end of the request, and would read the body as the next one. So a new parser reads the head
-        once more, without the offer. Raises HttpParserError.
+        The parser has taken that for the end of the request, and would read the body as the next one. So a
+        new parser reads the head once more, without the offer. Raises HttpParserError.
         """
         try:
             self.parser.feed_data(data)
@@ -99,8 +100,9 @@ class Protocol(HttpToolsProtocol):
 
     def _head_without_offer(self) -> bytes:
         version = self.parser.get_http_version().encode()
+        line = b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)
         headers = [name + b": " + value for name, value in self.headers if name != b"upgrade"]
-        return b"\r\n".join([b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version), *headers, b"", b""])
+        return b"\r\n".join([line, *headers, b"", b""])
 
     def on_message_begin(self) -> None:
         self.begun = True
@@ -189,8 +191,9 @@ class Protocol(HttpToolsProtocol):
         url = getattr(self, "url", b"").decode("latin-1")
         content = json.dumps(body(error, openai_dialect(url))).encode()
         line = STATUS_LINE[status(error, openai=True)]  # for what is no request, 400 in either dialect
-        head = [line, b"content-type: application/json\r\n", b"content-length: %d\r\n" % len(content)]
-        self.transport.write(b"".join([*head, b"x-content-type-options: nosniff\r\nconnection: close\r\n\r\n", content]))
+        kind = b"content-type: application/json\r\nx-content-type-options: nosniff\r\n"
+        end = b"content-length: %d\r\nconnection: close\r\n\r\n" % len(content)
+        self.transport.write(b"".join([line, kind, end, content]))
 
 
 def _over() -> PayloadTooLarge:

@@ -36,7 +36,7 @@ class Faults(BaseModel):
 
 
 class Settings(BaseModel):
-    """See the table in the README; `_mb` are 10^6 bytes, `_s` seconds. None is `decided by the base or device`."""
+    """See the table in docs/operating.md; `_mb` are 10^6 bytes, `_s` seconds. None is `decided by the base or device`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 

@@ -1,4 +1,4 @@
-"""The curl lines of the README and of the adapters' own, run as they stand, but for the address."""
+"""The curl lines of the README, of docs/ and of the adapters' own READMEs, run as they stand, but for the address."""
 
 from __future__ import annotations
 
@@ -18,9 +18,16 @@ from service.demo import card, dates, labels, orders, pirate
 from .conftest import BASE_DATE, DATE, RESULTS, Demo
 
 ROOT = Path(__file__).parents[2]
-BLOCKS = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-LINES = [line for block in BLOCKS for line in re.sub(r"\\\n\s*", "", block).splitlines() if line.startswith("curl ")]
 ADDRESS = "http://127.0.0.1:8080"
+
+
+def list_lines(page: Path) -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), re.S)
+    return [line for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines() if line.startswith("curl ")]
+
+
+LINES = list_lines(ROOT / "README.md")
+OTHERS = [line for page in sorted((ROOT / "docs").glob("*.md")) for line in list_lines(page)]
 
 
 def run(line: str, demo: Demo, where: Path) -> str:
@@ -81,6 +88,13 @@ def test_an_adapters_life(told: dict[str, str]) -> None:
     assert json.loads(told["POST /adapters/support-bot/upload"])["digest"] == json.loads(told["POST /adapters"])["digest"]
     assert json.loads(told["POST /adapters/check"])["ok"] is True
     assert json.loads(told["DELETE /adapters/support-bot"])["id"] == "support-bot"
+
+
+@pytest.mark.parametrize("line", OTHERS)
+def test_the_lines_of_the_other_pages_are_answered(demo: Demo, tmp_path: Path, line: str) -> None:
+    answer = run(line, demo, tmp_path)
+    assert '"error"' not in answer
+    assert json.loads(answer)
 
 
 @pytest.mark.parametrize("task", [dates.TASK, labels.TASK, orders.TASK, pirate.TASK], ids=lambda task: task.name)

@@ -1,4 +1,4 @@
-"""Takes the README's pictures of a server that runs with the demo: `python -m tests.console.pictures URL FOLDER [NAME ...]`.
+"""Takes the pictures of README and docs/ of a server that runs with the demo: `python -m tests.console.pictures URL FOLDER [NAME ...]`.
 
 Without names it takes every view at both widths in both themes, to be looked at.
 """

@@ -6,15 +6,16 @@ import json
 import random
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from service.engine import text as words
 from service.engine.decoding import BROKEN, Decoder, Stops
-from service.engine.text import Text, Voice
+from service.engine.text import Text, Voice, Words
 from service.engine.tools import Call, Calls, Format, declared
 from service.errors import AdapterInvalid, BadRequest, SettingsError
 from tests import making
@@ -72,6 +73,11 @@ def id_of(words: Tokenizer, token: str) -> int:
 
 def grown(decoder: Decoder, ids: list[int]) -> list[str]:
     return [*(decoder.push(id) for id in ids), decoder.flush()]
+
+
+def chat(voice: Voice, messages: Sequence[Any], tools: Sequence[Any] | None = None) -> tuple[int, ...]:
+    """The ids of a conversation, its template rendered here, whosever it is."""
+    return voice.encode(voice.render_here(voice.render_request(messages, tools, 1000)), special=False)
 
 
 def texts(count: int) -> Iterator[str]:
@@ -136,7 +142,7 @@ def test_a_prompt_that_ends_within_a_character_does_no_harm(text: Text) -> None:
 
 def test_a_token_is_shown_with_its_own_space() -> None:
     words = sentencepiece()
-    voice = Voice(words, None, frozenset(), None, {})
+    voice = Voice(Words(words))
     assert voice.piece(id_of(words, "▁Hello")) == " Hello"
     assert voice.piece(1) == "<s>"
 
@@ -210,7 +216,7 @@ def test_a_lone_surrogate_is_refused(text: Text) -> None:
 
 def test_chat_renders_without_a_doubled_bos(text: Text) -> None:
     """B15."""
-    ids = text.base.chat([USER])
+    ids = chat(text.base, [USER])
     assert ids == tuple(making.ids("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"))
 
 
@@ -219,14 +225,14 @@ def test_what_a_template_refuses_is_a_bad_request(text: Text, folder: Path, tmp_
     template = "{{ raise_exception('no messages') if not messages }}{{ '<|im_start|>' + messages[0].role + messages[0].content }}"
     (tmp_path / "chat_template.jinja").write_text(template)
     with pytest.raises(BadRequest, match="messages"):
-        text.of("strict", tmp_path).chat(messages)
+        chat(text.of("strict", tmp_path), messages)
 
 
 def test_a_base_without_a_template_says_so(tmp_path: Path) -> None:
     making.tokenizer(template=False).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(BadRequest, match="template"):
-        Text(tmp_path).base.chat([USER])
+        chat(Text(tmp_path).base, [USER])
 
 
 def test_a_base_without_a_tokenizer_stops_the_start(tmp_path: Path) -> None:
@@ -253,14 +259,14 @@ def test_the_last_voices_are_kept(folder: Path, own: Path, monkeypatch: pytest.M
 
 def test_an_adapters_template_comes_before_the_bases(text: Text, own: Path) -> None:
     (own / "chat_template.jinja").write_text("{{ bos_token }}One sentence. {{ messages[-1]['content'] }}")
-    assert list(text.of("jinja", own).chat([USER])) == making.ids("<|im_start|>One sentence. Hi")
+    assert list(chat(text.of("jinja", own), [USER])) == making.ids("<|im_start|>One sentence. Hi")
 
 
 def test_a_template_in_the_tokenizers_config_counts_and_so_do_its_tokens(text: Text, own: Path) -> None:
     settings = {"chat_template": "{{ eos_token }}{{ messages[0].content }}", "eos_token": {"content": "<|endoftext|>"}}
     (own / "tokenizer_config.json").write_text(json.dumps(settings))
     voice = text.of("config", own)
-    assert list(voice.chat([USER])) == making.ids("<|endoftext|>Hi")
+    assert list(chat(voice, [USER])) == making.ids("<|endoftext|>Hi")
     assert voice.eos == {0, 2, 7}
 
 
@@ -268,8 +274,8 @@ def test_named_templates_are_chosen_by_need(text: Text, own: Path) -> None:
     named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "{{ tools[0].function.name }}"}]
     (own / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     voice = text.of("named", own)
-    assert list(voice.chat([USER])) == making.ids("plain")
-    assert list(voice.chat([USER], [{"type": "function", "function": {"name": "add"}}])) == making.ids("add")
+    assert list(chat(voice, [USER])) == making.ids("plain")
+    assert list(chat(voice, [USER], [{"type": "function", "function": {"name": "add"}}])) == making.ids("add")
 
 
 def test_an_adapters_own_eos_ends_its_answers_too(text: Text, own: Path) -> None:

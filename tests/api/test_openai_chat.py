@@ -202,6 +202,23 @@ def test_a_schema_becomes_a_grammar(one: Stage) -> None:
     assert '"age"' in str(one.request.sampling.grammar)
 
 
+def test_no_format_can_be_kept_to_in_another_vocabulary(one: Stage) -> None:
+    """The worker's grammars are over the base's: the same ids would mean other texts."""
+    folder = one.names.root / "swapped"
+    folder.mkdir()
+    words = json.loads(making.tokenizer().backend_tokenizer.to_str())
+    vocabulary = words["model"]["vocab"]
+    words["model"]["vocab"] = vocabulary | {"H": vocabulary["i"], "i": vocabulary["H"]}
+    (folder / "tokenizer.json").write_text(json.dumps(words))
+    one.names.names["swapped"] = {"id": "swapped", "digest": DIGEST, "source": "swapped"}
+    one.complete("Hi", model="swapped", max_tokens=1)
+    assert one.request.prompt == tuple(reversed(making.ids("Hi")))
+    error = one.chat(model="swapped", response_format={"type": "json_object"}, status=400)["error"]
+    assert "another vocabulary" in error["message"]
+    one.generate("Hi", adapter_id="swapped", response_format={"type": "json_object"}, status=422)
+    del one.names.names["swapped"]
+
+
 def test_a_schema_in_the_other_dialects_place_is_told_where_it_goes(one: Stage) -> None:
     error = one.chat(response_format={"type": "json_schema", "schema": {}}, status=400)["error"]
     assert "json_schema.json_schema: is required" in error["message"]

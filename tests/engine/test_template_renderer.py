@@ -157,7 +157,7 @@ async def test_the_text_is_the_one_that_transformers_gives(renderer: TemplateRen
 async def test_a_template_without_end_is_stopped_and_the_others_are_answered(renderer: TemplateRenderer) -> None:
     assert await rendered(renderer, PLAIN) == "Hi"
     (first,) = renderer.pids
-    with pytest.raises(BadRequest, match=r"the chat template takes more than 2 s of processor time") as stopped:
+    with pytest.raises(BadRequest, match=r"messages: the chat template takes more than \d+ s") as stopped:
         await rendered(renderer, ENDLESS)
     assert stopped.value.param == "messages"
     assert not psutil.pid_exists(first)
@@ -165,7 +165,7 @@ async def test_a_template_without_end_is_stopped_and_the_others_are_answered(ren
     again = asyncio.create_task(rendered(renderer, ENDLESS))
     assert await rendered(renderer, PLAIN) == "Hi"
     assert not again.done(), "it has another process than those that behave"
-    with pytest.raises(BadRequest, match="processor time"):
+    with pytest.raises(BadRequest, match="takes more than"):
         await again
 
 
@@ -178,7 +178,7 @@ async def test_not_many_wait_for_slow_templates(renderer: TemplateRenderer, monk
 
 @pytest.mark.parametrize("kind", BOMBS)
 async def test_memory_has_an_end(renderer: TemplateRenderer, kind: str) -> None:
-    with pytest.raises(BadRequest, match=r"more than 512 MB of memory|processor time"):
+    with pytest.raises(BadRequest, match=r"more than 512 MB of memory|takes more than"):
         await rendered(renderer, BOMBS[kind])
     assert await rendered(renderer, PLAIN) == "Hi"
 

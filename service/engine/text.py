@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
@@ -86,7 +86,7 @@ class Text:
             return self.base
         try:
             settings = _json(folder / SPECIALS) | _json(folder / SETTINGS)
-            words = self._words_of(folder)
+            words = self._words_of(folder, settings)
             templates = _templates(folder, settings) or self.base.templates
             named = {key: text for key in NAMED if (text := _content(settings.get(key)))}
             own = words.backend.token_to_id(named.get("eos_token", ""))
@@ -98,12 +98,13 @@ class Text:
         specials = {**self.base.specials, **named}
         return Voice(words, eos, templates, specials, (templates, specials) != (self.base.templates, self.base.specials))
 
-    def _words_of(self, folder: Path) -> Words:
+    def _words_of(self, folder: Path, settings: Mapping[str, Any]) -> Words:
         """The adapter's own tokenizer, or the base's where all that shapes ids and text is the same. One of each content is kept."""
         contents = {file.name: _digest(file) for file in _word_files(folder)}
-        if contents.items() <= self._contents.items() and self._set_as_base(folder):
+        if contents.items() <= self._contents.items() and not (contents and self._adds_tokens(settings)):
             return self._words
-        key = sha256(json.dumps([contents, _shaping(folder)], sort_keys=True).encode()).hexdigest()
+        shaping = {name: value for name, value in settings.items() if name not in UNSHAPING}
+        key = sha256(json.dumps([contents, shaping], sort_keys=True).encode()).hexdigest()
         with self._loading:
             if key in self._like_base:
                 return self._words
@@ -114,9 +115,18 @@ class Text:
                 self._own[key] = found
         return found
 
-    def _set_as_base(self, folder: Path) -> bool:
-        no_words = not _word_files(folder)  # for which the settings could be
-        return no_words or not (folder / SETTINGS).exists() or _shaping(folder) == _shaping(self.folder)
+    def _adds_tokens(self, settings: Mapping[str, Any]) -> bool:
+        """Whether transformers would add tokens to the base's tokenizer by these settings, or use its tokens in another way."""
+        known = {str(id): token for id, token in self._words.backend.get_added_tokens_decoder().items()}
+        added = {id: AddedToken(**token) for id, token in (settings.get("added_tokens_decoder") or {}).items()}
+        others = [settings.get(key) or () for key in ("additional_special_tokens", "extra_special_tokens")]
+        listed = [token for group in others for token in (group.values() if isinstance(group, dict) else group)]
+        special = {text for token in (*listed, *map(settings.get, NAMED)) if (text := _content(token))}
+        return (
+            any(id not in known or token.__getstate__() != known[id].__getstate__() for id, token in added.items())
+            or not special <= {token.content for token in known.values() if token.special}
+            or any(settings.get(key) for key in ("split_special_tokens", "fix_mistral_regex"))
+        )
 
     def _loaded(self, folder: Path) -> Words:
         backend = self._backend_of(folder)
@@ -275,11 +285,6 @@ def _word_files(folder: Path) -> list[Path]:
     """The files that hold a tokenizer: its one file, or those of older ways to save it."""
     patterns = (WORDS, ADDED) if (folder / WORDS).exists() else VOCABULARIES
     return [file for pattern in patterns for file in sorted(folder.glob(pattern))]
-
-
-def _shaping(folder: Path) -> dict[str, Any]:
-    settings = _json(folder / SPECIALS) | _json(folder / SETTINGS)
-    return {key: value for key, value in settings.items() if key not in UNSHAPING}
 
 
 def _digest(file: Path) -> str:

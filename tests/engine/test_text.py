@@ -354,10 +354,32 @@ def test_the_same_vocabulary_used_in_another_way_is_the_adapters_own(text: Text,
     assert not voice.words.own_vocabulary
 
 
-def test_settings_that_shape_ids_count(text: Text, folder: Path, own: Path) -> None:
+EOS = {"content": "<|im_end|>", "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+
+
+def test_settings_that_add_tokens_or_use_them_in_another_way_count(text: Text, folder: Path, own: Path) -> None:
     shutil.copyfile(folder / "tokenizer.json", own / "tokenizer.json")
-    (own / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": {"269": {"content": "<|extra|>", "special": True}}}))
-    assert text.of("settings", own).encode("<|extra|>Hi") == (269, *making.ids("Hi"))
+    extra = {"added_tokens_decoder": {"269": {"content": "<|extra|>", "special": True}}}
+    (own / "tokenizer_config.json").write_text(json.dumps(extra))
+    assert text.of("extra", own).encode("<|extra|>Hi") == (269, *making.ids("Hi"))
+    (own / "tokenizer_config.json").write_text(json.dumps({"additional_special_tokens": ["<|extra|>"]}))
+    assert text.of("listed", own).encode("<|extra|>Hi") == (269, *making.ids("Hi"))
+    greedy = {"added_tokens_decoder": {"2": {**EOS, "lstrip": True}}}
+    (own / "tokenizer_config.json").write_text(json.dumps(greedy))
+    assert text.of("greedy", own).encode("Hi <|im_end|>") == (*making.ids("Hi"), 2)
+    (own / "tokenizer_config.json").write_text(json.dumps({"split_special_tokens": True}))
+    assert 2 not in text.of("split", own).encode("Hi<|im_end|>")
+
+
+def test_settings_that_name_only_what_the_base_has_load_nothing(
+    text: Text, folder: Path, own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To load a tokenizer of a hundred thousand words stops every other thread for seconds."""
+    monkeypatch.setattr(words, "_backend", pytest.fail)
+    shutil.copyfile(folder / "tokenizer.json", own / "tokenizer.json")
+    settings = {"added_tokens_decoder": {"2": EOS}, "pad_token": "<|endoftext|>", "extra_special_tokens": ["<|im_start|>"]}
+    (own / "tokenizer_config.json").write_text(json.dumps({**settings, "padding_side": "left", "add_bos_token": True}))
+    assert text.of("nothing new", own).backend is text.base.backend
 
 
 def test_another_vocabulary_is_the_adapters_own(text: Text, folder: Path, own: Path) -> None:

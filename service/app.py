@@ -128,7 +128,8 @@ def _lifespan(rooms: Rooms, text: Callable[[str], Text], on_failure: Callable[[s
         with suppress(asyncio.CancelledError):
             await opening
         rooms.draining = True
-        for outcome in await asyncio.gather(rooms.registry.close(), rooms.client.stop(0), return_exceptions=True):
+        renderers = [rooms.reader.close()] if rooms.reader else []
+        for outcome in await asyncio.gather(rooms.registry.close(), rooms.client.stop(0), *renderers, return_exceptions=True):
             if isinstance(outcome, BaseException):
                 log.error("a room did not close", exc_info=outcome)
 

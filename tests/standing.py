@@ -17,7 +17,7 @@ from fastapi.responses import StreamingResponse
 from service import app as root
 from service.__main__ import main
 from service.api import wire
-from tests.api.house import Shelf, StandIn
+from tests.api.house import NoText, Shelf, StandIn
 
 
 async def dribble() -> AsyncIterator[str]:
@@ -42,7 +42,7 @@ def make(*given: Any, **named: Any) -> FastAPI:
         vars(client)["stop"] = stuck
     if "--broken" in sys.argv:
         client.base, client.reason = cast(Any, None), "the folder holds\nno config.json"
-    app: FastAPI = root_create(*given, client=client, registry=Shelf(), text=lambda folder: object(), **named)
+    app: FastAPI = root_create(*given, client=client, registry=Shelf(), text=lambda folder: NoText(), **named)
     for path, made in (("/dribble", dribble), ("/flood", flood)):
         app.get(path)(answer(made))
     return app

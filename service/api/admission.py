@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +19,7 @@ from .. import metrics
 from ..engine.decoding import Stops
 from ..engine.request import BaseCard, Sampling
 from ..errors import BadRequest, ContextLengthExceeded
+from ..threads import TEXT, run_in
 from ..traces import Part
 from .answer import Answer
 from .limits import told
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from ..engine.text import Voice
 
 LONG = 20_000  # bytes of a body; what a longer one holds is tokenized off the event loop
+RENDERED = 4_000_000  # characters that an adapter's template may make of a conversation, or so many for each token of the context:
+TOKEN = 8
+
+Shown = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -78,18 +83,18 @@ class Admission:
         self.generation = found = self.held.enter_context(self.rooms.registry.lease(id))
         text = self.rooms.text
         known = text.known(found.number)
-        return known if known is not None else await asyncio.to_thread(text.of, found.number, found.folder)
+        return known if known is not None else await run_in(TEXT, text.of, found.number, found.folder)
 
     def submit(self, voice: Voice, prompt: tuple[int, ...], ask: Ask) -> list[Answer]:
         """Takes the tickets of one prompt. Raises BadRequest, ContextLengthExceeded, Overloaded, NotReady."""
-        self._check(prompt, ask)
+        self._check(voice, prompt, ask)
         room = budget(len(prompt), ask, self.base.context)
         seed = ask.seed if ask.seed is not None else random.SystemRandom().getrandbits(52)
         made = [self._answer(voice, prompt, ask, room, (seed + i) % 2**64) for i in range(ask.count)]
         self.answers += made
         return made
 
-    def _check(self, prompt: tuple[int, ...], ask: Ask) -> None:
+    def _check(self, voice: Voice, prompt: tuple[int, ...], ask: Ask) -> None:
         size = self.base.vocab_size
         if not prompt:
             raise BadRequest(f"{ask.prompt_param}: the prompt is empty, it has no tokens", param=ask.prompt_param)
@@ -98,6 +103,8 @@ class Admission:
         wrong = [id for id, _ in ask.sampling.logit_bias if id >= size]
         if wrong:
             raise BadRequest(f"logit_bias: no token has the id {wrong[0]}; the vocabulary has {size}", param="logit_bias")
+        if ask.sampling.grammar is not None and voice.words.own_vocabulary:  # the worker keeps to it in the base's words
+            raise BadRequest("this adapter's tokenizer has another vocabulary than the base's, so no answer of it can be held to a format")
 
     def _answer(self, voice: Voice, prompt: tuple[int, ...], ask: Ask, room: int, seed: int) -> Answer:
         ticket = self.rooms.client.submit(
@@ -213,6 +220,25 @@ def budget(prompt: int, ask: Ask, context: int) -> int:
     )
 
 
-async def tokenized(request: Request, make: Callable[..., tuple[int, ...]], *what: Any) -> tuple[int, ...]:
-    """The ids that `make` gives, off the event loop where there is much: texts, but tools and the number of messages count too."""
-    return await asyncio.to_thread(make, *what) if len(await request.body()) > LONG else make(*what)
+async def tokenized(request: Request, voice: Voice, text: str, special: bool = True) -> tuple[int, ...]:
+    """The text's ids, off the event loop where there is much, or where an adapter's own tokenizer may take any time.
+
+    Tools and the number of messages count too.
+    """
+    large = voice.words.own or max(len(text), len(await request.body())) > LONG
+    return await run_in(TEXT, voice.encode, text, special) if large else voice.encode(text, special)
+
+
+async def chat_prompt(admitted: Admission, voice: Voice, messages: Sequence[Shown], tools: Sequence[Shown]) -> tuple[int, ...]:
+    """The ids of the conversation, up to where the assistant answers.
+
+    Raises BadRequest with the template's own reason or the limit that it broke; Overloaded, NotReady.
+    """
+    wanted = voice.render_request(messages, tools, max(RENDERED, TOKEN * admitted.base.context))
+    if voice.own_template:
+        text = await admitted.rooms.text.renderer.render(wanted)
+    elif len(await admitted.request.body()) > LONG:
+        text = await run_in(TEXT, voice.render_here, wanted)
+    else:
+        text = voice.render_here(wanted)
+    return await tokenized(admitted.request, voice, text, special=False)  # the template has written the special tokens itself

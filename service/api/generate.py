@@ -83,7 +83,7 @@ async def _events(body: GenerateRequest, asked: Parameters, admitted: Admission,
 async def _enter(body: GenerateRequest, asked: Parameters, admitted: Admission, logprobs: bool) -> list[Answer]:
     voice = await admitted.enter(None if asked.adapter_id in admitted.rooms.bases else asked.adapter_id)
     _check_source(asked, admitted)
-    prompt = await tokenized(admitted.request, voice.encode, body.inputs)
+    prompt = await tokenized(admitted.request, voice, body.inputs)
     constraint = await (grammar.compiled(asked.grammar, "grammar") if asked.grammar else grammar.compiled(asked.response_format))
     ask = Ask(
         sampling=_sampling(asked, constraint, asked.top_n_tokens or 0 if logprobs else None),

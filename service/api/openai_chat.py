@@ -12,7 +12,7 @@ from fastapi import APIRouter, Request, Response
 from ..engine.request import Token
 from ..engine.tools import Call, Calls
 from ..errors import BadRequest
-from .admission import Admission, Admitted, Ask, tokenized
+from .admission import Admission, Admitted, Ask, chat_prompt
 from .answer import Answer, Ending
 from .errors import documented
 from .grammar import compiled, of_calls
@@ -33,7 +33,7 @@ async def chat(body: ChatRequest, request: Request, admitted: Admitted) -> Respo
     voice = await admitted.enter(chosen(body.model, admitted.rooms))
     tools = [tool.function.told for tool in body.tools or ()] if body.tool_choice != "none" else []
     format = voice.format() if tools else None
-    prompt = await tokenized(request, voice.chat, [_turn(m) for m in body.messages], tools)
+    prompt = await chat_prompt(admitted, voice, [_turn(m) for m in body.messages], tools)
     admitted.submit(voice, prompt, await _ask(body))
     single = body.parallel_tool_calls is False
     calls = [Calls(format, body.names if tools else (), bool(body.forced), single) for _ in admitted.answers]
@@ -142,6 +142,4 @@ def _logprobs(voice: Voice, tokens: Sequence[Token], wanted: int) -> Told:
 
 
 def _spelled(voice: Voice, id: int, logprob: float | None) -> Told:
-    """`bytes` is None where the token is no whole text."""
-    text = voice.piece(id)
-    return {"token": text, "logprob": finite(logprob), "bytes": None if "\ufffd" in text else list(text.encode())}
+    return {"token": voice.piece(id), "logprob": finite(logprob), "bytes": list(voice.piece_bytes(id))}

@@ -32,7 +32,7 @@ async def completions(body: CompletionRequest, request: Request, admitted: Admit
     ask = await _ask(body)
     echoes: list[str] = []
     for prompt in body.prompts:
-        ids = await tokenized(request, voice.encode, prompt) if isinstance(prompt, str) else tuple(prompt)
+        ids = await tokenized(request, voice, prompt) if isinstance(prompt, str) else tuple(prompt)
         admitted.submit(voice, ids, ask)
         echo = prompt if isinstance(prompt, str) else voice.decode(ids)
         echoes += [echo if body.echo else ""] * ask.count

@@ -6,7 +6,6 @@ It owns the device and the only sampling clock, and ends when its parent does. M
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import importlib
 import logging
 import os
@@ -16,9 +15,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 
 from .. import logs
+from ..child_process import be_the_first_to_go, die_with_parent
 from ..errors import AdapterdError, AdapterInvalid, SettingsError
 from ..settings import Faults, Settings
 from .loader import Loader
@@ -54,8 +53,6 @@ HEARTBEAT_S = 2.0
 RAISED_TWICE = 70  # exit code: two steps in a row raised, so the device is not to be trusted
 PREFILL = {"cpu": 512}
 PREFILL_ELSEWHERE = 4096
-SET_PDEATHSIG = 1
-OOM_SCORE = "500"  # of 1000, on top of what it uses
 
 
 class Worker:
@@ -251,18 +248,6 @@ def serve(connection: Connection, settings: Settings, factory: Factory) -> int:
         return 1
     connection.send(Ready(card))
     return Worker(connection, runner, card, settings).run()
-
-
-def die_with_parent() -> None:
-    """On Linux the kernel kills this process when its parent dies, even in the middle of a step that never ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(SET_PDEATHSIG, signal.SIGKILL)
-
-
-def be_the_first_to_go() -> None:
-    """Where memory runs out Linux kills this process before the one that can start another."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text(OOM_SCORE)
 
 
 def main(descriptor: str, factory: str) -> int:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
+from service.engine.template_renderer import TemplateRenderer
 from service.engine.text import Voice
 from tests import making
 
@@ -146,7 +147,8 @@ def test_logprobs(one: Stage) -> None:
     one.says("é")
     (choice,) = one.chat(logprobs=True, top_logprobs=2, max_tokens=2)["choices"]
     first, second = choice["logprobs"]["content"]
-    assert (first["logprob"], first["token"], first["bytes"]) == (-0.5, "\ufffd", None)
+    assert (first["logprob"], first["token"]) == (-0.5, "\ufffd")
+    assert bytes(first["bytes"] + second["bytes"]) == "é".encode()
     assert [top["logprob"] for top in second["top_logprobs"]] == [-0.1, -1.5]
     assert second["top_logprobs"][0]["bytes"] == list(making.tokenizer().decode([70]).encode())
     events = one.stream("/v1/chat/completions", {"model": "x", "messages": [USER], "logprobs": True, "stream": True})
@@ -198,6 +200,23 @@ def test_a_schema_becomes_a_grammar(one: Stage) -> None:
     schema = {"type": "object", "properties": {"age": {"type": "integer"}}}
     one.chat(response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": schema, "strict": True}})
     assert '"age"' in str(one.request.sampling.grammar)
+
+
+def test_no_format_can_be_kept_to_in_another_vocabulary(one: Stage) -> None:
+    """The worker's grammars are over the base's: the same ids would mean other texts."""
+    folder = one.names.root / "swapped"
+    folder.mkdir()
+    words = json.loads(making.tokenizer().backend_tokenizer.to_str())
+    vocabulary = words["model"]["vocab"]
+    words["model"]["vocab"] = vocabulary | {"H": vocabulary["i"], "i": vocabulary["H"]}
+    (folder / "tokenizer.json").write_text(json.dumps(words))
+    one.names.names["swapped"] = {"id": "swapped", "digest": DIGEST, "source": "swapped"}
+    one.complete("Hi", model="swapped", max_tokens=1)
+    assert one.request.prompt == tuple(reversed(making.ids("Hi")))
+    error = one.chat(model="swapped", response_format={"type": "json_object"}, status=400)["error"]
+    assert "another vocabulary" in error["message"]
+    one.generate("Hi", adapter_id="swapped", response_format={"type": "json_object"}, status=422)
+    del one.names.names["swapped"]
 
 
 def test_a_schema_in_the_other_dialects_place_is_told_where_it_goes(one: Stage) -> None:
@@ -285,22 +304,39 @@ def test_tools_are_shown_to_the_template_as_given(tooled: Stage) -> None:
     assert "tools" in tooled.post("/v1/chat/completions", body, 400).json()["error"]["message"]
 
 
+class Places:
+    """Where what it stands in for was called: on the event loop or off it."""
+
+    def __init__(self) -> None:
+        self.on_the_loop: list[bool] = []
+        self.awaited = 0
+
+    def noting(self, answer: Any) -> Callable[..., Any]:
+        def call(*_: Any, **__: Any) -> Any:
+            try:
+                asyncio.get_running_loop()
+            except RuntimeError:
+                self.on_the_loop.append(False)
+            else:
+                self.on_the_loop.append(True)
+            return answer
+
+        return call
+
+    def noting_awaited(self, answer: Any) -> Callable[..., Any]:
+        async def call(*_: Any) -> Any:
+            self.awaited += 1
+            return answer
+
+        return call
+
+
 @pytest.mark.parametrize("large", ["text", "tools", "messages", "calls", "prompts", "nothing"])
 def test_what_is_large_in_whatever_way_is_tokenized_off_the_event_loop(tooled: Stage, monkeypatch: pytest.MonkeyPatch, large: str) -> None:
     """/health and every stream wait for what is done on it."""
-    seen: list[bool] = []
-
-    def tokenize(*_: Any, **__: Any) -> tuple[int, ...]:
-        try:
-            asyncio.get_running_loop()
-        except RuntimeError:
-            seen.append(True)
-        else:
-            seen.append(False)
-        return (1, 2)
-
-    for name in ("encode", "chat"):
-        monkeypatch.setattr(Voice, name, tokenize)
+    seen = Places()
+    monkeypatch.setattr(Voice, "encode", seen.noting((1, 2)))
+    monkeypatch.setattr(Voice, "render_here", seen.noting("Hi"))
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "a" * 30_000, "arguments": "{}"}}]}
     if large == "prompts":
         tooled.complete(["a" * 5000] * 10, max_tokens=1)
@@ -308,7 +344,26 @@ def test_what_is_large_in_whatever_way_is_tokenized_off_the_event_loop(tooled: S
         messages: dict[str, Any] = {"text": "a" * 30_000, "messages": [{"role": "user", "content": ""}] * 1000, "calls": [USER, call]}
         tools = [{"type": "function", "function": {"name": "a", "description": "a" * 30_000}}] if large == "tools" else [ADD]
         tooled.chat(messages.get(large, "Hi"), tools=tools, max_tokens=1)
-    assert set(seen) == {large != "nothing"}
+    assert set(seen.on_the_loop) == {large == "nothing"}
+
+
+def test_an_adapters_own_template_and_tokenizer_are_never_run_on_the_event_loop(one: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = one.names.root / "own"
+    folder.mkdir()
+    (folder / "chat_template.jinja").write_text("{{ messages[0].content }} of its own")
+    words = json.loads(making.tokenizer().backend_tokenizer.to_str())
+    (folder / "tokenizer.json").write_text(json.dumps(words | {"normalizer": {"type": "Lowercase"}}))
+    one.names.names["own"] = {"id": "own", "digest": DIGEST, "source": "own"}
+    seen = Places()
+    monkeypatch.setattr(Voice, "encode", seen.noting((1, 2)))
+    monkeypatch.setattr(TemplateRenderer, "render", seen.noting_awaited("Hi"))
+    monkeypatch.setattr(Voice, "render_here", seen.noting("Hi"))
+    one.chat("Hi", model="own", max_tokens=1)
+    one.complete("Hi", model="own", max_tokens=1)
+    one.generate("Hi", adapter_id="own", max_new_tokens=1)
+    del one.names.names["own"]
+    assert seen.on_the_loop == [False] * 3
+    assert seen.awaited == 1
 
 
 def test_no_choice_is_no_tools(tooled: Stage) -> None:

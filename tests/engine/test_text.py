@@ -6,15 +6,16 @@ import json
 import random
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from service.engine import text as words
 from service.engine.decoding import BROKEN, Decoder, Stops
-from service.engine.text import Text, Voice
+from service.engine.text import Text, Voice, Words
 from service.engine.tools import Call, Calls, Format, declared
 from service.errors import AdapterInvalid, BadRequest, SettingsError
 from tests import making
@@ -53,6 +54,7 @@ def sentencepiece() -> Tokenizer:
         *(f"<0x{byte:02X}>" for byte in range(256)),
         *("▁" + w for w in ("Hello", "there", "a")),
         "▁",
+        "▁▁▁",
         "x",
         "y",
     ]
@@ -72,6 +74,11 @@ def id_of(words: Tokenizer, token: str) -> int:
 
 def grown(decoder: Decoder, ids: list[int]) -> list[str]:
     return [*(decoder.push(id) for id in ids), decoder.flush()]
+
+
+def chat(voice: Voice, messages: Sequence[Any], tools: Sequence[Any] | None = None) -> tuple[int, ...]:
+    """The ids of a conversation, its template rendered here, whosever it is."""
+    return voice.encode(voice.render_here(voice.render_request(messages, tools, 1000)), special=False)
 
 
 def texts(count: int) -> Iterator[str]:
@@ -136,9 +143,31 @@ def test_a_prompt_that_ends_within_a_character_does_no_harm(text: Text) -> None:
 
 def test_a_token_is_shown_with_its_own_space() -> None:
     words = sentencepiece()
-    voice = Voice(words, None, frozenset(), None, {})
+    voice = Voice(Words(words))
     assert voice.piece(id_of(words, "▁Hello")) == " Hello"
     assert voice.piece(1) == "<s>"
+
+
+def test_spaces_in_a_row_keep_them_all() -> None:
+    words = sentencepiece()
+    assert Voice(Words(words)).piece(id_of(words, "▁▁▁")) == "   "
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece", "words"])
+def test_the_bytes_of_all_tokens_are_the_texts(text: Text, kind: str) -> None:
+    """Also where a token is a part of a character, or a character is U+FFFD itself."""
+    plain = Tokenizer(models.WordLevel({"the": 0, "hen": 1, "a": 2, "?": 3}, unk_token="?"))
+    plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    words = {"byte-level": text.base.backend, "sentencepiece": sentencepiece(), "words": plain}[kind]
+    for whole in ["the hen a"] if kind == "words" else ["x日本 😀  y\ufffd\n", *texts(20)]:
+        voice, ids = Voice(Words(words)), words.encode(whole, add_special_tokens=False).ids
+        lead = "" if kind == "byte-level" else " "  # before the first word too, as within a text
+        assert b"".join(map(voice.piece_bytes, ids)).decode() == lead + whole
+
+
+def test_a_special_tokens_bytes_are_its_names_and_one_that_is_none_has_none(text: Text) -> None:
+    assert text.base.piece_bytes(2) == b"<|im_end|>"
+    assert text.base.piece_bytes(10**6) == b""
 
 
 # ---- stop strings
@@ -210,7 +239,7 @@ def test_a_lone_surrogate_is_refused(text: Text) -> None:
 
 def test_chat_renders_without_a_doubled_bos(text: Text) -> None:
     """B15."""
-    ids = text.base.chat([USER])
+    ids = chat(text.base, [USER])
     assert ids == tuple(making.ids("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"))
 
 
@@ -219,14 +248,14 @@ def test_what_a_template_refuses_is_a_bad_request(text: Text, folder: Path, tmp_
     template = "{{ raise_exception('no messages') if not messages }}{{ '<|im_start|>' + messages[0].role + messages[0].content }}"
     (tmp_path / "chat_template.jinja").write_text(template)
     with pytest.raises(BadRequest, match="messages"):
-        text.of("strict", tmp_path).chat(messages)
+        chat(text.of("strict", tmp_path), messages)
 
 
 def test_a_base_without_a_template_says_so(tmp_path: Path) -> None:
     making.tokenizer(template=False).save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     with pytest.raises(BadRequest, match="template"):
-        Text(tmp_path).base.chat([USER])
+        chat(Text(tmp_path).base, [USER])
 
 
 def test_a_base_without_a_tokenizer_stops_the_start(tmp_path: Path) -> None:
@@ -253,14 +282,14 @@ def test_the_last_voices_are_kept(folder: Path, own: Path, monkeypatch: pytest.M
 
 def test_an_adapters_template_comes_before_the_bases(text: Text, own: Path) -> None:
     (own / "chat_template.jinja").write_text("{{ bos_token }}One sentence. {{ messages[-1]['content'] }}")
-    assert list(text.of("jinja", own).chat([USER])) == making.ids("<|im_start|>One sentence. Hi")
+    assert list(chat(text.of("jinja", own), [USER])) == making.ids("<|im_start|>One sentence. Hi")
 
 
 def test_a_template_in_the_tokenizers_config_counts_and_so_do_its_tokens(text: Text, own: Path) -> None:
     settings = {"chat_template": "{{ eos_token }}{{ messages[0].content }}", "eos_token": {"content": "<|endoftext|>"}}
     (own / "tokenizer_config.json").write_text(json.dumps(settings))
     voice = text.of("config", own)
-    assert list(voice.chat([USER])) == making.ids("<|endoftext|>Hi")
+    assert list(chat(voice, [USER])) == making.ids("<|endoftext|>Hi")
     assert voice.eos == {0, 2, 7}
 
 
@@ -268,8 +297,8 @@ def test_named_templates_are_chosen_by_need(text: Text, own: Path) -> None:
     named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "{{ tools[0].function.name }}"}]
     (own / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     voice = text.of("named", own)
-    assert list(voice.chat([USER])) == making.ids("plain")
-    assert list(voice.chat([USER], [{"type": "function", "function": {"name": "add"}}])) == making.ids("add")
+    assert list(chat(voice, [USER])) == making.ids("plain")
+    assert list(chat(voice, [USER], [{"type": "function", "function": {"name": "add"}}])) == making.ids("add")
 
 
 def test_an_adapters_own_eos_ends_its_answers_too(text: Text, own: Path) -> None:
@@ -277,16 +306,187 @@ def test_an_adapters_own_eos_ends_its_answers_too(text: Text, own: Path) -> None
     assert text.of("eos", own).eos == {2, 7, 9}
 
 
-def test_the_same_vocabulary_is_shared_and_another_is_its_own(text: Text, folder: Path, own: Path) -> None:
+def saved_words(folder: Path) -> dict[str, Any]:
+    saved: dict[str, Any] = json.loads((folder / "tokenizer.json").read_text())
+    return saved
+
+
+def test_a_file_that_says_the_same_in_another_way_shares_the_bases_tokenizer(text: Text, folder: Path, own: Path) -> None:
     shutil.copyfile(folder / "tokenizer.json", own / "tokenizer.json")
     assert text.of("same", own).backend is text.base.backend
-    (own / "tokenizer.json").write_text(json.dumps(json.loads((folder / "tokenizer.json").read_text()), indent=4))
+    (own / "tokenizer.json").write_text(json.dumps(saved_words(folder), indent=4))
     assert text.of("reformatted", own).backend is text.base.backend
+    cut = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    cut.enable_truncation(4)
+    cut.enable_padding(length=9, pad_id=2, pad_token="<|im_end|>")
+    cut.save(str(own / "tokenizer.json"))
+    assert text.of("for training", own).backend is text.base.backend
+    making.tokenizer().save_pretrained(own)
+    assert text.of("saved beside", own).backend is text.base.backend
+
+
+BOS = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}
+PARTS = [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]
+SPECIALS = {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}}
+PROCESSOR = {"type": "TemplateProcessing", "single": [BOS, PARTS[0]], "pair": PARTS, "special_tokens": SPECIALS}
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+PART = {"id": 75, "content": "i", "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"post_processor": PROCESSOR},
+        {"normalizer": {"type": "Lowercase"}},
+        {"pre_tokenizer": {**BYTE_LEVEL, "add_prefix_space": True}},
+        {"decoder": {"type": "Sequence", "decoders": [BYTE_LEVEL, {"type": "Strip", "content": "H", "start": 1, "stop": 0}]}},
+        {"added_tokens": [PART]},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_the_same_vocabulary_used_in_another_way_is_the_adapters_own(text: Text, folder: Path, own: Path, changed: Any) -> None:
+    (own / "tokenizer.json").write_text(json.dumps(saved_words(folder) | changed))
+    voice, right = text.of(str(changed), own), Tokenizer.from_file(str(own / "tokenizer.json"))
+    assert list(voice.encode("Hi")) == right.encode("Hi").ids
+    assert voice.decode([42, 75]) == right.decode([42, 75])
+    assert (list(voice.encode("Hi")), voice.decode([42, 75])) != (making.ids("Hi"), "Hi")
+    assert voice.words.own
+    assert not voice.words.own_vocabulary
+
+
+EOS = {"content": "<|im_end|>", "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+
+
+def test_settings_that_add_tokens_or_use_them_in_another_way_count(text: Text, folder: Path, own: Path) -> None:
+    shutil.copyfile(folder / "tokenizer.json", own / "tokenizer.json")
+    extra = {"added_tokens_decoder": {"269": {"content": "<|extra|>", "special": True}}}
+    (own / "tokenizer_config.json").write_text(json.dumps(extra))
+    assert text.of("extra", own).encode("<|extra|>Hi") == (269, *making.ids("Hi"))
+    (own / "tokenizer_config.json").write_text(json.dumps({"additional_special_tokens": ["<|extra|>"]}))
+    assert text.of("listed", own).encode("<|extra|>Hi") == (269, *making.ids("Hi"))
+    greedy = {"added_tokens_decoder": {"2": {**EOS, "lstrip": True}}}
+    (own / "tokenizer_config.json").write_text(json.dumps(greedy))
+    assert text.of("greedy", own).encode("Hi <|im_end|>") == (*making.ids("Hi"), 2)
+    (own / "tokenizer_config.json").write_text(json.dumps({"split_special_tokens": True}))
+    assert 2 not in text.of("split", own).encode("Hi<|im_end|>")
+
+
+def test_settings_that_name_only_what_the_base_has_load_nothing(
+    text: Text, folder: Path, own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To load a tokenizer of a hundred thousand words stops every other thread for seconds."""
+    monkeypatch.setattr(words, "_backend", pytest.fail)
+    shutil.copyfile(folder / "tokenizer.json", own / "tokenizer.json")
+    settings = {"added_tokens_decoder": {"2": EOS}, "pad_token": "<|endoftext|>", "extra_special_tokens": ["<|im_start|>"]}
+    (own / "tokenizer_config.json").write_text(json.dumps({**settings, "padding_side": "left", "add_bos_token": True}))
+    assert text.of("nothing new", own).backend is text.base.backend
+
+
+def test_another_vocabulary_is_the_adapters_own(text: Text, folder: Path, own: Path) -> None:
     more = Tokenizer.from_file(str(folder / "tokenizer.json"))
     more.add_special_tokens(["<|extra|>"])
     more.save(str(own / "tokenizer.json"))
     voice = text.of("more", own)
     assert voice.encode("<|extra|>") == (text.base.backend.get_vocab_size(),)
+    assert not voice.words.own_vocabulary, "the base's words mean what they meant"
+    saved = saved_words(folder)
+    vocabulary = saved["model"]["vocab"]
+    saved["model"]["vocab"] = vocabulary | {"H": vocabulary["i"], "i": vocabulary["H"]}
+    (own / "tokenizer.json").write_text(json.dumps(saved))
+    swapped = text.of("swapped", own)
+    assert swapped.encode("Hi") == tuple(reversed(making.ids("Hi")))
+    assert swapped.words.own_vocabulary
+
+
+def test_adapters_with_the_same_content_share_one_tokenizer(text: Text, folder: Path, tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(saved_words(folder) | {"normalizer": {"type": "Lowercase"}}))
+        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps({"chat_template": f"{name} has its own template"}))
+    first, second = (text.of(f"shares {name}", tmp_path / name) for name in "ab")
+    assert first.backend is second.backend is not text.base.backend
+
+
+def test_of_tokenizers_of_their_own_few_are_kept(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(words, "OWN_KEPT", 2)
+    text = Text(folder)
+    text.of("none", tmp_path)
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        changed = {"normalizer": {"type": "Replace", "pattern": {"String": name}, "content": ""}}
+        (tmp_path / name / "tokenizer.json").write_text(json.dumps(saved_words(folder) | changed))
+        text.of(name, tmp_path / name)
+    assert [text.known(name) is not None for name in ("none", *"abc")] == [True, False, True, True]
+
+
+def vocabulary_files(saved: dict[str, Any], folder: Path) -> None:
+    """A tokenizer as it was saved before there was one file for it."""
+    (folder / "vocab.json").write_text(json.dumps(saved["model"]["vocab"]))
+    merges = "\n".join(" ".join(pair) for pair in saved["model"]["merges"])
+    (folder / "merges.txt").write_text(f"#version: 0.2\n{merges}\n")
+
+
+def test_a_vocabulary_and_its_merges_are_a_tokenizer_too(text: Text, folder: Path, own: Path) -> None:
+    saved = saved_words(folder)
+    vocabulary = saved["model"]["vocab"]
+    saved["model"]["vocab"] = vocabulary | {"H": vocabulary["i"], "i": vocabulary["H"]}
+    vocabulary_files(saved, own)
+    (own / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
+    assert text.of("qwen", own).encode("Hi") == tuple(reversed(making.ids("Hi")))
+
+
+@pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json"])
+def test_what_cannot_be_made_a_tokenizer_is_refused_by_name(text: Text, folder: Path, own: Path, name: str) -> None:
+    vocabulary_files(saved_words(folder), own)
+    (own / "added_tokens.json").write_text(json.dumps({"<|extra|>": 269}))
+    (own / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    for other in ("vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json"):
+        if other != name:
+            (own / other).unlink()
+    with pytest.raises(AdapterInvalid, match=rf"{name}.*tokenizer\.json"):
+        text.of(f"only {name}", own)
+
+
+def test_the_bases_own_older_files_are_no_other_tokenizer(folder: Path, tmp_path: Path) -> None:
+    base, own = tmp_path / "base", tmp_path / "own"
+    shutil.copytree(folder, base)
+    own.mkdir()
+    for place in (base, own):
+        vocabulary_files(saved_words(folder), place)
+    text = Text(base)
+    assert text.of("older", own).backend is text.base.backend
+
+
+def test_a_template_that_a_processor_saved_counts(text: Text, own: Path, folder: Path, tmp_path: Path) -> None:
+    (own / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0].content }} of a processor"}))
+    assert list(chat(text.of("processor", own), [USER])) == making.ids("Hi of a processor")
+    base = tmp_path / "base"
+    shutil.copytree(folder, base)
+    (base / "chat_template.jinja").unlink()
+    shutil.copyfile(own / "chat_template.json", base / "chat_template.json")
+    assert list(chat(Text(base).base, [USER])) == making.ids("Hi of a processor")
+
+
+def test_only_what_is_not_the_bases_own_is_a_strangers_template(text: Text, folder: Path, own: Path) -> None:
+    shutil.copyfile(folder / "chat_template.jinja", own / "chat_template.jinja")
+    (own / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "padding_side": "left"}))
+    assert not text.of("the same template", own).own_template
+    (own / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
+    assert text.of("the same with other tokens", own).own_template
+    (own / "tokenizer_config.json").unlink()
+    (own / "chat_template.jinja").write_text(making.TEMPLATE + " ")
+    assert text.of("another template", own).own_template
+
+
+def test_a_template_has_a_length(text: Text, own: Path) -> None:
+    (own / "chat_template.jinja").write_text("x" * 1_000_001)
+    with pytest.raises(AdapterInvalid, match="the chat template has 1000001 characters; 1000000 are the most"):
+        text.of("too long", own)
+    (own / "chat_template.jinja").unlink()
+    halves = [{"name": name, "template": "x" * 500_001} for name in ("default", "tool_use")]
+    (own / "tokenizer_config.json").write_text(json.dumps({"chat_template": halves}))
+    with pytest.raises(AdapterInvalid, match="1000002 characters"):
+        text.of("too long in parts", own)
 
 
 def test_tokenizer_files_at_which_the_library_panics_are_the_adapters_fault_too(text: Text, own: Path) -> None:

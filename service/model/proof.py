@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from . import kv, rope
 from .bank import Bank, Run
 from .graphs import Graphs
 from .runner import forward
-from .shrink import SHORT, small_model
+from .shrink import SHORT, small_model, thresholds
 
 log = logging.getLogger(__name__)
 
@@ -52,17 +53,33 @@ def prove_architecture(model: Any, attention: Sequence[kv.Sighting], context: in
     error = 0.0
     for seed in SEEDS:
         try:
-            small = small_model(model, context, PROBE, seed)
-            expected = [plain(small, ids) for ids in _probes(small)]
-            seen = kv.scout(small)
-            _same_kinds(model, attention, small, seen, context)
+            made = _small(model, attention, context, seed)
         except Exception as reason:  # whatever the class makes of a config that its author never tried
             log.warning("proof: rough; no small model of the base could be made to prove it by: %s", _first_line(reason))
             return False
-        error = _served_error(small, seen, expected, context)
+        error = _served_error(*made, context)
         if error < EXACT:
             return True
-    raise kv.refused(model, f"its logits through the row attention differ from its own by {error:.2g} (a small model of its config)")
+    why = f"its logits through the row attention differ from its own by {error:.2g}, in a small model"
+    raise kv.refused(model, why + _shorter(model, attention, context))
+
+
+def _shorter(model: Any, attention: Sequence[kv.Sighting], context: int) -> str:
+    """The largest context in which the model is right after all, for the end of a sentence."""
+    for limit in sorted(thresholds(model.config, context, PROBE), reverse=True):
+        with suppress(Exception):  # a hint is worth no trace
+            if _served_error(*_small(model, attention, limit, SEEDS[0]), limit) < EXACT:
+                return f"; with ADAPTERD_MAX_CONTEXT of at most {limit} it is"
+    return ""
+
+
+def _small(model: Any, attention: Sequence[kv.Sighting], context: int, seed: int) -> tuple[Any, Sequence[kv.Sighting], Sequence[Tensor]]:
+    """A small model, its attention layers, its own logits. Raises whatever making one raises, and ValueError where it lacks a kind."""
+    small = small_model(model, context, PROBE, seed)
+    expected = [plain(small, ids) for ids in _probes(small)]
+    seen = kv.scout(small)
+    _same_kinds(model, attention, small, seen, context)
+    return small, seen, expected
 
 
 def _same_kinds(model: nn.Module, attention: Sequence[kv.Sighting], small: nn.Module, seen: Sequence[kv.Sighting], context: int) -> None:

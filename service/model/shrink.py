@@ -156,9 +156,27 @@ def _shrink_field(name: str, value: Any, context: int, probe: int) -> Any:
         return [_shrink_field(name, part, context, probe) for part in value]
     if not isinstance(value, int) or isinstance(value, bool):
         return value
-    if THRESHOLD.search(name) and not NO_THRESHOLD.search(name):
+    if _is_threshold(name):
         return SHORT if probe <= value < context else value
-    return min(value, _most(name)) if not TOKEN.search(name) else value if value < VOCABULARY else value % VOCABULARY
+    if TOKEN.search(name):
+        return value if value < VOCABULARY else value % VOCABULARY
+    return min(value, _most(name))
+
+
+def _is_threshold(name: str) -> bool:
+    return bool(THRESHOLD.search(name) and not NO_THRESHOLD.search(name))
+
+
+def thresholds(value: Any, context: int, probe: int, name: str = "") -> set[int]:
+    """The thresholds of a config that sequences of `context` tokens pass."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return {value} if _is_threshold(name) and probe <= value < context else set()
+    if isinstance(value, list | tuple):
+        return {found for part in value for found in thresholds(part, context, probe, name)}
+    parts = value.to_dict() if hasattr(value, "to_dict") else value
+    if not isinstance(parts, dict):
+        return set()
+    return {found for key, part in parts.items() for found in thresholds(part, context, probe, str(key))}
 
 
 def _most(name: str) -> float:

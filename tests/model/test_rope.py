@@ -35,6 +35,7 @@ BASES: dict[str, dict[str, Any]] = {
     "gemma3_text": {
         "head_dim": 16,
         "sliding_window": 8,
+        "query_pre_attn_scalar": 1,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
         "rope_parameters": {"full_attention": LONGROPE, "sliding_attention": PLAIN},
     },

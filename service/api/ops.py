@@ -124,6 +124,7 @@ def base_card(here: Rooms, seen: Sight) -> Told:
         "resident_megabytes": round(resident / 1e6, 2),
         "context_length": card.context,
         "rows": card.rows,
+        "rope": card.rope,
         "modules": [{"name": m.name, "in_features": m.in_features, "out_features": m.out_features, "count": m.count} for m in card.linears],
         "host_bytes": gauges.host_bytes,
         "pool": {"rank_total": card.pool_rank, "rank_used": gauges.pool_used, "placements": placements(here, seen)},

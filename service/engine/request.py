@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 Digest = str
 
@@ -280,7 +280,10 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class BaseCard:
-    """The resident base: exact numbers, made by the worker once it is loaded. Bytes are resident bytes, by dtype."""
+    """The resident base: exact numbers, made by the worker once it is loaded. Bytes are resident bytes, by dtype.
+
+    `rope` says which rotary factors serve every sequence, where the base has several; else it is None.
+    """
 
     folder: str
     architecture: str
@@ -297,6 +300,7 @@ class BaseCard:
     linears: tuple[Linear, ...]
     pool_rank: int
     rows: int
+    rope: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)

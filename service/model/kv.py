@@ -29,6 +29,13 @@ class Span(NamedTuple):
     position: int
 
 
+class Reach(NamedTuple):
+    """How far back a layer's tokens see: the last `window` positions, and none before their own `chunk`; 0: no limit."""
+
+    window: int = 0
+    chunk: int = 0
+
+
 class Table:
     """Where the tokens of one step belong, shared by all layers.
 
@@ -39,13 +46,13 @@ class Table:
     def __init__(self, rows: Tensor, positions: Tensor, decode: int, longest: int, dense: bool, prompts: Sequence[Span] = ()) -> None:
         self.rows, self.positions, self.prompts = rows, positions, prompts
         self.decode, self.longest, self.dense = decode, longest, dense
-        self._visible: dict[int | None, Tensor] = {}
+        self._visible: dict[Reach, Tensor] = {}
 
-    def visible(self, window: int | None) -> Tensor:
+    def visible(self, reach: Reach) -> Tensor:
         """Bool [decode, longest]: which positions each of the decode tokens may see."""
-        if window not in self._visible:
-            self._visible[window] = _visible(self.positions[: self.decode], self.longest, window)
-        return self._visible[window]
+        if reach not in self._visible:
+            self._visible[reach] = _visible(self.positions[: self.decode], self.longest, reach)
+        return self._visible[reach]
 
     @classmethod
     def of(cls, spans: Sequence[Span], decode: int, device: torch.device) -> Table:
@@ -66,6 +73,7 @@ class Sighting(NamedTuple):
     scale: float
     window: int  # 0: none
     softcap: float  # 0: none
+    chunk: int = 0  # 0: none
 
 
 class Scout:
@@ -141,47 +149,56 @@ def attend(
     if table is None:
         raise TypeError("forward arguments do not reach the attention")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
+    reach = Reach(sliding_window or 0, _chunk(module))
     if isinstance(table, Scout):
-        table.seen.append(Sighting(module, key.shape[1], key.shape[3], scale, sliding_window or 0, softcap or 0.0))
+        table.seen.append(Sighting(module, key.shape[1], key.shape[3], scale, reach.window, softcap or 0.0, reach.chunk))
         return torch.zeros_like(query).transpose(1, 2), None
     keys, values = module.kv_keys, module.kv_values
     keys[table.rows, :, table.positions] = key[0].transpose(0, 1)
     values[table.rows, :, table.positions] = value[0].transpose(0, 1)
     out = torch.empty(query.shape[2], query.shape[1], query.shape[3], dtype=query.dtype, device=query.device)
     if table.decode:
-        out[: table.decode] = _decode(query[0, :, : table.decode], keys, values, table, scale, sliding_window, softcap)
+        out[: table.decode] = _decode(query[0, :, : table.decode], keys, values, table, scale, reach, softcap)
     for span in table.prompts:
         chunk = slice(span.start, span.start + span.length)
-        out[chunk] = _prefill(query[0, :, chunk], keys, values, span, scale, sliding_window, softcap)
+        out[chunk] = _prefill(query[0, :, chunk], keys, values, span, scale, reach, softcap)
     return out[None], None
 
 
-def _decode(query: Tensor, keys: Tensor, values: Tensor, table: Table, scale: float, window: int | None, softcap: float | None) -> Tensor:
+def _decode(query: Tensor, keys: Tensor, values: Tensor, table: Table, scale: float, reach: Reach, softcap: float | None) -> Tensor:
     """One new token a sequence: query [heads, n, dim] → [n, heads, dim]. GQA by reshaping the query, never by repeating keys."""
     heads, n, dim = query.shape
     rows = slice(0, n) if table.dense else table.rows[:n]
     k, v = keys[rows, :, : table.longest], values[rows, :, : table.longest]
     grouped = query.transpose(0, 1).reshape(n, k.shape[1], heads // k.shape[1], dim)
-    return _weighted(grouped, k, v, table.visible(window)[:, None, None], scale, softcap).reshape(n, heads, dim)
+    return _weighted(grouped, k, v, table.visible(reach)[:, None, None], scale, softcap).reshape(n, heads, dim)
 
 
-def _prefill(query: Tensor, keys: Tensor, values: Tensor, span: Span, scale: float, window: int | None, softcap: float | None) -> Tensor:
+def _prefill(query: Tensor, keys: Tensor, values: Tensor, span: Span, scale: float, reach: Reach, softcap: float | None) -> Tensor:
     """A run of one sequence's tokens: query [heads, t, dim] → [t, heads, dim]."""
     heads, t, dim = query.shape
     end = span.position + t
     groups = heads // keys.shape[1]
     k, v = (b[span.row, :, :end].unsqueeze(1).expand(-1, groups, -1, -1) for b in (keys, values))
     grouped = query.reshape(keys.shape[1], groups, t, dim)
-    plain = span.position == 0 and softcap is None and (window is None or end <= window)
-    mask = None if plain else _visible(torch.arange(span.position, end, device=query.device), end, window)
+    plain = span.position == 0 and softcap is None and all(end <= limit for limit in reach if limit)
+    mask = None if plain else _visible(torch.arange(span.position, end, device=query.device), end, reach)
     return _weighted(grouped, k, v, mask, scale, softcap).reshape(heads, t, dim).transpose(0, 1)
 
 
-def _visible(positions: Tensor, end: int, window: int | None) -> Tensor:
+def _chunk(module: Any) -> int:
+    """The size of the chunks that Llama 4's local layers attend in, which transformers says in the mask only; 0: none."""
+    size: int = getattr(getattr(module, "config", None), "attention_chunk_size", None) or 0
+    return size if size and module.config.layer_types[module.layer_idx] == "chunked_attention" else 0
+
+
+def _visible(positions: Tensor, end: int, reach: Reach) -> Tensor:
     """[n] query positions → bool [n, end]: which keys each may see."""
-    at = torch.arange(end, device=positions.device)
-    seen = at <= positions[:, None]
-    return seen & (at > positions[:, None] - window) if window is not None else seen
+    at, own = torch.arange(end, device=positions.device), positions[:, None]
+    seen = at <= own
+    if reach.window:
+        seen &= at > own - reach.window
+    return seen & (at >= own - own % reach.chunk) if reach.chunk else seen
 
 
 def _weighted(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Tensor:

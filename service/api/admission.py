@@ -19,6 +19,7 @@ from .. import metrics
 from ..engine.decoding import Stops
 from ..engine.request import BaseCard, Sampling
 from ..errors import BadRequest, ContextLengthExceeded
+from ..threads import TEXT, run_in
 from ..traces import Part
 from .answer import Answer
 from .limits import told
@@ -77,8 +78,8 @@ class Admission:
         sight(self.request).require(id)
         self.generation = found = self.held.enter_context(self.rooms.registry.lease(id))
         text = self.rooms.text
-        known = text.known(found.number)
-        return known if known is not None else await asyncio.to_thread(text.of, found.number, found.folder)
+        known = text.known(found.digest)
+        return known if known is not None else await run_in(TEXT, text.of, found.digest, found.folder, found.files)
 
     def submit(self, voice: Voice, prompt: tuple[int, ...], ask: Ask) -> list[Answer]:
         """Takes the tickets of one prompt. Raises BadRequest, ContextLengthExceeded, Overloaded, NotReady."""

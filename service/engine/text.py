@@ -16,7 +16,9 @@ from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
 from ..errors import AdapterInvalid, BadRequest, SettingsError
+from ..manifest import Manifest, check_text_files
 from .decoding import Decoder
+from .request import Digest
 from .tools import Format, declared
 
 KEPT = 512  # voices of adapters that stay in memory; most share the base's tokenizer and are small
@@ -41,15 +43,19 @@ class Text:
         if self._tokenizer.eos_token_id is not None:
             eos |= {self._tokenizer.eos_token_id}
         self.base = Voice(backend, self._tokenizer, eos, self._tokenizer.chat_template, {})
-        self._voices: dict[object, Voice] = {}
+        self._voices: dict[Digest, Voice] = {}
 
-    def known(self, generation: object) -> Voice | None:
-        """The voice of this generation of an adapter if its files were read before. (A digest says nothing about tokenizer files.)"""
-        return self._voices.get(generation)
+    def known(self, digest: Digest) -> Voice | None:
+        """The voice of this content if its files were read before."""
+        return self._voices.get(digest)
 
-    def of(self, generation: object, folder: Path) -> Voice:
-        """The voice of this generation, from its folder's files. Raises AdapterInvalid when its tokenizer files are broken."""
-        voice = self._voices.setdefault(generation, self._read(folder))
+    def of(self, digest: Digest, folder: Path, files: Manifest) -> Voice:
+        """The voice of this content, from a folder that must still hold it. Raises AdapterInvalid when it does not, or is broken."""
+        try:
+            voice = self._read(folder)
+        finally:
+            check_text_files(folder, files)  # what was read was this content's only if it is so still
+        voice = self._voices.setdefault(digest, voice)
         for old in list(self._voices)[:-KEPT]:  # a list, for other threads add to it meanwhile
             self._voices.pop(old, None)
         return voice

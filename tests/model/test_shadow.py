@@ -11,9 +11,9 @@ from torch import nn
 
 from service.adapters.reader import read
 from service.adapters.skeleton import Skeleton
-from service.digest import digest
 from service.engine.request import Adapter, Chunk, Lane, Plan, Request
 from service.errors import AdapterInvalid, AdapterUnsupported
+from service.manifest import compute_digest, read_manifest
 from service.model.runner import Runner
 from service.model.shadow import planted
 from tests import kinds, making
@@ -36,7 +36,8 @@ def skeleton(base: Path) -> Skeleton:
 
 def shadow_plan(folder: Path) -> Adapter:
     config, weights = folder / making.CONFIG, folder / making.WEIGHTS
-    return Adapter(digest(config.read_bytes(), weights.read_bytes()), str(config), str(weights), Lane.SHADOW, 0, weights.stat().st_size)
+    files, size = read_manifest(folder), weights.stat().st_size
+    return Adapter(compute_digest(files), str(config), str(weights), Lane.SHADOW, 0, size, files=files)
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,12 @@ from typing import Any
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 
-ASIDE = frozenset(  # what changes no tensor and no answer; dropout acts in training only
-    {"base_model_name_or_path", "revision", "peft_version", "auto_mapping", "lora_dropout", "inference_mode"}
-)
+ASIDE = frozenset(  # what changes no tensor and no answer: dropout acts in training only, and what is drawn at random is loaded over
+    {
+        "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode", "lora_dropout",
+        "init_vector_bank_bound",
+    }
+)  # fmt: skip
 
 
 def build_peft_config(config: Mapping[str, Any]) -> PeftConfig:

@@ -156,7 +156,9 @@ def check_tokens(model: nn.Module) -> None:
         if isinstance(layer, TrainableTokensLayer):
             rows, tokens = layer.get_base_layer().weight.shape[0], layer.token_indices["default"]
             if strange := [token for token in tokens if not (type(token) is int and 0 <= token < rows)]:
-                raise ValueError(f"token {strange[0]!r} of {name.removeprefix(PREFIX)} is none of its {rows}")
+                raise ValueError(
+                    f"token {strange[0]!r} of {name.removeprefix(PREFIX).removesuffix('.token_adapter')} is none of its {rows}"
+                )
 
 
 def attentions(model: nn.Module) -> int:

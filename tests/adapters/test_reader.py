@@ -124,6 +124,26 @@ def test_conv1d_layers_are_read_too(tmp_path: Path) -> None:
     assert (row["name"], row["in_features"], row["out_features"], row["count"]) == ("c_attn", 32, 96, 2)
 
 
+@pytest.mark.parametrize("kind", ["trainable_token_indices", "TRAINABLE_TOKENS"])
+@pytest.mark.parametrize("token", [269, -1, 10**12])
+@pytest.mark.filterwarnings("ignore")
+def test_trained_tokens_that_the_base_does_not_have_are_named(
+    skeleton: Skeleton, base: Path, tmp_path: Path, kind: str, token: int
+) -> None:
+    key = "token_indices" if kind.isupper() else kind
+    folder = kinds.SHADOW[kind](tmp_path / "a", base)
+    held = json.loads((folder / making.CONFIG).read_text())[key]
+    odd = making.edit(folder, tmp_path / "odd", {key: [*held[:-1], token]})
+    assert f"token {token} of model.embed_tokens is none of its 269" in problems(skeleton, odd)
+
+
+@pytest.mark.parametrize("value", ["x", 1.5, [1], True])
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_patterns_of_any_type_that_are_no_objects_are_named(skeleton: Skeleton, base: Path, tmp_path: Path, key: str, value: Any) -> None:
+    folder = making.edit(kinds.SHADOW["LOHA"](tmp_path / "a", base), tmp_path / "odd", {key: value})
+    assert f"`{key}` must be an object or null" in problems(skeleton, folder)
+
+
 # ---- spellings
 
 SPELLINGS: dict[str, Callable[[str], str]] = {

@@ -156,9 +156,8 @@ def check_tokens(model: nn.Module) -> None:
         if isinstance(layer, TrainableTokensLayer):
             rows, tokens = layer.get_base_layer().weight.shape[0], layer.token_indices["default"]
             if strange := [token for token in tokens if not (type(token) is int and 0 <= token < rows)]:
-                raise ValueError(
-                    f"token {strange[0]!r} of {name.removeprefix(PREFIX).removesuffix('.token_adapter')} is none of its {rows}"
-                )
+                where = name.removeprefix(PREFIX).removesuffix(".token_adapter")
+                raise ValueError(f"token {strange[0]!r} of {where} is none of its {rows}")
 
 
 def attentions(model: nn.Module) -> int:

@@ -167,7 +167,7 @@ async def test_a_changed_template_is_other_content_once_it_is_registered_again(w
 
     digests = []
     for turn, said in enumerate(("One.", "Two long sentences. That is them.", "Three")):
-        (folder / "chat_template.jinja").write_text("{{ bos_token }}%s {{ messages[-1]['content'] }}" % said)
+        (folder / "chat_template.jinja").write_text("{{ bos_token }}" + said + " {{ messages[-1]['content'] }}")
         if turn == 0:
             await asking.post("/adapters", source, 201)
         elif turn == 1:

@@ -1,4 +1,4 @@
-"""Takes an adapter's two files out of a .zip or .tar that a stranger sent. Must not trust a name, a size or a link in it."""
+"""Takes an adapter's files out of a .zip or .tar that a stranger sent. Must not trust a name, a size or a link in it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import shutil
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from ..errors import AdapterInvalid, PayloadTooLarge
+from ..manifest import is_manifest_name
 from .inspection import CONFIG, WEIGHTS
 
 MEMBERS = 10_000
@@ -37,7 +38,7 @@ class Member:
 
 
 def extract(archive: Path, folder: Path, limit: int) -> None:
-    """Writes the config and the weights, and nothing else, into the folder; `limit` is in bytes, unpacked.
+    """Writes the files of the manifest, and nothing else, into the folder; `limit` is in bytes, unpacked.
 
     Raises AdapterInvalid for what is no archive, holds no adapter or several, or has a member that would leave the folder;
     PayloadTooLarge over the limit.
@@ -118,7 +119,7 @@ def _opened(stream: _Stream) -> Iterator[_Zip | _Tar]:
 
 
 def _wanted(members: _Zip | _Tar, limit: int) -> dict[str, Member]:
-    """The two files by name. All members are looked at, so that an archive with one evil member is refused whole."""
+    """The adapter's files by name. All members are looked at, so that an archive with one evil member is refused whole."""
     found: dict[str, list[Member]] = {CONFIG: [], WEIGHTS: []}
     total = 0
     for number, member in enumerate(members):
@@ -126,14 +127,24 @@ def _wanted(members: _Zip | _Tar, limit: int) -> dict[str, Member]:
         if total > limit or number >= MEMBERS:
             raise PayloadTooLarge(f"the archive holds more than {limit} bytes or {MEMBERS} members")
         _check(member)
-        if (name := PurePosixPath(member.name).name) in found and member.plain:
-            found[name].append(member)
-    folders = {str(PurePosixPath(member.name).parent) for some in found.values() for member in some}
-    if len(folders) > 1 or any(len(some) > 1 for some in found.values()):
-        raise AdapterInvalid([f"the archive holds several adapters: {', '.join(sorted(folders))[:300]}"])
+        if is_manifest_name(name := PurePosixPath(member.name).name) and member.plain:
+            found.setdefault(name, []).append(member)
     if missing := [name for name, some in found.items() if not some]:
         raise AdapterInvalid([f"{name} is missing from the archive" for name in missing])
-    return {name: some[0] for name, some in found.items()}
+    return _of_one_folder(found)
+
+
+def _of_one_folder(found: Mapping[str, Sequence[Member]]) -> dict[str, Member]:
+    """What lies beside the config and the weights, once each; what lies elsewhere is not the adapter's. Raises AdapterInvalid."""
+    folders = {_folder(member) for name in (CONFIG, WEIGHTS) for member in found[name]}
+    beside = {name: [member for member in some if _folder(member) in folders] for name, some in found.items()}
+    if len(folders) > 1 or any(len(some) > 1 for some in beside.values()):
+        raise AdapterInvalid([f"the archive holds several adapters: {', '.join(sorted(folders))[:300]}"])
+    return {name: some[0] for name, some in beside.items() if some}
+
+
+def _folder(member: Member) -> str:
+    return str(PurePosixPath(member.name).parent)
 
 
 def _check(member: Member) -> None:

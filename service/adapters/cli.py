@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..digest import digest
 from ..errors import AdapterInvalid
+from ..manifest import compute_digest, read_manifest
 from . import facts, inspection
 from .inspection import CONFIG, WEIGHTS, Header
 
@@ -17,7 +18,7 @@ ANY_RANK = 1 << 31
 
 def inspect_folder(folder: Path) -> dict[str, Any]:
     """What config and header alone say of any PEFT adapter; `problems` says what is wrong. Raises AdapterInvalid for unreadable ones."""
-    raw, config = inspection.read_config(folder)
+    config = inspection.read_config(folder)
     problems = inspection.config_problems(config, ANY_RANK) or inspection.pattern_problems(config)
     problems += inspection.missing_weights(folder)
     try:
@@ -30,8 +31,9 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
     told = facts.described(config, header, modules)
     claimed = told.pop("claimed_base")
     extra = {} if sum(len(one.parts) for one in modules) == len(header.tensors) else {"tensors": _tensors(header)}
-    named = {"id": folder.resolve().name, "digest": digest(raw, folder / WEIGHTS), "base_model": {"claimed": claimed}}
-    return named | told | extra | {"config": CONFIG, "problems": problems}
+    files = read_manifest(folder)
+    named = {"id": folder.resolve().name, "digest": compute_digest(files), "base_model": {"claimed": claimed}}
+    return named | told | extra | {"config": CONFIG, "files": [asdict(file) for file in files], "problems": problems}
 
 
 def _tensors(header: Header) -> list[dict[str, Any]]:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterInvalid
+from ..manifest import CONFIG as CONFIG
+from ..manifest import WEIGHTS as WEIGHTS
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 CONFIG_LIMIT = 1_000_000  # bytes
 HEADER_LIMIT = 16_000_000  # bytes; 100,000 tensors take about that
 PATTERNS = 4096  # each is compiled, and PEFT tries each on every layer
@@ -58,8 +59,8 @@ class Header:
 # ---- the files
 
 
-def read_config(folder: Path) -> tuple[bytes, Config]:
-    """The config's bytes and what they say. Raises AdapterInvalid."""
+def read_config(folder: Path) -> Config:
+    """What the config says. Raises AdapterInvalid."""
     path = folder / CONFIG
     try:
         if path.stat().st_size > CONFIG_LIMIT:
@@ -71,10 +72,10 @@ def read_config(folder: Path) -> tuple[bytes, Config]:
     except OSError as error:
         raise AdapterInvalid([f"{CONFIG} cannot be read: {error.strerror}"]) from None
     except (ValueError, RecursionError):
-        raise AdapterInvalid([f"{CONFIG} is not JSON"]) from None
+        raise AdapterInvalid([f"{CONFIG} {pointer_hint(raw) or 'is not JSON'}"]) from None
     if not isinstance(config, dict):
         raise AdapterInvalid([f"{CONFIG} is not a JSON object"])
-    return raw, config
+    return config
 
 
 def missing_weights(folder: Path) -> list[str]:
@@ -93,7 +94,7 @@ def missing_weights(folder: Path) -> list[str]:
 
 def glance(folder: Path, max_rank: int) -> None:
     """Refuses what the config alone shows to be wrong, in about a millisecond. Raises AdapterInvalid."""
-    problems = config_problems(read_config(folder)[1], max_rank) + missing_weights(folder)
+    problems = config_problems(read_config(folder), max_rank) + missing_weights(folder)
     if problems:
         raise AdapterInvalid(problems)
 
@@ -120,9 +121,14 @@ def read_header(path: Path) -> Header:
     return _header(path.name, entries, size, length + 8)
 
 
+def pointer_hint(content: bytes) -> str:
+    """What to do about a file that git-lfs has not fetched; empty for any other."""
+    return "is a git-lfs pointer, not the file itself: fetch it with `git lfs pull`" if content.startswith(POINTER) else ""
+
+
 def _not_safetensors(start: bytes, size: int) -> str:
-    if start.startswith(POINTER):
-        return "is a git-lfs pointer, not the weights: fetch them with `git lfs pull`"
+    if hint := pointer_hint(start):
+        return hint
     if start.startswith(PICKLE) and start[8:9] != b"{":  # else these are a length's own low bytes
         return "is a pickle, not safetensors: it could run code; save the adapter as safetensors"
     return "" if size >= 8 else f"is truncated: {size} bytes"
@@ -180,6 +186,10 @@ def _text(value: Any) -> bool:
     return value is None or isinstance(value, str)
 
 
+def _object(value: Any) -> bool:
+    return value is None or isinstance(value, dict)
+
+
 def _names(value: Any) -> bool:
     return _text(value) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
@@ -208,6 +218,8 @@ SHARED: dict[str, Check] = {
     "peft_version": (_text, "a text or null"),
     "target_modules": (_names, "a text, a list of texts or null"),
     "exclude_modules": (_names, "a text, a list of texts or null"),
+    "rank_pattern": (_object, "an object or null"),
+    "alpha_pattern": (_object, "an object or null"),
 }
 LORA: dict[str, Check] = {
     "r": (lambda value: _whole(value) and value >= 1, "a whole number, 1 or more"),

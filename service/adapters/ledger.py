@@ -11,14 +11,17 @@ import logging
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from ..errors import SettingsError
+from ..manifest import File, Manifest, is_manifest_name
+
 log = logging.getLogger("adapterd.adapters")
 
-VERSION = 1
+VERSION = 2  # 1: the digest was over the config and the weights alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +35,12 @@ class Record:
     fingerprint: str
     pinned: bool
     registered_at: str
+    files: Manifest = ()
 
-    def told(self) -> dict[str, str | bool | None]:
+    def told(self) -> dict[str, Any]:
         """As `asdict`, which takes four times as long to copy what cannot change: every change of one record writes all of them."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        told = {name: getattr(self, name) for name in self.__slots__}
+        return told | {"files": [(file.name, file.bytes, file.sha256) for file in self.files]}
 
 
 class Ledger:
@@ -47,12 +52,21 @@ class Ledger:
         self.deleted: set[str] = set()
         self._unread = self._mute = False
 
+    def check_version(self) -> None:
+        """Raises SettingsError where a newer service has written the file; anything else about it is for `load`."""
+        with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            self._version(json.loads(self.path.read_bytes()))
+
     def load(self) -> None:
-        """A damaged file is put aside, and everything in it is forgotten; one that cannot be read is not written over."""
+        """A damaged file is put aside, and everything in it is forgotten; one that cannot be read is not written over.
+
+        Of an older version the digests mean something else: they are forgotten. Raises SettingsError for a newer version.
+        """
         self._unread = False
         try:
             told = json.loads(self.path.read_bytes())
-            self.records = {str(id): _record(entry) for id, entry in told["adapters"].items()}
+            version = self._version(told)
+            self.records = {str(id): _record(entry, version) for id, entry in told["adapters"].items()}
             self.deleted = {str(name) for name in told["deleted"]}
         except FileNotFoundError:
             return
@@ -63,6 +77,18 @@ class Ledger:
             log.warning("the file of registrations is damaged and is put aside as %s.damaged", self.path.name)
             with suppress(OSError):  # where it cannot be, nothing can be written over it either
                 self.path.replace(self.path.with_name(self.path.name + ".damaged"))
+
+    def _version(self, told: Any) -> int:
+        """Raises SettingsError, ValueError."""
+        version = told["version"]
+        if type(version) is not int or version < 1:
+            raise ValueError("no version")
+        if version > VERSION:
+            raise SettingsError(
+                f"ADAPTERD_ADAPTERS_DIR: {self.path} was written by a newer adapterd: its version is {version}, this one reads versions "
+                f"up to {VERSION}; start that one, or name another directory"
+            )
+        return version
 
     def save(self, records: Mapping[str, Record], deleted: set[str]) -> None:
         """Replaces the file in one step. Where it cannot be written (a read-only directory), that is said once."""
@@ -84,10 +110,20 @@ class Ledger:
             self._mute = True
 
 
-def _record(entry: Mapping[str, Any]) -> Record:
-    record = Record(**{field.name: entry[field.name] for field in fields(Record)})
+def _record(entry: Mapping[str, Any], version: int) -> Record:
+    record = Record(**{field.name: entry[field.name] for field in fields(Record) if field.name != "files"})
+    if version < VERSION:
+        record = replace(record, digest="", fingerprint="")
+    else:
+        record = replace(record, files=tuple(_file(*file) for file in entry["files"]))
     texts = (record.source, record.digest, record.fingerprint, record.registered_at)
     if not all(isinstance(text, str) for text in texts) or type(record.pinned) is not bool:
         raise ValueError("a value of the wrong type")
     datetime.fromisoformat(record.registered_at)
     return record
+
+
+def _file(name: Any, size: Any, sha256: Any) -> File:
+    if not (isinstance(name, str) and is_manifest_name(name) and type(size) is int and isinstance(sha256, str)):
+        raise ValueError("no file of a manifest")
+    return File(name, size, sha256)

@@ -14,11 +14,13 @@ from json import dumps, loads
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..engine.request import Lane, Patch
 from ..errors import AdapterInvalid, AdapterUnsupported
+from ..recipe import ASIDE, build_peft_config, known_keys
 from .inspection import CONFIG, Config
 from .skeleton import Skeleton, shape
 
@@ -37,7 +39,6 @@ OPTIONS = (
 )  # fmt: skip
 ACTIVATED = "alora_invocation_tokens"  # runs in the pool, if it is all that a config asks for
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that leave part of the base's weights in the adapter
-ASIDE = {"base_model_name_or_path", "revision", "peft_version", "auto_mapping", "lora_dropout", "inference_mode"}  # changes no tensor
 PREFIX = "base_model.model."
 APPLYING_S = 10.0  # of processor time; usually a tenth of a second. A worker may have to do it again, and its steps wait meanwhile
 
@@ -72,7 +73,7 @@ def understood(skeleton: Skeleton, config: Config) -> Meaning:
     try:
         with warnings.catch_warnings(), limited(APPLYING_S):
             warnings.simplefilter("ignore")
-            asked = features(peft_config(loads(text)))
+            asked = features(build_peft_config(loads(text)))
             meaning = Meaning({}, (), asked) if unserved(asked) else injected(skeleton, text)
     except Exception as error:  # whatever PEFT makes of a stranger's config, it is the config's fault
         raise AdapterInvalid([f"PEFT cannot apply {CONFIG} to the base: {error}"[:600]]) from None
@@ -105,11 +106,11 @@ def unserved(features: frozenset[str]) -> frozenset[str]:
 @lru_cache(maxsize=64)  # most adapters of a fleet share a recipe
 def injected(skeleton: Skeleton, text: str) -> Meaning:
     """Injects this config (JSON text, without what does not matter here) into a copy of the tree."""
-    config = peft_config(loads(text))
-    config.inference_mode = True  # else PEFT would compute the prompts it saves, of weights that are not there
+    config = build_peft_config(loads(text))
     with torch.device("meta"):
         model = get_peft_model(copy.deepcopy(skeleton.model), config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
         state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    check_tokens(model)
     layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     expected = {key: tuple(tensor.shape) for key, tensor in state.items()}
     kinds = frozenset(kind for layer in layers.values() if (kind := kind_of(layer)))
@@ -138,16 +139,6 @@ def strangers(config: Config) -> list[str]:
     return strange + [f"PEFT warns: {one.message}" for one in heard]
 
 
-def peft_config(config: Config) -> PeftConfig:
-    """The config as PEFT's own class, without the keys that it does not know and without nulls, which PEFT does not expect everywhere."""
-    made = PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]]
-    return made(**{key: value for key, value in config.items() if key in known_keys(config["peft_type"]) and value is not None})
-
-
-def known_keys(peft_type: str) -> frozenset[str]:
-    return frozenset(PEFT_TYPE_TO_CONFIG_MAPPING[peft_type].__dataclass_fields__) - {"runtime_config"}
-
-
 def features(config: PeftConfig) -> frozenset[str]:
     """What this config uses beyond low-rank changes of linear layers, by the names users know."""
     kind = str(config.peft_type.value)
@@ -157,6 +148,16 @@ def features(config: PeftConfig) -> frozenset[str]:
     if str(getattr(config, "init_lora_weights", "")) == "mica":
         found.add("init_lora_weights: mica")
     return frozenset(found)
+
+
+def check_tokens(model: nn.Module) -> None:
+    """Raises ValueError for trained tokens that the base does not have: weights that are not there, as here, have no such limit."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, TrainableTokensLayer):
+            rows, tokens = layer.get_base_layer().weight.shape[0], layer.token_indices["default"]
+            if strange := [token for token in tokens if not (type(token) is int and 0 <= token < rows)]:
+                where = name.removeprefix(PREFIX).removesuffix(".token_adapter")
+                raise ValueError(f"token {strange[0]!r} of {where} is none of its {rows}")
 
 
 def attentions(model: nn.Module) -> int:

@@ -5,12 +5,13 @@ Must not know leases or the device.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
-from ..errors import AdapterdError, Conflict
+from ..errors import AdapterdError, AdapterInvalid, Conflict
+from ..manifest import compute_digest
+from ..threads import DISK, run_in
 from . import ids, inspection, shelf
 from .ledger import Ledger, Record
 from .questions import Reading
@@ -26,16 +27,15 @@ class Opening:
 
     def __init__(self, store: Store, ledger: Ledger, reader: Reader, base_id: str) -> None:
         self.store, self.ledger, self.reader, self.base_id = store, ledger, reader, base_id
-        self._number = 0
 
     async def __aiter__(self) -> AsyncIterator[Shelved]:
-        await asyncio.to_thread(self.store.sweep)
+        await run_in(DISK, self.store.sweep)
         records = self.ledger.records
         used = {record.source if not record.subfolder else f"{record.source}/{record.subfolder}" for record in records.values()}
         for id, record in records.items():
             if one := await self.again(id, record):
                 yield one
-        for folder in await asyncio.to_thread(lambda: list(self.store.folders())):
+        for folder in await run_in(DISK, lambda: list(self.store.folders())):
             if folder in used | self.ledger.deleted or folder in records:
                 continue
             if self._nameable(folder):
@@ -53,11 +53,9 @@ class Opening:
         """A registration from before; a found folder that is gone is no registration any more."""
         unplaced = Place(self.store.root, record.source, record.subfolder, record.revision)
         try:
-            place = await self.store.find(record.source, record.subfolder, record.revision, uploads=True)
-            await self._glance(place)
-            fingerprint = place.fingerprint()
-            known = record.digest if record.digest and fingerprint == record.fingerprint else None
-            reading = await self.reader.read(place.folder, known)
+            held = [file.name for file in record.files]
+            place = await self.store.find(record.source, record.subfolder, record.revision, uploads=True, held=held)
+            fingerprint, reading = await read_place(self.reader, place, record)
         except (AdapterdError, OSError) as error:
             if record.source == id and not (self.store.root / id).exists():
                 log.info("the folder of %s is gone", id)
@@ -67,27 +65,33 @@ class Opening:
             note = f"the files have changed since {record.registered_at}, when the digest was {record.digest}"
             log.warning("%s: %s", id, note)
             reading = replace(reading, warnings=(*reading.warnings, note))
-        return Shelved(self._generation(id, place, fingerprint, record.registered_at, reading), record.pinned)
+        return Shelved(Generation(id, place, fingerprint, record.registered_at, reading), record.pinned)
 
     async def _found(self, folder: str) -> Shelved:
         try:
             place = await self.store.find(folder)
-            await self._glance(place)
-            fingerprint = place.fingerprint()
-            reading = await self.reader.read(place.folder)
+            fingerprint, reading = await read_place(self.reader, place)
         except (AdapterdError, OSError) as error:
             return self._failed(folder, Place(self.store.root, folder), None, error)
-        return Shelved(self._generation(folder, place, fingerprint, shelf.now(), reading))
-
-    async def _glance(self, place: Place) -> None:
-        await asyncio.to_thread(inspection.glance, place.folder, self.reader.max_rank)
+        return Shelved(Generation(folder, place, fingerprint, shelf.now(), reading))
 
     def _failed(self, id: str, place: Place, record: Record | None, error: Exception) -> Shelved:
         reason = error.message if isinstance(error, AdapterdError) else f"the files cannot be read: {getattr(error, 'strerror', error)}"
         log.warning("the adapter %s cannot be used: %s", id, reason)
-        generation = self._generation(id, place, "", record.registered_at if record else shelf.now(), None)
-        return Shelved(replace(generation, reason=reason), record.pinned if record else False)
+        generation = Generation(id, place, "", record.registered_at if record else shelf.now(), None, reason)
+        return Shelved(generation, record.pinned if record else False)
 
-    def _generation(self, id: str, place: Place, fingerprint: str, when: str, reading: Reading | None) -> Generation:
-        self._number += 1
-        return Generation(id, self._number, place, fingerprint, when, reading)
+
+async def read_place(reader: Reader, place: Place, record: Record | None = None) -> tuple[str, Reading]:
+    """The fingerprint of the files and what they hold; files that are as they were when they were recorded are not looked at again.
+
+    What a glance refuses never reaches the reader, which may be busy with something large. Raises AdapterInvalid, AdapterUnsupported,
+    OSError.
+    """
+    await run_in(DISK, inspection.glance, place.folder, reader.max_rank)
+    fingerprint = await run_in(DISK, place.fingerprint)
+    same = record is not None and record.fingerprint == fingerprint and compute_digest(record.files) == record.digest
+    reading = await reader.read(place.folder, record.files if record and same else ())
+    if await run_in(DISK, place.fingerprint) != fingerprint:
+        raise AdapterInvalid(["its files have changed while they were read: register it again once they are written"])
+    return fingerprint, reading

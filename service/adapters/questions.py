@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..engine.request import Adapter, Digest, Patch
+from ..engine.request import Adapter, Patch
 from ..errors import AdapterInvalid, AdapterUnsupported
+from ..manifest import Manifest
 from .inspection import CONFIG, WEIGHTS
 
 
@@ -27,10 +28,10 @@ class Reading:
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """Read this folder. `known` is the digest of what was read there before, when it is unchanged: its values are not looked at again."""
+    """Read this folder. `known` is the manifest of what was read there before, when it is unchanged: no value is looked at again."""
 
     folder: Path
-    known: Digest | None = None
+    known: Manifest = ()
 
 
 @dataclass(frozen=True, slots=True)

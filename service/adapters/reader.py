@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..digest import digest
-from ..engine.request import Adapter, Digest, Lane, Patch
+from ..engine.request import Adapter, Lane, Patch
 from ..errors import AdapterInvalid, AdapterUnsupported
-from . import facts, inspection, matching
+from ..manifest import CHANGED, Manifest, compute_digest, hash_file, read_manifest
+from . import facts, inspection, matching, text_files
 from .inspection import CONFIG, WEIGHTS, Header
 from .meaning import ACTIVATED, PREFIX, Meaning, strangers, understood
 from .questions import Reading
@@ -25,12 +25,12 @@ from .skeleton import Skeleton
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def read(skeleton: Skeleton, folder: Path, max_rank: int, known: Digest | None = None) -> Reading:
-    """The adapter in this folder, validated against the base. `known`: its digest, when these very values were looked at before.
+def read(skeleton: Skeleton, folder: Path, max_rank: int, known: Manifest = ()) -> Reading:
+    """The adapter in this folder, validated against the base. `known`: its manifest, when these very files were looked at before.
 
     Raises AdapterInvalid with every problem found at the first stage that finds one, AdapterUnsupported naming the feature.
     """
-    raw, config = inspection.read_config(folder)
+    config = inspection.read_config(folder)
     refuse(inspection.config_problems(config, max_rank) + inspection.missing_weights(folder))
     refuse(inspection.pattern_problems(config))
     header = inspection.read_header(folder / WEIGHTS)
@@ -45,14 +45,16 @@ def read(skeleton: Skeleton, folder: Path, max_rank: int, known: Digest | None =
     )
     patches = tuple(renamed(one, names) for one in meaning.patches)
     lane = meaning.lane
-    if known is None:
+    if not known:
         looked_at(folder / WEIGHTS, header, own)
+        refuse(text_files.find_problems(folder))
     if lane is Lane.POOL and idle(folder / WEIGHTS, header, patches):
         notes.append("each of its layers has zeros for lora_A, lora_B or alpha: this adapter says what the base says")
     notes += spelling_notes(names, lane) + [f"{key} is a copy of the base's own weights and is not used" for key in sorted(copies)]
     adapted = [facts.Adapted(p.module, p.scaling, own[p.a], own[p.b], own[p.magnitude] if p.magnitude else None) for p in patches]
+    files = known or read_manifest(folder)
     adapter = Adapter(
-        digest=known or digest(raw, folder / WEIGHTS),
+        digest=compute_digest(files),
         config=str(folder / CONFIG),
         weights=str(folder / WEIGHTS),
         lane=lane,
@@ -60,6 +62,7 @@ def read(skeleton: Skeleton, folder: Path, max_rank: int, known: Digest | None =
         size=sum(tensor.size for tensor in own.values()),
         patches=patches if lane is Lane.POOL else (),
         invocation=tuple(config.get(ACTIVATED) or ()),
+        files=files,
     )
     told = facts.described(config, header, adapted, copies, meaning.modules) | {"features": sorted(meaning.features)}
     return Reading(adapter, told, tuple(notes), patches)
@@ -71,8 +74,8 @@ def norms(adapter: Adapter, layers: Sequence[Patch]) -> dict[str, float]:
     Raises AdapterInvalid when the files are not those that were read any more, OSError when they are gone.
     """
     weights = Path(adapter.weights)
-    if digest(Path(adapter.config).read_bytes(), weights) != adapter.digest:
-        raise AdapterInvalid(["its files have changed on disk since it was registered: register it again (PUT) to serve the new content"])
+    if not {hash_file(Path(adapter.config)), hash_file(weights)} <= set(adapter.files):
+        raise AdapterInvalid([CHANGED])
     with safe_open(weights, "pt") as file:
         return {one.module: abs(one.scaling) * product_norm(file.get_tensor(one.a), file.get_tensor(one.b)) for one in layers}
 

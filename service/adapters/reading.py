@@ -19,10 +19,11 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..engine.request import Digest, shared
+from ..engine.request import shared
 from ..errors import AdapterInvalid, AdapterUnsupported, Internal
+from ..manifest import Manifest, list_names
+from ..threads import PROCESS, run_in
 from .architecture import Node
-from .inspection import WEIGHTS
 from .questions import Ask, Measure, Reading, Refusal
 
 T = TypeVar("T")
@@ -56,9 +57,9 @@ class Reader:
         self._folder = folder
         await self._in_turn(self._meet)
 
-    async def read(self, folder: Path, known: Digest | None = None) -> Reading:
+    async def read(self, folder: Path, known: Manifest = ()) -> Reading:
         """What the adapter in this folder is. Raises AdapterInvalid, AdapterUnsupported."""
-        size = (folder / WEIGHTS).stat().st_size
+        size = sum((folder / name).stat().st_size for name in list_names(folder))
         answer = await self._told(Ask(folder, known), size)
         assert isinstance(answer, Reading)
         adapter = replace(answer.adapter, patches=shared(answer.adapter.patches))
@@ -84,7 +85,7 @@ class Reader:
 
         async def turn() -> T:
             async with self._turn:
-                return await asyncio.to_thread(call)
+                return await run_in(PROCESS, call)
 
         return await asyncio.shield(asyncio.create_task(turn()))
 

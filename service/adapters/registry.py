@@ -6,21 +6,21 @@ Lives on one event loop.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
 from .. import metrics
-from ..engine.request import Load
+from ..engine.request import Lane, Load
 from ..errors import AdapterInvalid, Conflict, NotReady
 from ..settings import Settings
-from . import architecture, facts, ids, inspection, shelf, tables
+from ..threads import DISK, run_in
+from . import architecture, facts, ids, shelf, tables
 from .hub import Hub
 from .ledger import Ledger
 from .norms import Norms, by_layer
-from .opening import Opening
+from .opening import Opening, read_place
 from .questions import Reading
 from .reading import Reader
 from .shelf import Generation, Shelved
@@ -33,17 +33,20 @@ Told = dict[str, Any]
 
 
 class Registry:
-    """`base_id` is what clients call the base. Nothing can be registered before `open`."""
+    """`base_id` is what clients call the base. Nothing can be registered before `open`.
+
+    Raises SettingsError where a newer service has remembered registrations in the adapters directory.
+    """
 
     def __init__(self, settings: Settings, device: Device, hub: Hub | None = None, reader: type[Reader] = Reader) -> None:
         self.base_id = settings.base_id or ids.base_name(settings.base)
         self._settings = settings
         self._store = Store(settings.adapters, hub or Hub(settings.hub), int(settings.max_upload_mb * 1e6))
         self._ledger = Ledger(settings.adapters / ".adapterd.json")
+        self._ledger.check_version()
         self._shelves = Shelves(device)
         self._saving = asyncio.Lock()
         self._deleted: set[str] = set()
-        self._number = 0
         self._reader = reader(settings.max_rank)
         self._norms = Norms(self._reader)
         self._opened = False
@@ -53,10 +56,9 @@ class Registry:
     async def open(self) -> None:
         """Starts the reader on the device's base and registers what was registered before and what lies in the adapters directory."""
         await self._reader.start(Path(self._shelves.base.folder))
-        await asyncio.to_thread(self._ledger.load)
+        await run_in(DISK, self._ledger.load)
         self._deleted = set(self._ledger.deleted)
         async for one in Opening(self._store, self._ledger, self._reader, self.base_id):
-            self._number = one.generation.number
             self._shelves.place(one)
         self._opened = True
         await self._save()
@@ -66,7 +68,7 @@ class Registry:
 
         Nobody may change anything here or there while it runs; see deploy/ray.
         """
-        await asyncio.to_thread(self._ledger.load)
+        await run_in(DISK, self._ledger.load)
         self._deleted = set(self._ledger.deleted)
         for id in self._shelves.current.keys() - self._ledger.records:
             self._shelves.withdraw(self._shelves.current[id])
@@ -83,8 +85,7 @@ class Registry:
         if held is not None:
             self._shelves.withdraw(held)
         if one is not None:
-            self._number += 1
-            self._shelves.place(Shelved(dataclasses.replace(one.generation, number=self._number), one.pinned))
+            self._shelves.place(one)
 
     async def warm(self) -> None:
         """Starts what can be started before the base is there."""
@@ -124,20 +125,35 @@ class Registry:
                 _, reading = await self._read(Place(staged, "upload"))
                 content = reading.adapter.digest
                 async with self._purging(home(content)):
-                    kept = await asyncio.to_thread(self._store.keep, staged, content)
-                    generation = self._numbered(id, kept, kept.fingerprint(), reading.moved(kept.folder))
+                    kept = await run_in(DISK, self._store.keep, staged, content)
+                    generation = Generation(id, kept, kept.fingerprint(), shelf.now(), reading.moved(kept.folder))
                     return await self._take(generation, pinned=False, preload=True, replace=False)
         finally:
-            await asyncio.to_thread(discard, staged)
+            await run_in(DISK, discard, staged)
 
-    async def check(self, id: str, source: str, subfolder: str | None = None, revision: str | None = None) -> Told:
-        """The whole validation and the summary; registers nothing. Raises BadRequest, Conflict, Forbidden."""
+    async def check(self, id: str, source: str, subfolder: str | None = None, revision: str | None = None, preload: bool = True) -> Told:
+        """The whole validation and the summary; registers nothing. It is ok where `register` would take it.
+
+        What only PEFT itself can run is tried out on the device, as `register` would. An id that other content has is a problem, too,
+        told beside the summary. Raises BadRequest, Conflict for a reserved id, Forbidden.
+        """
         ids.check(id, self.base_id)
         try:
             one = Shelved(await self._generation(id, await self._store.find(source, subfolder, revision)))
+            problems = self._taken(one.generation)
+            if preload and not problems:
+                await self._try_out(one.generation)
         except AdapterInvalid as error:
             return {"ok": False, "summary": None, "problems": error.problems}
-        return {"ok": True, "summary": self._summary(one) | {"state": "unregistered", "registered_at": None}, "problems": []}
+        summary = self._summary(one) | {"state": "unregistered", "registered_at": None}
+        return {"ok": not problems, "summary": summary, "problems": problems}
+
+    async def _try_out(self, generation: Generation) -> None:
+        adapter = generation.adapter
+        assert adapter is not None, "it was just read"
+        held = self._shelves.current.get(generation.id)
+        if adapter.lane is Lane.SHADOW and not (held and held.digest == adapter.digest):
+            await self._shelves.try_out(adapter)
 
     async def remove(self, id: str, purge: bool = False) -> Told:
         """Takes the id away at once, waits for its leases, then frees its content unless another id has it too. Raises AdapterNotFound."""
@@ -221,12 +237,19 @@ class Registry:
         held = self._shelves.current.get(id)
         if held and held.digest == adapter.digest:
             return await self.pin(id, pinned) if replace and pinned != held.pinned else self.card(id), False
-        if held and held.digest and not replace:
-            raise Conflict(f"the id {id!r} is taken by other content ({held.digest}); PUT replaces it", param="id")
+        if not replace and (taken := self._taken(generation)):
+            raise Conflict(taken[0], param="id")
         one = Shelved(generation, pinned)
         before = await self._shelves.put(one, adapter, preload)
         await self._save()
         return self._card(one), not (before and before.digest)  # somebody may have deleted it by now
+
+    def _taken(self, generation: Generation) -> list[str]:
+        """Why its id cannot be registered: it has other content, which was not only a folder that could not be read."""
+        held = self._shelves.current.get(generation.id)
+        if held is None or held.digest in ("", generation.digest):
+            return []
+        return [f"the id {generation.id!r} is taken by other content ({held.digest}); PUT replaces it"]
 
     @asynccontextmanager
     async def _purging(self, source: str) -> AsyncIterator[None]:
@@ -236,26 +259,21 @@ class Registry:
                 yield
             finally:
                 if not self._shelves.sourced(source):
-                    await asyncio.to_thread(self._store.purge, source)
+                    await run_in(DISK, self._store.purge, source)
 
     def _card(self, one: Shelved) -> Told:
         return shelf.card(one, self._shelves.tier(one))
 
     async def _generation(self, id: str, place: Place) -> Generation:
-        return self._numbered(id, place, *await self._read(place))
-
-    def _numbered(self, id: str, place: Place, fingerprint: str, reading: Reading) -> Generation:
-        self._number += 1
-        return Generation(id, self._number, place, fingerprint, shelf.now(), reading)
+        fingerprint, reading = await self._read(place)
+        return Generation(id, place, fingerprint, shelf.now(), reading)
 
     async def _read(self, place: Place) -> tuple[str, Reading]:
-        """What a glance refuses never reaches the reader, which may be busy with something large."""
+        """Raises NotReady, AdapterInvalid, AdapterUnsupported."""
         if not self._opened:
             raise NotReady("not ready: the base is loading", retry_after=2)
-        await asyncio.to_thread(inspection.glance, place.folder, self._settings.max_rank)
         try:
-            fingerprint = place.fingerprint()
-            return fingerprint, await self._reader.read(place.folder)
+            return await read_place(self._reader, place)
         except OSError as error:
             raise AdapterInvalid([f"the files cannot be read: {error.strerror}"]) from None
 
@@ -267,4 +285,4 @@ class Registry:
         async with self._saving:
             records = {id: one.record() for id, one in self._shelves.current.items()}
             self._deleted = {name for name in self._deleted if (self._settings.adapters / name).exists()}
-            await asyncio.to_thread(self._ledger.save, records, set(self._deleted))
+            await run_in(DISK, self._ledger.save, records, set(self._deleted))

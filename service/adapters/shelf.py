@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from ..engine.request import Adapter, BaseCard, Digest, Tier
+from ..manifest import Manifest
 from . import facts
 from .ids import Served
 from .inspection import ITEMSIZE
@@ -22,7 +23,6 @@ class Generation:
     """A version of a name. `reading` is None for a folder that could not be validated at start; `reason` says why."""
 
     id: str
-    number: int
     place: Place
     fingerprint: str
     registered_at: str
@@ -32,6 +32,10 @@ class Generation:
     @property
     def digest(self) -> Digest:
         return self.reading.adapter.digest if self.reading else ""
+
+    @property
+    def files(self) -> Manifest:
+        return self.reading.adapter.files if self.reading else ()
 
     @property
     def folder(self) -> Path:
@@ -74,7 +78,7 @@ class Shelved:
     def record(self) -> Record:
         one = self.generation
         place = (one.place.source, one.place.subfolder, one.place.revision)
-        return Record(*place, one.digest, one.fingerprint, self.pinned, one.registered_at)
+        return Record(*place, one.digest, one.fingerprint, self.pinned, one.registered_at, one.files)
 
 
 def now() -> str:
@@ -139,6 +143,7 @@ def summary(one: Shelved, tier: Tier, base: BaseCard, served: Served) -> dict[st
                 "resident_megabytes": facts.megabytes(resident),
             },
             "footprint": {"base_megabytes": facts.megabytes(resident), "with_adapter_megabytes": facts.megabytes(resident + on_device)},
+            "files": [asdict(file) for file in reading.adapter.files],
             "warnings": warnings,
         }
     )

@@ -96,6 +96,14 @@ class Shelves:
             metrics.adapter_registered(one.generation.id)
         return held
 
+    async def try_out(self, adapter: Adapter) -> None:
+        """Loads what nothing has under any id yet, and lets it go again. Raises AdapterInvalid when the device cannot load it."""
+        async with self.turn(adapter.digest):
+            if self.device.tier(adapter.digest) is Tier.DISK:
+                self.device.offer(adapter, False, True)
+                await self._loaded(adapter.digest)
+                await self._release(adapter.digest)
+
     def withdraw(self, one: Shelved) -> asyncio.Task[int]:
         """Takes an adapter from its id at once; the task waits for its leases, frees its content and gives the bytes freed."""
         del self.current[one.generation.id]

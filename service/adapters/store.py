@@ -1,22 +1,22 @@
 """Where adapters lie: folders under one root, uploads in a hidden part of it, content of the hub in its cache. Knows no names, no states.
 
-Whatever it hands out lies under the root (or the hub's cache) after every link is resolved, the two files themselves included.
+Whatever it hands out lies under the root (or the hub's cache) after every link is resolved, every file of the manifest included.
 """
 
 from __future__ import annotations
 
-import asyncio
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from ..digest import digest
 from ..engine.request import Digest
 from ..errors import AdapterInvalid, BadRequest, Forbidden, PayloadTooLarge, SourceMissing
+from ..manifest import compute_digest, is_manifest_name, list_names, read_manifest
+from ..threads import DISK, DOWNLOAD, run_in
 from .archive import PIECE, extract
 from .hub import Hub
 from .inspection import CONFIG, WEIGHTS
@@ -48,9 +48,9 @@ class Place:
         return f"{self.source}/{self.subfolder}" if self.subfolder else self.source
 
     def fingerprint(self) -> str:
-        """Changes when a file is replaced or written to; cheap, and no proof of content."""
-        stats = [os.stat(self.folder / name) for name in (CONFIG, WEIGHTS)]
-        return ":".join(f"{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}" for stat in stats)
+        """Changes when a file of the manifest comes, goes, is replaced or written to; cheap, and no proof of content."""
+        stats = {name: os.stat(self.folder / name) for name in list_names(self.folder)}
+        return ":".join(f"{name}-{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}" for name, stat in stats.items())
 
 
 class Store:
@@ -59,15 +59,26 @@ class Store:
     def __init__(self, root: Path, hub: Hub, limit: int) -> None:
         self.root, self.hub, self.limit = root, hub, limit
 
-    async def find(self, source: str, subfolder: str | None = None, revision: str | None = None, uploads: bool = False) -> Place:
-        """The folder of a source; `uploads`: of what was uploaded, too. Raises Forbidden outside what is allowed, AdapterInvalid."""
+    async def find(
+        self,
+        source: str,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        uploads: bool = False,
+        held: Collection[str] = (),
+    ) -> Place:
+        """The folder of a source; `uploads`: of what was uploaded, too; `held` names the files that it had when it was registered.
+
+        Raises Forbidden outside what is allowed, AdapterInvalid.
+        """
         if source.startswith("hub:"):
             inner = _inside(subfolder, "subfolder") if subfolder else None
-            folder, commit = await asyncio.to_thread(self.hub.fetch, source.removeprefix("hub:"), revision, inner, self.limit)
-            return await asyncio.to_thread(_checked, Place(folder, source, inner, commit), self.hub.cache)
+            name = source.removeprefix("hub:")
+            folder, commit = await run_in(DOWNLOAD, self.hub.fetch, name, revision, inner, self.limit, held)
+            return await run_in(DISK, _checked, Place(folder, source, inner, commit), self.hub.cache)
         if revision:
             raise BadRequest("revision: only content of the hub has revisions", param="revision")
-        return await asyncio.to_thread(self._local, source, subfolder, uploads)
+        return await run_in(DISK, self._local, source, subfolder, uploads)
 
     def _local(self, source: str, subfolder: str | None, uploads: bool) -> Place:
         source = source if uploads and _uploaded(source) else _inside(source, "source")
@@ -90,20 +101,20 @@ class Store:
 
         Raises BadRequest naming a wrong part, PayloadTooLarge, AdapterInvalid for a bad archive, Forbidden when nothing can be stored.
         """
-        if set(files) not in ({CONFIG, WEIGHTS}, {"file"}):
-            wanted = f"{CONFIG} and {WEIGHTS}, or one archive in `file`"
+        if set(files) != {"file"} and not ({CONFIG, WEIGHTS} <= set(files) and all(map(is_manifest_name, files))):
+            wanted = f"{CONFIG} and {WEIGHTS}, with files of its tokenizer and templates where it has any, or one archive in `file`"
             raise BadRequest(f"upload: wanted {wanted}; got {', '.join(sorted(files)) or 'nothing'}", param="file")
         folder = self.root / UPLOADS / f".{secrets.token_hex(8)}"
         try:
-            await asyncio.to_thread(folder.mkdir, parents=True)
+            await run_in(DISK, folder.mkdir, parents=True)
             await self._receive(files, folder)
             if "file" in files:
-                await asyncio.to_thread(_unpacked, folder, self.limit)
+                await run_in(DISK, _unpacked, folder, self.limit)
         except OSError as error:
-            await asyncio.to_thread(discard, folder)
+            await run_in(DISK, discard, folder)
             raise Forbidden(f"the upload cannot be stored: {error.strerror}") from None
         except BaseException:
-            await asyncio.to_thread(discard, folder)
+            await run_in(DISK, discard, folder)
             raise
         return folder
 
@@ -115,13 +126,13 @@ class Store:
                     left -= len(piece)
                     if left < 0:
                         raise PayloadTooLarge(f"the upload is over the limit of {self.limit} bytes")
-                    await asyncio.to_thread(out.write, piece)
+                    await run_in(DISK, out.write, piece)
 
     def keep(self, staged: Path, content: str) -> Place:
         """Moves a staged folder to where its digest says, in one step; what lay there already is kept if it is the same."""
         source = home(content)
         target = self.root / source
-        if target.exists() and _digest(target) == content:
+        if target.exists() and _is_content(target, content):
             discard(staged)
         else:
             discard(target)
@@ -156,11 +167,11 @@ def _unpacked(folder: Path, limit: int) -> None:
     (folder / "file").unlink()
 
 
-def _digest(folder: Path) -> str:
+def _is_content(folder: Path, content: Digest) -> bool:
     try:
-        return digest((folder / CONFIG).read_bytes(), folder / WEIGHTS)
-    except OSError:
-        return ""
+        return compute_digest(read_manifest(folder)) == content
+    except (OSError, AdapterInvalid):
+        return False
 
 
 def _uploaded(source: str) -> bool:
@@ -194,11 +205,14 @@ def _checked(place: Place, root: Path) -> Place:
             raise Forbidden(f"source {name!r} is a link that leaves the adapters directory", param="source")
         if not folder.is_dir():
             raise SourceMissing([f"source {name!r}: there is no such folder"])
-        for file in (CONFIG, WEIGHTS):
+        names = list_names(folder)
+        for file in names:
             if not (folder / file).resolve().is_relative_to(top):
                 raise Forbidden(f"{file} of source {name!r} is a link that leaves the adapters directory", param="source")
         if not (folder / CONFIG).is_file():
             raise AdapterInvalid([f"{CONFIG} is missing from {name!r}", *_candidates(folder)])
+        if strange := [file for file in names if not (folder / file).is_file()]:
+            raise AdapterInvalid([f"{file} of source {name!r} is no file" for file in strange])
     except (OSError, RuntimeError) as error:
         raise AdapterInvalid([f"source {name!r} cannot be read: {getattr(error, 'strerror', None) or 'a loop of links'}"]) from None
     return Place(folder, place.source, place.subfolder, place.revision)

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import UploadFile
 
 from ..errors import AdapterNotFound, BadRequest, Conflict, Forbidden, NotFound, SourceMissing
+from ..manifest import CONFIG, TEXT_FILES, WEIGHTS
 from .errors import documented
 from .rooms import Seen, Shelf
 from .schemas import Strict
@@ -83,17 +84,19 @@ async def register(body: Registration, here: Shelf) -> Response:
 
 @changing.post("/adapters/check", responses=Changing)
 async def check(body: Registration, here: Shelf) -> Told:
-    """The whole validation and the summary; registers nothing."""
-    asked = body.model_dump(include={"id", "source", "subfolder", "revision"})
+    """The whole validation and the summary; registers nothing. `ok` says whether POST would take this body."""
+    asked = body.model_dump(include={"id", "source", "subfolder", "revision", "preload"})
     return await here.registry.check(**asked)
 
 
 FILE = {"type": "string", "format": "binary"}
-PARTS = ("adapter_config.json", "adapter_model.safetensors", "file")
+PARTS = (CONFIG, WEIGHTS, *TEXT_FILES, "vocab.json", "vocab.txt", "file")
+MOST_PARTS = 32
 UPLOAD = {
     "requestBody": {
         "required": True,
-        "description": "The two files of an adapter, or one .zip or .tar of them in `file`.",
+        "description": "An adapter's config and weights, and the files of its tokenizer and templates where it has any, "
+        "or one .zip or .tar of them in `file`.",
         "content": {
             "multipart/form-data": {"schema": {"type": "object", "additionalProperties": False, "properties": dict.fromkeys(PARTS, FILE)}}
         },
@@ -105,7 +108,7 @@ UPLOAD = {
 async def upload(id: Id, here: Shelf, request: Request) -> Response:
     """Stores an adapter's files under the adapters directory and registers them."""
     try:
-        async with request.form(max_files=len(PARTS), max_fields=len(PARTS)) as form:
+        async with request.form(max_files=MOST_PARTS, max_fields=MOST_PARTS) as form:
             sent = form.multi_items()
             files = {name: part for name, part in sent if isinstance(part, UploadFile)}
             if len(files) < len(sent):

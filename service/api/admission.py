@@ -82,8 +82,8 @@ class Admission:
         sight(self.request).require(id)
         self.generation = found = self.held.enter_context(self.rooms.registry.lease(id))
         text = self.rooms.text
-        known = text.known(found.number)
-        return known if known is not None else await run_in(TEXT, text.of, found.number, found.folder)
+        known = text.known(found.digest)
+        return known if known is not None else await run_in(TEXT, text.of, found.digest, found.folder, found.files)
 
     def submit(self, voice: Voice, prompt: tuple[int, ...], ask: Ask) -> list[Answer]:
         """Takes the tickets of one prompt. Raises BadRequest, ContextLengthExceeded, Overloaded, NotReady."""

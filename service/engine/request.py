@@ -11,6 +11,8 @@ from enum import StrEnum
 from functools import lru_cache
 from typing import Any, Protocol
 
+from ..manifest import Manifest
+
 Digest = str
 
 
@@ -113,8 +115,9 @@ class Lane(StrEnum):
 class Adapter:
     """Validated content, as the worker needs it. `rank` is the pool rows it takes (its largest rank; 0 in the shadow lane).
 
-    `config` and `weights` are the paths of its two files; `size` is the bytes of its tensors in host memory. `invocation`: the tokens that
-    wake an activated LoRA; what comes before their last occurrence in a prompt runs as the base, and all of it where they do not occur.
+    `config` and `weights` are the paths of the two files that the worker reads, `files` all that the digest covers; `size` is the
+    bytes of its tensors in host memory. `invocation`: the tokens that wake an activated LoRA; what comes before their last occurrence
+    in a prompt runs as the base, and all of it where they do not occur.
     """
 
     digest: Digest
@@ -125,6 +128,7 @@ class Adapter:
     size: int
     patches: tuple[Patch, ...] = ()
     invocation: tuple[int, ...] = ()
+    files: Manifest = ()
 
 
 @dataclass(frozen=True, slots=True)

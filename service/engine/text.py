@@ -21,7 +21,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from ..errors import AdapterInvalid, BadRequest, SettingsError
+from ..manifest import Manifest, check_text_files
 from .decoding import BROKEN, Decoder
+from .request import Digest
 from .template_process import RenderRequest, refusal, render_template
 from .template_renderer import TemplateRenderer
 from .tools import Format, declared
@@ -60,18 +62,22 @@ class Text:
         templates = self._tokenizer.chat_template or _templates(self.folder, {})
         specials: dict[str, Any] = self._tokenizer.special_tokens_map
         self.base = Voice(self._words, eos, templates, specials)
-        self._voices: dict[object, Voice] = {}
+        self._voices: dict[Digest, Voice] = {}
         self._own: WeakValueDictionary[str, Words] = WeakValueDictionary()
         self._like_base: set[str] = set()
         self._loading = threading.Lock()
 
-    def known(self, generation: object) -> Voice | None:
-        """The voice of this generation of an adapter if its files were read before. (A digest says nothing about tokenizer files.)"""
-        return self._voices.get(generation)
+    def known(self, digest: Digest) -> Voice | None:
+        """The voice of this content if its files were read before."""
+        return self._voices.get(digest)
 
-    def of(self, generation: object, folder: Path) -> Voice:
-        """The voice of this generation, from its folder's files. Raises AdapterInvalid when its tokenizer files are broken."""
-        voice = self._voices.setdefault(generation, self._read(folder))
+    def of(self, digest: Digest, folder: Path, files: Manifest) -> Voice:
+        """The voice of this content, from a folder that must still hold it. Raises AdapterInvalid when it does not, or is broken."""
+        try:
+            voice = self._read(folder)
+        finally:
+            check_text_files(folder, files)  # what was read was this content's only if it is so still
+        voice = self._voices.setdefault(digest, voice)
         kept = list(self._voices.items())  # a list, for other threads add to it meanwhile
         own = [old for old, spoken in kept if spoken.words.own]
         for old in [old for old, _ in kept[:-KEPT]] + own[:-OWN_KEPT]:

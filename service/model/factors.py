@@ -18,12 +18,12 @@ from transformers.pytorch_utils import Conv1D
 from ..engine.request import Adapter, Patch
 from .adapted import Adapted, Factors, Fused
 from .bank import Bank
-from .contents import contents
+from .contents import read_files
 
 
 def factors(adapter: Adapter, bank: Bank) -> dict[str, Factors]:
     """Reads and folds a pool adapter, layer by layer. Raises AdapterInvalid."""
-    tensors = contents(adapter)
+    _, tensors = read_files(adapter)
     made = {patch.module: folded(patch, tensors, bank.layers[patch.module], bank) for patch in adapter.patches}
     return pinned(made) if bank.device.type == "cuda" else made
 

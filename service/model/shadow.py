@@ -6,8 +6,8 @@ No weight is copied and the base's own tree is never altered. Must not know requ
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ..engine.request import Adapter
 from ..errors import AdapterInvalid, AdapterUnsupported
-from .contents import contents
+from ..recipe import build_peft_config
+from .contents import read_files
 
 Tree = TypeVar("Tree", bound=nn.Module)
 # Whose own code reads the packed weights: 4-bit ones lie in another order on a CPU since their first forward, 8-bit ones lose their scales.
@@ -43,10 +44,8 @@ def planted(base: Tree, adapter: Adapter) -> Any:
     Only PEFT's own tensors are loaded: one of the base's own, which some trainers save along, would be written through to the base (the
     reader has seen that it equals the base's). Raises AdapterUnsupported where PEFT cannot, AdapterInvalid when not every tensor lands.
     """
-    tensors = contents(adapter)
-    config = PeftConfig.from_pretrained(str(Path(adapter.config).parent), local_files_only=True)
-    config.inference_mode = True
-    model = _injected(share(base), config)
+    raw, tensors = read_files(adapter)
+    model = _injected(share(base), build_peft_config(json.loads(raw)))
     places = get_peft_model_state_dict(model, save_embedding_layers=False)
     _kept_apart(model, places, pointers(base))
     if missing := sorted(places.keys() - tensors.keys()):

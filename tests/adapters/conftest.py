@@ -16,6 +16,7 @@ from service.adapters.reading import Reader
 from service.adapters.registry import Registry
 from service.adapters.skeleton import Skeleton
 from service.engine.request import Adapter, BaseCard, Load, Tier
+from service.manifest import Manifest
 from service.settings import Settings
 
 from .. import making
@@ -121,14 +122,14 @@ def card(base: Path) -> BaseCard:
 class NearReader(Reader):
     """Reads in this process, so that a test does not wait for another one to import torch."""
 
-    reads: list[tuple[Path, str | None]]
+    reads: list[tuple[Path, Manifest]]
 
     async def start(self, folder: Path) -> None:
         self.reads = []
         self._skeleton = Skeleton(folder)
         self.tree = self._skeleton.tree()
 
-    async def read(self, folder: Path, known: str | None = None) -> Reading:
+    async def read(self, folder: Path, known: Manifest = ()) -> Reading:
         self.reads.append((folder, known))
         await asyncio.sleep(0)
         return torch_reader.read(self._skeleton, folder, self.max_rank, known)

@@ -16,6 +16,7 @@ from service.adapters.hub import Hub
 from service.adapters.inspection import CONFIG, WEIGHTS
 from service.adapters.store import Store
 from service.errors import AdapterInvalid, Forbidden, PayloadTooLarge
+from service.manifest import read_manifest
 
 pytestmark = pytest.mark.anyio
 COMMIT = "c" * 40
@@ -98,6 +99,74 @@ def store(stand_in: StandIn, tmp_path: Path, *allowed: str, limit: int = LIMIT) 
     return Store(tmp_path / "adapters", Hub(allowed, stand_in.endpoint, tmp_path / "cache"), limit)
 
 
+TEXTS = ("chat_template.jinja", "generation_config.json", "tokenizer.json", "vocab.txt")
+
+
+@pytest.fixture
+def dressed(stand_in: StandIn) -> StandIn:
+    """The same with tokenizer files and a template, in the repository and in its checkpoint's folder."""
+    for folder in (stand_in.folder, stand_in.folder / "checkpoint-20"):
+        for name in (*TEXTS, "README.md"):
+            (folder / name).write_text(f"{folder.name} {name}")
+    return stand_in
+
+
+async def test_every_file_that_shapes_an_answer_is_fetched_and_no_other(dressed: StandIn, tmp_path: Path) -> None:
+    here = store(dressed, tmp_path, "org/*")
+    for subfolder in (None, "checkpoint-20"):
+        place = await here.find("hub:org/name", subfolder=subfolder)
+        source = dressed.folder / (subfolder or "")
+        names = sorted((CONFIG, WEIGHTS, *TEXTS))
+        assert [path.name for path in sorted(place.folder.iterdir()) if path.is_file()] == names
+        assert all((place.folder / name).read_bytes() == (source / name).read_bytes() for name in names)
+    assert not [path for path in dressed.asked if path.endswith((".bin", ".md"))]
+
+
+@pytest.fixture
+def partly(dressed: StandIn, tmp_path: Path, plain: Path) -> Path:
+    """The commit's folder in the cache with its config and weights alone, as a service before this one has fetched them."""
+    folder = tmp_path / "cache" / "models--org--name" / "snapshots" / COMMIT
+    folder.mkdir(parents=True)
+    for name in (CONFIG, WEIGHTS):
+        shutil.copyfile(plain / name, folder / name)
+    return folder
+
+
+async def test_what_a_cache_holds_of_a_commit_is_completed_when_the_hub_can_be_asked(
+    dressed: StandIn, tmp_path: Path, partly: Path
+) -> None:
+    place = await store(dressed, tmp_path, "org/*").find("hub:org/name", revision=COMMIT)
+    assert place.folder == partly
+    assert read_manifest(partly) == read_manifest(dressed.folder)
+
+
+async def test_what_a_cache_holds_is_taken_and_said_when_the_hub_cannot_be_asked(
+    dressed: StandIn, tmp_path: Path, partly: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dressed.stop()
+    place = await store(dressed, tmp_path, "org/*").find("hub:org/name", revision=COMMIT)
+    assert place.folder == partly
+    assert "org/name cannot be asked which files it has" in caplog.text
+
+
+async def test_a_file_that_was_there_and_is_gone_from_the_cache_is_fetched_again(dressed: StandIn, tmp_path: Path) -> None:
+    here = store(dressed, tmp_path, "org/*")
+    place = await here.find("hub:org/name", revision=COMMIT)
+    names = [file.name for file in read_manifest(place.folder)]
+    before = len(dressed.asked)
+    assert await here.find("hub:org/name", revision=COMMIT, held=names) == place
+    assert len(dressed.asked) == before
+    (place.folder / "chat_template.jinja").unlink()
+    assert await here.find("hub:org/name", revision=COMMIT, held=names) == place
+    assert [file.name for file in read_manifest(place.folder)] == names
+
+
+async def test_signs_in_a_subfolder_choose_nothing_else(dressed: StandIn, tmp_path: Path) -> None:
+    with pytest.raises(AdapterInvalid):
+        await store(dressed, tmp_path, "org/*").find("hub:org/name", subfolder="checkpoint-*")
+    assert not [path for path in dressed.asked if "resolve" in path]
+
+
 async def test_only_the_two_files_of_the_commit_are_fetched(stand_in: StandIn, tmp_path: Path) -> None:
     place = await store(stand_in, tmp_path, "org/*").find("hub:org/name")
     assert place.revision == COMMIT
@@ -129,8 +198,8 @@ async def test_what_was_fetched_is_there_when_the_hub_is_not(stand_in: StandIn, 
     here = store(stand_in, tmp_path, "org/*")
     place = await here.find("hub:org/name", revision="main")
     before = len(stand_in.asked)
-    assert await here.find("hub:org/name", revision=COMMIT) == place
-    assert len(stand_in.asked) == before, "a commit that is there needs no asking"
+    assert await here.find("hub:org/name", revision=COMMIT, held=[CONFIG, WEIGHTS]) == place
+    assert len(stand_in.asked) == before, "a commit whose files are all there needs no asking"
     stand_in.stop()
     assert (await here.find("hub:org/name", revision="main")).folder == place.folder
     with pytest.raises(AdapterInvalid, match="cannot be reached"):
@@ -140,4 +209,7 @@ async def test_what_was_fetched_is_there_when_the_hub_is_not(stand_in: StandIn, 
 async def test_what_is_over_the_limit_is_not_fetched(stand_in: StandIn, tmp_path: Path) -> None:
     with pytest.raises(PayloadTooLarge):
         await store(stand_in, tmp_path, "org/*", limit=5000).find("hub:org/name")
+    (stand_in.folder / "tokenizer.json").write_bytes(bytes(LIMIT))
+    with pytest.raises(PayloadTooLarge):
+        await store(stand_in, tmp_path, "org/*").find("hub:org/name")
     assert not [path for path in stand_in.asked if "resolve" in path]

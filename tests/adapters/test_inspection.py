@@ -23,7 +23,7 @@ def refused(folder: Path, max_rank: int = 64) -> str:
 
     def look() -> None:
         inspection.glance(folder, max_rank)
-        if problems := inspection.pattern_problems(inspection.read_config(folder)[1]):
+        if problems := inspection.pattern_problems(inspection.read_config(folder)):
             raise AdapterInvalid(problems)
         inspection.read_header(folder / WEIGHTS)
 

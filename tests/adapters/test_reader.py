@@ -19,13 +19,14 @@ from service.adapters import facts, meaning
 from service.adapters.inspection import WEIGHTS
 from service.adapters.reader import read
 from service.adapters.skeleton import Skeleton
-from service.digest import digest
 from service.engine.request import Lane
 from service.errors import AdapterInvalid, AdapterUnsupported
+from service.manifest import File, Manifest, compute_digest, read_manifest
 
 from .. import kinds, making
 
 HEAD = "base_model.model."
+KNOWN: Manifest = (File(making.CONFIG, 1, "1"), File(making.WEIGHTS, 1, "2"))
 Q0 = "layers.0.self_attn.q_proj"
 
 
@@ -106,9 +107,9 @@ def test_reading_does_not_depend_on_what_was_read_before(base: Path, plain: Path
     assert not any(isinstance(module, LoraLayer) for module in used.model.modules())
 
 
-def test_the_digest_is_that_of_the_bytes(skeleton: Skeleton, plain: Path) -> None:
-    content = (plain / making.CONFIG).read_bytes(), (plain / making.WEIGHTS).read_bytes()
-    assert read(skeleton, plain, 64).adapter.digest == digest(*content)
+def test_the_digest_is_that_of_the_folder(skeleton: Skeleton, plain: Path) -> None:
+    adapter = read(skeleton, plain, 64).adapter
+    assert (adapter.digest, adapter.files) == (compute_digest(read_manifest(plain)), read_manifest(plain))
 
 
 def test_conv1d_layers_are_read_too(tmp_path: Path) -> None:
@@ -121,6 +122,26 @@ def test_conv1d_layers_are_read_too(tmp_path: Path) -> None:
     folder = making.adapter(tmp_path / "a", tmp_path / "gpt2", made, seed=1)
     row = read(Skeleton(tmp_path / "gpt2"), folder, 64).facts["by_module"][0]
     assert (row["name"], row["in_features"], row["out_features"], row["count"]) == ("c_attn", 32, 96, 2)
+
+
+@pytest.mark.parametrize("kind", ["trainable_token_indices", "TRAINABLE_TOKENS"])
+@pytest.mark.parametrize("token", [269, -1, 10**12])
+@pytest.mark.filterwarnings("ignore")
+def test_trained_tokens_that_the_base_does_not_have_are_named(
+    skeleton: Skeleton, base: Path, tmp_path: Path, kind: str, token: int
+) -> None:
+    key = "token_indices" if kind.isupper() else kind
+    folder = kinds.SHADOW[kind](tmp_path / "a", base)
+    held = json.loads((folder / making.CONFIG).read_text())[key]
+    odd = making.edit(folder, tmp_path / "odd", {key: [*held[:-1], token]})
+    assert f"token {token} of model.embed_tokens is none of its 269" in problems(skeleton, odd)
+
+
+@pytest.mark.parametrize("value", ["x", 1.5, [1], True])
+@pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
+def test_patterns_of_any_type_that_are_no_objects_are_named(skeleton: Skeleton, base: Path, tmp_path: Path, key: str, value: Any) -> None:
+    folder = making.edit(kinds.SHADOW["LOHA"](tmp_path / "a", base), tmp_path / "odd", {key: value})
+    assert f"`{key}` must be an object or null" in problems(skeleton, folder)
 
 
 # ---- spellings
@@ -214,7 +235,7 @@ def test_the_first_tensor_that_is_not_finite_is_named(skeleton: Skeleton, plain:
 
 def test_values_of_unchanged_files_are_not_looked_at_again(skeleton: Skeleton, plain: Path, tmp_path: Path) -> None:
     folder = making.edit(plain, tmp_path / "a", weights=lambda t: {key: value * math.nan for key, value in t.items()})
-    assert read(skeleton, folder, 64, known="sha256:1").adapter.digest == "sha256:1"
+    assert read(skeleton, folder, 64, known=KNOWN).adapter.digest == compute_digest(KNOWN)
 
 
 def test_dtypes_that_are_no_floats_are_refused(skeleton: Skeleton, plain: Path, tmp_path: Path) -> None:
@@ -234,10 +255,10 @@ IDLE: dict[str, tuple[making.ConfigEdit | None, making.TensorEdit | None]] = {
 }
 
 
-@pytest.mark.parametrize("known", [None, "sha256:1"])
+@pytest.mark.parametrize("known", [(), KNOWN])
 @pytest.mark.parametrize(("config", "weights"), IDLE.values(), ids=IDLE)
 def test_an_adapter_that_changes_nothing_is_a_warning_after_a_restart_too(
-    skeleton: Skeleton, plain: Path, tmp_path: Path, config: Any, weights: Any, known: str | None
+    skeleton: Skeleton, plain: Path, tmp_path: Path, config: Any, weights: Any, known: Manifest
 ) -> None:
     folder = making.edit(plain, tmp_path / "a", config, weights)
     assert "says what the base says" in read(skeleton, folder, 64, known).warnings[0]

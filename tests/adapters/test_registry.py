@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import io
 import json
 import os
 import shutil
+import zipfile
 from concurrent.futures import wait
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from service import metrics
+from service.adapters.questions import Reading
 from service.adapters.registry import Registry
 from service.adapters.store import Place
 from service.engine.request import Lane, Load, Tier
-from service.errors import AdapterInvalid, AdapterNotFound, BadRequest, Conflict, Forbidden, NotReady
+from service.errors import AdapterInvalid, AdapterNotFound, BadRequest, Conflict, Forbidden, NotReady, SettingsError
+from service.manifest import Manifest, compute_digest
 
 from .. import kinds, making
 from .conftest import FakeDevice, NearReader, Shop
 
 pytestmark = pytest.mark.anyio
 CARD = {"id", "digest", "state", "residency", "rank", "parameters", "megabytes", "pinned", "in_flight", "last_used"}
-RECORD = {"source": "a", "subfolder": None, "revision": None, "digest": "sha256:a", "fingerprint": "a", "pinned": False}
-UNDATED = json.dumps({"adapters": {"a": {**RECORD, "registered_at": "once"}}, "deleted": []})
+RECORD: dict[str, Any] = {"source": "a", "subfolder": None, "revision": None, "digest": "sha256:a", "fingerprint": "a", "pinned": False}
+RECORD |= {"registered_at": "2026-01-01T00:00:00Z", "files": []}
+FILES: list[Any] = [5, [5], [["README.md", 1, "a"]], [["adapter_config.json", "1", "a"]], [["adapter_config.json", 1]]]
+WRONG: list[dict[str, Any]] = [{"registered_at": "once"}, *({"files": files} for files in FILES)]
 
 
 def put(source: Path, root: Path, name: str) -> str:
@@ -395,6 +402,192 @@ async def test_a_forecast_says_what_the_summary_later_says(stocked: Shop) -> Non
         assert [{k: v for k, v in row.items() if k != "scaling"} for row in real["by_module"]] == told["by_module"]
 
 
+# ---- what the digest covers
+
+TEMPLATE = "{{ messages[-1]['content'] }}"
+
+
+async def test_a_template_that_changed_in_the_folder_is_other_content(stocked: Shop) -> None:
+    file = stocked.root / "plain" / "chat_template.jinja"
+    async with stocked.opened() as registry:
+        bare, _ = await registry.register("a", "plain")
+        digests = [bare["digest"]]
+        for text in (TEMPLATE, "One. " + TEMPLATE):
+            file.write_text(text)
+            with pytest.raises(Conflict, match="taken by other content"):
+                await registry.register("a", "plain")
+            card, created = await registry.register("a", "plain", replace=True)
+            assert not created
+            digests.append(card["digest"])
+        assert len(set(digests)) == 3
+        await registry.remove("a")
+        assert (await registry.register("a", "plain"))[0]["digest"] == digests[-1]
+        file.unlink()
+        assert (await registry.register("a", "plain", replace=True))[0]["digest"] == digests[0]
+
+
+async def test_a_template_that_changed_is_noticed_over_a_restart(stocked: Shop) -> None:
+    (stocked.root / "plain" / "generation_config.json").write_text('{"eos_token_id": 2}')
+    async with stocked.opened() as registry:
+        before, _ = await registry.register("a", "plain")
+    (stocked.root / "plain" / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    async with stocked.opened() as registry:
+        assert registry.card("a")["digest"] != before["digest"]
+        assert "changed" in registry.summary("a")["warnings"][0]
+
+
+async def test_the_summary_lists_the_files_with_sizes_and_hashes_also_after_a_restart(stocked: Shop) -> None:
+    (stocked.root / "plain" / "chat_template.jinja").write_text(TEMPLATE)
+    (stocked.root / "plain" / "README.md").write_text("not part of an answer")
+    names = ["adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"]
+    contents = {name: (stocked.root / "plain" / name).read_bytes() for name in names}
+    files = [{"name": name, "bytes": len(data), "sha256": sha256(data).hexdigest()} for name, data in contents.items()]
+    async with stocked.opened() as registry:
+        await registry.register("a", "plain")
+        assert registry.summary("a")["files"] == files
+    async with stocked.opened() as registry:
+        assert registry.summary("a")["files"] == files
+        assert (await registry.check("b", "plain"))["summary"]["files"] == files
+
+
+async def test_the_same_files_have_one_digest_from_every_source(stocked: Shop) -> None:
+    folder = stocked.root / "plain"
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "vocab.json").write_text("{}")
+    names = [path.name for path in folder.iterdir() if path.name != "README.md"]
+    shutil.copytree(folder, stocked.root / "copy")
+    (stocked.root / "copy" / "README.md").write_text("not part of an answer")
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name in names:
+            archive.write(folder / name, f"run/{name}")
+    async with stocked.opened() as registry:
+        cards = [(await registry.register("a", "plain"))[0], (await registry.register("b", "copy"))[0]]
+        cards.append((await registry.upload("c", {name: Part((folder / name).read_bytes()) for name in names}))[0])
+        cards.append((await registry.upload("d", {"file": Part(packed.getvalue())}))[0])
+        assert {card["digest"] for card in cards} == {cards[0]["digest"]}
+        with registry.lease("d") as generation:
+            assert (generation.folder / "chat_template.jinja").read_text() == TEMPLATE
+        bare = {name: Part((folder / name).read_bytes()) for name in names if name.startswith("adapter_")}
+        assert (await registry.upload("e", bare))[0]["digest"] != cards[0]["digest"]
+
+
+async def test_files_that_change_while_they_are_read_are_not_registered(stocked: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = NearReader.read
+
+    async def slow(reader: NearReader, folder: Path, known: Manifest = ()) -> Reading:
+        reading = await read(reader, folder, known)
+        (folder / "chat_template.jinja").write_text(TEMPLATE)
+        return reading
+
+    async with stocked.opened() as registry:
+        with monkeypatch.context() as patch:
+            patch.setattr(NearReader, "read", slow)
+            with pytest.raises(AdapterInvalid, match="changed while they were read"):
+                await registry.register("a", "plain")
+        assert registry.cards() == []
+        await registry.register("a", "plain")
+
+
+# ---- a dry run says what a registration would
+
+
+async def test_a_dry_run_of_a_taken_id_says_so_beside_the_summary(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        await registry.register("a", "plain")
+        told = await registry.check("a", "other")
+        with pytest.raises(Conflict) as refused:
+            await registry.register("a", "other")
+        assert (told["ok"], told["problems"], told["summary"]["rank"]["max"]) == (False, [refused.value.message], 8)
+        assert (await registry.check("a", "plain"))["ok"]
+
+
+@pytest.mark.filterwarnings("ignore")
+async def test_a_dry_run_tries_out_what_only_peft_can_run(stocked: Shop, base: Path) -> None:
+    kinds.SHADOW["lora_bias"](stocked.root / "shadow", base)
+    async with stocked.opened() as registry:
+        for id in [card["id"] for card in registry.cards()]:
+            await registry.remove(id)
+        told = await registry.check("a", "shadow")
+        digest = told["summary"]["digest"]
+        assert (told["ok"], device(registry).dropped[-1], registry.cards()) == (True, digest, [])
+        device(registry).errors[digest] = "PEFT cannot put `LORA` on this base"
+        assert not (await registry.check("a", "shadow"))["ok"]
+        assert (await registry.check("a", "shadow", preload=False))["ok"], "as POST without a load"
+        with pytest.raises(AdapterInvalid) as refused:
+            await registry.register("a", "shadow")
+        assert (await registry.check("a", "shadow"))["problems"] == refused.value.problems
+        del device(registry).errors[digest]
+        await registry.register("b", "shadow")
+        assert (await registry.check("a", "shadow"))["ok"]
+        assert digest in device(registry).known, "what another id has is not dropped"
+
+
+# ---- a state of another version
+
+
+def remembered(root: Path) -> Any:
+    return json.loads((root / ".adapterd.json").read_text())
+
+
+def aged(root: Path) -> None:
+    """The state as version 1 wrote it: digests over two files, uploads in folders of such names."""
+    state = remembered(root)
+    for record in state["adapters"].values():
+        del record["files"]
+        if record["source"].startswith(".uploads/"):
+            (root / record["source"]).rename(root / ".uploads" / ("a" * 64))
+            record["source"] = ".uploads/" + "a" * 64
+        record["digest"] = "sha256:" + "a" * 64
+    (root / ".adapterd.json").write_text(json.dumps(state | {"version": 1}))
+
+
+async def test_registrations_of_an_older_version_are_taken_over(stocked: Shop, other: Path) -> None:
+    (stocked.root / "plain" / "chat_template.jinja").write_text(TEMPLATE)
+    async with stocked.opened() as registry:
+        await registry.register("a", "plain", pinned=True)
+        await registry.upload("up", parts(other))
+        before = {id: registry.summary(id) for id in ("a", "up")}
+    assert remembered(stocked.root)["version"] == 2
+    aged(stocked.root)
+    async with stocked.opened() as registry:
+        assert [card["id"] for card in registry.cards()] == ["a", "up"], "and what was deleted stays deleted"
+        for id in ("a", "up"):
+            told = registry.summary(id)
+            kept = ("digest", "files", "pinned", "registered_at", "warnings")
+            assert {key: told[key] for key in kept} == {key: before[id][key] for key in kept}
+        with registry.lease("up") as generation:
+            assert (generation.folder / "adapter_model.safetensors").read_bytes() == (other / "adapter_model.safetensors").read_bytes()
+    assert remembered(stocked.root)["version"] == 2
+    async with stocked.opened() as registry:
+        assert isinstance(registry._reader, NearReader)
+        assert all(known for _, known in registry._reader.reads), "taken over once"
+        assert await registry.upload("up", parts(other)) == (registry.card("up"), False)
+        assert [path.name for path in (stocked.root / ".uploads").iterdir()] == ["a" * 64]
+        await registry.remove("up", purge=True)
+        assert list((stocked.root / ".uploads").iterdir()) == []
+
+
+@pytest.mark.parametrize("rest", [{}, {"adapters": 5}])
+async def test_a_newer_version_stops_the_start_and_is_not_written_over(stocked: Shop, rest: dict[str, Any]) -> None:
+    state = json.dumps(remembered(stocked.root) | {"version": 3} | rest)
+    (stocked.root / ".adapterd.json").write_text(state)
+    with pytest.raises(SettingsError, match=r"ADAPTERD_ADAPTERS_DIR: .*\.adapterd\.json .* version is 3, .* up to 2"):
+        Registry(stocked.settings(), stocked.device, reader=NearReader)
+    assert [path.name for path in stocked.root.glob(".adapterd*")] == [".adapterd.json"]
+    assert (stocked.root / ".adapterd.json").read_text() == state
+
+
+async def test_a_version_that_became_newer_while_the_base_was_loaded_stops_the_start_too(stocked: Shop) -> None:
+    registry = Registry(stocked.settings(), stocked.device, reader=NearReader)
+    state = json.dumps(remembered(stocked.root) | {"version": 3})
+    (stocked.root / ".adapterd.json").write_text(state)
+    with pytest.raises(SettingsError):
+        await registry.open()
+    await registry.close()
+    assert (stocked.root / ".adapterd.json").read_text() == state
+
+
 # ---- over a restart
 
 
@@ -410,7 +603,7 @@ async def test_folders_are_registered_at_start_under_their_paths(shop: Shop, pla
         with registry.lease("found"):
             pass
         await registry.register("more", "found")
-        assert len({one.number for one in registry.registered()}) == 3, "a number stands for one content's words"
+        assert len({one.digest for one in registry.registered()}) == 1, "one content has one digest, and one voice, under all its ids"
 
 
 async def test_a_broken_folder_is_listed_as_failed_and_harms_nothing(shop: Shop, plain: Path, other: Path) -> None:
@@ -488,7 +681,6 @@ async def test_another_process_on_the_same_directory_is_followed(stocked: Shop, 
             assert twin.device.dropped == []
             with follower.lease("a") as again:
                 assert (again.digest, generation.digest) == (new["digest"], old["digest"])
-                assert again.number != generation.number
         await settle()
         assert twin.device.dropped == [old["digest"]]
         with pytest.raises(AdapterNotFound):
@@ -503,7 +695,7 @@ async def test_unchanged_files_are_not_read_again(stocked: Shop) -> None:
         card, _ = await registry.register("a", "plain")
     async with stocked.opened() as registry:
         assert isinstance(registry._reader, NearReader)
-        assert [known for _, known in registry._reader.reads] == [card["digest"]]
+        assert [compute_digest(known) for _, known in registry._reader.reads] == [card["digest"]]
         assert registry.card("a")["digest"] == card["digest"]
 
 
@@ -518,7 +710,17 @@ async def test_a_found_folder_that_is_gone_is_forgotten_and_a_named_one_fails(st
 
 
 @pytest.mark.parametrize(
-    "damage", ["{", "[]", '{"adapters": {"a": {}}, "deleted": []}', '{"adapters": {"a": 5}, "deleted": []}', "[" * 100_000, UNDATED]
+    "damage",
+    [
+        "{",
+        "[]",
+        '{"adapters": {}, "deleted": []}',
+        *(json.dumps({"version": version, "adapters": {}, "deleted": []}) for version in ("2", 0, True, None, 1.5)),
+        '{"version": 2, "adapters": {"a": {}}, "deleted": []}',
+        '{"version": 2, "adapters": {"a": 5}, "deleted": []}',
+        "[" * 100_000,
+        *(json.dumps({"version": 2, "adapters": {"a": RECORD | wrong}, "deleted": []}) for wrong in WRONG),
+    ],
 )
 async def test_a_damaged_ledger_is_put_aside(shop: Shop, plain: Path, damage: str) -> None:
     put(plain, shop.root, "found")

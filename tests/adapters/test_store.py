@@ -21,11 +21,13 @@ from service.adapters.hub import Hub
 from service.adapters.inspection import CONFIG, WEIGHTS
 from service.adapters.store import Place, Store
 from service.errors import AdapterInvalid, BadRequest, Forbidden, PayloadTooLarge
+from service.manifest import compute_digest, read_manifest
 
 from .test_registry import Part, parts
 
 pytestmark = pytest.mark.anyio
 LIMIT = 100_000
+TEXTS = ("tokenizer.json", "chat_template.jinja", "chat_template.json", "generation_config.json", "vocab.txt")
 
 
 @pytest.fixture
@@ -79,13 +81,14 @@ async def test_a_missing_folder_is_invalid_and_hides_the_root(store: Store, root
     assert str(root) not in caught.value.message
 
 
-@pytest.mark.parametrize("name", ["", CONFIG, WEIGHTS])
+@pytest.mark.parametrize("name", ["", CONFIG, WEIGHTS, *TEXTS])
 async def test_links_that_leave_the_root_are_forbidden(store: Store, root: Path, plain: Path, tmp_path: Path, name: str) -> None:
     outside = tmp_path / "outside"
     shutil.copytree(plain, outside)
     if name:
         shutil.copytree(plain, root / "x")
-        (root / "x" / name).unlink()
+        (root / "x" / name).unlink(missing_ok=True)
+        (outside / name).touch()
     (root / "x" / name).symlink_to(outside / name)
     with pytest.raises(Forbidden, match="link"):
         await store.find("x")
@@ -119,14 +122,29 @@ async def test_folders_below_the_root_are_listed_without_hidden_ones(store: Stor
     assert list(store.folders()) == ["a", "d/e/f/g", "org/b"]
 
 
-def test_the_fingerprint_changes_with_either_file(root: Path, plain: Path) -> None:
+def test_the_fingerprint_changes_with_every_file_of_the_manifest_and_with_no_other(root: Path, plain: Path) -> None:
     shutil.copytree(plain, root / "x")
     place = Place(root / "x", "x")
     seen = {place.fingerprint()}
     for name in (CONFIG, WEIGHTS):
         os.utime(root / "x" / name, ns=(1, 1))
         seen.add(place.fingerprint())
-    assert len(seen) == 3
+    for name in TEXTS:
+        (root / "x" / name).touch()
+        seen.add(place.fingerprint())
+        os.utime(root / "x" / name, ns=(1, 1))
+        seen.add(place.fingerprint())
+    assert len(seen) == 3 + 2 * len(TEXTS)
+    (root / "x" / "README.md").touch()
+    assert place.fingerprint() in seen
+
+
+async def test_what_is_named_like_a_file_of_the_manifest_and_is_none_is_refused(store: Store, root: Path, plain: Path) -> None:
+    for name, make in (("pipe", os.mkfifo), ("folder", os.mkdir)):
+        shutil.copytree(plain, root / name)
+        make(root / name / "chat_template.jinja")
+        with pytest.raises(AdapterInvalid, match=r"chat_template\.jinja .* is no file"):
+            await store.find(name)
 
 
 # ---- uploads
@@ -165,6 +183,31 @@ async def test_an_archive_gives_the_two_files_and_nothing_else(
     assert (staged / WEIGHTS).read_bytes() == (plain / WEIGHTS).read_bytes()
 
 
+@pytest.mark.parametrize("pack", [zipped, tarred])
+@pytest.mark.parametrize("prefix", ["", "checkpoint-20/"])
+async def test_an_archive_gives_every_file_of_the_manifest_that_lies_beside_the_weights(
+    store: Store, plain: Path, pack: Callable[[dict[str, bytes]], bytes], prefix: str
+) -> None:
+    beside = {prefix + name: name.encode() for name in (*TEXTS, "README.md")}
+    elsewhere = {"base/tokenizer.json": b"", "base/merges.txt": b"", "deeper/base/chat_template.jinja": b""}
+    staged = await store.stage({"file": Part(pack(elsewhere | content(plain, prefix) | beside))})
+    assert sorted(path.name for path in staged.iterdir()) == sorted((CONFIG, WEIGHTS, *TEXTS))
+    assert all((staged / name).read_text() == name for name in TEXTS)
+
+
+async def test_parts_by_the_names_of_the_manifest_are_stored_and_count(store: Store, root: Path, plain: Path) -> None:
+    sent: dict[str, Any] = {name: Part(name.encode()) for name in TEXTS}
+    staged = await store.stage(parts(plain) | sent)
+    assert sorted(path.name for path in staged.iterdir()) == sorted((CONFIG, WEIGHTS, *TEXTS))
+    assert all((staged / name).read_text() == name for name in TEXTS)
+    store_module.discard(staged)
+    with pytest.raises(PayloadTooLarge):
+        await store.stage(parts(plain) | {"chat_template.jinja": Part(bytes(LIMIT))})
+    with pytest.raises(PayloadTooLarge):
+        await store.stage({"file": Part(tarred(content(plain) | {"chat_template.jinja": bytes(LIMIT)}))})
+    assert list((root / ".uploads").iterdir()) == []
+
+
 def linked(good: dict[str, bytes], name: str, kind: bytes) -> bytes:
     """A tar in which this member is a link or a device."""
 
@@ -189,6 +232,8 @@ EVIL: dict[str, Callable[[dict[str, bytes]], bytes]] = {
     "tar link": lambda good: linked(good, WEIGHTS, tarfile.SYMTYPE),
     "tar hard link": lambda good: linked(good, WEIGHTS, tarfile.LNKTYPE),
     "tar device": lambda good: linked(good, "dev", tarfile.CHRTYPE),
+    "two of one name": lambda good: tarred({**good, "tokenizer.json": b"", "./tokenizer.json": b""}),
+    "a link to a template": lambda good: linked(good, "chat_template.jinja", tarfile.SYMTYPE),
     "two adapters": lambda good: zipped(good | {f"x/{name}": data for name, data in good.items()}),
     "halves in two folders": lambda good: zipped({f"a/{CONFIG}": good[CONFIG], f"b/{WEIGHTS}": good[WEIGHTS]}),
     "no weights": lambda good: zipped({CONFIG: good[CONFIG]}),
@@ -285,7 +330,22 @@ async def test_an_upload_over_the_limit_is_too_large(store: Store, root: Path) -
     assert list((root / ".uploads").iterdir()) == []
 
 
-@pytest.mark.parametrize("names", [(), (CONFIG,), (WEIGHTS,), (CONFIG, "adapter_model.bin"), ("file", CONFIG), ("a.zip",)])
+BAD_PARTS = [
+    (),
+    (CONFIG,),
+    (WEIGHTS,),
+    (CONFIG, "adapter_model.bin"),
+    ("file", CONFIG),
+    ("file", "tokenizer.json"),
+    ("a.zip",),
+    ("tokenizer.json",),
+    (CONFIG, WEIGHTS, "README.md"),
+    (CONFIG, WEIGHTS, "vocab.a/../../x"),
+    (CONFIG, WEIGHTS, "../tokenizer.json"),
+]
+
+
+@pytest.mark.parametrize("names", BAD_PARTS)
 async def test_other_parts_are_a_bad_request(store: Store, names: tuple[str, ...]) -> None:
     with pytest.raises(BadRequest, match=r"adapter_config\.json"):
         await store.stage({name: Part(b"") for name in names})
@@ -302,9 +362,7 @@ async def test_an_upload_that_is_cut_off_leaves_nothing(store: Store, root: Path
 
 
 async def test_what_was_kept_under_a_digest_is_replaced_only_when_it_is_not_that(store: Store, root: Path, plain: Path) -> None:
-    from service.digest import digest
-
-    name = digest((plain / CONFIG).read_bytes(), plain / WEIGHTS)
+    name = compute_digest(read_manifest(plain))
     for damage in (False, True):
         place = store.keep(await store.stage(parts(plain)), name)
         assert (place.folder / WEIGHTS).read_bytes() == (plain / WEIGHTS).read_bytes()

@@ -18,6 +18,7 @@ from service.engine.request import Event, Finish, Request, Sampling, Token
 from service.engine.text import Text
 from service.engine.ticket import Ticket
 from service.errors import AdapterNotFound, Overloaded
+from service.manifest import Manifest, compute_digest, read_manifest
 from service.settings import read
 from service.traces import Trace
 from tests import making
@@ -108,9 +109,9 @@ def described(id: int, wanted: int | None, logprob: float | None) -> Token:
 @dataclass
 class Generation:
     id: str
-    number: int
     digest: str
     folder: Path
+    files: Manifest = ()
     place: Any = None
 
 
@@ -131,7 +132,10 @@ class Names(Shelf):
             raise AdapterNotFound(f"no adapter {id!r}", param="model")
         self.leased.append(id)
         try:
-            yield Generation(id, len(id), DIGEST, self.root / id, Place(f"hub:{id}" if "/" in id else id))
+            folder = self.root / id
+            folder.mkdir(parents=True, exist_ok=True)
+            files = read_manifest(folder)
+            yield Generation(id, compute_digest(files) if files else DIGEST, folder, files, Place(f"hub:{id}" if "/" in id else id))
         finally:
             self.leased.remove(id)
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from service.manifest import CONFIG, TEXT_FILES, WEIGHTS
+
 from .house import House, house
 
 SPELLINGS = ("org/name.v1", "org%2Fname.v1")
@@ -48,7 +50,8 @@ def test_a_wrong_registration_is_a_validation_error(home: House, body: dict[str,
 
 def test_a_dry_run_registers_nothing(home: House) -> None:
     told = home.json("POST", "/adapters/check", {"id": "a", "source": "folder", "subfolder": "s", "pinned": True})
-    assert told == {"ok": True, "problems": [], "summary": {"id": "a", "source": "folder", "subfolder": "s", "revision": None}}
+    asked = {"id": "a", "source": "folder", "subfolder": "s", "revision": None, "preload": True}
+    assert told == {"ok": True, "problems": [], "summary": asked}
     assert home.json("GET", "/adapters") == {"adapters": []}
 
 
@@ -117,12 +120,20 @@ def test_an_upload_hands_its_files_over(home: House) -> None:
     home.json("POST", "/adapters/org%2Fup/upload", status=200, files={"file": ("a.zip", b"zip")})
 
 
+def test_an_upload_hands_over_every_file_that_shapes_an_answer(home: House) -> None:
+    names = [CONFIG, WEIGHTS, *TEXT_FILES, "vocab.json", "vocab.txt", "vocab.bpe"]
+    home.json("POST", "/adapters/up/upload", status=201, files={name: (name, name.encode()) for name in names})
+    assert home.shelf.calls[0] == ("upload", "up", {name: name.encode() for name in names})
+    told = home.json("GET", "/openapi.json")["paths"]["/adapters/{id}/upload"]["post"]["requestBody"]
+    assert set(names) - {"vocab.bpe"} <= told["content"]["multipart/form-data"]["schema"]["properties"].keys()
+
+
 @pytest.mark.parametrize(
     "sent",
     [
         {"data": {"file": "no file"}},
         {"files": [("file", ("a", b"1")), ("file", ("b", b"2"))]},
-        {"files": [(f"f{i}", ("a", b"1")) for i in range(9)]},
+        {"files": [(f"f{i}", ("a", b"1")) for i in range(40)]},
         {"content": b"--x", "headers": {"content-type": "multipart/form-data"}},
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -370,6 +371,25 @@ def test_ends_that_the_vocabulary_does_not_have_never_reach_the_batch(one: Stage
     one.names.names["odd"] = one.names.names["x"]
     one.generate(adapter_id="odd")
     assert one.request.eos == {2, end}
+
+
+def test_files_that_were_edited_after_their_registration_answer_nothing(one: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = one.names.root / "edited"
+    folder.mkdir()
+    one.names.names["edited"] = one.names.names["x"]
+    lease = one.names.lease
+
+    @contextmanager
+    def edited(id: str) -> Iterator[Any]:
+        with lease(id) as generation:
+            (folder / "generation_config.json").write_text('{"eos_token_id": 7}')
+            yield generation
+
+    monkeypatch.setattr(one.names, "lease", edited)
+    (folder / "generation_config.json").write_text('{"eos_token_id": 8}')
+    answer = one.generate(adapter_id="edited", status=422)
+    assert answer["error_type"] == "adapter_invalid"
+    assert "register it again (PUT)" in answer["error"]
 
 
 def test_an_adapters_own_words_are_used(one: Stage) -> None:

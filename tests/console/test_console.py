@@ -11,6 +11,8 @@ import httpx
 import pytest
 from playwright.sync_api import Locator, Page, expect
 
+from tests import making
+
 from .conftest import BROKEN, Keyed, Open
 
 
@@ -76,6 +78,18 @@ def test_an_upload_is_registered(live: str, open_page: Open, adapter_files: list
     expect(row(page, "from-the-page")).to_be_visible()
     assert "from-the-page" in some_ids(live)
     httpx.delete(f"{live}adapters/from-the-page")
+
+
+def test_an_uploads_tokenizer_and_templates_go_along(live: str, open_page: Open, adapter_files: list[Path]) -> None:
+    beside = [adapter_files[0].with_name(name) for name in ("chat_template.jinja", "generation_config.json", "README.md")]
+    for file, content in zip(beside, ("{{ messages[-1].content }}", "{}", "not part of an answer"), strict=True):
+        file.write_text(content)
+    page = open_page(live)
+    upload(page, "with-template", [*adapter_files, *beside])
+    expect(page.get_by_text("with-template is registered")).to_be_visible()
+    sent = httpx.get(f"{live}adapters/with-template/summary").json()["files"]
+    assert [file["name"] for file in sent] == [making.CONFIG, making.WEIGHTS, "chat_template.jinja", "generation_config.json"]
+    httpx.delete(f"{live}adapters/with-template")
 
 
 def drop(page: Page, *paths: Path) -> None:

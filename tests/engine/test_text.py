@@ -15,9 +15,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from service.engine import text as words
 from service.engine.decoding import BROKEN, Decoder, Stops
-from service.engine.text import Text, Voice, Words
+from service.engine.text import Voice, Words
 from service.engine.tools import Call, Calls, Format, declared
 from service.errors import AdapterInvalid, BadRequest, SettingsError
+from service.manifest import Manifest, compute_digest, read_manifest
 from tests import making
 
 ALPHABET = "aé日😀👩‍👩‍👧 \n.,the wonß한"
@@ -31,6 +32,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (base / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 2}))
     (base / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
     return base
+
+
+class Text(words.Text):
+    """Takes an adapter's files as they are now for those that were registered, unless a test says otherwise."""
+
+    def of(self, digest: str, folder: Path, files: Manifest | None = None) -> Voice:
+        return super().of(digest, folder, read_manifest(folder) if files is None else files)
 
 
 @pytest.fixture(scope="module")
@@ -278,6 +286,42 @@ def test_the_last_voices_are_kept(folder: Path, own: Path, monkeypatch: pytest.M
     text = Text(folder)
     assert all(text.of(generation, own) is text.base for generation in "abc")
     assert [text.known(generation) for generation in "abc"] == [None, text.base, text.base]
+
+
+def test_files_that_changed_since_they_were_registered_never_speak_for_that_content(text: Text, own: Path) -> None:
+    template = own / "chat_template.jinja"
+    template.write_text("old")
+    registered = read_manifest(own)
+    digest = compute_digest(registered)
+    for change in (lambda: template.write_text("new"), lambda: template.write_text("{{"), template.unlink):
+        change()
+        with pytest.raises(AdapterInvalid, match=r"changed on disk since it was registered: register it again \(PUT\)"):
+            text.of(digest, own, registered)
+        assert text.known(digest) is None
+    template.write_text("old")
+    (own / "tokenizer.json").write_text("{")
+    with pytest.raises(AdapterInvalid, match="changed on disk"):
+        text.of(digest, own, registered)
+    (own / "tokenizer.json").unlink()
+    assert list(chat(text.of(digest, own, registered), [USER])) == making.ids("old")
+    template.write_text("new")
+    known = text.known(digest)
+    assert known is not None
+    assert list(chat(known, [USER])) == making.ids("old"), "what was read once is this content's"
+
+
+def test_a_change_while_the_files_are_read_is_noticed(text: Text, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    template, read = own / "chat_template.jinja", words.Text._read
+    template.write_text("old")
+    registered = read_manifest(own)
+
+    def slow(self: words.Text, folder: Path) -> Voice:
+        template.write_text("new")
+        return read(self, folder)
+
+    monkeypatch.setattr(words.Text, "_read", slow)
+    with pytest.raises(AdapterInvalid, match="changed on disk"):
+        text.of("slow", own, registered)
 
 
 def test_an_adapters_template_comes_before_the_bases(text: Text, own: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import shutil
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from .conftest import ROWS, SILENT, Asking, World
 pytestmark = pytest.mark.anyio
 
 ALPHABET = " L M N O P Q R S"
+USER = {"role": "user", "content": "Hi"}
 EMOJI = "😀日é👩‍👩‍👧 the on 😃"
 PERSON = {
     "type": "object",
@@ -150,6 +152,36 @@ async def test_a_template_is_the_adapters_own_where_it_has_one(world: World, ask
         parts = await chat(model, [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}])
         answers = {told["choices"][0]["message"]["content"], parts["choices"][0]["message"]["content"]}
         assert answers == {making.tokenizer().decode(world.greedy(model, prompt, 8), skip_special_tokens=True)}
+
+
+async def test_a_changed_template_is_other_content_once_it_is_registered_again(world: World, asking: Asking) -> None:
+    """By PUT, by vLLM's name for it, and by DELETE and POST; equal files answer alike under one digest."""
+    folder = making.edit(world.adapters / "n1", world.adapters / "dressed")
+    source = {"id": "dressed", "source": "dressed"}
+
+    async def chats(said: str) -> str:
+        """The digest of who answers, which must have been asked with this template."""
+        answer = await asking.post("/v1/chat/completions", {"model": "dressed", "messages": [USER], "max_tokens": 1})
+        assert answer["usage"]["prompt_tokens"] == len(making.ids(f"<|im_start|>{said} Hi"))
+        return str(answer["adapter"]["digest"])
+
+    digests = []
+    for turn, said in enumerate(("One.", "Two long sentences. That is them.", "Three")):
+        (folder / "chat_template.jinja").write_text("{{ bos_token }}" + said + " {{ messages[-1]['content'] }}")
+        if turn == 0:
+            await asking.post("/adapters", source, 201)
+        elif turn == 1:
+            assert (await asking.http.put("/adapters/dressed", json=source)).status_code == 200
+        else:
+            loading = {"lora_name": "dressed", "lora_path": "dressed", "load_inplace": True}
+            assert (await asking.http.post("/v1/load_lora_adapter", json=loading)).status_code == 200
+        digests.append(await chats(said))
+    assert len(set(digests)) == 3
+    assert (await asking.http.delete("/adapters/dressed")).status_code == 200
+    await asking.post("/adapters", source, 201)
+    assert await chats("Three") == digests[-1]
+    await asking.http.delete("/adapters/dressed")
+    shutil.rmtree(folder)
 
 
 async def test_every_listed_eos_ends_an_answer_unless_it_is_ignored(world: World, asking: Asking) -> None:

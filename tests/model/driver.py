@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from service.digest import digest
 from service.engine.request import Adapter, Chunk, Lane, Patch, Placement, Plan, Request, Sampling, Token
+from service.manifest import compute_digest, read_manifest
 from service.model.runner import Runner
 from tests import making
 
@@ -30,9 +30,8 @@ def plan_of(folder: Path, base: Path) -> Adapter:
     )
     config, weights = folder / making.CONFIG, folder / making.WEIGHTS
     rank = max(p.rank for p in patches)
-    return Adapter(
-        digest(config.read_bytes(), weights.read_bytes()), str(config), str(weights), Lane.POOL, rank, weights.stat().st_size, patches
-    )
+    files, size = read_manifest(folder), weights.stat().st_size
+    return Adapter(compute_digest(files), str(config), str(weights), Lane.POOL, rank, size, patches, files=files)
 
 
 GREEDY = Sampling()

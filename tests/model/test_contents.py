@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from service.errors import AdapterInvalid
-from service.model.contents import contents
+from service.model.contents import read_files
 from tests import making
 
 from .test_shadow import shadow_plan
@@ -21,7 +21,8 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_unchanged_files_give_their_tensors(folder: Path) -> None:
-    found = contents(shadow_plan(folder))
+    config, found = read_files(shadow_plan(folder))
+    assert config == (folder / making.CONFIG).read_bytes()
     assert found.keys() == making.tensors(folder).keys()
     assert all(torch.equal(tensor, making.tensors(folder)[name]) for name, tensor in found.items())
 
@@ -33,9 +34,9 @@ def test_files_that_changed_on_disk_are_refused(folder: Path, name: str) -> None
     data[-2] ^= 1
     (folder / name).write_bytes(data)
     with pytest.raises(AdapterInvalid, match="changed on disk"):
-        contents(plan)
+        read_files(plan)
 
 
 def test_files_that_are_gone_are_refused(folder: Path) -> None:
     with pytest.raises(AdapterInvalid, match="cannot be read any more"):
-        contents(replace(shadow_plan(folder), weights=str(folder / "none")))
+        read_files(replace(shadow_plan(folder), weights=str(folder / "none")))

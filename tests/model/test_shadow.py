@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +12,9 @@ from torch import nn
 
 from service.adapters.reader import read
 from service.adapters.skeleton import Skeleton
-from service.digest import digest
 from service.engine.request import Adapter, Chunk, Lane, Plan, Request
 from service.errors import AdapterInvalid, AdapterUnsupported
+from service.manifest import compute_digest, read_manifest
 from service.model.runner import Runner
 from service.model.shadow import planted
 from tests import kinds, making
@@ -36,7 +37,8 @@ def skeleton(base: Path) -> Skeleton:
 
 def shadow_plan(folder: Path) -> Adapter:
     config, weights = folder / making.CONFIG, folder / making.WEIGHTS
-    return Adapter(digest(config.read_bytes(), weights.read_bytes()), str(config), str(weights), Lane.SHADOW, 0, weights.stat().st_size)
+    files, size = read_manifest(folder), weights.stat().st_size
+    return Adapter(compute_digest(files), str(config), str(weights), Lane.SHADOW, 0, size, files=files)
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,29 @@ def test_a_shadow_adapter_says_what_peft_says_and_its_neighbours_do_too(
         assert job.ids == said, job.adapter
     house.runner.unload(shadow.digest)
     assert weights_digest(house.runner) == house.hash
+
+
+NULLABLE = {"bias", "rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "inference_mode"}
+
+
+@pytest.mark.parametrize("kind", kinds.SHADOW)
+@pytest.mark.filterwarnings("ignore")
+def test_what_the_reader_takes_the_worker_loads_however_the_config_is_written(
+    kind: str, house: House, base: Path, skeleton: Skeleton, tmp_path: Path
+) -> None:
+    """Nulls, dropout and a byte order mark: PEFT itself would raise at some; who validates and who runs must say the same."""
+    folder = kinds.SHADOW[kind](tmp_path / "shadow", base)
+    right = making.answers(base, folder, PROMPTS[:1], LENGTH)
+    file = folder / making.CONFIG
+    held = json.loads(file.read_text())
+    odd = held | dict.fromkeys(held.keys() & NULLABLE) | {"lora_dropout": 0.25}
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(odd).encode())
+    shadow = read(skeleton, folder, 64).adapter
+    house.runner.load(shadow)
+    job = Job(PROMPTS[0], LENGTH, shadow.digest)
+    house.driver.run([job])
+    assert job.ids == right[0]
+    house.runner.unload(shadow.digest)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -9,6 +9,8 @@ import { html, useRef, useState } from "../vendor/preact.js";
 const ID = "[A-Za-z0-9][A-Za-z0-9._\\-]*(/[A-Za-z0-9][A-Za-z0-9._\\-]*)?";
 const ID_HELP = "Letters, digits, dot, dash, underscore; at most one slash";
 const PARTS = ["adapter_config.json", "adapter_model.safetensors"];
+const TEXTS = /^(added_tokens\.json|chat_template\.(jinja|json)|generation_config\.json|merges\.txt|special_tokens_map\.json|tokenizer(_config)?\.json|tokenizer\.model|vocab\.[\w.-]+)$/;
+const shapesAnswers = ({ name }) => PARTS.includes(name) || TEXTS.test(name);
 
 export const Add = () => html`<section class="two">
   <${Upload} />
@@ -60,9 +62,9 @@ const Progress = ({ value }) => html`<label class="progress">${value < 1 ? `${Ma
   <progress value=${value < 1 ? value : undefined} max="1"></progress>
 </label>`;
 
-/** Field name → file: the two parts under their own names, an archive as `file`. */
+/** Field name → file: the adapter's files under their own names, an archive as `file`. */
 function fieldsOf(files) {
-  return files.map((file) => [PARTS.includes(file.name) ? file.name : "file", file]);
+  return files.map((file) => [shapesAnswers(file) ? file.name : "file", file]);
 }
 
 function DropZone({ files, onFiles }) {
@@ -76,14 +78,15 @@ function DropZone({ files, onFiles }) {
   const choose = (event) => onFiles(useful([...event.target.files]));
   return html`<div class=${over ? "drop over" : "drop"}
     onDragOver=${(event) => (event.preventDefault(), setOver(true))} onDragLeave=${() => setOver(false)} onDrop=${drop}>
-    <input id="files" class="hidden" type="file" multiple ref=${input} onChange=${choose} accept=".json,.safetensors,.zip,.tar" />
+    <input id="files" class="hidden" type="file" multiple ref=${input} onChange=${choose} accept=".json,.safetensors,.jinja,.txt,.model,.zip,.tar" />
     <label for="files">${files.length ? files.map((file) => html`<span class="file">${file.name} <span class="muted">${megabytes(file.size / 1e6)}</span></span>`) : html`<strong>Drop an adapter's folder or files here</strong><span class="muted">or choose ${PARTS.join(" and ")}, or one .zip or .tar of them</span>`}</label>
   </div>`;
 }
 
-/** Of a folder's files only the adapter's own two are sent; an archive is sent as it is. */
+/** Of a folder's files only those that shape its answers are sent; an archive is sent as it is. */
 function useful(files) {
-  const parts = PARTS.map((part) => files.find((file) => file.name === part)).filter(Boolean);
+  const own = files.some((file) => PARTS.includes(file.name)) ? files.filter(shapesAnswers) : [];
+  const parts = own.filter((file, place) => own.findIndex((other) => other.name === file.name) === place);
   const archive = files.find((file) => /\.(zip|tar)$/.test(file.name));
   return { chosen: parts.length ? parts : archive ? [archive] : files, name: parts.length ? folderOf(parts[0]) : archive?.name };
 }

@@ -5,12 +5,12 @@ Must not know leases or the device.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
 from ..errors import AdapterdError, Conflict
+from ..threads import DISK, run_in
 from . import ids, inspection, shelf
 from .ledger import Ledger, Record
 from .questions import Reading
@@ -29,13 +29,13 @@ class Opening:
         self._number = 0
 
     async def __aiter__(self) -> AsyncIterator[Shelved]:
-        await asyncio.to_thread(self.store.sweep)
+        await run_in(DISK, self.store.sweep)
         records = self.ledger.records
         used = {record.source if not record.subfolder else f"{record.source}/{record.subfolder}" for record in records.values()}
         for id, record in records.items():
             if one := await self.again(id, record):
                 yield one
-        for folder in await asyncio.to_thread(lambda: list(self.store.folders())):
+        for folder in await run_in(DISK, lambda: list(self.store.folders())):
             if folder in used | self.ledger.deleted or folder in records:
                 continue
             if self._nameable(folder):
@@ -55,11 +55,11 @@ class Opening:
         try:
             place = await self.store.find(record.source, record.subfolder, record.revision, uploads=True)
             await self._glance(place)
-            fingerprint = place.fingerprint()
+            fingerprint = await run_in(DISK, place.fingerprint)
             known = record.digest if record.digest and fingerprint == record.fingerprint else None
             reading = await self.reader.read(place.folder, known)
         except (AdapterdError, OSError) as error:
-            if record.source == id and not (self.store.root / id).exists():
+            if record.source == id and not await run_in(DISK, (self.store.root / id).exists):
                 log.info("the folder of %s is gone", id)
                 return None
             return self._failed(id, unplaced, record, error)
@@ -73,14 +73,14 @@ class Opening:
         try:
             place = await self.store.find(folder)
             await self._glance(place)
-            fingerprint = place.fingerprint()
+            fingerprint = await run_in(DISK, place.fingerprint)
             reading = await self.reader.read(place.folder)
         except (AdapterdError, OSError) as error:
             return self._failed(folder, Place(self.store.root, folder), None, error)
         return Shelved(self._generation(folder, place, fingerprint, shelf.now(), reading))
 
     async def _glance(self, place: Place) -> None:
-        await asyncio.to_thread(inspection.glance, place.folder, self.reader.max_rank)
+        await run_in(DISK, inspection.glance, place.folder, self.reader.max_rank)
 
     def _failed(self, id: str, place: Place, record: Record | None, error: Exception) -> Shelved:
         reason = error.message if isinstance(error, AdapterdError) else f"the files cannot be read: {getattr(error, 'strerror', error)}"

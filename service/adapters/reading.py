@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 
 from ..engine.request import Digest, shared
 from ..errors import AdapterInvalid, AdapterUnsupported, Internal
+from ..threads import DISK, PROCESS, run_in
 from .architecture import Node
 from .inspection import WEIGHTS
 from .questions import Ask, Measure, Reading, Refusal
@@ -58,7 +59,7 @@ class Reader:
 
     async def read(self, folder: Path, known: Digest | None = None) -> Reading:
         """What the adapter in this folder is. Raises AdapterInvalid, AdapterUnsupported."""
-        size = (folder / WEIGHTS).stat().st_size
+        size = (await run_in(DISK, (folder / WEIGHTS).stat)).st_size
         answer = await self._told(Ask(folder, known), size)
         assert isinstance(answer, Reading)
         adapter = replace(answer.adapter, patches=shared(answer.adapter.patches))
@@ -84,7 +85,7 @@ class Reader:
 
         async def turn() -> T:
             async with self._turn:
-                return await asyncio.to_thread(call)
+                return await run_in(PROCESS, call)
 
         return await asyncio.shield(asyncio.create_task(turn()))
 

@@ -16,6 +16,7 @@ from .. import metrics
 from ..engine.request import Load
 from ..errors import AdapterInvalid, Conflict, NotReady
 from ..settings import Settings
+from ..threads import DISK, run_in
 from . import architecture, facts, ids, inspection, shelf, tables
 from .hub import Hub
 from .ledger import Ledger
@@ -36,7 +37,8 @@ class Registry:
     """`base_id` is what clients call the base. Nothing can be registered before `open`."""
 
     def __init__(self, settings: Settings, device: Device, hub: Hub | None = None, reader: type[Reader] = Reader) -> None:
-        self.base_id = settings.base_id or ids.base_name(settings.base)
+        named = ids.base_name(settings.base)  # now, for later the event loop would ask the disk
+        self.base_id = settings.base_id or named
         self._settings = settings
         self._store = Store(settings.adapters, hub or Hub(settings.hub), int(settings.max_upload_mb * 1e6))
         self._ledger = Ledger(settings.adapters / ".adapterd.json")
@@ -53,7 +55,7 @@ class Registry:
     async def open(self) -> None:
         """Starts the reader on the device's base and registers what was registered before and what lies in the adapters directory."""
         await self._reader.start(Path(self._shelves.base.folder))
-        await asyncio.to_thread(self._ledger.load)
+        await run_in(DISK, self._ledger.load)
         self._deleted = set(self._ledger.deleted)
         async for one in Opening(self._store, self._ledger, self._reader, self.base_id):
             self._number = one.generation.number
@@ -66,7 +68,7 @@ class Registry:
 
         Nobody may change anything here or there while it runs; see deploy/ray.
         """
-        await asyncio.to_thread(self._ledger.load)
+        await run_in(DISK, self._ledger.load)
         self._deleted = set(self._ledger.deleted)
         for id in self._shelves.current.keys() - self._ledger.records:
             self._shelves.withdraw(self._shelves.current[id])
@@ -124,11 +126,11 @@ class Registry:
                 _, reading = await self._read(Place(staged, "upload"))
                 content = reading.adapter.digest
                 async with self._purging(home(content)):
-                    kept = await asyncio.to_thread(self._store.keep, staged, content)
-                    generation = self._numbered(id, kept, kept.fingerprint(), reading.moved(kept.folder))
+                    kept = await run_in(DISK, self._store.keep, staged, content)
+                    generation = self._numbered(id, kept, await run_in(DISK, kept.fingerprint), reading.moved(kept.folder))
                     return await self._take(generation, pinned=False, preload=True, replace=False)
         finally:
-            await asyncio.to_thread(discard, staged)
+            await run_in(DISK, discard, staged)
 
     async def check(self, id: str, source: str, subfolder: str | None = None, revision: str | None = None) -> Told:
         """The whole validation and the summary; registers nothing. Raises BadRequest, Conflict, Forbidden."""
@@ -143,7 +145,7 @@ class Registry:
         """Takes the id away at once, waits for its leases, then frees its content unless another id has it too. Raises AdapterNotFound."""
         one = self._shelves.found(id)
         place, drained = one.generation.place, one.in_flight
-        self._deleted |= {id, place.path}
+        self._deleted = self._deleted | {id, place.path}
         ending = self._shelves.withdraw(one)
         metrics.adapter_removed(id)
         await self._save()
@@ -236,7 +238,7 @@ class Registry:
                 yield
             finally:
                 if not self._shelves.sourced(source):
-                    await asyncio.to_thread(self._store.purge, source)
+                    await run_in(DISK, self._store.purge, source)
 
     def _card(self, one: Shelved) -> Told:
         return shelf.card(one, self._shelves.tier(one))
@@ -252,9 +254,9 @@ class Registry:
         """What a glance refuses never reaches the reader, which may be busy with something large."""
         if not self._opened:
             raise NotReady("not ready: the base is loading", retry_after=2)
-        await asyncio.to_thread(inspection.glance, place.folder, self._settings.max_rank)
+        await run_in(DISK, inspection.glance, place.folder, self._settings.max_rank)
         try:
-            fingerprint = place.fingerprint()
+            fingerprint = await run_in(DISK, place.fingerprint)
             return fingerprint, await self._reader.read(place.folder)
         except OSError as error:
             raise AdapterInvalid([f"the files cannot be read: {error.strerror}"]) from None
@@ -265,6 +267,13 @@ class Registry:
 
     async def _save(self) -> None:
         async with self._saving:
+            deleted = self._deleted
+            there = await run_in(DISK, _present, self._settings.adapters, deleted)
+            if self._deleted is deleted:  # what was deleted meanwhile may have been made anew before
+                self._deleted = there
             records = {id: one.record() for id, one in self._shelves.current.items()}
-            self._deleted = {name for name in self._deleted if (self._settings.adapters / name).exists()}
-            await asyncio.to_thread(self._ledger.save, records, set(self._deleted))
+            await run_in(DISK, self._ledger.save, records, set(self._deleted))
+
+
+def _present(root: Path, names: set[str]) -> set[str]:
+    return {name for name in names if (root / name).exists()}

@@ -5,7 +5,6 @@ Whatever it hands out lies under the root (or the hub's cache) after every link 
 
 from __future__ import annotations
 
-import asyncio
 import os
 import secrets
 import shutil
@@ -17,6 +16,7 @@ from typing import Protocol
 from ..digest import digest
 from ..engine.request import Digest
 from ..errors import AdapterInvalid, BadRequest, Forbidden, PayloadTooLarge, SourceMissing
+from ..threads import DISK, DOWNLOAD, run_in
 from .archive import PIECE, extract
 from .hub import Hub
 from .inspection import CONFIG, WEIGHTS
@@ -63,11 +63,11 @@ class Store:
         """The folder of a source; `uploads`: of what was uploaded, too. Raises Forbidden outside what is allowed, AdapterInvalid."""
         if source.startswith("hub:"):
             inner = _inside(subfolder, "subfolder") if subfolder else None
-            folder, commit = await asyncio.to_thread(self.hub.fetch, source.removeprefix("hub:"), revision, inner, self.limit)
-            return await asyncio.to_thread(_checked, Place(folder, source, inner, commit), self.hub.cache)
+            folder, commit = await run_in(DOWNLOAD, self.hub.fetch, source.removeprefix("hub:"), revision, inner, self.limit)
+            return await run_in(DISK, _checked, Place(folder, source, inner, commit), self.hub.cache)
         if revision:
             raise BadRequest("revision: only content of the hub has revisions", param="revision")
-        return await asyncio.to_thread(self._local, source, subfolder, uploads)
+        return await run_in(DISK, self._local, source, subfolder, uploads)
 
     def _local(self, source: str, subfolder: str | None, uploads: bool) -> Place:
         source = source if uploads and _uploaded(source) else _inside(source, "source")
@@ -95,27 +95,30 @@ class Store:
             raise BadRequest(f"upload: wanted {wanted}; got {', '.join(sorted(files)) or 'nothing'}", param="file")
         folder = self.root / UPLOADS / f".{secrets.token_hex(8)}"
         try:
-            await asyncio.to_thread(folder.mkdir, parents=True)
+            await run_in(DISK, folder.mkdir, parents=True)
             await self._receive(files, folder)
             if "file" in files:
-                await asyncio.to_thread(_unpacked, folder, self.limit)
+                await run_in(DISK, _unpacked, folder, self.limit)
         except OSError as error:
-            await asyncio.to_thread(discard, folder)
+            await run_in(DISK, discard, folder)
             raise Forbidden(f"the upload cannot be stored: {error.strerror}") from None
         except BaseException:
-            await asyncio.to_thread(discard, folder)
+            await run_in(DISK, discard, folder)
             raise
         return folder
 
     async def _receive(self, files: Mapping[str, Upload], folder: Path) -> None:
         left = self.limit
         for name, part in files.items():
-            with (folder / name).open("xb") as out:
+            out = await run_in(DISK, (folder / name).open, "xb")
+            try:
                 while piece := await part.read(PIECE):
                     left -= len(piece)
                     if left < 0:
                         raise PayloadTooLarge(f"the upload is over the limit of {self.limit} bytes")
-                    await asyncio.to_thread(out.write, piece)
+                    await run_in(DISK, out.write, piece)
+            finally:
+                await run_in(DISK, out.close)
 
     def keep(self, staged: Path, content: str) -> Place:
         """Moves a staged folder to where its digest says, in one step; what lay there already is kept if it is the same."""

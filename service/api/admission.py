@@ -19,6 +19,7 @@ from .. import metrics
 from ..engine.decoding import Stops
 from ..engine.request import BaseCard, Sampling
 from ..errors import BadRequest, ContextLengthExceeded
+from ..threads import DISK, TEXT, run_in
 from ..traces import Part
 from .answer import Answer
 from .limits import told
@@ -78,7 +79,7 @@ class Admission:
         self.generation = found = self.held.enter_context(self.rooms.registry.lease(id))
         text = self.rooms.text
         known = text.known(found.number)
-        return known if known is not None else await asyncio.to_thread(text.of, found.number, found.folder)
+        return known if known is not None else await run_in(DISK, text.of, found.number, found.folder)
 
     def submit(self, voice: Voice, prompt: tuple[int, ...], ask: Ask) -> list[Answer]:
         """Takes the tickets of one prompt. Raises BadRequest, ContextLengthExceeded, Overloaded, NotReady."""
@@ -215,4 +216,4 @@ def budget(prompt: int, ask: Ask, context: int) -> int:
 
 async def tokenized(request: Request, make: Callable[..., tuple[int, ...]], *what: Any) -> tuple[int, ...]:
     """The ids that `make` gives, off the event loop where there is much: texts, but tools and the number of messages count too."""
-    return await asyncio.to_thread(make, *what) if len(await request.body()) > LONG else make(*what)
+    return await run_in(TEXT, make, *what) if len(await request.body()) > LONG else make(*what)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..engine.text import Voice
 
 LONG = 20_000  # bytes of a body; what a longer one holds is tokenized off the event loop
+MANY = 2_000  # ids
 
 
 @dataclass(frozen=True)
@@ -212,6 +213,11 @@ def budget(prompt: int, ask: Ask, context: int) -> int:
         details={"context": context, "prompt_tokens": prompt, "max_tokens": wanted},
         param=ask.param,
     )
+
+
+async def decoded(voice: Voice, ids: Sequence[int]) -> str:
+    """The text of the ids, made off the event loop where there are many."""
+    return voice.decode(ids) if len(ids) < MANY else await run_in(TEXT, voice.decode, ids)
 
 
 async def tokenized(request: Request, make: Callable[..., tuple[int, ...]], *what: Any) -> tuple[int, ...]:

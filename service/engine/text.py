@@ -6,9 +6,9 @@ Knows tokenizer files and chat templates. Must not know HTTP, names or sequences
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from .decoding import Decoder
 from .tools import Format, declared
 
 KEPT = 512  # voices of adapters that stay in memory; most share the base's tokenizer and are small
+PIECES = 16_384  # texts of single tokens that a tokenizer's voices remember: 3 MB, and nearly all that are told
 SPACE = "\u2581"  # how sentencepiece writes a space
 WORDS, SETTINGS, SPECIALS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
 GENERATION, CONFIG = "generation_config.json", "config.json"
@@ -40,7 +41,7 @@ class Text:
         eos = _eos(self.folder, GENERATION) | _eos(self.folder, CONFIG)
         if self._tokenizer.eos_token_id is not None:
             eos |= {self._tokenizer.eos_token_id}
-        self.base = Voice(backend, self._tokenizer, eos, self._tokenizer.chat_template, {})
+        self.base = Voice(backend, self._tokenizer, eos, self._tokenizer.chat_template, {}, pieces_of(backend))
         self._voices: dict[object, Voice] = {}
 
     def known(self, generation: object) -> Voice | None:
@@ -66,7 +67,8 @@ class Text:
             eos = self.base.eos | _eos(folder, GENERATION) | ({own} if own is not None else set())
         except BaseException as error:  # the tokenizers library raises plain Exceptions, and its panics are not even those
             raise AdapterInvalid([f"the adapter's tokenizer files cannot be read: {type(error).__name__}"]) from error
-        return Voice(backend, self._tokenizer, frozenset(eos), template, specials)
+        piece = self.base.piece if backend is self.base.backend else pieces_of(backend)
+        return Voice(backend, self._tokenizer, frozenset(eos), template, specials, piece)
 
     def _words(self, folder: Path) -> Tokenizer:
         """The adapter's own tokenizer where its vocabulary differs from the base's, else the base's."""
@@ -86,7 +88,7 @@ class Voice:
     """How the base or one adapter reads and writes text. Safe to use from several threads.
 
     `templates` is a chat template, or several by name (`default`, `tool_use`), or None; `specials` are the special tokens' texts a
-    template may use, where they differ from the base's.
+    template may use, where they differ from the base's. `piece` gives one token's own text; see `pieces_of`.
     """
 
     backend: Tokenizer
@@ -94,6 +96,7 @@ class Voice:
     eos: frozenset[int]
     templates: str | dict[str, str] | None
     specials: dict[str, str]
+    piece: Callable[[int], str]
 
     @cached_property
     def special(self) -> frozenset[int]:
@@ -121,12 +124,6 @@ class Voice:
     def decoder(self, prompt: Sequence[int] = ()) -> Decoder:
         """Turns the answer to this prompt into text, token by token."""
         return Decoder(self.backend.decode, self.special, prompt)
-
-    def piece(self, id: int) -> str:
-        """One token's own text, special ones by their name; the bytes of an incomplete character are U+FFFD."""
-        text = self.backend.decode([id], skip_special_tokens=False)
-        raw = self.backend.id_to_token(id) or ""
-        return " " + text if raw.startswith(SPACE) and not text.startswith(" ") else text
 
     def template(self, tools: bool) -> str:
         """The chat template's source. Raises BadRequest when there is none."""
@@ -159,6 +156,21 @@ class Voice:
         except Exception as error:  # a template is foreign code and may raise anything
             raise BadRequest(f"messages: the chat template refuses them: {error}", param="messages") from error
         return self.encode(rendered, special=False)  # the template has written the special tokens itself
+
+
+def pieces_of(backend: Tokenizer) -> Callable[[int], str]:
+    """Gives one token's own text, special ones by their name; the bytes of an incomplete character are U+FFFD.
+
+    Remembers it, for beside each token twenty likely ones may be told, and they are mostly the same.
+    """
+
+    @lru_cache(maxsize=PIECES)
+    def piece(id: int) -> str:
+        text: str = backend.decode([id], skip_special_tokens=False)
+        raw = backend.id_to_token(id) or ""
+        return " " + text if raw.startswith(SPACE) and not text.startswith(" ") else text
+
+    return piece
 
 
 def _tokenizer(folder: Path) -> Any:

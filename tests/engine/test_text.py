@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 
 from service.engine import text as words
 from service.engine.decoding import BROKEN, Decoder, Stops
-from service.engine.text import Text, Voice
+from service.engine.text import Text, Voice, pieces_of
 from service.engine.tools import Call, Calls, Format, declared
 from service.errors import AdapterInvalid, BadRequest, SettingsError
 from tests import making
@@ -136,7 +136,7 @@ def test_a_prompt_that_ends_within_a_character_does_no_harm(text: Text) -> None:
 
 def test_a_token_is_shown_with_its_own_space() -> None:
     words = sentencepiece()
-    voice = Voice(words, None, frozenset(), None, {})
+    voice = Voice(words, None, frozenset(), None, {}, pieces_of(words))
     assert voice.piece(id_of(words, "▁Hello")) == " Hello"
     assert voice.piece(1) == "<s>"
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..engine.request import Digest, shared
-from ..errors import AdapterInvalid, AdapterUnsupported, Internal
+from ..errors import AdapterInvalid, AdapterUnsupported, Internal, NotReady
 from ..threads import DISK, PROCESS, run_in
 from .architecture import Node
 from .inspection import WEIGHTS
@@ -42,6 +42,7 @@ class Reader:
         self._turn = asyncio.Lock()
         self._process: SpawnProcess | None = None
         self._pipe: Connection | None = None
+        self._closed = False
 
     @property
     def pid(self) -> int | None:
@@ -78,13 +79,24 @@ class Reader:
         return answer
 
     async def close(self) -> None:
+        """Ends the child, whatever it reads; who waits for it is told NotReady, and so is whoever asks later."""
+        self._closed = True
+        self._kill()
         await self._in_turn(self._end)
+
+    def _kill(self) -> None:
+        process = self._process
+        if process is not None:
+            with contextlib.suppress(ValueError):  # it has ended meanwhile
+                process.kill()
 
     async def _in_turn(self, call: Callable[[], T]) -> T:
         """Calls in a thread, one at a time. A caller who leaves gives up the answer, not the turn: the next one's would be his."""
 
         async def turn() -> T:
             async with self._turn:
+                if self._closed and call != self._end:
+                    raise NotReady("the service is shutting down")
                 return await run_in(PROCESS, call)
 
         return await asyncio.shield(asyncio.create_task(turn()))
@@ -101,6 +113,8 @@ class Reader:
         process.start()
         theirs.close()
         self._pipe, self._process = ours, process
+        if self._closed:
+            process.kill()
         return ours
 
     def _meet(self) -> Connection:

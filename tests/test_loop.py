@@ -8,6 +8,7 @@ import io
 import os
 import shutil
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +18,11 @@ from typing import Any, cast
 import pytest
 from starlette.testclient import TestClient
 
+from service.adapters.hub import Hub
 from service.adapters.registry import Registry
 from service.app import create_app
 from service.engine.text import Text
+from service.errors import SourceMissing
 from service.settings import Settings, read
 
 from . import making
@@ -115,9 +118,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
 
 
 @contextmanager
-def serving(base: Path, root: Path) -> Iterator[TestClient]:
+def serving(base: Path, root: Path, hub: Hub | None = None) -> Iterator[TestClient]:
     settings: Settings = read({}, {"base": str(base), "adapters_dir": str(root), "max_rank": "64"})
-    registry = Registry(settings, device=FakeDevice(base))
+    registry = Registry(settings, device=FakeDevice(base), hub=hub)
     app = create_app(settings, cast(Any, Engine()), registry, text=lambda _: Text(base))
     with TestClient(app, raise_server_exceptions=False) as http:
         while not app.state.rooms.opened:
@@ -205,3 +208,46 @@ def test_no_thread_is_needed_for_what_is_at_hand(base: Path, root: Path, monkeyp
             assert http.get(path).status_code == 200, path
         assert http.post("/generate", json={"inputs": "Hi", "parameters": {"details": True, "top_n_tokens": 3}}).status_code == 200
         assert http.post("/v1/completions", json={"model": "base", "prompt": "Hi", "logprobs": 5, "stream": True}).status_code == 200
+
+
+class SilentHub(Hub):
+    """Does not answer until it is `let`; `asked` counts who waits."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(("org/*",), cache=root)
+        self.asked = threading.Semaphore(0)
+        self.let = threading.Event()
+
+    def fetch(self, name: str, revision: str | None, subfolder: str | None, limit: int) -> tuple[Path, str]:
+        self.asked.release()
+        self.let.wait()
+        raise SourceMissing(["it had nothing to say"])
+
+
+def test_sources_that_do_not_answer_hold_nothing_else_up(base: Path, root: Path, sources: Path, tmp_path: Path) -> None:
+    """Six of them took all threads there were, and `/metrics` 20 s."""
+    hub = SilentHub(tmp_path)
+    with serving(base, root, hub) as http:
+        answers: list[int] = []
+
+        def wait(number: int) -> None:
+            answers.append(http.post("/adapters", json={"id": f"h{number}", "source": f"hub:org/{number}"}).status_code)
+
+        waiting = [threading.Thread(target=wait, args=(number,)) for number in range(24)]
+        try:
+            for thread in waiting:
+                thread.start()
+            for _ in range(6):
+                hub.asked.acquire()
+            for look in (*(f"/adapters{look}" for look in LOOKS), "/metrics", "/info", "/docs"):
+                assert http.get(look).status_code == 200
+            assert change(http, sources) == {200, 201, 403, 409, 422}
+            schema = {"type": "json_object", "schema": {"type": "integer"}}
+            asked = {"inputs": "Hi " * 10_000, "parameters": {"adapter_id": "two", "truncate": 9, "response_format": schema}}
+            assert http.post("/generate", json=asked).status_code == 200
+            assert not answers
+        finally:
+            hub.let.set()
+            for thread in waiting:
+                thread.join()
+    assert answers == [422] * 24

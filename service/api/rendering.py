@@ -1,6 +1,7 @@
-"""JSON of any length, written piece by piece: the first on the event loop, all others in a thread. Knows no wire shapes.
+"""JSON of any length in pieces: the first is written on the event loop, all others in a thread.
 
-One answer may have a million numbers. Whoever writes it whole, in whatever thread, keeps the interpreter from everybody else.
+One answer may have a million numbers. Written whole, in whatever thread, it keeps the interpreter from
+everybody else. Knows no wire shapes.
 """
 
 from __future__ import annotations
@@ -26,13 +27,13 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=
 def dumped(value: Any) -> bytes:
     """A short value as JSON.
 
-    A lone surrogate, which the files of an adapter or the arguments of a call may hold, stays escaped, as JSON has it.
+    A lone surrogate, which an adapter's files or a call's arguments may hold, stays escaped, as JSON has it.
     """
     return _encode(value).encode("utf-8", "backslashreplace")
 
 
 async def render_pieces(value: Any) -> list[bytes]:
-    """The value as JSON, in pieces. A generator in it is a list, whose elements are made when they are written."""
+    """The value as JSON, in pieces. A generator in it is a list, its elements made when they are written."""
     texts = _texts(value)
     piece, more = _write_piece(texts)
     pieces = [piece]
@@ -48,7 +49,7 @@ def made_later(count: int, elements: Iterator[T]) -> Iterator[T] | list[T]:
 
 
 class WholeAnswer(Response):
-    """An answer of known length, sent in the pieces in which it was written: joined, it would be copied again and again."""
+    """An answer of known length, sent in the pieces in which it was written: joined, it would be copied."""
 
     media_type = "application/json"
 

@@ -19,6 +19,7 @@ from .api.quota import Quotas
 from .api.rooms import Rooms
 from .api.sse import Json
 from .settings import Settings
+from .threads import DISK, run_in
 
 if TYPE_CHECKING:
     from .adapters.registry import Registry
@@ -141,7 +142,7 @@ async def _open(rooms: Rooms, text: Callable[[str], Text], on_failure: Callable[
     try:
         await asyncio.gather(rooms.client.wait_ready(), rooms.registry.warm())
         assert rooms.client.base is not None, "a ready client has the base's card"
-        rooms.reader, _ = await asyncio.gather(asyncio.to_thread(text, rooms.client.base.folder), rooms.registry.open())
+        rooms.reader, _ = await asyncio.gather(run_in(DISK, text, rooms.client.base.folder), rooms.registry.open())
         rooms.opened = True
         log.info("ready", extra={"fields": {"base": rooms.registry.base_id, "adapters": len(rooms.registry.cards())}})
     except Exception as error:

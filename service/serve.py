@@ -19,12 +19,14 @@ from .api.rooms import Rooms
 from .api.wire import CONNECTIONS, Protocol
 from .errors import SettingsError
 from .settings import Settings
+from .threads import stop_threads
 from .traces import Tracer
 
 log = logging.getLogger("adapterd")
 
 CLOSING_S = 1  # what connections get to end in, once their requests were told to
 HARD_STOP_S = 2.0  # over the grace: then the process ends, whatever holds it
+STUCK_S = 0.5  # that threads get to end in, once everything else has
 FILES = 65_536  # open at once, if the system lets it have so many
 OWN_FILES = 256  # of them, that no connection may take; and half of the rest is for those that come all at once
 
@@ -44,9 +46,7 @@ class Server(uvicorn.Server):
         """Not recorded as uvicorn would, which raises the signal again in the end: a drained service exits with 0."""
         self.hurried = self.should_exit
         if not self.should_exit:
-            hard_stop = threading.Timer(self.rooms.settings.drain_s + HARD_STOP_S, os._exit, (0,))
-            hard_stop.daemon = True
-            hard_stop.start()
+            _end_within(self.rooms.settings.drain_s + HARD_STOP_S, 0)
         self.rooms.draining = True
         self.should_exit = True
 
@@ -100,7 +100,21 @@ def serve(settings: Settings, tracer: Tracer | None = None) -> int:
     if failures:
         line = " ".join(failures[0].split())
         print(line if line.startswith("ADAPTERD_") else f"ADAPTERD_BASE: {line}", file=sys.stderr)
-    return 1 if failures else 0
+    code = 1 if failures else 0
+    _leave_stuck_threads(code)
+    return code
+
+
+def _leave_stuck_threads(code: int) -> None:
+    """The interpreter would wait for every thread before it ends, also for one that waits for another machine."""
+    stop_threads()
+    _end_within(STUCK_S, code)
+
+
+def _end_within(seconds: float, code: int) -> None:
+    last = threading.Timer(seconds, os._exit, (code,))
+    last.daemon = True
+    last.start()
 
 
 def _listen(host: str, port: int) -> socket.socket:

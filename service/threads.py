@@ -1,6 +1,7 @@
-"""Threads of the API process, by kind of work: slow work of one kind never keeps work of another kind waiting.
+"""Threads of the API process by kind of work: slow work of one kind keeps no other kind waiting.
 
-A source that takes ten seconds holds download threads, and no reading of `/metrics`, no tokenizing. Must not know what the work is.
+A source that takes ten seconds holds download threads, and no reading of `/metrics`, no tokenizing.
+Must not know what the work is.
 """
 
 from __future__ import annotations
@@ -14,12 +15,26 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
-DISK = ThreadPoolExecutor(8, "disk")  # stat, read, write and delete files of the adapters directory
+# stat, read, write and delete files: the adapters directory may be a slow share
+DISK = ThreadPoolExecutor(8, "disk")
 DOWNLOAD = ThreadPoolExecutor(16, "download")  # ask another machine, for minutes at worst
-TEXT = ThreadPoolExecutor(4, "text")  # tokenize, compile grammars, render long answers: processor time, without end in sight
+TEXT = ThreadPoolExecutor(4, "text")  # tokenize: processor time in a library that lets the event loop run
+GRAMMAR = ThreadPoolExecutor(2, "grammar")  # compile grammars: the same, but anybody can send one of seconds
+RENDER = ThreadPoolExecutor(1, "render")  # write answers: the interpreter's time, which two would only share
 PROCESS = ThreadPoolExecutor(4, "process")  # wait for a child process: each has one caller at a time
+DEVICE = ThreadPoolExecutor(1, "device")  # ask the GPUs' driver how they are
+ALL = (DISK, DOWNLOAD, TEXT, GRAMMAR, RENDER, PROCESS, DEVICE)
 
 
 async def run_in(executor: ThreadPoolExecutor, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """The call's result, from a thread of this kind. Raises what the call raises. A caller who is cancelled leaves the call running."""
+    """The call's result, from a thread of this kind. Raises what the call raises.
+
+    A caller who is cancelled leaves the call running.
+    """
     return await asyncio.get_running_loop().run_in_executor(executor, partial(call, *args, **kwargs))
+
+
+def stop_threads() -> None:
+    """Begins no call that waits for a thread, and waits for none that runs; no kind takes another one."""
+    for executor in ALL:
+        executor.shutdown(wait=False, cancel_futures=True)

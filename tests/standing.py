@@ -1,6 +1,6 @@
 """Run as a program: `serve` with nothing behind its door, for tests of the process itself. `/dribble` ends, `/flood` does not.
 
-`--hasty` waits less than a second, `--poor` has few files.
+`--hasty` waits less than a second, `--poor` has few files; with `--held` a source answers in a million seconds.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import resource
 import sys
+import time
 from collections.abc import AsyncIterator
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from fastapi.responses import StreamingResponse
 from service import app as root
 from service.__main__ import main
 from service.api import wire
+from service.threads import DOWNLOAD
 from tests.api.house import NoText, Shelf, StandIn
 
 
@@ -40,6 +42,8 @@ def make(*given: Any, **named: Any) -> FastAPI:
     client = StandIn()
     if "--stuck" in sys.argv:
         vars(client)["stop"] = stuck
+    if "--held" in sys.argv:
+        DOWNLOAD.submit(time.sleep, 1e6)
     if "--broken" in sys.argv:
         client.base, client.reason = cast(Any, None), "the folder holds\nno config.json"
     app: FastAPI = root_create(*given, client=client, registry=Shelf(), text=lambda folder: NoText(), **named)
@@ -63,4 +67,4 @@ root_create: Any = root.create_app
 root.create_app = make
 
 if __name__ == "__main__":
-    sys.exit(main([word for word in sys.argv[1:] if word not in ("--broken", "--hasty", "--poor", "--stuck")]))
+    sys.exit(main([word for word in sys.argv[1:] if word not in ("--broken", "--held", "--hasty", "--poor", "--stuck")]))

@@ -56,3 +56,16 @@ def test_nothing_heavy_is_imported_before_it_listens() -> None:
     kept = {name: text for name, text in os.environ.items() if not name.startswith("ADAPTERD_")}
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=kept, capture_output=True, text=True, timeout=120)
     assert (ran.stdout, ran.stderr) == ("[]\n", "")
+
+
+HIRES = {"to_thread", "run_in_threadpool", "run_in_executor", "set_default_executor", "ThreadPoolExecutor"}
+
+
+@pytest.mark.parametrize("path", [*MODULES, *sorted((ROOT / "deploy" / "ray").rglob("*.py"))], ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_thread_of_a_pool_is_of_a_kind(path: Path) -> None:
+    """What waits in a pool that all share holds everything up: `service.threads` alone has pools, one for each kind of work."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    named = {node.attr for node in nodes if isinstance(node, ast.Attribute)} | {node.id for node in nodes if isinstance(node, ast.Name)}
+    imported = {name.name for node in nodes if isinstance(node, ast.ImportFrom) for name in node.names}
+    hired = HIRES & (named | imported)
+    assert hired == ({"ThreadPoolExecutor", "run_in_executor"} if path.name == "threads.py" else set())

@@ -93,6 +93,18 @@ def test_a_room_that_never_closes_does_not_hold_the_exit_either() -> None:
         assert ended(process)[0] == 0
 
 
+def test_a_source_that_never_answers_does_not_hold_the_exit() -> None:
+    """The grace is for requests, and none runs."""
+    with server("--held", "--drain-s", "100000") as (process, _):
+        process.send_signal(signal.SIGTERM)
+        assert ended(process)[0] == 0
+
+
+def test_nor_does_it_where_the_base_cannot_be_served() -> None:
+    with server("--held", "--broken", "--log-level", "error", serves=False) as (process, _):
+        assert ended(process) == (1, "ADAPTERD_BASE: the folder holds no config.json\n")
+
+
 def test_a_second_signal_cuts_the_drain_short() -> None:
     with (
         server("--drain-s", "100000") as (process, url),

@@ -1,6 +1,8 @@
-"""How long /health takes while the service does the hardest things it does: says so for each phase. Starts its own server on the demo base.
+"""How long /health, /metrics and a summary take while the service does the hardest things it does: says so for each phase.
 
-python -m deploy.bench.health [--clients 16] [--seconds 20] [--rank 1024]
+Starts its own server on the demo base, and a hub of its own whose weights come late.
+
+python -m deploy.bench.health [--clients 16] [--seconds 20] [--rank 1024] [--late 10]
 """
 
 from __future__ import annotations
@@ -18,10 +20,14 @@ from pathlib import Path
 import httpx
 
 from . import adapters
-from .load import ask, connect, jobs
+from .load import ask, connect, jobs, prompt
 from .report import percentile
 from .servers import Server, end_cleanly_when_told, models, started
+from .slow_hub import OWNER, slow_hub
 
+PATHS = ("/health", "/metrics", "/adapters/rank16-000/summary")
+SLOW = 8  # adapters that come from the slow hub at once
+TOPS = 20  # runner-ups
 EVERY_S = 0.02
 LIMIT_MS = 200.0
 
@@ -31,6 +37,7 @@ class Poll:
     """Asks in a thread of its own, so that the load's client cannot delay it. `times` are in milliseconds."""
 
     url: str
+    path: str
     times: list[float] = field(default_factory=list)
     wrong: int = 0
     over: threading.Event = field(default_factory=threading.Event)
@@ -39,26 +46,29 @@ class Poll:
         with httpx.Client(base_url=self.url, timeout=30, trust_env=False) as http:
             while not self.over.wait(EVERY_S):
                 began = time.perf_counter()
-                self.wrong += http.get("/health").status_code != 200
+                self.wrong += http.get(self.path).status_code != 200
                 self.times.append((time.perf_counter() - began) * 1000)
 
     def told(self, phase: str) -> str:
         p50, p99 = (percentile(self.times, share) for share in (50, 99))
         verdict = "" if p99 < LIMIT_MS and not self.wrong else f"  over {LIMIT_MS:.0f} ms or not 200"
-        return f"| {phase} | {len(self.times)} | {p50:.1f} | {p99:.1f} | {max(self.times):.1f} | {self.wrong} |{verdict}"
+        return f"| {phase} | {self.path} | {len(self.times)} | {p50:.1f} | {p99:.1f} | {max(self.times):.1f} | {self.wrong} |{verdict}"
 
 
 @asynccontextmanager
 async def polled(server: Server, phase: str) -> AsyncIterator[None]:
-    poll = Poll(server.url)
-    thread = threading.Thread(target=poll.run)
-    thread.start()
+    polls = [Poll(server.url, path) for path in PATHS]
+    threads = [threading.Thread(target=poll.run) for poll in polls]
+    for thread in threads:
+        thread.start()
     try:
         yield
     finally:
-        poll.over.set()
-        await asyncio.to_thread(thread.join)
-    print(poll.told(phase), flush=True)
+        for poll, thread in zip(polls, threads, strict=True):
+            poll.over.set()
+            await asyncio.to_thread(thread.join)
+    for poll in polls:
+        print(poll.told(phase), flush=True)
 
 
 async def generate(http: httpx.AsyncClient, names: list[str], clients: int, seconds: float) -> None:
@@ -83,13 +93,50 @@ async def reload(http: httpx.AsyncClient, seconds: float) -> None:
     print(f"  {loads} loads", flush=True)
 
 
+async def chat(http: httpx.AsyncClient, names: list[str], clients: int, over: asyncio.Event) -> None:
+    """Streams of chats with runner-ups, `clients` at once, until it is over."""
+
+    async def one(number: int) -> None:
+        messages = [{"role": "user", "content": prompt(64, f"chat/{number}")}]
+        body = {"model": names[number % len(names)], "messages": messages, "max_tokens": 64, "stream": True, "logprobs": True}
+        while not over.is_set():
+            async with http.stream("POST", "/v1/chat/completions", json={**body, "ignore_eos": True, "top_logprobs": TOPS}) as answer:
+                answer.raise_for_status()
+                async for _ in answer.aiter_bytes():
+                    pass
+
+    await asyncio.gather(*(one(number) for number in range(clients)))
+
+
+async def register_slow(http: httpx.AsyncClient, over: asyncio.Event) -> None:
+    """Registers all of the slow hub's at once, and says when the last one is there."""
+    began = time.perf_counter()
+
+    async def one(number: int) -> None:
+        (await http.post("/adapters", json={"id": f"slow-{number}", "source": f"hub:{OWNER}/{number}"})).raise_for_status()
+
+    try:
+        await asyncio.gather(*(one(number) for number in range(SLOW)))
+    finally:
+        over.set()
+    print(f"  {SLOW} adapters of the slow hub after {time.perf_counter() - began:.1f} s", flush=True)
+
+
+async def answer_many(http: httpx.AsyncClient, model: str) -> None:
+    """One request for as many answers as may be, with runner-ups beside each token."""
+    body = {"model": model, "messages": [{"role": "user", "content": prompt(16, "many")}], "max_tokens": 64, "ignore_eos": True}
+    many = body | {"n": 128, "temperature": 1, "logprobs": True, "top_logprobs": TOPS}
+    answer = (await http.post("/v1/chat/completions", json=many)).raise_for_status()
+    print(f"  {len(answer.content) / 1e6:.0f} MB", flush=True)
+
+
 async def measure(server: Server, clients: int, seconds: float) -> None:
     base, _ = models(server)
     async with connect(server.url) as http:
         (await http.delete("/adapters/large")).raise_for_status()
         names = [base, *(f"rank16-{i:03}" for i in range(clients))]
         await generate(http, names, clients, 5)
-        print("| phase | polls | p50 ms | p99 ms | max ms | not 200 |\n|---|---|---|---|---|---|")
+        print("| phase | path | polls | p50 ms | p99 ms | max ms | not 200 |\n|---|---|---|---|---|---|---|")
         async with polled(server, "idle"):
             await asyncio.sleep(seconds / 4)
         async with polled(server, f"{clients} streams"):
@@ -98,6 +145,11 @@ async def measure(server: Server, clients: int, seconds: float) -> None:
             await reload(http, seconds)
         async with polled(server, f"{clients} streams, and a large adapter loads"):
             await asyncio.gather(generate(http, names, clients, seconds), reload(http, seconds))
+        async with polled(server, f"{clients} streams with {TOPS} runner-ups, and {SLOW} adapters come from a slow source"):
+            over = asyncio.Event()
+            await asyncio.gather(chat(http, names, clients, over), register_slow(http, over))
+        async with polled(server, f"128 answers with {TOPS} runner-ups"):
+            await answer_many(http, base)
 
 
 def main() -> None:
@@ -105,6 +157,7 @@ def main() -> None:
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--rank", type=int, default=1024, help="of the large adapter")
+    parser.add_argument("--late", type=float, default=10, help="seconds after which the slow hub's weights come")
     asked = parser.parse_args()
     end_cleanly_when_told()
     with tempfile.TemporaryDirectory() as folder:
@@ -113,8 +166,14 @@ def main() -> None:
         adapters.write(root / "large", asked.rank, seed=1)
         size = (root / "large" / "adapter_model.safetensors").stat().st_size
         print(f"the large adapter: rank {asked.rank}, {size / 1e6:.0f} MB")
+        for number in range(SLOW):
+            adapters.write(Path(folder) / "hub" / str(number), 16, seed=100 + number)
         pool = {"pool_rank": str(2 * asked.rank), "max_rank": str(asked.rank)}
-        with started({"base": "demo", "adapters_dir": str(root), **pool}, Path(folder) / "log") as server:
+        settings = {"base": "demo", "adapters_dir": str(root), "hub": f"{OWNER}/*", **pool}
+        with (
+            slow_hub(Path(folder) / "hub", asked.late, Path(folder) / "cache") as hub,
+            started(settings, Path(folder) / "log", environment=hub) as server,
+        ):
             asyncio.run(measure(server, asked.clients, asked.seconds))
 
 

@@ -94,14 +94,17 @@ def end_cleanly_when_told() -> None:
 
 
 @contextmanager
-def started(settings: Mapping[str, str], log: Path, name: str = "adapterd") -> Iterator[Server]:
+def started(
+    settings: Mapping[str, str], log: Path, name: str = "adapterd", environment: Mapping[str, str] | None = None
+) -> Iterator[Server]:
     """Our server on a free port of loopback, ready, until the block ends. `settings` are named without their prefix."""
     port = free_port()
     clean = {key: value for key, value in os.environ.items() if not key.startswith("ADAPTERD_")}
     ours = {f"ADAPTERD_{key.upper()}": value for key, value in {**settings, "port": str(port)}.items()}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
-        process = subprocess.Popen([sys.executable, "-m", "service", "serve"], cwd=ROOT, env=clean | ours, stdout=out, stderr=out)
+        whole = {**clean, **ours, **(environment or {})}
+        process = subprocess.Popen([sys.executable, "-m", "service", "serve"], cwd=ROOT, env=whole, stdout=out, stderr=out)
     server = Server(name, f"http://127.0.0.1:{port}", process.pid)
     try:
         await_ready(server, process, log)

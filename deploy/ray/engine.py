@@ -20,6 +20,7 @@ from service.app import create_app
 from service.engine.client import Client
 from service.errors import AdapterdError
 from service.settings import Settings
+from service.threads import DISK, run_in
 
 from .call import Call
 from .turns import changing, version
@@ -37,20 +38,22 @@ class Shared(Registry):
         self._seen = (0, 0)
         self._following = asyncio.Lock()
 
-    @property
-    def behind(self) -> bool:
+    async def is_behind(self) -> bool:
         """Whether something was remembered that this one has not taken over; its own changes count."""
-        return version(self._root) != self._seen
+        return await self._version() != self._seen
+
+    async def _version(self) -> tuple[int, int]:
+        return await run_in(DISK, version, self._root)
 
     async def open(self) -> None:
         async with changing(self._root):  # what it reads while it opens, nobody changes
             await super().open()
-            self._seen = version(self._root)
+            self._seen = await self._version()
 
     async def follow(self) -> None:
         async with self._following:
-            if self.behind:
-                seen = version(self._root)
+            if await self.is_behind():
+                seen = await self._version()
                 await super().follow()
                 self._seen = seen
 
@@ -143,7 +146,7 @@ class Engine:
             messages.put_nowait({"type": END})
 
     async def _remembered(self, messages: asyncio.Queue[Message | None]) -> None:
-        while not self.registry.behind:  # noqa: ASYNC110 - a file has no event
+        while not await self.registry.is_behind():  # noqa: ASYNC110 - a file has no event
             await asyncio.sleep(0.02)
         messages.put_nowait(None)
 
@@ -151,7 +154,7 @@ class Engine:
         """For the moments in which nobody calls `follow`: it was starting, or whoever changed something died."""
         while True:
             await asyncio.sleep(LOOK_S)
-            if self.registry.behind:
+            if await self.registry.is_behind():
                 async with changing(self.settings.adapters):
                     await self.follow()
 

@@ -10,6 +10,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TextIO
 
+from service.threads import DISK, run_in
+
 LEDGER, LOCK = ".adapterd.json", ".adapterd.lock"
 LOOK_S = 0.01
 
@@ -17,10 +19,13 @@ LOOK_S = 0.01
 @asynccontextmanager
 async def changing(root: Path) -> AsyncIterator[None]:
     """The turn of whoever holds it, over processes and machines; it ends with its process at the latest."""
-    with _lock(root) as file:
-        while not _taken(file.fileno()):  # noqa: ASYNC110 - another process tells no event
+    file = await run_in(DISK, _lock, root)
+    try:
+        while not await run_in(DISK, _taken, file.fileno()):  # noqa: ASYNC110 - another process tells no event
             await asyncio.sleep(LOOK_S)
         yield
+    finally:
+        await run_in(DISK, file.close)
 
 
 def _lock(root: Path) -> TextIO:

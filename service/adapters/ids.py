@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from ..errors import AdapterNotFound, BadRequest, Conflict
@@ -48,8 +49,12 @@ class Served:
         return claimed is not None and _last(claimed) in {_last(self.id), _last(self.setting), _last(base_name(self.setting))}
 
 
+@cache
 def base_name(setting: str) -> str:
-    """What a base is called when nobody says otherwise: its hub id, or the name of its folder or file."""
+    """What a base is called when nobody says otherwise: its hub id, or the name of its folder or file.
+
+    The disk is asked once.
+    """
     if setting == "demo":
         return DEMO_BASE
     path = Path(setting)

@@ -57,7 +57,7 @@ class Opening:
             place = await self.store.find(record.source, record.subfolder, record.revision, uploads=True, held=held)
             fingerprint, reading = await read_place(self.reader, place, record)
         except (AdapterdError, OSError) as error:
-            if record.source == id and not (self.store.root / id).exists():
+            if record.source == id and not await run_in(DISK, (self.store.root / id).exists):
                 log.info("the folder of %s is gone", id)
                 return None
             return self._failed(id, unplaced, record, error)

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..engine.request import shared
-from ..errors import AdapterInvalid, AdapterUnsupported, Internal
+from ..errors import AdapterInvalid, AdapterUnsupported, Internal, NotReady
 from ..manifest import Manifest, list_names
-from ..threads import PROCESS, run_in
+from ..threads import DISK, PROCESS, run_in
 from .architecture import Node
 from .questions import Ask, Measure, Reading, Refusal
 
@@ -42,6 +42,7 @@ class Reader:
         self._turn = asyncio.Lock()
         self._process: SpawnProcess | None = None
         self._pipe: Connection | None = None
+        self._closed = False
 
     @property
     def pid(self) -> int | None:
@@ -59,7 +60,7 @@ class Reader:
 
     async def read(self, folder: Path, known: Manifest = ()) -> Reading:
         """What the adapter in this folder is. Raises AdapterInvalid, AdapterUnsupported."""
-        size = sum((folder / name).stat().st_size for name in list_names(folder))
+        size = await run_in(DISK, _size_of, folder)
         answer = await self._told(Ask(folder, known), size)
         assert isinstance(answer, Reading)
         adapter = replace(answer.adapter, patches=shared(answer.adapter.patches))
@@ -78,13 +79,24 @@ class Reader:
         return answer
 
     async def close(self) -> None:
+        """Ends the child, whatever it reads; who waits for it is told NotReady, and so is whoever asks later."""
+        self._closed = True
+        self._kill()
         await self._in_turn(self._end)
+
+    def _kill(self) -> None:
+        process = self._process
+        if process is not None:
+            with contextlib.suppress(ValueError):  # it has ended meanwhile
+                process.kill()
 
     async def _in_turn(self, call: Callable[[], T]) -> T:
         """Calls in a thread, one at a time. A caller who leaves gives up the answer, not the turn: the next one's would be his."""
 
         async def turn() -> T:
             async with self._turn:
+                if self._closed and call != self._end:
+                    raise NotReady("the service is shutting down")
                 return await run_in(PROCESS, call)
 
         return await asyncio.shield(asyncio.create_task(turn()))
@@ -101,6 +113,8 @@ class Reader:
         process.start()
         theirs.close()
         self._pipe, self._process = ours, process
+        if self._closed:
+            process.kill()
         return ours
 
     def _meet(self) -> Connection:
@@ -134,6 +148,11 @@ class Reader:
             self._process.join()
             self._process.close()
         self._pipe = self._process = None
+
+
+def _size_of(folder: Path) -> int:
+    """The bytes of the files that are read. Raises OSError."""
+    return sum((folder / name).stat().st_size for name in list_names(folder))
 
 
 def serve(pipe: Connection, max_rank: int) -> None:

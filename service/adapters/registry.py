@@ -39,7 +39,8 @@ class Registry:
     """
 
     def __init__(self, settings: Settings, device: Device, hub: Hub | None = None, reader: type[Reader] = Reader) -> None:
-        self.base_id = settings.base_id or ids.base_name(settings.base)
+        named = ids.base_name(settings.base)  # now, for later the event loop would ask the disk
+        self.base_id = settings.base_id or named
         self._settings = settings
         self._store = Store(settings.adapters, hub or Hub(settings.hub), int(settings.max_upload_mb * 1e6))
         self._ledger = Ledger(settings.adapters / ".adapterd.json")
@@ -126,7 +127,8 @@ class Registry:
                 content = reading.adapter.digest
                 async with self._purging(home(content)):
                     kept = await run_in(DISK, self._store.keep, staged, content)
-                    generation = Generation(id, kept, kept.fingerprint(), shelf.now(), reading.moved(kept.folder))
+                    fingerprint = await run_in(DISK, kept.fingerprint)
+                    generation = Generation(id, kept, fingerprint, shelf.now(), reading.moved(kept.folder))
                     return await self._take(generation, pinned=False, preload=True, replace=False)
         finally:
             await run_in(DISK, discard, staged)
@@ -159,7 +161,7 @@ class Registry:
         """Takes the id away at once, waits for its leases, then frees its content unless another id has it too. Raises AdapterNotFound."""
         one = self._shelves.found(id)
         place, drained = one.generation.place, one.in_flight
-        self._deleted |= {id, place.path}
+        self._deleted = self._deleted | {id, place.path}
         ending = self._shelves.withdraw(one)
         metrics.adapter_removed(id)
         await self._save()
@@ -283,6 +285,13 @@ class Registry:
 
     async def _save(self) -> None:
         async with self._saving:
+            deleted = self._deleted
+            there = await run_in(DISK, _present, self._settings.adapters, deleted)
+            if self._deleted is deleted:  # what was deleted meanwhile may have been made anew before
+                self._deleted = there
             records = {id: one.record() for id, one in self._shelves.current.items()}
-            self._deleted = {name for name in self._deleted if (self._settings.adapters / name).exists()}
             await run_in(DISK, self._ledger.save, records, set(self._deleted))
+
+
+def _present(root: Path, names: set[str]) -> set[str]:
+    return {name for name in names if (root / name).exists()}

@@ -121,12 +121,15 @@ class Store:
     async def _receive(self, files: Mapping[str, Upload], folder: Path) -> None:
         left = self.limit
         for name, part in files.items():
-            with (folder / name).open("xb") as out:
+            out = await run_in(DISK, (folder / name).open, "xb")
+            try:
                 while piece := await part.read(PIECE):
                     left -= len(piece)
                     if left < 0:
                         raise PayloadTooLarge(f"the upload is over the limit of {self.limit} bytes")
                     await run_in(DISK, out.write, piece)
+            finally:
+                await run_in(DISK, out.close)
 
     def keep(self, staged: Path, content: str) -> Place:
         """Moves a staged folder to where its digest says, in one step; what lay there already is kept if it is the same."""

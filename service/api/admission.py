@@ -34,6 +34,7 @@ RENDERED = 4_000_000  # characters that an adapter's template may make of a conv
 TOKEN = 8
 
 Shown = Mapping[str, Any]
+MANY = 2_000  # ids
 
 
 @dataclass(frozen=True)
@@ -242,3 +243,8 @@ async def chat_prompt(admitted: Admission, voice: Voice, messages: Sequence[Show
     else:
         text = voice.render_here(wanted)
     return await tokenized(admitted.request, voice, text, special=False)  # the template has written the special tokens itself
+
+
+async def decoded(voice: Voice, ids: Sequence[int]) -> str:
+    """The text of the ids, made off the event loop where there are many."""
+    return voice.decode(ids) if len(ids) < MANY else await run_in(TEXT, voice.decode, ids)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -13,10 +13,11 @@ from . import grammar
 from .admission import Admission, Admitted, Ask, tokenized
 from .answer import Answer, Piece
 from .errors import documented
+from .rendering import render_answer
 from .schemas import COLD
 from .schemas_native import GenerateRequest, Parameters
 from .scopes import KEY_SCOPE
-from .sse import EVENTS, dumped, streamed
+from .sse import EVENTS, streamed
 from .tops import best, finite
 
 router = APIRouter(tags=["generation"], dependencies=[KEY_SCOPE])
@@ -55,9 +56,10 @@ async def _whole(body: GenerateRequest, request: Request, admitted: Admitted, li
     if asked.details:
         told["details"] = _details(asked, answers[0])
         if len(answers) > 1:
-            told["details"]["best_of_sequences"] = [{"generated_text": _text(body, asked, a), **_details(asked, a)} for a in answers[1:]]
+            others = ({"generated_text": _text(body, asked, a), **_details(asked, a)} for a in answers[1:])
+            told["details"]["best_of_sequences"] = others
     headers = admitted.headers() | admitted.times() | {"x-generated-tokens": str(len(answers[0].tokens))}
-    return Response(dumped([told] if listed else told), headers=headers, media_type="application/json")
+    return await render_answer([told] if listed else told, headers)
 
 
 async def _streamed(body: GenerateRequest, request: Request, admitted: Admitted) -> Response:
@@ -144,16 +146,16 @@ def _counts(asked: Parameters, answer: Answer) -> Told:
 def _details(asked: Parameters, answer: Answer) -> Told:
     told = _counts(asked, answer) | {
         "prefill": _prefill(answer) if asked.decoder_input_details else [],
-        "tokens": [_token(answer, piece, named=True) for piece in answer.pieces],
+        "tokens": (_token(answer, piece, named=True) for piece in answer.pieces),
     }
     if asked.top_n_tokens:
-        told["top_tokens"] = [_top(answer, piece.token, asked.top_n_tokens) for piece in answer.pieces]
+        told["top_tokens"] = (_top(answer, piece.token, asked.top_n_tokens or 0) for piece in answer.pieces)
     return told
 
 
-def _prefill(answer: Answer) -> list[Told]:
-    scored = answer.scored or tuple(Token(id) for id in answer.prompt)
-    return [{"id": t.id, "text": answer.voice.piece(t.id), "logprob": finite(t.logprob)} for t in scored]
+def _prefill(answer: Answer) -> Iterator[Told]:
+    for token in answer.scored or map(Token, answer.prompt):
+        yield {"id": token.id, "text": answer.voice.piece(token.id), "logprob": finite(token.logprob)}
 
 
 def _token(answer: Answer, piece: Piece, named: bool) -> Told:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
-from functools import cache
-from typing import Any
+from functools import cache, partial
+from hashlib import sha256
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from ..errors import BadRequest
+from ..lru import LRU
+from ..threads import GRAMMAR, run_in
 from .schemas import AnyText, JsonGrammar, JsonObject, JsonSchema, PlainSchema, Regex, RegexGrammar
 
 Wanted = JsonObject | JsonSchema | PlainSchema | Regex | AnyText | JsonGrammar | RegexGrammar
@@ -26,9 +30,56 @@ MULTIPLE = 10_000  # the compiler makes a state for each remainder; a million ta
 COMPILING_S = 2.0  # of processor time, for what a sampler does in half of it
 TOO_LONG = "it takes too long to compile"
 TOLD = 300  # characters of its complaint
+REMEMBERED = 16_000_000  # bytes of grammars that need no second check
+ENTRY = 500  # bytes that one takes beside its texts
 
 # one space where people write one, none elsewhere: a model that may write white space between any two tokens may never end
 SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+
+class Verdict(NamedTuple):
+    """A grammar's text, or what is `wrong` with what it was asked for."""
+
+    grammar: str
+    wrong: str = ""
+
+
+class Verdicts:
+    """Remembers what came of checking a text, so that the same one is compiled once however often it is sent.
+
+    `capacity` is in bytes; the least recently used is forgotten first.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self._held = LRU[bytes](capacity)
+        self._known: dict[bytes, Verdict] = {}
+        self._running: dict[bytes, asyncio.Task[Verdict]] = {}
+
+    async def of(self, text: str, check: Callable[[], Verdict]) -> Verdict:
+        """What `check` says, which is to depend on the text alone; it runs in a thread."""
+        key = sha256(text.encode("utf-8", "surrogatepass")).digest()
+        self._held.touch(key)
+        if (known := self._known.get(key)) is not None:
+            return known
+        if key not in self._running:
+            task = self._running[key] = asyncio.create_task(run_in(GRAMMAR, check))
+            task.add_done_callback(partial(self._ended, key))
+        return await asyncio.shield(self._running[key])
+
+    def _ended(self, key: bytes, task: asyncio.Task[Verdict]) -> None:
+        del self._running[key]
+        if task.cancelled() or task.exception() is not None:
+            return
+        verdict = task.result()
+        cost = ENTRY + sys.getsizeof(verdict.grammar) + sys.getsizeof(verdict.wrong)
+        for old in self._held.victims(cost) or ():
+            self._held.remove(old)
+            del self._known[old]
+        self._held.add(key, cost)
+        self._known[key] = verdict
+
+
+VERDICTS = Verdicts(REMEMBERED)
 
 
 async def compiled(wanted: Wanted | None, param: str = "response_format") -> str | None:
@@ -36,39 +87,68 @@ async def compiled(wanted: Wanted | None, param: str = "response_format") -> str
     if wanted is None or isinstance(wanted, AnyText):
         return None
     if isinstance(wanted, Regex | RegexGrammar):
-        pattern = wanted.regex if isinstance(wanted, Regex) else wanted.value
-        try:
-            return await checked(LLMatcher.grammar_from_regex(pattern), param)
-        except UnicodeEncodeError:
-            raise BadRequest(f"{param}: the expression holds a lone surrogate", param=param) from None
+        return await of_regex(wanted.regex if isinstance(wanted, Regex) else wanted.value, param)
     return await of_schema(_schema(wanted), param)
+
+
+async def of_regex(pattern: str, param: str) -> str:
+    """The grammar of texts that match. Raises BadRequest naming `param` when none can."""
+    return await _checked("regex", pattern, partial(_from_regex, pattern), param)
 
 
 async def of_schema(schema: dict[str, Any], param: str) -> str:
     """The grammar of JSON that fits this schema. Raises BadRequest naming `param` when nothing can."""
-    _bounded(len(json.dumps(schema, ensure_ascii=False)), param)  # before it is walked through: that takes longer than to read it
+    return await _checked("schema", json.dumps(schema, ensure_ascii=False), partial(_from_schema, schema), param)
+
+
+async def of_calls(functions: Mapping[str, dict[str, Any]], param: str) -> str:
+    """The grammar of one call of one of these functions, each given with the schema of its arguments. Raises as `of_schema`."""
+    return await _checked("calls", json.dumps(functions, ensure_ascii=False), partial(_from_calls, functions), param)
+
+
+async def _checked(kind: str, text: str, check: Callable[[], Verdict], param: str) -> str:
+    """The grammar. What is too large is refused before it is walked through: that takes longer than to read it."""
+    verdict = Verdict("", _oversize(text)) if _oversize(text) else await VERDICTS.of(f"{kind} {text}", check)
+    if verdict.wrong:
+        raise BadRequest(f"{param}: {verdict.wrong}", param=param)
+    return verdict.grammar
+
+
+# ---- in a thread
+
+
+def _from_regex(pattern: str) -> Verdict:
+    try:
+        return _tested(LLMatcher.grammar_from_regex(pattern))
+    except UnicodeEncodeError:
+        return Verdict("", "the expression holds a lone surrogate")
+
+
+def _from_schema(schema: dict[str, Any]) -> Verdict:
     if reach(schema) > DEEPEST:
-        raise BadRequest(f"{param}: the schema is nested too deep: its levels and those it refers to are over {DEEPEST}", param=param)
+        return Verdict("", f"the schema is nested too deep: its levels and those it refers to are over {DEEPEST}")
     if multiple(schema) > MULTIPLE:
-        raise BadRequest(f"{param}: what all `multipleOf` in it have in common is over {MULTIPLE}", param=param)
+        return Verdict("", f"what all `multipleOf` in it have in common is over {MULTIPLE}")
     try:
         text = LLMatcher.grammar_from_json_schema(json.dumps(schema, allow_nan=False), overrides=SPACING)
     except ValueError as error:
-        raise BadRequest(f"{param}: not a JSON schema: {error}", param=param) from None
-    return await checked(text, param)
+        return Verdict("", f"not a JSON schema: {error}"[:TOLD])
+    return _tested(text)
 
 
-async def checked(grammar: str, param: str) -> str:
-    """The same text, if the grammar can be met; compiled off the event loop, for a big one takes a while."""
-    _bounded(len(grammar), param)
-    if wrong := await asyncio.to_thread(_tried, grammar):
-        raise BadRequest(f"{param}: {wrong.strip()[:TOLD]}", param=param)
-    return grammar
+def _from_calls(functions: Mapping[str, dict[str, Any]]) -> Verdict:
+    called = [_called(name, f"#/$defs/{at}") for at, name in enumerate(functions)]
+    inside = {str(at): _moved(schema, f"#/$defs/{at}") for at, schema in enumerate(functions.values())}
+    return _from_schema({"anyOf": called, "$defs": inside})
 
 
-def _bounded(size: int, param: str) -> None:
-    if size > LARGEST:
-        raise BadRequest(f"{param}: as a grammar it has {size} characters, and {LARGEST} are the most", param=param)
+def _tested(grammar: str) -> Verdict:
+    wrong = _oversize(grammar) or _tried(grammar).strip()[:TOLD]
+    return Verdict("", wrong) if wrong else Verdict(grammar)
+
+
+def _oversize(text: str) -> str:
+    return f"as a grammar it has {len(text)} characters, and {LARGEST} are the most" if len(text) > LARGEST else ""
 
 
 def _tried(grammar: str) -> str:
@@ -90,13 +170,6 @@ def _tried(grammar: str) -> str:
 @cache
 def _bytes() -> LLTokenizer:
     return LLTokenizer("byte")
-
-
-async def of_calls(functions: Mapping[str, dict[str, Any]], param: str) -> str:
-    """The grammar of one call of one of these functions, each given with the schema of its arguments. Raises as `of_schema`."""
-    called = [_called(name, f"#/$defs/{at}") for at, name in enumerate(functions)]
-    inside = {str(at): _moved(schema, f"#/$defs/{at}") for at, schema in enumerate(functions.values())}
-    return await of_schema({"anyOf": called, "$defs": inside}, param)
 
 
 def _called(name: str, arguments: str) -> dict[str, Any]:

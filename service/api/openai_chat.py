@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -17,8 +17,9 @@ from .answer import Answer, Ending
 from .errors import documented
 from .grammar import compiled, of_calls
 from .openai_shapes import FINISH, Told, chosen, merged, shell, usage
+from .rendering import made_later, render_answer
 from .schemas_chat import ChatRequest, Message
-from .sse import EVENTS, dumped, streamed
+from .sse import EVENTS, streamed
 from .tops import best, finite
 
 if TYPE_CHECKING:
@@ -41,9 +42,9 @@ async def chat(body: ChatRequest, request: Request, admitted: Admitted) -> Respo
         outside = shell("chatcmpl", "chat.completion.chunk", body.model, admitted)
         return streamed(request, _chunks(body, admitted, outside, calls), admitted.headers())
     await admitted.finish()
-    choices = [_choice(body, i, answer, calls[i]) for i, answer in enumerate(admitted.answers)]
+    choices = (_choice(body, i, answer, calls[i]) for i, answer in enumerate(admitted.answers))
     told = shell("chatcmpl", "chat.completion", body.model, admitted) | {"choices": choices, "usage": usage(admitted)}
-    return Response(dumped(told), headers=admitted.headers() | admitted.times(), media_type="application/json")
+    return await render_answer(told, admitted.headers() | admitted.times())
 
 
 def _turn(message: Message) -> Told:
@@ -137,8 +138,13 @@ def _call(call: Call) -> Told:
 
 
 def _logprobs(voice: Voice, tokens: Sequence[Token], wanted: int) -> Told:
-    told = [{**_spelled(voice, t.id, t.logprob), "top_logprobs": [_spelled(voice, *pair) for pair in best(t, wanted)]} for t in tokens]
-    return {"content": told, "refusal": None}
+    return {"content": made_later(len(tokens), _tokens(voice, tokens, wanted)), "refusal": None}
+
+
+def _tokens(voice: Voice, tokens: Sequence[Token], wanted: int) -> Iterator[Told]:
+    for token in tokens:
+        tops = [_spelled(voice, *pair) for pair in best(token, wanted)]
+        yield {**_spelled(voice, token.id, token.logprob), "top_logprobs": tops}
 
 
 def _spelled(voice: Voice, id: int, logprob: float | None) -> Told:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 
 from ..engine.request import Token
-from .admission import Admission, Admitted, Ask, tokenized
+from .admission import Admission, Admitted, Ask, decoded, tokenized
 from .answer import Answer, Piece
 from .errors import documented
 from .grammar import compiled
 from .openai_shapes import FINISH, Told, chosen, merged, shell, usage
+from .rendering import made_later, render_answer
 from .schemas_openai import CompletionRequest
-from .sse import EVENTS, dumped, streamed
+from .sse import EVENTS, streamed
 from .tops import best, finite
 
 if TYPE_CHECKING:
@@ -31,18 +32,21 @@ async def completions(body: CompletionRequest, request: Request, admitted: Admit
     voice = await admitted.enter(chosen(body.model, admitted.rooms))
     ask = await _ask(body)
     echoes: list[str] = []
+    rulers: list[Ruler] = []
     for prompt in body.prompts:
         ids = await tokenized(request, voice, prompt) if isinstance(prompt, str) else tuple(prompt)
         admitted.submit(voice, ids, ask)
-        echo = prompt if isinstance(prompt, str) else voice.decode(ids)
-        echoes += [echo if body.echo else ""] * ask.count
+        echo = prompt if isinstance(prompt, str) or not body.echo else await decoded(voice, ids)
+        echoes += [str(echo) if body.echo else ""] * ask.count
+        start = 0 if body.echo or body.logprobs is None else len(await decoded(voice, ids))
+        rulers += [Ruler(start) for _ in range(ask.count)]
     outside = shell("cmpl", "text_completion", body.model, admitted)
     if body.stream:
-        return streamed(request, _chunks(body, admitted, outside, echoes), admitted.headers())
+        return streamed(request, _chunks(body, admitted, outside, echoes, rulers), admitted.headers())
     await admitted.finish()
-    choices = [_choice(body, i, answer, echo) for i, (answer, echo) in enumerate(zip(admitted.answers, echoes, strict=True))]
+    choices = (_choice(body, i, *one) for i, one in enumerate(zip(admitted.answers, echoes, rulers, strict=True)))
     told = outside | {"choices": choices, "usage": usage(admitted)}
-    return Response(dumped(told), headers=admitted.headers() | admitted.times(), media_type="application/json")
+    return await render_answer(told, admitted.headers() | admitted.times())
 
 
 async def _ask(body: CompletionRequest) -> Ask:
@@ -58,23 +62,23 @@ async def _ask(body: CompletionRequest) -> Ask:
     )
 
 
-def _choice(body: CompletionRequest, index: int, answer: Answer, echo: str) -> Told:
+def _choice(body: CompletionRequest, index: int, answer: Answer, echo: str, ruler: Ruler) -> Told:
     tokens = (*(answer.scored if body.echo else ()), *answer.tokens)
-    logprobs = None if body.logprobs is None else _logprobs(answer.voice, tokens, body.logprobs, 0 if body.echo else _start(answer))
+    logprobs = None if body.logprobs is None else _logprobs(answer.voice, tokens, body.logprobs, ruler)
     return {"index": index, "text": echo + answer.text, "logprobs": logprobs, "finish_reason": FINISH[answer.ending]}
 
 
-async def _chunks(body: CompletionRequest, admitted: Admission, outside: Told, echoes: list[str]) -> AsyncIterator[Told]:
+async def _chunks(
+    body: CompletionRequest, admitted: Admission, outside: Told, echoes: list[str], rulers: list[Ruler]
+) -> AsyncIterator[Told]:
     usual: dict[str, Any] = {"usage": None} if body.usage_wanted else {}
-    offsets = [0 if body.echo else _start(answer) for answer in admitted.answers] if body.logprobs is not None else []
     async for i, piece in merged(admitted.answers):
         answer = admitted.answers[i]
         first = len(answer.pieces) == 1
         logprobs = None
         if body.logprobs is not None:
             tokens = _scored(answer, piece, first)
-            logprobs = _logprobs(answer.voice, tokens, body.logprobs, offsets[i])
-            offsets[i] += sum(len(text) for text in logprobs["tokens"])
+            logprobs = _logprobs(answer.voice, tokens, body.logprobs, rulers[i])
         text = (echoes[i] if first else "") + piece.text
         finish = FINISH[piece.ending] if piece.ending else None
         yield outside | {"choices": [{"index": i, "text": text, "logprobs": logprobs, "finish_reason": finish}]} | usual
@@ -86,23 +90,27 @@ def _scored(answer: Answer, piece: Piece, first: bool) -> tuple[Token, ...]:
     return (*(answer.scored if first else ()), *((piece.token,) if piece.token else ()))
 
 
-def _start(answer: Answer) -> int:
-    return len(answer.voice.decode(answer.prompt))
+class Ruler:
+    """Where the next token of an answer begins, in characters of the tokens' own texts."""
+
+    def __init__(self, start: int) -> None:
+        self.at = start
+
+    def offsets(self, texts: Iterable[str]) -> Iterator[int]:
+        for text in texts:
+            yield self.at
+            self.at += len(text)
 
 
-def _logprobs(voice: Voice, tokens: Sequence[Token], wanted: int, offset: int) -> Told:
-    """Parallel lists, one entry a token; `text_offset` counts characters of the tokens' own texts."""
-    texts = [voice.piece(token.id) for token in tokens]
-    offsets = []
-    for text in texts:
-        offsets.append(offset)
-        offset += len(text)
-    return {
-        "tokens": texts,
-        "token_logprobs": [finite(token.logprob) for token in tokens],
-        "top_logprobs": [_top(voice, token, wanted) for token in tokens],
-        "text_offset": offsets,
+def _logprobs(voice: Voice, tokens: Sequence[Token], wanted: int, ruler: Ruler) -> Told:
+    """Parallel lists, one entry a token."""
+    lists: dict[str, Iterator[Any]] = {
+        "tokens": (voice.piece(token.id) for token in tokens),
+        "token_logprobs": (finite(token.logprob) for token in tokens),
+        "top_logprobs": (_top(voice, token, wanted) for token in tokens),
+        "text_offset": ruler.offsets(voice.piece(token.id) for token in tokens),
     }
+    return {name: made_later(len(tokens), elements) for name, elements in lists.items()}
 
 
 def _top(voice: Voice, token: Token, wanted: int) -> Told | None:

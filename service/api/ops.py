@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import platform
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -15,6 +14,7 @@ from starlette.staticfiles import StaticFiles
 
 from .. import __version__, gpu, metrics
 from ..errors import NotFound, NotReady
+from ..threads import DEVICE, DISK, run_in
 from .errors import documented
 from .rooms import Here, Rooms, Seen, Shelf, Sight
 from .scopes import KEY_SCOPE, PUBLIC_SCOPE
@@ -58,7 +58,7 @@ FORMATS: dict[int | str, Told] = {200: {"content": {"text/plain": {}, "applicati
 @router.get("/metrics", responses=documented() | FORMATS)
 async def exposition(request: Request, here: Here, seen: Seen) -> Response:
     """Prometheus text, or OpenMetrics where `Accept` asks for it. A key with a list of adapters gets no series that name adapters."""
-    metrics.gpus(await asyncio.to_thread(gpu.readings))
+    metrics.gpus(await run_in(DEVICE, gpu.readings))
     if here.settings.lora_requests_info == "on" and here.opened:
         tell_gateway(here)
     content, kind = metrics.exposition(request.headers.get("accept", ""), named=seen.whole)
@@ -142,12 +142,12 @@ def placements(here: Rooms, seen: Sight) -> list[Told]:
 async def console(request: Request) -> Response:
     if "text/html" not in request.headers.get("accept", ""):
         raise NotFound("the console is for browsers (accept: text/html); /docs lists the routes")
-    return page("console/index.html", CONSOLE)
+    return await page("console/index.html", CONSOLE)
 
 
 @router.get("/docs", include_in_schema=False)
 async def docs() -> Response:
-    return page("docs/index.html", SWAGGER)
+    return await page("docs/index.html", SWAGGER)
 
 
 @router.get("/openapi.json", include_in_schema=False)
@@ -155,9 +155,9 @@ async def description(request: Request) -> Response:
     return Json(request.app.openapi())
 
 
-def page(name: str, policy: str) -> Response:
+async def page(name: str, policy: str) -> Response:
     path = PAGES / name
-    if not path.is_file():
+    if not await run_in(DISK, path.is_file):
         raise NotFound("this page is not part of the installation")
     return FileResponse(path, media_type="text/html", headers={"content-security-policy": policy, "cache-control": "no-cache"})
 

@@ -85,19 +85,22 @@ class Rooms:
         return NotReady(f"not ready: {reason}", retry_after=1 if self.state == "restarting" else 2)
 
 
-def rooms(request: Request) -> Rooms:
+# Each of these is `async`, for the framework runs what is not in a thread, and those may all be busy.
+
+
+async def rooms(request: Request) -> Rooms:
     found: Rooms = request.app.state.rooms
     return found
 
 
-def shelf(here: Annotated[Rooms, Depends(rooms)]) -> Rooms:
+async def shelf(here: Annotated[Rooms, Depends(rooms)]) -> Rooms:
     """The rooms, once the registrations are there; the worker may be restarting. Raises NotReady before that."""
     if not here.opened:
         raise here.closed(here.reason)
     return here
 
 
-def open_rooms(here: Annotated[Rooms, Depends(rooms)]) -> Rooms:
+async def open_rooms(here: Annotated[Rooms, Depends(rooms)]) -> Rooms:
     """The rooms, once the base serves. Raises NotReady before that and while draining."""
     here.require()
     return here
@@ -126,7 +129,11 @@ def sight(request: Request) -> Sight:
     return Sight(request.scope.get("state", {}).get("key"))
 
 
-Seen = Annotated[Sight, Depends(sight)]
+async def _seen(request: Request) -> Sight:
+    return sight(request)
+
+
+Seen = Annotated[Sight, Depends(_seen)]
 Here = Annotated[Rooms, Depends(rooms)]
 Shelf = Annotated[Rooms, Depends(shelf)]
 Open = Annotated[Rooms, Depends(open_rooms)]

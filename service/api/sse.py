@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
@@ -12,6 +11,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from ..errors import AdapterdError
 from .errors import body, internal, note, openai_dialect
+from .rendering import dumped, render_pieces
 
 log = logging.getLogger("adapterd.stream")
 
@@ -21,11 +21,6 @@ EVENT = {"type": "object", "properties": {"data": {"type": "string", "descriptio
 EVENTS: dict[int | str, dict[str, Any]] = {  # of a route's OpenAPI: what it may answer beside a JSON object
     200: {"description": "the answer; where it is streamed, as server-sent events", "content": {"text/event-stream": {"schema": EVENT}}}
 }
-
-
-def dumped(value: Any) -> bytes:
-    """A lone surrogate, which the files of an adapter or the arguments of a call may hold, stays escaped, as JSON has it."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode("utf-8", "backslashreplace")
 
 
 class Json(JSONResponse):
@@ -46,7 +41,12 @@ async def _frames(request: Request, events: AsyncIterator[Mapping[str, Any]]) ->
     openai = openai_dialect(request.scope["path"])
     try:
         async for event in events:
-            yield frame(event)
+            first, *rest = await render_pieces(event)
+            yield b"".join((b"data: ", first, b"" if rest else b"\n\n"))
+            for piece in rest:
+                yield piece
+            if rest:
+                yield b"\n\n"
     except AdapterdError as error:
         note(error, request.scope)
         yield frame(body(error, openai))

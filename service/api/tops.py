@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from operator import itemgetter
 
 from ..engine.request import Token
 
@@ -19,4 +20,4 @@ def best(token: Token, wanted: int) -> list[tuple[int, float]]:
     """The `wanted` likeliest tokens at this place, best first, the chosen one where it belongs."""
     chosen = {token.id: token.logprob} if token.logprob is not None else {}
     known = chosen | dict(token.top)  # of equals the chosen one is the first
-    return sorted(known.items(), key=lambda pair: -pair[1])[:wanted]
+    return sorted(known.items(), key=itemgetter(1), reverse=True)[:wanted]

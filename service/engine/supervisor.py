@@ -15,6 +15,7 @@ from typing import Protocol, TypeVar
 
 from .. import metrics
 from ..settings import Settings
+from ..threads import PROCESS, run_in
 from .process import Process
 from .request import BaseCard, Broken, Notice, Order, Progress, Ready, Report, Shutdown
 from .worker import RAISED_TWICE
@@ -105,7 +106,7 @@ class Supervisor:
                 await self._gone.wait()
         process.kill()
         await self._gone.wait()
-        await asyncio.to_thread(process.join)
+        await run_in(PROCESS, process.join)
 
     def send(self, order: Order) -> bool:
         """Whether there was a ready worker to send it to."""
@@ -184,18 +185,21 @@ class Supervisor:
         limit = min(SILENCE_S, self.settings.request_timeout_s)
         while True:
             await asyncio.sleep(min(limit, STANDSTILL_S) / 20)
-            if self._process is None:
+            process = self._process
+            if process is None:
                 continue
             if not self._born:
-                self._feel(self._process)
+                await self._feel(process)
             silent = self._loop.time() - self.heard
+            if process is not self._process:
+                continue
             if silent > (limit if self._born else STANDSTILL_S) and (self.ward.waits or not self._born):
                 log.error("the worker has %s for %.0f s and is killed", "said nothing" if self._born else "stood still", silent)
-                self._process.kill()
+                process.kill()
 
-    def _feel(self, process: Process) -> None:
+    async def _feel(self, process: Process) -> None:
         """One that loads a large base says nothing for minutes; while it works, or nobody can know, that is well."""
-        spent = process.spent()
+        spent = await run_in(PROCESS, process.spent)
         if spent is None or spent != self._spent:
             self._spent, self.heard = spent, self._loop.time()
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from .tools import Format, declared
 
 KEPT = 512  # voices of adapters that stay in memory; most share the base's tokenizer and are small
 OWN_KEPT = 16  # tokenizers among them that are an adapter's own, of a hundred megabytes each where the vocabulary is large
+PIECES = 16_384  # texts of single tokens that a tokenizer's voices remember: 3 MB, and nearly all that are told
 WORDS, SETTINGS, SPECIALS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
 ADDED = "added_tokens.json"
 VOCABULARIES = (ADDED, "vocab.*", "merges.txt", "tokenizer.model")  # what counts where there is no tokenizer.json
@@ -171,6 +172,28 @@ class Words:
     own: bool = False
     own_vocabulary: bool = False
 
+    @cached_property
+    def piece(self) -> Callable[[int], str]:
+        """Gives one token's text; see `Voice.piece`.
+
+        Remembers it, for beside each token twenty likely ones may be told, and they are mostly the same.
+        """
+        decode, (ids, lead) = self.backend.decode, self._lead
+
+        @lru_cache(maxsize=PIECES)
+        def piece(id: int) -> str:
+            text: str = decode([*ids, id], skip_special_tokens=False)
+            return text.removeprefix(lead) if text.startswith(lead) else decode([id], skip_special_tokens=False)
+
+        return piece
+
+    @cached_property
+    def _lead(self) -> tuple[list[int], str]:
+        """A token to decode others behind, for at the start of a text some tokenizers drop a space, and its own text."""
+        ids = self.backend.encode("a", add_special_tokens=False).ids[-1:]
+        text = self.backend.decode(ids, skip_special_tokens=False)
+        return (ids, text) if text and BROKEN not in text else ([], "")
+
 
 @dataclass(frozen=True)
 class Voice:
@@ -219,9 +242,7 @@ class Voice:
 
     def piece(self, id: int) -> str:
         """One token's text as it is within a text, special ones by their name; the bytes of an incomplete character are U+FFFD."""
-        ids, lead = self._lead
-        text = self.backend.decode([*ids, id], skip_special_tokens=False)
-        return text.removeprefix(lead) if text.startswith(lead) else self.backend.decode([id], skip_special_tokens=False)
+        return self.words.piece(id)
 
     def piece_bytes(self, id: int) -> bytes:
         """One token's own bytes, also where they are only a part of a character."""
@@ -231,13 +252,6 @@ class Voice:
         if byte := BYTE.fullmatch(name):
             return bytes([int(byte[1], 16)])
         return bytes(BYTES[char] for char in name) if BYTES.keys() >= set(name) else text.encode()
-
-    @cached_property
-    def _lead(self) -> tuple[list[int], str]:
-        """A token to decode others behind, for at the start of a text some tokenizers drop a space, and its own text."""
-        ids = self.backend.encode("a", add_special_tokens=False).ids[-1:]
-        text = self.backend.decode(ids, skip_special_tokens=False)
-        return (ids, text) if text and BROKEN not in text else ([], "")
 
     def template(self, tools: bool) -> str:
         """The chat template's source. Raises BadRequest when there is none."""

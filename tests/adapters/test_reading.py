@@ -13,7 +13,7 @@ import pytest
 from service.adapters import reading
 from service.adapters.questions import Reading, Refusal
 from service.adapters.reading import Reader
-from service.errors import AdapterInvalid, AdapterUnsupported
+from service.errors import AdapterInvalid, AdapterUnsupported, NotReady
 
 from .. import making
 
@@ -53,9 +53,17 @@ async def test_one_process_reads_refuses_and_is_replaced(base: Path, plain: Path
 
         reader.read_s = 0.5
         with pytest.raises(AdapterInvalid, match="longer than"):
-            await reader.read(making.edit(plain, tmp_path / "stalling", {"target_modules": "(" + "(.*)*" * 12 + ")x$"}))
+            await reader.read(stalling := making.edit(plain, tmp_path / "stalling", {"target_modules": "(" + "(.*)*" * 12 + ")x$"}))
+        reader.read_s = 3600.0
+        await reader.read(plain)
+        stalled = [asyncio.create_task(reader.read(stalling))]
+        while not reader._turn.locked():  # noqa: ASYNC110 - a lock tells nobody that it is taken
+            await asyncio.sleep(0.01)
+        stalled.append(asyncio.create_task(reader.read(plain)))
     finally:
-        await reader.close()
+        await asyncio.wait_for(reader.close(), 60)  # against hangs only
+    outcomes = await asyncio.gather(*stalled, return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [AdapterInvalid, NotReady]
     assert reader.pid is None
 
 

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
 from service.api import grammar
+from service.api.grammar import Verdict, Verdicts
 from service.api.schemas import JsonObject, Regex
 from service.errors import BadRequest
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is remembered of other tests."""
+    monkeypatch.setattr(grammar, "VERDICTS", Verdicts(grammar.REMEMBERED))
 
 
 def compiled(schema: dict[str, Any]) -> str:
@@ -154,3 +162,99 @@ def test_a_complaint_is_short() -> None:
 def test_any_object_where_no_schema_is_given() -> None:
     text = asyncio.run(grammar.compiled(JsonObject(type="json_object")))
     assert json.loads(str(text))["grammars"][0]["json_schema"]["type"] == "object"
+
+
+# ---- what was checked before
+
+
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The grammars that were compiled."""
+    made: list[str] = []
+    compile: Callable[[str], str] = grammar._tried
+
+    def counted(text: str) -> str:
+        made.append(text)
+        return compile(text)
+
+    monkeypatch.setattr(grammar, "_tried", counted)
+    return made
+
+
+def test_the_same_text_is_compiled_once_whoever_sends_it(tried: list[str]) -> None:
+    async def crowd() -> list[str]:
+        first = await asyncio.gather(*(grammar.of_schema({"type": "integer"}, f"p{i}") for i in range(8)))
+        return [*first, await grammar.of_schema({"type": "integer"}, "later")]
+
+    assert len(set(asyncio.run(crowd()))) == 1
+    assert compiled({"type": "integer"})
+    assert len(tried) == 1
+    assert compiled({"type": "string"})
+    assert len(tried) == 2
+
+
+def test_the_same_expression_and_the_same_functions_are_compiled_once(tried: list[str]) -> None:
+    for _ in range(3):
+        asyncio.run(grammar.compiled(Regex(type="regex", regex="[a-f]+")))
+        asyncio.run(grammar.of_calls({"add": {"type": "object"}}, "tools"))
+    assert len(tried) == 2
+
+
+def test_what_was_refused_is_refused_again_in_each_dialects_words(tried: list[str]) -> None:
+    said = []
+    for param in ("grammar", "response_format", "grammar"):
+        with pytest.raises(BadRequest) as caught:
+            asyncio.run(grammar.of_schema({"enum": []}, param))
+        said.append((caught.value.param, caught.value.message.removeprefix(param)))
+    assert [param for param, _ in said] == ["grammar", "response_format", "grammar"]
+    assert len({message for _, message in said}) == 1
+    assert len(tried) <= 1
+
+
+def test_the_least_recently_used_is_forgotten_first() -> None:
+    verdicts = Verdicts(2 * (grammar.ENTRY + 1300))
+    asked: list[str] = []
+
+    async def ask(text: str) -> None:
+        def check() -> Verdict:
+            asked.append(text)
+            return Verdict(text * 1000)
+
+        assert (await verdicts.of(text, check)).grammar == text * 1000
+
+    async def go() -> None:
+        for text in "abacab":
+            await ask(text)
+
+    asyncio.run(go())
+    assert asked == ["a", "b", "c", "b"]
+
+
+def test_a_defect_is_not_remembered_and_a_caller_who_leaves_takes_nobodys_answer() -> None:
+    verdicts = Verdicts(1000)
+
+    def broken() -> Verdict:
+        raise MemoryError
+
+    async def go() -> Verdict:
+        with pytest.raises(MemoryError):
+            await verdicts.of("a", broken)
+        leaving = asyncio.create_task(verdicts.of("a", lambda: Verdict("fine")))
+        staying = asyncio.create_task(verdicts.of("a", broken))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        return await staying
+
+    assert asyncio.run(go()) == Verdict("fine")
+
+
+def test_nothing_of_a_schema_is_walked_through_on_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    def walked(schema: Any) -> int:
+        with pytest.raises(RuntimeError):
+            asyncio.get_running_loop()
+        return 1
+
+    for name in ("reach", "multiple"):
+        monkeypatch.setattr(grammar, name, walked)
+    assert compiled({"type": "integer"})
+    assert asyncio.run(grammar.of_calls({"add": {"type": "object"}}, "tools"))

@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from deploy.bench import adapters, bench, grid
+from deploy.bench import adapters, bench, grid, health
 from deploy.bench.load import Sample, closed, connect, jobs, opened, picks, prompt
 from deploy.bench.report import BASE, Cell, Summary, median, percentile, plot, summarize, table, write
 from deploy.bench.servers import Server, memory_mb, models
+from deploy.bench.slow_hub import COMMIT, slow_hub
+from service.adapters.hub import Hub
 
 from .fake import Fake, serving
 
@@ -199,3 +201,24 @@ def test_adapters_are_readable_differ_and_are_not_made_twice(tmp_path: Path) -> 
     assert tuple(tensor.shape) == (adapters.KV, 8)
     assert str(tensor.dtype) == "torch.bfloat16"
     assert 0.5 * adapters.STD < float(tensor.float().std()) < 1.5 * adapters.STD
+
+
+def test_the_slow_hub_is_one_to_the_hubs_own_client(tmp_path: Path) -> None:
+    adapters.write(tmp_path / "hub" / "one", 4, seed=1, layers=1)
+    with slow_hub(tmp_path / "hub", 0.0, tmp_path / "cache") as asked:
+        hub = Hub(("slow/*",), asked["HF_ENDPOINT"], tmp_path / "cache" / "hub")
+        folder, commit = hub.fetch("slow/one", None, None, 10_000_000)
+    assert commit == COMMIT
+    for file in (tmp_path / "hub" / "one").iterdir():
+        assert (folder / file.name).read_bytes() == file.read_bytes()
+
+
+def test_each_phase_asks_all_that_must_stay_quick_and_says_which(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+    async def go() -> None:
+        async with health.polled(Server("fake", fake.url), "a phase"):
+            await asyncio.sleep(0.3)
+
+    asyncio.run(go())
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert [row[:2] for row in rows] == [["a phase", path] for path in ("/health", "/metrics", "/adapters/rank16-000/summary")]
+    assert {row[-1] for row in rows} == {"0"}

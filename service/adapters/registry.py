@@ -52,7 +52,8 @@ class Registry:
 
     async def open(self) -> None:
         """Starts the reader on the device's base and registers what was registered before and what lies in the adapters directory."""
-        await self._reader.start(Path(self._shelves.base.folder))
+        base = self._shelves.base
+        await self._reader.start(Path(base.folder), base.limits)
         await asyncio.to_thread(self._ledger.load)
         self._deleted = set(self._ledger.deleted)
         async for one in Opening(self._store, self._ledger, self._reader, self.base_id):

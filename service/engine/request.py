@@ -279,8 +279,26 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True)
+class LayerLimit:
+    """Linear layers that no mixed batch can adapt: their name pattern, class, and why. `by_peft`: PEFT can."""
+
+    pattern: str
+    kind: str
+    reason: str
+    by_peft: bool
+
+
+def name_pattern(module: str) -> str:
+    """A layer's dotted name with * for each number: what layers of one kind share."""
+    return ".".join("*" if part.isdigit() else part for part in module.split("."))
+
+
+@dataclass(frozen=True, slots=True)
 class BaseCard:
-    """The resident base: exact numbers, made by the worker once it is loaded. Bytes are resident bytes, by dtype."""
+    """The resident base: exact numbers, made by the worker once it is loaded.
+
+    Bytes are resident bytes, by dtype. `linears` are the layers that can be adapted, `limits` what stands in the way of others.
+    """
 
     folder: str
     architecture: str
@@ -297,6 +315,7 @@ class BaseCard:
     linears: tuple[Linear, ...]
     pool_rank: int
     rows: int
+    limits: tuple[LayerLimit, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from ..errors import SettingsError
 from ..settings import Settings
 from . import base, kernels, kv, proof
 from .bank import Bank
+from .calls import recorded_calls
 from .graphs import Graphs
 from .kernels import decoder
 from .memory import trim
@@ -54,13 +55,15 @@ def _built(settings: Settings, progress: base.Progress) -> tuple[Runner, BaseCar
     with torch.inference_mode():
         progress("measuring the base", 0.0)
         expected = proof.plain(model)
-        attention = kv.scout(model)
+        with recorded_calls(model) as recorder:
+            attention = kv.scout(model)
+        calls = recorder.result()
         rows, context = _capacity(model, attention, settings, device, recorded)
-        card = base.card(model, folder, settings, context, rows)
+        card = base.card(model, folder, settings, context, rows, calls.limits)
         tables = kernels.tables(rows) if device.type == "cpu" and _fusible(model, attention, settings) else None
         kv.allocate(attention, rows + recorded, context, dtype, device, tables.body if tables else None)
         progress("making the pool", 0.0)
-        bank = Bank(model, settings.pool_rank, dtype, device, tables)
+        bank = Bank(model, settings.pool_rank, dtype, device, tables, calls)
         if tables:
             _fuse(bank, attention)
         proof.prove(bank, expected)

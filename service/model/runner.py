@@ -138,7 +138,7 @@ def forward(tree: Any, device: torch.device, tokens: Sequence[int], spans: Seque
     rows = {} if tree.config._attn_implementation == kernels.NAME else {"table": table}
     out = tree(input_ids=ids, position_ids=table.positions[None], use_cache=False, logits_to_keep=keep, **rows)
     logits: Tensor = out.logits[0]
-    return logits
+    return logits if len(logits) == len(kept) else logits[keep]  # some models keep them all
 
 
 def _kept(chunk: Chunk) -> int:

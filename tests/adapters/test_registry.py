@@ -16,8 +16,8 @@ import pytest
 from service import metrics
 from service.adapters.registry import Registry
 from service.adapters.store import Place
-from service.engine.request import Lane, Load, Tier
-from service.errors import AdapterInvalid, AdapterNotFound, BadRequest, Conflict, Forbidden, NotReady
+from service.engine.request import Lane, LayerLimit, Load, Tier
+from service.errors import AdapterInvalid, AdapterNotFound, AdapterUnsupported, BadRequest, Conflict, Forbidden, NotReady
 
 from .. import kinds, making
 from .conftest import FakeDevice, NearReader, Shop
@@ -70,6 +70,16 @@ async def test_the_same_content_again_changes_nothing_and_other_content_is_a_con
         with pytest.raises(Conflict, match="taken by other content"):
             await registry.register("a", "other")
         assert registry.card("a") == first
+
+
+async def test_what_no_step_could_run_is_refused_at_registration_and_by_a_check(stocked: Shop) -> None:
+    limit = LayerLimit("model.layers.*.self_attn.v_proj", "Odd", "gives a tuple", by_peft=False)
+    async with stocked.opened(limits=(limit,)) as registry:
+        said = ["LoRA on Odd is not served: model.layers.*.self_attn.v_proj gives a tuple"]
+        assert (await registry.check("a", "plain"))["problems"] == said
+        with pytest.raises(AdapterUnsupported) as caught:
+            await registry.register("a", "plain")
+        assert caught.value.problems == said
 
 
 async def test_of_two_contents_racing_for_an_id_one_wins(stocked: Shop) -> None:

@@ -107,7 +107,9 @@ class Registry:
         preload: bool = True,
         replace: bool = False,
     ) -> tuple[Told, bool]:
-        """The card, and whether the id is new. The same content again changes nothing; other content needs `replace`.
+        """The card, and whether the id is new. The same content again changes nothing unless it had failed.
+
+        Other content needs `replace`.
 
         Raises BadRequest, Conflict, Forbidden, AdapterInvalid, AdapterUnsupported.
         """
@@ -220,11 +222,12 @@ class Registry:
         id, adapter = generation.id, generation.adapter
         assert adapter is not None, "only what was read can be taken"
         held = self._shelves.current.get(id)
-        if held and held.digest == adapter.digest:
+        same = held is not None and held.digest == adapter.digest
+        if held and same and not held.failure:
             return await self.pin(id, pinned) if replace and pinned != held.pinned else self.card(id), False
-        if held and held.digest and not replace:
+        if held and held.digest and not (same or replace):
             raise Conflict(f"the id {id!r} is taken by other content ({held.digest}); PUT replaces it", param="id")
-        one = Shelved(generation, pinned)
+        one = Shelved(generation, pinned or bool(held and same and held.pinned and not replace))
         before = await self._shelves.put(one, adapter, preload)
         await self._save()
         return self._card(one), not (before and before.digest)  # somebody may have deleted it by now

@@ -203,7 +203,10 @@ class Runner(Protocol):
         """Forgets the adapter in host memory, if it is there; the bytes freed."""
 
     def step(self, plan: Plan) -> Sequence[Result]:
-        """Runs the plan; one result per chunk, in order."""
+        """Runs the plan; one result per chunk, in order.
+
+        One that raises may be run again: no token was chosen. One chunk alone that raises leaves nothing in its row.
+        """
 
     def finish(self, request: int) -> None:
         """The request has ended: whatever was kept for it (random state, grammar) goes."""
@@ -332,7 +335,10 @@ class Broken:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """An adapter's way from disk to host memory ended. `error` is empty when it went well."""
+    """An adapter's way from disk to host memory ended, or the base turned out unable to run it (`error` says so).
+
+    `error` is empty when it went well.
+    """
 
     digest: Digest
     seconds: float

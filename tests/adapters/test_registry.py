@@ -361,6 +361,19 @@ async def test_a_load_that_fails_later_shows_until_one_succeeds(stocked: Shop) -
         assert registry.card("a")["state"] == "ready"
 
 
+@pytest.mark.parametrize("replaced", [False, True], ids=["POST", "PUT"])
+async def test_what_failed_is_tried_anew_when_it_is_registered_again(stocked: Shop, replaced: bool) -> None:
+    async with stocked.opened() as registry:
+        card, _ = await registry.register("a", "plain", pinned=True)
+        known = device(registry).known
+        registry.note(Load(card["digest"], 0.0, 0, "this base cannot run this adapter"))
+        known.clear()
+        again, new = await registry.register("a", "plain", pinned=replaced, replace=replaced)
+        assert (again["state"], again["pinned"], new) == ("ready", True, False)
+        assert list(known) == [card["digest"]], "the device was not asked to try it again"
+        assert device(registry).pinned == {card["digest"]}
+
+
 async def settle() -> None:
     for _ in range(20):
         await asyncio.sleep(0)

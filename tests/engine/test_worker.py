@@ -358,18 +358,46 @@ def test_a_request_that_raises_fails_alone_and_is_not_its_adapters_fault() -> No
         assert tokens_of(desk, {3})[0][3] == expected(each.digest, (7,), 2)
 
 
+class Steps:
+    """A worker in the test's own thread, a step at a time, with these adapters in host memory."""
+
+    def __init__(self, runner: FakeRunner, *adapters: Adapter, **chosen: Any) -> None:
+        settings = Settings(pool_rank=16, max_rank=16, **chosen)
+        self.connection, theirs = Pipe()
+        self.worker = Worker(theirs, runner, card(settings), settings)
+        self.tokens: dict[int, list[int]] = {}
+        self.ends: dict[int, Event] = {}
+        for one in adapters:
+            self.worker.scheduler.offer(one)
+            self.worker.scheduler.hosted(one.digest, runner.load(one))
+
+    def submit(self, id: int, count: int, digest: str | None = None) -> None:
+        self.tokens[id] = []
+        self.worker.scheduler.submit(Request(id, (5, id), count, digest))
+
+    def step(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.worker._turn()
+            while self.connection.poll():
+                for event in self.connection.recv().events:
+                    self.tokens[event.request] += [event.token.id] if event.token else []
+                    self.ends |= {event.request: event} if event.finish else {}
+
+
 def test_an_injected_fault_fails_those_who_get_there_and_nobody_else() -> None:
     each = adapter("a")
-    with worker(faults=Faults(step=3)) as desk:
-        desk.send(Offer(each, preload=True))
-        desk.report(lambda report: report.loads)
-        for id, (count, digest) in enumerate([(2, None), (5, None), (2, each.digest), (5, each.digest)]):
-            desk.send(Submit(Request(id, (5, id), count, digest)))
-        tokens, ends, loads = tokens_of(desk, {0, 1, 2, 3})
-        for id, digest in enumerate([None, None, each.digest, each.digest]):
-            assert tokens[id] == expected(digest, (5, id), 2)
-        assert [ends[id].code for id in range(4)] == ["", "internal", "", "internal"]
-        assert not [load for load in loads if load.error], "it is not the adapter that cannot be run"
+    steps = Steps(FakeRunner(), each, faults=Faults(step=3))
+    whose = {1: None, 2: each.digest, 3: None, 4: each.digest}
+    for ids, count in (((1, 2), 5), ((3, 4), 2)):
+        for id in ids:
+            steps.submit(id, count, whose[id])
+        steps.step()
+    steps.step()  # the third token of the first two, and the second of the others
+    assert {id: steps.ends[id].code for id in whose} == {1: "internal", 2: "internal", 3: "", 4: ""}
+    assert steps.tokens == {id: expected(whose[id], (5, id), 2) for id in whose}
+    steps.submit(5, 2, each.digest)
+    steps.step(2)
+    assert steps.tokens[5] == expected(each.digest, (5, 5), 2), "it is not the adapter that cannot be run"
 
 
 class Picky(FakeRunner):
@@ -385,17 +413,21 @@ class Picky(FakeRunner):
 
 def test_an_adapter_that_cannot_be_placed_fails_alone() -> None:
     bad, good = adapter("bad"), adapter("good")
-    runner = Picky(rows=4)
+    runner = Picky()
     runner.bad = bad.digest
-    with worker(runner) as desk:
-        desk.send(Offer(bad), Offer(good), Submit(Request(0, (4,), 30)))
-        for id, digest in {1: bad.digest, 2: good.digest, 3: bad.digest}.items():
-            desk.send(Submit(Request(id, (5,), 3, digest)))
-        tokens, ends, _ = tokens_of(desk, {0, 1, 2, 3})
-        assert (tokens[0], tokens[2]) == (expected(None, (4,), 30), expected(good.digest, (5,), 3))
-        assert [ends[id].code for id in range(4)] == ["", "internal", "", "internal"]
-        desk.send(Shutdown())
-        assert desk.end() == [0]
+    steps = Steps(runner, bad, good)
+    for _ in range(3):
+        for id, digest in {1: None, 2: bad.digest, 3: good.digest}.items():
+            steps.submit(id, 3, digest)
+        steps.step(3)
+        assert {id: steps.ends[id].code for id in (1, 2, 3)} == {1: "", 2: "internal", 3: ""}
+        assert steps.tokens == {1: expected(None, (5, 1), 3), 2: [], 3: expected(good.digest, (5, 3), 3)}
+        assert steps.worker.raised == 0
+        runner.ended.clear()
+    runner.bad = ""
+    steps.submit(4, 3, bad.digest)
+    steps.step(3)
+    assert steps.tokens[4] == expected(bad.digest, (5, 4), 3)
 
 
 def test_two_raising_steps_in_a_row_end_it() -> None:

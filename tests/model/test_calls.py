@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from service.adapters.reader import read
 from service.adapters.skeleton import Skeleton
-from service.engine.request import Adapter, BaseCard, Lane, LayerLimit
+from service.engine.request import Adapter, BaseCard, Lane, LayerLimit, Sampling
 from service.errors import AdapterUnsupported
 from service.model.build import build
 from service.model.calls import LinearCalls, recorded_calls
@@ -30,11 +30,11 @@ WHISPER |= {"encoder_layers": 2, "max_target_positions": 256, "init_std": 0.2, "
 FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, str], str]] = {
     "bert": (BERT, ("query", "value"), "cls.predictions.transform.dense"),
     "electra": (BERT | {"embedding_size": 64}, ("query", "value"), "generator_predictions.dense"),
-    "ernie": (BERT, ("query", "value"), "cls.predictions.transform.dense"),
     "roc_bert": (BERT, ("query", "value"), "cls.predictions.transform.dense"),
     "modernbert-decoder": (SIZES | {"num_hidden_layers": 2, "local_attention": 16}, ATTENTION, "lm_head.dense"),
     "whisper": (WHISPER, ATTENTION, "proj_out"),
 }
+SCORED = Sampling(logprobs=0)
 PHIMOE = SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
@@ -51,14 +51,27 @@ def load_adapter(driver: Driver, adapter: Adapter) -> None:
 
 
 def check_parity(driver: Driver, base: Path, adapters: dict[Path, Adapter]) -> None:
-    """The base and these adapters, mixed, say what PEFT says of each alone."""
-    jobs: list[tuple[Path | None, Job]] = [(None, Job(prompt, 5)) for prompt in prompts()[3:6]]
+    """The base and these adapters, mixed, say what PEFT says of each alone, and each something of its own."""
+    jobs: list[tuple[Path | None, Job]] = [(None, Job(prompt, 5, None, SCORED)) for prompt in prompts()[3:6]]
     for folder, adapter in adapters.items():
         load_adapter(driver, adapter)
-        jobs += [(folder, Job(prompt, 5, adapter.digest)) for prompt in prompts()[3:6]]
+        jobs += [(folder, Job(prompt, 5, adapter.digest, SCORED)) for prompt in prompts()[3:6]]
     driver.run([job for _, job in jobs])
-    for folder_or_base, job in jobs:
-        assert job.ids == making.greedy(base, folder_or_base, job.prompt, job.n), folder_or_base
+    plain = making.served(base)
+    for name in (None, *adapters):
+        model = making.served(base, name)
+        for job in (job for folder, job in jobs if folder == name):
+            told = torch.tensor([token.logprob for token in job.tokens])
+            assert torch.allclose(told, logprobs(model, job), atol=1e-3), name
+            assert name is None or not torch.allclose(told, logprobs(plain, job), atol=1e-2), "a weak fixture"
+
+
+@torch.no_grad()
+def logprobs(model: Any, job: Job) -> torch.Tensor:
+    """What the model makes of the tokens that the job was given."""
+    ids = torch.tensor([*job.prompt, *job.ids])
+    told: torch.Tensor = model(input_ids=ids[None]).logits[0].log_softmax(-1)
+    return told[len(job.prompt) - 1 : -1].gather(1, ids[len(job.prompt) :, None])[:, 0]
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import signal
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,12 +13,12 @@ from json import dumps, loads
 
 import torch
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..engine.request import Lane, Patch
+from ..engine.request import Lane, LayerLimit, Patch
 from ..errors import AdapterInvalid, AdapterUnsupported
 from ..recipe import ASIDE, build_peft_config, known_keys
 from .inspection import CONFIG, Config
@@ -27,7 +27,8 @@ from .skeleton import Skeleton, shape
 # What PEFT itself runs beside the mixed batch. Add a feature's name (a config key, a peft_type, or one of `features` below) to serve it.
 SHADOW_FEATURES = frozenset(
     {
-        "modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters", "LoRA on Embedding",
+        "modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters",
+        "LoRA on Embedding", "LoRA on some of the tokens",
         "IA3", "VERA", "LOHA", "LOKR", "OFT", "BEFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "LN_TUNING",
         "MISS", "OSF", "PEANUT", "PSOFT", "RANDLORA", "ROAD", "TINYLORA", "TRAINABLE_TOKENS", "VBLORA", "WAVEFT",
     }
@@ -45,12 +46,16 @@ APPLYING_S = 10.0  # of processor time; usually a tenth of a second. A worker ma
 
 @dataclass(frozen=True)
 class Meaning:
-    """What a config asks of the base: every tensor it needs, its LoRA layers, what is more than those, and all layers it changes."""
+    """What a config asks of the base: every tensor it needs, its LoRA layers, what is more than those.
+
+    `modules` are all layers that it changes; `refused` says which of these not even PEFT can run on this base.
+    """
 
     expected: dict[str, tuple[int, ...]]
     patches: tuple[Patch, ...]
     features: frozenset[str]
     modules: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
 
     @property
     def lane(self) -> Lane:
@@ -80,6 +85,8 @@ def understood(skeleton: Skeleton, config: Config) -> Meaning:
     if refused := unserved(meaning.features):
         beside = sorted(meaning.features - {ACTIVATED}) if refused == {ACTIVATED} else ()
         raise AdapterUnsupported([f"`{name}` is not served{' beside ' + ', '.join(beside) if beside else ''}" for name in sorted(refused)])
+    if meaning.refused:
+        raise AdapterUnsupported(meaning.refused)
     return meaning
 
 
@@ -111,14 +118,28 @@ def injected(skeleton: Skeleton, text: str) -> Meaning:
         model = get_peft_model(copy.deepcopy(skeleton.model), config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
         state = get_peft_model_state_dict(model, save_embedding_layers=False)
     check_tokens(model)
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    tuned = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    layers = {name: layer for name, layer in tuned.items() if isinstance(layer, LoraLayer)}
     expected = {key: tuple(tensor.shape) for key, tensor in state.items()}
     kinds = frozenset(kind for layer in layers.values() if (kind := kind_of(layer)))
+    limits = limits_of(skeleton, tuned)
+    if any(limit.by_peft for limit in limits):
+        kinds |= {"LoRA on some of the tokens"}
     if attentions(model) > attentions(skeleton.model):  # the copies would have KV rows of their own, which nobody forks or clears
         kinds |= {f"{'modules_to_save' if getattr(config, 'modules_to_save', None) else config.peft_type.value} on attention layers"}
     patches = tuple(patch(name, layer, expected) for name, layer in layers.items())
-    changed = layers or [name for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)]
-    return Meaning(expected, patches, kinds | features(config), tuple(name.removeprefix(PREFIX) for name in changed))
+    modules = tuple(name.removeprefix(PREFIX) for name in layers or tuned)
+    kind = "LoRA" if layers else config.peft_type.value
+    unfit = [limit for limit in limits if not limit.by_peft]
+    refused = tuple(f"{kind} on {one.kind} is not served: {one.pattern} {one.reason}" for one in unfit)
+    return Meaning(expected, patches, kinds | features(config), modules, refused)
+
+
+def limits_of(skeleton: Skeleton, tuned: Mapping[str, nn.Module]) -> list[LayerLimit]:
+    """What keeps these layers out of the mixed batch; who adapts a parameter leaves its layer's calls alone."""
+    called = (name for name, layer in tuned.items() if not isinstance(layer, ParamWrapper))
+    names = (name.removeprefix(PREFIX) for name in called)
+    return list(dict.fromkeys(limit for name in names if (limit := skeleton.limit(name))))
 
 
 def strangers(config: Config) -> list[str]:

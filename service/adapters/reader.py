@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from ..engine.request import Adapter, Lane, Patch
 from ..errors import AdapterInvalid, AdapterUnsupported
 from ..manifest import CHANGED, Manifest, compute_digest, hash_file, read_manifest
-from . import facts, inspection, matching, text_files
+from . import base_weights, facts, inspection, matching, text_files
 from .inspection import CONFIG, WEIGHTS, Header
 from .meaning import ACTIVATED, PREFIX, Meaning, strangers, understood
 from .questions import Reading
@@ -101,32 +101,31 @@ def openable(weights: Path) -> None:
 
 
 def base_copies(skeleton: Skeleton, weights: Path, header: Header, meaning: Meaning) -> set[str]:
-    """Keys of embedding and head weights that were saved along, unchanged. Raises AdapterInvalid when they are resized or trained."""
+    """Keys of embedding and head weights that were saved along, unchanged but for casts.
+
+    Raises AdapterInvalid when they are resized, AdapterUnsupported when they are trained.
+    """
     shapes = skeleton.embeddings()
-    found: set[str] = set()
-    for key in header.tensors.keys() - meaning.expected.keys():
-        name = key.removeprefix(PREFIX).replace(".base_layer.", ".")
-        if name in shapes:
-            ours, theirs = shapes[name], header.tensors[key].shape
-            if ours != theirs:
-                was = f"the vocabulary was resized from {ours[0]} to {theirs[0]}"
-                refuse([f"{key} has the shape {list(theirs)}, the base's is {list(ours)}: {was}"])
-            if not same(skeleton, name, weights, key):
-                raise AdapterUnsupported([f"{key} differs from the base's own: saved and trained embedding weights are not served"])
-            found.add(key)
-    return found
+    found = {key: key.removeprefix(PREFIX).replace(".base_layer.", ".") for key in header.tensors.keys() - meaning.expected.keys()}
+    copies = {key: name for key, name in found.items() if name in shapes and header.tensors[key].dtype in FLOATS}
+    for key, name in copies.items():
+        ours, theirs = shapes[name], header.tensors[key].shape
+        if ours != theirs:
+            was = f"the vocabulary was resized from {ours[0]} to {theirs[0]}"
+            refuse([f"{key} has the shape {list(theirs)}, the base's is {list(ours)}: {was}"])
+    for (key, saved), name in zip(values(weights, header, copies), copies.values(), strict=True):
+        if told := trained(skeleton, name, saved):
+            raise AdapterUnsupported([f"{key} {told}: saved and trained embedding weights are not served"])
+    return set(copies)
 
 
-def same(skeleton: Skeleton, name: str, weights: Path, key: str) -> bool:
-    """Whether the base's weights of this name equal the adapter's tensor, in the adapter's dtype; a tied head is saved as the embedding."""
-    names = [name, next(iter(skeleton.embeddings()))] if skeleton.model.config.tie_word_embeddings else [name]
-    for file in sorted(skeleton.folder.glob("*.safetensors")):
-        with safe_open(file, "pt") as ours, safe_open(weights, "pt") as theirs:
-            held = set(ours.keys())
-            if there := next((name for name in names if name in held), None):
-                saved = theirs.get_tensor(key)
-                return torch.equal(ours.get_tensor(there).to(saved.dtype), saved)
-    return False
+def trained(skeleton: Skeleton, name: str, saved: torch.Tensor) -> str:
+    """How this tensor differs from the base's of this name; empty where only its dtype may."""
+    found = base_weights.compare(skeleton.model, skeleton.folder, name, saved)
+    if found is None:
+        return "cannot be compared with the base's own, which lies otherwise in its files"
+    told = f"differs from the base's own in {found.changed} of {found.total} values, by {found.largest:.2g} at most"
+    return told if found.changed else ""
 
 
 def renamed(patch: Patch, names: dict[str, str]) -> Patch:

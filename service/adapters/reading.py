@@ -19,7 +19,7 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ..engine.request import shared
+from ..engine.request import LayerLimit, shared
 from ..errors import AdapterInvalid, AdapterUnsupported, Internal, NotReady
 from ..manifest import Manifest, list_names
 from ..threads import DISK, PROCESS, run_in
@@ -38,7 +38,7 @@ class Reader:
     def __init__(self, max_rank: int, read_s: float = READ_S) -> None:
         self.max_rank, self.read_s = max_rank, read_s
         self.tree: Node | None = None
-        self._folder: Path | None = None
+        self._base: tuple[Path, tuple[LayerLimit, ...]] | None = None
         self._turn = asyncio.Lock()
         self._process: SpawnProcess | None = None
         self._pipe: Connection | None = None
@@ -53,9 +53,9 @@ class Reader:
         """Starts the child, which takes seconds to load its libraries, before there is a base to read against."""
         await self._in_turn(self._spawned)
 
-    async def start(self, folder: Path) -> None:
-        """Shows the child the base in this folder. Raises Internal when it does not understand it."""
-        self._folder = folder
+    async def start(self, folder: Path, limits: tuple[LayerLimit, ...] = ()) -> None:
+        """Shows the child the base and its `limits`. Raises Internal when it does not understand it."""
+        self._base = folder, limits
         await self._in_turn(self._meet)
 
     async def read(self, folder: Path, known: Manifest = ()) -> Reading:
@@ -119,7 +119,7 @@ class Reader:
 
     def _meet(self) -> Connection:
         pipe = self._spawned()
-        answer = self._exchange(pipe, self._folder, START_S)
+        answer = self._exchange(pipe, self._base, START_S)
         if isinstance(answer, Refusal):
             self._end()
             raise Internal(f"the reader does not understand the base: {answer.problems[0]}")
@@ -156,7 +156,10 @@ def _size_of(folder: Path) -> int:
 
 
 def serve(pipe: Connection, max_rank: int) -> None:
-    """The child. It answers the base's folder with its tree, an Ask with a Reading, a Measure with norms; or with a Refusal."""
+    """The child. It answers the base's folder and limits with its tree, an Ask with a Reading, a Measure with norms.
+
+    What it cannot answer it answers with a Refusal.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     modules: dict[str, Any] = sys.modules
@@ -165,7 +168,7 @@ def serve(pipe: Connection, max_rank: int) -> None:
 
     with contextlib.suppress(EOFError):
         try:
-            base = skeleton.Skeleton(pipe.recv())
+            base = skeleton.Skeleton(*pipe.recv())
         except EOFError:
             raise
         except Exception as error:  # whatever the library makes of the base, the parent must be told

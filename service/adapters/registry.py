@@ -56,7 +56,8 @@ class Registry:
 
     async def open(self) -> None:
         """Starts the reader on the device's base and registers what was registered before and what lies in the adapters directory."""
-        await self._reader.start(Path(self._shelves.base.folder))
+        base = self._shelves.base
+        await self._reader.start(Path(base.folder), base.limits)
         await run_in(DISK, self._ledger.load)
         self._deleted = set(self._ledger.deleted)
         async for one in Opening(self._store, self._ledger, self._reader, self.base_id):
@@ -108,7 +109,9 @@ class Registry:
         preload: bool = True,
         replace: bool = False,
     ) -> tuple[Told, bool]:
-        """The card, and whether the id is new. The same content again changes nothing; other content needs `replace`.
+        """The card, and whether the id is new. The same content again changes nothing unless it had failed.
+
+        Other content needs `replace`.
 
         Raises BadRequest, Conflict, Forbidden, AdapterInvalid, AdapterUnsupported.
         """
@@ -237,11 +240,12 @@ class Registry:
         id, adapter = generation.id, generation.adapter
         assert adapter is not None, "only what was read can be taken"
         held = self._shelves.current.get(id)
-        if held and held.digest == adapter.digest:
+        same = held is not None and held.digest == adapter.digest
+        if held and same and not held.failure:
             return await self.pin(id, pinned) if replace and pinned != held.pinned else self.card(id), False
         if not replace and (taken := self._taken(generation)):
             raise Conflict(taken[0], param="id")
-        one = Shelved(generation, pinned)
+        one = Shelved(generation, pinned or bool(held and same and held.pinned and not replace))
         before = await self._shelves.put(one, adapter, preload)
         await self._save()
         return self._card(one), not (before and before.digest)  # somebody may have deleted it by now

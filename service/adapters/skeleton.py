@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -10,16 +11,20 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from ..engine.request import Linear
+from ..engine.request import LayerLimit, Linear, name_pattern
 from . import facts
 from .architecture import Node
 
 
 class Skeleton:
-    """The module tree on the meta device. `folder` holds the base's config.json, or is that file. Raises OSError, ValueError."""
+    """The module tree on the meta device. `folder` holds the base's config.json, or is that file.
 
-    def __init__(self, folder: Path) -> None:
+    Raises OSError, ValueError. `limits` are what the worker found that stands in the way of adapting some of the layers.
+    """
+
+    def __init__(self, folder: Path, limits: Iterable[LayerLimit] = ()) -> None:
         self.folder = folder
+        self._limits = {limit.pattern: limit for limit in limits}
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(config)
@@ -33,6 +38,10 @@ class Skeleton:
         """The linear layers, counted by last name and shape."""
         counts = Counter((facts.leaf(name), found) for name, module in self.model.named_modules() if (found := shape(module)))
         return [Linear(name, inside, outside, count) for (name, (inside, outside)), count in sorted(counts.items())]
+
+    def limit(self, module: str) -> LayerLimit | None:
+        """What keeps this layer out of the mixed batch."""
+        return self._limits.get(name_pattern(module))
 
     def tree(self) -> Node:
         return node("", self.model)

@@ -207,7 +207,10 @@ class Runner(Protocol):
         """Forgets the adapter in host memory, if it is there; the bytes freed."""
 
     def step(self, plan: Plan) -> Sequence[Result]:
-        """Runs the plan; one result per chunk, in order."""
+        """Runs the plan; one result per chunk, in order.
+
+        One that raises may be run again: no token was chosen. One chunk alone that raises leaves nothing in its row.
+        """
 
     def finish(self, request: int) -> None:
         """The request has ended: whatever was kept for it (random state, grammar) goes."""
@@ -283,9 +286,25 @@ class Linear:
 
 
 @dataclass(frozen=True, slots=True)
-class BaseCard:
-    """The resident base: exact numbers, made by the worker once it is loaded. Bytes are resident bytes, by dtype.
+class LayerLimit:
+    """Linear layers that no mixed batch can adapt: their name pattern, class, and why. `by_peft`: PEFT can."""
 
+    pattern: str
+    kind: str
+    reason: str
+    by_peft: bool
+
+
+def name_pattern(module: str) -> str:
+    """A layer's dotted name with * for each number: what layers of one kind share."""
+    return ".".join("*" if part.isdigit() else part for part in module.split("."))
+
+
+@dataclass(frozen=True, slots=True)
+class BaseCard:
+    """The resident base: exact numbers, made by the worker once it is loaded.
+
+    Bytes are resident bytes, by dtype. `linears` are the layers that can be adapted, `limits` what stands in the way of others.
     `rope` says which rotary factors serve every sequence, where the base has several; else it is None.
     """
 
@@ -305,6 +324,7 @@ class BaseCard:
     pool_rank: int
     rows: int
     rope: dict[str, Any] | None = None
+    limits: tuple[LayerLimit, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,7 +341,10 @@ class Broken:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """An adapter's way from disk to host memory ended. `error` is empty when it went well."""
+    """An adapter's way from disk to host memory ended, or the base turned out unable to run it (`error` says so).
+
+    `error` is empty when it went well.
+    """
 
     digest: Digest
     seconds: float

@@ -25,6 +25,7 @@ class Residency:
         self._preload: dict[Digest, None] = {}  # to be read into host memory
         self._fresh: dict[Digest, None] = {}  # just read, to be placed if there is room
         self._failed: set[Digest] = set()  # could not be read or placed: tried again only for a request or a new offer
+        self._refused: dict[Digest, str] = {}  # the base cannot run them: not tried again before a new offer
         self._dropping: set[Digest] = set()
         self._gone: list[tuple[Digest, bool]] = []
         self._removed: list[Digest] = []
@@ -41,6 +42,7 @@ class Residency:
             self._gone.append((digest, False))
         self.known[digest] = replace(adapter, patches=shared(adapter.patches))
         self._failed.discard(digest)
+        self._refused.pop(digest, None)
         self._moved.add(digest)  # so that its tier is told again, after a drop or not
         if preload and not self.at_hand(digest):
             self._preload[digest] = None
@@ -80,6 +82,10 @@ class Residency:
         self._failed.add(digest)
         self._preload.pop(digest, None)
 
+    def refuse(self, digest: Digest, reason: str) -> None:
+        if digest in self.known:
+            self._refused[digest] = reason
+
     def touch(self, digest: Digest | None) -> None:
         if digest is not None:
             self.host.touch(digest)
@@ -89,6 +95,10 @@ class Residency:
 
     def offered(self, digest: Digest | None) -> bool:
         return digest is None or (digest in self.known and digest not in self._dropping)
+
+    def refusal(self, digest: Digest | None) -> str:
+        """Why the base cannot run this adapter; empty when it can."""
+        return self._refused.get(digest, "") if digest else ""
 
     def at_hand(self, digest: Digest | None) -> bool:
         """Whether a request for this adapter could start without reading it."""
@@ -161,6 +171,7 @@ class Residency:
         for digest in self._dropping.difference(needed, {self.loading}):
             self._dropping.discard(digest)
             self._failed.discard(digest)
+            self._refused.pop(digest, None)
             del self.known[digest]
             if digest in self.pool:
                 self._unplace(digest)

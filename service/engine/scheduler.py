@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, deque
+from collections.abc import Iterable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field, replace
 
@@ -49,8 +50,8 @@ class Scheduler:
     """The next row goes to the waiting adapter that holds the fewest rows, and among equals to the oldest request.
 
     So one adapter alone is served first come, first served, and none takes more than its share while others wait. `submit`, `cancel`,
-    `offer`, `pin`, `drop`, `hosted`, `load_failed` tell what happened; `plan`, then `commit` or `abort`, make a step; `report` says what
-    came of it all.
+    `offer`, `pin`, `drop`, `hosted`, `load_failed` tell what happened; `plan`, then `commit` or `abort`, make a
+    step, after which `unplace` and `refuse` say what failed in it; `report` says what came of it all.
     """
 
     def __init__(self, *, rows: int, context: int, pool_rank: int, prefill_tokens: int, host_bytes: int) -> None:
@@ -75,6 +76,8 @@ class Scheduler:
         self._arrivals += 1
         if not self.adapters.offered(request.adapter):
             self._end(sequence, Finish.FAILED, code="adapter_not_found", message="the adapter is not registered any more")
+        elif reason := self.adapters.refusal(request.adapter):
+            self._end(sequence, Finish.FAILED, code="adapter_invalid", message=reason)
         elif not request.prompt:
             self._end(sequence, Finish.FAILED, code="validation", message="the prompt has no tokens")
         elif len(request.prompt) > self.context:
@@ -152,12 +155,21 @@ class Scheduler:
             elif sequence.written == len(sequence.tokens):
                 self._end(sequence, Finish.LENGTH)
 
-    def abort(self, plan: Plan, placed: bool) -> None:
-        """The step raised: its requests fail and what they wrote is not relied on; nor is the pool, unless all was `placed` before."""
+    def abort(self, plan: Plan) -> None:
+        """The step raised before its chunks: its requests fail, and neither rows nor pool are relied on."""
         for chunk in plan.chunks:
-            self._end(self.running[chunk.request.id], Finish.FAILED, code="internal", message="the step that ran this request failed")
-        if not placed:
-            self.adapters.undo(plan)
+            sequence = self.running[chunk.request.id]
+            self._end(sequence, Finish.FAILED, code="internal", message="the step that ran this request failed")
+        self.adapters.undo(plan)
+
+    def unplace(self, placements: Iterable[Placement]) -> None:
+        """These of the last plan could not be placed."""
+        self.adapters.undo(Plan(place=tuple(placements)))
+
+    def refuse(self, digest: Digest, reason: str) -> None:
+        """The base cannot run this adapter: no request for it begins until it is offered again."""
+        self.adapters.refuse(digest, reason)
+        self._fail_waiting(digest, "adapter_invalid", reason)
 
     def report(self) -> Report:
         """What happened since the last report."""

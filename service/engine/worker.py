@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 
@@ -25,6 +25,7 @@ from .request import (
     BaseCard,
     Broken,
     Cancel,
+    Chunk,
     Digest,
     Drop,
     Load,
@@ -36,6 +37,7 @@ from .request import (
     Progress,
     Ready,
     Report,
+    Request,
     Result,
     Runner,
     Shutdown,
@@ -50,9 +52,11 @@ Factory = Callable[[Settings, Callable[[str, float], None]], tuple[Runner, BaseC
 
 NOTHING = Plan()
 HEARTBEAT_S = 2.0
-RAISED_TWICE = 70  # exit code: two steps in a row raised, so the device is not to be trusted
+RAISED_TWICE = 70  # exit code: two steps in a row raised in all their parts, so the device is not to be trusted
 PREFILL = {"cpu": 512}
 PREFILL_ELSEWHERE = 4096
+UNRUNNABLE = "this base cannot run this adapter: its step raised {}"
+TRIAL = -1  # the number of a request that nobody made
 
 
 class Worker:
@@ -170,37 +174,91 @@ class Worker:
             self._dropped.append((digest, self.runner.unload(digest) if hosted else 0))
 
     def _step(self, plan: Plan) -> None:
-        placed = False
         try:
-            self._place(plan)
-            placed = True
-            results = self._run(plan)
+            unplaced = self._prepare(plan)
         except Exception:
-            log.exception("a step raised; %d requests fail", len(plan.chunks))
+            log.exception("a step could not be prepared; %d requests fail", len(plan.chunks))
             self.raised += 1
-            self.scheduler.abort(plan, placed)
-        else:
-            self.raised = 0
-            self.scheduler.commit(plan, results)
+            self.scheduler.abort(plan)
+            return
+        results: dict[int, Result] = {}
+        errors: dict[int, str] = {}
+        tried = [chunk for chunk in plan.chunks if chunk.request.adapter not in unplaced]
+        self._attempt(tried, results, errors)
+        failed = [chunk for chunk in tried if chunk.request.id in errors]
+        sound = bool(results) or not (failed or unplaced) or self._is_sound(failed)
+        self.raised = 0 if sound else self.raised + 1
+        guilty = self._guilty(failed, errors) if sound else {}
+        self.scheduler.commit(plan, [results.get(chunk.request.id) or _failure(chunk, guilty) for chunk in plan.chunks])
+        self.scheduler.unplace(at for at in plan.place if at.digest in unplaced)
+        for digest, reason in guilty.items():
+            self.scheduler.refuse(digest, reason)
+            self._loads.append(Load(digest, 0.0, 0, reason))
 
-    def _place(self, plan: Plan) -> None:
-        """Steps of their own: their times are told, and when the forward raises, the pool is known to be sound."""
+    def _prepare(self, plan: Plan) -> set[Digest]:
+        """Steps of their own: their times are told, and a step that is run again copies nothing again.
+
+        The adapters that could not be placed.
+        """
         if plan.remove:
             seconds = self._took(Plan(remove=plan.remove)) / len(plan.remove)
             self._evicted += [(digest, Tier.DEVICE, seconds) for digest in plan.remove]
-        if plan.place:
-            seconds = self._took(Plan(place=plan.place)) / len(plan.place)
-            self._placed += [(placement.digest, seconds) for placement in plan.place]
+        unplaced: set[Digest] = set()
+        for placement in plan.place:
+            try:
+                self._placed.append((placement.digest, self._took(Plan(place=(placement,)))))
+            except Exception:
+                log.exception("an adapter could not be placed")
+                unplaced.add(placement.digest)
+        if plan.forks:
+            self.runner.step(Plan(forks=plan.forks))
+        return unplaced
+
+    def _attempt(self, chunks: Sequence[Chunk], results: dict[int, Result], errors: dict[int, str]) -> None:
+        """Runs these together; where that raises, each adapter's apart, and of those that raise each request alone."""
+        try:
+            made = self._run(chunks)
+        except Exception as error:
+            parts = split(chunks)
+            log.exception("a step raised; its %d requests are told apart", len(chunks))
+            if len(parts) == 1:
+                errors[chunks[0].request.id] = type(error).__name__
+                return
+            for part in parts:
+                self._attempt(part, results, errors)
+        else:
+            results.update(zip((chunk.request.id for chunk in chunks), made, strict=True))
+
+    def _is_sound(self, failed: Sequence[Chunk]) -> bool:
+        """Whether the base runs where nothing else did; if it was itself what failed, it does not."""
+        return bool(failed) and all(chunk.adapter for chunk in failed) and self._runs(failed[0], None)
+
+    def _guilty(self, failed: Sequence[Chunk], errors: Mapping[int, str]) -> dict[Digest, str]:
+        """The adapters that raise whatever they are given, and why each is refused."""
+        return {
+            chunk.adapter: UNRUNNABLE.format(errors[chunk.request.id])
+            for chunk in failed
+            if chunk.adapter and not self._runs(chunk, chunk.adapter)
+        }
+
+    def _runs(self, chunk: Chunk, adapter: Digest | None) -> bool:
+        """Whether two tokens can be run in the row of this failed chunk, which nobody reads any more."""
+        tokens = (chunk.request.prompt * 2)[:2]
+        try:
+            self.runner.step(Plan(chunks=(Chunk(Request(TRIAL, tokens, 0, adapter), chunk.row, 0, tokens, False),)))
+        except Exception:
+            return False
+        return True
 
     def _took(self, plan: Plan) -> float:
         began = time.monotonic()
         self.runner.step(plan)
         return time.monotonic() - began
 
-    def _run(self, plan: Plan) -> Sequence[Result]:
-        made = {chunk.generated + 1 for chunk in plan.chunks if chunk.sample}
+    def _run(self, chunks: Sequence[Chunk]) -> Sequence[Result]:
+        made = {chunk.generated + 1 for chunk in chunks if chunk.sample}
         fail(self.faults, made)
-        return self.runner.step(Plan(forks=plan.forks, chunks=plan.chunks)) if plan.chunks else ()
+        return self.runner.step(Plan(chunks=tuple(chunks))) if chunks else ()
 
     def _tell(self) -> bool:
         """Sends what happened since the last report; whether there was anything."""
@@ -223,6 +281,20 @@ class Worker:
 
     def _send(self, notice: Notice) -> None:
         self.connection.send(notice)
+
+
+def split(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
+    """Those of each adapter; where all are of one, each by itself."""
+    groups: dict[Digest | None, list[Chunk]] = {}
+    for chunk in chunks:
+        groups.setdefault(chunk.adapter, []).append(chunk)
+    return list(groups.values()) if len(groups) > 1 else [[chunk] for chunk in chunks]
+
+
+def _failure(chunk: Chunk, guilty: Mapping[Digest, str]) -> Result:
+    """What becomes of a request whose own part of a step raised."""
+    reason = guilty.get(chunk.request.adapter or "")
+    return Result(error=reason, code=AdapterInvalid.code) if reason else Result(error="the step that ran this request failed")
 
 
 def fail(faults: Faults, made: set[int]) -> None:

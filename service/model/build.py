@@ -22,6 +22,7 @@ from ..errors import SettingsError
 from ..settings import Settings
 from . import base, kernels, kv, proof, rope
 from .bank import Bank
+from .calls import LinearCalls, recorded_calls
 from .graphs import Graphs
 from .kernels import decoder
 from .memory import trim
@@ -53,9 +54,11 @@ def _built(settings: Settings, progress: base.Progress) -> tuple[Runner, BaseCar
         torch.backends.cuda.enable_cudnn_sdp(False)  # torch's first choice on an H100; it plans anew for each length, for 30 ms and more
     with torch.inference_mode():
         progress("measuring the base", 0.0)
-        attention = kv.scout(model)
+        with recorded_calls(model) as recorder:
+            attention = kv.scout(model)
+        calls = recorder.result()
         rows, context = _capacity(model, attention, settings, device, recorded)
-        card = base.card(model, folder, settings, context, rows, rope.fix_frequencies(model, context))
+        card = base.card(model, folder, settings, context, rows, rope.fix_frequencies(model, context), calls.limits)
         proven = proof.prove_architecture(model, attention, context)
         tables = kernels.tables(rows) if device.type == "cpu" and _fusible(model, attention, settings) else None
         kv.allocate(attention, rows + recorded, context, model.dtype, device, tables.body if tables else None)
@@ -63,14 +66,15 @@ def _built(settings: Settings, progress: base.Progress) -> tuple[Runner, BaseCar
         if not proven:
             proof.prove_roughly(model, logits)
         progress("making the pool", 0.0)
-        bank = (_fused(model, attention, settings, tables, logits) if tables else None) or _plain_bank(model, settings)
+        fused = _fused(model, attention, settings, tables, calls, logits) if tables else None
+        bank = fused or _make_bank(model, settings, calls)
         graphs = _graphs(bank, attention, card, logits, settings) if recorded else None
     trim()
     return Runner(model, bank, attention, Sampler(matchers(folder, card.vocab_size)), graphs), card
 
 
-def _plain_bank(model: Any, settings: Settings) -> Bank:
-    return Bank(model, settings.pool_rank, model.dtype, model.device)
+def _make_bank(model: Any, settings: Settings, calls: LinearCalls, tables: kernels.Tables | None = None) -> Bank:
+    return Bank(model, settings.pool_rank, model.dtype, model.device, tables, calls)
 
 
 def _fusible(model: Any, attention: Sequence[kv.Sighting], settings: Settings) -> bool:
@@ -84,9 +88,16 @@ def _fusible(model: Any, attention: Sequence[kv.Sighting], settings: Settings) -
     return able
 
 
-def _fused(model: Any, attention: Sequence[kv.Sighting], settings: Settings, tables: kernels.Tables, expected: Tensor) -> Bank | None:
+def _fused(
+    model: Any,
+    attention: Sequence[kv.Sighting],
+    settings: Settings,
+    tables: kernels.Tables,
+    calls: LinearCalls,
+    expected: Tensor,
+) -> Bank | None:
     """The bank on the CPU kernels, where they say what torch says. Raises SettingsError where they were demanded and do not."""
-    bank = Bank(model, settings.pool_rank, model.dtype, model.device, tables)
+    bank = _make_bank(model, settings, calls, tables)
     _place_kernels(bank, attention)
     why = proof.kernels_differ(bank, expected)
     kv.clear(attention, 0)

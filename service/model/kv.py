@@ -18,6 +18,7 @@ from ..errors import SettingsError
 from .memory import zeros
 
 NAME = "adapterd"
+SCOUTED = 16  # tokens; all but the first get logits
 
 
 class Span(NamedTuple):
@@ -84,12 +85,17 @@ class Scout:
 
 
 def scout(model: Any) -> list[Sighting]:
-    """The attention layers and their shapes, found by running one token. Raises SettingsError for a model that has other attention."""
+    """The attention layers and their shapes, found by running a few tokens.
+
+    Raises SettingsError for a model that has other attention.
+    """
     found = Scout()
-    token = torch.zeros(1, 1, dtype=torch.long, device=model.device)
+    places = torch.arange(SCOUTED, device=model.device)
+    tokens = places * 11 % model.config.get_text_config().vocab_size
     try:
         model.set_attn_implementation(NAME)
-        model(input_ids=token, position_ids=token, use_cache=False, table=found)
+        inputs = {"input_ids": tokens[None], "position_ids": places[None], "logits_to_keep": places[1:]}
+        model(**inputs, use_cache=False, table=found)
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError) as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -17,8 +16,6 @@ from .factors import factors
 from .graphs import Graphs
 from .sampler import NOT_FINITE, Sampler, Unfit, described
 from .shadow import own_bytes, planted
-
-log = logging.getLogger(__name__)
 
 
 class Hosted(NamedTuple):
@@ -67,21 +64,12 @@ class Runner:
             self.bank.place(placement, self.hosted[placement.digest].factors)
         for fork in plan.forks:
             kv.fork(self.attention, fork.source, fork.target, fork.length)
-        results: dict[int, Result] = {}
-        for tree, chunks in self._batches(plan.chunks):
-            run = self._run if tree is self.bank.tree else self._apart
-            results.update(zip((chunk.request.id for chunk in chunks), run(tree, chunks), strict=True))
-        return [results[chunk.request.id] for chunk in plan.chunks]
-
-    def _apart(self, tree: Any, chunks: Sequence[Chunk]) -> list[Result]:
-        """A shadow adapter's batch: where PEFT's own code raises, its requests fail and the step goes on."""
         try:
-            return self._run(tree, chunks)
-        except Exception as error:
-            log.exception("PEFT could not run a shadow adapter; %d requests fail", len(chunks))
-            for chunk in chunks:
-                kv.clear(self.attention, chunk.row)
-            return [Result(error=f"PEFT could not run this adapter on this base ({type(error).__name__})")] * len(chunks)
+            return self._run(plan.chunks)
+        except Exception:
+            if len(plan.chunks) == 1:  # what is masked is still multiplied: not-a-number would reach the row's next tenant
+                kv.clear(self.attention, plan.chunks[0].row)
+            raise
 
     def _batches(self, chunks: Sequence[Chunk]) -> list[tuple[Any, list[Chunk]]]:
         """The mixed batch on the bank's tree, and one batch for each shadow adapter on its own."""
@@ -92,19 +80,22 @@ class Runner:
             batches.setdefault(id(tree), (tree, []))[1].append(chunk)
         return list(batches.values())
 
-    def _run(self, tree: Any, chunks: Sequence[Chunk]) -> list[Result]:
-        parts = torch.split(self._forward(tree, chunks), [_kept(chunk) for chunk in chunks])
-        sampled = [chunk for chunk in chunks if chunk.sample]
-        last = [part[-1] for chunk, part in zip(chunks, parts, strict=True) if chunk.sample]
-        tokens = self.sampler.sample(torch.stack(last), [c.request for c in sampled]) if last else []
-        chosen = dict(zip(map(id, sampled), tokens, strict=True))
-        return [self._result(chunk, chosen.get(id(chunk)), part) for chunk, part in zip(chunks, parts, strict=True)]
+    def _run(self, chunks: Sequence[Chunk]) -> list[Result]:
+        """All forwards first: where one raises no token has been chosen, and the step can be run again."""
+        parts: dict[int, Tensor] = {}
+        for tree, batch in self._batches(chunks):
+            logits = torch.split(self._forward(tree, batch), [_kept(chunk) for chunk in batch])
+            parts.update(zip((chunk.request.id for chunk in batch), logits, strict=True))
+        sampled = [chunk.request for chunk in chunks if chunk.sample]
+        tokens = self.sampler.sample(torch.stack([parts[r.id][-1] for r in sampled]), sampled) if sampled else []
+        chosen = dict(zip((request.id for request in sampled), tokens, strict=True))
+        return [self._result(chunk, chosen.get(chunk.request.id), parts[chunk.request.id]) for chunk in chunks]
 
     def _result(self, chunk: Chunk, token: Token | Unfit | None, logits: Tensor) -> Result:
         if token is None and not logits.max().isfinite():
             token = Unfit(NOT_FINITE)  # one that is left now, or has all it wants, would leave its row so
         if isinstance(token, Unfit):
-            kv.clear(self.attention, chunk.row)  # what is masked is still multiplied: not-a-number would reach the row's next tenant
+            kv.clear(self.attention, chunk.row)  # as where a step raises
             return Result(error=str(token), code=token.code)
         return Result(token, _prompt(chunk, logits))
 
@@ -138,7 +129,7 @@ def forward(tree: Any, device: torch.device, tokens: Sequence[int], spans: Seque
     rows = {} if tree.config._attn_implementation == kernels.NAME else {"table": table}
     out = tree(input_ids=ids, position_ids=table.positions[None], use_cache=False, logits_to_keep=keep, **rows)
     logits: Tensor = out.logits[0]
-    return logits
+    return logits if len(logits) == len(kept) else logits[keep]  # some models keep them all
 
 
 def _kept(chunk: Chunk) -> int:

@@ -68,19 +68,25 @@ class Sampler:
                 made.append(self._one(logits[i], request, chosen.get(i)))
             except Unfit as unfit:
                 made.append(unfit)
+        self._remember(requests, made)
         return made
 
     def _one(self, logits: Tensor, request: Request, chosen: int | None) -> Token:
         if chosen == -1:
             raise unfit(request)
-        state = self._states.setdefault(request.id, State(request))
         if chosen is None:
-            chosen = self._choose(logits.float(), state)
-        state.generated.append(chosen)
-        if state.matcher is not None and chosen not in request.eos:
-            state.matcher.consume_token(chosen)
+            chosen = self._choose(logits.float(), self._states.setdefault(request.id, State(request)))
         wanted = request.sampling.logprobs
         return Token(chosen) if wanted is None else described(logits, chosen, wanted)
+
+    def _remember(self, requests: Sequence[Request], made: Sequence[Token | Unfit]) -> None:
+        """Once all are chosen: where that raised, a step that is run again finds no token consumed."""
+        for request, token in zip(requests, made, strict=True):
+            if isinstance(token, Token):
+                state = self._states.setdefault(request.id, State(request))
+                state.generated.append(token.id)
+                if state.matcher is not None and token.id not in request.eos:
+                    state.matcher.consume_token(token.id)
 
     def _choose(self, logits: Tensor, state: State) -> int:
         sampling = state.request.sampling

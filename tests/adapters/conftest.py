@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from service.adapters.questions import Reading
 from service.adapters.reading import Reader
 from service.adapters.registry import Registry
 from service.adapters.skeleton import Skeleton
-from service.engine.request import Adapter, BaseCard, Load, Tier
+from service.engine.request import Adapter, BaseCard, LayerLimit, Load, Tier
 from service.manifest import Manifest
 from service.settings import Settings
 
@@ -124,9 +125,9 @@ class NearReader(Reader):
 
     reads: list[tuple[Path, Manifest]]
 
-    async def start(self, folder: Path) -> None:
+    async def start(self, folder: Path, limits: tuple[LayerLimit, ...] = ()) -> None:
         self.reads = []
-        self._skeleton = Skeleton(folder)
+        self._skeleton = Skeleton(folder, limits)
         self.tree = self._skeleton.tree()
 
     async def read(self, folder: Path, known: Manifest = ()) -> Reading:
@@ -153,8 +154,9 @@ class Shop:
         return Settings(base=str(self.base), base_id="tiny", adapters_dir=self.root, **{"max_rank": 64, **more})
 
     @asynccontextmanager
-    async def opened(self, **more: Any) -> AsyncIterator[Registry]:
+    async def opened(self, limits: tuple[LayerLimit, ...] = (), **more: Any) -> AsyncIterator[Registry]:
         self.device = FakeDevice(self.base)
+        self.device.base = replace(card(self.base), limits=limits)
         registry = Registry(self.settings(**more), self.device, reader=NearReader)
         await registry.open()
         try:

@@ -13,6 +13,7 @@ import pytest
 from service.adapters import reading
 from service.adapters.questions import Reading, Refusal
 from service.adapters.reading import Reader
+from service.engine.request import LayerLimit
 from service.errors import AdapterInvalid, AdapterUnsupported, NotReady
 
 from .. import making
@@ -25,7 +26,7 @@ async def test_one_process_reads_refuses_and_is_replaced(base: Path, plain: Path
     await reader.warm()
     pid = reader.pid
     try:
-        await reader.start(base)
+        await reader.start(base, (LayerLimit("model.layers.*.self_attn.k_proj", "Odd", "gives a tuple", by_peft=False),))
         assert (reader.pid, reader.tree and reader.tree.text) == (pid, "LlamaForCausalLM")
         first, second = await asyncio.gather(reader.read(plain), reader.read(other))
         assert (first.adapter.rank, second.adapter.rank) == (4, 8)
@@ -50,6 +51,8 @@ async def test_one_process_reads_refuses_and_is_replaced(base: Path, plain: Path
             await reader.read(plain)
         assert (await reader.read(plain)).adapter == first.adapter
         assert reader.pid not in (None, pid)
+        with pytest.raises(AdapterUnsupported, match=r"LoRA on Odd is not served: model\.layers\.\*\.self_attn\.k_proj gives"):
+            await reader.read(making.noise(tmp_path / "odd", base, 3, ("k_proj", "q_proj")))
 
         reader.read_s = 0.5
         with pytest.raises(AdapterInvalid, match="longer than"):

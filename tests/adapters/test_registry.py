@@ -20,8 +20,17 @@ from service import metrics
 from service.adapters.questions import Reading
 from service.adapters.registry import Registry
 from service.adapters.store import Place
-from service.engine.request import Lane, Load, Tier
-from service.errors import AdapterInvalid, AdapterNotFound, BadRequest, Conflict, Forbidden, NotReady, SettingsError
+from service.engine.request import Lane, LayerLimit, Load, Tier
+from service.errors import (
+    AdapterInvalid,
+    AdapterNotFound,
+    AdapterUnsupported,
+    BadRequest,
+    Conflict,
+    Forbidden,
+    NotReady,
+    SettingsError,
+)
 from service.manifest import Manifest, compute_digest
 
 from .. import kinds, making
@@ -77,6 +86,16 @@ async def test_the_same_content_again_changes_nothing_and_other_content_is_a_con
         with pytest.raises(Conflict, match="taken by other content"):
             await registry.register("a", "other")
         assert registry.card("a") == first
+
+
+async def test_what_no_step_could_run_is_refused_at_registration_and_by_a_check(stocked: Shop) -> None:
+    limit = LayerLimit("model.layers.*.self_attn.v_proj", "Odd", "gives a tuple", by_peft=False)
+    async with stocked.opened(limits=(limit,)) as registry:
+        said = ["LoRA on Odd is not served: model.layers.*.self_attn.v_proj gives a tuple"]
+        assert (await registry.check("a", "plain"))["problems"] == said
+        with pytest.raises(AdapterUnsupported) as caught:
+            await registry.register("a", "plain")
+        assert caught.value.problems == said
 
 
 async def test_of_two_contents_racing_for_an_id_one_wins(stocked: Shop) -> None:
@@ -356,6 +375,19 @@ async def test_a_load_that_fails_later_shows_until_one_succeeds(stocked: Shop) -
         assert registry.card("b")["state"] == "ready"
         registry.note(Load(card["digest"], 0.1, 7168))
         assert registry.card("a")["state"] == "ready"
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["POST", "PUT"])
+async def test_what_failed_is_tried_anew_when_it_is_registered_again(stocked: Shop, replaced: bool) -> None:
+    async with stocked.opened() as registry:
+        card, _ = await registry.register("a", "plain", pinned=True)
+        known = device(registry).known
+        registry.note(Load(card["digest"], 0.0, 0, "this base cannot run this adapter"))
+        known.clear()
+        again, new = await registry.register("a", "plain", pinned=replaced, replace=replaced)
+        assert (again["state"], again["pinned"], new) == ("ready", True, False)
+        assert list(known) == [card["digest"]], "the device was not asked to try it again"
+        assert device(registry).pinned == {card["digest"]}
 
 
 async def settle() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from service.engine.request import Adapter, Digest, Event, Finish, Plan, Request, Tier
+from service.engine.request import Adapter, Digest, Event, Finish, Plan, Request, Result, Tier
 from service.engine.scheduler import Scheduler
 from tests.fakes import FakeRunner, expected
 
@@ -75,10 +75,10 @@ class Driver:
         self.unsure = half_placed and bool(plan.place)
         if self.unsure:
             self.runner.step(Plan(plan.remove, plan.place[: (len(plan.place) + 1) // 2]))
-            self.scheduler.abort(plan, placed=False)
+            self.scheduler.abort(plan)
         elif fault and plan.chunks:
             self.runner.step(Plan(plan.remove, plan.place))
-            self.scheduler.abort(plan, placed=True)
+            self.scheduler.commit(plan, [Result(error="the step that ran this request failed")] * len(plan.chunks))
         else:
             self.scheduler.commit(plan, self.runner.step(plan))
         self.forget()

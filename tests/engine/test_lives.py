@@ -6,9 +6,9 @@ import asyncio
 import math
 import random
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import Pipe
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -35,9 +35,10 @@ class Death(BaseException):
 
 
 class Device(FakeRunner):
-    """Dies or raises in the next step if told to."""
+    """Dies or raises in the next step if told to, and in the middle of each in which the adapter `bad` acts."""
 
     fate: Exception | Death | None = None
+    bad: ClassVar[str] = adapter("bad").digest
 
     def load(self, adapter: Adapter) -> int:
         if adapter.weights == "missing":
@@ -49,6 +50,10 @@ class Device(FakeRunner):
         fate, self.fate = self.fate, None
         if fate is not None:
             raise fate
+        for at, chunk in enumerate(plan.chunks):
+            if chunk.adapter == self.bad:
+                super().step(replace(plan, chunks=plan.chunks[:at]))
+                raise TypeError("a tuple has no shape")
         return super().step(plan)
 
 
@@ -133,6 +138,7 @@ class World:
     client: Client
     keeper: Keeper
     adapters: list[Adapter]
+    calm: bool = False
     tickets: list[Ticket] = field(default_factory=list)
     expired: set[int] = field(default_factory=set)
     waits: list[asyncio.Task[Any]] = field(default_factory=list)
@@ -152,9 +158,9 @@ class World:
             self.wait: 0.3,
             self.deliver: 4.0,
             self.overdue: 1.0,
-            self.fault: 0.15,
-            self.doom: 0.1,
-            self.kill: 0.1,
+            self.fault: 0.15 * (not self.calm),
+            self.doom: 0.1 * (not self.calm),
+            self.kill: 0.1 * (not self.calm),
             self.spawn: 0.5,
         }
         rng.choices(list(deeds), list(deeds.values()))[0](chosen)
@@ -261,13 +267,29 @@ class World:
             assert request.id in self.expired
         elif end.code == "not_ready":
             assert ticket.started is not None, "what had not begun can be begun again"
-        elif end.code not in ("internal", "overloaded"):
+        elif end.code == "internal":
+            assert not self.calm, "nothing raised but one adapter"
+        elif end.code != "overloaded":
             assert request.adapter is not None
             assert end.code in ("adapter_not_found", "adapter_invalid")
 
 
 @pytest.mark.parametrize("seed", range(40))
 async def test_every_request_ends_once_and_rightly_whatever_becomes_of_the_workers(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    await live(seed, monkeypatch)
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_an_adapter_that_raises_takes_nobody_with_it(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    world = await live(seed, monkeypatch, calm=True)
+    worker = world.keeper.worker
+    assert worker is not None
+    assert worker.raised == 0
+    bad = [ticket for ticket in world.tickets if ticket.request.adapter == Device.bad]
+    assert any(ticket.started is not None for ticket in bad), "nobody met it: a weak seed"
+
+
+async def live(seed: int, monkeypatch: pytest.MonkeyPatch, calm: bool = False) -> World:
     rng = random.Random(seed)
     monkeypatch.setattr(client_module, "Supervisor", lambda settings, factory, ward: Keeper(ward))
     monkeypatch.setattr(worker_module, "Loader", SlowLoader)
@@ -275,7 +297,8 @@ async def test_every_request_ends_once_and_rightly_whatever_becomes_of_the_worke
     keeper: Any = client._worker
     adapters = [adapter(f"a{i}", rank=rng.choice((2, 4, 8, 16)), size=rng.randrange(200_000, 1_500_000)) for i in range(6)]
     adapters += [adapter("shadow", lane=Lane.SHADOW), adapter("unreadable", readable=False)]
-    world = World(rng, client, keeper, adapters)
+    adapters += [adapter("bad")] * (4 if calm else 1)
+    world = World(rng, client, keeper, adapters, calm)
     keeper.spawn()
     for _ in range(STEPS):
         for _ in range(rng.randrange(4)):
@@ -292,3 +315,4 @@ async def test_every_request_ends_once_and_rightly_whatever_becomes_of_the_worke
     world.check()
     async with asyncio.timeout(5):
         await asyncio.gather(*world.waits)
+    return world

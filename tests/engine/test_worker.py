@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
@@ -274,6 +275,159 @@ def test_a_forward_that_raises_leaves_the_pool_as_it_was() -> None:
         after = desk.report(lambda report: True)
         assert (after.started, after.pool, after.tiers) == ((2,), None, ())
         assert desk.event().finish is Finish.LENGTH
+
+
+class Unrunnable(FakeRunner):
+    """Raises in the middle of every step in which `bad` acts, after those before it have been run."""
+
+    def __init__(self, bad: Adapter, **sizes: int) -> None:
+        super().__init__(**sizes)
+        self.bad, self.raised = bad, 0
+
+    def step(self, plan: Plan) -> list[Result]:
+        at = next((i for i, chunk in enumerate(plan.chunks) if chunk.adapter == self.bad.digest), None)
+        if at is None:
+            return super().step(plan)
+        super().step(replace(plan, chunks=plan.chunks[:at]))
+        self.raised += 1
+        raise TypeError("a tuple has no shape")
+
+
+def tokens_of(desk: Desk, requests: set[int]) -> tuple[dict[int, list[int]], dict[int, Event], list[Load]]:
+    """What these requests got until all have ended, how each ended, and the loads that were told meanwhile."""
+    tokens: dict[int, list[int]] = {id: [] for id in requests}
+    ends: dict[int, Event] = {}
+    loads: list[Load] = []
+    while ends.keys() != requests:
+        report = desk.report(lambda report: report.events or report.loads)
+        loads += report.loads
+        for event in report.events:
+            tokens[event.request] += [event.token.id] if event.token else []
+            ends |= {event.request: event} if event.finish else {}
+    return tokens, ends, loads
+
+
+def test_an_adapter_that_raises_fails_alone_and_is_refused_until_it_is_offered_again() -> None:
+    bad, good = adapter("bad"), adapter("good")
+    runner = Unrunnable(bad, rows=4)
+    reason = "this base cannot run this adapter: its step raised TypeError"
+    with worker(runner) as desk:
+        desk.send(Offer(bad), Offer(good), Submit(Request(1, (5,), 6)), Submit(Request(2, (6,), 6, good.digest)))
+        desk.send(Submit(Request(3, (7, 8), 6, bad.digest)), Submit(Request(4, (7,), 6, bad.digest)))
+        tokens, ends, loads = tokens_of(desk, {1, 2, 3, 4})
+        assert tokens == {1: expected(None, (5,), 6), 2: expected(good.digest, (6,), 6), 3: [], 4: []}
+        assert {ends[id].finish for id in (1, 2)} == {Finish.LENGTH}
+        assert {(ends[id].code, ends[id].message) for id in (3, 4)} == {("adapter_invalid", reason)}
+        assert Load(bad.digest, 0.0, 0, reason) in loads
+        before = runner.raised
+        desk.send(Submit(Request(5, (7,), 6, bad.digest)))
+        _, ends, _ = tokens_of(desk, {5})
+        assert (ends[5].code, ends[5].message, runner.raised) == ("adapter_invalid", reason, before)
+        runner.bad = adapter("another")
+        desk.send(Offer(bad), Submit(Request(6, (7,), 6, bad.digest)))
+        assert tokens_of(desk, {6})[0][6] == expected(bad.digest, (7,), 6)
+
+
+def test_an_adapter_that_raises_with_nobody_beside_it_does_not_end_the_worker() -> None:
+    runner = Unrunnable(adapter("bad"), rows=1)
+    with worker(runner, max_rows=1) as desk:
+        for id in range(4):
+            desk.send(Offer(runner.bad), Submit(Request(id, (5,), 3, runner.bad.digest)))
+            assert tokens_of(desk, {id})[1][id].code == "adapter_invalid"
+        desk.send(Submit(Request(9, (5,), 3)), Shutdown())
+        assert desk.end() == [0]
+
+
+class Short(FakeRunner):
+    """Has no memory for long chunks."""
+
+    def step(self, plan: Plan) -> list[Result]:
+        if any(len(chunk.tokens) > 8 for chunk in plan.chunks):
+            raise MemoryError
+        return super().step(plan)
+
+
+def test_a_request_that_raises_fails_alone_and_is_not_its_adapters_fault() -> None:
+    each = adapter("a")
+    with worker(Short(rows=4)) as desk:
+        desk.send(Offer(each), Submit(Request(1, (5,), 6, each.digest)), Submit(Request(2, tuple(range(12)), 6, each.digest)))
+        tokens, ends, loads = tokens_of(desk, {1, 2})
+        assert (tokens[1], ends[2].code) == (expected(each.digest, (5,), 6), "internal")
+        assert not [load for load in loads if load.error]
+        desk.send(Submit(Request(3, (7,), 2, each.digest)))
+        assert tokens_of(desk, {3})[0][3] == expected(each.digest, (7,), 2)
+
+
+class Steps:
+    """A worker in the test's own thread, a step at a time, with these adapters in host memory."""
+
+    def __init__(self, runner: FakeRunner, *adapters: Adapter, **chosen: Any) -> None:
+        settings = Settings(pool_rank=16, max_rank=16, **chosen)
+        self.connection, theirs = Pipe()
+        self.worker = Worker(theirs, runner, card(settings), settings)
+        self.tokens: dict[int, list[int]] = {}
+        self.ends: dict[int, Event] = {}
+        for one in adapters:
+            self.worker.scheduler.offer(one)
+            self.worker.scheduler.hosted(one.digest, runner.load(one))
+
+    def submit(self, id: int, count: int, digest: str | None = None) -> None:
+        self.tokens[id] = []
+        self.worker.scheduler.submit(Request(id, (5, id), count, digest))
+
+    def step(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.worker._turn()
+            while self.connection.poll():
+                for event in self.connection.recv().events:
+                    self.tokens[event.request] += [event.token.id] if event.token else []
+                    self.ends |= {event.request: event} if event.finish else {}
+
+
+def test_an_injected_fault_fails_those_who_get_there_and_nobody_else() -> None:
+    each = adapter("a")
+    steps = Steps(FakeRunner(), each, faults=Faults(step=3))
+    whose = {1: None, 2: each.digest, 3: None, 4: each.digest}
+    for ids, count in (((1, 2), 5), ((3, 4), 2)):
+        for id in ids:
+            steps.submit(id, count, whose[id])
+        steps.step()
+    steps.step()  # the third token of the first two, and the second of the others
+    assert {id: steps.ends[id].code for id in whose} == {1: "internal", 2: "internal", 3: "", 4: ""}
+    assert steps.tokens == {id: expected(whose[id], (5, id), 2) for id in whose}
+    steps.submit(5, 2, each.digest)
+    steps.step(2)
+    assert steps.tokens[5] == expected(each.digest, (5, 5), 2), "it is not the adapter that cannot be run"
+
+
+class Picky(FakeRunner):
+    """Cannot place the adapter whose digest is `bad`."""
+
+    bad = ""
+
+    def step(self, plan: Plan) -> list[Result]:
+        if any(placement.digest == self.bad for placement in plan.place):
+            raise RuntimeError("no such rows")
+        return super().step(plan)
+
+
+def test_an_adapter_that_cannot_be_placed_fails_alone() -> None:
+    bad, good = adapter("bad"), adapter("good")
+    runner = Picky()
+    runner.bad = bad.digest
+    steps = Steps(runner, bad, good)
+    for _ in range(3):
+        for id, digest in {1: None, 2: bad.digest, 3: good.digest}.items():
+            steps.submit(id, 3, digest)
+        steps.step(3)
+        assert {id: steps.ends[id].code for id in (1, 2, 3)} == {1: "", 2: "internal", 3: ""}
+        assert steps.tokens == {1: expected(None, (5, 1), 3), 2: [], 3: expected(good.digest, (5, 3), 3)}
+        assert steps.worker.raised == 0
+        runner.ended.clear()
+    runner.bad = ""
+    steps.submit(4, 3, bad.digest)
+    steps.step(3)
+    assert steps.tokens[4] == expected(bad.digest, (5, 4), 3)
 
 
 def test_two_raising_steps_in_a_row_end_it() -> None:

@@ -184,6 +184,29 @@ def test_a_grammar_allows_only_its_own_tokens_and_ends_with_eos() -> None:
     assert failed.code == "validation", "the grammar is the client's"
 
 
+def test_where_a_choice_raises_no_token_of_that_step_is_remembered() -> None:
+    """The step is run again, in parts: what was consumed already would be consumed twice."""
+    taken: list[int] = []
+
+    class Noting(Matcher):
+        def consume_token(self, token: int) -> None:
+            taken.append(token)
+
+    def matcher_of(grammar: str) -> Any:
+        if grammar == "broken":
+            raise RuntimeError("no such grammar")
+        return Noting()
+
+    sampler, row = Sampler(matcher_of), logits(6)
+    good, bad = request(1, grammar="fine", frequency_penalty=2.0), request(2, grammar="broken")
+    with pytest.raises(RuntimeError):
+        sampler.sample(torch.cat([row, row]), [good, bad])
+    assert taken == []
+    token = one(sampler, row[0], good)
+    assert taken == [token]
+    assert token == one(Sampler(matcher_of), row[0], good)
+
+
 def test_a_thousand_biases_cost_no_more_than_one() -> None:
     """One operation for each would make a step of the neighbours' too take ten times as long."""
     biases = tuple((i % VOCABULARY, i / 100) for i in range(1000))

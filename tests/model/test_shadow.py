@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -12,12 +12,15 @@ from torch import nn
 
 from service.adapters.reader import read
 from service.adapters.skeleton import Skeleton
-from service.engine.request import Adapter, Chunk, Lane, Plan, Request
+from service.engine.request import Adapter, Chunk, Lane, Offer, Plan, Request, Sampling, Submit
+from service.engine.worker import Worker
 from service.errors import AdapterInvalid, AdapterUnsupported
 from service.manifest import compute_digest, read_manifest
 from service.model.runner import Runner
 from service.model.shadow import planted
-from tests import kinds, making
+from service.settings import Settings
+from tests import fakes, kinds, making
+from tests.engine.test_worker import desk, tokens_of
 
 from .driver import Driver, Job, plan_of
 from .test_parity import distance, prompts, quantized_logprobs, runner_on, weights_digest
@@ -147,17 +150,49 @@ def test_a_copy_of_attention_layers_whose_rows_nobody_would_fork_is_refused(hous
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_where_pefts_own_code_raises_its_request_fails_and_the_neighbour_goes_on(house: House, base: Path, tmp_path: Path) -> None:
-    folder = kinds.SHADOW["IA3"](tmp_path / "ia3", base)
-    shadow = shadow_plan(folder)
+def test_where_pefts_own_code_raises_its_adapter_fails_and_the_neighbours_do_not_notice(
+    base: Path, skeleton: Skeleton, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The neighbours' choices depend on what they were given before: a token that was consumed twice would change them."""
+    runner = runner_on(base)
+    pooled = read(skeleton, making.noise(tmp_path / "pooled", base, 4), 64).adapter
+    bad = read(skeleton, kinds.SHADOW["IA3"](tmp_path / "ia3", base), 64).adapter
+    prompt, dice = tuple(PROMPTS[0]), Sampling(temperature=1.0, seed=3, frequency_penalty=2.0)
+
+    def load(adapter: Adapter) -> int:
+        size = Runner.load(runner, adapter)
+        if adapter == bad:
+            runner.hosted[adapter.digest].tree.register_forward_pre_hook(broken)
+        return size
+
+    monkeypatch.setattr(runner, "load", load)
+    settings = Settings(max_rows=8, max_context=512)
+    with desk(lambda connection: Worker(connection, runner, fakes.card(settings), settings).run()) as parent:
+        parent.send(Offer(pooled, preload=True), Offer(bad, preload=True))
+        neighbours = [Request(id, prompt, 20, digest, dice) for id, digest in enumerate((None, pooled.digest))]
+        parent.send(*map(Submit, neighbours))
+        alone, _, _ = tokens_of(parent, {0, 1})
+        assert alone[0] != alone[1]
+        parent.send(*(Submit(replace(one, id=one.id + 10)) for one in neighbours))
+        parent.send(Submit(Request(20, prompt, 9, bad.digest)), Submit(Request(21, prompt, 9, bad.digest)))
+        tokens, ends, _ = tokens_of(parent, {10, 11, 20, 21})
+        assert [tokens[10], tokens[11]] == [alone[0], alone[1]]
+        for id in (20, 21):
+            assert (ends[id].code, "its step raised ValueError" in ends[id].message) == ("adapter_invalid", True)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_request_whose_own_step_raises_leaves_nothing_in_its_row(house: House, base: Path, tmp_path: Path) -> None:
+    shadow = shadow_plan(kinds.SHADOW["IA3"](tmp_path / "ia3", base))
     house.runner.load(shadow)
-    house.runner.hosted[shadow.digest].tree.register_forward_pre_hook(broken)
+    tree = house.runner.hosted[shadow.digest].tree
+    tree.get_output_embeddings().register_forward_pre_hook(broken)  # all layers have written by then
     prompt = tuple(PROMPTS[0])
-    bad, good = Request(901, prompt, 1, shadow.digest), Request(902, prompt, 1)
-    failed, fine = house.runner.step(Plan(chunks=(Chunk(bad, 0, 0, prompt, True), Chunk(good, 1, 0, prompt, True))))
-    assert "ValueError" in failed.error
-    assert fine.token is not None
-    assert fine.token.id == house.right[None][0][0]
+    with pytest.raises(ValueError, match="no such layer"):
+        house.runner.step(Plan(chunks=(Chunk(Request(901, prompt, 1, shadow.digest), 3, 0, prompt, True),)))
+    for layer, *_ in house.runner.attention:
+        assert not layer.kv_keys[3].any()
+        assert not layer.kv_values[3].any()
     house.runner.unload(shadow.digest)
 
 

@@ -102,6 +102,7 @@ def test_the_base_is_described(home: House) -> None:
     assert told["modules"] == [{"name": "q_proj", "in_features": 64, "out_features": 64, "count": 2}]
     assert told["pool"] == {"rank_total": 512, "rank_used": 12, "placements": [{"digest": "sha256:a", "start": 4, "rank": 12}]}
     assert told["host_bytes"] == 4096
+    assert told["rope"] is None
 
 
 def test_the_root_is_the_console_for_browsers_only(home: House) -> None:

@@ -120,7 +120,7 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root / "base"
 
 
-def test_rows_of_a_base_that_was_stored_in_8_bits_do_not_change_each_other(stored: Path) -> None:
+def test_rows_of_a_base_that_was_stored_in_8_bits_do_not_change_each_other(stored: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Such a checkpoint brings an outlier threshold: a feature that is large in one row would be computed apart in all."""
     with making.quiet():
         runner = start(stored, dtype="bfloat16")
@@ -129,6 +129,7 @@ def test_rows_of_a_base_that_was_stored_in_8_bits_do_not_change_each_other(store
     Driver(runner, 2).run([Job([5] * 9, 4), beside])
     want = torch.tensor([token.logprob for token in alone.prompt_tokens[1:]])
     assert distance(beside, want) < 0.02
+    assert "proof: rough" not in caplog.text, "its config says how it is stored, which a small model is not"
 
 
 def test_quantized_weights_of_which_the_config_does_not_speak_are_refused(stored: Path, tmp_path: Path) -> None:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import multiprocessing
 import tempfile
-import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import httpx
@@ -32,43 +32,53 @@ EVERY_S = 0.02
 LIMIT_MS = 200.0
 
 
-@dataclass
 class Poll:
-    """Asks in a thread of its own, so that the load's client cannot delay it. `times` are in milliseconds."""
+    """Asks for one path in a process of its own, so that the load's client cannot delay it."""
 
-    url: str
-    path: str
-    times: list[float] = field(default_factory=list)
-    wrong: int = 0
-    over: threading.Event = field(default_factory=threading.Event)
+    def __init__(self, url: str, path: str) -> None:
+        self.path = path
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=ask_repeatedly, args=(url, path, theirs), daemon=True)
+        self._process.start()
+        theirs.close()
 
-    def run(self) -> None:
-        with httpx.Client(base_url=self.url, timeout=30, trust_env=False) as http:
-            while not self.over.wait(EVERY_S):
-                began = time.perf_counter()
-                self.wrong += http.get(self.path).status_code != 200
-                self.times.append((time.perf_counter() - began) * 1000)
+    def started(self) -> None:
+        """Returns once it asks."""
+        self._pipe.recv()
 
-    def told(self, phase: str) -> str:
-        p50, p99 = (percentile(self.times, share) for share in (50, 99))
-        verdict = "" if p99 < LIMIT_MS and not self.wrong else f"  over {LIMIT_MS:.0f} ms or not 200"
-        return f"| {phase} | {self.path} | {len(self.times)} | {p50:.1f} | {p99:.1f} | {max(self.times):.1f} | {self.wrong} |{verdict}"
+    def stop(self, phase: str) -> str:
+        """Its row of the table."""
+        self._pipe.send(None)
+        times, wrong = self._pipe.recv()
+        self._process.join()
+        p50, p99 = (percentile(times, share) for share in (50, 99))
+        verdict = "" if p99 < LIMIT_MS and not wrong else f"  over {LIMIT_MS:.0f} ms or not 200"
+        row = (phase, self.path, len(times), *(f"{ms:.1f}" for ms in (p50, p99, max(times))), wrong)
+        return f"| {' | '.join(map(str, row))} |{verdict}"
+
+
+def ask_repeatedly(url: str, path: str, pipe: Connection) -> None:
+    """Says when it begins, and when it is told to stop how long each answer took in milliseconds and how many were not 200."""
+    times: list[float] = []
+    wrong = 0
+    with httpx.Client(base_url=url, timeout=30, trust_env=False) as http:
+        pipe.send(None)
+        while not times or not pipe.poll(EVERY_S):
+            began = time.perf_counter()
+            wrong += http.get(path).status_code != 200
+            times.append((time.perf_counter() - began) * 1000)
+    pipe.send((times, wrong))
 
 
 @asynccontextmanager
 async def polled(server: Server, phase: str) -> AsyncIterator[None]:
     polls = [Poll(server.url, path) for path in PATHS]
-    threads = [threading.Thread(target=poll.run) for poll in polls]
-    for thread in threads:
-        thread.start()
-    try:
-        yield
-    finally:
-        for poll, thread in zip(polls, threads, strict=True):
-            poll.over.set()
-            await asyncio.to_thread(thread.join)
     for poll in polls:
-        print(poll.told(phase), flush=True)
+        await asyncio.to_thread(poll.started)
+    yield
+    for poll in polls:
+        print(await asyncio.to_thread(poll.stop, phase), flush=True)
 
 
 async def generate(http: httpx.AsyncClient, names: list[str], clients: int, seconds: float) -> None:

@@ -78,9 +78,13 @@ def compute_digest(manifest: Manifest) -> str:
 
 
 def check_text_files(folder: Path, manifest: Manifest) -> None:
-    """Raises AdapterInvalid where the files that shape prompts and text, or their absence, are not those of the manifest."""
+    """Raises AdapterInvalid where the files that shape prompts and text, or their absence, are not those of the manifest.
+
+    A folder that is gone has none of them: without any an adapter that is in memory can do without its folder.
+    """
     try:
-        found = [hash_file(folder / name) for name in list_names(folder) if is_text_name(name)]
+        names = list_names(folder) if folder.exists() else []
+        found = [hash_file(folder / name) for name in names if is_text_name(name)]
     except OSError as error:
         raise AdapterInvalid([f"its files cannot be read any more: {error.strerror}"]) from None
     if found != [file for file in manifest if is_text_name(file.name)]:

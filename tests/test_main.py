@@ -159,6 +159,17 @@ def test_a_wrong_start_is_one_line_that_names_it(
     assert len(told.splitlines()) == 1
 
 
+def test_registrations_of_a_newer_service_stop_the_start_with_one_line_and_stay(tmp_path: Path) -> None:
+    state = tmp_path / ".adapterd.json"
+    state.write_text('{"version": 3, "adapters": {}, "deleted": []}')
+    ran = run("service", "serve", "--port", str(free_port()), ADAPTERD_ADAPTERS_DIR=str(tmp_path))
+    assert ran.returncode == 2
+    assert ran.stderr.startswith(f"ADAPTERD_ADAPTERS_DIR: {state} was written by a newer adapterd: its version is 3")
+    assert len(ran.stderr.splitlines()) == 1
+    assert [path.name for path in tmp_path.iterdir()] == [".adapterd.json"]
+    assert '"version": 3' in state.read_text()
+
+
 def test_flags_override_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Settings] = []
 
@@ -201,6 +212,10 @@ def test_inspect_of_a_bad_adapter_exits_with_1(files: tuple[Path, Path], tmp_pat
     bad = making.edit(files[1], tmp_path / "bad", config={"r": "4"})
     assert command.main(["inspect", str(bad)]) == 1
     assert "! " in capsys.readouterr().out
+    unfetched = making.edit(files[1], tmp_path / "unfetched")
+    (unfetched / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert command.main(["inspect", str(unfetched)]) == 1
+    assert "tokenizer.json is a git-lfs pointer" in capsys.readouterr().out
 
 
 def test_forecast_says_what_such_an_adapter_would_weigh(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -96,9 +97,21 @@ def test_text_files_that_change_come_or_go_are_noticed(folder: Path, name: str) 
             check_text_files(folder, registered)
 
 
-def test_weights_are_the_workers_to_check_and_a_folder_that_is_gone_is_told(folder: Path) -> None:
+def test_weights_are_the_workers_to_check_and_a_folder_that_is_gone_has_no_text_files(folder: Path) -> None:
     registered = read_manifest(folder)
     (folder / "adapter_model.safetensors").write_bytes(b"other")
     check_text_files(folder, registered)
-    with pytest.raises(AdapterInvalid, match="cannot be read any more"):
+    with pytest.raises(AdapterInvalid, match=r"changed on disk.*PUT"):
         check_text_files(folder / "none", registered)
+    check_text_files(folder / "none", tuple(file for file in registered if file.name.startswith("adapter_")))
+
+
+def test_what_cannot_be_read_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    registered = read_manifest(folder)
+
+    def fail(folder: Path) -> list[str]:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("service.manifest.list_names", fail)
+    with pytest.raises(AdapterInvalid, match="cannot be read any more: Input/output error"):
+        check_text_files(folder, registered)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import AdapterInvalid
 from ..manifest import compute_digest, read_manifest
-from . import facts, inspection
+from . import facts, inspection, text_files
 from .inspection import CONFIG, WEIGHTS, Header
 
 ANY_RANK = 1 << 31
@@ -20,7 +20,7 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
     """What config and header alone say of any PEFT adapter; `problems` says what is wrong. Raises AdapterInvalid for unreadable ones."""
     config = inspection.read_config(folder)
     problems = inspection.config_problems(config, ANY_RANK) or inspection.pattern_problems(config)
-    problems += inspection.missing_weights(folder)
+    problems += inspection.missing_weights(folder) + text_files.find_problems(folder)
     try:
         header = inspection.read_header(folder / WEIGHTS)
     except AdapterInvalid as error:

@@ -11,6 +11,7 @@ const ID_HELP = "Letters, digits, dot, dash, underscore; at most one slash";
 const PARTS = ["adapter_config.json", "adapter_model.safetensors"];
 const TEXTS = /^(added_tokens\.json|chat_template\.(jinja|json)|generation_config\.json|merges\.txt|special_tokens_map\.json|tokenizer(_config)?\.json|tokenizer\.model|vocab\.[\w.-]+)$/;
 const shapesAnswers = ({ name }) => PARTS.includes(name) || TEXTS.test(name);
+const rank = ({ name }) => (PARTS.includes(name) ? PARTS.indexOf(name) : PARTS.length);
 
 export const Add = () => html`<section class="two">
   <${Upload} />
@@ -86,7 +87,7 @@ function DropZone({ files, onFiles }) {
 /** Of a folder's files only those that shape its answers are sent; an archive is sent as it is. */
 function useful(files) {
   const own = files.some((file) => PARTS.includes(file.name)) ? files.filter(shapesAnswers) : [];
-  const parts = own.filter((file, place) => own.findIndex((other) => other.name === file.name) === place);
+  const parts = own.filter((file, place) => own.findIndex((other) => other.name === file.name) === place).sort((one, other) => rank(one) - rank(other));
   const archive = files.find((file) => /\.(zip|tar)$/.test(file.name));
   return { chosen: parts.length ? parts : archive ? [archive] : files, name: parts.length ? folderOf(parts[0]) : archive?.name };
 }

@@ -14,7 +14,7 @@ from typing import Any
 
 from .errors import AdapterdError, SettingsError
 from .settings import Settings, read
-from .traces import tracer
+from .telemetry.traces import tracer
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -62,7 +62,7 @@ def _serve(chosen: argparse.Namespace) -> int:
     flags = {name.removeprefix("set_"): text for name, text in vars(chosen).items() if name.startswith("set_") and text is not None}
     settings, traced = read(os.environ, flags), tracer(os.environ)
     _without_torch()
-    from .serve import serve
+    from .server import serve
 
     return serve(settings, traced)
 
@@ -81,10 +81,11 @@ def _inspect_command(parser: argparse.ArgumentParser) -> None:
 
 
 def _inspect(chosen: argparse.Namespace) -> int:
-    from .adapters import cli, tables
+    from . import cli
+    from .catalog import summary_text
 
     told = cli.inspect_folder(chosen.path)
-    _show(told, tables.summary(told), chosen.format)
+    _show(told, summary_text.summary(told), chosen.format)
     return 1 if told["problems"] else 0
 
 
@@ -101,13 +102,13 @@ def _forecast(chosen: argparse.Namespace) -> int:
     if not chosen.config.exists():
         raise SettingsError(f"--config: there is no {chosen.config}")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it greets at import
-    from .adapters import facts, tables
-    from .adapters.skeleton import Skeleton
+    from .catalog import facts, summary_text
+    from .catalog.validator.skeleton import Skeleton
 
     base = Skeleton(chosen.config)
     modules = [name.strip() for name in chosen.target_modules.split(",") if name.strip()]
     told = facts.forecast(base.linears(), base.parameters, chosen.r, modules, chosen.dtype)
-    _show(told, tables.forecast(told), chosen.format)
+    _show(told, summary_text.forecast(told), chosen.format)
     return 0
 
 

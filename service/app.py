@@ -11,21 +11,26 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 
-from . import __version__, metrics
-from .api import adapters, errors, generate, openai, ops
-from .api.auth import Keys, Origins
-from .api.limits import Access, Bodies, Gate
-from .api.quota import Quotas
-from .api.rooms import Rooms
-from .api.sse import Json
+from . import __version__
+from .api import errors
+from .api.generation.sse import Json
+from .api.middleware.access_log import Access
+from .api.middleware.authentication import Keys
+from .api.middleware.body_limit import Bodies
+from .api.middleware.cors import Origins
+from .api.middleware.drain import Gate
+from .api.middleware.rate_limit import Quotas
+from .api.routes import adapters, generate, models, ops
+from .api.services import Rooms
 from .settings import Settings
+from .telemetry import metrics
 from .threads import DISK, run_in
 
 if TYPE_CHECKING:
-    from .adapters.registry import Registry
-    from .engine.client import Client
-    from .engine.text import Text
-    from .traces import Trace
+    from .catalog.registry import Registry
+    from .telemetry.traces import Trace
+    from .text.tokenizers import Text
+    from .worker.client import Client
 
 log = logging.getLogger("adapterd")
 
@@ -34,7 +39,7 @@ EXPOSED = ("x-request-id", "x-adapter-id", "x-adapter-digest", "x-prompt-tokens"
 
 
 def _text(folder: str) -> Text:
-    from .engine.text import Text
+    from .text.tokenizers import Text
 
     return Text(folder)
 
@@ -68,7 +73,7 @@ def create_app(
     )
     app.state.rooms = rooms
     errors.install(app)
-    for part in (ops.probes, generate.router, openai.router, adapters.reading, adapters.changing, ops.router):
+    for part in (ops.probes, generate.router, models.router, adapters.reading, adapters.changing, ops.router):
         app.include_router(part)
     return app
 
@@ -108,11 +113,11 @@ class Service(FastAPI):
 
 def _rooms(settings: Settings, client: Client | None, registry: Registry | None) -> Rooms:
     if client is None:
-        from .engine.client import Client
+        from .worker.client import Client
 
         client = Client(settings)
     if registry is None:
-        from .adapters.registry import Registry
+        from .catalog.registry import Registry
 
         registry = Registry(settings, device=client)
         client.watch(registry.note)

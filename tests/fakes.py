@@ -12,7 +12,10 @@ import time
 from collections.abc import Callable, Sequence
 from zlib import crc32
 
-from service.engine.request import Adapter, BaseCard, Chunk, Digest, Lane, Linear, Placement, Plan, Request, Result, Token
+from service.core.adapter import Adapter, Digest, Lane, Placement
+from service.core.base_info import BaseCard, Linear
+from service.core.request import Request, Token
+from service.engine.plan import Chunk, Plan, Result
 from service.errors import AdapterInvalid, SettingsError
 from service.settings import Settings
 

@@ -19,7 +19,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
-from service.model import base
+from service.model import loading
 from service.settings import Settings
 
 AWAITED = {"aten.item", "aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten.equal"}
@@ -294,8 +294,8 @@ def gpu() -> Iterator[type[GPU]]:
             patch.setattr(torch.cuda, name, stand_in)
         patch.setattr(torch, "tensor", _tensor(torch.tensor))
         patch.setattr(torch.Tensor, "to", _to(torch.Tensor.to))
-        patch.setattr(base, "load", _load(base.load))
-        patch.setattr(base, "resident_bytes", lambda model: {})  # storages that are not there have no addresses
+        patch.setattr(loading, "load", _load(loading.load))
+        patch.setattr(loading, "resident_bytes", lambda model: {})  # storages that are not there have no addresses
         for name, stand_in in (("_host_emptyCache", lambda: None), ("_cuda_endAllocateToPool", _end), ("_cuda_releasePool", _release)):
             patch.setattr(torch._C, name, stand_in, raising=False)
         yield GPU
@@ -306,7 +306,7 @@ def _tensor(plain: Any) -> Any:
 
 
 def _load(plain: Any) -> Any:
-    def load(folder: Path, settings: Settings, progress: base.Progress) -> Any:
+    def load(folder: Path, settings: Settings, progress: loading.Progress) -> Any:
         with _disable_current_modes():
             model = plain(folder, settings.model_copy(update={"device": "cpu"}), progress)
         return moved(model)

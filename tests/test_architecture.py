@@ -16,9 +16,9 @@ ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "service").rglob("*.py"))
 READS_ENVIRONMENT = {"service/__main__.py"}
 SETS_ENVIRONMENT = {  # of the processes they start
-    "service/adapters/reading.py",
-    "service/engine/process.py",
-    "service/engine/template_renderer.py",
+    "service/catalog/validator/process.py",
+    "service/worker/process.py",
+    "service/text/template_renderer.py",
 }
 
 
@@ -49,7 +49,7 @@ def test_only_the_command_line_reads_the_environment() -> None:
 def test_nothing_heavy_is_imported_before_it_listens() -> None:
     """The first probe of an orchestrator is answered within a second; importing torch alone takes longer."""
     code = (
-        "import sys; from service.settings import read; import service.serve; from service.app import create_app;"
+        "import sys; from service.settings import read; import service.server; from service.app import create_app;"
         "create_app(read({}, {'base': 'org/none'}));"
         "print(sorted({'torch', 'transformers', 'peft', 'numpy', 'tokenizers', 'bitsandbytes'} & sys.modules.keys()))"
     )

@@ -50,7 +50,7 @@ class Service:
 
     def worker(self) -> psutil.Process | None:
         below = self.process().children()
-        return next((one for one in below if "service.engine.worker" in one.cmdline()), None)
+        return next((one for one in below if "service.worker.loop" in one.cmdline()), None)
 
     def logged(self, word: str = "id") -> Counter[str]:
         """How many lines of the log tell of each request, of those that have this word."""

@@ -15,13 +15,14 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from starlette.routing import compile_path
 
-from service import errors, metrics
+from service import errors
 from service.__main__ import main
 from service.api.errors import status
-from service.api.schemas_chat import ChatRequest
-from service.api.schemas_native import GenerateRequest, Parameters
-from service.api.schemas_openai import Asked, CompletionRequest
+from service.api.schemas.chat import ChatRequest
+from service.api.schemas.generate import GenerateRequest, Parameters
+from service.api.schemas.openai import Asked, CompletionRequest
 from service.settings import PREFIX, Settings
+from service.telemetry import metrics
 
 from .api.house import House, house
 

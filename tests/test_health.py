@@ -78,7 +78,7 @@ async def test_a_worker_that_hangs_is_replaced_while_health_answers(http: httpx.
 
 async def test_a_worker_that_is_killed_is_replaced_while_health_answers(http: httpx.AsyncClient, server: Server) -> None:
     below = psutil.Process(server.pid).children()
-    (worker,) = (one.pid for one in below if "service.engine.worker" in one.cmdline())
+    (worker,) = (one.pid for one in below if "service.worker.loop" in one.cmdline())
     seen = Seen()
     await seen.look(http)
     os.kill(worker, signal.SIGKILL)

@@ -16,11 +16,12 @@ from typing import Any
 
 import pytest
 
-from service.adapters.registry import Registry
-from service.engine.client import Client
-from service.engine.request import Event, Sampling, Token
+from service.catalog.registry import Registry
+from service.core.request import Event, Token
+from service.core.sampling import Sampling
 from service.errors import AdapterInvalid, AdapterNotFound
 from service.settings import Settings
+from service.worker.client import Client
 from tests import kinds, making
 
 pytestmark = pytest.mark.anyio

@@ -180,7 +180,7 @@ def test_flags_override_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("ADAPTERD_BASE", "org/none")
     monkeypatch.setenv("ADAPTERD_PORT", "1")
-    monkeypatch.setattr("service.serve.serve", serve)
+    monkeypatch.setattr("service.server.serve", serve)
     assert command.main(["serve", "--port", "2", "--max-rows=3"]) == 0
     assert (seen[0].port, seen[0].max_rows) == (2, 3)
 
@@ -251,7 +251,7 @@ def test_the_real_command_starts_as_a_module() -> None:
 
 def test_the_server_reads_a_tokenizer_without_torch(tmp_path: Path) -> None:
     code = (
-        "import sys; from service.__main__ import _without_torch; _without_torch(); from service.engine.text import Text;"
+        "import sys; from service.__main__ import _without_torch; _without_torch(); from service.text.tokenizers import Text;"
         f"print(Text({str(making.tiny(tmp_path / 'base'))!r}).base.encode('the hen'), sys.modules['torch'])"
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -18,11 +18,11 @@ from typing import Any
 import psutil
 import pytest
 
-from service.adapters.registry import Registry
-from service.engine.client import Client
-from service.engine.request import Finish
+from service.catalog.registry import Registry
+from service.core.request import Finish
 from service.errors import AdapterInvalid
 from service.settings import Settings
+from service.worker.client import Client
 from tests import kinds, making
 
 pytestmark = pytest.mark.anyio

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from service.engine.request import BaseCard
+from service.core.base_info import BaseCard
 from service.model import build as building
 from service.model.runner import Runner
 from service.settings import Settings

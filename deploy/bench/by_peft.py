@@ -12,8 +12,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from service.engine.request import Adapter
-from service.model import base
+from service.core.adapter import Adapter
+from service.model import loading
 from service.settings import Settings
 
 from .decoding import Said
@@ -31,7 +31,7 @@ def compared(
 
     `ours` are some of our first tokens, with log probabilities.
     """
-    plain: Any = base.load(folder, settings, lambda stage, fraction: None)
+    plain: Any = loading.load(folder, settings, lambda stage, fraction: None)
     ids = torch.tensor(prompts, device=plain.device)
     seconds, logits = timed(plain, ids, steps, {})
     tell(PLAIN, 1000 * statistics.median(seconds))

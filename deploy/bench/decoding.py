@@ -5,7 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
-from service.engine.request import Adapter, Chunk, Plan, Request, Result, Sampling, Token
+from service.core.adapter import Adapter
+from service.core.request import Request, Token
+from service.core.sampling import Sampling
+from service.engine.plan import Chunk, Plan, Result
 from service.model.runner import Runner
 
 CONTEXT = 1024  # of every row, in tokens

@@ -201,7 +201,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    from service.model.base import resolve
+    from service.model.loading import resolve
 
     asked = parser().parse_args()
     end_cleanly_when_told()

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from service.adapters.reader import read
-from service.adapters.skeleton import Skeleton
-from service.engine.request import Adapter
+from service.catalog.validator.check import read
+from service.catalog.validator.skeleton import Skeleton
+from service.core.adapter import Adapter
 
 from . import adapters
 

@@ -23,8 +23,11 @@ from typing import Any
 
 import torch
 
-from service.engine.request import Adapter, BaseCard, Placement, Plan, Token
-from service.model import base
+from service.core.adapter import Adapter, Placement
+from service.core.base_info import BaseCard
+from service.core.request import Token
+from service.engine.plan import Plan
+from service.model import loading
 from service.model.build import build
 from service.model.runner import Runner
 from service.settings import Settings
@@ -63,7 +66,7 @@ class Bench:
         self.settings = work.settings.model_copy(update={"compile": switch})
         built: tuple[Runner, BaseCard] = build(self.settings, lambda stage, fraction: found.line(stage))
         self.runner, self.card = built
-        self.on = base.device_of(self.settings)
+        self.on = loading.device_of(self.settings)
         for i, adapter in enumerate(work.adapters):
             self.runner.load(adapter)
             self.place(i)
@@ -230,7 +233,7 @@ def ours(work: Work, switch: str, rows: int, found: Found) -> Said:
 
 def prepared(asked: argparse.Namespace, found: Found) -> Work:
     """The base, the adapters and the prompts, made where they are not there yet."""
-    device = base.device_of(Settings())
+    device = loading.device_of(Settings())
     found.tell("device", torch.cuda.get_device_name() if device.type == "cuda" else "cpu")
     found.tell("versions", {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")})
     found.tell("asked", {name: str(value) for name, value in vars(asked).items()})

@@ -11,11 +11,11 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from starlette.types import Scope
 
-from service.adapters import ids
-from service.api.auth import READING
-from service.api.schemas_chat import ChatRequest
-from service.api.schemas_native import GenerateRequest
-from service.api.schemas_openai import CompletionRequest
+from service.api.middleware.authentication import READING
+from service.api.schemas.chat import ChatRequest
+from service.api.schemas.generate import GenerateRequest
+from service.api.schemas.openai import CompletionRequest
+from service.catalog import ids
 from service.settings import Settings
 
 SHAPES: dict[str, type[BaseModel]] = {

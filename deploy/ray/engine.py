@@ -13,14 +13,14 @@ from typing import Any
 from ray import serve
 from starlette.types import Message
 
-from service import logs, metrics
-from service.adapters.registry import Registry
-from service.api.rooms import Rooms
+from service.api.services import Rooms
 from service.app import create_app
-from service.engine.client import Client
+from service.catalog.registry import Registry
 from service.errors import AdapterdError
 from service.settings import Settings
+from service.telemetry import logs, metrics
 from service.threads import DISK, run_in
+from service.worker.client import Client
 
 from .call import Call
 from .turns import changing, version

@@ -19,12 +19,13 @@ from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import logs
 from service.api import errors
-from service.api.limits import Access, Bodies
-from service.api.sse import DONE, frame
+from service.api.generation.sse import DONE, frame
+from service.api.middleware.access_log import Access
+from service.api.middleware.body_limit import Bodies
 from service.errors import NotReady
 from service.settings import Settings
+from service.telemetry import logs
 
 from .call import Call, call
 from .exposition import merged

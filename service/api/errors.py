@@ -17,7 +17,6 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 from starlette.types import Scope
 
-from .. import metrics
 from ..errors import (
     AdapterdError,
     AdapterNotFound,
@@ -29,6 +28,7 @@ from ..errors import (
     NotFound,
     NotReady,
 )
+from ..telemetry import metrics
 
 PROBES = ("/health", "/ready", "/metrics")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")

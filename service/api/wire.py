@@ -13,8 +13,8 @@ from typing import Any, ClassVar
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
-from .. import metrics
 from ..errors import AdapterdError, BadRequest, PayloadTooLarge, TooSlow
+from ..telemetry import metrics
 from .errors import body, openai_dialect, status
 
 HEAD_BYTES = 64 * 1024  # of a request line and its headers

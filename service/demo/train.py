@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from ..model.base import resolve
+from ..model.loading import resolve
 from . import card, dates, labels, orders, pirate
 from .task import Item, Recipe, Scores, Task
 

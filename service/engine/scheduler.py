@@ -11,9 +11,12 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field, replace
 
-from .request import Adapter, Chunk, Digest, Event, Finish, Fork, Gauges, Placement, Plan, Report, Request, Result, Token
-from .residency import Residency
-from .rows import WORTH, Rows, common
+from ..core.adapter import Adapter, Digest, Placement
+from ..core.messages import Gauges, Report
+from ..core.request import Event, Finish, Request, Token
+from .adapter_cache import Residency
+from .kv_rows import WORTH, Rows, common
+from .plan import Chunk, Fork, Plan, Result
 
 GOOD_PART = 0.25  # of the prefill budget
 PASSES = 16  # requests that may overtake one whose adapter does not fit the pool, before the pool drains for it

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from ..engine.request import BaseCard
+from ..core.base_info import BaseCard
 from ..errors import SettingsError
 from ..settings import Settings
-from . import base, kernels, kv, proof, rope
-from .bank import Bank
-from .calls import LinearCalls, recorded_calls
+from . import kernels, kv, loading, rope, selfcheck
 from .graphs import Graphs
 from .kernels import decoder
+from .linear_calls import LinearCalls, recorded_calls
+from .lora_pool import Bank
 from .memory import trim
 from .runner import Runner
 from .sampler import Sampler
@@ -36,7 +36,7 @@ ROWS = {"cpu": 16, "cuda": 64}
 GRAMMARS = 64  # compiled ones that are kept: most requests bring one that came before, and a large one takes a second
 
 
-def build(settings: Settings, progress: base.Progress) -> tuple[Runner, BaseCard]:
+def build(settings: Settings, progress: loading.Progress) -> tuple[Runner, BaseCard]:
     """Loads everything. Raises SettingsError with a reason fit for a person when this base or device cannot be served."""
     try:
         return _built(settings, progress)
@@ -44,10 +44,10 @@ def build(settings: Settings, progress: base.Progress) -> tuple[Runner, BaseCard
         raise SettingsError(f"ADAPTERD_BASE: it, KV rows and a pool of {settings.pool_rank} do not fit into the GPU's memory") from error
 
 
-def _built(settings: Settings, progress: base.Progress) -> tuple[Runner, BaseCard]:
-    folder = base.resolve(settings.base, base.dtype_of(settings, base.device_of(settings)), progress)
-    model: Any = base.load(folder, settings, progress)
-    device = base.device_of(settings)
+def _built(settings: Settings, progress: loading.Progress) -> tuple[Runner, BaseCard]:
+    folder = loading.resolve(settings.base, loading.dtype_of(settings, loading.device_of(settings)), progress)
+    model: Any = loading.load(folder, settings, progress)
+    device = loading.device_of(settings)
     recorded = device.type == "cuda" and settings.compile != "off"
     if device.type == "cuda":
         torch.cuda.set_device(device.index or 0)  # streams and recordings are made on the current one
@@ -58,13 +58,13 @@ def _built(settings: Settings, progress: base.Progress) -> tuple[Runner, BaseCar
             attention = kv.scout(model)
         calls = recorder.result()
         rows, context = _capacity(model, attention, settings, device, recorded)
-        card = base.card(model, folder, settings, context, rows, rope.fix_frequencies(model, context), calls.limits)
-        proven = proof.prove_architecture(model, attention, context)
+        card = loading.card(model, folder, settings, context, rows, rope.fix_frequencies(model, context), calls.limits)
+        proven = selfcheck.prove_architecture(model, attention, context)
         tables = kernels.tables(rows) if device.type == "cpu" and _fusible(model, attention, settings) else None
         kv.allocate(attention, rows + recorded, context, model.dtype, device, tables.body if tables else None)
-        logits = proof.logits_of(model)
+        logits = selfcheck.logits_of(model)
         if not proven:
-            proof.prove_roughly(model, logits)
+            selfcheck.prove_roughly(model, logits)
         progress("making the pool", 0.0)
         fused = _fused(model, attention, settings, tables, calls, logits) if tables else None
         bank = fused or _make_bank(model, settings, calls)
@@ -81,7 +81,7 @@ def _fusible(model: Any, attention: Sequence[kv.Sighting], settings: Settings) -
     """Whether the CPU kernels can run this base. Raises SettingsError where they were demanded and cannot."""
     wanted = settings.compile != "off" and model.dtype == torch.bfloat16
     head = model.get_output_embeddings()
-    layers = [layer for _, layer, _, _ in base.linears(model) if layer is not head]
+    layers = [layer for _, layer, _, _ in loading.linears(model) if layer is not head]
     able = wanted and all(map(kernels.fits, layers)) and all(s.dim % 16 == 0 and not s.chunk for s in attention) and kernels.load()
     if settings.compile == "on" and not able:
         raise SettingsError("ADAPTERD_COMPILE: on, but the kernels need a bfloat16 base on a CPU with AVX512-BF16, and a C++ compiler")
@@ -99,7 +99,7 @@ def _fused(
     """The bank on the CPU kernels, where they say what torch says. Raises SettingsError where they were demanded and do not."""
     bank = _make_bank(model, settings, calls, tables)
     _place_kernels(bank, attention)
-    why = proof.kernels_differ(bank, expected)
+    why = selfcheck.kernels_differ(bank, expected)
     kv.clear(attention, 0)
     if not why:
         return bank
@@ -120,7 +120,7 @@ def _place_kernels(bank: Bank, attention: Sequence[kv.Sighting]) -> None:
 def _graphs(bank: Bank, attention: Sequence[kv.Sighting], card: BaseCard, expected: Tensor, settings: Settings) -> Graphs | None:
     """CUDA graphs, where they are proven. Raises SettingsError where they were demanded and are not."""
     graphs = Graphs(bank, card.rows, card.context, card.vocab_size)
-    if proof.recorded(bank, attention, graphs, expected):
+    if selfcheck.recorded(bank, attention, graphs, expected):
         return graphs
     if settings.compile == "on":
         raise SettingsError("ADAPTERD_COMPILE: on, but decode steps of this base cannot be CUDA graphs; the log says why")
@@ -137,8 +137,8 @@ def _capacity(model: Any, attention: Sequence[kv.Sighting], settings: Settings, 
     context = settings.max_context or min(own, fits)
     if context > fits:
         raise SettingsError(f"ADAPTERD_MAX_CONTEXT: {rows} rows of {context} tokens do not fit into memory; {fits} do")
-    if context < proof.PROBE:  # a GPU would write past the rows' end
-        raise SettingsError(f"ADAPTERD_MAX_CONTEXT: {rows} rows of {context} tokens are too short to prove the base by {proof.PROBE}")
+    if context < selfcheck.PROBE:  # a GPU would write past the rows' end
+        raise SettingsError(f"ADAPTERD_MAX_CONTEXT: {rows} rows of {context} tokens are too short to prove the base by {selfcheck.PROBE}")
     return rows, context
 
 

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..engine.request import Digest
-from .bank import Bank
+from ..core.adapter import Digest
 from .kv import Span, Table
+from .lora_pool import Bank
 
 log = logging.getLogger(__name__)
 

@@ -8,14 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..engine.request import Adapter, Chunk, Digest, Lane, Plan, Result, Token
+from ..core.adapter import Adapter, Digest, Lane
+from ..core.request import Token
+from ..engine.plan import Chunk, Plan, Result
 from . import kernels, kv
-from .adapted import Factors
-from .bank import Bank, Run
-from .factors import factors
 from .graphs import Graphs
+from .lora_linear import Factors
+from .lora_pool import Bank, Run
+from .lora_weights import factors
+from .peft_fallback import own_bytes, planted
 from .sampler import NOT_FINITE, Sampler, Unfit, described
-from .shadow import own_bytes, planted
 
 
 class Hosted(NamedTuple):
@@ -27,7 +29,7 @@ class Hosted(NamedTuple):
 
 
 class Runner:
-    """The base, the bank, the KV rows and the sampler, behind `engine.request.Runner`. `model` is the base's own tree."""
+    """The base, the bank, the KV rows and the sampler, behind `engine.plan.Runner`. `model` is the base's own tree."""
 
     def __init__(self, model: Any, bank: Bank, attention: Sequence[kv.Sighting], sampler: Sampler, graphs: Graphs | None = None) -> None:
         self.model, self.bank, self.attention, self.sampler, self.graphs = model, bank, attention, sampler, graphs

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.request import Request, Sampling, Token
+from ..core.request import Request, Token
+from ..core.sampling import Sampling
 
 NUCLEUS = 256  # top-p looks at this many best tokens first; the whole vocabulary is sorted only when they do not suffice
 

@@ -12,15 +12,16 @@ from typing import Any, cast
 
 from starlette.testclient import TestClient
 
-from service import metrics
 from service.app import create_app
-from service.engine.request import Event, Finish, Request, Sampling, Token
-from service.engine.text import Text
-from service.engine.ticket import Ticket
+from service.core.manifest import Manifest, compute_digest, read_manifest
+from service.core.request import Event, Finish, Request, Token
+from service.core.sampling import Sampling
 from service.errors import AdapterNotFound, Overloaded
-from service.manifest import Manifest, compute_digest, read_manifest
 from service.settings import read
-from service.traces import Trace
+from service.telemetry import metrics
+from service.telemetry.traces import Trace
+from service.text.tokenizers import Text
+from service.worker.ticket import Ticket
 from tests import making
 
 from .house import BASE, Shelf, StandIn

@@ -11,13 +11,15 @@ from typing import TYPE_CHECKING, Any, cast
 from starlette.testclient import TestClient
 
 from service.app import create_app
-from service.engine.request import BaseCard, Gauges, Linear, Placement
+from service.core.adapter import Placement
+from service.core.base_info import BaseCard, Linear
+from service.core.messages import Gauges
 from service.errors import AdapterInvalid, AdapterNotFound, Conflict, Forbidden, SourceMissing
 from service.settings import Settings, read
 
 if TYPE_CHECKING:
-    from service.adapters.registry import Registry
-    from service.engine.client import Client
+    from service.catalog.registry import Registry
+    from service.worker.client import Client
 
 REGISTERED = "2026-11-25T12:00:00.500Z"
 BASE = BaseCard(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from service.manifest import CONFIG, TEXT_FILES, WEIGHTS
+from service.core.manifest import CONFIG, TEXT_FILES, WEIGHTS
 
 from .house import House, house
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from service.api.answer import failure
-from service.engine.request import Event, Finish
+from service.api.generation.answer import failure
+from service.core.request import Event, Finish
 from service.errors import AdapterInvalid, DeadlineExceeded, Internal, NotReady
 
 from .fakes import Stage, stage

@@ -10,13 +10,13 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from service import errors as tree
-from service.api.adapters import Registration
-from service.api.answer import failure
 from service.api.errors import body, status
-from service.api.schemas_chat import ChatRequest
-from service.api.schemas_native import GenerateRequest
-from service.api.schemas_openai import CompletionRequest
-from service.engine.request import Event, Finish
+from service.api.generation.answer import failure
+from service.api.routes.adapters import Registration
+from service.api.schemas.chat import ChatRequest
+from service.api.schemas.generate import GenerateRequest
+from service.api.schemas.openai import CompletionRequest
+from service.core.request import Event, Finish
 from service.errors import AdapterdError
 
 from .house import House, house

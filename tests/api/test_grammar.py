@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
-from service.api import grammar
-from service.api.grammar import Verdict, Verdicts
-from service.api.schemas import JsonObject, Regex
+from service.api.generation import grammar
+from service.api.generation.grammar import Verdict, Verdicts
+from service.api.schemas.shared import JsonObject, Regex
 from service.errors import BadRequest
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from service.errors import AdapterNotFound
-from service.logs import Json, Text
+from service.telemetry.logs import Json, Text
 
 from .fakes import stage
 from .house import House, house
@@ -145,7 +145,7 @@ def test_the_description_lists_every_route_and_how_it_refuses(home: House) -> No
 def test_a_page_that_is_not_installed_is_404(
     home: House, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    monkeypatch.setattr("service.api.ops.PAGES", tmp_path_factory.mktemp("empty"))
+    monkeypatch.setattr("service.api.routes.ops.PAGES", tmp_path_factory.mktemp("empty"))
     assert home.json("GET", "/", status=404, headers={"accept": "text/html"})["error_type"] == "not_found"
 
 

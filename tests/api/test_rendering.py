@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
-from service.api import generate, openai_chat, openai_completions, rendering
-from service.api.tops import finite
-from service.engine.text import Voice
+from service.api.generation import rendering
+from service.api.generation.logprobs import finite
+from service.api.routes import chat, completions, generate
+from service.text.tokenizers import Voice
 from tests import making
-from tests.test_loop import on_a_loop
+from tests.test_event_loop import on_a_loop
 
 from .fakes import Stage, stage
 
@@ -115,7 +116,7 @@ def test_a_large_answer_is_made_off_the_event_loop(one: Stage, monkeypatch: pyte
         where.append(on_a_loop())
         return finite(logprob)
 
-    for module in (openai_chat, openai_completions, generate):
+    for module in (chat, completions, generate):
         monkeypatch.setattr(module, "finite", watched)
     monkeypatch.setattr(rendering, "PIECE", 500)
     assert told(one, path, body) == whole
@@ -137,7 +138,7 @@ def test_a_long_prompt_of_ids_is_read_off_the_event_loop_and_once(
         return decode(voice, ids)
 
     monkeypatch.setattr(Voice, "decode", watched)
-    monkeypatch.setattr("service.api.admission.MANY", 100)
+    monkeypatch.setattr("service.api.generation.admission.MANY", 100)
     one.post("/v1/completions", {"model": "base", "prompt": list(making.ids(LONG)), "max_tokens": 1, **fields})
     assert read == [False]
 

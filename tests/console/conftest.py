@@ -16,11 +16,11 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, sync_playwright
 
-from service.adapters.ids import DEMO_BASE
+from service.catalog.ids import DEMO_BASE
 from tests import making
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "service" / "api" / "console"
+PAGE = ROOT / "service" / "api" / "static" / "console"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 FLAGS += ["--disable-background-networking", "--disable-component-update"]

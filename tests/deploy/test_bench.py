@@ -21,7 +21,7 @@ from deploy.bench.load import Sample, closed, connect, jobs, opened, picks, prom
 from deploy.bench.report import BASE, Cell, Summary, median, percentile, plot, summarize, table, write
 from deploy.bench.servers import Server, memory_mb, models
 from deploy.bench.slow_hub import COMMIT, slow_hub
-from service.adapters.hub import Hub
+from service.catalog.sources.hub import Hub
 
 from .fake import Fake, serving
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from service import errors
-from service.metrics import REGISTRY
+from service.telemetry.metrics import REGISTRY
 
 from .files import DEPLOY, METRIC, expressions, rules
 

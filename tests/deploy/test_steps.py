@@ -14,7 +14,8 @@ import torch
 from deploy.bench import random_base, steps
 from deploy.bench.decoding import Decoding
 from deploy.bench.figures import BASE, DIFFERENT, FLOOR, FLOOR_MIXED, MIXED, ONE, PLAIN, Found, Timed
-from service.engine.request import Plan, Result, Token
+from service.core.request import Token
+from service.engine.plan import Plan, Result
 from tests import pretended
 
 ASKED = ["--shape", "tiny", "--rows", "3", "--adapters", "3", "--steps", "4", "--prompt", "8", "--quantization", "none"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from service.engine.request import Adapter, Digest, Event, Finish, Plan, Request, Result, Tier
+from service.core.adapter import Adapter, Digest, Tier
+from service.core.request import Event, Finish, Request
+from service.engine.plan import Plan, Result
 from service.engine.scheduler import Scheduler
 from tests.fakes import FakeRunner, expected
 

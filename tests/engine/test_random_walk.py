@@ -6,7 +6,8 @@ import random
 
 import pytest
 
-from service.engine.request import Adapter, Finish, Lane
+from service.core.adapter import Adapter, Lane
+from service.core.request import Finish
 from tests.engine.driver import EMPTY, Driver
 from tests.fakes import adapter
 

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from service.engine.request import Finish, Lane, Result, Tier
-from service.engine.rows import WORTH
+from service.core.adapter import Lane, Tier
+from service.core.request import Finish
+from service.engine.kv_rows import WORTH
+from service.engine.plan import Result
 from service.engine.scheduler import PASSES
 from tests.engine.driver import Driver
 from tests.fakes import adapter, expected

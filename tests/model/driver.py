@@ -7,8 +7,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from service.engine.request import Adapter, Chunk, Lane, Patch, Placement, Plan, Request, Sampling, Token
-from service.manifest import compute_digest, read_manifest
+from service.core.adapter import Adapter, Lane, Patch, Placement
+from service.core.manifest import compute_digest, read_manifest
+from service.core.request import Request, Token
+from service.core.sampling import Sampling
+from service.engine.plan import Chunk, Plan
 from service.model.runner import Runner
 from tests import making
 

@@ -16,9 +16,12 @@ import torch
 from peft import IA3Config
 from transformers import AttentionInterface
 
-from service.engine.request import Chunk, Placement, Plan, Request, Sampling
+from service.core.adapter import Placement
+from service.core.request import Request
+from service.core.sampling import Sampling
+from service.engine.plan import Chunk, Plan
 from service.errors import SettingsError
-from service.model import graphs, kv, proof
+from service.model import graphs, kv, selfcheck
 from service.model.build import build
 from service.model.runner import Runner
 from service.settings import Settings
@@ -26,7 +29,7 @@ from tests import making, pretended
 
 from .driver import Driver, Job, plan_of
 from .test_parity import FAMILIES, random_base
-from .test_shadow import shadow_plan
+from .test_peft_fallback import shadow_plan
 
 SHAPES: list[dict[str, Any]] = [
     {"targets": ("q_proj", "k_proj", "v_proj", "o_proj"), "r": 16, "alpha": 32},
@@ -209,9 +212,9 @@ def test_an_adapter_that_is_forgotten_leaves_no_pinned_memory(house: dict[str | 
 
 def test_a_context_that_the_proof_does_not_fit_into_is_refused(house: dict[str | None, Path]) -> None:
     with device():
-        runner_on(house[None], max_context=proof.PROBE)
+        runner_on(house[None], max_context=selfcheck.PROBE)
         with pytest.raises(SettingsError, match="ADAPTERD_MAX_CONTEXT: 8 rows of 23 tokens are too short"):
-            runner_on(house[None], max_context=proof.PROBE - 1)
+            runner_on(house[None], max_context=selfcheck.PROBE - 1)
 
 
 @pytest.mark.parametrize("where", ["load", "attend", "Bank"])
@@ -222,7 +225,7 @@ def test_memory_that_runs_out_at_the_start_is_told(house: dict[str | None, Path]
     with device(), monkeypatch.context() as patch:
         match where:
             case "load":
-                patch.setattr("service.model.base.load", full)
+                patch.setattr("service.model.loading.load", full)
             case "attend":
                 patch.setitem(AttentionInterface._global_mapping, kv.NAME, full)
             case "Bank":

@@ -14,12 +14,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from service.engine.request import Adapter, Placement
+from service.core.adapter import Adapter, Placement
 from service.errors import SettingsError
 from service.model import kernels, kv
-from service.model.adapted import Adapted, Arrangement, Factors, Fused, Gated, Group
 from service.model.build import build
 from service.model.kernels.decoder import Decoder
+from service.model.lora_linear import Adapted, Arrangement, Factors, Fused, Gated, Group
 from service.model.memory import Arena
 from service.settings import Settings
 from tests import making

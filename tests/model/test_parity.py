@@ -16,12 +16,15 @@ from peft.tuners.lora import dora
 from peft.utils.integrations import dequantize_module_weight
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from service.engine.request import Chunk, Fork, Placement, Plan, Request, Sampling
+from service.core.adapter import Placement
+from service.core.request import Request
+from service.core.sampling import Sampling
+from service.engine.plan import Chunk, Fork, Plan
 from service.errors import SettingsError
-from service.model.bank import Bank, Run
-from service.model.base import load
 from service.model.build import build
-from service.model.factors import factors
+from service.model.loading import load
+from service.model.lora_pool import Bank, Run
+from service.model.lora_weights import factors
 from service.model.runner import Runner
 from service.settings import Settings
 from tests import making

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from peft import IA3Config
 
-from service.engine.request import BaseCard
+from service.core.base_info import BaseCard
 from service.model.build import build
 from service.model.runner import Runner
 from service.settings import Settings
@@ -18,7 +18,7 @@ from tests import making
 from .driver import Driver, Job
 from .test_graphs import device
 from .test_parity import SIZES, random_base
-from .test_shadow import shadow_plan
+from .test_peft_fallback import shadow_plan
 
 ORIGINAL, CONTEXT, LENGTH = 40, 128, 10
 LONGROPE: dict[str, Any] = {

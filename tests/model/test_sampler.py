@@ -19,7 +19,8 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from service.engine.request import Request, Sampling, Token
+from service.core.request import Request, Token
+from service.core.sampling import Sampling
 from service.model.sampler import Sampler, Unfit, draw, warped
 
 VOCABULARY = 400

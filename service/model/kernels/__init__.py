@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.cpp_extension import include_paths, library_paths
 from transformers import AttentionInterface
 
-from ..base import CACHE
+from ..loading import CACHE
 
 NAME = "adapterd_rows"
 SOURCES = [Path(__file__).with_name(name) for name in ("ops.cpp", "attention.h", "linear.h", "vectors.h", "crew.h")]

@@ -1,0 +1,29 @@
+"""The OpenAI dialect's routes that generate nothing, and its others put together. Knows no request's body."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from ..errors import documented
+from ..generation.openai_objects import known_model, models
+from ..scopes import KEY_SCOPE
+from ..services import Seen, Shelf
+from . import chat, completions
+
+router = APIRouter(tags=["OpenAI"], dependencies=[KEY_SCOPE])
+router.include_router(completions.router)
+router.include_router(chat.router)
+
+
+@router.get("/v1/models", responses=documented(503, openai=True))
+async def list_models(here: Shelf, seen: Seen) -> dict[str, Any]:
+    """The base and every registered adapter; an adapter's parent is the base."""
+    return {"object": "list", "data": models(here, seen)}
+
+
+@router.get("/v1/models/{id:path}", responses=documented(404, 503, openai=True))
+async def get_model(id: str, here: Shelf, seen: Seen) -> dict[str, Any]:
+    """One of them."""
+    return known_model(id, here, seen)

@@ -1,0 +1,158 @@
+"""What stands under which id, what is still leased without one, and what the device is told of it. Knows no files.
+
+An id is a label on immutable content: contents end when no id has them and their last lease is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+from weakref import WeakValueDictionary
+
+from ..core.adapter import Adapter, Digest, Tier
+from ..core.base_info import BaseCard
+from ..core.messages import Load
+from ..errors import AdapterInvalid, NotReady
+from ..telemetry import metrics
+from . import ids
+from .versions import Shelved
+
+
+class Device(Protocol):
+    """The engine, as names need it. `base` is there once it is loaded; `drop` gives the bytes freed."""
+
+    @property
+    def base(self) -> BaseCard | None: ...
+    def offer(self, adapter: Adapter, pinned: bool = False, preload: bool = True) -> None: ...
+    async def loaded(self, digest: Digest) -> Load: ...
+    def pin(self, digest: Digest, pinned: bool) -> None: ...
+    async def drop(self, digest: Digest) -> int: ...
+    def tier(self, digest: Digest) -> Tier: ...
+
+
+class Shelves:
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.current: dict[str, Shelved] = {}
+        self._retired: set[Shelved] = set()  # replaced or deleted, and still leased
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._ending: set[asyncio.Task[int]] = set()
+
+    # ---- looking
+
+    def found(self, id: str) -> Shelved:
+        """Raises AdapterNotFound."""
+        if id not in self.current:
+            raise ids.unknown(id)
+        return self.current[id]
+
+    def usable(self, id: str) -> Shelved:
+        """Raises AdapterNotFound, AdapterInvalid for one that could not be read at start."""
+        one = self.found(id)
+        if one.generation.reading is None:
+            raise AdapterInvalid([one.failure])
+        return one
+
+    @property
+    def base(self) -> BaseCard:
+        """Raises NotReady while the base loads."""
+        if self.device.base is None:
+            raise NotReady("not ready: the base is loading", retry_after=2)
+        return self.device.base
+
+    def tier(self, one: Shelved) -> Tier:
+        return self.device.tier(one.digest)
+
+    def sourced(self, source: str) -> bool:
+        """Whether anything, leased or named, lies in this source."""
+        return any(one.generation.place.source == source for one in (*self.current.values(), *self._retired))
+
+    def turn(self, name: str) -> asyncio.Lock:
+        """One at a time for an id, and for a content."""
+        return self._turns.setdefault(name, asyncio.Lock())
+
+    # ---- changing
+
+    def place(self, one: Shelved) -> None:
+        """Puts an adapter where nothing stands, without loading it unless it is pinned."""
+        self.current[one.generation.id] = one
+        metrics.adapter_registered(one.generation.id)
+        if adapter := one.generation.adapter:
+            self.device.offer(adapter, one.pinned, one.pinned)
+
+    async def put(self, one: Shelved, adapter: Adapter, preload: bool) -> Shelved | None:
+        """Puts an adapter under its id once the device has it, if it is to be loaded now; what stood there ends with its last lease.
+
+        Raises AdapterInvalid when the device cannot load it; then nothing has changed.
+        """
+        async with self.turn(adapter.digest):
+            self.device.offer(adapter, one.pinned, preload)
+            if preload and self.device.tier(adapter.digest) is Tier.DISK:
+                await self._loaded(adapter.digest)
+            held = self.current.get(one.generation.id)
+            if held:
+                self.withdraw(held)
+            self.current[one.generation.id] = one
+            if one.pinned:
+                self.device.pin(adapter.digest, True)  # another id of this content may have been unpinned meanwhile
+            metrics.adapter_registered(one.generation.id)
+        return held
+
+    async def try_out(self, adapter: Adapter) -> None:
+        """Loads what nothing has under any id yet, and lets it go again. Raises AdapterInvalid when the device cannot load it."""
+        async with self.turn(adapter.digest):
+            if self.device.tier(adapter.digest) is Tier.DISK:
+                self.device.offer(adapter, False, True)
+                await self._loaded(adapter.digest)
+                await self._release(adapter.digest)
+
+    def withdraw(self, one: Shelved) -> asyncio.Task[int]:
+        """Takes an adapter from its id at once; the task waits for its leases, frees its content and gives the bytes freed."""
+        del self.current[one.generation.id]
+        self._retired.add(one)
+        if one.pinned:  # its pin goes with its name: what drains must not hold the pool
+            self.device.pin(one.digest, self._pinned(one.digest))
+        task = asyncio.create_task(self._end(one))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+        return task
+
+    def pin(self, one: Shelved, pinned: bool) -> None:
+        one.pinned = pinned
+        self.device.pin(one.digest, self._pinned(one.digest))
+
+    def close(self) -> None:
+        for task in self._ending:
+            task.cancel()
+
+    # ---- inside
+
+    async def _loaded(self, digest: Digest) -> None:
+        try:
+            load = await self.device.loaded(digest)
+            if load.error:
+                raise AdapterInvalid([load.error])
+        except BaseException:
+            await self._release(digest)
+            raise
+
+    async def _end(self, one: Shelved) -> int:
+        await one.idle.wait()
+        self._retired.discard(one)
+        if not one.digest:
+            return 0
+        async with self.turn(one.digest):
+            return await self._release(one.digest)
+
+    async def _release(self, digest: Digest) -> int:
+        """Drops a content that nothing has any more. What still has it may lie elsewhere, and may not be pinned; the bytes freed."""
+        having = (one.generation.adapter for one in (*self.current.values(), *self._retired) if one.digest == digest)
+        adapter = next(having, None)
+        if adapter is None:
+            return await self.device.drop(digest)
+        self.device.offer(adapter, False, False)
+        self.device.pin(digest, self._pinned(digest))
+        return 0
+
+    def _pinned(self, digest: Digest) -> bool:
+        return any(one.pinned for one in self.current.values() if one.digest == digest)

@@ -1,0 +1,194 @@
+"""The reader's process, seen from the outside: one child that knows torch and PEFT and reads one adapter at a time.
+
+A file that stalls or kills the child costs one refused adapter; the next one gets a fresh child. Must not know torch itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ...core.adapter import shared
+from ...core.base_info import LayerLimit
+from ...core.manifest import Manifest, list_names
+from ...errors import AdapterInvalid, AdapterUnsupported, Internal, NotReady
+from ...threads import DISK, PROCESS, run_in
+from ..architecture import Node
+from .messages import Ask, Measure, Reading, Refusal
+
+T = TypeVar("T")
+START_S = 300.0
+READ_S = 60.0
+BYTES_PER_S = 20e6  # the slowest disk that is waited for
+
+
+class Reader:
+    """Reads adapters against one base, in its own process."""
+
+    def __init__(self, max_rank: int, read_s: float = READ_S) -> None:
+        self.max_rank, self.read_s = max_rank, read_s
+        self.tree: Node | None = None
+        self._base: tuple[Path, tuple[LayerLimit, ...]] | None = None
+        self._turn = asyncio.Lock()
+        self._process: SpawnProcess | None = None
+        self._pipe: Connection | None = None
+        self._closed = False
+
+    @property
+    def pid(self) -> int | None:
+        """The child's, while there is one."""
+        return self._process.pid if self._process else None
+
+    async def warm(self) -> None:
+        """Starts the child, which takes seconds to load its libraries, before there is a base to read against."""
+        await self._in_turn(self._spawned)
+
+    async def start(self, folder: Path, limits: tuple[LayerLimit, ...] = ()) -> None:
+        """Shows the child the base and its `limits`. Raises Internal when it does not understand it."""
+        self._base = folder, limits
+        await self._in_turn(self._meet)
+
+    async def read(self, folder: Path, known: Manifest = ()) -> Reading:
+        """What the adapter in this folder is. Raises AdapterInvalid, AdapterUnsupported."""
+        size = await run_in(DISK, _size_of, folder)
+        answer = await self._told(Ask(folder, known), size)
+        assert isinstance(answer, Reading)
+        adapter = replace(answer.adapter, patches=shared(answer.adapter.patches))
+        return replace(answer, adapter=adapter, layers=shared(answer.layers))
+
+    async def norms(self, reading: Reading) -> dict[str, float]:
+        """Module → Frobenius norm of its scaling · B · A. Raises AdapterInvalid when the files are gone or have changed."""
+        answer = await self._told(Measure(reading.adapter, reading.layers), reading.adapter.size)
+        assert isinstance(answer, dict)
+        return answer
+
+    async def _told(self, ask: Ask | Measure, size: int) -> Any:
+        answer = await self._in_turn(lambda: self._answer(ask, self.read_s + size / BYTES_PER_S))
+        if isinstance(answer, Refusal):
+            raise answer.error()
+        return answer
+
+    async def close(self) -> None:
+        """Ends the child, whatever it reads; who waits for it is told NotReady, and so is whoever asks later."""
+        self._closed = True
+        self._kill()
+        await self._in_turn(self._end)
+
+    def _kill(self) -> None:
+        process = self._process
+        if process is not None:
+            with contextlib.suppress(ValueError):  # it has ended meanwhile
+                process.kill()
+
+    async def _in_turn(self, call: Callable[[], T]) -> T:
+        """Calls in a thread, one at a time. A caller who leaves gives up the answer, not the turn: the next one's would be his."""
+
+        async def turn() -> T:
+            async with self._turn:
+                if self._closed and call != self._end:
+                    raise NotReady("the service is shutting down")
+                return await run_in(PROCESS, call)
+
+        return await asyncio.shield(asyncio.create_task(turn()))
+
+    # ---- in a thread
+
+    def _spawned(self) -> Connection:
+        return self._pipe or self._spawn()
+
+    def _spawn(self) -> Connection:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=serve, args=(theirs, self.max_rank), name="adapterd-reader", daemon=True)
+        process.start()
+        theirs.close()
+        self._pipe, self._process = ours, process
+        if self._closed:
+            process.kill()
+        return ours
+
+    def _meet(self) -> Connection:
+        pipe = self._spawned()
+        answer = self._exchange(pipe, self._base, START_S)
+        if isinstance(answer, Refusal):
+            self._end()
+            raise Internal(f"the reader does not understand the base: {answer.problems[0]}")
+        self.tree = answer
+        return pipe
+
+    def _answer(self, ask: Ask | Measure, seconds: float) -> Any:
+        return self._exchange(self._pipe or self._meet(), ask, seconds)
+
+    def _exchange(self, pipe: Connection, question: Any, seconds: float) -> Any:
+        try:
+            pipe.send(question)
+            if pipe.poll(seconds):
+                return pipe.recv()
+            reason = f"reading it took longer than {seconds:.0f} s"
+        except (EOFError, OSError):
+            reason = "reading it ended the reader's process"
+        self._end()
+        return Refusal((reason,), {}, supported=True)
+
+    def _end(self) -> None:
+        if self._pipe:
+            self._pipe.close()
+        if self._process:
+            self._process.kill()
+            self._process.join()
+            self._process.close()
+        self._pipe = self._process = None
+
+
+def _size_of(folder: Path) -> int:
+    """The bytes of the files that are read. Raises OSError."""
+    return sum((folder / name).stat().st_size for name in list_names(folder))
+
+
+def serve(pipe: Connection, max_rank: int) -> None:
+    """The child. It answers the base's folder and limits with its tree, an Ask with a Reading, a Measure with norms.
+
+    What it cannot answer it answers with a Refusal.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    modules: dict[str, Any] = sys.modules
+    modules["bitsandbytes"] = None  # PEFT would load it, 110 MB, for weights that are never looked at here
+    from . import check, skeleton  # here, so that only the child loads torch and PEFT
+
+    with contextlib.suppress(EOFError):
+        try:
+            base = skeleton.Skeleton(*pipe.recv())
+        except EOFError:
+            raise
+        except Exception as error:  # whatever the library makes of the base, the parent must be told
+            pipe.send(Refusal((f"{type(error).__name__}: {error}"[:300],), {}, supported=True))
+            return
+        pipe.send(base.tree())
+        while True:
+            ask = pipe.recv()
+            if isinstance(ask, Measure):
+                pipe.send(answer(partial(check.norms, ask.adapter, ask.layers)))
+            else:
+                pipe.send(answer(partial(check.read, base, ask.folder, max_rank, ask.known)))
+
+
+def answer(work: Callable[[], T]) -> T | Refusal:
+    try:
+        return work()
+    except AdapterInvalid as error:
+        extra = {key: value for key, value in (error.details or {}).items() if key != "problems"}
+        return Refusal(tuple(error.problems), extra, not isinstance(error, AdapterUnsupported))
+    except OSError as error:
+        return Refusal((f"the files cannot be read: {error.strerror}",), {}, supported=True)

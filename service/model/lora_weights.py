@@ -1,0 +1,89 @@
+"""What the pool needs of an adapter: scaling and DoRA's gate folded in, once, off the step's thread.
+
+Knows PEFT's formulas. Must not know the pool's layout or requests.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any, cast
+
+import bitsandbytes
+import torch
+from bitsandbytes import functional
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..core.adapter import Adapter, Patch
+from .adapter_file import read_files
+from .lora_linear import Adapted, Factors, Fused
+from .lora_pool import Bank
+
+
+def factors(adapter: Adapter, bank: Bank) -> dict[str, Factors]:
+    """Reads and folds a pool adapter, layer by layer. Raises AdapterInvalid."""
+    _, tensors = read_files(adapter)
+    made = {patch.module: folded(patch, tensors, bank.layers[patch.module], bank) for patch in adapter.patches}
+    return pinned(made) if bank.device.type == "cuda" else made
+
+
+@torch.inference_mode()
+def folded(patch: Patch, tensors: Mapping[str, Tensor], layer: Adapted | Fused, bank: Bank) -> Factors:
+    """a = A; b = scaling · Bᵀ, or scaling · (B · gate)ᵀ with DoRA, in the bank's dtype."""
+    a, b = tensors[patch.a], tensors[patch.b]
+    gate = None
+    if patch.magnitude is not None:
+        gate = dora_gate(layer.base_layer, a, b, tensors[patch.magnitude], patch.scaling)
+        b = b.float() * gate[:, None]
+    return Factors(ready(a, bank), ready((b.float() * patch.scaling).T, bank), gate)
+
+
+def ready(tensor: Tensor, bank: Bank) -> Tensor:
+    """Contiguous in the pool's dtype."""
+    return tensor.to(bank.dtype).contiguous()
+
+
+@torch.inference_mode()
+def pinned(made: Mapping[str, Factors]) -> dict[str, Factors]:
+    """The same in one block that a GPU can copy from while steps run: many small ones would each be rounded up to a power of two."""
+    parts = [tensor for a, b, _ in made.values() for tensor in (a, b)]
+    block = torch.empty(sum(part.numel() for part in parts), dtype=parts[0].dtype, pin_memory=True)
+    places = iter(torch.split(block, [part.numel() for part in parts]))
+
+    def moved(tensor: Tensor) -> Tensor:
+        return next(places).view(tensor.shape).copy_(tensor)
+
+    return {name: Factors(moved(a), moved(b), gate) for name, (a, b, gate) in made.items()}
+
+
+def dora_gate(layer: nn.Module, a: Tensor, b: Tensor, magnitude: Tensor, scaling: float) -> Tensor:
+    """magnitude / ‖W + scaling·B·A‖, norm over the inputs: float32 [out] (arXiv:2402.09353, section 4.3, as PEFT computes it)."""
+    weight = dense(layer)
+    delta = (b.to(weight.device, weight.dtype) @ a.to(weight.device, weight.dtype)) * scaling
+    norm = torch.linalg.norm(weight + delta, dim=1)
+    gate: Tensor = magnitude.to(norm.device, norm.dtype) / norm
+    return gate.float().cpu()
+
+
+def dense(layer: Any) -> Tensor:
+    """The base layer's weight [out, in], dequantized where it is quantized."""
+    weight: Any = layer.weight
+    if isinstance(layer, Conv1D):
+        return cast(Tensor, weight.T)
+    if isinstance(weight, bitsandbytes.nn.Params4bit):
+        return _dense_4bit(weight)
+    if isinstance(weight, bitsandbytes.nn.Int8Params):
+        scales = weight.SCB if weight.SCB is not None else layer.state.SCB
+        return cast(Tensor, functional.int8_vectorwise_dequant(weight.data, scales).float())
+    return cast(Tensor, weight)
+
+
+def _dense_4bit(weight: Any) -> Tensor:
+    """bitsandbytes repacks 4-bit weights for a CPU at the first forward; its dequantizing function, and PEFT's DoRA, then misread them."""
+    data, state = weight.data, copy.copy(weight.quant_state)
+    if getattr(state, "packing_format_for_cpu", False):
+        state.original_nested = False  # its scales are not nested any more, and stay so
+        data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
+        state.absmax = state.absmax.T.reshape(-1).float()
+    return cast(Tensor, functional.dequantize_4bit(data, state).float())

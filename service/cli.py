@@ -29,16 +29,16 @@ def inspect_folder(folder: Path) -> dict[str, Any]:
         raise AdapterInvalid(problems or error.problems) from None
     if not isinstance(config.get("peft_type"), str):
         raise AdapterInvalid(problems)
-    modules = facts.guessed(config, header) if not problems else []
-    told = facts.described(config, header, modules)
+    modules = facts.guess_modules(config, header) if not problems else []
+    told = facts.describe_content(config, header, modules)
     claimed = told.pop("claimed_base")
-    extra = {} if sum(len(one.parts) for one in modules) == len(header.tensors) else {"tensors": _tensors(header)}
+    extra = {} if sum(len(one.parts) for one in modules) == len(header.tensors) else {"tensors": _count_tensors(header)}
     files = read_manifest(folder)
     named = {"id": folder.resolve().name, "digest": compute_digest(files), "base_model": {"claimed": claimed}}
     return named | told | extra | {"config": CONFIG, "files": [asdict(file) for file in files], "problems": problems}
 
 
-def _tensors(header: Header) -> list[dict[str, Any]]:
+def _count_tensors(header: Header) -> list[dict[str, Any]]:
     """The file's tensors, counted by name without its numbers, and by shape."""
     groups: dict[tuple[str, str, tuple[int, ...]], int] = {}
     for key, tensor in header.tensors.items():

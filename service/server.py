@@ -14,8 +14,8 @@ from types import FrameType
 
 import uvicorn
 
-from .api.services import Rooms
-from .api.wire import CONNECTIONS, Protocol
+from .api.services import Services
+from .api.wire import CONNECTIONS, HttpProtocol
 from .errors import SettingsError
 from .settings import Settings
 from .telemetry import logs
@@ -37,7 +37,7 @@ class Server(uvicorn.Server):
     A second signal cuts the drain short.
     """
 
-    def __init__(self, config: uvicorn.Config, rooms: Rooms) -> None:
+    def __init__(self, config: uvicorn.Config, rooms: Services) -> None:
         super().__init__(config)
         self.rooms = rooms
         self.hurried = False
@@ -51,10 +51,10 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await self._drain()
+        await self._drain_requests()
         await super().shutdown(sockets)
 
-    async def _drain(self) -> None:
+    async def _drain_requests(self) -> None:
         self.rooms.draining = True
         end = time.monotonic() + self.rooms.settings.drain_s
         if self.rooms.running:
@@ -62,28 +62,28 @@ class Server(uvicorn.Server):
         while self.rooms.running and time.monotonic() < end and not self.hurried:  # noqa: ASYNC110 - a signal handler wakes no event
             await asyncio.sleep(0.05)
         if self.rooms.running:
-            await self.rooms.client.stop(0)  # ends what still runs with an error event
+            await self.rooms.client.stop_worker(0)  # ends what still runs with an error event
 
 
-def serve(settings: Settings, tracer: Tracer | None = None) -> int:
+def run_server(settings: Settings, tracer: Tracer | None = None) -> int:
     """Serves until a signal; the exit code: 0 after a drain, 1 where the base can never be served. Raises SettingsError."""
     from .app import create_app
 
-    logs.setup(settings.log_format, settings.log_level)
-    Protocol.most = max(1, min(CONNECTIONS, (_files() - OWN_FILES) // 2))
-    listener = _listen(settings.host, settings.port)
+    logs.set_up_logging(settings.log_format, settings.log_level)
+    HttpProtocol.most = max(1, min(CONNECTIONS, (_raise_file_limit() - OWN_FILES) // 2))
+    listener = _open_socket(settings.host, settings.port)
     failures: list[str] = []
 
     def failed(reason: str) -> None:
         failures.append(reason)
         server.should_exit = True
 
-    app = create_app(settings, on_failure=failed, record=tracer.record if tracer else None)
+    app = create_app(settings, on_failure=failed, record=tracer.record_request if tracer else None)
     config = uvicorn.Config(
         app,
         lifespan="on",
         ws="none",
-        http=Protocol,
+        http=HttpProtocol,
         log_config=None,
         access_log=False,
         proxy_headers=False,
@@ -96,7 +96,7 @@ def serve(settings: Settings, tracer: Tracer | None = None) -> int:
     log.info("listening", extra={"fields": {"url": f"http://{f'[{host}]' if ':' in host else host}:{port}"}})
     server.run(sockets=[listener])
     if tracer:
-        tracer.close()
+        tracer.flush_and_close()
     if failures:
         line = " ".join(failures[0].split())
         print(line if line.startswith("ADAPTERD_") else f"ADAPTERD_BASE: {line}", file=sys.stderr)
@@ -117,14 +117,14 @@ def _end_within(seconds: float, code: int) -> None:
     last.start()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _open_socket(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048)
     except OSError as error:
         raise SettingsError(f"ADAPTERD_PORT: cannot listen on {host}:{port}: {error.strerror}") from None
 
 
-def _files() -> int:
+def _raise_file_limit() -> int:
     """How many files may be open, after asking for all there may be: without one left no worker could be started, nor a file read."""
     soft, hard = (FILES if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
     wanted = min(FILES, hard)

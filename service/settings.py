@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import SettingsError
-from .keys import Key, listed
+from .keys import Key, parse_keys
 
 PREFIX = "ADAPTERD_"
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
@@ -74,7 +74,7 @@ class Settings(BaseModel):
 
     @field_validator("adapters_dir", mode="before")
     @classmethod
-    def _folder(cls, value: Any) -> Any:
+    def _check_folder(cls, value: Any) -> Any:
         """Empty would be wherever the service was started."""
         if value == "":
             raise ValueError("names no folder")
@@ -82,29 +82,29 @@ class Settings(BaseModel):
 
     @field_validator("hub", "cors_origins", mode="before")
     @classmethod
-    def _list(cls, value: Any) -> Any:
-        return () if value in ("off", "") else _listed(value)
+    def _parse_list(cls, value: Any) -> Any:
+        return () if value in ("off", "") else _split_list(value)
 
     @field_validator("api_keys", "admin_keys", mode="before")
     @classmethod
-    def _keys(cls, value: Any) -> Any:
+    def _parse_keys(cls, value: Any) -> Any:
         """Comma-separated keys or `@file` with one a line; kept as hashes, so that no key can be logged."""
-        return listed(value) if isinstance(value, str) else value
+        return parse_keys(value) if isinstance(value, str) else value
 
     @field_validator("admin_keys")
     @classmethod
-    def _admins(cls, keys: tuple[Key, ...]) -> tuple[Key, ...]:
+    def _mark_admins(cls, keys: tuple[Key, ...]) -> tuple[Key, ...]:
         if any(key.adapters is not None for key in keys):
             raise ValueError("an admin key manages every adapter; adapters= is for API keys")
         return keys
 
     @field_validator("faults", mode="before")
     @classmethod
-    def _faults(cls, value: Any) -> Any:
+    def _parse_faults(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
         found: dict[str, float | int] = {}
-        for word in _listed(value):
+        for word in _split_list(value):
             match = FAULT.match(word)
             if match is None:
                 raise ValueError(f"{word!r} is not step:N, kill:N, stuck:N, stuck or slow_load:S")
@@ -113,7 +113,7 @@ class Settings(BaseModel):
         return found
 
     @model_validator(mode="after")
-    def _whole(self) -> Settings:
+    def _check_together(self) -> Settings:
         if self.max_rank > self.pool_rank:
             raise ValueError(f"max_rank {self.max_rank} is over pool_rank {self.pool_rank}")
         return self
@@ -129,17 +129,17 @@ class Settings(BaseModel):
             return self.adapters_dir
         return DEMO_ADAPTERS if self.base == "demo" else Path("adapters")
 
-    def public(self) -> dict[str, Any]:
+    def public_values(self) -> dict[str, Any]:
         """What `/info` shows: no secret, no path of the host."""
         shown = self.model_dump(mode="json", exclude={"api_keys", "admin_keys", "adapters_dir", "base"})
         return shown | {"keys": self.keyed}
 
 
-def _listed(value: Any) -> Any:
+def _split_list(value: Any) -> Any:
     return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
 
 
-def read(environment: Mapping[str, str], flags: Mapping[str, str] | None = None) -> Settings:
+def read_settings(environment: Mapping[str, str], flags: Mapping[str, str] | None = None) -> Settings:
     """The settings of this environment, with flags over variables. Raises SettingsError, one line naming the variable."""
     values = {key.removeprefix(PREFIX).lower(): text for key, text in environment.items() if key.startswith(PREFIX)} | dict(flags or {})
     if environment.get("WEB_CONCURRENCY", "1") not in ("", "1"):
@@ -147,12 +147,12 @@ def read(environment: Mapping[str, str], flags: Mapping[str, str] | None = None)
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
-        raise SettingsError(_line(error)) from None
+        raise SettingsError(_first_line(error)) from None
     _check_places(settings)
     return settings
 
 
-def _line(error: ValidationError) -> str:
+def _first_line(error: ValidationError) -> str:
     first = error.errors()[0]
     if not first["loc"]:
         return f"{PREFIX}MAX_RANK: {first['msg'].removeprefix('Value error, ')}"

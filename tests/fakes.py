@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable, Sequence
 from zlib import crc32
 
-from service.core.adapter import Adapter, Digest, Lane, Placement
-from service.core.base_info import BaseCard, Linear
+from service.core.adapter import Adapter, Digest, ExecutionPath, Placement
+from service.core.base_info import BaseInfo, LinearKind
 from service.core.request import Request, Token
 from service.engine.plan import Chunk, Plan, Result
 from service.errors import AdapterInvalid, SettingsError
@@ -22,9 +22,14 @@ from service.settings import Settings
 VOCAB = 1000
 
 
-def adapter(name: str, rank: int = 4, size: int = 1000, lane: Lane = Lane.POOL, readable: bool = True) -> Adapter:
+def adapter(name: str, rank: int = 4, size: int = 1000, lane: ExecutionPath = ExecutionPath.POOL, readable: bool = True) -> Adapter:
     return Adapter(
-        f"sha256:{name}", "adapter_config.json", "weights" if readable else "missing", lane, 0 if lane is Lane.SHADOW else rank, size
+        f"sha256:{name}",
+        "adapter_config.json",
+        "weights" if readable else "missing",
+        lane,
+        0 if lane is ExecutionPath.SHADOW else rank,
+        size,
     )
 
 
@@ -56,7 +61,7 @@ class FakeRunner:
         self.ended: set[int] = set()
         self.copied = self.prefilled = 0
 
-    def load(self, adapter: Adapter) -> int:
+    def load_adapter(self, adapter: Adapter) -> int:
         time.sleep(self.pause)
         if adapter.weights == "missing":
             raise AdapterInvalid(["adapter_model.safetensors cannot be read"])
@@ -64,11 +69,11 @@ class FakeRunner:
         self.host[adapter.digest] = adapter
         return adapter.size
 
-    def unload(self, digest: Digest) -> int:
+    def evict_adapter(self, digest: Digest) -> int:
         adapter = self.host.pop(digest, None)
         return adapter.size if adapter else 0
 
-    def step(self, plan: Plan) -> list[Result]:
+    def run_step(self, plan: Plan) -> list[Result]:
         time.sleep(self.pause)
         for digest in plan.remove:
             self._remove(digest)
@@ -84,7 +89,7 @@ class FakeRunner:
         assert kinds == sorted(kinds, reverse=True), "a decode chunk after a prefill chunk"
         return [self._run(chunk) for chunk in plan.chunks]
 
-    def finish(self, request: int) -> None:
+    def finish_request(self, request: int) -> None:
         assert request not in self.ended, f"request {request} ended twice"
         self.ended.add(request)
 
@@ -101,7 +106,7 @@ class FakeRunner:
 
     def _adapted(self, digest: Digest | None) -> Digest | None:
         """The adapter as the device would find it."""
-        if digest is None or (digest in self.host and self.host[digest].lane is Lane.SHADOW):
+        if digest is None or (digest in self.host and self.host[digest].lane is ExecutionPath.SHADOW):
             return digest
         placement = self.placed[digest]
         (held,) = set(self.pool[placement.start : placement.start + placement.rank])
@@ -129,8 +134,8 @@ class FakeRunner:
         return tuple(Token(token, -1.0 if chunk.position + index else None) for index, token in enumerate(chunk.tokens))
 
 
-def card(settings: Settings) -> BaseCard:
-    return BaseCard(
+def card(settings: Settings) -> BaseInfo:
+    return BaseInfo(
         folder="fake",
         architecture="FakeForCausalLM",
         layers=1,
@@ -143,35 +148,35 @@ def card(settings: Settings) -> BaseCard:
         dtype="float32",
         device="cpu",
         resident_bytes={"float32": 4000},
-        linears=(Linear("q_proj", 8, 8, 1),),
+        linears=(LinearKind("q_proj", 8, 8, 1),),
         pool_rank=settings.pool_rank,
         rows=settings.max_rows or 4,
     )
 
 
-def build(settings: Settings, progress: Callable[[str, float], None], pause: float = 0.002) -> tuple[FakeRunner, BaseCard]:
+def build(settings: Settings, progress: Callable[[str, float], None], pause: float = 0.002) -> tuple[FakeRunner, BaseInfo]:
     """A worker's factory; every step takes a moment, so that a test can act in the middle of a request."""
     progress("loading the base", 0.5)
     fake = card(settings)
     return FakeRunner(fake.rows, fake.context, fake.pool_rank, pause=pause), fake
 
 
-def build_broken(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseCard]:
+def build_broken(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseInfo]:
     raise SettingsError("ADAPTERD_BASE: the fake base is broken")
 
 
-def build_dying(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseCard]:
+def build_dying(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseInfo]:
     os._exit(9)
 
 
-def build_waiting(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseCard]:
+def build_waiting(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseInfo]:
     """As one whose disk hangs."""
     progress("loading weights", 0.0)
     time.sleep(3600)
     raise AssertionError("nobody ended it")
 
 
-def build_working(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseCard]:
+def build_working(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseInfo]:
     """Says nothing for three seconds, in which it computes."""
     began = time.monotonic()
     while time.monotonic() - began < 3:
@@ -179,7 +184,7 @@ def build_working(settings: Settings, progress: Callable[[str, float], None]) ->
     return build(settings, progress)
 
 
-def build_compiling(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseCard]:
+def build_compiling(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseInfo]:
     """Says and computes nothing for three seconds, in which a process under the one that it waits for computes."""
     work = "import time; ends = time.monotonic() + 3\nwhile time.monotonic() < ends: sum(range(1000))"
     compiler = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', sys.argv[1]]).returncode)"
@@ -187,7 +192,7 @@ def build_compiling(settings: Settings, progress: Callable[[str, float], None]) 
     return build(settings, progress)
 
 
-def build_deaf(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseCard]:
+def build_deaf(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseInfo]:
     """Closes its connection and stays."""
     os.close(int(sys.argv[1]))
     time.sleep(3600)

@@ -294,7 +294,7 @@ def gpu() -> Iterator[type[GPU]]:
             patch.setattr(torch.cuda, name, stand_in)
         patch.setattr(torch, "tensor", _tensor(torch.tensor))
         patch.setattr(torch.Tensor, "to", _to(torch.Tensor.to))
-        patch.setattr(loading, "load", _load(loading.load))
+        patch.setattr(loading, "load_base", _load(loading.load_base))
         patch.setattr(loading, "resident_bytes", lambda model: {})  # storages that are not there have no addresses
         for name, stand_in in (("_host_emptyCache", lambda: None), ("_cuda_endAllocateToPool", _end), ("_cuda_releasePool", _release)):
             patch.setattr(torch._C, name, stand_in, raising=False)

@@ -17,10 +17,10 @@ from starlette.routing import compile_path
 
 from service import errors
 from service.__main__ import main
-from service.api.errors import status
+from service.api.errors import status_of
 from service.api.schemas.chat import ChatRequest
 from service.api.schemas.generate import GenerateRequest, Parameters
-from service.api.schemas.openai import Asked, CompletionRequest
+from service.api.schemas.openai import CompletionRequest, OpenAIRequest
 from service.settings import PREFIX, Settings
 from service.telemetry import metrics
 
@@ -138,9 +138,9 @@ def test_a_page_names_only_routes_that_exist(page: str, api: dict[str, Any]) -> 
 
 OWN: dict[str, list[str]] = {  # the fields that a table must have
     "field of `parameters`": list(Parameters.model_fields),
-    "field of both": list(Asked.model_fields),
-    "field of completions": list(CompletionRequest.model_fields.keys() - Asked.model_fields.keys()),
-    "field of chat": list(ChatRequest.model_fields.keys() - Asked.model_fields.keys()),
+    "field of both": list(OpenAIRequest.model_fields),
+    "field of completions": list(CompletionRequest.model_fields.keys() - OpenAIRequest.model_fields.keys()),
+    "field of chat": list(ChatRequest.model_fields.keys() - OpenAIRequest.model_fields.keys()),
 }
 
 
@@ -197,7 +197,7 @@ def test_every_error_is_in_the_table_with_its_statuses_and_no_other_is() -> None
     for kind in kinds:
         (row,) = [row for codes, row in rows if kind.code in codes]
         assert str(kind.status) in " ".join(row), kind
-        in_v1 = str(status(kind("x"), openai=True))
+        in_v1 = str(status_of(kind("x"), openai=True))
         assert in_v1 in row[2] or row[2] == "the same" or in_v1 in row[3], kind
 
 

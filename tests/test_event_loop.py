@@ -22,8 +22,8 @@ from service.app import create_app
 from service.catalog.registry import Registry
 from service.catalog.sources.hub import Hub
 from service.errors import SourceMissing
-from service.settings import Settings, read
-from service.text.tokenizers import Text
+from service.settings import Settings, read_settings
+from service.text.tokenizers import Tokenizers
 
 from . import making
 from .api.fakes import Engine
@@ -119,9 +119,9 @@ def sources(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
 
 @contextmanager
 def serving(base: Path, root: Path, hub: Hub | None = None) -> Iterator[TestClient]:
-    settings: Settings = read({}, {"base": str(base), "adapters_dir": str(root), "max_rank": "64"})
+    settings: Settings = read_settings({}, {"base": str(base), "adapters_dir": str(root), "max_rank": "64"})
     registry = Registry(settings, device=FakeDevice(base), hub=hub)
-    app = create_app(settings, cast(Any, Engine()), registry, text=lambda _: Text(base))
+    app = create_app(settings, cast(Any, Engine()), registry, text=lambda _: Tokenizers(base))
     with TestClient(app, raise_server_exceptions=False) as http:
         while not app.state.rooms.opened:
             assert not app.state.rooms.failure
@@ -218,7 +218,9 @@ class SilentHub(Hub):
         self.asked = threading.Semaphore(0)
         self.let = threading.Event()
 
-    def fetch(self, name: str, revision: str | None, subfolder: str | None, limit: int, held: Collection[str] = ()) -> tuple[Path, str]:
+    def fetch_adapter(
+        self, name: str, revision: str | None, subfolder: str | None, limit: int, held: Collection[str] = ()
+    ) -> tuple[Path, str]:
         self.asked.release()
         self.let.wait()
         raise SourceMissing(["it had nothing to say"])

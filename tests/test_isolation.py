@@ -21,7 +21,7 @@ from service.core.request import Event, Token
 from service.core.sampling import Sampling
 from service.errors import AdapterInvalid, AdapterNotFound
 from service.settings import Settings
-from service.worker.client import Client
+from service.worker.client import WorkerClient
 from tests import kinds, making
 
 pytestmark = pytest.mark.anyio
@@ -51,7 +51,7 @@ class Walk:
     """`held` is the kind under each id. A deed is judged by itself; `look` afterwards judges that nobody else noticed it."""
 
     registry: Registry
-    client: Client
+    client: WorkerClient
     root: Path
     right: dict[str | None, list[int]]
     dice: random.Random = field(default_factory=lambda: random.Random(20))
@@ -65,11 +65,11 @@ class Walk:
         """The prompt's and the answer's tokens, with their log probabilities; asked so that nothing is reused of an earlier prefill."""
         if id is None:
             return await self._read(None)
-        with self.registry.lease(id) as generation:
+        with self.registry.lease_adapter(id) as generation:
             return await self._read(generation.digest)
 
     async def _read(self, digest: str | None) -> tuple[list[Token], Event]:
-        ticket = self.client.submit(tuple(PROMPT), LENGTH, digest, Sampling(logprobs=3), prompt_logprobs=3)
+        ticket = self.client.submit_request(tuple(PROMPT), LENGTH, digest, Sampling(logprobs=3), prompt_logprobs=3)
         events = [event async for event in ticket]
         return [token for event in events for token in (*event.prompt, event.token) if token is not None], events[-1]
 
@@ -93,7 +93,7 @@ class Walk:
 
     async def put(self, id: str, kind: str, **more: Any) -> None:
         self.seen.add(kind)
-        await self.registry.register(id, kind.replace(" ", "-"), replace=True, **more)
+        await self.registry.register_adapter(id, kind.replace(" ", "-"), replace=True, **more)
         self.held[id] = kind
 
     async def come(self, kind: str) -> str:
@@ -108,13 +108,13 @@ class Walk:
         self.seen.add(kind)
         id = self.dice.choice(IDS)
         with pytest.raises(AdapterInvalid) as refused:
-            await self.registry.register(id, kind.replace(" ", "-"), replace=True)
+            await self.registry.register_adapter(id, kind.replace(" ", "-"), replace=True)
         assert kinds.REFUSED[kind][1] in "\n".join(refused.value.problems)
         if id in self.held:
             assert await self.ids(id) == self.right[self.held[id]], kind
         else:
             with pytest.raises(AdapterNotFound):
-                self.registry.card(id)
+                self.registry.card_of(id)
         return f"{id} did not become {kind}"
 
     async def leave(self, id: str, kind: str) -> str:
@@ -126,13 +126,13 @@ class Walk:
         if other:
             await self.put(id, other)
         else:
-            await self.registry.remove(id)
+            await self.registry.remove_adapter(id)
         assert await asyncio.gather(*asked) == [self.right[kind]] * 3
         return f"{kind} under {id} left for {other}"
 
     async def pin(self, id: str, kind: str) -> str:
-        pinned = not self.registry.card(id)["pinned"]
-        await self.registry.pin(id, pinned)
+        pinned = not self.registry.card_of(id)["pinned"]
+        await self.registry.pin_adapter(id, pinned)
         assert await self.ids(id) == self.right[kind]
         return f"{kind} pinned: {pinned}"
 
@@ -145,22 +145,22 @@ class Walk:
         return f"all at once: {names}"
 
     async def overflow(self, *_: str) -> str:
-        await self.registry.register("wild", "wild", replace=True)
+        await self.registry.register_adapter("wild", "wild", replace=True)
         loud, base = await asyncio.gather(self.answer("wild"), self.ids(None))
         assert "not finite" in loud[1].message
         assert base == self.right[None]
-        await self.registry.remove("wild")
+        await self.registry.remove_adapter("wild")
         return "one overflowed"
 
     async def rot(self, *_: str) -> str:
         """Its file changes on disk after it was registered and before it was read."""
         number = self.dice.random()  # else an adapter of the same content might be resident
         folder = making.edit(self.root / "plain", self.root / f"rotten{number}", {"lora_dropout": number})
-        await self.registry.register("rotten", folder.name, preload=False, replace=True)
+        await self.registry.register_adapter("rotten", folder.name, preload=False, replace=True)
         making.edit(folder, folder, weights=lambda tensors: {name: tensor + 1 for name, tensor in tensors.items()})
         told = (await self.answer("rotten"))[1]
         assert "changed on disk" in told.message
-        await self.registry.remove("rotten")
+        await self.registry.remove_adapter("rotten")
         return "one rotted"
 
 
@@ -168,20 +168,20 @@ class Walk:
 async def walking(folder: Path) -> AsyncIterator[Walk]:
     base, root = making.tiny(folder / "base", tie_word_embeddings=False), folder / "adapters"
     settings = Settings.model_validate({**PLAIN, **BOUNDS, "base": str(base), "base_id": "tiny", "adapters_dir": root})
-    client = Client(settings, "tests.weighing:build")
+    client = WorkerClient(settings, "tests.weighing:build")
     registry = Registry(settings, client)
-    client.watch(registry.note)
-    await asyncio.gather(client.start(), registry.warm())
+    client.watch_loads(registry.note_load)
+    await asyncio.gather(client.start_worker(), registry.start_validator())
     try:
         folders = await asyncio.to_thread(stocked, folder / "stock", base)
         right = {kind: making.answers(base, path, [PROMPT], LENGTH)[0] for kind, path in folders.items()}
         await client.wait_ready()
-        await registry.open()
+        await registry.open_catalog()
         (folder / "stock").rename(root)
         yield Walk(registry, client, root, right)
     finally:
         await registry.close()
-        await client.stop(0)
+        await client.stop_worker(0)
 
 
 def stocked(root: Path, base: Path) -> dict[str | None, Path | None]:

@@ -180,7 +180,7 @@ def test_flags_override_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("ADAPTERD_BASE", "org/none")
     monkeypatch.setenv("ADAPTERD_PORT", "1")
-    monkeypatch.setattr("service.server.serve", serve)
+    monkeypatch.setattr("service.server.run_server", serve)
     assert command.main(["serve", "--port", "2", "--max-rows=3"]) == 0
     assert (seen[0].port, seen[0].max_rows) == (2, 3)
 

@@ -22,7 +22,7 @@ from service.catalog.registry import Registry
 from service.core.request import Finish
 from service.errors import AdapterInvalid
 from service.settings import Settings
-from service.worker.client import Client
+from service.worker.client import WorkerClient
 from tests import kinds, making
 
 pytestmark = pytest.mark.anyio
@@ -47,13 +47,13 @@ class House:
         self.root = folder / "adapters"
         self.base = making.tiny(folder / "base", num_hidden_layers=layers)
         self.settings = Settings.model_validate({**PLAIN, **BOUNDS, "base": str(self.base), "adapters_dir": self.root})
-        self.client = Client(self.settings)
+        self.client = WorkerClient(self.settings)
         self.registry = Registry(self.settings, self.client)
-        self.client.watch(self.registry.note)
+        self.client.watch_loads(self.registry.note_load)
 
     async def say(self, id: str) -> None:
-        with self.registry.lease(id) as generation:
-            ticket = self.client.submit((9, 40, 41, 77), 3, generation.digest)
+        with self.registry.lease_adapter(id) as generation:
+            ticket = self.client.submit_request((9, 40, 41, 77), 3, generation.digest)
             end = [event async for event in ticket][-1]
         assert end.finish is Finish.LENGTH, end.message
 
@@ -67,19 +67,19 @@ class House:
 @asynccontextmanager
 async def opened(folder: Path, layers: int = 2) -> AsyncIterator[House]:
     house = House(folder, layers)
-    await asyncio.gather(house.client.start(), house.registry.warm())
+    await asyncio.gather(house.client.start_worker(), house.registry.start_validator())
     try:
         await house.client.wait_ready()
         yield house
     finally:
         await house.registry.close()
-        await house.client.stop(0)
+        await house.client.stop_worker(0)
 
 
 async def test_three_hundred_lives_leave_nothing_behind(tmp_path: Path) -> None:
     """B5: registered, asked and deleted; each says what it freed; one in four is refused after its values were read."""
     async with opened(tmp_path) as house:
-        await house.registry.open()
+        await house.registry.open_catalog()
         kinds.make(house.root, house.base, RECIPES)
         kinds.spoil(house.root / "refused", kinds.B, math.nan)
         weights: list[dict[str, int]] = []
@@ -88,14 +88,14 @@ async def test_three_hundred_lives_leave_nothing_behind(tmp_path: Path) -> None:
             began = time.perf_counter()
             if kind == "refused":
                 with pytest.raises(AdapterInvalid, match="NaN"):
-                    await house.registry.register("x", kind)
+                    await house.registry.register_adapter("x", kind)
                 continue
-            await house.registry.register("x", kind)
+            await house.registry.register_adapter("x", kind)
             seconds.append(time.perf_counter() - began)
             await house.say("x")
             held = house.client.gauges.host_bytes
-            freed = (await house.registry.remove("x"))["freed_bytes"]
-            assert (freed, house.registry.cards()) == (held, [])
+            freed = (await house.registry.remove_adapter("x"))["freed_bytes"]
+            assert (freed, house.registry.list_cards()) == (held, [])
             if life >= 10:
                 weights.append(house.weight())
         first, last = (1000 * statistics.median(part) for part in (seconds[:30], seconds[-30:]))
@@ -119,13 +119,13 @@ async def test_a_thousand_adapters_cost_only_their_cards_until_one_is_asked_for(
     async with opened(tmp_path, layers=LAYERS) as house:
         mould = kinds.lora(1, targets="all-linear", r=8)(tmp_path / "mould", house.base)
         copies(mould, house.root, THOUSAND)
-        await house.registry.warm()
+        await house.registry.start_validator()
         before, began = house.weight(), time.perf_counter()
-        await house.registry.open()
+        await house.registry.open_catalog()
         seconds = time.perf_counter() - began
-        cards = house.registry.cards()
+        cards = house.registry.list_cards()
         assert [(card["state"], card["residency"]) for card in cards] == [("ready", "disk")] * THOUSAND
-        await house.client.loaded(house.registry.registered()[-1].digest)  # so that it has heard of all before
+        await house.client.wait_until_loaded(house.registry.list_versions()[-1].digest)  # so that it has heard of all before
         one = house.client.gauges.host_bytes
         assert 0 < one < 2 * (mould / making.WEIGHTS).stat().st_size
         await house.say("n0500")

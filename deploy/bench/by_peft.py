@@ -31,7 +31,7 @@ def compared(
 
     `ours` are some of our first tokens, with log probabilities.
     """
-    plain: Any = loading.load(folder, settings, lambda stage, fraction: None)
+    plain: Any = loading.load_base(folder, settings, lambda stage, fraction: None)
     ids = torch.tensor(prompts, device=plain.device)
     seconds, logits = timed(plain, ids, steps, {})
     tell(PLAIN, 1000 * statistics.median(seconds))

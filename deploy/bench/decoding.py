@@ -9,7 +9,7 @@ from service.core.adapter import Adapter
 from service.core.request import Request, Token
 from service.core.sampling import Sampling
 from service.engine.plan import Chunk, Plan, Result
-from service.model.runner import Runner
+from service.model.runner import ModelRunner
 
 CONTEXT = 1024  # of every row, in tokens
 Mix = Mapping[int, Adapter | None]  # who speaks, by row
@@ -23,7 +23,7 @@ class Decoding:
     """
 
     def __init__(
-        self, runner: Runner, prompts: list[list[int]], mix: Mix, logprobs: int | None = None, after: Decoding | None = None
+        self, runner: ModelRunner, prompts: list[list[int]], mix: Mix, logprobs: int | None = None, after: Decoding | None = None
     ) -> None:
         self.runner, self.sampling, self.length = runner, Sampling(logprobs=logprobs), len(prompts[0])
         self.requests = {row: self._request(row, prompts[row], adapter) for row, adapter in mix.items()}
@@ -32,7 +32,7 @@ class Decoding:
             self.tokens = {row: after.tokens[row][:1] for row in mix}
             return
         for row, request in self.requests.items():
-            self._take([row], runner.step(Plan(chunks=(Chunk(request, row, 0, request.prompt, True),))))
+            self._take([row], runner.run_step(Plan(chunks=(Chunk(request, row, 0, request.prompt, True),))))
 
     def _request(self, row: int, prompt: Sequence[int], adapter: Adapter | None) -> Request:
         return Request(row, tuple(prompt), CONTEXT, adapter.digest if adapter else None, self.sampling)
@@ -49,14 +49,14 @@ class Decoding:
         last = fed or {row: tokens[-1].id for row, tokens in self.tokens.items()}
         plan = Plan(chunks=tuple(Chunk(r, row, self.length + made - 1, (last[row],), True, made) for row, r in self.requests.items()))
         began = time.perf_counter()
-        results = self.runner.step(plan)
+        results = self.runner.run_step(plan)
         seconds = time.perf_counter() - began
         self._take(list(self.requests), results)
         return seconds
 
     def end(self) -> None:
         for request in self.requests.values():
-            self.runner.finish(request.id)
+            self.runner.finish_request(request.id)
 
 
 def apart(one: Token, other: Token) -> float:

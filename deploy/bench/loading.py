@@ -201,7 +201,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    from service.model.loading import resolve
+    from service.model.loading import resolve_folder
 
     asked = parser().parse_args()
     end_cleanly_when_told()
@@ -217,7 +217,7 @@ def main() -> None:
     settings = {"base": "demo", "adapters_dir": str(root), "pool_rank": str(PLACES * asked.rank), "max_rank": str(asked.rank)}
     with started(settings, asked.out / "log") as server:
         asyncio.run(served(server, root, write, asked.times, timings))
-    by_peft(resolve("demo"), root, write, asked.times, timings)
+    by_peft(resolve_folder("demo"), root, write, asked.times, timings)
     facts: dict[str, object] = {"adapter": f"rank {asked.rank}, {size / 1e6:.2f} MB", "machine": f"{processor()}, {os.cpu_count()} cores"}
     print(report(timings, facts, asked.out))
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from service.catalog.validator.check import read
+from service.catalog.validator.check import validate_adapter
 from service.catalog.validator.skeleton import Skeleton
 from service.core.adapter import Adapter
 
@@ -87,4 +87,4 @@ def trained(folder: Path, root: Path, count: int) -> list[Adapter]:
             with whole(place) as aside:
                 adapters.write(aside, RANK, seed, shapes, config.num_hidden_layers)
     skeleton = Skeleton(folder)
-    return [read(skeleton, place, RANK).adapter for place in places]
+    return [validate_adapter(skeleton, place, RANK).adapter for place in places]

@@ -24,12 +24,12 @@ from typing import Any
 import torch
 
 from service.core.adapter import Adapter, Placement
-from service.core.base_info import BaseCard
+from service.core.base_info import BaseInfo
 from service.core.request import Token
 from service.engine.plan import Plan
 from service.model import loading
-from service.model.build import build
-from service.model.runner import Runner
+from service.model.build import build_runner
+from service.model.runner import ModelRunner
 from service.settings import Settings
 
 from .decoding import CONTEXT, Decoding, Mix, Said, apart
@@ -64,15 +64,15 @@ class Bench:
     def __init__(self, work: Work, switch: str, found: Found) -> None:
         self.work, self.found, self.switch = work, found, switch
         self.settings = work.settings.model_copy(update={"compile": switch})
-        built: tuple[Runner, BaseCard] = build(self.settings, lambda stage, fraction: found.line(stage))
+        built: tuple[ModelRunner, BaseInfo] = build_runner(self.settings, lambda stage, fraction: found.line(stage))
         self.runner, self.card = built
         self.on = loading.device_of(self.settings)
         for i, adapter in enumerate(work.adapters):
-            self.runner.load(adapter)
+            self.runner.load_adapter(adapter)
             self.place(i)
 
     def place(self, i: int) -> None:
-        self.runner.step(Plan(place=(Placement(self.work.adapters[i].digest, i * RANK, RANK),)))
+        self.runner.run_step(Plan(place=(Placement(self.work.adapters[i].digest, i * RANK, RANK),)))
 
     def decoding(self, mix: Mix, logprobs: int | None = None) -> Decoding:
         return Decoding(self.runner, self.work.prompts, mix, logprobs)
@@ -136,7 +136,7 @@ class Bench:
         there = torch.empty_like(host, device=self.on)
         placed, copied = [], []
         for _ in range(PLACINGS):
-            self.runner.step(Plan(remove=(digest,)))
+            self.runner.run_step(Plan(remove=(digest,)))
             placed.append(clocked(lambda: self.place(0)))
             copied.append(clocked(lambda: there.copy_(host, non_blocking=True)))
         for what, seconds in ((f"placing an adapter of {host.nbytes / 1e6:.1f} MB", placed), ("one copy of its bytes", copied)):

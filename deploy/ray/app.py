@@ -46,4 +46,4 @@ def app(arguments: dict[str, str]) -> Application:
     """For `serve run`: `replicas=2` or `replicas=1-8`, `gpus=1`, `doors=1`."""
     low, _, high = arguments.get("replicas", "1").partition("-")
     replicas = (int(low), int(high)) if high else int(low)
-    return application(knobs.read(os.environ), replicas, float(arguments.get("gpus", "0")), int(arguments.get("doors", "1")))
+    return application(knobs.read_settings(os.environ), replicas, float(arguments.get("gpus", "0")), int(arguments.get("doors", "1")))

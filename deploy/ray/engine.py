@@ -13,14 +13,14 @@ from typing import Any
 from ray import serve
 from starlette.types import Message
 
-from service.api.services import Rooms
+from service.api.services import Services
 from service.app import create_app
 from service.catalog.registry import Registry
 from service.errors import AdapterdError
 from service.settings import Settings
 from service.telemetry import logs, metrics
 from service.threads import DISK, run_in
-from service.worker.client import Client
+from service.worker.client import WorkerClient
 
 from .call import Call
 from .turns import changing, version
@@ -32,7 +32,7 @@ TYPICAL_RANK = 16
 class Shared(Registry):
     """A registry whose directory others change, too. Changes are made in turn (see turns.py), the ingress sees to that."""
 
-    def __init__(self, settings: Settings, device: Client) -> None:
+    def __init__(self, settings: Settings, device: WorkerClient) -> None:
         super().__init__(settings, device)
         self._root = settings.adapters
         self._seen = (0, 0)
@@ -45,16 +45,16 @@ class Shared(Registry):
     async def _version(self) -> tuple[int, int]:
         return await run_in(DISK, version, self._root)
 
-    async def open(self) -> None:
+    async def open_catalog(self) -> None:
         async with changing(self._root):  # what it reads while it opens, nobody changes
-            await super().open()
+            await super().open_catalog()
             self._seen = await self._version()
 
-    async def follow(self) -> None:
+    async def follow_state_file(self) -> None:
         async with self._following:
             if await self.is_behind():
                 seen = await self._version()
-                await super().follow()
+                await super().follow_state_file()
                 self._seen = seen
 
 
@@ -64,12 +64,12 @@ class Engine:
     async def reconfigure(self, told: dict[str, Any]) -> None:
         """Opens the service with these settings; Serve calls it once, before anything else. Raises RuntimeError where that cannot be."""
         self.settings = settings = Settings.model_validate(told)
-        logs.setup(settings.log_format, settings.log_level)
-        client = Client(settings)
+        logs.set_up_logging(settings.log_format, settings.log_level)
+        client = WorkerClient(settings)
         self.registry = Shared(settings, client)
-        client.watch(self.registry.note)
+        client.watch_loads(self.registry.note_load)
         self.app = create_app(settings, client, self.registry)
-        self.rooms: Rooms = self.app.state.rooms
+        self.rooms: Services = self.app.state.rooms
         self.place = serve.multiplexed(max_num_models_per_replica=max(1, settings.pool_rank // TYPICAL_RANK))(_itself)
         self._life = self.app.router.lifespan_context(self.app)
         await self._life.__aenter__()
@@ -109,11 +109,11 @@ class Engine:
 
     async def follow(self) -> None:
         """Takes over what another engine has changed."""
-        await self.registry.follow()
+        await self.registry.follow_state_file()
 
     async def exposition(self) -> tuple[str, str]:
         """This replica's name and its metrics."""
-        return serve.get_replica_context().replica_id.unique_id, metrics.exposition("text/plain")[0].decode()
+        return serve.get_replica_context().replica_id.unique_id, metrics.render_metrics("text/plain")[0].decode()
 
     async def __del__(self) -> None:
         """Serve calls it when the replica is to end, after the requests in it have."""
@@ -126,7 +126,7 @@ class Engine:
     def _has(self, id: str) -> bool:
         """Only what is registered may push another one out of what Serve believes to be here."""
         try:
-            self.registry.card(id)
+            self.registry.card_of(id)
         except AdapterdError:
             return False
         return True

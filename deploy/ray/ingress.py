@@ -20,9 +20,9 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api import errors
-from service.api.generation.sse import DONE, frame
-from service.api.middleware.access_log import Access
-from service.api.middleware.body_limit import Bodies
+from service.api.generation.sse import DONE, frame_event
+from service.api.middleware.access_log import AccessLog
+from service.api.middleware.body_limit import BodyLimit
 from service.errors import NotReady
 from service.settings import Settings
 from service.telemetry import logs
@@ -111,11 +111,11 @@ class Answer(Response):
         """The engine is gone: an error, or where the answer had begun, an error event; a body that is cut cannot be mended."""
         error = NotReady("the engine that ran this request is gone; ask again", retry_after=1)
         if self.started is None:
-            await errors.response(error, scope)(scope, _nothing, send)
+            await errors.error_response(error, scope)(scope, _nothing, send)
         elif b"text/event-stream" in dict(self.started["headers"]).get(b"content-type", b""):
-            errors.note(error, scope)
+            errors.note_error(error, scope)
             openai = errors.openai_dialect(scope["path"])
-            last = frame(errors.body(error, openai)) + (DONE if openai else b"")
+            last = frame_event(errors.error_body(error, openai)) + (DONE if openai else b"")
             await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
@@ -151,16 +151,16 @@ class Door:
         self.engines, self.settings = engines, settings
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        logs.setup(self.settings.log_format, self.settings.log_level)
-        bounds = Middleware(Bodies, body_mb=self.settings.max_body_mb, upload_mb=self.settings.max_upload_mb)
+        logs.set_up_logging(self.settings.log_format, self.settings.log_level)
+        bounds = Middleware(BodyLimit, body_mb=self.settings.max_body_mb, upload_mb=self.settings.max_upload_mb)
         app = FastAPI(
-            middleware=[Middleware(Named), Middleware(Access), bounds],
+            middleware=[Middleware(Named), Middleware(AccessLog), bounds],
             docs_url=None,
             redoc_url=None,
             openapi_url=None,
             redirect_slashes=False,
         )
-        errors.install(app)
+        errors.install_handlers(app)
         app.add_route("/metrics", self.metrics, methods=["GET"])
         app.add_route("/{path:path}", self.any_other, methods=list(errors.METHODS))
         return app

@@ -15,21 +15,21 @@ from ..settings import Settings
 
 if TYPE_CHECKING:  # the rooms themselves import much; listening starts before they are there
     from ..catalog.registry import Registry
-    from ..text.tokenizers import Text
-    from ..worker.client import Client
+    from ..text.tokenizers import Tokenizers
+    from ..worker.client import WorkerClient
 
 
 @dataclass
-class Rooms:
+class Services:
     """The client is there from the start; `reader` and `opened` come once the base is loaded. `failure` says why it never will be.
 
     `running` is the number of requests in the house; once `draining`, no more are let in.
     """
 
     settings: Settings
-    client: Client
+    client: WorkerClient
     registry: Registry
-    reader: Text | None = None
+    reader: Tokenizers | None = None
     opened: bool = False
     draining: bool = False
     running: int = 0
@@ -41,10 +41,10 @@ class Rooms:
         return (self.registry.base_id, *ids.BASE)
 
     @property
-    def text(self) -> Text:
+    def text(self) -> Tokenizers:
         """The tokenizer's border. Raises NotReady while the base loads."""
         if self.reader is None:
-            raise self.closed("the base is loading")
+            raise self.not_ready("the base is loading")
         return self.reader
 
     @property
@@ -56,10 +56,10 @@ class Rooms:
             return "failed"
         return "loading" if self.client.state == "ready" and not self.opened else self.client.state
 
-    def require(self) -> None:
+    def require_ready(self) -> None:
         """Raises NotReady unless a request would be served now."""
         if self.state != "ready" or not self.client.ready:
-            raise self.closed(self.reason)
+            raise self.not_ready(self.reason)
 
     @property
     def reason(self) -> str:
@@ -81,33 +81,33 @@ class Rooms:
         base = Path(self.settings.base)
         return reason.replace(str(base), base.name) if base.is_absolute() else reason
 
-    def closed(self, reason: str) -> NotReady:
+    def not_ready(self, reason: str) -> NotReady:
         return NotReady(f"not ready: {reason}", retry_after=1 if self.state == "restarting" else 2)
 
 
 # Each of these is `async`, for the framework runs what is not in a thread, and those may all be busy.
 
 
-async def rooms(request: Request) -> Rooms:
-    found: Rooms = request.app.state.rooms
+async def get_services(request: Request) -> Services:
+    found: Services = request.app.state.rooms
     return found
 
 
-async def shelf(here: Annotated[Rooms, Depends(rooms)]) -> Rooms:
+async def get_registered(here: Annotated[Services, Depends(get_services)]) -> Services:
     """The rooms, once the registrations are there; the worker may be restarting. Raises NotReady before that."""
     if not here.opened:
-        raise here.closed(here.reason)
+        raise here.not_ready(here.reason)
     return here
 
 
-async def open_rooms(here: Annotated[Rooms, Depends(rooms)]) -> Rooms:
+async def get_ready(here: Annotated[Services, Depends(get_services)]) -> Services:
     """The rooms, once the base serves. Raises NotReady before that and while draining."""
-    here.require()
+    here.require_ready()
     return here
 
 
 @dataclass(frozen=True, slots=True)
-class Sight:
+class AdapterScope:
     """Which adapters a request may know of: all of them, unless its key has a list. One that is not on it is an unknown one."""
 
     key: Key | None
@@ -116,24 +116,24 @@ class Sight:
     def whole(self) -> bool:
         return self.key is None or self.key.adapters is None
 
-    def sees(self, id: str) -> bool:
+    def can_see(self, id: str) -> bool:
         return self.key is None or self.key.may_use(id)
 
-    def require(self, id: str) -> None:
+    def require_visible(self, id: str) -> None:
         """Raises AdapterNotFound, in the words in which an unknown id is refused."""
-        if not self.sees(id):
-            raise ids.unknown(id)
+        if not self.can_see(id):
+            raise ids.unknown_adapter(id)
 
 
-def sight(request: Request) -> Sight:
-    return Sight(request.scope.get("state", {}).get("key"))
+def get_scope(request: Request) -> AdapterScope:
+    return AdapterScope(request.scope.get("state", {}).get("key"))
 
 
-async def _seen(request: Request) -> Sight:
-    return sight(request)
+async def _seen(request: Request) -> AdapterScope:
+    return get_scope(request)
 
 
-Seen = Annotated[Sight, Depends(_seen)]
-Here = Annotated[Rooms, Depends(rooms)]
-Shelf = Annotated[Rooms, Depends(shelf)]
-Open = Annotated[Rooms, Depends(open_rooms)]
+VisibleAdapters = Annotated[AdapterScope, Depends(_seen)]
+AnyServices = Annotated[Services, Depends(get_services)]
+OpenRegistry = Annotated[Services, Depends(get_registered)]
+ReadyServices = Annotated[Services, Depends(get_ready)]

@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..core.base_info import Linear
+from ..core.base_info import LinearKind
 from ..errors import BadRequest
-from .validator.header import ITEMSIZE, Config, Header, Tensor
+from .validator.header import ITEMSIZE, Config, Header, TensorInfo
 
 LAYER = re.compile(r"^(.*?)\.(\d+)\.")
 FACTOR = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_(A|B|magnitude_vector)(?:\.weight)?$")
@@ -20,64 +20,64 @@ FLOATS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF1
 
 
 @dataclass(frozen=True, slots=True)
-class Adapted:
+class LoraModuleInfo:
     """One module that a LoRA changes: A is [rank, in], B is [out, rank], `magnitude` DoRA's [out]."""
 
     module: str
     scaling: float
-    a: Tensor
-    b: Tensor
-    magnitude: Tensor | None = None
+    a: TensorInfo
+    b: TensorInfo
+    magnitude: TensorInfo | None = None
 
     @property
     def rank(self) -> int:
         return self.a.shape[0]
 
     @property
-    def parts(self) -> tuple[Tensor, ...]:
+    def parts(self) -> tuple[TensorInfo, ...]:
         return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
 
 
-def megabytes(size: float) -> float:
+def to_megabytes(size: float) -> float:
     return round(size / 1e6, 2)
 
 
-def percent(part: int, whole: int) -> float:
+def to_percent(part: int, whole: int) -> float:
     return round(100 * part / whole, 2)
 
 
-def span(values: Iterable[float]) -> dict[str, float] | None:
+def span_of(values: Iterable[float]) -> dict[str, float] | None:
     found = sorted(values)
     return {"min": found[0], "max": found[-1]} if found else None
 
 
-def leaf(module: str) -> str:
+def last_name(module: str) -> str:
     return module.rsplit(".", 1)[-1]
 
 
-def layers(modules: Iterable[str]) -> int:
+def count_layers(modules: Iterable[str]) -> int:
     """How many numbered layers these dotted names lie in."""
     return len({match.groups() for module in modules if (match := LAYER.match(module + "."))})
 
 
-def by_module(modules: Sequence[Adapted]) -> list[dict[str, Any]]:
+def by_module(modules: Sequence[LoraModuleInfo]) -> list[dict[str, Any]]:
     """One row per name, shape, rank and scaling; `parameters` and `megabytes` are of all its modules together."""
-    groups: dict[tuple[Any, ...], list[Adapted]] = {}
+    groups: dict[tuple[Any, ...], list[LoraModuleInfo]] = {}
     for one in modules:
-        groups.setdefault((leaf(one.module), one.a.shape, one.b.shape, one.scaling, one.magnitude is not None), []).append(one)
-    return [_row(*group) for group in sorted(groups.items(), key=lambda group: group[0])]
+        groups.setdefault((last_name(one.module), one.a.shape, one.b.shape, one.scaling, one.magnitude is not None), []).append(one)
+    return [_module_row(*group) for group in sorted(groups.items(), key=lambda group: group[0])]
 
 
-def _row(key: tuple[Any, ...], group: Sequence[Adapted]) -> dict[str, Any]:
+def _module_row(key: tuple[Any, ...], group: Sequence[LoraModuleInfo]) -> dict[str, Any]:
     name, a, b, scaling, dora = key
     parts = [part for one in group for part in one.parts]
     row = {"name": name, "count": len(group), "in_features": a[1], "out_features": b[0], "rank": a[0], "scaling": scaling}
     row |= {"lora_A": list(a), "lora_B": list(b)} | ({"magnitude": [b[0]]} if dora else {})
-    return row | {"parameters": sum(part.count for part in parts), "megabytes": megabytes(sum(part.size for part in parts))}
+    return row | {"parameters": sum(part.count for part in parts), "megabytes": to_megabytes(sum(part.size for part in parts))}
 
 
-def described(
-    config: Config, header: Header, modules: Sequence[Adapted], ignored: Iterable[str] = (), changed: Sequence[str] = ()
+def describe_content(
+    config: Config, header: Header, modules: Sequence[LoraModuleInfo], ignored: Iterable[str] = (), changed: Sequence[str] = ()
 ) -> dict[str, Any]:
     """The part of a summary that the content alone says. `ignored` names tensors that are not the adapter's own.
 
@@ -90,22 +90,22 @@ def described(
         "task_type": config.get("task_type"),
         "peft_version": config.get("peft_version") or "unknown",
         "claimed_base": config.get("base_model_name_or_path"),
-        "rank": span(one.rank for one in modules),
+        "rank": span_of(one.rank for one in modules),
         "alpha": config.get("lora_alpha"),
-        "scaling": span(one.scaling for one in modules),
+        "scaling": span_of(one.scaling for one in modules),
         "dropout": config.get("lora_dropout") or 0.0,
         "use_rslora": bool(config.get("use_rslora")),
         "use_dora": bool(config.get("use_dora")),
-        "target_modules": sorted(set(map(leaf, names))),
-        "layers": layers(names),
+        "target_modules": sorted(set(map(last_name, names))),
+        "layers": count_layers(names),
         "modules": len(names),
         "by_module": by_module(modules),
         "parameters": sum(tensor.count for tensor in own),
-        "size": size(header),
+        "size": describe_size(header),
     }
 
 
-def size(header: Header) -> dict[str, Any]:
+def describe_size(header: Header) -> dict[str, Any]:
     """The file's own bytes beside what its shapes and types say they must be."""
     dtypes: dict[str, int] = {}
     for tensor in header.tensors.values():
@@ -115,34 +115,34 @@ def size(header: Header) -> dict[str, Any]:
         "file_bytes": header.file_bytes,
         "header_bytes": header.header_bytes,
         "tensor_bytes": header.tensor_bytes,
-        "megabytes": megabytes(header.tensor_bytes),
+        "megabytes": to_megabytes(header.tensor_bytes),
         "dtypes": dict(sorted(dtypes.items())),
         "arithmetic_bytes": arithmetic,
         "matches_file": arithmetic == header.tensor_bytes,
     }
 
 
-def guessed(config: Config, header: Header) -> list[Adapted]:
+def guess_modules(config: Config, header: Header) -> list[LoraModuleInfo]:
     """The LoRA modules as the file's own key names tell them, for when there is no base to ask."""
-    found: dict[str, dict[str, Tensor]] = {}
+    found: dict[str, dict[str, TensorInfo]] = {}
     for key, tensor in header.tensors.items():
         if (match := FACTOR.match(key.replace(".default", ""))) and len(tensor.shape) in (1, 2):
             found.setdefault(match[1], {})[match[2]] = tensor
     pairs = {module: parts for module, parts in found.items() if {"A", "B"} <= parts.keys()}
     return [
-        Adapted(module, _scaling(config, module, parts["A"].shape[0]), parts["A"], parts["B"], parts.get("magnitude_vector"))
+        LoraModuleInfo(module, _scaling_of(config, module, parts["A"].shape[0]), parts["A"], parts["B"], parts.get("magnitude_vector"))
         for module, parts in pairs.items()
         if len(parts["A"].shape) == len(parts["B"].shape) == 2 and parts["A"].shape[0]
     ]
 
 
-def _scaling(config: Config, module: str, rank: int) -> float:
+def _scaling_of(config: Config, module: str, rank: int) -> float:
     patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
     alpha = next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), config.get("lora_alpha") or 0)
     return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
 
 
-def forecast(linears: Sequence[Linear], parameters: int, r: int, modules: Sequence[str], dtype: str = "float32") -> dict[str, Any]:
+def forecast_size(linears: Sequence[LinearKind], parameters: int, r: int, modules: Sequence[str], dtype: str = "float32") -> dict[str, Any]:
     """What a LoRA of this rank on these modules would weigh on a base with these layers. Raises BadRequest naming what is wrong."""
     _check_forecast(sorted({linear.name for linear in linears}), r, modules, dtype)
     kind = FLOATS[dtype]
@@ -155,9 +155,9 @@ def forecast(linears: Sequence[Linear], parameters: int, r: int, modules: Sequen
         "target_modules": sorted(set(modules)),
         "by_module": rows,
         "parameters": total,
-        "megabytes": megabytes(total * ITEMSIZE[kind]),
-        "percent_of_base": percent(total, parameters),
-        "base": {"parameters": parameters, "float32_megabytes": megabytes(4 * parameters)},
+        "megabytes": to_megabytes(total * ITEMSIZE[kind]),
+        "percent_of_base": to_percent(total, parameters),
+        "base": {"parameters": parameters, "float32_megabytes": to_megabytes(4 * parameters)},
     }
 
 
@@ -173,7 +173,7 @@ def _check_forecast(known: Sequence[str], r: int, modules: Sequence[str], dtype:
 
 
 def _forecast_row(kind: str, r: int, name: str, in_features: int, out_features: int, count: int) -> dict[str, Any]:
-    a, b = (Tensor(kind, shape, shape[0] * shape[1] * ITEMSIZE[kind]) for shape in ((r, in_features), (out_features, r)))
-    row = _row((name, a.shape, b.shape, None, False), [Adapted(name, 0, a, b)] * count)
+    a, b = (TensorInfo(kind, shape, shape[0] * shape[1] * ITEMSIZE[kind]) for shape in ((r, in_features), (out_features, r)))
+    row = _module_row((name, a.shape, b.shape, None, False), [LoraModuleInfo(name, 0, a, b)] * count)
     del row["scaling"]
     return row

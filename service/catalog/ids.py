@@ -16,11 +16,11 @@ DEMO_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ROUTES = frozenset({"summary", "architecture", "upload"})  # as last parts they would hide a route
 
 
-def check(id: str, base_id: str) -> None:
+def check_id(id: str, base_id: str) -> None:
     """Raises Conflict for a reserved id, BadRequest for one that breaks the pattern."""
     if id in BASE or id == base_id or id == "check" or id.rpartition("/")[2] in ROUTES:
         raise Conflict(f"the id {id[:LONGEST]!r} is reserved", param="id")
-    if not valid(id):
+    if not is_valid(id):
         raise BadRequest(
             f"id {id[:LONGEST]!r} must be letters, digits, '.', '_' and '-', begin with a letter or digit, have at most one '/' and no "
             f"'..', and be at most {LONGEST} characters long",
@@ -28,25 +28,29 @@ def check(id: str, base_id: str) -> None:
         )
 
 
-def unknown(id: str) -> AdapterNotFound:
+def unknown_adapter(id: str) -> AdapterNotFound:
     """What is said of an id that nobody registered, or that is not to be known of."""
     return AdapterNotFound(f"no adapter {id[:LONGEST]!r} is registered", param="model")
 
 
-def valid(id: str) -> bool:
+def is_valid(id: str) -> bool:
     return len(id) <= LONGEST and ".." not in id and PATTERN.fullmatch(id) is not None
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ServedBase:
     """The base by the name clients use, and by the setting it was loaded from."""
 
     id: str
     setting: str
 
-    def matches(self, claimed: str | None) -> bool:
+    def matches_claim(self, claimed: str | None) -> bool:
         """Whether an adapter's own name for its base means this one: the last parts are compared, for trainers write down paths."""
-        return claimed is not None and _last(claimed) in {_last(self.id), _last(self.setting), _last(base_name(self.setting))}
+        return claimed is not None and _last_part(claimed) in {
+            _last_part(self.id),
+            _last_part(self.setting),
+            _last_part(base_name(self.setting)),
+        }
 
 
 @cache
@@ -61,5 +65,5 @@ def base_name(setting: str) -> str:
     return path.stem if setting.endswith(".gguf") else path.resolve().name if path.exists() else setting
 
 
-def _last(name: str) -> str:
+def _last_part(name: str) -> str:
     return name.rstrip("/").rpartition("/")[2].lower()

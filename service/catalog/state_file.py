@@ -26,7 +26,7 @@ VERSION = 2  # 1: the digest was over the config and the weights alone
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One registration. The fingerprint says whether the files are still those that had the digest (see Place.fingerprint)."""
+    """One registration. The fingerprint says whether the files are still those that had the digest (see SourceLocation.compute_fingerprint)."""
 
     source: str
     subfolder: str | None
@@ -37,13 +37,13 @@ class Record:
     registered_at: str
     files: Manifest = ()
 
-    def told(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """As `asdict`, which takes four times as long to copy what cannot change: every change of one record writes all of them."""
         told = {name: getattr(self, name) for name in self.__slots__}
         return told | {"files": [(file.name, file.bytes, file.sha256) for file in self.files]}
 
 
-class Ledger:
+class StateFile:
     """`deleted` names what is not to come back by itself: ids that were deleted, and the folders they were registered from."""
 
     def __init__(self, path: Path) -> None:
@@ -57,7 +57,7 @@ class Ledger:
         with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             self._version(json.loads(self.path.read_bytes()))
 
-    def load(self) -> None:
+    def read_file(self) -> None:
         """A damaged file is put aside, and everything in it is forgotten; one that cannot be read is not written over.
 
         Of an older version the digests mean something else: they are forgotten. Raises SettingsError for a newer version.
@@ -66,7 +66,7 @@ class Ledger:
         try:
             told = json.loads(self.path.read_bytes())
             version = self._version(told)
-            self.records = {str(id): _record(entry, version) for id, entry in told["adapters"].items()}
+            self.records = {str(id): _parse_record(entry, version) for id, entry in told["adapters"].items()}
             self.deleted = {str(name) for name in told["deleted"]}
         except FileNotFoundError:
             return
@@ -90,10 +90,10 @@ class Ledger:
             )
         return version
 
-    def save(self, records: Mapping[str, Record], deleted: set[str]) -> None:
+    def write_file(self, records: Mapping[str, Record], deleted: set[str]) -> None:
         """Replaces the file in one step. Where it cannot be written (a read-only directory), that is said once."""
         self.records, self.deleted = dict(records), set(deleted)
-        told = {"version": VERSION, "adapters": {id: record.told() for id, record in records.items()}, "deleted": sorted(deleted)}
+        told = {"version": VERSION, "adapters": {id: record.to_json() for id, record in records.items()}, "deleted": sorted(deleted)}
         aside = self.path.with_name(self.path.name + ".new")
         try:
             if self._unread or not (records or deleted or self.path.exists()):
@@ -110,7 +110,7 @@ class Ledger:
             self._mute = True
 
 
-def _record(entry: Mapping[str, Any], version: int) -> Record:
+def _parse_record(entry: Mapping[str, Any], version: int) -> Record:
     record = Record(**{field.name: entry[field.name] for field in fields(Record) if field.name != "files"})
     if version < VERSION:
         record = replace(record, digest="", fingerprint="")

@@ -6,14 +6,14 @@ from dataclasses import asdict
 from typing import Any
 
 from ..core.adapter import Tier
-from ..core.base_info import BaseCard
+from ..core.base_info import BaseInfo
 from . import facts
-from .ids import Served
+from .ids import ServedBase
 from .validator.header import ITEMSIZE
-from .versions import Shelved, told
+from .versions import RegisteredAdapter, format_time
 
 
-def card(one: Shelved, tier: Tier) -> dict[str, Any]:
+def make_card(one: RegisteredAdapter, tier: Tier) -> dict[str, Any]:
     """The few facts that lists show. Of a failed adapter nothing is known but the reason."""
     known = one.generation.reading.facts if one.generation.reading else None
     shown = {
@@ -26,14 +26,14 @@ def card(one: Shelved, tier: Tier) -> dict[str, Any]:
         "megabytes": known["size"]["megabytes"] if known else None,
         "pinned": one.pinned,
         "in_flight": one.in_flight,
-        "last_used": told(one.last_used),
+        "last_used": format_time(one.last_used),
     }
     return shown | ({"reason": one.failure} if one.failure else {})
 
 
-def summary(one: Shelved, tier: Tier, base: BaseCard, served: Served) -> dict[str, Any]:
+def make_summary(one: RegisteredAdapter, tier: Tier, base: BaseInfo, served: ServedBase) -> dict[str, Any]:
     """Everything about an adapter; see the contract. A failed one has its card and the reason."""
-    shown = card(one, tier)
+    shown = make_card(one, tier)
     place = one.generation.place
     shown |= {
         "source": place.source,
@@ -46,7 +46,7 @@ def summary(one: Shelved, tier: Tier, base: BaseCard, served: Served) -> dict[st
         return shown | {"warnings": []}
     known = {key: value for key, value in reading.facts.items() if key != "claimed_base"}
     claimed = reading.facts["claimed_base"]
-    match = served.matches(claimed)
+    match = served.matches_claim(claimed)
     on_device = known["parameters"] * ITEMSIZE[facts.FLOATS[base.dtype]]
     resident = sum(base.resident_bytes.values())
     warnings = list(reading.warnings)
@@ -58,15 +58,18 @@ def summary(one: Shelved, tier: Tier, base: BaseCard, served: Served) -> dict[st
         | {
             "lane": reading.adapter.lane.value,
             "base_model": {"claimed": claimed, "served": served.id, "match": match},
-            "percent_of_base": facts.percent(known["parameters"], base.parameters),
-            "size": known["size"] | {"device_megabytes": facts.megabytes(on_device)},
+            "percent_of_base": facts.to_percent(known["parameters"], base.parameters),
+            "size": known["size"] | {"device_megabytes": facts.to_megabytes(on_device)},
             "base": {
                 "parameters": base.parameters,
-                "float32_megabytes": facts.megabytes(4 * base.parameters),
+                "float32_megabytes": facts.to_megabytes(4 * base.parameters),
                 "quantization": base.quantization,
-                "resident_megabytes": facts.megabytes(resident),
+                "resident_megabytes": facts.to_megabytes(resident),
             },
-            "footprint": {"base_megabytes": facts.megabytes(resident), "with_adapter_megabytes": facts.megabytes(resident + on_device)},
+            "footprint": {
+                "base_megabytes": facts.to_megabytes(resident),
+                "with_adapter_megabytes": facts.to_megabytes(resident + on_device),
+            },
             "files": [asdict(file) for file in reading.adapter.files],
             "warnings": warnings,
         }

@@ -9,20 +9,20 @@ from pathlib import Path
 
 from ..core.adapter import Adapter, Digest
 from ..core.manifest import Manifest
-from .sources.store import Place
+from .sources.store import SourceLocation
 from .state_file import Record
-from .validator.messages import Reading
+from .validator.messages import ValidatedAdapter
 
 
 @dataclass(frozen=True, slots=True)
-class Generation:
+class AdapterVersion:
     """A version of a name. `reading` is None for a folder that could not be validated at start; `reason` says why."""
 
     id: str
-    place: Place
+    place: SourceLocation
     fingerprint: str
     registered_at: str
-    reading: Reading | None
+    reading: ValidatedAdapter | None
     reason: str = ""
 
     @property
@@ -43,10 +43,10 @@ class Generation:
 
 
 @dataclass(eq=False)
-class Shelved:
+class RegisteredAdapter:
     """A generation and its use. `idle` is set while no request runs on it."""
 
-    generation: Generation
+    generation: AdapterVersion
     pinned: bool = False
     failure: str = ""
     in_flight: int = 0
@@ -57,12 +57,12 @@ class Shelved:
         self.failure = self.failure or self.generation.reason
         self.idle.set()
 
-    def take(self) -> None:
+    def take_lease(self) -> None:
         self.in_flight += 1
         self.last_used = datetime.now(UTC)
         self.idle.clear()
 
-    def give_back(self) -> None:
+    def give_back_lease(self) -> None:
         self.in_flight -= 1
         if not self.in_flight:
             self.idle.set()
@@ -71,15 +71,15 @@ class Shelved:
     def digest(self) -> Digest:
         return self.generation.digest
 
-    def record(self) -> Record:
+    def to_record(self) -> Record:
         one = self.generation
         place = (one.place.source, one.place.subfolder, one.place.revision)
         return Record(*place, one.digest, one.fingerprint, self.pinned, one.registered_at, one.files)
 
 
-def now() -> str:
-    return told(datetime.now(UTC)) or ""
+def current_time() -> str:
+    return format_time(datetime.now(UTC)) or ""
 
 
-def told(when: datetime | None) -> str | None:
+def format_time(when: datetime | None) -> str | None:
     return when.isoformat(timespec="milliseconds").replace("+00:00", "Z") if when else None

@@ -12,7 +12,7 @@ Digest = str
 
 
 @dataclass(frozen=True, slots=True)
-class Patch:
+class LoraLayerSpec:
     """One adapted linear layer: y += scaling · (x Aᵀ) Bᵀ with A [rank, in], B [out, rank]; with `magnitude` [out], DoRA's gate on top.
 
     `module` is the layer's dotted name in the base; `a`, `b`, `magnitude` are tensor names in the weights file.
@@ -27,12 +27,12 @@ class Patch:
 
 
 @lru_cache(maxsize=64)
-def shared(patches: tuple[Patch, ...]) -> tuple[Patch, ...]:
+def share_specs(patches: tuple[LoraLayerSpec, ...]) -> tuple[LoraLayerSpec, ...]:
     """The first equal one: a thousand adapters of one recipe keep one list of layers."""
     return patches
 
 
-class Lane(StrEnum):
+class ExecutionPath(StrEnum):
     POOL = "pool"  # runs in the mixed batch
     SHADOW = "shadow"  # runs by PEFT itself, on a tree that shares the base's tensors
 
@@ -49,10 +49,10 @@ class Adapter:
     digest: Digest
     config: str
     weights: str
-    lane: Lane
+    lane: ExecutionPath
     rank: int
     size: int
-    patches: tuple[Patch, ...] = ()
+    patches: tuple[LoraLayerSpec, ...] = ()
     invocation: tuple[int, ...] = ()
     files: Manifest = ()
 

@@ -7,7 +7,7 @@ from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Linear:
+class LinearKind:
     """Adapted layers that share a last name and a shape."""
 
     name: str
@@ -32,7 +32,7 @@ def name_pattern(module: str) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class BaseCard:
+class BaseInfo:
     """The resident base: exact numbers, made by the worker once it is loaded.
 
     Bytes are resident bytes, by dtype. `linears` are the layers that can be adapted, `limits` what stands in the way of others.
@@ -51,7 +51,7 @@ class BaseCard:
     dtype: str
     device: str
     resident_bytes: dict[str, int]
-    linears: tuple[Linear, ...]
+    linears: tuple[LinearKind, ...]
     pool_rank: int
     rows: int
     rope: dict[str, Any] | None = None

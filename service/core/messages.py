@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from .adapter import Adapter, Digest, Placement, Tier
-from .base_info import BaseCard
+from .base_info import BaseInfo
 from .request import Event, Request
 
 
@@ -20,7 +20,7 @@ class Cancel:
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
+class AddAdapter:
     """This content exists and may be asked for. `preload`: read it into host memory now, and place it while there is room."""
 
     adapter: Adapter
@@ -35,7 +35,7 @@ class Pin:
 
 
 @dataclass(frozen=True, slots=True)
-class Drop:
+class RemoveAdapter:
     """Forget this content everywhere; sequences that still run on it finish first."""
 
     digest: Digest
@@ -46,7 +46,7 @@ class Shutdown:
     pass
 
 
-Order = Submit | Cancel | Offer | Pin | Drop | Shutdown
+Command = Submit | Cancel | AddAdapter | Pin | RemoveAdapter | Shutdown
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +59,11 @@ class Progress:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    base: BaseCard
+    base: BaseInfo
 
 
 @dataclass(frozen=True, slots=True)
-class Broken:
+class CannotStart:
     """The worker cannot start and a restart would not help; `reason` is fit for a person."""
 
     reason: str
@@ -107,4 +107,4 @@ class Report:
     gauges: Gauges = Gauges()
 
 
-Notice = Progress | Ready | Broken | Report
+Message = Progress | Ready | CannotStart | Report

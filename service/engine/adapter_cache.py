@@ -8,17 +8,17 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
-from ..core.adapter import Adapter, Digest, Lane, Placement, Tier, shared
+from ..core.adapter import Adapter, Digest, ExecutionPath, Placement, Tier, share_specs
 from .lru import LRU
 from .plan import Plan
-from .rank_allocator import Pool
+from .rank_allocator import RankAllocator
 
 
-class Residency:
+class AdapterCache:
     """Both tiers. What it changes in the pool is collected until `changes` takes it into a plan."""
 
     def __init__(self, pool_rank: int, host_bytes: int) -> None:
-        self.pool = Pool(pool_rank)
+        self.pool = RankAllocator(pool_rank)
         self.host: LRU[Digest] = LRU(host_bytes)
         self.known: dict[Digest, Adapter] = {}
         self.loading: Digest | None = None
@@ -35,33 +35,33 @@ class Residency:
 
     # ---- what happened
 
-    def offer(self, adapter: Adapter, pinned: bool, preload: bool) -> None:
+    def add_adapter(self, adapter: Adapter, pinned: bool, preload: bool) -> None:
         """The content may be asked for from now on. A pin it already has stays; a drop that is not done yet is called off."""
         digest = adapter.digest
         if digest in self._dropping:
             self._dropping.discard(digest)
             self._gone.append((digest, False))
-        self.known[digest] = replace(adapter, patches=shared(adapter.patches))
+        self.known[digest] = replace(adapter, patches=share_specs(adapter.patches))
         self._failed.discard(digest)
         self._refused.pop(digest, None)
         self._moved.add(digest)  # so that its tier is told again, after a drop or not
         if preload and not self.at_hand(digest):
             self._preload[digest] = None
         if pinned:
-            self.pin(digest, True)
+            self.pin_adapter(digest, True)
 
-    def pin(self, digest: Digest, pinned: bool) -> None:
+    def pin_adapter(self, digest: Digest, pinned: bool) -> None:
         if not pinned:
             self._pinned.pop(digest, None)
-            self.host.unpin(digest)
-            self.pool.lru.unpin(digest)
-        elif self.offered(digest):
+            self.host.unpin_key(digest)
+            self.pool.lru.unpin_key(digest)
+        elif self.is_known(digest):
             self._pinned[digest] = None
-            self.host.pin(digest)
-            self.pool.lru.pin(digest)
+            self.host.pin_key(digest)
+            self.pool.lru.pin_key(digest)
 
-    def drop(self, digest: Digest) -> None:
-        self.pin(digest, False)
+    def remove_adapter(self, digest: Digest) -> None:
+        self.pin_adapter(digest, False)
         self._preload.pop(digest, None)
         self._fresh.pop(digest, None)
         if digest in self.known:
@@ -69,9 +69,9 @@ class Residency:
         else:
             self._gone.append((digest, False))
 
-    def hosted(self, digest: Digest, size: int) -> None:
+    def mark_hosted(self, digest: Digest, size: int) -> None:
         self.loading = None
-        self.host.add(digest, size)
+        self.host.add_key(digest, size)
         self._failed.discard(digest)
         self._moved.add(digest)
         if digest in self._preload:
@@ -87,14 +87,14 @@ class Residency:
         if digest in self.known:
             self._refused[digest] = reason
 
-    def touch(self, digest: Digest | None) -> None:
+    def touch_adapter(self, digest: Digest | None) -> None:
         if digest is not None:
-            self.host.touch(digest)
-            self.pool.lru.touch(digest)
+            self.host.touch_key(digest)
+            self.pool.lru.touch_key(digest)
 
     # ---- what is where
 
-    def offered(self, digest: Digest | None) -> bool:
+    def is_known(self, digest: Digest | None) -> bool:
         return digest is None or (digest in self.known and digest not in self._dropping)
 
     def refusal(self, digest: Digest | None) -> str:
@@ -105,19 +105,19 @@ class Residency:
         """Whether a request for this adapter could start without reading it."""
         return digest is None or digest in self.host or digest in self.pool
 
-    def kept(self, digest: Digest) -> bool:
+    def is_hosted(self, digest: Digest) -> bool:
         """Whether it is in host memory, or on its way there."""
         return digest in self.host or digest == self.loading
 
-    def homeless(self, digest: Digest | None) -> bool:
+    def needs_placement(self, digest: Digest | None) -> bool:
         """Whether this adapter must be placed in the pool before its sequences can run."""
-        return digest is not None and digest not in self.pool and self.known[digest].lane is Lane.POOL
+        return digest is not None and digest not in self.pool and self.known[digest].lane is ExecutionPath.POOL
 
-    def invocation(self, digest: Digest | None) -> tuple[int, ...]:
+    def invocation_of(self, digest: Digest | None) -> tuple[int, ...]:
         """The tokens that wake this adapter; empty where it acts on all."""
         return self.known[digest].invocation if digest in self.known else ()
 
-    def tier(self, digest: Digest) -> Tier:
+    def tier_of(self, digest: Digest) -> Tier:
         return Tier.DEVICE if digest in self.pool else Tier.HOST if digest in self.host else Tier.DISK
 
     # ---- what to do
@@ -127,47 +127,47 @@ class Residency:
 
         Those ahead and in flight are kept, so host memory can be exceeded, but by them alone.
         """
-        wanted = self._wanted(ahead) if self.loading is None else None
+        wanted = self._next_wanted(ahead) if self.loading is None else None
         if wanted is None:
             return None
         self.loading, adapter = wanted, self.known[wanted]
         keep = in_flight.union(ahead)
-        victims = self.host.victims(adapter.size, keep)
+        victims = self.host.choose_victims(adapter.size, keep)
         if victims is None:
-            victims = self.host.idle(keep)
+            victims = self.host.list_idle(keep)
         for victim in victims:
-            self.host.remove(victim)
+            self.host.remove_key(victim)
         self._moved.update(victims)
         return adapter, victims
 
-    def seat(self, digest: Digest, in_flight: Collection[Digest], move: bool = False) -> bool:
+    def place_adapter(self, digest: Digest, in_flight: Collection[Digest], move: bool = False) -> bool:
         """Places the adapter, idle ones leaving for it if they must, and pinned ones if they may `move`; whether it could."""
         rank = self.known[digest].rank
         just_placed = [placement.digest for placement in self._placed]  # one plan cannot both place and remove it
-        room = self.pool.room(rank, {*in_flight, *just_placed}, move)
+        room = self.pool.find_room(rank, {*in_flight, *just_placed}, move)
         if room is None:
             return False
         start, victims = room
         for victim in victims:
-            self._unplace(victim)
-        self._placed.append(self.pool.place(digest, start, rank))
+            self._unplace_adapter(victim)
+        self._placed.append(self.pool.place_adapter(digest, start, rank))
         self._failed.discard(digest)
         self._moved.add(digest)
         return True
 
     def seat_pinned(self, in_flight: Collection[Digest]) -> None:
         for digest in self._pinned:
-            if self.homeless(digest) and digest in self.host and digest not in self._failed:
-                self.seat(digest, in_flight)
+            if self.needs_placement(digest) and digest in self.host and digest not in self._failed:
+                self.place_adapter(digest, in_flight)
 
     def seat_fresh(self) -> None:
         """Places what was just preloaded where nothing has to leave for it; each has one chance."""
         for digest in self._fresh:
-            if self.homeless(digest) and digest in self.host and self.pool.hole(self.known[digest].rank) is not None:
-                self.seat(digest, ())
+            if self.needs_placement(digest) and digest in self.host and self.pool.find_gap(self.known[digest].rank) is not None:
+                self.place_adapter(digest, ())
         self._fresh = {}
 
-    def forget(self, needed: Collection[Digest]) -> None:
+    def forget_removed(self, needed: Collection[Digest]) -> None:
         """Lets go of the dropped adapters that nobody needs any more."""
         for digest in self._dropping.difference(needed, {self.loading}):
             self._dropping.discard(digest)
@@ -175,43 +175,43 @@ class Residency:
             self._refused.pop(digest, None)
             del self.known[digest]
             if digest in self.pool:
-                self._unplace(digest)
+                self._unplace_adapter(digest)
             hosted = digest in self.host
             if hosted:
-                self.host.remove(digest)
+                self.host.remove_key(digest)
             self._gone.append((digest, hosted))
 
-    def undo(self, plan: Plan) -> None:
+    def undo_plan(self, plan: Plan) -> None:
         """Nobody knows how much of this was done, so what it placed counts as failed, and all of it is removed again."""
         for placement in plan.place:
-            self.pool.remove(placement.digest)
+            self.pool.remove_adapter(placement.digest)
             self._moved.add(placement.digest)
             self._failed.add(placement.digest)
         self._removed += [*plan.remove, *(placement.digest for placement in plan.place)]
 
     # ---- what is handed out
 
-    def changes(self) -> tuple[tuple[Digest, ...], tuple[Placement, ...]]:
+    def take_changes(self) -> tuple[tuple[Digest, ...], tuple[Placement, ...]]:
         """What the next step removes and places. After a step that raised, what is removed may not be there."""
         removed, placed = tuple(dict.fromkeys(self._removed)), tuple(self._placed)
         self._removed, self._placed = [], []
         return removed, placed
 
-    def moves(self) -> tuple[tuple[Digest, Tier], ...]:
+    def take_moves(self) -> tuple[tuple[Digest, Tier], ...]:
         moved, self._moved = self._moved, set()
-        return tuple((digest, self.tier(digest)) for digest in moved if digest in self.known)
+        return tuple((digest, self.tier_of(digest)) for digest in moved if digest in self.known)
 
-    def gone(self) -> list[tuple[Digest, bool]]:
+    def take_removed(self) -> list[tuple[Digest, bool]]:
         """The dropped contents that nothing needs any more, and whether each is still to be forgotten in host memory."""
         gone, self._gone = self._gone, []
         return gone
 
-    def _wanted(self, ahead: Sequence[Digest]) -> Digest | None:
+    def _next_wanted(self, ahead: Sequence[Digest]) -> Digest | None:
         """What should be in host memory and is not: for requests, then the pinned, then what was offered with `preload`."""
         asked = [digest for digest in (*self._pinned, *self._preload) if digest not in self._failed]
         return next((digest for digest in (*ahead, *asked) if not self.at_hand(digest)), None)
 
-    def _unplace(self, digest: Digest) -> None:
-        self.pool.remove(digest)
+    def _unplace_adapter(self, digest: Digest) -> None:
+        self.pool.remove_adapter(digest)
         self._removed.append(digest)
         self._moved.add(digest)

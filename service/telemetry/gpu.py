@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
+class GpuReading:
     """`gpu` is the library's index; memory in bytes, `utilization` 0 to 1. None is what the GPU does not tell, as partitions do not."""
 
     gpu: str
@@ -26,16 +26,16 @@ class Reading:
     celsius: int | None
 
 
-def readings() -> list[Reading]:
+def read_gpus() -> list[GpuReading]:
     """One for each GPU; none where there is no library, driver or GPU. Takes milliseconds, so it is not for an event loop."""
-    library = _library()
+    library = _load_library()
     if library is None:
         return []
-    return [_read(library, index) for index in range(_told(library, library.nvmlDeviceGetCount) or 0)]
+    return [_read_gpu(library, index) for index in range(_ask_library(library, library.nvmlDeviceGetCount) or 0)]
 
 
 @cache
-def _library() -> ModuleType | None:
+def _load_library() -> ModuleType | None:
     try:
         library = import_module("pynvml")
         library.nvmlInit()
@@ -44,17 +44,17 @@ def _library() -> ModuleType | None:
     return library
 
 
-def _told(library: ModuleType, question: Callable[[], T]) -> T | None:
+def _ask_library(library: ModuleType, question: Callable[[], T]) -> T | None:
     try:
         return question()
     except library.NVMLError:
         return None
 
 
-def _read(library: ModuleType, index: int) -> Reading:
-    device = _told(library, lambda: library.nvmlDeviceGetHandleByIndex(index))
-    memory = _told(library, lambda: library.nvmlDeviceGetMemoryInfo(device))
-    rates = _told(library, lambda: library.nvmlDeviceGetUtilizationRates(device))
-    celsius = _told(library, lambda: library.nvmlDeviceGetTemperature(device, library.NVML_TEMPERATURE_GPU))
+def _read_gpu(library: ModuleType, index: int) -> GpuReading:
+    device = _ask_library(library, lambda: library.nvmlDeviceGetHandleByIndex(index))
+    memory = _ask_library(library, lambda: library.nvmlDeviceGetMemoryInfo(device))
+    rates = _ask_library(library, lambda: library.nvmlDeviceGetUtilizationRates(device))
+    celsius = _ask_library(library, lambda: library.nvmlDeviceGetTemperature(device, library.NVML_TEMPERATURE_GPU))
     used, total = (memory.used, memory.total) if memory else (None, None)
-    return Reading(str(index), used, total, rates.gpu / 100 if rates else None, celsius)
+    return GpuReading(str(index), used, total, rates.gpu / 100 if rates else None, celsius)

@@ -13,40 +13,40 @@ PLAIN = re.compile(r"[\w./:@+%-]+")
 BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
-def _fields(record: logging.LogRecord) -> dict[str, Any]:
+def _record_fields(record: logging.LogRecord) -> dict[str, Any]:
     found: dict[str, Any] = getattr(record, "fields", {})
     return found
 
 
-def _when(record: logging.LogRecord) -> str:
+def _format_time(record: logging.LogRecord) -> str:
     return datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
-def _word(value: Any) -> str:
+def _quote_word(value: Any) -> str:
     """The value as one word: quoted and escaped where it could be mistaken for something else, so that nobody can forge a line."""
     text = value if isinstance(value, str) else json.dumps(value)
     return text if PLAIN.fullmatch(text) else json.dumps(text)
 
 
-class Text(logging.Formatter):
+class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        named = "".join(f" {name}={_word(value)}" for name, value in _fields(record).items())
+        named = "".join(f" {name}={_quote_word(value)}" for name, value in _record_fields(record).items())
         said = BREAKS.sub(lambda found: repr(found[0])[1:-1], record.getMessage())  # it may hold the words of an adapter's files
-        line = f"{_when(record)} {record.levelname.lower():7} {said}{named}"
+        line = f"{_format_time(record)} {record.levelname.lower():7} {said}{named}"
         return line + (f"\n{self.formatException(record.exc_info)}" if record.exc_info else "")
 
 
-class Json(logging.Formatter):
+class JsonFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        line = {"time": _when(record), "level": record.levelname.lower(), "logger": record.name, "message": record.getMessage()}
+        line = {"time": _format_time(record), "level": record.levelname.lower(), "logger": record.name, "message": record.getMessage()}
         trace = {"exception": self.formatException(record.exc_info)} if record.exc_info else {}
-        return json.dumps(line | _fields(record) | trace, default=str)
+        return json.dumps(line | _record_fields(record) | trace, default=str)
 
 
-def setup(form: str, level: str) -> None:
+def set_up_logging(form: str, level: str) -> None:
     """Sends this process's log to stderr. `form` is `text` or `json`; `level` one of the logging module's names in lower case."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Json() if form == "json" else Text())
+    handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     for chatty in ("uvicorn", "asyncio", "httpx", "filelock", "urllib3"):
         logging.getLogger(chatty).setLevel(logging.WARNING)

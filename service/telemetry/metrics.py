@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disa
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 
-from .gpu import Reading
+from .gpu import GpuReading
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
 REGISTRY = CollectorRegistry()
@@ -62,17 +62,17 @@ for _tier in TIERS:  # zero before the first one, so that the first one is seen 
         _by_tier.labels(_tier)
 
 
-def loaded(seconds: float, size: int) -> None:
+def adapter_loaded(seconds: float, size: int) -> None:
     LOAD.observe(seconds)
     LOADED.inc(size)
 
 
-def placed(seconds: float, size: int) -> None:
+def adapter_placed(seconds: float, size: int) -> None:
     PLACE.observe(seconds)
     PLACED.inc(size)
 
 
-def evicted(tier: str, seconds: float, size: int) -> None:
+def adapter_evicted(tier: str, seconds: float, size: int) -> None:
     EVICT.labels(tier).observe(seconds)
     EVICTED.labels(tier).inc(size)
 
@@ -105,7 +105,7 @@ LORA_INFO = Gauge(
 REST = "_other"  # no adapter id begins like this
 
 
-class Names:
+class AdapterLabels:
     """Which ids have series of their own: registered ones only, and of them the `most` that are asked for most; the rest share one.
 
     A busier id takes the place of another only once it has twice its requests, so that series do not come and go at each scrape. What was
@@ -117,36 +117,36 @@ class Names:
         self.requests: dict[str, int] = {}  # of every registered id
         self.shown: set[str] = set()
 
-    def label(self, id: str) -> str:
+    def label_for(self, id: str) -> str:
         """The label under which one more request for this id counts."""
         if id not in self.requests:
             return REST  # deleted while the request ran
         self.requests[id] += 1
-        if id not in self.shown and self._room(self.requests[id]):
+        if id not in self.shown and self._make_room(self.requests[id]):
             self.shown.add(id)
         return id if id in self.shown else REST
 
-    def forget(self, id: str) -> None:
+    def forget_adapter(self, id: str) -> None:
         self.requests.pop(id, None)
-        self._hide(id)
+        self._hide_adapter(id)
 
-    def _room(self, requests: int) -> bool:
+    def _make_room(self, requests: int) -> bool:
         if len(self.shown) < self.most:
             return True
         least = min(self.shown, key=self.requests.__getitem__, default=None)
         if least is None or requests < 2 * self.requests[least]:
             return False
-        self._hide(least)
+        self._hide_adapter(least)
         return True
 
-    def _hide(self, id: str) -> None:
+    def _hide_adapter(self, id: str) -> None:
         if id in self.shown:
             self.shown.discard(id)
             for collector in BY_ADAPTER:
                 collector.remove(id)
 
 
-NAMES = Names(most=200)
+NAMES = AdapterLabels(most=200)
 
 
 def adapter_registered(id: str) -> None:
@@ -155,12 +155,12 @@ def adapter_registered(id: str) -> None:
 
 def adapter_removed(id: str) -> None:
     """The id is no longer registered: its series go, the totals stay."""
-    NAMES.forget(id)
+    NAMES.forget_adapter(id)
 
 
 def adapter_served(id: str, prompt: int, generated: int, seconds: float) -> None:
     """A request for this id has ended, with so many tokens."""
-    label = NAMES.label(id)
+    label = NAMES.label_for(id)
     ADAPTER_REQUESTS.labels(label).inc()
     ADAPTER_PROMPT.labels(label).inc(prompt)
     ADAPTER_TOKENS.labels(label).inc(generated)
@@ -181,7 +181,7 @@ GPU_BUSY = Gauge("adapterd_gpu_utilization_ratio", "Share of the time in which t
 GPU_CELSIUS = Gauge("adapterd_gpu_temperature_celsius", "The GPU's temperature.", ["gpu"], registry=REGISTRY)
 
 
-def gpus(readings: Collection[Reading]) -> None:
+def set_gpus(readings: Collection[GpuReading]) -> None:
     """What the GPUs say now; what one does not say has no series."""
     for gauge in (GPU_USED, GPU_TOTAL, GPU_BUSY, GPU_CELSIUS):
         gauge.clear()
@@ -203,7 +203,7 @@ class _Unnamed(CollectorRegistry):
         return (family for family in REGISTRY.collect() if family.name not in named)
 
 
-def exposition(accept: str, named: bool = True) -> tuple[bytes, str]:
+def render_metrics(accept: str, named: bool = True) -> tuple[bytes, str]:
     """Everything as Prometheus text, or OpenMetrics where `accept` asks for it; the bytes and their content type.
 
     `named`: with the series that name adapters.

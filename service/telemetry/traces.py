@@ -27,7 +27,7 @@ NAMES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TracePart:
     """A stretch of a request, in `time.monotonic` seconds."""
 
     name: str
@@ -39,8 +39,8 @@ class Part:
 class Trace:
     """A finished request: `whole` and its parts, what its log line says, and the W3C headers it came with. `failed`: on our side."""
 
-    whole: Part
-    parts: Sequence[Part]
+    whole: TracePart
+    parts: Sequence[TracePart]
     fields: Mapping[str, Any]
     carrier: Mapping[str, str]
     failed: bool
@@ -65,26 +65,26 @@ class Tracer:
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("adapterd", __version__)
 
-    def record(self, done: Trace) -> None:
+    def record_request(self, done: Trace) -> None:
         late = time.time_ns() - time.monotonic_ns()
         parent = self._parents.extract(done.carrier)
-        kind, told = self._api.SpanKind.SERVER, attributes(done.fields)
-        whole = self._tracer.start_span(done.whole.name, parent, kind, told, start_time=_ns(done.whole.start) + late)
+        kind, told = self._api.SpanKind.SERVER, trace_attributes(done.fields)
+        whole = self._tracer.start_span(done.whole.name, parent, kind, told, start_time=_to_nanoseconds(done.whole.start) + late)
         inside = self._api.set_span_in_context(whole, parent)
         for part in done.parts:
-            self._tracer.start_span(part.name, inside, start_time=_ns(part.start) + late).end(_ns(part.end) + late)
+            self._tracer.start_span(part.name, inside, start_time=_to_nanoseconds(part.start) + late).end(_to_nanoseconds(part.end) + late)
         if done.failed:
             whole.set_status(self._api.StatusCode.ERROR, str(done.fields.get("outcome", "")))
-        whole.end(_ns(done.whole.end) + late)
+        whole.end(_to_nanoseconds(done.whole.end) + late)
 
-    def close(self) -> None:
+    def flush_and_close(self) -> None:
         """Sends what is left, within `CLOSING_S`."""
         closing = threading.Thread(target=self._provider.shutdown, daemon=True)
         closing.start()
         closing.join(CLOSING_S)
 
 
-def wanted(environment: Mapping[str, str]) -> bool:
+def is_wanted(environment: Mapping[str, str]) -> bool:
     """Whether the exporter's variables ask for traces. Raises SettingsError for a protocol other than OTLP over HTTP."""
     off = environment.get("OTEL_SDK_DISABLED", "").lower() == "true" or environment.get("OTEL_TRACES_EXPORTER", "") == "none"
     if off or not any(environment.get(name) for name in ENDPOINTS):
@@ -95,9 +95,9 @@ def wanted(environment: Mapping[str, str]) -> bool:
     return True
 
 
-def tracer(environment: Mapping[str, str]) -> Tracer | None:
+def make_tracer(environment: Mapping[str, str]) -> Tracer | None:
     """The exporter that the environment asks for; None where it asks for none. Raises SettingsError where it cannot be had."""
-    if not wanted(environment):
+    if not is_wanted(environment):
         return None
     try:
         return Tracer()
@@ -106,10 +106,10 @@ def tracer(environment: Mapping[str, str]) -> Tracer | None:
         raise SettingsError(f"{name}: traces need the packages of the extra: pip install 'adapterd[traces]' ({error.name})") from None
 
 
-def attributes(fields: Mapping[str, Any]) -> dict[str, Any]:
+def trace_attributes(fields: Mapping[str, Any]) -> dict[str, Any]:
     """A log line's fields by the names that traces use; what has no name in the conventions is under `adapterd.`."""
     return {NAMES.get(name, f"adapterd.{name}"): value for name, value in fields.items()}
 
 
-def _ns(seconds: float) -> int:
+def _to_nanoseconds(seconds: float) -> int:
     return int(seconds * 1e9)

@@ -11,7 +11,7 @@ HELD = 8  # tokens that may wait for their character to become whole; no charact
 BROKEN = "\ufffd"
 
 
-class Decoder:
+class IncrementalDecoder:
     """One sequence's text. `decode` turns ids into text by itself; `special` ids add none; `prompt` is what the sequence continues.
 
     A token alone does not tell its text (bytes of a character, spaces that depend on the neighbour), so each is decoded behind the
@@ -26,7 +26,7 @@ class Decoder:
             self._window, self._said = [], ""
         self._settled = len(self._window)
 
-    def push(self, id: int) -> str:
+    def push_token(self, id: int) -> str:
         """The text this token completes; empty while a character is in the making."""
         if id in self._special:
             return ""
@@ -34,13 +34,13 @@ class Decoder:
         text = self._decode(self._window)
         if text.endswith(BROKEN) and len(self._window) - self._settled < HELD:
             return ""
-        return self._settle(text)
+        return self._settle_text(text)
 
-    def flush(self) -> str:
+    def flush_held(self) -> str:
         """What was held back; a character cut short becomes U+FFFD."""
-        return self._settle(self._decode(self._window)) if len(self._window) > self._settled else ""
+        return self._settle_text(self._decode(self._window)) if len(self._window) > self._settled else ""
 
-    def _settle(self, text: str) -> str:
+    def _settle_text(self, text: str) -> str:
         fresh = self._window[self._settled :]
         # byte-fallback tokenizers take back a whole run of characters while its last one is incomplete
         added = text[len(self._said) :] if text.startswith(self._said) else self._decode(fresh)

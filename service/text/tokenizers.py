@@ -23,10 +23,10 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from ..core.adapter import Digest
 from ..core.manifest import Manifest, check_text_files
 from ..errors import AdapterInvalid, BadRequest, SettingsError
-from .incremental import BROKEN, Decoder
+from .incremental import BROKEN, IncrementalDecoder
 from .template_process import RenderRequest, refusal, render_template
 from .template_renderer import TemplateRenderer
-from .tool_calls import Format, declared
+from .tool_calls import CallFormat, declared_format
 
 KEPT = 512  # voices of adapters that stay in memory; most share the base's tokenizer and are small
 OWN_KEPT = 16  # tokenizers among them that are an adapter's own, of a hundred megabytes each where the vocabulary is large
@@ -46,36 +46,36 @@ Message = Mapping[str, Any]
 Templates = str | dict[str, str]
 
 
-class Text:
+class Tokenizers:
     """All voices over one base: its own, and those of adapters whose folders bring a tokenizer, a template or other eos tokens."""
 
     def __init__(self, folder: str | Path) -> None:
         """Reads the base's folder. Raises SettingsError when it holds no usable tokenizer."""
         self.folder = Path(folder)
         self.renderer = TemplateRenderer()
-        self._tokenizer = _tokenizer(self.folder)
+        self._tokenizer = _load_tokenizer(self.folder)
         backend: Tokenizer = self._tokenizer.backend_tokenizer
         self._vocabulary: dict[str, int] = backend.get_vocab()
         self._words = Words(backend)
-        eos = _eos(self.folder, GENERATION) | _eos(self.folder, CONFIG)
+        eos = _eos_ids(self.folder, GENERATION) | _eos_ids(self.folder, CONFIG)
         if self._tokenizer.eos_token_id is not None:
             eos |= {self._tokenizer.eos_token_id}
         templates = self._tokenizer.chat_template or _templates(self.folder, {})
         specials: dict[str, Any] = self._tokenizer.special_tokens_map
-        self.base = Voice(self._words, eos, templates, specials)
-        self._voices: dict[Digest, Voice] = {}
+        self.base = AdapterTokenizer(self._words, eos, templates, specials)
+        self._voices: dict[Digest, AdapterTokenizer] = {}
         self._own: WeakValueDictionary[str, Words] = WeakValueDictionary()
         self._like_base: set[str] = set()
         self._loading = threading.Lock()
 
-    def known(self, digest: Digest) -> Voice | None:
+    def find_cached(self, digest: Digest) -> AdapterTokenizer | None:
         """The voice of this content if its files were read before."""
         return self._voices.get(digest)
 
-    def of(self, digest: Digest, folder: Path, files: Manifest) -> Voice:
+    def tokenizer_of(self, digest: Digest, folder: Path, files: Manifest) -> AdapterTokenizer:
         """The voice of this content, from a folder that must still hold it. Raises AdapterInvalid when it does not, or is broken."""
         try:
-            voice = self._read(folder)
+            voice = self._read_tokenizer(folder)
         finally:
             check_text_files(folder, files)  # what was read was this content's only if it is so still
         voice = self._voices.setdefault(digest, voice)
@@ -88,22 +88,22 @@ class Text:
     async def close(self) -> None:
         await self.renderer.close()
 
-    def _read(self, folder: Path) -> Voice:
+    def _read_tokenizer(self, folder: Path) -> AdapterTokenizer:
         if not any(any(folder.glob(name)) for name in OWN):
             return self.base
         try:
-            settings = _json(folder / SPECIALS) | _json(folder / SETTINGS)
+            settings = _read_json(folder / SPECIALS) | _read_json(folder / SETTINGS)
             words = self._words_of(folder, settings)
             templates = _templates(folder, settings) or self.base.templates
-            named = {key: text for key in NAMED if (text := _content(settings.get(key)))}
+            named = {key: text for key in NAMED if (text := _special_text(settings.get(key)))}
             own = words.backend.token_to_id(named.get("eos_token", ""))
-            eos = self.base.eos | _eos(folder, GENERATION) | ({own} if own is not None else set())
+            eos = self.base.eos | _eos_ids(folder, GENERATION) | ({own} if own is not None else set())
         except AdapterInvalid:
             raise
         except BaseException as error:  # the tokenizers library raises plain Exceptions, and its panics are not even those
             raise AdapterInvalid([f"the adapter's tokenizer files cannot be read: {type(error).__name__}"]) from error
         specials = {**self.base.specials, **named}
-        return Voice(words, eos, templates, specials, (templates, specials) != (self.base.templates, self.base.specials))
+        return AdapterTokenizer(words, eos, templates, specials, (templates, specials) != (self.base.templates, self.base.specials))
 
     def _words_of(self, folder: Path, settings: Mapping[str, Any]) -> Words:
         """The adapter's own tokenizer, or the base's where all that shapes ids and text is the same. One of each content is kept."""
@@ -128,7 +128,7 @@ class Text:
         added = {id: AddedToken(**token) for id, token in (settings.get("added_tokens_decoder") or {}).items()}
         others = [settings.get(key) or () for key in ("additional_special_tokens", "extra_special_tokens")]
         listed = [token for group in others for token in (group.values() if isinstance(group, dict) else group)]
-        special = {text for token in (*listed, *map(settings.get, NAMED)) if (text := _content(token))}
+        special = {text for token in (*listed, *map(settings.get, NAMED)) if (text := _special_text(token))}
         return (
             any(id not in known or token.__getstate__() != known[id].__getstate__() for id, token in added.items())
             or not special <= {token.content for token in known.values() if token.special}
@@ -143,7 +143,7 @@ class Text:
 
     def _backend_of(self, folder: Path) -> Tokenizer:
         """What transformers makes of the folder; a tokenizer.json as it is, whatever class the settings name."""
-        kind = AutoTokenizer if "tokenizer_class" in _json(folder / SETTINGS) else type(self._tokenizer)
+        kind = AutoTokenizer if "tokenizer_class" in _read_json(folder / SETTINGS) else type(self._tokenizer)
         try:
             return _backend(PreTrainedTokenizerFast if (folder / WORDS).exists() else kind, folder)
         except Exception as error:
@@ -174,7 +174,7 @@ class Words:
 
     @cached_property
     def piece(self) -> Callable[[int], str]:
-        """Gives one token's text; see `Voice.piece`.
+        """Gives one token's text; see `AdapterTokenizer.token_text`.
 
         Remembers it, for beside each token twenty likely ones may be told, and they are mostly the same.
         """
@@ -196,7 +196,7 @@ class Words:
 
 
 @dataclass(frozen=True)
-class Voice:
+class AdapterTokenizer:
     """How the base or one adapter reads and writes text. Safe to use from several threads.
 
     `templates` is a chat template, or several by name (`default`, `tool_use`), or None; `specials` are the special tokens' texts that a
@@ -236,24 +236,24 @@ class Voice:
         """The text of the ids, special tokens left out."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
-    def decoder(self, prompt: Sequence[int] = ()) -> Decoder:
+    def make_decoder(self, prompt: Sequence[int] = ()) -> IncrementalDecoder:
         """Turns the answer to this prompt into text, token by token."""
-        return Decoder(self.backend.decode, self.special, prompt)
+        return IncrementalDecoder(self.backend.decode, self.special, prompt)
 
-    def piece(self, id: int) -> str:
+    def token_text(self, id: int) -> str:
         """One token's text as it is within a text, special ones by their name; the bytes of an incomplete character are U+FFFD."""
         return self.words.piece(id)
 
     def piece_bytes(self, id: int) -> bytes:
         """One token's own bytes, also where they are only a part of a character."""
-        text, name = self.piece(id), self.backend.id_to_token(id) or ""
+        text, name = self.token_text(id), self.backend.id_to_token(id) or ""
         if BROKEN not in text:
             return text.encode()
         if byte := BYTE.fullmatch(name):
             return bytes([int(byte[1], 16)])
         return bytes(BYTES[char] for char in name) if BYTES.keys() >= set(name) else text.encode()
 
-    def template(self, tools: bool) -> str:
+    def choose_template(self, tools: bool) -> str:
         """The chat template's source. Raises BadRequest when there is none."""
         found = self.templates
         if isinstance(found, dict):
@@ -262,17 +262,17 @@ class Voice:
             raise BadRequest("this model has no chat template: use completions, or an adapter that brings a template", param="messages")
         return found
 
-    def format(self) -> Format | None:
+    def tool_format(self) -> CallFormat | None:
         """How this voice's template writes tool calls. Raises BadRequest when it takes no tools."""
-        template = self.template(tools=True)
+        template = self.choose_template(tools=True)
         if "tools" not in template:
             raise BadRequest("tools: this model's chat template takes none", param="tools")
-        return declared(template)
+        return declared_format(template)
 
     def render_request(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, limit: int) -> RenderRequest:
         """The conversation as the template gets it, to be at most so many characters. Raises BadRequest when there is no template."""
         shown = [dict(tool) for tool in tools] if tools else None
-        return RenderRequest(self.template(bool(tools)), [dict(m) for m in messages], shown, dict(self.specials), limit)
+        return RenderRequest(self.choose_template(bool(tools)), [dict(m) for m in messages], shown, dict(self.specials), limit)
 
     @staticmethod
     def render_here(request: RenderRequest) -> str:
@@ -283,7 +283,7 @@ class Voice:
             raise BadRequest(f"messages: the chat template {refusal(error)}", param="messages") from error
 
 
-def _tokenizer(folder: Path) -> Any:
+def _load_tokenizer(folder: Path) -> Any:
     try:
         found = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         backend = found.backend_tokenizer
@@ -317,19 +317,19 @@ def _serialized(backend: Tokenizer) -> str:
     return sha256(f"{backend.encode_special_tokens}{backend.to_str()}".encode()).hexdigest()
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     value = json.loads(file.read_text("utf-8")) if file.exists() else {}
     return value if isinstance(value, dict) else {}
 
 
-def _content(value: Any) -> str:
+def _special_text(value: Any) -> str:
     """A special token as tokenizer files write it: its text, or an object that holds it."""
     found = value.get("content") if isinstance(value, dict) else value
     return found if isinstance(found, str) else ""
 
 
-def _eos(folder: Path, name: str) -> frozenset[int]:
-    value = _json(folder / name).get("eos_token_id")
+def _eos_ids(folder: Path, name: str) -> frozenset[int]:
+    value = _read_json(folder / name).get("eos_token_id")
     return frozenset(id for id in (value if isinstance(value, list) else [value]) if isinstance(id, int))
 
 
@@ -338,7 +338,7 @@ def _templates(folder: Path, settings: Mapping[str, Any]) -> Templates | None:
     if (folder / TEMPLATE).exists():
         found: Any = (folder / TEMPLATE).read_text("utf-8")
     else:
-        found = settings.get("chat_template") or _json(folder / TEMPLATE_JSON).get("chat_template")
+        found = settings.get("chat_template") or _read_json(folder / TEMPLATE_JSON).get("chat_template")
     if isinstance(found, list):
         found = {str(named["name"]): str(named["template"]) for named in found}
     if not isinstance(found, str | dict):

@@ -10,19 +10,19 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 
-from ..core.adapter import Adapter, Digest, Lane, Tier
-from ..core.messages import Drop, Load, Offer, Order, Pin, Report
+from ..core.adapter import Adapter, Digest, ExecutionPath, Tier
+from ..core.messages import AddAdapter, Command, Load, Pin, RemoveAdapter, Report
 from ..telemetry import metrics
 
 STOPPED = "the engine has stopped"
 
 
-class Offers:
+class AdapterMirror:
     """`send` gives an order to the worker; False where there is none to take it."""
 
-    def __init__(self, send: Callable[[Order], bool]) -> None:
+    def __init__(self, send: Callable[[Command], bool]) -> None:
         self._send = send
-        self._offers: dict[Digest, Offer] = {}
+        self._offers: dict[Digest, AddAdapter] = {}
         self._tiers: dict[Digest, Tier] = {}
         self._sizes: dict[Digest, int] = {}  # bytes in host memory, once read
         self._loads: dict[Digest, asyncio.Future[Load]] = {}
@@ -30,116 +30,116 @@ class Offers:
         self._closed = False
         self.watcher: Callable[[Load], None] = lambda load: None
 
-    def offer(self, adapter: Adapter, pinned: bool, preload: bool) -> None:
+    def add_adapter(self, adapter: Adapter, pinned: bool, preload: bool) -> None:
         known = self._offers.get(adapter.digest)
         pinned = pinned or (known is not None and known.pinned)
         if preload:
-            self._expect(adapter.digest)
+            self._expect_load(adapter.digest)
         awaited = adapter.digest in self._loads and not self._loads[adapter.digest].done()  # a new worker must read it, too
-        self._offers[adapter.digest] = Offer(adapter, pinned, preload or awaited)
+        self._offers[adapter.digest] = AddAdapter(adapter, pinned, preload or awaited)
         self._send(self._offers[adapter.digest])
-        self._count()
+        self._count_tiers()
 
     @property
     def waits(self) -> bool:
         """Whether a load or a drop has not ended yet."""
         return bool(self._drops) or not all(load.done() for load in self._loads.values())
 
-    async def loaded(self, digest: Digest) -> Load:
+    async def wait_until_loaded(self, digest: Digest) -> Load:
         if digest not in self._loads:
             if digest not in self._offers:
                 return Load(digest, 0.0, 0, "the adapter is not registered any more")
-            self.offer(self._offers[digest].adapter, pinned=False, preload=True)
+            self.add_adapter(self._offers[digest].adapter, pinned=False, preload=True)
         return await asyncio.shield(self._loads[digest])
 
-    def pin(self, digest: Digest, pinned: bool) -> None:
+    def pin_adapter(self, digest: Digest, pinned: bool) -> None:
         if digest in self._offers:
             self._offers[digest] = replace(self._offers[digest], pinned=pinned)
             self._send(Pin(digest, pinned))
 
-    async def drop(self, digest: Digest) -> int:
+    async def remove_adapter(self, digest: Digest) -> int:
         self._offers.pop(digest, None)
         self._load_ended(Load(digest, 0.0, 0, "the adapter was removed"))
         self._loads.pop(digest, None)
-        self._count()
-        if not self._send(Drop(digest)):
-            self._forget(digest)
+        self._count_tiers()
+        if not self._send(RemoveAdapter(digest)):
+            self._forget_adapter(digest)
             return 0
         freed: asyncio.Future[int] = asyncio.get_running_loop().create_future()
         self._drops.setdefault(digest, []).append(freed)
         return await freed
 
-    def tier(self, digest: Digest) -> Tier:
+    def tier_of(self, digest: Digest) -> Tier:
         return self._tiers.get(digest, Tier.DISK)
 
-    def asked(self, digest: Digest) -> None:
+    def count_request(self, digest: Digest) -> None:
         """A request for this content was admitted: whether it is where it is needed is counted, tier by tier."""
         offer = self._offers.get(digest)
         if offer is not None:
-            resident, hosted = self.tier(digest) is Tier.DEVICE, self.tier(digest) is not Tier.DISK
-            if offer.adapter.lane is Lane.POOL:
+            resident, hosted = self.tier_of(digest) is Tier.DEVICE, self.tier_of(digest) is not Tier.DISK
+            if offer.adapter.lane is ExecutionPath.POOL:
                 metrics.looked_up(Tier.DEVICE.value, resident)
             if not resident:
                 metrics.looked_up(Tier.HOST.value, hosted)
 
-    def resident(self, digest: Digest) -> bool:
+    def is_resident(self, digest: Digest) -> bool:
         """Whether it could run in the next step."""
         offer = self._offers.get(digest)
-        at_home = Tier.DEVICE if offer is None or offer.adapter.lane is Lane.POOL else Tier.HOST
-        return self.tier(digest) is at_home
+        at_home = Tier.DEVICE if offer is None or offer.adapter.lane is ExecutionPath.POOL else Tier.HOST
+        return self.tier_of(digest) is at_home
 
-    def weight(self, digests: Iterable[Digest]) -> int:
+    def bytes_of(self, digests: Iterable[Digest]) -> int:
         """The bytes of these contents, which are the same on the device as in host memory."""
-        return sum(map(self._size, digests))
+        return sum(map(self._size_of, digests))
 
-    def hear(self, report: Report) -> None:
+    def on_report(self, report: Report) -> None:
         for load in report.loads:
             if load.seconds and not load.error:
                 self._sizes[load.digest] = load.size
-                metrics.loaded(load.seconds, load.size)
+                metrics.adapter_loaded(load.seconds, load.size)
             self._load_ended(load)
             self.watcher(load)
         for digest, freed in report.dropped:  # before the tiers: an adapter offered again since then tells its own
             self._tiers.pop(digest, None)
-            self._forget(digest)
-            self._dropped(digest, freed)
+            self._forget_adapter(digest)
+            self._on_removed(digest, freed)
         for digest, seconds in report.placed:
-            metrics.placed(seconds, self._size(digest))
+            metrics.adapter_placed(seconds, self._size_of(digest))
         for digest, tier, seconds in report.evicted:
             if digest in self._offers:  # what was dropped has not left for another
-                metrics.evicted(tier.value, seconds, self._size(digest))
+                metrics.adapter_evicted(tier.value, seconds, self._size_of(digest))
         if report.tiers:
             self._tiers.update(report.tiers)
         if report.tiers or report.dropped:
-            self._count()
+            self._count_tiers()
 
-    def repeat(self) -> None:
+    def repeat_all(self) -> None:
         """Tells a new worker everything."""
         for offer in self._offers.values():
             self._send(offer)
 
-    def lost(self) -> None:
+    def on_worker_lost(self) -> None:
         """The worker is gone, and with it what it held."""
         self._tiers.clear()
         for digest in list(self._drops):
-            self._dropped(digest, 0)
-        self._count()
+            self._on_removed(digest, 0)
+        self._count_tiers()
 
-    def close(self) -> None:
+    def end_waiting(self) -> None:
         """No worker will come any more."""
         self._closed = True
-        self.lost()
+        self.on_worker_lost()
         for digest in self._loads:
             self._load_ended(Load(digest, 0.0, 0, STOPPED))
 
-    def _forget(self, digest: Digest) -> None:
+    def _forget_adapter(self, digest: Digest) -> None:
         if digest not in self._offers:
             self._sizes.pop(digest, None)
 
-    def _size(self, digest: Digest) -> int:
+    def _size_of(self, digest: Digest) -> int:
         return self._sizes.get(digest, 0)
 
-    def _expect(self, digest: Digest) -> None:
+    def _expect_load(self, digest: Digest) -> None:
         if digest not in self._loads or self._loads[digest].done():
             self._loads[digest] = asyncio.get_running_loop().create_future()
         if self._closed:
@@ -150,12 +150,12 @@ class Offers:
         if expected is not None and not expected.done():
             expected.set_result(load)
 
-    def _dropped(self, digest: Digest, freed: int) -> None:
+    def _on_removed(self, digest: Digest, freed: int) -> None:
         for waiter in self._drops.pop(digest, ()):
             if not waiter.done():
                 waiter.set_result(freed)
 
-    def _count(self) -> None:
-        counted = Counter(self.tier(digest) for digest in self._offers)
+    def _count_tiers(self) -> None:
+        counted = Counter(self.tier_of(digest) for digest in self._offers)
         for tier in Tier:
             metrics.ADAPTERS.labels(tier.value).set(counted[tier])

@@ -37,36 +37,36 @@ class Loader:
         self.deadline = math.inf
         self._runner, self._slow_s = runner, slow_s
         self._todo: SimpleQueue[Adapter | None] = SimpleQueue()
-        threading.Thread(target=self._work, name="loader", daemon=True).start()
+        threading.Thread(target=self._read_forever, name="loader", daemon=True).start()
 
-    def read(self, adapter: Adapter) -> None:
+    def read_adapter(self, adapter: Adapter) -> None:
         self.deadline = time.monotonic() + self._slow_s + READ_S + adapter.size / BYTES_PER_S
         self._todo.put(adapter)
 
-    def take(self) -> tuple[Load, str]:
+    def take_result(self) -> tuple[Load, str]:
         """The next result, which must be there."""
         self.deadline = math.inf
         result: tuple[Load, str] = self.results.recv()
         return result
 
-    def end(self) -> None:
+    def end_reading(self) -> None:
         """It reads no more after what it is reading now, whose result can still be taken."""
         self._todo.put(None)
 
-    def _work(self) -> None:
+    def _read_forever(self) -> None:
         while (adapter := self._todo.get()) is not None:
             began = time.monotonic()
             time.sleep(self._slow_s)
-            size, code, error = self._load(adapter)
+            size, code, error = self._load_adapter(adapter)
             self._done.send((Load(adapter.digest, time.monotonic() - began, size, error), code))
 
-    def _load(self, adapter: Adapter) -> tuple[int, str, str]:
+    def _load_adapter(self, adapter: Adapter) -> tuple[int, str, str]:
         """The bytes read, or the code and the words of what went wrong."""
-        free = memory.free()
+        free = memory.free_bytes()
         if free is not None and adapter.size > free:
             return 0, Overloaded.code, f"there is not enough memory for the adapter: it takes {adapter.size} bytes, {free} are free"
         try:
-            return self._runner.load(adapter), "", ""
+            return self._runner.load_adapter(adapter), "", ""
         except AdapterdError as error:
             return 0, error.code, error.message or error.code
         except OSError as error:

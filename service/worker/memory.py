@@ -8,17 +8,17 @@ MACHINE = Path("/proc/meminfo")
 GROUP = Path("/sys/fs/cgroup")
 
 
-def free() -> int | None:
+def free_bytes() -> int | None:
     """Bytes, those of files that the system would give up included; None where it does not say."""
-    return min((room for room in (_machine(), _group()) if room is not None), default=None)
+    return min((room for room in (_machine_free(), _group_free()) if room is not None), default=None)
 
 
-def _machine() -> int | None:
-    available = _values(MACHINE).get("MemAvailable:")
+def _machine_free() -> int | None:
+    available = _read_values(MACHINE).get("MemAvailable:")
     return None if available is None else available * 1024
 
 
-def _group() -> int | None:
+def _group_free() -> int | None:
     """A group without a limit says `max`."""
     try:
         limit, used = ((GROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
@@ -26,10 +26,10 @@ def _group() -> int | None:
         return None
     if not limit.isdecimal():
         return None
-    return max(0, int(limit) - int(used) + _values(GROUP / "memory.stat").get("inactive_file", 0))
+    return max(0, int(limit) - int(used) + _read_values(GROUP / "memory.stat").get("inactive_file", 0))
 
 
-def _values(file: Path) -> dict[str, int]:
+def _read_values(file: Path) -> dict[str, int]:
     """The file's lines as name and number."""
     try:
         rows = [line.split() for line in file.read_text().splitlines()]

@@ -15,56 +15,56 @@ from multiprocessing import Pipe
 from pathlib import Path
 from queue import SimpleQueue
 
-from ..core.messages import Notice, Order
+from ..core.messages import Command, Message
 from ..settings import Settings
 
 CPU_TIMES = slice(11, 15)  # of /proc/PID/stat behind the name: user, system, and both of its children; see proc(5)
 LAST_WORDS_S = 2.0  # how long a worker may take to end after it closed its connection
 
 
-class Process:
+class WorkerProcess:
     """One life of a worker. `heard` gets each notice and `ended` the exit code, once, both on the reading thread."""
 
-    def __init__(self, settings: Settings, factory: str, heard: Callable[[Notice], None], ended: Callable[[int], None]) -> None:
+    def __init__(self, settings: Settings, factory: str, heard: Callable[[Message], None], ended: Callable[[int], None]) -> None:
         self._connection, theirs = Pipe()
         command = [sys.executable, "-m", "service.worker.loop", str(theirs.fileno()), factory]
         paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}  # it must find the very same modules
         with theirs:
             self._popen = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=os.environ | paths)
         self.pid = self._popen.pid
-        self._orders: SimpleQueue[Order | Settings | None] = SimpleQueue()
+        self._orders: SimpleQueue[Command | Settings | None] = SimpleQueue()
         self._orders.put(settings)
-        self._reader = threading.Thread(target=self._read, args=(heard, ended), name="worker-reader", daemon=True)
-        self._writer = threading.Thread(target=self._write, name="worker-writer", daemon=True)
+        self._reader = threading.Thread(target=self._read_messages, args=(heard, ended), name="worker-reader", daemon=True)
+        self._writer = threading.Thread(target=self._write_commands, name="worker-writer", daemon=True)
         self._reader.start()
         self._writer.start()
 
-    def send(self, order: Order) -> None:
+    def send_command(self, order: Command) -> None:
         """Queues the order; what a worker that died did not take is lost."""
         self._orders.put(order)
 
-    def kill(self) -> None:
+    def kill_worker(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             self._popen.kill()
 
-    def spent(self) -> int | None:
+    def processor_ticks(self) -> int | None:
         """Processor time of the worker and of all processes under it (a compiler's), in ticks; None where the system does not tell."""
         try:
-            return sum(map(_ticks, _family(self.pid)))
+            return sum(map(_processor_ticks, _process_tree(self.pid)))
         except OSError:  # no Linux, or one has just ended
             return None
 
-    def join(self) -> None:
+    def wait_until_gone(self) -> None:
         """Waits until the process is gone and both threads have ended."""
         self._reader.join()
         self._writer.join()
 
-    def _write(self) -> None:
+    def _write_commands(self) -> None:
         with contextlib.suppress(OSError):
             while (order := self._orders.get()) is not None:
                 self._connection.send(order)
 
-    def _read(self, heard: Callable[[Notice], None], ended: Callable[[int], None]) -> None:
+    def _read_messages(self, heard: Callable[[Message], None], ended: Callable[[int], None]) -> None:
         with contextlib.suppress(EOFError, OSError):
             while True:
                 heard(self._connection.recv())
@@ -79,13 +79,13 @@ class Process:
         ended(code)
 
 
-def _family(pid: int) -> Iterator[int]:
+def _process_tree(pid: int) -> Iterator[int]:
     yield pid
     for told in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in told.read_text().split():
-            yield from _family(int(child))
+            yield from _process_tree(int(child))
 
 
-def _ticks(pid: int) -> int:
+def _processor_ticks(pid: int) -> int:
     """Of the process and those that it has waited for."""
     return sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[CPU_TIMES]))

@@ -41,13 +41,13 @@ class Ticket:
         self._read_out = event.finish is not None
         return event
 
-    def cancel(self, stopped: bool = False) -> None:
+    def cancel_request(self, stopped: bool = False) -> None:
         """Ends the request soon; does nothing the second time or after the end. `stopped`: the caller has all it wanted."""
         if self.ended is None and not self.leaving:
             self.leaving, self.stopped = True, stopped
             self._cancelled(self)
 
-    def deliver(self, event: Event, now: float) -> None:
+    def deliver_event(self, event: Event, now: float) -> None:
         """The next event; nothing may follow the terminal one."""
         assert self.ended is None, f"request {self.request.id} got an event after its last"
         if event.token is not None:

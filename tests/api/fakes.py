@@ -17,10 +17,10 @@ from service.core.manifest import Manifest, compute_digest, read_manifest
 from service.core.request import Event, Finish, Request, Token
 from service.core.sampling import Sampling
 from service.errors import AdapterNotFound, Overloaded
-from service.settings import read
+from service.settings import read_settings
 from service.telemetry import metrics
 from service.telemetry.traces import Trace
-from service.text.tokenizers import Text
+from service.text.tokenizers import Tokenizers
 from service.worker.ticket import Ticket
 from tests import making
 
@@ -50,7 +50,7 @@ class Engine(StandIn):
         self.fails: tuple[str, str] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def submit(
+    def submit_request(
         self,
         prompt: tuple[int, ...],
         max_tokens: int,
@@ -62,7 +62,7 @@ class Engine(StandIn):
         if len(self.asked) >= self.limit:
             raise Overloaded("the queue is full", retry_after=1)
         request = Request(len(self.asked), prompt, max_tokens, adapter, sampling or Sampling(), eos, prompt_logprobs)
-        ticket = Ticket(request, self._cancel)
+        ticket = Ticket(request, self._cancel_request)
         self.asked.append(request)
         self.tickets.append(ticket)
         task = asyncio.get_running_loop().create_task(self._run(ticket))
@@ -70,10 +70,10 @@ class Engine(StandIn):
         task.add_done_callback(self._tasks.discard)
         return ticket
 
-    def _cancel(self, ticket: Ticket) -> None:
+    def _cancel_request(self, ticket: Ticket) -> None:
         if not ticket.stopped:
             self.cancelled.append(ticket.request.id)
-        ticket.deliver(Event(ticket.request.id, finish=Finish.CANCELLED), 2.0)
+        ticket.deliver_event(Event(ticket.request.id, finish=Finish.CANCELLED), 2.0)
 
     async def _run(self, ticket: Ticket) -> None:
         ticket.started = ticket.submitted
@@ -84,7 +84,7 @@ class Engine(StandIn):
             if i == 2 and self.fails:
                 event = Event(ticket.request.id, finish=Finish.FAILED, code=self.fails[0], message=self.fails[1])
             if ticket.ended is None:
-                ticket.deliver(event, ticket.submitted + i)
+                ticket.deliver_event(event, ticket.submitted + i)
 
 
 def events(request: Request, script: Sequence[int]) -> Iterator[Event]:
@@ -128,7 +128,7 @@ class Names(Shelf):
         self.root = root
 
     @contextmanager
-    def lease(self, id: str) -> Iterator[Generation]:
+    def lease_adapter(self, id: str) -> Iterator[Generation]:
         if id not in self.names:
             raise AdapterNotFound(f"no adapter {id!r}", param="model")
         self.leased.append(id)
@@ -206,8 +206,8 @@ def stage(root: Path, template: str | None = None, record: Callable[[Trace], Non
     if template:
         (base / "chat_template.jinja").write_text(template)
     engine, names = Engine(), Names(root)
-    chosen = read({}, {"base": "org/none", **settings})
-    app = create_app(chosen, cast(Any, engine), cast(Any, names), text=lambda _: Text(base), record=record)
+    chosen = read_settings({}, {"base": "org/none", **settings})
+    app = create_app(chosen, cast(Any, engine), cast(Any, names), text=lambda _: Tokenizers(base), record=record)
     with TestClient(app, raise_server_exceptions=False) as knock:
         while not app.state.rooms.opened:
             knock.get("/health")

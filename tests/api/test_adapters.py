@@ -146,7 +146,7 @@ def test_an_upload_that_cannot_be_stored_says_why(home: House, monkeypatch: pyte
     async def full(id: str, files: Any) -> None:
         raise OSError(28, "No space left on device", "/secret/place")
 
-    monkeypatch.setattr(home.shelf, "upload", full)
+    monkeypatch.setattr(home.shelf, "upload_adapter", full)
     told = home.json("POST", "/adapters/up/upload", status=403, files={"file": ("a.zip", b"zip")})
     assert told["error"] == "the upload cannot be stored: No space left on device"
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from service.api.generation.answer import failure
+from service.api.generation.answer import failure_error
 from service.core.request import Event, Finish
 from service.errors import AdapterInvalid, DeadlineExceeded, Internal, NotReady
 
@@ -168,6 +168,6 @@ def test_long_prompts_are_read_off_the_event_loop(one: Stage) -> None:
     ],
 )
 def test_the_engines_codes_become_errors(code: str, kind: type[Exception]) -> None:
-    error = failure(Event(1, finish=Finish.FAILED, code=code, message="why"))
+    error = failure_error(Event(1, finish=Finish.FAILED, code=code, message="why"))
     assert type(error) is kind
     assert error.message == "why"

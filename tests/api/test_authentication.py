@@ -15,7 +15,7 @@ from fastapi.routing import RouteContext, iter_route_contexts
 from starlette.testclient import TestClient
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.api.errors import install
+from service.api.errors import install_handlers
 from service.api.scopes import ADMIN_SCOPE, KEY_SCOPE, PUBLIC_SCOPE, KeyScope, declared_scopes
 
 from .house import House, house
@@ -176,7 +176,7 @@ def test_a_declared_scope_is_asked_for_by_the_route_itself_as_well(
 ) -> None:
     """Should whatever stands in front have let a request through."""
     app = FastAPI()
-    install(app)
+    install_handlers(app)
     for scope, declared in zip(KeyScope, (PUBLIC_SCOPE, KEY_SCOPE, ADMIN_SCOPE), strict=True):
         app.get(f"/{scope.name}", dependencies=[declared])(lambda: "done")
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from service.text.template_renderer import TemplateRenderer
-from service.text.tokenizers import Voice
+from service.text.tokenizers import AdapterTokenizer
 from tests import making
 
 from .fakes import DIGEST, Stage, stage
@@ -335,8 +335,8 @@ class Places:
 def test_what_is_large_in_whatever_way_is_tokenized_off_the_event_loop(tooled: Stage, monkeypatch: pytest.MonkeyPatch, large: str) -> None:
     """/health and every stream wait for what is done on it."""
     seen = Places()
-    monkeypatch.setattr(Voice, "encode", seen.noting((1, 2)))
-    monkeypatch.setattr(Voice, "render_here", seen.noting("Hi"))
+    monkeypatch.setattr(AdapterTokenizer, "encode", seen.noting((1, 2)))
+    monkeypatch.setattr(AdapterTokenizer, "render_here", seen.noting("Hi"))
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "a" * 30_000, "arguments": "{}"}}]}
     if large == "prompts":
         tooled.complete(["a" * 5000] * 10, max_tokens=1)
@@ -355,9 +355,9 @@ def test_an_adapters_own_template_and_tokenizer_are_never_run_on_the_event_loop(
     (folder / "tokenizer.json").write_text(json.dumps(words | {"normalizer": {"type": "Lowercase"}}))
     one.names.names["own"] = {"id": "own", "digest": DIGEST, "source": "own"}
     seen = Places()
-    monkeypatch.setattr(Voice, "encode", seen.noting((1, 2)))
+    monkeypatch.setattr(AdapterTokenizer, "encode", seen.noting((1, 2)))
     monkeypatch.setattr(TemplateRenderer, "render", seen.noting_awaited("Hi"))
-    monkeypatch.setattr(Voice, "render_here", seen.noting("Hi"))
+    monkeypatch.setattr(AdapterTokenizer, "render_here", seen.noting("Hi"))
     one.chat("Hi", model="own", max_tokens=1)
     one.complete("Hi", model="own", max_tokens=1)
     one.generate("Hi", adapter_id="own", max_new_tokens=1)

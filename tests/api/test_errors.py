@@ -10,8 +10,8 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from service import errors as tree
-from service.api.errors import body, status
-from service.api.generation.answer import failure
+from service.api.errors import error_body, status_of
+from service.api.generation.answer import failure_error
 from service.api.routes.adapters import Registration
 from service.api.schemas.chat import ChatRequest
 from service.api.schemas.generate import GenerateRequest
@@ -134,7 +134,7 @@ def test_a_defect_is_a_500_that_shows_only_the_request_id(home: House, monkeypat
     def broken() -> list[Any]:
         raise RuntimeError("/secret/place sk-key")
 
-    monkeypatch.setattr(home.shelf, "cards", broken)
+    monkeypatch.setattr(home.shelf, "list_cards", broken)
     answer = home.knock.get("/adapters", headers={"x-request-id": "abc-1"})
     assert answer.status_code == 500
     assert answer.headers["x-request-id"] == "abc-1"
@@ -152,11 +152,11 @@ def all_errors(kind: type[AdapterdError] = AdapterdError) -> Iterator[type[Adapt
 @pytest.mark.parametrize("kind", sorted(all_errors(), key=str))
 def test_every_error_of_the_tree_has_both_envelopes(kind: type[AdapterdError]) -> None:
     error = kind(["what is wrong"]) if issubclass(kind, tree.AdapterInvalid) else kind("what is wrong")
-    native, openai = body(error, openai=False), body(error, openai=True)
+    native, openai = error_body(error, openai=False), error_body(error, openai=True)
     assert (native["error"], native["error_type"]) == ("what is wrong", kind.code)
     assert openai["error"]["message"] == "what is wrong"
-    assert status(error, openai=False) == kind.status
-    assert status(error, openai=True) == {409: 400, 422: 400}.get(kind.status, kind.status)
+    assert status_of(error, openai=False) == kind.status
+    assert status_of(error, openai=True) == {409: 400, 422: 400}.get(kind.status, kind.status)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_every_error_of_the_tree_has_both_envelopes(kind: type[AdapterdError]) -
     ],
 )
 def test_the_openai_envelope_says_what_its_clients_look_for(error: AdapterdError, code: str, kind: str) -> None:
-    told = body(error, openai=True)["error"]
+    told = error_body(error, openai=True)["error"]
     assert (told["code"], told["type"]) == (code, kind)
 
 
@@ -183,4 +183,4 @@ def test_the_problems_of_an_adapter_are_listed(home: House) -> None:
 
 @pytest.mark.parametrize("kind", [tree.BadRequest, tree.ContextLengthExceeded, tree.AdapterNotFound, tree.Overloaded, tree.NotReady])
 def test_what_the_engine_tells_by_code_is_the_plain_error_of_that_code(kind: type[AdapterdError]) -> None:
-    assert type(failure(Event(1, finish=Finish.FAILED, code=kind.code, message="why"))) is kind
+    assert type(failure_error(Event(1, finish=Finish.FAILED, code=kind.code, message="why"))) is kind

@@ -377,7 +377,7 @@ def test_files_that_were_edited_after_their_registration_answer_nothing(one: Sta
     folder = one.names.root / "edited"
     folder.mkdir()
     one.names.names["edited"] = one.names.names["x"]
-    lease = one.names.lease
+    lease = one.names.lease_adapter
 
     @contextmanager
     def edited(id: str) -> Iterator[Any]:
@@ -385,7 +385,7 @@ def test_files_that_were_edited_after_their_registration_answer_nothing(one: Sta
             (folder / "generation_config.json").write_text('{"eos_token_id": 7}')
             yield generation
 
-    monkeypatch.setattr(one.names, "lease", edited)
+    monkeypatch.setattr(one.names, "lease_adapter", edited)
     (folder / "generation_config.json").write_text('{"eos_token_id": 8}')
     answer = one.generate(adapter_id="edited", status=422)
     assert answer["error_type"] == "adapter_invalid"

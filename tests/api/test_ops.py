@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from service.errors import AdapterNotFound
-from service.telemetry.logs import Json, Text
+from service.telemetry.logs import JsonFormatter, TextFormatter
 
 from .fakes import stage
 from .house import House, house
@@ -210,10 +210,10 @@ def test_a_defect_is_logged_with_its_trace_and_the_request_id(home: House, caplo
     def broken() -> None:
         raise RuntimeError("the reason")
 
-    home.shelf.__dict__["cards"] = broken
+    home.shelf.__dict__["list_cards"] = broken
     with caplog.at_level(logging.INFO, "adapterd.access"):
         home.knock.get("/adapters", headers={"x-request-id": "two"})
-    del home.shelf.__dict__["cards"]
+    del home.shelf.__dict__["list_cards"]
     trace, line = (record for record in caplog.records if record.name == "adapterd.access")
     assert trace.exc_info is not None
     assert trace.__dict__["fields"] == {"id": "two"}
@@ -228,11 +228,11 @@ def record(message: str, **fields: object) -> logging.LogRecord:
 
 def test_a_log_line_cannot_be_forged() -> None:
     forged = record("request", path="/a\nINFO request path=/b", status=200)
-    assert "\n" not in Text().format(forged)
-    assert Text().format(forged).endswith('path="/a\\nINFO request path=/b" status=200')
-    assert Text().format(record("request", path="/a\n")).endswith('path="/a\\n"')
-    assert Text().format(record("the adapter x cannot be used: a\nb\x1b[2J\u2028é")).endswith("used: a\\nb\\x1b[2J\\u2028é")
-    assert json.loads(Json().format(forged))["path"] == "/a\nINFO request path=/b"
+    assert "\n" not in TextFormatter().format(forged)
+    assert TextFormatter().format(forged).endswith('path="/a\\nINFO request path=/b" status=200')
+    assert TextFormatter().format(record("request", path="/a\n")).endswith('path="/a\\n"')
+    assert TextFormatter().format(record("the adapter x cannot be used: a\nb\x1b[2J\u2028é")).endswith("used: a\\nb\\x1b[2J\\u2028é")
+    assert json.loads(JsonFormatter().format(forged))["path"] == "/a\nINFO request path=/b"
 
 
 def test_what_an_adapters_files_say_of_it_can_be_told_whatever_it_is(home: House) -> None:
@@ -253,5 +253,5 @@ def test_a_trace_is_part_of_the_line() -> None:
     except AdapterNotFound as error:
         made = record("a defect")
         made.exc_info = (type(error), error, error.__traceback__)
-    assert "gone" in json.loads(Json().format(made))["exception"]
-    assert "Traceback" in Text().format(made)
+    assert "gone" in json.loads(JsonFormatter().format(made))["exception"]
+    assert "Traceback" in TextFormatter().format(made)

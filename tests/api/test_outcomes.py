@@ -104,7 +104,7 @@ def test_a_defect_in_a_stream_counts_as_internal(one: Stage, monkeypatch: pytest
     def broken(*given: Any) -> None:
         raise RuntimeError("the reason")
 
-    monkeypatch.setattr("service.api.routes.generate._token", broken)
+    monkeypatch.setattr("service.api.routes.generate._token_object", broken)
     with counting() as grown, caplog.at_level(logging.INFO, "adapterd.access"):
         one.post("/generate_stream", {"inputs": "Hi", "parameters": {"max_new_tokens": 5}})
     assert grown == {"internal": 1}

@@ -10,9 +10,9 @@ from typing import Any, cast
 import pytest
 from starlette.types import Message, Receive, Scope, Send
 
-from service.api.middleware.rate_limit import Account, Quotas
+from service.api.middleware.rate_limit import KeyUsage, RateLimit
 from service.keys import Key
-from service.settings import Settings, read
+from service.settings import Settings, read_settings
 from service.telemetry import metrics
 
 from .fakes import Stage, stage
@@ -36,13 +36,13 @@ def key_file(folder: Path, *lines: str) -> str:
 
 
 def test_a_share_refills_at_its_rate_and_holds_a_second_of_it() -> None:
-    account = Account(left=2.0, at=0.0)
-    assert [account.wait(2.0, 0.0) for _ in range(3)] == [0.0, 0.0, 0.5]
-    assert account.wait(2.0, 0.5) == 0.0
-    assert account.wait(2.0, 0.5) == 0.5
-    assert [account.wait(2.0, 1000.0) for _ in range(3)] == [0.0, 0.0, 0.5], "an hour of quiet does not save up"
-    slow = Account(left=1.0, at=0.0)
-    assert [slow.wait(0.1, 0.0) for _ in range(2)] == [0.0, 10.0]
+    account = KeyUsage(left=2.0, at=0.0)
+    assert [account.seconds_to_wait(2.0, 0.0) for _ in range(3)] == [0.0, 0.0, 0.5]
+    assert account.seconds_to_wait(2.0, 0.5) == 0.0
+    assert account.seconds_to_wait(2.0, 0.5) == 0.5
+    assert [account.seconds_to_wait(2.0, 1000.0) for _ in range(3)] == [0.0, 0.0, 0.5], "an hour of quiet does not save up"
+    slow = KeyUsage(left=1.0, at=0.0)
+    assert [slow.seconds_to_wait(0.1, 0.0) for _ in range(2)] == [0.0, 10.0]
 
 
 def test_over_its_rate_a_key_gets_429_with_retry_after_and_another_key_is_served(tmp_path: Path) -> None:
@@ -95,7 +95,7 @@ class Layer:
     def __init__(self, settings: Settings) -> None:
         self.gate = asyncio.Event()
         self.fails = False
-        self.layer = Quotas(self.app, settings)
+        self.layer = RateLimit(self.app, settings)
 
     async def app(self, scope: Scope, receive: Receive, send: Send) -> None:
         await self.gate.wait()
@@ -116,7 +116,7 @@ class Layer:
 
 
 async def test_over_its_concurrency_a_key_gets_429_and_another_key_is_served() -> None:
-    layer = Layer(read({}, {"base": "org/none", "key_concurrency": "2"}))
+    layer = Layer(read_settings({}, {"base": "org/none", "key_concurrency": "2"}))
     key, other, wide = Key("sha256:a"), Key("sha256:b"), Key("sha256:c", concurrency=3)
     running = [asyncio.create_task(layer.ask(one)) for one in (key, key, other, wide, wide, wide)]
     await asyncio.sleep(0)
@@ -130,7 +130,7 @@ async def test_over_its_concurrency_a_key_gets_429_and_another_key_is_served() -
 
 
 async def test_a_request_that_breaks_gives_its_place_back() -> None:
-    layer = Layer(read({}, {"base": "org/none", "key_concurrency": "1"}))
+    layer = Layer(read_settings({}, {"base": "org/none", "key_concurrency": "1"}))
     layer.gate.set()
     layer.fails = True
     for _ in range(3):

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from service.api.generation import rendering
-from service.api.generation.logprobs import finite
+from service.api.generation.logprobs import finite_logprob
 from service.api.routes import chat, completions, generate
-from service.text.tokenizers import Voice
+from service.text.tokenizers import AdapterTokenizer
 from tests import making
 from tests.test_event_loop import on_a_loop
 
@@ -114,7 +114,7 @@ def test_a_large_answer_is_made_off_the_event_loop(one: Stage, monkeypatch: pyte
 
     def watched(logprob: float | None) -> float | None:
         where.append(on_a_loop())
-        return finite(logprob)
+        return finite_logprob(logprob)
 
     for module in (chat, completions, generate):
         monkeypatch.setattr(module, "finite", watched)
@@ -131,13 +131,13 @@ def test_a_long_prompt_of_ids_is_read_off_the_event_loop_and_once(
     one: Stage, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
 ) -> None:
     read: list[bool] = []
-    decode: Callable[[Voice, Any], str] = Voice.decode
+    decode: Callable[[AdapterTokenizer, Any], str] = AdapterTokenizer.decode
 
-    def watched(voice: Voice, ids: Any) -> str:
+    def watched(voice: AdapterTokenizer, ids: Any) -> str:
         read.append(on_a_loop())
         return decode(voice, ids)
 
-    monkeypatch.setattr(Voice, "decode", watched)
+    monkeypatch.setattr(AdapterTokenizer, "decode", watched)
     monkeypatch.setattr("service.api.generation.admission.MANY", 100)
     one.post("/v1/completions", {"model": "base", "prompt": list(making.ids(LONG)), "max_tokens": 1, **fields})
     assert read == [False]

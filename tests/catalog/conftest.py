@@ -13,11 +13,11 @@ import pytest
 
 from service.catalog.registry import Registry
 from service.catalog.validator import check as torch_reader
-from service.catalog.validator.messages import Reading
-from service.catalog.validator.process import Reader
+from service.catalog.validator.messages import ValidatedAdapter
+from service.catalog.validator.process import Validator
 from service.catalog.validator.skeleton import Skeleton
 from service.core.adapter import Adapter, Tier
-from service.core.base_info import BaseCard, LayerLimit
+from service.core.base_info import BaseInfo, LayerLimit
 from service.core.manifest import Manifest
 from service.core.messages import Load
 from service.settings import Settings
@@ -65,7 +65,7 @@ class FakeDevice:
     """Loads what it is offered at once, unless `gate` is set to an event that must come first; `errors` maps digests to failures."""
 
     def __init__(self, base: Path) -> None:
-        self.base: BaseCard | None = card(base)
+        self.base: BaseInfo | None = card(base)
         self.known: dict[str, Adapter] = {}
         self.tiers: dict[str, Tier] = {}
         self.pinned: set[str] = set()
@@ -73,12 +73,12 @@ class FakeDevice:
         self.errors: dict[str, str] = {}
         self.gate: asyncio.Event | None = None
 
-    def offer(self, adapter: Adapter, pinned: bool = False, preload: bool = True) -> None:
+    def add_adapter(self, adapter: Adapter, pinned: bool = False, preload: bool = True) -> None:
         self.known[adapter.digest] = adapter
         if pinned:
             self.pinned.add(adapter.digest)
 
-    async def loaded(self, digest: str) -> Load:
+    async def wait_until_loaded(self, digest: str) -> Load:
         if self.gate:
             await self.gate.wait()
         await asyncio.sleep(0)
@@ -87,23 +87,23 @@ class FakeDevice:
             self.tiers[digest] = Tier.HOST
         return Load(digest, 0.01, self.known[digest].size, error)
 
-    def pin(self, digest: str, pinned: bool) -> None:
+    def pin_adapter(self, digest: str, pinned: bool) -> None:
         (self.pinned.add if pinned else self.pinned.discard)(digest)
 
-    async def drop(self, digest: str) -> int:
+    async def remove_adapter(self, digest: str) -> int:
         await asyncio.sleep(0)
         self.dropped.append(digest)
         hosted = self.tiers.pop(digest, Tier.DISK) is Tier.HOST
         size = self.known.pop(digest).size
         return size if hosted else 0
 
-    def tier(self, digest: str) -> Tier:
+    def tier_of(self, digest: str) -> Tier:
         return self.tiers.get(digest, Tier.DISK)
 
 
-def card(base: Path) -> BaseCard:
+def card(base: Path) -> BaseInfo:
     made = Skeleton(base)
-    return BaseCard(
+    return BaseInfo(
         folder=str(base),
         architecture="LlamaForCausalLM",
         layers=2,
@@ -116,30 +116,30 @@ def card(base: Path) -> BaseCard:
         dtype="float32",
         device="cpu",
         resident_bytes={"float32": 4 * made.parameters},
-        linears=tuple(made.linears()),
+        linears=tuple(made.list_linears()),
         pool_rank=64,
         rows=4,
     )
 
 
-class NearReader(Reader):
+class NearReader(Validator):
     """Reads in this process, so that a test does not wait for another one to import torch."""
 
     reads: list[tuple[Path, Manifest]]
 
-    async def start(self, folder: Path, limits: tuple[LayerLimit, ...] = ()) -> None:
+    async def start_on(self, folder: Path, limits: tuple[LayerLimit, ...] = ()) -> None:
         self.reads = []
         self._skeleton = Skeleton(folder, limits)
-        self.tree = self._skeleton.tree()
+        self.tree = self._skeleton.make_tree()
 
-    async def read(self, folder: Path, known: Manifest = ()) -> Reading:
+    async def validate_adapter(self, folder: Path, known: Manifest = ()) -> ValidatedAdapter:
         self.reads.append((folder, known))
         await asyncio.sleep(0)
-        return torch_reader.read(self._skeleton, folder, self.max_rank, known)
+        return torch_reader.validate_adapter(self._skeleton, folder, self.max_rank, known)
 
-    async def norms(self, reading: Reading) -> dict[str, float]:
+    async def measure_norms(self, reading: ValidatedAdapter) -> dict[str, float]:
         await asyncio.sleep(0)
-        return torch_reader.norms(reading.adapter, reading.layers)
+        return torch_reader.measure_norms(reading.adapter, reading.layers)
 
     async def close(self) -> None:
         return None
@@ -160,7 +160,7 @@ class Shop:
         self.device = FakeDevice(self.base)
         self.device.base = replace(card(self.base), limits=limits)
         registry = Registry(self.settings(**more), self.device, reader=NearReader)
-        await registry.open()
+        await registry.open_catalog()
         try:
             yield registry
         finally:

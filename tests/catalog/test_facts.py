@@ -8,21 +8,21 @@ from typing import Any
 import pytest
 
 from service.catalog import facts, summary_text
-from service.catalog.facts import Adapted
+from service.catalog.facts import LoraModuleInfo
 from service.catalog.validator import header
-from service.catalog.validator.check import read
-from service.catalog.validator.header import Tensor
+from service.catalog.validator.check import validate_adapter
+from service.catalog.validator.header import TensorInfo
 from service.catalog.validator.skeleton import Skeleton
 from service.cli import inspect_folder
-from service.core.base_info import Linear
+from service.core.base_info import LinearKind
 from service.errors import AdapterInvalid, BadRequest
 
 from .. import making
 
 
-def adapted(module: str, rank: int = 4, scaling: float = 2.0, inside: int = 8, outside: int = 6, dtype: str = "F32") -> Adapted:
-    a, b = (Tensor(dtype, shape, shape[0] * shape[1] * header.ITEMSIZE[dtype]) for shape in ((rank, inside), (outside, rank)))
-    return Adapted(module, scaling, a, b)
+def adapted(module: str, rank: int = 4, scaling: float = 2.0, inside: int = 8, outside: int = 6, dtype: str = "F32") -> LoraModuleInfo:
+    a, b = (TensorInfo(dtype, shape, shape[0] * shape[1] * header.ITEMSIZE[dtype]) for shape in ((rank, inside), (outside, rank)))
+    return LoraModuleInfo(module, scaling, a, b)
 
 
 def test_modules_are_grouped_by_name_shape_rank_and_scaling() -> None:
@@ -41,7 +41,7 @@ def test_megabytes_are_of_the_file_s_own_types() -> None:
 
 
 def test_layers_are_counted_once_by_their_first_number() -> None:
-    assert facts.layers(["m.layers.0.q", "m.layers.0.v", "m.layers.1.experts.3.w1", "lm_head", "h.0"]) == 3
+    assert facts.count_layers(["m.layers.0.q", "m.layers.0.v", "m.layers.1.experts.3.w1", "lm_head", "h.0"]) == 3
 
 
 def test_what_the_keys_alone_tell_is_what_peft_tells(skeleton: Skeleton, base: Path, tmp_path: Path) -> None:
@@ -54,14 +54,14 @@ def test_what_the_keys_alone_tell_is_what_peft_tells(skeleton: Skeleton, base: P
     )
     for i, recipe in enumerate(recipes):
         folder = making.noise(tmp_path / f"a{i}", base, 3, **recipe)
-        told, read_facts = inspect_folder(folder), read(skeleton, folder, 64).facts
+        told, read_facts = inspect_folder(folder), validate_adapter(skeleton, folder, 64).facts
         shared = told.keys() & read_facts.keys()
         assert shared >= {"by_module", "rank", "scaling", "layers", "modules", "target_modules", "parameters", "size"}
         assert {key: told[key] for key in shared} == {key: read_facts[key] for key in shared}
 
 
 def test_a_folder_is_described_in_text_too(plain: Path) -> None:
-    text = summary_text.summary(inspect_folder(plain))
+    text = summary_text.format_summary(inspect_folder(plain))
     assert all(word in text for word in ("LORA", "q_proj", "1,792", "8 x F32", "4 x 64", "0.01 MB"))
 
 
@@ -72,25 +72,25 @@ def test_a_folder_of_another_peft_type_is_described_by_its_tensors(base: Path, t
     told = inspect_folder(folder)
     assert (told["peft_type"], told["by_module"], told["rank"], told["problems"]) == ("IA3", [], None, [])
     assert sum(row["parameters"] for row in told["tensors"]) == told["parameters"] == 384
-    assert "layers.*.mlp.down_proj.ia3_l" in summary_text.summary(told)
+    assert "layers.*.mlp.down_proj.ia3_l" in summary_text.format_summary(told)
 
 
 def test_what_is_wrong_with_a_folder_is_said_beside_what_can_be_read(plain: Path, tmp_path: Path) -> None:
     told = inspect_folder(making.edit(plain, tmp_path / "a", {"lora_alpha": "16"}))
     assert told["parameters"] == 1792
-    assert "! `lora_alpha`" in summary_text.summary(told)
+    assert "! `lora_alpha`" in summary_text.format_summary(told)
     with pytest.raises(AdapterInvalid, match=r"adapter_config\.json is missing"):
         inspect_folder(tmp_path)
 
 
-LINEARS = (Linear("q_proj", 64, 64, 2), Linear("v_proj", 64, 32, 2), Linear("v_proj", 64, 64, 1))
+LINEARS = (LinearKind("q_proj", 64, 64, 2), LinearKind("v_proj", 64, 32, 2), LinearKind("v_proj", 64, 64, 1))
 
 
 def test_a_forecast_counts_every_shape_of_a_name() -> None:
-    told = facts.forecast(LINEARS, 100_000, 8, ["v_proj"], "bfloat16")
+    told = facts.forecast_size(LINEARS, 100_000, 8, ["v_proj"], "bfloat16")
     assert [(row["count"], row["lora_A"], row["lora_B"]) for row in told["by_module"]] == [(2, [8, 64], [32, 8]), (1, [8, 64], [64, 8])]
     assert (told["parameters"], told["percent_of_base"]) == (2 * 768 + 1024, 2.56)
-    assert "2.56 %" in summary_text.forecast(told)
+    assert "2.56 %" in summary_text.format_forecast(told)
 
 
 @pytest.mark.parametrize(
@@ -104,5 +104,5 @@ def test_a_forecast_counts_every_shape_of_a_name() -> None:
 )
 def test_a_forecast_refuses_by_name(r: int, modules: list[str], dtype: str, param: str) -> None:
     with pytest.raises(BadRequest, match=param) as caught:
-        facts.forecast(LINEARS, 1, r, modules, dtype)
+        facts.forecast_size(LINEARS, 1, r, modules, dtype)
     assert caught.value.param == param

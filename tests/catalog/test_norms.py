@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from service.catalog import norms
-from service.catalog.validator.check import norms as measured
-from service.catalog.validator.check import product_norm, read
-from service.catalog.validator.messages import Reading
-from service.catalog.validator.process import Reader
+from service.catalog.validator.check import measure_norms as measured
+from service.catalog.validator.check import product_norm, validate_adapter
+from service.catalog.validator.messages import ValidatedAdapter
+from service.catalog.validator.process import Validator
 from service.catalog.validator.skeleton import Skeleton
-from service.core.adapter import Patch
+from service.core.adapter import LoraLayerSpec
 from service.errors import AdapterInvalid, AdapterNotFound
 
 from .. import making
@@ -40,7 +40,7 @@ LAYER0 = "layers.0.self_attn.q_proj"
 )
 def test_norms_are_those_of_the_change_that_peft_makes(skeleton: Skeleton, base: Path, tmp_path: Path, recipe: dict[str, Any]) -> None:
     folder = making.noise(tmp_path / "adapter", base, 5, **recipe)
-    reading = read(skeleton, folder, 64)
+    reading = validate_adapter(skeleton, folder, 64)
     found = measured(reading.adapter, reading.layers)
     model = making.served(base, folder)
     deltas = {
@@ -60,7 +60,7 @@ def test_bfloat16_factors_are_multiplied_exactly(tmp_path: Path) -> None:
 
 def test_changed_files_are_not_measured(skeleton: Skeleton, plain: Path, tmp_path: Path) -> None:
     folder = making.edit(plain, tmp_path / "edited")
-    reading = read(skeleton, folder, 64)
+    reading = validate_adapter(skeleton, folder, 64)
     making.edit(plain, folder, weights=lambda tensors: {key: tensor * 2 for key, tensor in tensors.items()})
     with pytest.raises(AdapterInvalid, match="changed on disk"):
         measured(reading.adapter, reading.layers)
@@ -69,7 +69,7 @@ def test_changed_files_are_not_measured(skeleton: Skeleton, plain: Path, tmp_pat
 def test_ranks_and_norms_are_told_by_layer_and_what_lies_in_none_apart() -> None:
     ranks = {"model.layers.0.x.q": 4, "model.layers.2.x.q": 8, "model.layers.2.y.q": 16, "m.h.1.v": 2, "lm_head": 1}
     sizes = {"model.layers.0.x.q": 3.0, "model.layers.2.x.q": 1.0, "model.layers.2.y.q": 1.0, "m.h.1.v": 5.0, "lm_head": 2.0}
-    told = norms.by_layer([Patch(module, rank, 1.0, "a", "b") for module, rank in ranks.items()], sizes, 3)
+    told = norms.group_by_layer([LoraLayerSpec(module, rank, 1.0, "a", "b") for module, rank in ranks.items()], sizes, 3)
     assert told == {
         "layers": 3,
         "modules": [
@@ -78,12 +78,12 @@ def test_ranks_and_norms_are_told_by_layer_and_what_lies_in_none_apart() -> None
         ],
         "outside": [{"name": "lm_head", "rank": 1, "norm": 2.0}],
     }
-    deep = norms.by_layer([Patch("layers.4.q", 2, 1.0, "a", "b")], {"layers.4.q": 1.0}, 2)
+    deep = norms.group_by_layer([LoraLayerSpec("layers.4.q", 2, 1.0, "a", "b")], {"layers.4.q": 1.0}, 2)
     assert (deep["layers"], deep["modules"][0]["norms"]) == (5, [None] * 4 + [1.0])
-    assert norms.by_layer([], {}, 3) == {"layers": 3, "modules": [], "outside": []}
+    assert norms.group_by_layer([], {}, 3) == {"layers": 3, "modules": [], "outside": []}
 
 
-class Counting(Reader):
+class Counting(Validator):
     """Measures when it is let; `asked` remembers of what, and the first answer is a refusal when `refuse` is set."""
 
     def __init__(self) -> None:
@@ -91,7 +91,7 @@ class Counting(Reader):
         self.asked: list[str] = []
         self.refuse = False
 
-    async def norms(self, reading: Reading) -> dict[str, float]:
+    async def measure_norms(self, reading: ValidatedAdapter) -> dict[str, float]:
         self.asked.append(reading.adapter.digest)
         await asyncio.sleep(0)
         if self.refuse:
@@ -104,20 +104,20 @@ class Counting(Reader):
 async def test_each_content_is_measured_once_however_many_ask_and_a_failure_is_not_remembered(
     skeleton: Skeleton, plain: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one, two = read(skeleton, plain, 64), read(skeleton, other, 64)
+    one, two = validate_adapter(skeleton, plain, 64), validate_adapter(skeleton, other, 64)
     reader = Counting()
-    known = norms.Norms(reader)
-    assert list(await asyncio.gather(known.of(one), known.of(one))) == [{"lm_head": 1.0}] * 2
-    await known.of(one)
+    known = norms.NormCache(reader)
+    assert list(await asyncio.gather(known.measure_norms(one), known.measure_norms(one))) == [{"lm_head": 1.0}] * 2
+    await known.measure_norms(one)
     assert len(reader.asked) == 1
     reader.refuse = True
     with pytest.raises(AdapterInvalid, match="gone"):
-        await known.of(two)
-    await known.of(two)
+        await known.measure_norms(two)
+    await known.measure_norms(two)
     assert reader.asked == [one.adapter.digest, two.adapter.digest, two.adapter.digest]
     monkeypatch.setattr(norms, "KEPT", 2)
-    await known.of(read(skeleton, making.edit(plain, plain.parent / "third", {"lora_dropout": 0.5}), 64))
-    await known.of(one)
+    await known.measure_norms(validate_adapter(skeleton, making.edit(plain, plain.parent / "third", {"lora_dropout": 0.5}), 64))
+    await known.measure_norms(one)
     assert reader.asked[-1] == one.adapter.digest, "only as many as KEPT are remembered"
 
 
@@ -127,20 +127,22 @@ async def test_a_registered_adapter_says_where_it_acts(shop: Shop, base: Path) -
     (shop.root / "broken").mkdir()
     (shop.root / "broken" / making.CONFIG).write_text("{")
     async with shop.opened() as registry:
-        told = await registry.norms("some")
-        assert (told["id"], told["digest"], told["layers"]) == ("some", registry.card("some")["digest"], 2)
+        told = await registry.measure_norms("some")
+        assert (told["id"], told["digest"], told["layers"]) == ("some", registry.card_of("some")["digest"], 2)
         assert [(one["name"], one["norms"][0], one["norms"][1] > 0) for one in told["modules"]] == [
             ("q_proj", None, True),
             ("v_proj", None, True),
         ]
         with pytest.raises(AdapterNotFound):
-            await registry.norms("none")
+            await registry.measure_norms("none")
         with pytest.raises(AdapterInvalid):
-            await registry.norms("broken")
+            await registry.measure_norms("broken")
 
 
 def test_a_norm_over_all_numbers_can_still_be_told() -> None:
     """JSON has neither infinity nor NaN, and factors of 1e300 make both."""
     names = ["layers.0.q", "layers.1.q"]
-    told = norms.by_layer([Patch(name, 2, 1.0, "a", "b") for name in names], {names[0]: float("inf"), names[1]: float("nan")}, 2)
+    told = norms.group_by_layer(
+        [LoraLayerSpec(name, 2, 1.0, "a", "b") for name in names], {names[0]: float("inf"), names[1]: float("nan")}, 2
+    )
     assert json.dumps(told, allow_nan=False).count("e+308") == 2

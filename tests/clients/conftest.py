@@ -18,7 +18,7 @@ from deploy.bench.servers import started
 from service.demo import card, dates, labels, orders
 from service.settings import DEMO_ADAPTERS
 
-RESULTS = card.read(DEMO_ADAPTERS.parent)
+RESULTS = card.read_results(DEMO_ADAPTERS.parent)
 DATE, LABEL, ORDER = (RESULTS[task.name]["sample"]["adapter"] for task in (dates.TASK, labels.TASK, orders.TASK))
 BASE_DATE = RESULTS["dates"]["sample"]["base"]
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"

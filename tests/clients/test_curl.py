@@ -99,6 +99,6 @@ def test_the_lines_of_the_other_pages_are_answered(demo: Demo, tmp_path: Path, l
 
 @pytest.mark.parametrize("task", [dates.TASK, labels.TASK, orders.TASK, pirate.TASK], ids=lambda task: task.name)
 def test_an_adapters_own_readme(demo: Demo, tmp_path: Path, task: Any) -> None:
-    answer = json.loads(run(card.curl(task), demo, tmp_path))["generated_text"].strip()
+    answer = json.loads(run(card.curl_command(task), demo, tmp_path))["generated_text"].strip()
     measure = next(iter(task.measures))
     assert task.score(answer, RESULTS[task.name]["sample"]["adapter"])[measure] == 1

@@ -207,7 +207,7 @@ def test_the_slow_hub_is_one_to_the_hubs_own_client(tmp_path: Path) -> None:
     adapters.write(tmp_path / "hub" / "one", 4, seed=1, layers=1)
     with slow_hub(tmp_path / "hub", 0.0, tmp_path / "cache") as asked:
         hub = Hub(("slow/*",), asked["HF_ENDPOINT"], tmp_path / "cache" / "hub")
-        folder, commit = hub.fetch("slow/one", None, None, 10_000_000)
+        folder, commit = hub.fetch_adapter("slow/one", None, None, 10_000_000)
     assert commit == COMMIT
     for file in (tmp_path / "hub" / "one").iterdir():
         assert (folder / file.name).read_bytes() == file.read_bytes()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from service.settings import PREFIX, Settings, read
+from service.settings import PREFIX, Settings, read_settings
 
 from .files import DEPLOY, METRIC, ROOT, variables
 
@@ -33,7 +33,7 @@ def test_the_variables_of_a_file_together_make_settings(tmp_path: Path) -> None:
         files[where][name] = f"@{key}" if value.startswith("@") else str(base) if value == "/base" else value
     for where, found in files.items():
         if where.startswith(("compose", "kubernetes")):
-            assert read(image | found).keyed, where
+            assert read_settings(image | found).keyed, where
 
 
 def test_prose_of_the_shipped_files_names_only_variables_that_exist() -> None:

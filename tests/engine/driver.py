@@ -50,7 +50,7 @@ class Driver:
         id = len(self.stories)
         request = Request(id, tuple(prompt), max_tokens, adapter.digest if adapter else None, **more)  # type: ignore[arg-type]
         self.stories[id] = Story(request)
-        self.scheduler.submit(request)
+        self.scheduler.submit_request(request)
         return id
 
     def read(self) -> None:
@@ -60,42 +60,42 @@ class Driver:
             flying = {s.adapter for s in self.scheduler.running.values()}
             assert not flying & set(victims), "an adapter in flight was forgotten in host memory"
             for digest in victims:
-                self.runner.unload(digest)
+                self.runner.evict_adapter(digest)
         if self.reading and self.pending is not None:
             adapter, self.pending = self.pending, None
             if adapter.weights == "missing":
                 self.scheduler.load_failed(adapter.digest, "adapter_invalid", "cannot be read")
             else:
-                self.scheduler.hosted(adapter.digest, self.runner.load(adapter))
+                self.scheduler.mark_hosted(adapter.digest, self.runner.load_adapter(adapter))
 
     def step(self, fault: bool = False, half_placed: bool = False) -> Plan:
         self.read()
         flying = {s.adapter for s in self.scheduler.running.values()}
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan_step()
         self.plans.append(plan)
         assert not flying & set(plan.remove), "an adapter in flight lost its pool rows"
         self.unsure = half_placed and bool(plan.place)
         if self.unsure:
-            self.runner.step(Plan(plan.remove, plan.place[: (len(plan.place) + 1) // 2]))
-            self.scheduler.abort(plan)
+            self.runner.run_step(Plan(plan.remove, plan.place[: (len(plan.place) + 1) // 2]))
+            self.scheduler.abort_step(plan)
         elif fault and plan.chunks:
-            self.runner.step(Plan(plan.remove, plan.place))
-            self.scheduler.commit(plan, [Result(error="the step that ran this request failed")] * len(plan.chunks))
+            self.runner.run_step(Plan(plan.remove, plan.place))
+            self.scheduler.commit_step(plan, [Result(error="the step that ran this request failed")] * len(plan.chunks))
         else:
-            self.scheduler.commit(plan, self.runner.step(plan))
+            self.scheduler.commit_step(plan, self.runner.run_step(plan))
         self.forget()
         self.listen()
         return plan
 
     def forget(self) -> None:
-        for digest, hosted in self.scheduler.gone():
+        for digest, hosted in self.scheduler.take_removed():
             if hosted:
-                self.runner.unload(digest)
+                self.runner.evict_adapter(digest)
             self.dropped.append(digest)
             self.tiers.pop(digest, None)
 
     def listen(self) -> None:
-        report = self.scheduler.report()
+        report = self.scheduler.take_report()
         for id in report.started:
             self.stories[id].started = True
             self.order.append(id)

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from service.core.adapter import Adapter, Lane, Patch, Placement
+from service.core.adapter import Adapter, ExecutionPath, LoraLayerSpec, Placement
 from service.core.manifest import compute_digest, read_manifest
 from service.core.request import Request, Token
 from service.core.sampling import Sampling
 from service.engine.plan import Chunk, Plan
-from service.model.runner import Runner
+from service.model.runner import ModelRunner
 from tests import making
 
 
@@ -20,7 +20,7 @@ def plan_of(folder: Path, base: Path) -> Adapter:
     """The worker's view of a LoRA folder, read off PEFT's own layers."""
     model: Any = making.served(base, folder)
     patches = tuple(
-        Patch(
+        LoraLayerSpec(
             name.removeprefix("base_model.model."),
             module.r["default"],
             module.scaling["default"],
@@ -34,7 +34,7 @@ def plan_of(folder: Path, base: Path) -> Adapter:
     config, weights = folder / making.CONFIG, folder / making.WEIGHTS
     rank = max(p.rank for p in patches)
     files, size = read_manifest(folder), weights.stat().st_size
-    return Adapter(compute_digest(files), str(config), str(weights), Lane.POOL, rank, size, patches, files=files)
+    return Adapter(compute_digest(files), str(config), str(weights), ExecutionPath.POOL, rank, size, patches, files=files)
 
 
 GREEDY = Sampling()
@@ -60,17 +60,17 @@ class Job:
 class Driver:
     """Runs jobs together; each enters when a row is free and its turn has come, and leaves when it has its tokens."""
 
-    def __init__(self, runner: Runner, rows: int) -> None:
+    def __init__(self, runner: ModelRunner, rows: int) -> None:
         self.runner, self.rows, self.at, self.count = runner, rows, 0, 0
 
     def place(self, adapter: Adapter, start: int | None = None) -> None:
         at = self.at if start is None else start
-        self.runner.load(adapter)
-        self.runner.step(Plan(place=(Placement(adapter.digest, at, adapter.rank),)))
+        self.runner.load_adapter(adapter)
+        self.runner.run_step(Plan(place=(Placement(adapter.digest, at, adapter.rank),)))
         self.at = at + adapter.rank
 
     def remove(self, digest: str) -> None:
-        self.runner.step(Plan(remove=(digest,)))
+        self.runner.run_step(Plan(remove=(digest,)))
 
     def run(self, jobs: Sequence[Job], chunk: int = 7) -> None:
         waiting, free = list(jobs), list(range(self.rows))
@@ -87,14 +87,14 @@ class Driver:
                 running.append(job)
             running.sort(key=lambda j: j.done < len(j.prompt))
             chunks = [self._chunk(job, requests[id(job)], chunk) for job in running]
-            for job, made, result in zip(running, chunks, self.runner.step(Plan(chunks=tuple(chunks))), strict=True):
+            for job, made, result in zip(running, chunks, self.runner.run_step(Plan(chunks=tuple(chunks))), strict=True):
                 job.done += len(made.tokens)
                 job.prompt_tokens += result.prompt
                 job.tokens += [result.token] if result.token else []
             for job in [j for j in running if len(j.tokens) == j.n]:
                 running.remove(job)
                 free.append(job.row)
-                self.runner.finish(requests[id(job)].id)
+                self.runner.finish_request(requests[id(job)].id)
 
     @staticmethod
     def _chunk(job: Job, request: Request, size: int) -> Chunk:

@@ -21,7 +21,7 @@ def test_a_grammar_is_compiled_once_and_each_request_follows_it_for_itself(tmp_p
     real = llguidance.LLMatcher
     monkeypatch.setattr(llguidance, "LLMatcher", compile)
     making.tokenizer().save_pretrained(tmp_path)
-    made = build.matchers(tmp_path, len(making.tokenizer()))
+    made = build.make_matchers(tmp_path, len(making.tokenizer()))
     grammar = real.grammar_from_regex("[ab]{2}")
     first, second, other = made(grammar), made(grammar), made(real.grammar_from_regex("c"))
     (a,) = making.ids("a")

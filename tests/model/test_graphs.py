@@ -22,8 +22,8 @@ from service.core.sampling import Sampling
 from service.engine.plan import Chunk, Plan
 from service.errors import SettingsError
 from service.model import graphs, kv, selfcheck
-from service.model.build import build
-from service.model.runner import Runner
+from service.model.build import build_runner
+from service.model.runner import ModelRunner
 from service.settings import Settings
 from tests import making, pretended
 
@@ -51,9 +51,9 @@ def device() -> Any:
     return nullcontext() if torch.cuda.is_available() else pretended.gpu()
 
 
-def runner_on(base: Path, **settings: Any) -> Runner:
+def runner_on(base: Path, **settings: Any) -> ModelRunner:
     plain = {"device": "cuda", "dtype": "float32", "quantization": "none", "max_rows": 8, "max_context": 512}
-    made, _ = build(Settings.model_validate(plain | {"base": str(base)} | settings), lambda stage, fraction: None)
+    made, _ = build_runner(Settings.model_validate(plain | {"base": str(base)} | settings), lambda stage, fraction: None)
     return made
 
 
@@ -70,7 +70,7 @@ def ask(house: dict[str | None, Path], *names: str | None, count: int = 10) -> l
     return asked
 
 
-def answered(house: dict[str | None, Path], asked: list[tuple[str | None, Job, list[int]]], **settings: Any) -> Runner:
+def answered(house: dict[str | None, Path], asked: list[tuple[str | None, Job, list[int]]], **settings: Any) -> ModelRunner:
     """A runner with all adapters resident that has answered all this as PEFT does."""
     runner = runner_on(house[None], **settings)
     driver = Driver(runner, 8)
@@ -130,7 +130,7 @@ def test_an_adapter_that_moved_is_there_when_its_next_step_is_replayed(house: di
         driver.place(plan, 32)
         assert gpu is None or runner.bank._copies.queue, "the copies run beside the steps"
         request = Request(77, (9, 8, 7, 6), 9, plan.digest)
-        (result,) = runner.step(Plan(chunks=(Chunk(request, 0, 8, (job.ids[4],), True, 5),)))
+        (result,) = runner.run_step(Plan(chunks=(Chunk(request, 0, 8, (job.ids[4],), True, 5),)))
         assert result.token is not None
         assert result.token.id == job.ids[5]
 
@@ -161,10 +161,10 @@ def test_all_that_a_request_may_ask_is_answered_as_on_a_cpu(house: dict[str | No
     plan, base = plan_of(house["a0"], house[None]), house[None]
     shadow = shadow_plan(making.adapter(tmp_path / "ia3", base, IA3Config(task_type="CAUSAL_LM"), seed=8))
 
-    def told_by(runner: Runner) -> list[Job]:
+    def told_by(runner: ModelRunner) -> list[Job]:
         driver = Driver(runner, 8)
         driver.place(plan)
-        runner.load(shadow)
+        runner.load_adapter(shadow)
         jobs = [Job([7, 8, 9, 10], 9, name, asked) for asked in ASKED for name in (plan.digest, shadow.digest)]
         jobs += [Job(list(range(5, 30)), 3, plan.digest, prompt_logprobs=2), Job([7, 8, 9, 10], 9)]
         driver.run(jobs)
@@ -188,11 +188,11 @@ def test_an_adapter_that_goes_while_it_is_still_being_copied_leaves_nothing_to_t
     with device():
         runner = runner_on(house[None], compile=switch)
         for plan in (other, first, second):
-            runner.load(plan)
-        runner.step(Plan(place=(Placement(other.digest, 16, other.rank),)))
-        runner.step(Plan(place=(Placement(first.digest, 0, first.rank),)))
-        runner.step(Plan(remove=(first.digest,)))
-        runner.step(Plan(place=(Placement(second.digest, 0, second.rank),)))
+            runner.load_adapter(plan)
+        runner.run_step(Plan(place=(Placement(other.digest, 16, other.rank),)))
+        runner.run_step(Plan(place=(Placement(first.digest, 0, first.rank),)))
+        runner.run_step(Plan(remove=(first.digest,)))
+        runner.run_step(Plan(place=(Placement(second.digest, 0, second.rank),)))
         job = Job([3, 4, 5], 12, second.digest)
         Driver(runner, 1).run([job])
         assert job.ids == want
@@ -203,10 +203,10 @@ def test_an_adapter_that_is_forgotten_leaves_no_pinned_memory(house: dict[str | 
     plan, left = plan_of(house["a0"], house[None]), []
     with device():
         runner = runner_on(house[None])
-        size = runner.load(plan)
+        size = runner.load_adapter(plan)
         factor = weakref.ref(next(iter(runner.hosted[plan.digest].factors.values())).a)
         monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: left.append(factor()))
-        assert runner.unload(plan.digest) == size
+        assert runner.evict_adapter(plan.digest) == size
     assert left == [None]
 
 
@@ -225,7 +225,7 @@ def test_memory_that_runs_out_at_the_start_is_told(house: dict[str | None, Path]
     with device(), monkeypatch.context() as patch:
         match where:
             case "load":
-                patch.setattr("service.model.loading.load", full)
+                patch.setattr("service.model.loading.load_base", full)
             case "attend":
                 patch.setitem(AttentionInterface._global_mapping, kv.NAME, full)
             case "Bank":
@@ -287,7 +287,7 @@ def test_a_replay_that_does_nothing_is_found_out(house: dict[str | None, Path], 
 
 
 def test_buckets_hold_what_is_asked_and_waste_less_than_half() -> None:
-    assert [graphs.bucket(n) for n in range(1, 18)] == [1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12, 16, 16, 16, 16, 24]
+    assert [graphs.round_up(n) for n in range(1, 18)] == [1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12, 16, 16, 16, 16, 24]
     for count in range(1, 5000):
-        assert count <= graphs.bucket(count) < 1.5 * count + 1
-        assert graphs.bucket(count, 256) == max(256, graphs.bucket(count))
+        assert count <= graphs.round_up(count) < 1.5 * count + 1
+        assert graphs.round_up(count, 256) == max(256, graphs.round_up(count))

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from service.catalog.validator.check import read
+from service.catalog.validator.check import validate_adapter
 from service.catalog.validator.skeleton import Skeleton
-from service.core.adapter import Adapter, Lane
-from service.core.base_info import BaseCard, LayerLimit
+from service.core.adapter import Adapter, ExecutionPath
+from service.core.base_info import BaseInfo, LayerLimit
 from service.core.sampling import Sampling
 from service.errors import AdapterUnsupported
-from service.model.build import build
+from service.model.build import build_runner
 from service.model.kv import SCOUTED
 from service.model.linear_calls import LinearCalls, recorded_calls
-from service.model.runner import Runner
+from service.model.runner import ModelRunner
 from service.settings import Settings
 from tests import making
 
@@ -40,14 +40,14 @@ SCORED = Sampling(logprobs=0)
 PHIMOE = SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
-def runner_on(base: Path) -> tuple[Runner, BaseCard]:
+def runner_on(base: Path) -> tuple[ModelRunner, BaseInfo]:
     chosen = {"device": "cpu", "dtype": "float32", "quantization": "none", "compile": "off", "max_rows": 8, "base": str(base)}
-    return build(Settings.model_validate(chosen), lambda stage, fraction: None)
+    return build_runner(Settings.model_validate(chosen), lambda stage, fraction: None)
 
 
 def load_adapter(driver: Driver, adapter: Adapter) -> None:
-    if adapter.lane is Lane.SHADOW:
-        driver.runner.load(adapter)
+    if adapter.lane is ExecutionPath.SHADOW:
+        driver.runner.load_adapter(adapter)
     else:
         driver.place(adapter)
 
@@ -89,8 +89,8 @@ def test_layers_behind_the_choice_of_logits_are_adapted_as_peft_adapts_them(kind
         making.noise(tmp_path / "behind", base, 2, (behind,), std=1.0, **alone),
         making.noise(tmp_path / "dora", base, 3, (behind, *attention), r=8, use_dora=True, **alone),
     ]
-    adapters = {folder: read(skeleton, folder, 64).adapter for folder in folders}
-    assert {adapter.lane for adapter in adapters.values()} == {Lane.POOL}
+    adapters = {folder: validate_adapter(skeleton, folder, 64).adapter for folder in folders}
+    assert {adapter.lane for adapter in adapters.values()} == {ExecutionPath.POOL}
     check_parity(Driver(runner, 8), base, adapters)
 
 
@@ -108,16 +108,16 @@ def test_a_layer_that_gives_a_tuple_is_refused_by_name_and_its_base_serves_other
     for name, targets in {"all": "all-linear", "router": ("router",)}.items():
         whole = making.noise(tmp_path / name, phimoe, 2, targets)
         with pytest.raises(AdapterUnsupported, match=r"LoRA on PhimoeTopKRouter is not served: model\.layers\.\*\.mlp\.router gives"):
-            read(skeleton, whole, 64)
-    check_parity(Driver(runner, 8), phimoe, {plain: read(skeleton, plain, 64).adapter})
+            validate_adapter(skeleton, whole, 64)
+    check_parity(Driver(runner, 8), phimoe, {plain: validate_adapter(skeleton, plain, 64).adapter})
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_parameter_of_such_a_layer_is_adapted_by_peft(phimoe: Path, tmp_path: Path) -> None:
     runner, card = runner_on(phimoe)
     folder = making.noise(tmp_path / "weight", phimoe, 1, (), target_parameters=["mlp.router.weight"])
-    adapter = read(Skeleton(phimoe, card.limits), folder, 64).adapter
-    assert adapter.lane is Lane.SHADOW
+    adapter = validate_adapter(Skeleton(phimoe, card.limits), folder, 64).adapter
+    assert adapter.lane is ExecutionPath.SHADOW
     check_parity(Driver(runner, 8), phimoe, {folder: adapter})
 
 
@@ -127,8 +127,8 @@ def test_layers_that_see_some_of_the_tokens_run_by_peft(tmp_path: Path) -> None:
     runner, _ = runner_on(base)
     limit = LayerLimit("model.layers.*.mlp.down_proj", "Linear", "sees a part of a step's tokens only", by_peft=True)
     folder = making.noise(tmp_path / "a", base, 1, ("down_proj", "q_proj"))
-    adapter = read(Skeleton(base, [limit]), folder, 64).adapter
-    assert adapter.lane is Lane.SHADOW
+    adapter = validate_adapter(Skeleton(base, [limit]), folder, 64).adapter
+    assert adapter.lane is ExecutionPath.SHADOW
     check_parity(Driver(runner, 8), base, {folder: adapter})
 
 

@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from service.errors import SettingsError
 from service.model import loading
-from service.model.build import build
-from service.model.runner import Runner
+from service.model.build import build_runner
+from service.model.runner import ModelRunner
 from service.settings import Settings
 from tests import making
 
@@ -30,9 +30,9 @@ Tensors = dict[str, torch.Tensor]
 UP, NORM, FILE = "model.layers.1.mlp.up_proj.weight", "model.norm.weight", "model.safetensors"
 
 
-def start(folder: Path | str, **settings: Any) -> Runner:
+def start(folder: Path | str, **settings: Any) -> ModelRunner:
     plain = {"device": "cpu", "dtype": "float32", "quantization": "none", "compile": "off", "max_rows": 8}
-    made, _ = build(Settings.model_validate(plain | {"base": str(folder)} | settings), lambda stage, fraction: None)
+    made, _ = build_runner(Settings.model_validate(plain | {"base": str(folder)} | settings), lambda stage, fraction: None)
     return made
 
 
@@ -212,8 +212,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def loaded(file: Path, dtype: str) -> Tensors:
     settings = Settings.model_validate({"device": "cpu", "dtype": dtype, "quantization": "none", "base": str(file)})
     with making.quiet():
-        folder = loading.resolve(settings.base, loading.DTYPES[dtype])
-        return dict(loading.load(folder, settings, lambda stage, fraction: None).state_dict())
+        folder = loading.resolve_folder(settings.base, loading.DTYPES[dtype])
+        return dict(loading.load_base(folder, settings, lambda stage, fraction: None).state_dict())
 
 
 @pytest.mark.parametrize("kind", [KINDS.F32, KINDS.F16, KINDS.BF16, KINDS.Q8_0, KINDS.Q4_1], ids=lambda kind: kind.name)

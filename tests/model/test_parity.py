@@ -21,11 +21,11 @@ from service.core.request import Request
 from service.core.sampling import Sampling
 from service.engine.plan import Chunk, Fork, Plan
 from service.errors import SettingsError
-from service.model.build import build
-from service.model.loading import load
-from service.model.lora_pool import Bank, Run
-from service.model.lora_weights import factors
-from service.model.runner import Runner
+from service.model.build import build_runner
+from service.model.loading import load_base
+from service.model.lora_pool import AdapterRun, LoraPool
+from service.model.lora_weights import read_weights
+from service.model.runner import ModelRunner
 from service.settings import Settings
 from tests import making
 
@@ -60,9 +60,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, Path]:
     return made
 
 
-def runner_on(base: Path, **settings: Any) -> Runner:
+def runner_on(base: Path, **settings: Any) -> ModelRunner:
     plain = {"device": "cpu", "dtype": "float32", "quantization": "none", "compile": "off", "max_rows": 8}
-    made, _ = build(Settings.model_validate(plain | {"base": str(base)} | settings), lambda stage, fraction: None)
+    made, _ = build_runner(Settings.model_validate(plain | {"base": str(base)} | settings), lambda stage, fraction: None)
     return made
 
 
@@ -104,11 +104,11 @@ def test_a_layer_that_its_model_keeps_in_float32_is_adapted_in_float32(folders: 
     model = making.load(base).to(torch.bfloat16)
     kept = model.model.layers[1].self_attn.q_proj.float()
     kept.register_forward_pre_hook(lambda layer, args: (args[0].float(),))
-    bank = Bank(model, 64, torch.bfloat16, torch.device("cpu"))
+    bank = LoraPool(model, 64, torch.bfloat16, torch.device("cpu"))
     own = bank.layers["model.layers.1.self_attn.q_proj"]
     with torch.inference_mode():
-        bank.place(Placement(plan.digest, 0, plan.rank), factors(plan, bank))
-        bank.begin([Run(3, plan.digest)], [], 0, [])
+        bank.place_adapter(Placement(plan.digest, 0, plan.rank), read_weights(plan, bank))
+        bank.begin_step([AdapterRun(3, plan.digest)], [], 0, [])
         x = torch.randn(1, 3, 64, dtype=torch.bfloat16)
         lora = dict(making.served(base, folders["a1"]).named_modules())["base_model.model.model.layers.1.self_attn.q_proj"]
         assert own(x).dtype == torch.float32
@@ -148,7 +148,7 @@ def distance(job: Job, want: torch.Tensor) -> float:
     return float((torch.tensor(told) - want).abs().mean())
 
 
-def weights_digest(runner: Runner) -> str:
+def weights_digest(runner: ModelRunner) -> str:
     hashed = sha256()
     for tensor in runner.bank.tree.parameters():
         hashed.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
@@ -162,7 +162,7 @@ def quantized_logprobs(
     """PEFT on a base of its own. Its DoRA is given the weights as they were before bitsandbytes repacked them, which it would misread."""
     with making.quiet():
         settings = Settings.model_validate({"device": "cpu", "dtype": "float32", "quantization": quantization})
-        model: Any = load(base, settings, lambda stage, fraction: None)
+        model: Any = load_base(base, settings, lambda stage, fraction: None)
         weights = {id(m): dequantize_module_weight(m) for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
         monkeypatch.setattr(dora, "dequantize_module_weight", lambda m: weights[id(m)] if id(m) in weights else dequantize_module_weight(m))
         asked = torch.tensor([list(prompt)])
@@ -270,8 +270,8 @@ def test_a_forked_row_goes_on_as_the_row_it_came_from(folders: dict[str | None, 
     runner = runner_on(folders[None])
     prompt = tuple(prompts()[6])
     whole, part = Request(1, prompt, 1), Request(2, (*prompt[:30], 9, 9), 1)
-    runner.step(Plan(chunks=(Chunk(whole, 5, 0, prompt, True),)))
-    (result,) = runner.step(Plan(forks=(Fork(5, 2, 30),), chunks=(Chunk(part, 2, 30, (9, 9), True),)))
+    runner.run_step(Plan(chunks=(Chunk(whole, 5, 0, prompt, True),)))
+    (result,) = runner.run_step(Plan(forks=(Fork(5, 2, 30),), chunks=(Chunk(part, 2, 30, (9, 9), True),)))
     assert result.token is not None
     assert [result.token.id] == making.greedy(folders[None], None, part.prompt, 1)
 
@@ -281,7 +281,7 @@ def test_a_resident_adapter_runs_on_when_it_has_left_host_memory(folders: dict[s
     driver = Driver(runner, 2)
     plan = plan_of(folders["a0"], folders[None])
     driver.place(plan)
-    runner.unload(plan.digest)
+    runner.evict_adapter(plan.digest)
     job = Job(prompts()[3], 4, plan.digest)
     driver.run([job])
     assert job.ids == making.greedy(folders[None], folders["a0"], job.prompt, 4)
@@ -297,7 +297,7 @@ def test_an_adapter_whose_numbers_overflow_fails_alone_and_leaves_nothing_in_its
     driver, plan, prompt = Driver(runner, 2), plan_of(wild, base), tuple(prompts()[4])
     driver.place(plan)
     bad, good = Request(101, prompt, 4, plan.digest, prompt_logprobs=scored), Request(102, prompt, 4)
-    failed, fine = runner.step(Plan(chunks=(Chunk(bad, 0, 0, prompt, sampled), Chunk(good, 1, 0, prompt, True))))
+    failed, fine = runner.run_step(Plan(chunks=(Chunk(bad, 0, 0, prompt, sampled), Chunk(good, 1, 0, prompt, True))))
     assert "not finite" in failed.error
     assert fine.token is not None
     assert [fine.token.id] == making.greedy(base, None, prompt, 1)

@@ -10,17 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-from service.catalog.validator.check import read
+from service.catalog.validator.check import validate_adapter
 from service.catalog.validator.skeleton import Skeleton
-from service.core.adapter import Adapter, Lane
+from service.core.adapter import Adapter, ExecutionPath
 from service.core.manifest import compute_digest, read_manifest
-from service.core.messages import Offer, Submit
+from service.core.messages import AddAdapter, Submit
 from service.core.request import Request
 from service.core.sampling import Sampling
 from service.engine.plan import Chunk, Plan
 from service.errors import AdapterInvalid, AdapterUnsupported
-from service.model.peft_fallback import planted
-from service.model.runner import Runner
+from service.model.peft_fallback import build_peft_model
+from service.model.runner import ModelRunner
 from service.settings import Settings
 from service.worker.loop import Worker
 from tests import fakes, kinds, making
@@ -45,14 +45,14 @@ def skeleton(base: Path) -> Skeleton:
 def shadow_plan(folder: Path) -> Adapter:
     config, weights = folder / making.CONFIG, folder / making.WEIGHTS
     files, size = read_manifest(folder), weights.stat().st_size
-    return Adapter(compute_digest(files), str(config), str(weights), Lane.SHADOW, 0, size, files=files)
+    return Adapter(compute_digest(files), str(config), str(weights), ExecutionPath.SHADOW, 0, size, files=files)
 
 
 @dataclass(frozen=True)
 class House:
     """A runner with a pool adapter in it, what that one and the base say to each of PROMPTS by PEFT, and the base's hash."""
 
-    runner: Runner
+    runner: ModelRunner
     driver: Driver
     pooled: str
     right: dict[str | None, list[list[int]]]
@@ -76,9 +76,9 @@ def test_a_shadow_adapter_says_what_peft_says_and_its_neighbours_do_too(
 ) -> None:
     """A10, A12, and all that runs beside the pool: read as the service reads it, mixed with the base and a pool adapter."""
     folder = kinds.SHADOW[kind](tmp_path / "shadow", base)
-    shadow = read(skeleton, folder, 64).adapter
-    assert shadow.lane is Lane.SHADOW
-    house.runner.load(shadow)
+    shadow = validate_adapter(skeleton, folder, 64).adapter
+    assert shadow.lane is ExecutionPath.SHADOW
+    house.runner.load_adapter(shadow)
     own = making.answers(base, folder, PROMPTS, LENGTH)
     assert own != house.right[None], "the shadow adapter changes nothing: a weak fixture"
     right = house.right | {shadow.digest: own}
@@ -86,7 +86,7 @@ def test_a_shadow_adapter_says_what_peft_says_and_its_neighbours_do_too(
     house.driver.run([job for job, _ in jobs])
     for job, said in jobs:
         assert job.ids == said, job.adapter
-    house.runner.unload(shadow.digest)
+    house.runner.evict_adapter(shadow.digest)
     assert weights_digest(house.runner) == house.hash
 
 
@@ -105,12 +105,12 @@ def test_what_the_reader_takes_the_worker_loads_however_the_config_is_written(
     held = json.loads(file.read_text())
     odd = held | dict.fromkeys(held.keys() & NULLABLE) | {"lora_dropout": 0.25}
     file.write_bytes(b"\xef\xbb\xbf" + json.dumps(odd).encode())
-    shadow = read(skeleton, folder, 64).adapter
-    house.runner.load(shadow)
+    shadow = validate_adapter(skeleton, folder, 64).adapter
+    house.runner.load_adapter(shadow)
     job = Job(PROMPTS[0], LENGTH, shadow.digest)
     house.driver.run([job])
     assert job.ids == right[0]
-    house.runner.unload(shadow.digest)
+    house.runner.evict_adapter(shadow.digest)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -118,7 +118,7 @@ def test_a_tensor_that_peft_would_drop_is_refused(base: Path, tmp_path: Path) ->
     folder = kinds.SHADOW["IA3"](tmp_path / "ia3", base)
     odd = making.edit(folder, tmp_path / "odd", weights=lambda t: {key.replace("k_proj", "z_proj"): value for key, value in t.items()})
     with pytest.raises(AdapterInvalid, match=r"missing: .*k_proj"):
-        planted(making.load(base), shadow_plan(odd))
+        build_peft_model(making.load(base), shadow_plan(odd))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -126,7 +126,7 @@ def test_a_saved_embedding_is_not_written_through_to_the_base(base: Path, tmp_pa
     model = making.load(base)
     before = model.get_input_embeddings().weight.clone()
     folder = making.noise(tmp_path / "embedding", base, 5, modules_to_save=["embed_tokens"])
-    planted(model, shadow_plan(folder))
+    build_peft_model(model, shadow_plan(folder))
     assert torch.equal(model.get_input_embeddings().weight, before)
 
 
@@ -139,7 +139,7 @@ def test_what_peft_would_write_into_the_base_is_refused(tmp_path: Path) -> None:
     before = [weight.clone() for weight in model.parameters()]
     folder = kinds.other("OFT", r=0, oft_block_size=8, bias="oft_only")(tmp_path / "oft", base)
     with pytest.raises(AdapterUnsupported, match=r"q_proj\.base_layer\.bias into the base's own weights"):
-        planted(model, shadow_plan(folder))
+        build_peft_model(model, shadow_plan(folder))
     assert all(map(torch.equal, model.parameters(), before))
 
 
@@ -150,7 +150,7 @@ def test_a_copy_of_attention_layers_whose_rows_nobody_would_fork_is_refused(hous
         "tuned": kinds.other("LN_TUNING", target_modules=["self_attn"]),
     }.items():
         with pytest.raises(AdapterUnsupported, match="KV rows"):
-            house.runner.load(shadow_plan(maker(tmp_path / kind, base)))
+            house.runner.load_adapter(shadow_plan(maker(tmp_path / kind, base)))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -159,20 +159,20 @@ def test_where_pefts_own_code_raises_its_adapter_fails_and_the_neighbours_do_not
 ) -> None:
     """The neighbours' choices depend on what they were given before: a token that was consumed twice would change them."""
     runner = runner_on(base)
-    pooled = read(skeleton, making.noise(tmp_path / "pooled", base, 4), 64).adapter
-    bad = read(skeleton, kinds.SHADOW["IA3"](tmp_path / "ia3", base), 64).adapter
+    pooled = validate_adapter(skeleton, making.noise(tmp_path / "pooled", base, 4), 64).adapter
+    bad = validate_adapter(skeleton, kinds.SHADOW["IA3"](tmp_path / "ia3", base), 64).adapter
     prompt, dice = tuple(PROMPTS[0]), Sampling(temperature=1.0, seed=3, frequency_penalty=2.0)
 
     def load(adapter: Adapter) -> int:
-        size = Runner.load(runner, adapter)
+        size = ModelRunner.load_adapter(runner, adapter)
         if adapter == bad:
             runner.hosted[adapter.digest].tree.register_forward_pre_hook(broken)
         return size
 
-    monkeypatch.setattr(runner, "load", load)
+    monkeypatch.setattr(runner, "load_adapter", load)
     settings = Settings(max_rows=8, max_context=512)
-    with desk(lambda connection: Worker(connection, runner, fakes.card(settings), settings).run()) as parent:
-        parent.send(Offer(pooled, preload=True), Offer(bad, preload=True))
+    with desk(lambda connection: Worker(connection, runner, fakes.card(settings), settings).run_loop()) as parent:
+        parent.send(AddAdapter(pooled, preload=True), AddAdapter(bad, preload=True))
         neighbours = [Request(id, prompt, 20, digest, dice) for id, digest in enumerate((None, pooled.digest))]
         parent.send(*map(Submit, neighbours))
         alone, _, _ = tokens_of(parent, {0, 1})
@@ -188,16 +188,16 @@ def test_where_pefts_own_code_raises_its_adapter_fails_and_the_neighbours_do_not
 @pytest.mark.filterwarnings("ignore")
 def test_a_request_whose_own_step_raises_leaves_nothing_in_its_row(house: House, base: Path, tmp_path: Path) -> None:
     shadow = shadow_plan(kinds.SHADOW["IA3"](tmp_path / "ia3", base))
-    house.runner.load(shadow)
+    house.runner.load_adapter(shadow)
     tree = house.runner.hosted[shadow.digest].tree
     tree.get_output_embeddings().register_forward_pre_hook(broken)  # all layers have written by then
     prompt = tuple(PROMPTS[0])
     with pytest.raises(ValueError, match="no such layer"):
-        house.runner.step(Plan(chunks=(Chunk(Request(901, prompt, 1, shadow.digest), 3, 0, prompt, True),)))
+        house.runner.run_step(Plan(chunks=(Chunk(Request(901, prompt, 1, shadow.digest), 3, 0, prompt, True),)))
     for layer, *_ in house.runner.attention:
         assert not layer.kv_keys[3].any()
         assert not layer.kv_values[3].any()
-    house.runner.unload(shadow.digest)
+    house.runner.evict_adapter(shadow.digest)
 
 
 def broken(module: nn.Module, args: object) -> None:
@@ -225,17 +225,17 @@ def test_on_a_quantized_base_a_shadow_adapter_runs_as_in_peft_or_is_refused_by_n
     driver, before = Driver(runner, 2), weights_digest(runner)
     for kind, maker in kinds.SHADOW.items():
         folder = maker(tmp_path / kind.replace(" ", "-"), base)
-        shadow = read(skeleton, folder, 64).adapter
+        shadow = validate_adapter(skeleton, folder, 64).adapter
         if kind in PACKED or (kind, quantization) in REPACKED:
             name = "use_dora" if "DoRA" in kind else kind
             with pytest.raises(AdapterUnsupported, match=f"`{name}` on (this|a quantized) base"):
-                runner.load(shadow)
+                runner.load_adapter(shadow)
             continue
-        runner.load(shadow)
+        runner.load_adapter(shadow)
         job = Job(PROMPTS[3], 1, shadow.digest, prompt_logprobs=0)
         driver.run([job])
         assert distance(job, quantized_logprobs(base, folder, quantization, job.prompt, monkeypatch)) < 0.05, kind
-        runner.unload(shadow.digest)
+        runner.evict_adapter(shadow.digest)
     assert weights_digest(runner) == before
 
 
@@ -248,7 +248,7 @@ def test_switching_twenty_times_on_a_quantized_base_changes_nothing(base: Path, 
     pooled = plan_of(kinds.plain(tmp_path / "plain", base), base)
     beside = shadow_plan(kinds.SHADOW["lora_bias"](tmp_path / "beside", base))
     driver.place(pooled)
-    runner.load(beside)
+    runner.load_adapter(beside)
     rounds = []
     for _ in range(20):
         jobs = [Job(PROMPTS[1], LENGTH, name) for name in (pooled.digest, None, beside.digest)]

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from peft import IA3Config
 
-from service.core.base_info import BaseCard
-from service.model.build import build
-from service.model.runner import Runner
+from service.core.base_info import BaseInfo
+from service.model.build import build_runner
+from service.model.runner import ModelRunner
 from service.settings import Settings
 from tests import making
 
@@ -54,12 +54,12 @@ def longrope_base(folder: Path, kind: str) -> Path:
     return random_base(folder, kind, SIZES | {"initializer_range": 0.2, "max_position_embeddings": 4 * ORIGINAL} | BASES[kind])
 
 
-def start(base: Path, **settings: Any) -> tuple[Runner, BaseCard]:
+def start(base: Path, **settings: Any) -> tuple[ModelRunner, BaseInfo]:
     plain = {"device": "cpu", "dtype": "float32", "quantization": "none", "compile": "off", "max_rows": 8, "max_context": CONTEXT}
-    return build(Settings.model_validate(plain | {"base": str(base)} | settings), lambda stage, fraction: None)
+    return build_runner(Settings.model_validate(plain | {"base": str(base)} | settings), lambda stage, fraction: None)
 
 
-def said(runner: Runner, *prompts: Sequence[int], adapter: str | None = None, chunk: int = 64) -> list[list[int]]:
+def said(runner: ModelRunner, *prompts: Sequence[int], adapter: str | None = None, chunk: int = 64) -> list[list[int]]:
     jobs = [Job(prompt, LENGTH, adapter) for prompt in prompts]
     Driver(runner, 8).run(jobs, chunk)
     return [job.ids for job in jobs]
@@ -93,7 +93,7 @@ def test_an_adapter_that_only_peft_can_run_has_the_factors_of_its_base(tmp_path:
     config = IA3Config(task_type="CAUSAL_LM", target_modules=["qkv_proj", "down_proj"], feedforward_modules=["down_proj"])
     plan = shadow_plan(making.adapter(tmp_path / "ia3", base, config, seed=2))
     runner, _ = start(base)
-    runner.load(plan)
+    runner.load_adapter(plan)
     (alone,) = said(runner, SHORT, adapter=plan.digest)
     assert said(runner, LONG, SHORT, adapter=plan.digest)[1] == alone
     assert said(runner, LONG, adapter=plan.digest) == [making.greedy(base, tmp_path / "ia3", LONG, LENGTH)]

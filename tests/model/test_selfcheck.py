@@ -13,9 +13,9 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from service.errors import SettingsError
 from service.model import kernels, kv, selfcheck, small_model
-from service.model.build import build
-from service.model.lora_linear import Adapted
-from service.model.runner import Runner
+from service.model.build import build_runner
+from service.model.lora_linear import LoraLinear
+from service.model.runner import ModelRunner
 from service.settings import Settings
 from tests import making
 
@@ -42,9 +42,9 @@ LLAMA4 = SIZES | {
 }
 
 
-def runner_on(base: Path, **settings: Any) -> Runner:
+def runner_on(base: Path, **settings: Any) -> ModelRunner:
     plain = {"device": "cpu", "dtype": "bfloat16", "quantization": "none", "compile": "off", "max_rows": 4}
-    made, _ = build(Settings.model_validate(plain | {"base": str(base)} | settings), lambda stage, fraction: None)
+    made, _ = build_runner(Settings.model_validate(plain | {"base": str(base)} | settings), lambda stage, fraction: None)
     return made
 
 
@@ -56,7 +56,7 @@ def without_caps(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | Non
     return WEIGHTED(query, keys, values, mask, scale, None)
 
 
-WEIGHTED = kv._weighted
+WEIGHTED = kv._weigh_values
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_attention_sinks_that_are_left_out_are_missed_in_bfloat16(tmp_path: Path
 def test_routers_that_rounding_tips_over_are_no_reason_to_refuse_a_base(tmp_path: Path) -> None:
     runner = runner_on(random_base(tmp_path / "base", "olmoe", OLMOE))
     with torch.inference_mode():
-        error = selfcheck._apart(selfcheck.logits_of(runner.model), selfcheck.plain(runner.model))
+        error = selfcheck._relative_error(selfcheck.logits_of(runner.model), selfcheck.plain_logits(runner.model))
     assert error > selfcheck.ROUGH[torch.bfloat16], "a weak fixture"
 
 
@@ -137,7 +137,7 @@ def test_a_base_of_which_no_small_model_can_be_made_is_compared_with_itself(
     if right:
         runner_on(base, dtype="float32")
     else:
-        monkeypatch.setattr(kv, "_weighted", lambda query, keys, values, *_: torch.zeros_like(query))
+        monkeypatch.setattr(kv, "_weigh_values", lambda query, keys, values, *_: torch.zeros_like(query))
         with pytest.raises(SettingsError, match="its logits through the row attention differ from its own"):
             runner_on(base, dtype="float32")
     assert "no small model of the base could be made to prove it by: sizes that do not fit" in caplog.text
@@ -189,7 +189,7 @@ def test_a_model_of_any_size_has_a_small_one_of_its_kinds_of_layers(kind: str) -
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes), dtype=torch.bfloat16)
     with torch.inference_mode():
         small = small_model.small_model(model, 16384, selfcheck.PROBE, 0)
-        logits = selfcheck.plain(small)
+        logits = selfcheck.plain_logits(small)
     assert {name: getattr(small.config, name) for name in wanted} == wanted
     assert sum(weight.numel() for weight in small.parameters()) < 70_000_000
     assert {type(module) for module in model.modules()} == {type(module) for module in small.modules()}
@@ -236,7 +236,7 @@ def test_kernels_that_say_something_else_than_torch_are_left_off(
         runner = runner_on(base, compile="auto")
     assert "kernels: off; " in caplog.text
     assert why in caplog.text
-    assert all(isinstance(layer, Adapted) for layer in runner.bank.layers.values())
+    assert all(isinstance(layer, LoraLinear) for layer in runner.bank.layers.values())
     job = Job(right.prompt, 6, prompt_logprobs=0)
     Driver(runner, 4).run([job])
     assert (job.tokens, job.prompt_tokens) == (right.tokens, right.prompt_tokens)

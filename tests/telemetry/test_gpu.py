@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from service.telemetry import gpu, metrics
-from service.telemetry.gpu import Reading
+from service.telemetry.gpu import GpuReading
 
 
 class NVMLError(Exception):
@@ -57,23 +57,23 @@ class Library(ModuleType):
 def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Library]:
     found = Library()
     monkeypatch.setitem(sys.modules, "pynvml", found)
-    gpu._library.cache_clear()
+    gpu._load_library.cache_clear()
     yield found
-    gpu._library.cache_clear()
-    metrics.gpus([])
+    gpu._load_library.cache_clear()
+    metrics.set_gpus([])
 
 
 def test_every_gpu_is_read_and_the_library_started_once(library: Library) -> None:
-    both = [Reading("0", 10, 80, 0.5, 40), Reading("1", 11, 80, 0.51, 41)]
-    assert gpu.readings() == both
-    assert gpu.readings() == both
+    both = [GpuReading("0", 10, 80, 0.5, 40), GpuReading("1", 11, 80, 0.51, 41)]
+    assert gpu.read_gpus() == both
+    assert gpu.read_gpus() == both
     assert library.started == 1
 
 
 def test_what_a_gpu_does_not_tell_has_no_series(library: Library) -> None:
     library.silent = {("rates", 1), ("memory", 1)}
-    metrics.gpus(gpu.readings())
-    text = metrics.exposition("")[0].decode()
+    metrics.set_gpus(gpu.read_gpus())
+    text = metrics.render_metrics("")[0].decode()
     shown = [line for line in text.splitlines() if line.startswith("adapterd_gpu_")]
     assert shown == [
         'adapterd_gpu_memory_used_bytes{gpu="0"} 10.0',
@@ -82,8 +82,8 @@ def test_what_a_gpu_does_not_tell_has_no_series(library: Library) -> None:
         'adapterd_gpu_temperature_celsius{gpu="0"} 40.0',
         'adapterd_gpu_temperature_celsius{gpu="1"} 41.0',
     ]
-    metrics.gpus([])
-    assert 'gpu="' not in metrics.exposition("")[0].decode()
+    metrics.set_gpus([])
+    assert 'gpu="' not in metrics.render_metrics("")[0].decode()
 
 
 def test_without_library_or_driver_nothing_is_read_and_it_is_not_asked_again(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,11 +94,11 @@ def test_without_library_or_driver_nothing_is_read_and_it_is_not_asked_again(lib
         raise NVMLError("no driver")
 
     monkeypatch.setattr(library, "nvmlInit", broken, raising=False)
-    assert gpu.readings() == gpu.readings() == []
+    assert gpu.read_gpus() == gpu.read_gpus() == []
     assert asked == ["init"]
-    gpu._library.cache_clear()
+    gpu._load_library.cache_clear()
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    assert gpu.readings() == []
+    assert gpu.read_gpus() == []
 
 
 def test_the_stand_in_has_no_name_that_the_library_lacks() -> None:

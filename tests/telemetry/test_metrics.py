@@ -8,7 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.telemetry import metrics
-from service.telemetry.metrics import REST, Names
+from service.telemetry.metrics import REST, AdapterLabels
 
 NAMES = """num_requests_running num_requests_waiting kv_cache_usage_ratio time_to_first_token_seconds inter_token_latency_seconds
 e2e_request_latency_seconds request_queue_time_seconds prompt_tokens_total generation_tokens_total request_success_total
@@ -20,20 +20,20 @@ gpu_temperature_celsius"""
 
 
 def samples(named: bool = True) -> dict[tuple[str, str], float]:
-    families = text_string_to_metric_families(metrics.exposition("text/plain", named)[0].decode())
+    families = text_string_to_metric_families(metrics.render_metrics("text/plain", named)[0].decode())
     return {(s.name, ",".join(s.labels.values())): s.value for family in families for s in family.samples}
 
 
 @pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch) -> Iterator[Names]:
+def few(monkeypatch: pytest.MonkeyPatch) -> Iterator[AdapterLabels]:
     """Room for three names; what is counted under them goes with the test."""
     for id in list(metrics.NAMES.requests):  # what other tests registered would show among them
-        metrics.NAMES.forget(id)
-    names = Names(most=3)
+        metrics.NAMES.forget_adapter(id)
+    names = AdapterLabels(most=3)
     monkeypatch.setattr(metrics, "NAMES", names)
     yield names
     for id in list(names.requests):
-        names.forget(id)
+        names.forget_adapter(id)
 
 
 def serve(id: str, times: int = 1) -> None:
@@ -42,7 +42,7 @@ def serve(id: str, times: int = 1) -> None:
 
 
 def test_every_promised_name_is_there() -> None:
-    text = metrics.exposition("")[0].decode()
+    text = metrics.render_metrics("")[0].decode()
     for name in NAMES.split():
         kind = "counter" if name.endswith("_total") and name != "pool_rank_total" else "histogram" if name.endswith("_seconds") else "gauge"
         assert f"# TYPE adapterd_{name} {kind}\n" in text
@@ -50,12 +50,12 @@ def test_every_promised_name_is_there() -> None:
 
 
 def test_openmetrics_where_it_is_asked_for() -> None:
-    content, kind = metrics.exposition("application/openmetrics-text; version=1.0.0")
+    content, kind = metrics.render_metrics("application/openmetrics-text; version=1.0.0")
     assert kind.startswith("application/openmetrics-text")
     assert content.endswith(b"# EOF\n")
 
 
-def test_an_adapters_series_count_and_go_with_it(few: Names) -> None:
+def test_an_adapters_series_count_and_go_with_it(few: AdapterLabels) -> None:
     before = len(samples())
     metrics.adapter_registered("metrics/one")
     assert len(samples()) == before, "nothing to show yet"
@@ -72,7 +72,7 @@ def test_an_adapters_series_count_and_go_with_it(few: Names) -> None:
     assert not [key for key in samples() if "metrics/one" in key[1]]
 
 
-def test_a_request_that_outlives_its_adapter_brings_no_series_back(few: Names) -> None:
+def test_a_request_that_outlives_its_adapter_brings_no_series_back(few: AdapterLabels) -> None:
     metrics.adapter_registered("metrics/gone")
     serve("metrics/gone")
     metrics.adapter_removed("metrics/gone")
@@ -87,7 +87,7 @@ def shown() -> set[str]:
     return {label for name, label in samples() if name == "adapterd_adapter_requests_total"} - {REST}
 
 
-def test_a_thousand_adapters_stay_bounded_and_the_rest_is_one_series(few: Names) -> None:
+def test_a_thousand_adapters_stay_bounded_and_the_rest_is_one_series(few: AdapterLabels) -> None:
     for i in range(1000):
         metrics.adapter_registered(f"metrics/{i}")
     serve("metrics/0", 8)
@@ -101,7 +101,7 @@ def test_a_thousand_adapters_stay_bounded_and_the_rest_is_one_series(few: Names)
     assert samples()["adapterd_adapter_requests_total", REST] == rest + 997
 
 
-def test_the_busiest_are_shown_and_no_counter_falls(few: Names) -> None:
+def test_the_busiest_are_shown_and_no_counter_falls(few: AdapterLabels) -> None:
     for id in "abcd":
         metrics.adapter_registered(f"metrics/{id}")
     for id in "abc":
@@ -119,19 +119,19 @@ def test_the_busiest_are_shown_and_no_counter_falls(few: Names) -> None:
     assert "metrics/d" in shown(), "they do not take turns"
 
 
-def test_none_may_be_shown_by_name(few: Names) -> None:
+def test_none_may_be_shown_by_name(few: AdapterLabels) -> None:
     few.most = 0
     metrics.adapter_registered("metrics/a")
     serve("metrics/a", 4)
     assert shown() == set()
 
 
-def test_what_names_adapters_can_be_left_out(few: Names) -> None:
+def test_what_names_adapters_can_be_left_out(few: AdapterLabels) -> None:
     metrics.adapter_registered("metrics/secret")
     serve("metrics/secret")
     metrics.lora_info(3, ["metrics/secret"], [])
     try:
-        assert "metrics/secret" not in metrics.exposition("", named=False)[0].decode()
+        assert "metrics/secret" not in metrics.render_metrics("", named=False)[0].decode()
         everything, left = samples(), samples(named=False)
         assert {name for name, _ in everything} - {name for name, _ in left} == {
             "adapterd_adapter_requests_total",
@@ -152,7 +152,7 @@ def test_the_gateways_gauge_is_one_series_that_says_when(monkeypatch: pytest.Mon
     metrics.lora_info(2, ["b"], [])
     metrics.lora_info(8, ["b", "a"], ["c"])
     try:
-        lines = [line for line in metrics.exposition("")[0].decode().splitlines() if line.startswith("adapterd_lora")]
+        lines = [line for line in metrics.render_metrics("")[0].decode().splitlines() if line.startswith("adapterd_lora")]
         assert lines == ['adapterd_lora_requests_info{max_lora="8",running_lora_adapters="a,b",waiting_lora_adapters="c"} 1234.5']
     finally:
         metrics.LORA_INFO.clear()
@@ -162,7 +162,7 @@ def test_hits_misses_and_evictions_are_counted_by_tier() -> None:
     before = samples()
     metrics.looked_up("device", False)
     metrics.looked_up("host", True)
-    metrics.evicted("device", 0.5, 100)
+    metrics.adapter_evicted("device", 0.5, 100)
     after = samples()
     grown = {key: after[key] - before[key] for key in after if key[1] in ("device", "host") and after[key] != before.get(key)}
     assert grown == {

@@ -21,7 +21,7 @@ from opentelemetry.proto.trace.v1.trace_pb2 import Span, Status
 from service import __version__
 from service.errors import SettingsError
 from service.telemetry import traces
-from service.telemetry.traces import Part, Trace, Tracer
+from service.telemetry.traces import Trace, TracePart, Tracer
 
 from ..loopback import listening
 from ..test_main import ROOT, ended, environment, run, server
@@ -70,16 +70,16 @@ def asked(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Iterator[Tracer]
     """The tracer of these variables, which has sent everything when the block ends."""
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    made = traces.tracer(os.environ)
+    made = traces.make_tracer(os.environ)
     assert made is not None
     yield made
-    made.close()
+    made.flush_and_close()
 
 
 def done(now: float, failed: bool = False) -> Trace:
-    parts = [Part("queue", now - 3, now - 2.5), Part("decode", now - 2, now - 1)]
+    parts = [TracePart("queue", now - 3, now - 2.5), TracePart("decode", now - 2, now - 1)]
     fields = {"id": "abc", "method": "POST", "status": 200, "adapter": "x", "prompt_tokens": 4, "ms": 3000.0, "outcome": "length"}
-    return Trace(Part("POST /generate", now - 3, now), parts, fields, {"traceparent": PARENT}, failed)
+    return Trace(TracePart("POST /generate", now - 3, now), parts, fields, {"traceparent": PARENT}, failed)
 
 
 def values(span: Span) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def values(span: Span) -> dict[str, Any]:
 
 def test_a_request_arrives_as_a_span_under_its_caller_with_its_parts_below(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
     with asked(monkeypatch, OTEL_EXPORTER_OTLP_ENDPOINT=collector.url) as tracer:
-        tracer.record(done(time.monotonic()))
+        tracer.record_request(done(time.monotonic()))
     queue, decode, whole = sorted(collector.spans, key=lambda span: (span.parent_span_id.hex() == "b7ad6b7169203331", span.name != "queue"))
     assert whole.trace_id.hex() == "0af7651916cd43dd8448eb211c80319c"
     assert (whole.name, whole.kind, whole.status.code) == ("POST /generate", Span.SPAN_KIND_SERVER, Status.STATUS_CODE_UNSET)
@@ -115,7 +115,7 @@ def test_what_failed_on_our_side_is_an_error_and_the_variables_name_the_service(
 ) -> None:
     variables = {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{collector.url}/v1/traces", "OTEL_SERVICE_NAME": "mine"}
     with asked(monkeypatch, **variables, OTEL_EXPORTER_OTLP_HEADERS="x-token=abc") as tracer:
-        tracer.record(done(time.monotonic(), failed=True))
+        tracer.record_request(done(time.monotonic(), failed=True))
     assert [span.status.code for span in collector.spans if span.name == "POST /generate"] == [Status.STATUS_CODE_ERROR]
     assert collector.resource["service.name"] == "mine"
     assert collector.got[0][0]["x-token"] == "abc"
@@ -132,7 +132,7 @@ def test_what_failed_on_our_side_is_an_error_and_the_variables_name_the_service(
     ],
 )
 def test_without_an_endpoint_there_are_no_traces(variables: dict[str, str]) -> None:
-    assert traces.tracer(variables) is None
+    assert traces.make_tracer(variables) is None
 
 
 def test_a_protocol_that_is_not_spoken_stops_the_start() -> None:
@@ -143,7 +143,7 @@ def test_a_protocol_that_is_not_spoken_stops_the_start() -> None:
 def test_without_the_packages_the_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
     with pytest.raises(SettingsError, match=r"^OTEL_EXPORTER_OTLP_ENDPOINT: .*adapterd\[traces\]"):
-        traces.tracer({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"})
+        traces.make_tracer({"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"})
 
 
 def test_nothing_of_it_is_imported_unless_it_is_asked_for() -> None:
@@ -177,7 +177,7 @@ def test_a_collector_that_is_not_there_does_not_hold_the_exit(monkeypatch: pytes
     with asked(monkeypatch, OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:1", OTEL_EXPORTER_OTLP_TIMEOUT="1") as tracer:
         with monkeypatch.context() as patch:
             patch.setattr(tracer._provider, "shutdown", came.wait)  # as long as a collector that never answers may take
-            closing = threading.Thread(target=tracer.close, daemon=True)
+            closing = threading.Thread(target=tracer.flush_and_close, daemon=True)
             closing.start()
             closing.join(20)
             assert not closing.is_alive()

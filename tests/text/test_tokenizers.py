@@ -16,10 +16,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from service.core.manifest import Manifest, compute_digest, read_manifest
 from service.errors import AdapterInvalid, BadRequest, SettingsError
 from service.text import tokenizers as words
-from service.text.incremental import BROKEN, Decoder
-from service.text.stop_strings import Stops
-from service.text.tokenizers import Voice, Words
-from service.text.tool_calls import Call, Calls, Format, declared
+from service.text.incremental import BROKEN, IncrementalDecoder
+from service.text.stop_strings import StopStrings
+from service.text.tokenizers import AdapterTokenizer, Words
+from service.text.tool_calls import CallFormat, CallParser, ToolCallText, declared_format
 from tests import making
 
 ALPHABET = "aé日😀👩‍👩‍👧 \n.,the wonß한"
@@ -35,11 +35,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-class Text(words.Text):
+class Text(words.Tokenizers):
     """Takes an adapter's files as they are now for those that were registered, unless a test says otherwise."""
 
-    def of(self, digest: str, folder: Path, files: Manifest | None = None) -> Voice:
-        return super().of(digest, folder, read_manifest(folder) if files is None else files)
+    def tokenizer_of(self, digest: str, folder: Path, files: Manifest | None = None) -> AdapterTokenizer:
+        return super().tokenizer_of(digest, folder, read_manifest(folder) if files is None else files)
 
 
 @pytest.fixture(scope="module")
@@ -81,11 +81,11 @@ def id_of(words: Tokenizer, token: str) -> int:
     return int(id)
 
 
-def grown(decoder: Decoder, ids: list[int]) -> list[str]:
-    return [*(decoder.push(id) for id in ids), decoder.flush()]
+def grown(decoder: IncrementalDecoder, ids: list[int]) -> list[str]:
+    return [*(decoder.push_token(id) for id in ids), decoder.flush_held()]
 
 
-def chat(voice: Voice, messages: Sequence[Any], tools: Sequence[Any] | None = None) -> tuple[int, ...]:
+def chat(voice: AdapterTokenizer, messages: Sequence[Any], tools: Sequence[Any] | None = None) -> tuple[int, ...]:
     """The ids of a conversation, its template rendered here, whosever it is."""
     return voice.encode(voice.render_here(voice.render_request(messages, tools, 1000)), special=False)
 
@@ -102,64 +102,64 @@ def texts(count: int) -> Iterator[str]:
 def test_joined_increments_are_the_text(text: Text) -> None:
     for whole in ["a😀日é👩‍👩‍👧b", *texts(200)]:
         ids = list(text.base.encode(whole))
-        assert "".join(grown(text.base.decoder(), ids)) == whole
+        assert "".join(grown(text.base.make_decoder(), ids)) == whole
 
 
 def test_no_increment_holds_a_broken_character(text: Text) -> None:
     for whole in texts(50):
-        assert not [part for part in grown(text.base.decoder(), list(text.base.encode(whole))) if BROKEN in part]
+        assert not [part for part in grown(text.base.make_decoder(), list(text.base.encode(whole))) if BROKEN in part]
 
 
 def test_a_character_cut_short_is_one_replacement(text: Text) -> None:
     ids = list(text.base.encode("a😀"))
-    assert "".join(grown(text.base.decoder(), ids[:-1])) == "a" + BROKEN
+    assert "".join(grown(text.base.make_decoder(), ids[:-1])) == "a" + BROKEN
 
 
 def test_a_run_of_bytes_that_are_no_text_is_not_held_for_ever(text: Text) -> None:
     (first, *_) = text.base.encode("😀")
-    assert any(grown(text.base.decoder(), [first] * 20)[:-1])
+    assert any(grown(text.base.make_decoder(), [first] * 20)[:-1])
 
 
 def test_special_tokens_add_nothing_and_break_nothing(text: Text) -> None:
     ids = text.base.encode("日本")
-    assert "".join(grown(text.base.decoder(), [ids[0], 2, *ids[1:], 1])) == "日本"
+    assert "".join(grown(text.base.make_decoder(), [ids[0], 2, *ids[1:], 1])) == "日本"
 
 
 def test_words_with_leading_spaces_keep_them() -> None:
     words = sentencepiece()
     hello, there, a, x = (id_of(words, w) for w in ("▁Hello", "▁there", "▁a", "x"))
     ids = [1, hello, there, x, 2, a, a]
-    assert "".join(grown(Decoder(words.decode, {1, 2}), ids)) == words.decode(ids) == "Hello therex a a"
+    assert "".join(grown(IncrementalDecoder(words.decode, {1, 2}), ids)) == words.decode(ids) == "Hello therex a a"
 
 
 def test_an_answer_keeps_the_space_behind_its_prompt() -> None:
     words = sentencepiece()
     hello, there = id_of(words, "▁Hello"), id_of(words, "▁there")
-    assert "".join(grown(Decoder(words.decode, {1, 2}, [1, hello]), [there])) == " there"
+    assert "".join(grown(IncrementalDecoder(words.decode, {1, 2}, [1, hello]), [there])) == " there"
 
 
 def test_bytes_of_a_next_character_do_not_take_back_the_last_one() -> None:
     words = sentencepiece()
     ids = [id_of(words, f"<0x{byte:02X}>") for byte in "日本".encode()]
-    assert grown(Decoder(words.decode), ids) == ["", "", "日", "", "", "本", ""]
-    assert "".join(grown(Decoder(words.decode), ids[:4])) == "日" + BROKEN
+    assert grown(IncrementalDecoder(words.decode), ids) == ["", "", "日", "", "", "本", ""]
+    assert "".join(grown(IncrementalDecoder(words.decode), ids[:4])) == "日" + BROKEN
 
 
 def test_a_prompt_that_ends_within_a_character_does_no_harm(text: Text) -> None:
     ids = text.base.encode("a😀b")
-    assert "".join(grown(text.base.decoder(ids[:3]), list(ids[3:]))).endswith("b")
+    assert "".join(grown(text.base.make_decoder(ids[:3]), list(ids[3:]))).endswith("b")
 
 
 def test_a_token_is_shown_with_its_own_space() -> None:
     words = sentencepiece()
-    voice = Voice(Words(words))
-    assert voice.piece(id_of(words, "▁Hello")) == " Hello"
-    assert voice.piece(1) == "<s>"
+    voice = AdapterTokenizer(Words(words))
+    assert voice.token_text(id_of(words, "▁Hello")) == " Hello"
+    assert voice.token_text(1) == "<s>"
 
 
 def test_spaces_in_a_row_keep_them_all() -> None:
     words = sentencepiece()
-    assert Voice(Words(words)).piece(id_of(words, "▁▁▁")) == "   "
+    assert AdapterTokenizer(Words(words)).token_text(id_of(words, "▁▁▁")) == "   "
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "sentencepiece", "words"])
@@ -169,7 +169,7 @@ def test_the_bytes_of_all_tokens_are_the_texts(text: Text, kind: str) -> None:
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words = {"byte-level": text.base.backend, "sentencepiece": sentencepiece(), "words": plain}[kind]
     for whole in ["the hen a"] if kind == "words" else ["x日本 😀  y\ufffd\n", *texts(20)]:
-        voice, ids = Voice(Words(words)), words.encode(whole, add_special_tokens=False).ids
+        voice, ids = AdapterTokenizer(Words(words)), words.encode(whole, add_special_tokens=False).ids
         lead = "" if kind == "byte-level" else " "  # before the first word too, as within a text
         assert b"".join(map(voice.piece_bytes, ids)).decode() == lead + whole
 
@@ -201,32 +201,32 @@ def test_stops_cut_the_same_text_however_it_comes() -> None:
     for _ in range(2000):
         whole = "".join(rng.choice("ab") for _ in range(rng.randrange(1, 30)))
         stops = ["".join(rng.choice("ab") for _ in range(rng.randrange(1, 7))) for _ in range(rng.randrange(1, 4))]
-        filter, kept = Stops(stops), ""
+        filter, kept = StopStrings(stops), ""
         for part in pieces(whole, rng):
-            kept += filter.push(part)
+            kept += filter.push_text(part)
             assert expected(whole, stops).startswith(kept), (whole, stops)
             if filter.found:
                 break
-        kept += "" if filter.found else filter.flush()
+        kept += "" if filter.found else filter.flush_held()
         assert kept == expected(whole, stops), (whole, stops)
 
 
 def test_what_only_looks_like_a_stop_is_let_go() -> None:
-    filter = Stops(["N Q"])
-    assert [filter.push(part) for part in (" M", " N", " O")] == [" M", " ", "N O"]
-    assert filter.push(" N") == " "
-    assert filter.flush() == "N"
+    filter = StopStrings(["N Q"])
+    assert [filter.push_text(part) for part in (" M", " N", " O")] == [" M", " ", "N O"]
+    assert filter.push_text(" N") == " "
+    assert filter.flush_held() == "N"
 
 
 def test_a_stop_tells_which_and_what_came_behind() -> None:
-    filter = Stops(["</s>", ""])
-    assert filter.push("one</") == "one"
-    assert filter.push("s>two") == ""
+    filter = StopStrings(["</s>", ""])
+    assert filter.push_text("one</") == "one"
+    assert filter.push_text("s>two") == ""
     assert (filter.found, filter.rest) == ("</s>", "two")
 
 
 def test_without_stops_everything_passes_at_once() -> None:
-    assert Stops([]).push("abc") == Stops([""]).push("abc") == "abc"
+    assert StopStrings([]).push_text("abc") == StopStrings([""]).push_text("abc") == "abc"
 
 
 # ---- the base's voice
@@ -257,7 +257,7 @@ def test_what_a_template_refuses_is_a_bad_request(text: Text, folder: Path, tmp_
     template = "{{ raise_exception('no messages') if not messages }}{{ '<|im_start|>' + messages[0].role + messages[0].content }}"
     (tmp_path / "chat_template.jinja").write_text(template)
     with pytest.raises(BadRequest, match="messages"):
-        chat(text.of("strict", tmp_path), messages)
+        chat(text.tokenizer_of("strict", tmp_path), messages)
 
 
 def test_a_base_without_a_template_says_so(tmp_path: Path) -> None:
@@ -277,16 +277,16 @@ def test_a_base_without_a_tokenizer_stops_the_start(tmp_path: Path) -> None:
 
 
 def test_an_adapter_without_files_speaks_as_the_base(text: Text, own: Path) -> None:
-    assert text.known("plain") is None
-    assert text.of("plain", own) is text.base
-    assert text.known("plain") is text.base
+    assert text.find_cached("plain") is None
+    assert text.tokenizer_of("plain", own) is text.base
+    assert text.find_cached("plain") is text.base
 
 
 def test_the_last_voices_are_kept(folder: Path, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(words, "KEPT", 2)
     text = Text(folder)
-    assert all(text.of(generation, own) is text.base for generation in "abc")
-    assert [text.known(generation) for generation in "abc"] == [None, text.base, text.base]
+    assert all(text.tokenizer_of(generation, own) is text.base for generation in "abc")
+    assert [text.find_cached(generation) for generation in "abc"] == [None, text.base, text.base]
 
 
 def test_files_that_changed_since_they_were_registered_never_speak_for_that_content(text: Text, own: Path) -> None:
@@ -297,43 +297,43 @@ def test_files_that_changed_since_they_were_registered_never_speak_for_that_cont
     for change in (lambda: template.write_text("new"), lambda: template.write_text("{{"), template.unlink):
         change()
         with pytest.raises(AdapterInvalid, match=r"changed on disk since it was registered: register it again \(PUT\)"):
-            text.of(digest, own, registered)
-        assert text.known(digest) is None
+            text.tokenizer_of(digest, own, registered)
+        assert text.find_cached(digest) is None
     template.write_text("old")
     (own / "tokenizer.json").write_text("{")
     with pytest.raises(AdapterInvalid, match="changed on disk"):
-        text.of(digest, own, registered)
+        text.tokenizer_of(digest, own, registered)
     (own / "tokenizer.json").unlink()
-    assert list(chat(text.of(digest, own, registered), [USER])) == making.ids("old")
+    assert list(chat(text.tokenizer_of(digest, own, registered), [USER])) == making.ids("old")
     template.write_text("new")
-    known = text.known(digest)
+    known = text.find_cached(digest)
     assert known is not None
     assert list(chat(known, [USER])) == making.ids("old"), "what was read once is this content's"
 
 
 def test_a_change_while_the_files_are_read_is_noticed(text: Text, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    template, read = own / "chat_template.jinja", words.Text._read
+    template, read = own / "chat_template.jinja", words.Tokenizers._read_tokenizer
     template.write_text("old")
     registered = read_manifest(own)
 
-    def slow(self: words.Text, folder: Path) -> Voice:
+    def slow(self: words.Tokenizers, folder: Path) -> AdapterTokenizer:
         template.write_text("new")
         return read(self, folder)
 
-    monkeypatch.setattr(words.Text, "_read", slow)
+    monkeypatch.setattr(words.Tokenizers, "_read_tokenizer", slow)
     with pytest.raises(AdapterInvalid, match="changed on disk"):
-        text.of("slow", own, registered)
+        text.tokenizer_of("slow", own, registered)
 
 
 def test_an_adapters_template_comes_before_the_bases(text: Text, own: Path) -> None:
     (own / "chat_template.jinja").write_text("{{ bos_token }}One sentence. {{ messages[-1]['content'] }}")
-    assert list(chat(text.of("jinja", own), [USER])) == making.ids("<|im_start|>One sentence. Hi")
+    assert list(chat(text.tokenizer_of("jinja", own), [USER])) == making.ids("<|im_start|>One sentence. Hi")
 
 
 def test_a_template_in_the_tokenizers_config_counts_and_so_do_its_tokens(text: Text, own: Path) -> None:
     settings = {"chat_template": "{{ eos_token }}{{ messages[0].content }}", "eos_token": {"content": "<|endoftext|>"}}
     (own / "tokenizer_config.json").write_text(json.dumps(settings))
-    voice = text.of("config", own)
+    voice = text.tokenizer_of("config", own)
     assert list(chat(voice, [USER])) == making.ids("<|endoftext|>Hi")
     assert voice.eos == {0, 2, 7}
 
@@ -341,14 +341,14 @@ def test_a_template_in_the_tokenizers_config_counts_and_so_do_its_tokens(text: T
 def test_named_templates_are_chosen_by_need(text: Text, own: Path) -> None:
     named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "{{ tools[0].function.name }}"}]
     (own / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    voice = text.of("named", own)
+    voice = text.tokenizer_of("named", own)
     assert list(chat(voice, [USER])) == making.ids("plain")
     assert list(chat(voice, [USER], [{"type": "function", "function": {"name": "add"}}])) == making.ids("add")
 
 
 def test_an_adapters_own_eos_ends_its_answers_too(text: Text, own: Path) -> None:
     (own / "generation_config.json").write_text(json.dumps({"eos_token_id": [9]}))
-    assert text.of("eos", own).eos == {2, 7, 9}
+    assert text.tokenizer_of("eos", own).eos == {2, 7, 9}
 
 
 def saved_words(folder: Path) -> dict[str, Any]:
@@ -358,16 +358,16 @@ def saved_words(folder: Path) -> dict[str, Any]:
 
 def test_a_file_that_says_the_same_in_another_way_shares_the_bases_tokenizer(text: Text, folder: Path, own: Path) -> None:
     shutil.copyfile(folder / "tokenizer.json", own / "tokenizer.json")
-    assert text.of("same", own).backend is text.base.backend
+    assert text.tokenizer_of("same", own).backend is text.base.backend
     (own / "tokenizer.json").write_text(json.dumps(saved_words(folder), indent=4))
-    assert text.of("reformatted", own).backend is text.base.backend
+    assert text.tokenizer_of("reformatted", own).backend is text.base.backend
     cut = Tokenizer.from_file(str(folder / "tokenizer.json"))
     cut.enable_truncation(4)
     cut.enable_padding(length=9, pad_id=2, pad_token="<|im_end|>")
     cut.save(str(own / "tokenizer.json"))
-    assert text.of("for training", own).backend is text.base.backend
+    assert text.tokenizer_of("for training", own).backend is text.base.backend
     making.tokenizer().save_pretrained(own)
-    assert text.of("saved beside", own).backend is text.base.backend
+    assert text.tokenizer_of("saved beside", own).backend is text.base.backend
 
 
 BOS = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}
@@ -391,7 +391,7 @@ PART = {"id": 75, "content": "i", "special": True, "single_word": False, "lstrip
 )
 def test_the_same_vocabulary_used_in_another_way_is_the_adapters_own(text: Text, folder: Path, own: Path, changed: Any) -> None:
     (own / "tokenizer.json").write_text(json.dumps(saved_words(folder) | changed))
-    voice, right = text.of(str(changed), own), Tokenizer.from_file(str(own / "tokenizer.json"))
+    voice, right = text.tokenizer_of(str(changed), own), Tokenizer.from_file(str(own / "tokenizer.json"))
     assert list(voice.encode("Hi")) == right.encode("Hi").ids
     assert voice.decode([42, 75]) == right.decode([42, 75])
     assert (list(voice.encode("Hi")), voice.decode([42, 75])) != (making.ids("Hi"), "Hi")
@@ -406,14 +406,14 @@ def test_settings_that_add_tokens_or_use_them_in_another_way_count(text: Text, f
     shutil.copyfile(folder / "tokenizer.json", own / "tokenizer.json")
     extra = {"added_tokens_decoder": {"269": {"content": "<|extra|>", "special": True}}}
     (own / "tokenizer_config.json").write_text(json.dumps(extra))
-    assert text.of("extra", own).encode("<|extra|>Hi") == (269, *making.ids("Hi"))
+    assert text.tokenizer_of("extra", own).encode("<|extra|>Hi") == (269, *making.ids("Hi"))
     (own / "tokenizer_config.json").write_text(json.dumps({"additional_special_tokens": ["<|extra|>"]}))
-    assert text.of("listed", own).encode("<|extra|>Hi") == (269, *making.ids("Hi"))
+    assert text.tokenizer_of("listed", own).encode("<|extra|>Hi") == (269, *making.ids("Hi"))
     greedy = {"added_tokens_decoder": {"2": {**EOS, "lstrip": True}}}
     (own / "tokenizer_config.json").write_text(json.dumps(greedy))
-    assert text.of("greedy", own).encode("Hi <|im_end|>") == (*making.ids("Hi"), 2)
+    assert text.tokenizer_of("greedy", own).encode("Hi <|im_end|>") == (*making.ids("Hi"), 2)
     (own / "tokenizer_config.json").write_text(json.dumps({"split_special_tokens": True}))
-    assert 2 not in text.of("split", own).encode("Hi<|im_end|>")
+    assert 2 not in text.tokenizer_of("split", own).encode("Hi<|im_end|>")
 
 
 def test_settings_that_name_only_what_the_base_has_load_nothing(
@@ -424,21 +424,21 @@ def test_settings_that_name_only_what_the_base_has_load_nothing(
     shutil.copyfile(folder / "tokenizer.json", own / "tokenizer.json")
     settings = {"added_tokens_decoder": {"2": EOS}, "pad_token": "<|endoftext|>", "extra_special_tokens": ["<|im_start|>"]}
     (own / "tokenizer_config.json").write_text(json.dumps({**settings, "padding_side": "left", "add_bos_token": True}))
-    assert text.of("nothing new", own).backend is text.base.backend
+    assert text.tokenizer_of("nothing new", own).backend is text.base.backend
 
 
 def test_another_vocabulary_is_the_adapters_own(text: Text, folder: Path, own: Path) -> None:
     more = Tokenizer.from_file(str(folder / "tokenizer.json"))
     more.add_special_tokens(["<|extra|>"])
     more.save(str(own / "tokenizer.json"))
-    voice = text.of("more", own)
+    voice = text.tokenizer_of("more", own)
     assert voice.encode("<|extra|>") == (text.base.backend.get_vocab_size(),)
     assert not voice.words.own_vocabulary, "the base's words mean what they meant"
     saved = saved_words(folder)
     vocabulary = saved["model"]["vocab"]
     saved["model"]["vocab"] = vocabulary | {"H": vocabulary["i"], "i": vocabulary["H"]}
     (own / "tokenizer.json").write_text(json.dumps(saved))
-    swapped = text.of("swapped", own)
+    swapped = text.tokenizer_of("swapped", own)
     assert swapped.encode("Hi") == tuple(reversed(making.ids("Hi")))
     assert swapped.words.own_vocabulary
 
@@ -448,20 +448,20 @@ def test_adapters_with_the_same_content_share_one_tokenizer(text: Text, folder: 
         (tmp_path / name).mkdir()
         (tmp_path / name / "tokenizer.json").write_text(json.dumps(saved_words(folder) | {"normalizer": {"type": "Lowercase"}}))
         (tmp_path / name / "tokenizer_config.json").write_text(json.dumps({"chat_template": f"{name} has its own template"}))
-    first, second = (text.of(f"shares {name}", tmp_path / name) for name in "ab")
+    first, second = (text.tokenizer_of(f"shares {name}", tmp_path / name) for name in "ab")
     assert first.backend is second.backend is not text.base.backend
 
 
 def test_of_tokenizers_of_their_own_few_are_kept(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(words, "OWN_KEPT", 2)
     text = Text(folder)
-    text.of("none", tmp_path)
+    text.tokenizer_of("none", tmp_path)
     for name in "abc":
         (tmp_path / name).mkdir()
         changed = {"normalizer": {"type": "Replace", "pattern": {"String": name}, "content": ""}}
         (tmp_path / name / "tokenizer.json").write_text(json.dumps(saved_words(folder) | changed))
-        text.of(name, tmp_path / name)
-    assert [text.known(name) is not None for name in ("none", *"abc")] == [True, False, True, True]
+        text.tokenizer_of(name, tmp_path / name)
+    assert [text.find_cached(name) is not None for name in ("none", *"abc")] == [True, False, True, True]
 
 
 def vocabulary_files(saved: dict[str, Any], folder: Path) -> None:
@@ -477,7 +477,7 @@ def test_a_vocabulary_and_its_merges_are_a_tokenizer_too(text: Text, folder: Pat
     saved["model"]["vocab"] = vocabulary | {"H": vocabulary["i"], "i": vocabulary["H"]}
     vocabulary_files(saved, own)
     (own / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Qwen2Tokenizer"}))
-    assert text.of("qwen", own).encode("Hi") == tuple(reversed(making.ids("Hi")))
+    assert text.tokenizer_of("qwen", own).encode("Hi") == tuple(reversed(making.ids("Hi")))
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json"])
@@ -489,7 +489,7 @@ def test_what_cannot_be_made_a_tokenizer_is_refused_by_name(text: Text, folder: 
         if other != name:
             (own / other).unlink()
     with pytest.raises(AdapterInvalid, match=rf"{name}.*tokenizer\.json"):
-        text.of(f"only {name}", own)
+        text.tokenizer_of(f"only {name}", own)
 
 
 def test_the_bases_own_older_files_are_no_other_tokenizer(folder: Path, tmp_path: Path) -> None:
@@ -499,12 +499,12 @@ def test_the_bases_own_older_files_are_no_other_tokenizer(folder: Path, tmp_path
     for place in (base, own):
         vocabulary_files(saved_words(folder), place)
     text = Text(base)
-    assert text.of("older", own).backend is text.base.backend
+    assert text.tokenizer_of("older", own).backend is text.base.backend
 
 
 def test_a_template_that_a_processor_saved_counts(text: Text, own: Path, folder: Path, tmp_path: Path) -> None:
     (own / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0].content }} of a processor"}))
-    assert list(chat(text.of("processor", own), [USER])) == making.ids("Hi of a processor")
+    assert list(chat(text.tokenizer_of("processor", own), [USER])) == making.ids("Hi of a processor")
     base = tmp_path / "base"
     shutil.copytree(folder, base)
     (base / "chat_template.jinja").unlink()
@@ -515,23 +515,23 @@ def test_a_template_that_a_processor_saved_counts(text: Text, own: Path, folder:
 def test_only_what_is_not_the_bases_own_is_a_strangers_template(text: Text, folder: Path, own: Path) -> None:
     shutil.copyfile(folder / "chat_template.jinja", own / "chat_template.jinja")
     (own / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "padding_side": "left"}))
-    assert not text.of("the same template", own).own_template
+    assert not text.tokenizer_of("the same template", own).own_template
     (own / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
-    assert text.of("the same with other tokens", own).own_template
+    assert text.tokenizer_of("the same with other tokens", own).own_template
     (own / "tokenizer_config.json").unlink()
     (own / "chat_template.jinja").write_text(making.TEMPLATE + " ")
-    assert text.of("another template", own).own_template
+    assert text.tokenizer_of("another template", own).own_template
 
 
 def test_a_template_has_a_length(text: Text, own: Path) -> None:
     (own / "chat_template.jinja").write_text("x" * 1_000_001)
     with pytest.raises(AdapterInvalid, match="the chat template has 1000001 characters; 1000000 are the most"):
-        text.of("too long", own)
+        text.tokenizer_of("too long", own)
     (own / "chat_template.jinja").unlink()
     halves = [{"name": name, "template": "x" * 500_001} for name in ("default", "tool_use")]
     (own / "tokenizer_config.json").write_text(json.dumps({"chat_template": halves}))
     with pytest.raises(AdapterInvalid, match="1000002 characters"):
-        text.of("too long in parts", own)
+        text.tokenizer_of("too long in parts", own)
 
 
 def test_tokenizer_files_at_which_the_library_panics_are_the_adapters_fault_too(text: Text, own: Path) -> None:
@@ -539,12 +539,12 @@ def test_tokenizer_files_at_which_the_library_panics_are_the_adapters_fault_too(
     words = json.loads(making.tokenizer().backend_tokenizer.to_str())
     (own / "tokenizer.json").write_text(json.dumps(words | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}))
     with pytest.raises(AdapterInvalid, match="tokenizer files cannot be read"):
-        text.of("panics", own)
+        text.tokenizer_of("panics", own)
     late = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "x"}
     words["model"]["vocab"]["a word of its own"] = 1000
     (own / "tokenizer.json").write_text(json.dumps(words | {"normalizer": late}))
     with pytest.raises(BadRequest, match="fails at this text"):
-        text.of("panics later", own).encode("a" * 40 + "!")
+        text.tokenizer_of("panics later", own).encode("a" * 40 + "!")
 
 
 def test_other_threads_run_while_a_long_text_is_tokenized(text: Text) -> None:
@@ -564,48 +564,48 @@ def test_other_threads_run_while_a_long_text_is_tokenized(text: Text) -> None:
 
 
 def test_many_answers_with_the_same_stop_strings_prepare_them_once() -> None:
-    assert Stops(["ab" * 500])._falls[0] is Stops(["ab" * 500])._falls[0]
+    assert StopStrings(["ab" * 500])._falls[0] is StopStrings(["ab" * 500])._falls[0]
 
 
 def test_broken_tokenizer_files_are_the_adapters_fault(text: Text, own: Path) -> None:
     (own / "tokenizer.json").write_text("{")
     with pytest.raises(AdapterInvalid, match="tokenizer"):
-        text.of("broken", own)
+        text.tokenizer_of("broken", own)
 
 
 # ---- tool calls
 
 
-def calls(whole: str, format: Format | None, rng: random.Random, forced: bool = False) -> tuple[str, list[Call]]:
-    reading = Calls(format, ["add", "now"], forced)
-    content = "".join(reading.push(part) for part in pieces(whole, rng))
-    rest, found = reading.finish()
+def calls(whole: str, format: CallFormat | None, rng: random.Random, forced: bool = False) -> tuple[str, list[ToolCallText]]:
+    reading = CallParser(format, ["add", "now"], forced)
+    content = "".join(reading.push_text(part) for part in pieces(whole, rng))
+    rest, found = reading.finish_calls()
     return content + rest, found
 
 
 ADD = '{"name": "add", "arguments": {"a": 1, "b": "é"}}'
-ADDED = Call("add", '{"a": 1, "b": "é"}')
-NOW = Call("now", "{}")
+ADDED = ToolCallText("add", '{"a": 1, "b": "é"}')
+NOW = ToolCallText("now", "{}")
 
 
 @pytest.mark.parametrize(
     ("format", "whole", "content", "found"),
     [
-        (Format.HERMES, f"<tool_call>\n{ADD}\n</tool_call>", "", [ADDED]),
-        (Format.HERMES, f'Well. <tool_call>{ADD}</tool_call>\n<tool_call>{{"name": "now"}}</tool_call>', "Well. ", [ADDED, NOW]),
-        (Format.HERMES, f"\n{ADD}\n", "\n", [ADDED]),
-        (Format.HERMES, "a <tool_cal is no call", "a <tool_cal is no call", []),
-        (Format.HERMES, "<tool_call>{broken</tool_call>", "<tool_call>{broken</tool_call>", []),
-        (Format.HERMES, '{"name": "unknown", "arguments": {}}', '{"name": "unknown", "arguments": {}}', []),
-        (Format.MISTRAL, f"[TOOL_CALLS][{ADD}, {ADD}]", "", [ADDED, ADDED]),
-        (Format.MISTRAL, f"[{ADD}]", "", [ADDED]),
-        (Format.LLAMA, '{"name": "now", "parameters": {}}; ' + ADD.replace("arguments", "parameters"), "", [NOW, ADDED]),
-        (Format.LLAMA, f"<|python_tag|>{ADD}", "", [ADDED]),
-        (Format.HERMES, "[" * 5000, "[" * 5000, []),
+        (CallFormat.HERMES, f"<tool_call>\n{ADD}\n</tool_call>", "", [ADDED]),
+        (CallFormat.HERMES, f'Well. <tool_call>{ADD}</tool_call>\n<tool_call>{{"name": "now"}}</tool_call>', "Well. ", [ADDED, NOW]),
+        (CallFormat.HERMES, f"\n{ADD}\n", "\n", [ADDED]),
+        (CallFormat.HERMES, "a <tool_cal is no call", "a <tool_cal is no call", []),
+        (CallFormat.HERMES, "<tool_call>{broken</tool_call>", "<tool_call>{broken</tool_call>", []),
+        (CallFormat.HERMES, '{"name": "unknown", "arguments": {}}', '{"name": "unknown", "arguments": {}}', []),
+        (CallFormat.MISTRAL, f"[TOOL_CALLS][{ADD}, {ADD}]", "", [ADDED, ADDED]),
+        (CallFormat.MISTRAL, f"[{ADD}]", "", [ADDED]),
+        (CallFormat.LLAMA, '{"name": "now", "parameters": {}}; ' + ADD.replace("arguments", "parameters"), "", [NOW, ADDED]),
+        (CallFormat.LLAMA, f"<|python_tag|>{ADD}", "", [ADDED]),
+        (CallFormat.HERMES, "[" * 5000, "[" * 5000, []),
         (None, ADD, ADD, []),
     ],
 )
-def test_calls_are_read_however_the_text_comes(format: Format | None, whole: str, content: str, found: list[Call]) -> None:
+def test_calls_are_read_however_the_text_comes(format: CallFormat | None, whole: str, content: str, found: list[ToolCallText]) -> None:
     for seed in range(30):
         got, read = calls(whole, format, random.Random(seed))
         assert (got.strip(), read) == (content.strip(), found)
@@ -616,14 +616,14 @@ def test_a_forced_call_is_read_in_any_format() -> None:
 
 
 def test_a_template_declares_its_format() -> None:
-    assert declared("... <tool_call> ...") is Format.HERMES
-    assert declared("[TOOL_CALLS] [") is Format.MISTRAL
-    assert declared("<|python_tag|>") is Format.LLAMA
-    assert declared("{{ tools }}") is None
+    assert declared_format("... <tool_call> ...") is CallFormat.HERMES
+    assert declared_format("[TOOL_CALLS] [") is CallFormat.MISTRAL
+    assert declared_format("<|python_tag|>") is CallFormat.LLAMA
+    assert declared_format("{{ tools }}") is None
 
 
 def test_a_template_without_tools_takes_none(text: Text, own: Path) -> None:
     with pytest.raises(BadRequest, match="tools"):
-        text.base.format()
+        text.base.tool_format()
     (own / "chat_template.jinja").write_text("{{ tools }}<tool_call>")
-    assert text.of("tools", own).format() is Format.HERMES
+    assert text.tokenizer_of("tools", own).tool_format() is CallFormat.HERMES

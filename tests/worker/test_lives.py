@@ -12,17 +12,17 @@ from typing import Any, ClassVar
 
 import pytest
 
-from service.core.adapter import Adapter, Lane, Tier
-from service.core.messages import Load, Order, Report
+from service.core.adapter import Adapter, ExecutionPath, Tier
+from service.core.messages import Command, Load, Report
 from service.core.request import Event, Finish
 from service.engine.plan import Plan, Result
 from service.settings import Settings
 from service.worker import client as client_module
 from service.worker import loop as worker_module
-from service.worker.client import Client
+from service.worker.client import WorkerClient
 from service.worker.loader import Loader
 from service.worker.loop import Worker
-from service.worker.supervisor import State, Ward
+from service.worker.supervisor import WorkerListener, WorkerState
 from service.worker.ticket import Ticket
 from tests.fakes import FakeRunner, adapter, card, expected
 
@@ -43,21 +43,21 @@ class Device(FakeRunner):
     fate: Exception | Death | None = None
     bad: ClassVar[str] = adapter("bad").digest
 
-    def load(self, adapter: Adapter) -> int:
+    def load_adapter(self, adapter: Adapter) -> int:
         if adapter.weights == "missing":
-            return super().load(adapter)
+            return super().load_adapter(adapter)
         self.host[adapter.digest] = adapter  # a late one may come again
         return adapter.size
 
-    def step(self, plan: Plan) -> list[Result]:
+    def run_step(self, plan: Plan) -> list[Result]:
         fate, self.fate = self.fate, None
         if fate is not None:
             raise fate
         for at, chunk in enumerate(plan.chunks):
             if chunk.adapter == self.bad:
-                super().step(replace(plan, chunks=plan.chunks[:at]))
+                super().run_step(replace(plan, chunks=plan.chunks[:at]))
                 raise TypeError("a tuple has no shape")
-        return super().step(plan)
+        return super().run_step(plan)
 
 
 class SlowLoader(Loader):
@@ -69,26 +69,26 @@ class SlowLoader(Loader):
         self._runner = runner
         self.reading: list[Adapter] = []
 
-    def read(self, adapter: Adapter) -> None:
+    def read_adapter(self, adapter: Adapter) -> None:
         self.deadline = time.monotonic() + 1000
         self.reading.append(adapter)
 
-    def end(self) -> None:
+    def end_reading(self) -> None:
         return None
 
     def deliver(self, broken: bool = False) -> None:
         if self.reading:
             one = self.reading.pop()
-            size, code, error = (0, "adapter_invalid", "it broke off") if broken else self._load(one)
+            size, code, error = (0, "adapter_invalid", "it broke off") if broken else self._load_adapter(one)
             self._done.send((Load(one.digest, 0.1, size, error), code))
 
 
 class Keeper:
     """A supervisor whose workers run in the test's own thread, a turn at a time."""
 
-    def __init__(self, ward: Ward) -> None:
+    def __init__(self, ward: WorkerListener) -> None:
         self.ward = ward
-        self.state, self.reason, self.stage, self.fraction, self.heard = State.LOADING, "", "", 0.0, 0.0
+        self.state, self.reason, self.stage, self.fraction, self.heard = WorkerState.LOADING, "", "", 0.0, 0.0
         self.base = card(SETTINGS)
         self.device = Device()
         self.worker: Worker | None = None
@@ -97,10 +97,10 @@ class Keeper:
         self.ours, theirs = Pipe()
         self.device = Device(self.base.rows, self.base.context, self.base.pool_rank)
         self.worker = Worker(theirs, self.device, self.base, SETTINGS)
-        self.state = State.READY
-        self.ward.opened()
+        self.state = WorkerState.READY
+        self.ward.on_worker_ready()
 
-    def send(self, order: Order) -> bool:
+    def send(self, order: Command) -> bool:
         if self.worker is not None:
             self.ours.send(order)
         return self.worker is not None
@@ -109,8 +109,8 @@ class Keeper:
         if self.worker is None:
             return
         try:
-            self.worker._listen(False)
-            self.worker._turn()
+            self.worker._receive_commands(False)
+            self.worker._run_turn()
         except Death:
             self.die()
             return
@@ -123,12 +123,12 @@ class Keeper:
         while self.worker is not None and self.ours.poll():
             report = self.ours.recv()
             assert isinstance(report, Report)
-            self.ward.report(report)
+            self.ward.on_report(report)
 
     def die(self) -> None:
         self.hear()  # its last words
-        self.worker, self.state = None, State.RESTARTING
-        self.ward.lost("the worker died (SIGKILL)", for_good=False)
+        self.worker, self.state = None, WorkerState.RESTARTING
+        self.ward.on_worker_lost("the worker died (SIGKILL)", for_good=False)
 
     @property
     def loaders(self) -> list[Any]:
@@ -138,7 +138,7 @@ class Keeper:
 @dataclass
 class World:
     rng: random.Random
-    client: Client
+    client: WorkerClient
     keeper: Keeper
     adapters: list[Adapter]
     calm: bool = False
@@ -169,34 +169,34 @@ class World:
         rng.choices(list(deeds), list(deeds.values()))[0](chosen)
 
     def ask(self, chosen: Adapter) -> None:
-        if self.keeper.state is State.READY and len(self.open()) < 20:
+        if self.keeper.state is WorkerState.READY and len(self.open()) < 20:
             prompt = (
                 *[self.rng.randrange(2)] * self.rng.choice((0, 18)),
                 *(self.rng.randrange(50) for _ in range(self.rng.randrange(1, 20))),
             )
-            self.tickets.append(self.client.submit(prompt, self.rng.randrange(0, 9), self.rng.choice((None, chosen.digest))))
+            self.tickets.append(self.client.submit_request(prompt, self.rng.randrange(0, 9), self.rng.choice((None, chosen.digest))))
 
     def leave(self, _: Adapter) -> None:
         if self.tickets:
-            self.rng.choice(self.tickets).cancel(stopped=self.rng.random() < 0.3)
+            self.rng.choice(self.tickets).cancel_request(stopped=self.rng.random() < 0.3)
 
     def expire(self, _: Adapter) -> None:
         if found := self.open():
             ticket = self.rng.choice(found)
             self.expired.add(ticket.request.id)
-            self.client._expire(ticket)
+            self.client._expire_request(ticket)
 
     def offer(self, chosen: Adapter) -> None:
-        self.client.offer(chosen, pinned=self.rng.random() < 0.1, preload=self.rng.random() < 0.5)
+        self.client.add_adapter(chosen, pinned=self.rng.random() < 0.1, preload=self.rng.random() < 0.5)
 
     def pin(self, chosen: Adapter) -> None:
-        self.client.pin(chosen.digest, self.rng.random() < 0.4)
+        self.client.pin_adapter(chosen.digest, self.rng.random() < 0.4)
 
     def drop(self, chosen: Adapter) -> None:
-        self.waits.append(asyncio.create_task(self.client.drop(chosen.digest)))
+        self.waits.append(asyncio.create_task(self.client.remove_adapter(chosen.digest)))
 
     def wait(self, chosen: Adapter) -> None:
-        self.waits.append(asyncio.create_task(self.client.loaded(chosen.digest)))
+        self.waits.append(asyncio.create_task(self.client.wait_until_loaded(chosen.digest)))
 
     def deliver(self, _: Adapter) -> None:
         for loader in self.rng.sample(self.keeper.loaders, len(self.keeper.loaders)):
@@ -254,7 +254,7 @@ class World:
         assert self.client.pool == worker.scheduler.adapters.pool.layout
         for one in self.adapters:
             true = Tier.DEVICE if one.digest in device.placed else Tier.HOST if one.digest in device.host else Tier.DISK
-            assert self.client.tier(one.digest) is true
+            assert self.client.tier_of(one.digest) is true
         offers = self.client._offers
         assert offers._tiers.keys() | offers._sizes.keys() | offers._loads.keys() <= offers._offers.keys(), "what is gone is forgotten"
 
@@ -296,10 +296,10 @@ async def live(seed: int, monkeypatch: pytest.MonkeyPatch, calm: bool = False) -
     rng = random.Random(seed)
     monkeypatch.setattr(client_module, "Supervisor", lambda settings, factory, ward: Keeper(ward))
     monkeypatch.setattr(worker_module, "Loader", SlowLoader)
-    client = Client(SETTINGS)
+    client = WorkerClient(SETTINGS)
     keeper: Any = client._worker
     adapters = [adapter(f"a{i}", rank=rng.choice((2, 4, 8, 16)), size=rng.randrange(200_000, 1_500_000)) for i in range(6)]
-    adapters += [adapter("shadow", lane=Lane.SHADOW), adapter("unreadable", readable=False)]
+    adapters += [adapter("shadow", lane=ExecutionPath.SHADOW), adapter("unreadable", readable=False)]
     adapters += [adapter("bad")] * (4 if calm else 1)
     world = World(rng, client, keeper, adapters, calm)
     keeper.spawn()
@@ -310,7 +310,7 @@ async def live(seed: int, monkeypatch: pytest.MonkeyPatch, calm: bool = False) -
                 await asyncio.sleep(0)
         keeper.turn()
     for one in adapters:
-        client.pin(one.digest, False)
+        client.pin_adapter(one.digest, False)
     world.rest()
     for _ in range(5):
         await asyncio.sleep(0)

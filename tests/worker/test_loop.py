@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 
 from service.core.adapter import Adapter, Placement, Tier
-from service.core.messages import Broken, Drop, Load, Notice, Offer, Order, Report, Shutdown, Submit
+from service.core.messages import AddAdapter, CannotStart, Command, Load, Message, RemoveAdapter, Report, Shutdown, Submit
 from service.core.request import Event, Finish, Request
 from service.engine.plan import Plan, Result
 from service.errors import SettingsError
 from service.settings import Faults, Settings
 from service.worker import loader, memory
-from service.worker.loop import RAISED_TWICE, Factory, Worker, serve
+from service.worker.loop import RAISED_TWICE, Factory, Worker, serve_worker
 from tests.fakes import FakeRunner, adapter, card, expected
 
 
@@ -38,13 +38,13 @@ class Desk:
         self.thread = threading.Thread(target=work)
         self.thread.start()
 
-    def send(self, *orders: Order) -> None:
+    def send(self, *orders: Command) -> None:
         for order in orders:
             self.connection.send(order)
 
-    def hear(self) -> Notice:
+    def hear(self) -> Message:
         assert self.connection.poll(20), "the worker says nothing"
-        notice: Notice = self.connection.recv()
+        notice: Message = self.connection.recv()
         return notice
 
     def report(self, of: Callable[[Report], object]) -> Report:
@@ -74,7 +74,7 @@ class Balky(FakeRunner):
         self.released, self.arrived = threading.Event(), threading.Event()
         self.lengths: list[int] = []
 
-    def load(self, adapter: Any) -> int:
+    def load_adapter(self, adapter: Any) -> int:
         if self.wrong == "disk":
             raise FileNotFoundError(2, "No such file or directory", "/secret/place")
         if self.wrong == "memory":
@@ -86,15 +86,15 @@ class Balky(FakeRunner):
             self.arrived.wait()
             time.sleep(0.3)  # so that what has arrived is taken first
             raise FileNotFoundError(2, "No such file or directory")
-        size = super().load(adapter)
+        size = super().load_adapter(adapter)
         self.arrived.set()
         return size
 
-    def step(self, plan: Plan) -> list[Result]:
+    def run_step(self, plan: Plan) -> list[Result]:
         if (self.wrong == "place" and plan.place) or (self.wrong == "step" and plan.chunks):
             raise RuntimeError("the device said no")
         self.lengths += [len(chunk.tokens) for chunk in plan.chunks]
-        return super().step(plan)
+        return super().run_step(plan)
 
 
 @contextmanager
@@ -109,7 +109,7 @@ def worker(runner: FakeRunner | None = None, **chosen: Any) -> AbstractContextMa
     settings = Settings(**({"pool_rank": 16, "max_rank": 16} | chosen))
     fake = card(settings)
     made = runner or FakeRunner(fake.rows, fake.context, fake.pool_rank)
-    return desk(lambda connection: Worker(connection, made, fake, settings).run())
+    return desk(lambda connection: Worker(connection, made, fake, settings).run_loop())
 
 
 def test_it_says_who_starts_before_the_step_that_may_kill_it() -> None:
@@ -135,22 +135,22 @@ def test_prompts_are_cut_as_the_settings_say_and_nothing_waits_between_their_par
 def test_it_tells_what_it_read_placed_and_dropped() -> None:
     each = adapter("a", size=321)
     with worker() as desk:
-        desk.send(Offer(each, preload=True))
+        desk.send(AddAdapter(each, preload=True))
         read = desk.report(lambda report: report.loads)
         (load,) = read.loads
         assert (load.digest, load.size, load.error) == (each.digest, 321, "")
         assert (read.pool, read.tiers) == ((Placement(each.digest, 0, 4),), ((each.digest, Tier.DEVICE),))
         assert [digest for digest, _ in desk.report(lambda report: report.placed).placed] == [each.digest]
-        desk.send(Offer(each, preload=True))
+        desk.send(AddAdapter(each, preload=True))
         assert desk.report(lambda report: report.loads).loads == (Load(each.digest, 0.0, 321),)
-        desk.send(Drop(each.digest))
+        desk.send(RemoveAdapter(each.digest))
         assert desk.report(lambda report: report.dropped).dropped == ((each.digest, 321),)
 
 
 def test_it_shows_signs_of_life_while_it_waits_for_a_disk() -> None:
     each = adapter("a")
     with worker(faults=Faults(slow_load=1.0), request_timeout_s=0.5) as desk:
-        desk.send(Offer(each), Submit(Request(1, (5,), 1, each.digest)))
+        desk.send(AddAdapter(each), Submit(Request(1, (5,), 1, each.digest)))
         for _ in range(3):
             desk.report(lambda report: report == Report(gauges=report.gauges) and report.gauges.waiting == 1)
 
@@ -163,7 +163,7 @@ def test_an_adapter_that_fails_says_why_shows_no_path_and_may_be_tried_again(wro
     runner, each = Balky(), adapter("a")
     runner.wrong = wrong
     with worker(runner) as desk:
-        desk.send(Offer(each, preload=True, pinned=True), Submit(Request(1, (5,), 1, each.digest)))
+        desk.send(AddAdapter(each, preload=True, pinned=True), Submit(Request(1, (5,), 1, each.digest)))
         event = desk.event()
         assert (event.finish, event.code) == (Finish.FAILED, code)
         assert words in event.message
@@ -180,10 +180,10 @@ def test_a_disk_that_hangs_fails_its_adapter_and_no_other(monkeypatch: pytest.Mo
     runner, stuck, fine = Balky(), adapter("stuck"), adapter("fine")
     runner.wrong = "hang"
     with worker(runner, request_timeout_s=0.5) as desk:
-        desk.send(Offer(stuck, preload=True))
+        desk.send(AddAdapter(stuck, preload=True))
         while runner.wrong:  # until it hangs
             time.sleep(0.01)
-        desk.send(Offer(fine), Submit(Request(1, (5,), 1, fine.digest)))
+        desk.send(AddAdapter(fine), Submit(Request(1, (5,), 1, fine.digest)))
         (load,) = desk.report(lambda report: report.loads).loads
         assert (load.digest, load.error) == (stuck.digest, "reading the adapter's files took too long")
         token = desk.event().token
@@ -197,7 +197,7 @@ def given_up(runner: Balky, late: Adapter, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setattr(loader, "READ_S", 0.2)
     runner.wrong = "hang"
     with worker(runner, request_timeout_s=0.5) as desk:
-        desk.send(Offer(late, preload=True))
+        desk.send(AddAdapter(late, preload=True))
         assert desk.report(lambda report: report.loads).loads[0].error
         yield desk
 
@@ -229,10 +229,12 @@ def test_what_comes_late_is_not_kept_for_a_second_reading_that_fails(monkeypatch
 
 
 def test_what_does_not_fit_the_memory_that_is_left_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "free", lambda: 1000)
+    monkeypatch.setattr(memory, "free_bytes", lambda: 1000)
     large, small = adapter("large", size=1001), adapter("small", size=1000)
     with worker() as desk:
-        desk.send(Offer(large), Offer(small), Submit(Request(1, (5,), 1, large.digest)), Submit(Request(2, (5,), 1, small.digest)))
+        desk.send(
+            AddAdapter(large), AddAdapter(small), Submit(Request(1, (5,), 1, large.digest)), Submit(Request(2, (5,), 1, small.digest))
+        )
         event = desk.event()
         assert (event.request, event.finish, event.code) == (1, Finish.FAILED, "overloaded")
         assert "it takes 1001 bytes, 1000 are free" in event.message
@@ -243,7 +245,7 @@ def test_a_placement_that_raises_is_taken_back() -> None:
     runner, each = Balky(), adapter("a")
     runner.wrong = "place"
     with worker(runner) as desk:
-        desk.send(Offer(each, preload=True))
+        desk.send(AddAdapter(each, preload=True))
         done = desk.report(lambda report: (each.digest, Tier.DEVICE) in report.tiers)
         undone = desk.report(lambda report: report.tiers)
         assert (done.pool, undone.pool, undone.tiers) == ((Placement(each.digest, 0, 4),), (), ((each.digest, Tier.HOST),))
@@ -253,7 +255,7 @@ def test_a_forward_that_raises_leaves_the_pool_as_it_was() -> None:
     runner, each = Balky(), adapter("a")
     runner.wrong = "step"
     with worker(runner) as desk:
-        desk.send(Offer(each), Submit(Request(1, (5,), 1, each.digest)))
+        desk.send(AddAdapter(each), Submit(Request(1, (5,), 1, each.digest)))
         assert desk.event().code == "internal"
         runner.wrong = ""
         desk.send(Submit(Request(2, (5,), 1, each.digest)))
@@ -269,11 +271,11 @@ class Unrunnable(FakeRunner):
         super().__init__(**sizes)
         self.bad, self.raised = bad, 0
 
-    def step(self, plan: Plan) -> list[Result]:
+    def run_step(self, plan: Plan) -> list[Result]:
         at = next((i for i, chunk in enumerate(plan.chunks) if chunk.adapter == self.bad.digest), None)
         if at is None:
-            return super().step(plan)
-        super().step(replace(plan, chunks=plan.chunks[:at]))
+            return super().run_step(plan)
+        super().run_step(replace(plan, chunks=plan.chunks[:at]))
         self.raised += 1
         raise TypeError("a tuple has no shape")
 
@@ -297,7 +299,7 @@ def test_an_adapter_that_raises_fails_alone_and_is_refused_until_it_is_offered_a
     runner = Unrunnable(bad, rows=4)
     reason = "this base cannot run this adapter: its step raised TypeError"
     with worker(runner) as desk:
-        desk.send(Offer(bad), Offer(good), Submit(Request(1, (5,), 6)), Submit(Request(2, (6,), 6, good.digest)))
+        desk.send(AddAdapter(bad), AddAdapter(good), Submit(Request(1, (5,), 6)), Submit(Request(2, (6,), 6, good.digest)))
         desk.send(Submit(Request(3, (7, 8), 6, bad.digest)), Submit(Request(4, (7,), 6, bad.digest)))
         tokens, ends, loads = tokens_of(desk, {1, 2, 3, 4})
         assert tokens == {1: expected(None, (5,), 6), 2: expected(good.digest, (6,), 6), 3: [], 4: []}
@@ -309,7 +311,7 @@ def test_an_adapter_that_raises_fails_alone_and_is_refused_until_it_is_offered_a
         _, ends, _ = tokens_of(desk, {5})
         assert (ends[5].code, ends[5].message, runner.raised) == ("adapter_invalid", reason, before)
         runner.bad = adapter("another")
-        desk.send(Offer(bad), Submit(Request(6, (7,), 6, bad.digest)))
+        desk.send(AddAdapter(bad), Submit(Request(6, (7,), 6, bad.digest)))
         assert tokens_of(desk, {6})[0][6] == expected(bad.digest, (7,), 6)
 
 
@@ -317,7 +319,7 @@ def test_an_adapter_that_raises_with_nobody_beside_it_does_not_end_the_worker() 
     runner = Unrunnable(adapter("bad"), rows=1)
     with worker(runner, max_rows=1) as desk:
         for id in range(4):
-            desk.send(Offer(runner.bad), Submit(Request(id, (5,), 3, runner.bad.digest)))
+            desk.send(AddAdapter(runner.bad), Submit(Request(id, (5,), 3, runner.bad.digest)))
             assert tokens_of(desk, {id})[1][id].code == "adapter_invalid"
         desk.send(Submit(Request(9, (5,), 3)), Shutdown())
         assert desk.end() == [0]
@@ -326,16 +328,16 @@ def test_an_adapter_that_raises_with_nobody_beside_it_does_not_end_the_worker() 
 class Short(FakeRunner):
     """Has no memory for long chunks."""
 
-    def step(self, plan: Plan) -> list[Result]:
+    def run_step(self, plan: Plan) -> list[Result]:
         if any(len(chunk.tokens) > 8 for chunk in plan.chunks):
             raise MemoryError
-        return super().step(plan)
+        return super().run_step(plan)
 
 
 def test_a_request_that_raises_fails_alone_and_is_not_its_adapters_fault() -> None:
     each = adapter("a")
     with worker(Short(rows=4)) as desk:
-        desk.send(Offer(each), Submit(Request(1, (5,), 6, each.digest)), Submit(Request(2, tuple(range(12)), 6, each.digest)))
+        desk.send(AddAdapter(each), Submit(Request(1, (5,), 6, each.digest)), Submit(Request(2, tuple(range(12)), 6, each.digest)))
         tokens, ends, loads = tokens_of(desk, {1, 2})
         assert (tokens[1], ends[2].code) == (expected(each.digest, (5,), 6), "internal")
         assert not [load for load in loads if load.error]
@@ -353,16 +355,16 @@ class Steps:
         self.tokens: dict[int, list[int]] = {}
         self.ends: dict[int, Event] = {}
         for one in adapters:
-            self.worker.scheduler.offer(one)
-            self.worker.scheduler.hosted(one.digest, runner.load(one))
+            self.worker.scheduler.add_adapter(one)
+            self.worker.scheduler.mark_hosted(one.digest, runner.load_adapter(one))
 
     def submit(self, id: int, count: int, digest: str | None = None) -> None:
         self.tokens[id] = []
-        self.worker.scheduler.submit(Request(id, (5, id), count, digest))
+        self.worker.scheduler.submit_request(Request(id, (5, id), count, digest))
 
     def step(self, times: int = 1) -> None:
         for _ in range(times):
-            self.worker._turn()
+            self.worker._run_turn()
             while self.connection.poll():
                 for event in self.connection.recv().events:
                     self.tokens[event.request] += [event.token.id] if event.token else []
@@ -390,10 +392,10 @@ class Picky(FakeRunner):
 
     bad = ""
 
-    def step(self, plan: Plan) -> list[Result]:
+    def run_step(self, plan: Plan) -> list[Result]:
         if any(placement.digest == self.bad for placement in plan.place):
             raise RuntimeError("no such rows")
-        return super().step(plan)
+        return super().run_step(plan)
 
 
 def test_an_adapter_that_cannot_be_placed_fails_alone() -> None:
@@ -445,8 +447,8 @@ def unreadable(settings: Settings, progress: Any) -> Any:
     [(unfit, "ADAPTERD_BASE: no such base"), (unreadable, "the base cannot be loaded (OSError); the log says why")],
 )
 def test_what_no_restart_would_help_is_told(factory: Factory, reason: str) -> None:
-    with desk(lambda connection: serve(connection, Settings(), factory)) as parent:
-        assert parent.hear() == Broken(reason)
+    with desk(lambda connection: serve_worker(connection, Settings(), factory)) as parent:
+        assert parent.hear() == CannotStart(reason)
         assert parent.end() == [1]
 
 

@@ -24,23 +24,23 @@ def limit(places: Path, most: str, used: int, inactive: int) -> None:
 
 
 def test_without_a_group_it_is_what_the_machine_has(places: Path) -> None:
-    assert memory.free() == 5 * 1024
+    assert memory.free_bytes() == 5 * 1024
 
 
 def test_a_groups_limit_counts_when_it_is_nearer(places: Path) -> None:
     limit(places, "4000", 3000, 200)
-    assert memory.free() == 1200
+    assert memory.free_bytes() == 1200
     limit(places, "4000", 5000, 0)
-    assert memory.free() == 0
+    assert memory.free_bytes() == 0
     limit(places, "max", 3000, 200)
-    assert memory.free() == 5 * 1024
+    assert memory.free_bytes() == 5 * 1024
 
 
 def test_a_system_that_does_not_say_sets_no_limit(places: Path) -> None:
     (places / "meminfo").unlink()
-    assert memory.free() is None
+    assert memory.free_bytes() is None
 
 
 def test_this_machine_says() -> None:
-    free = memory.free()
+    free = memory.free_bytes()
     assert free is None or free > 0

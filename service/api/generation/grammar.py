@@ -58,7 +58,7 @@ class Verdicts:
     async def of(self, text: str, check: Callable[[], Verdict]) -> Verdict:
         """What `check` says, which is to depend on the text alone; it runs in a thread."""
         key = sha256(text.encode("utf-8", "surrogatepass")).digest()
-        self._held.touch(key)
+        self._held.touch_key(key)
         if (known := self._known.get(key)) is not None:
             return known
         if key not in self._running:
@@ -72,23 +72,23 @@ class Verdicts:
             return
         verdict = task.result()
         cost = ENTRY + sys.getsizeof(verdict.grammar) + sys.getsizeof(verdict.wrong)
-        for old in self._held.victims(cost) or ():
-            self._held.remove(old)
+        for old in self._held.choose_victims(cost) or ():
+            self._held.remove_key(old)
             del self._known[old]
-        self._held.add(key, cost)
+        self._held.add_key(key, cost)
         self._known[key] = verdict
 
 
 VERDICTS = Verdicts(REMEMBERED)
 
 
-async def compiled(wanted: Wanted | None, param: str = "response_format") -> str | None:
+async def compile_grammar(wanted: Wanted | None, param: str = "response_format") -> str | None:
     """The grammar's text, checked; None for free text. Raises BadRequest naming `param` for a schema or expression that cannot be met."""
     if wanted is None or isinstance(wanted, AnyText):
         return None
     if isinstance(wanted, Regex | RegexGrammar):
         return await of_regex(wanted.regex if isinstance(wanted, Regex) else wanted.value, param)
-    return await of_schema(_schema(wanted), param)
+    return await schema_grammar(_schema_of(wanted), param)
 
 
 async def of_regex(pattern: str, param: str) -> str:
@@ -96,12 +96,12 @@ async def of_regex(pattern: str, param: str) -> str:
     return await _checked("regex", pattern, partial(_from_regex, pattern), param)
 
 
-async def of_schema(schema: dict[str, Any], param: str) -> str:
+async def schema_grammar(schema: dict[str, Any], param: str) -> str:
     """The grammar of JSON that fits this schema. Raises BadRequest naming `param` when nothing can."""
     return await _checked("schema", json.dumps(schema, ensure_ascii=False), partial(_from_schema, schema), param)
 
 
-async def of_calls(functions: Mapping[str, dict[str, Any]], param: str) -> str:
+async def calls_grammar(functions: Mapping[str, dict[str, Any]], param: str) -> str:
     """The grammar of one call of one of these functions, each given with the schema of its arguments. Raises as `of_schema`."""
     return await _checked("calls", json.dumps(functions, ensure_ascii=False), partial(_from_calls, functions), param)
 
@@ -125,9 +125,9 @@ def _from_regex(pattern: str) -> Verdict:
 
 
 def _from_schema(schema: dict[str, Any]) -> Verdict:
-    if reach(schema) > DEEPEST:
+    if schema_depth(schema) > DEEPEST:
         return Verdict("", f"the schema is nested too deep: its levels and those it refers to are over {DEEPEST}")
-    if multiple(schema) > MULTIPLE:
+    if common_multiple(schema) > MULTIPLE:
         return Verdict("", f"what all `multipleOf` in it have in common is over {MULTIPLE}")
     try:
         text = LLMatcher.grammar_from_json_schema(json.dumps(schema, allow_nan=False), overrides=SPACING)
@@ -137,13 +137,13 @@ def _from_schema(schema: dict[str, Any]) -> Verdict:
 
 
 def _from_calls(functions: Mapping[str, dict[str, Any]]) -> Verdict:
-    called = [_called(name, f"#/$defs/{at}") for at, name in enumerate(functions)]
-    inside = {str(at): _moved(schema, f"#/$defs/{at}") for at, schema in enumerate(functions.values())}
+    called = [_call_schema(name, f"#/$defs/{at}") for at, name in enumerate(functions)]
+    inside = {str(at): _move_schema(schema, f"#/$defs/{at}") for at, schema in enumerate(functions.values())}
     return _from_schema({"anyOf": called, "$defs": inside})
 
 
 def _tested(grammar: str) -> Verdict:
-    wrong = _oversize(grammar) or _tried(grammar).strip()[:TOLD]
+    wrong = _oversize(grammar) or _try_grammar(grammar).strip()[:TOLD]
     return Verdict("", wrong) if wrong else Verdict(grammar)
 
 
@@ -151,13 +151,13 @@ def _oversize(text: str) -> str:
     return f"as a grammar it has {len(text)} characters, and {LARGEST} are the most" if len(text) > LARGEST else ""
 
 
-def _tried(grammar: str) -> str:
+def _try_grammar(grammar: str) -> str:
     """What is wrong with the grammar. Some limits of a sampler only show when its first tokens are taken, so two are, of bytes."""
     began = time.thread_time()
     wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar)
     if wrong:
         return "; ".join(messages)
-    matcher = LLMatcher(_bytes(), grammar, log_level=0, limits=LLParserLimits(verbose_errors=False, **LIMITS))
+    matcher = LLMatcher(_byte_tokenizer(), grammar, log_level=0, limits=LLParserLimits(verbose_errors=False, **LIMITS))
     for _ in range(2):
         allowed = b"" if matcher.is_error() else matcher.compute_bitmask()
         if not any(allowed) or matcher.is_stopped():
@@ -168,55 +168,55 @@ def _tried(grammar: str) -> str:
 
 
 @cache
-def _bytes() -> LLTokenizer:
+def _byte_tokenizer() -> LLTokenizer:
     return LLTokenizer("byte")
 
 
-def _called(name: str, arguments: str) -> dict[str, Any]:
+def _call_schema(name: str, arguments: str) -> dict[str, Any]:
     properties = {"name": {"const": name}, "arguments": {"$ref": arguments}}
     return {"type": "object", "properties": properties, "required": ["name", "arguments"], "additionalProperties": False}
 
 
-def _moved(schema: dict[str, Any], place: str) -> dict[str, Any]:
+def _move_schema(schema: dict[str, Any], place: str) -> dict[str, Any]:
     """A copy of the schema whose references to its own root name the place that it now has."""
     copy: dict[str, Any] = json.loads(json.dumps(schema))
     found: list[Any] = [copy]
     for value in found:  # grows as it is walked
         if isinstance(value, dict) and isinstance(ref := value.get("$ref"), str) and ref.startswith("#"):
             value["$ref"] = place + ref[1:]
-        found.extend(_inside(value))
+        found.extend(_inner_values(value))
     return copy
 
 
-def reach(schema: Any) -> int:
+def schema_depth(schema: Any) -> int:
     """The most levels that compiling the schema can descend: its own and, once each, those of everything it refers to."""
     found = [schema]
     for value in found:  # grows as it is walked
-        found.extend(_inside(value))
+        found.extend(_inner_values(value))
     depths: dict[int, int] = {}
     for value in reversed(found):
-        depths[id(value)] = 1 + max((depths[id(inner)] for inner in _inside(value)), default=0)
+        depths[id(value)] = 1 + max((depths[id(inner)] for inner in _inner_values(value)), default=0)
     named = {value["$ref"] for value in found if isinstance(value, dict) and isinstance(value.get("$ref"), str)}
-    return depths[id(schema)] + sum(depths.get(id(_target(schema, ref)), depths[id(schema)]) for ref in named)
+    return depths[id(schema)] + sum(depths.get(id(_find_target(schema, ref)), depths[id(schema)]) for ref in named)
 
 
-def multiple(schema: Any) -> int:
+def common_multiple(schema: Any) -> int:
     """The least common multiple of every `multipleOf` in the schema, as whole numbers: where they meet, the compiler uses that."""
     found, least = [schema], 1
     for value in found:  # grows as it is walked
-        found.extend(_inside(value))
+        found.extend(_inner_values(value))
         step = value.get("multipleOf") if isinstance(value, dict) else None
         if isinstance(step, int | float) and step > 0 and least <= MULTIPLE:
             least = math.lcm(least, Fraction(repr(step) if isinstance(step, float) else step).numerator)
     return least
 
 
-def _inside(value: Any) -> list[Any]:
+def _inner_values(value: Any) -> list[Any]:
     inner = value.values() if isinstance(value, dict) else value
     return [v for v in inner if isinstance(v, dict | list)]
 
 
-def _target(schema: Any, ref: str) -> Any:
+def _find_target(schema: Any, ref: str) -> Any:
     """What a reference within the schema points at; None where that cannot be told."""
     found = schema
     for part in ref.removeprefix("#").split("/")[1:]:
@@ -226,7 +226,7 @@ def _target(schema: Any, ref: str) -> Any:
     return found
 
 
-def _schema(wanted: JsonObject | JsonSchema | PlainSchema | JsonGrammar) -> dict[str, Any]:
+def _schema_of(wanted: JsonObject | JsonSchema | PlainSchema | JsonGrammar) -> dict[str, Any]:
     if isinstance(wanted, JsonSchema):
         return wanted.json_schema.schema_
     if isinstance(wanted, JsonGrammar):

@@ -10,13 +10,13 @@ from ...core.request import Token
 LOWEST = -9999.0  # what stands for minus infinity, which JSON does not have
 
 
-def finite(logprob: float | None) -> float | None:
+def finite_logprob(logprob: float | None) -> float | None:
     if logprob is None or math.isnan(logprob):
         return None
     return max(logprob, LOWEST)
 
 
-def best(token: Token, wanted: int) -> list[tuple[int, float]]:
+def best_tokens(token: Token, wanted: int) -> list[tuple[int, float]]:
     """The `wanted` likeliest tokens at this place, best first, the chosen one where it belongs."""
     chosen = {token.id: token.logprob} if token.logprob is not None else {}
     known = chosen | dict(token.top)  # of equals the chosen one is the first

@@ -10,7 +10,7 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from ...errors import AdapterdError
-from ..errors import body, internal, note, openai_dialect
+from ..errors import error_body, internal_error, note_error, openai_dialect
 from .rendering import dumped, render_pieces
 
 log = logging.getLogger("adapterd.stream")
@@ -23,21 +23,21 @@ EVENTS: dict[int | str, dict[str, Any]] = {  # of a route's OpenAPI: what it may
 }
 
 
-class Json(JSONResponse):
+class JsonAnswer(JSONResponse):
     def render(self, content: Any) -> bytes:
         return dumped(content)
 
 
-def frame(value: Mapping[str, Any]) -> bytes:
+def frame_event(value: Mapping[str, Any]) -> bytes:
     return b"data: " + dumped(value) + b"\n\n"
 
 
-def streamed(request: Request, events: AsyncIterator[Mapping[str, Any]], headers: Mapping[str, str]) -> StreamingResponse:
+def stream_events(request: Request, events: AsyncIterator[Mapping[str, Any]], headers: Mapping[str, str]) -> StreamingResponse:
     """The response that sends these events as they come; under /v1 it ends with [DONE]. An error becomes the last event."""
-    return StreamingResponse(_frames(request, events), headers={**headers, **UNBUFFERED}, media_type="text/event-stream")
+    return StreamingResponse(_iterate_frames(request, events), headers={**headers, **UNBUFFERED}, media_type="text/event-stream")
 
 
-async def _frames(request: Request, events: AsyncIterator[Mapping[str, Any]]) -> AsyncIterator[bytes]:
+async def _iterate_frames(request: Request, events: AsyncIterator[Mapping[str, Any]]) -> AsyncIterator[bytes]:
     openai = openai_dialect(request.scope["path"])
     try:
         async for event in events:
@@ -48,12 +48,12 @@ async def _frames(request: Request, events: AsyncIterator[Mapping[str, Any]]) ->
             if rest:
                 yield b"\n\n"
     except AdapterdError as error:
-        note(error, request.scope)
-        yield frame(body(error, openai))
+        note_error(error, request.scope)
+        yield frame_event(error_body(error, openai))
     except Exception:
         log.exception("a defect in a stream")
-        defect = internal(request.scope)
-        note(defect, request.scope)
-        yield frame(body(defect, openai))
+        defect = internal_error(request.scope)
+        note_error(defect, request.scope)
+        yield frame_event(error_body(defect, openai))
     if openai:
         yield DONE

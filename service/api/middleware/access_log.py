@@ -14,8 +14,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...errors import Cancelled
-from ...telemetry.traces import Part, Trace
-from ..errors import PROBES, internal, note, response
+from ...telemetry.traces import Trace, TracePart
+from ..errors import PROBES, error_response, internal_error, note_error
 
 log = logging.getLogger("adapterd.access")
 
@@ -39,12 +39,12 @@ TOLD: dict[str, tuple[str, Callable[[str], str | int | float]]] = {  # response 
 }
 
 
-def told(headers: Mapping[str, str]) -> dict[str, str | int | float]:
+def logged_headers(headers: Mapping[str, str]) -> dict[str, str | int | float]:
     """What the log line repeats of these headers."""
     return {word: kind(headers[name]) for name, (word, kind) in TOLD.items() if name in headers}
 
 
-class Access:
+class AccessLog:
     """The outermost layer: gives the request an id, the answer its headers, the log a line, and turns a defect into a 500.
 
     A route may add to the line by `request.state.log`, a dict of named values; of what a header says too, the dict's value counts.
@@ -61,19 +61,19 @@ class Access:
         scope["headers"] = [pair for pair in scope["headers"] if pair[0] != b"range"]  # files go out whole, so that none is refused by text
         inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope  # the server leaves a HEAD's body out by itself
         try:
-            await self.app(inner, receive, exchange.send)
+            await self.app(inner, receive, exchange.send_message)
         except asyncio.CancelledError:
             log.debug("cut off", extra={"fields": {"id": exchange.id}})  # by the hard stop: the task ends here, and no trace is wanted
         except Exception:
             log.exception("a defect", extra={"fields": {"id": exchange.id}})
             if exchange.status == 0:
-                await response(internal(scope), scope)(inner, receive, exchange.send)
+                await error_response(internal_error(scope), scope)(inner, receive, exchange.send_message)
             else:
-                note(internal(scope), scope)
+                note_error(internal_error(scope), scope)
         finally:
-            exchange.report()
+            exchange.log_request()
             if self.record and scope["path"] not in PROBES:
-                self.record(exchange.trace())
+                self.record(exchange.make_trace())
         return None
 
 
@@ -93,18 +93,18 @@ class _Exchange:
         self.whole = False
         self.headers: dict[str, str | int | float] = {}
 
-    async def send(self, message: Message) -> None:
+    async def send_message(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             headers = MutableHeaders(scope=message)
             headers["x-request-id"] = self.id
             for name, value in SECURITY.items():
                 headers.setdefault(name, value)
-            self.headers = told(headers)
+            self.headers = logged_headers(headers)
         await self._send(message)
         self.whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 
-    def report(self) -> None:
+    def log_request(self) -> None:
         status = self.status if self.whole else 499
         self.ended = time.monotonic()
         outcome = "ok" if self.whole else Cancelled.code
@@ -115,10 +115,10 @@ class _Exchange:
         self.fields = fields | took | self.headers | self.state["log"]
         log.log(level, "request", extra={"fields": self.fields})
 
-    def trace(self) -> Trace:
+    def make_trace(self) -> Trace:
         """The request as a trace shows it; named by its route, for an id in the name would make a name of its own."""
         route = getattr(self.scope.get("route"), "path", "")
-        whole = Part(f"{self.scope['method']} {route}".strip(), self.began, self.ended)
+        whole = TracePart(f"{self.scope['method']} {route}".strip(), self.began, self.ended)
         sent = Headers(scope=self.scope)
         carrier = {name: sent[name] for name in ("traceparent", "tracestate") if name in sent}
         failed = self.fields["status"] >= 500 or self.state.get("failed", False)

@@ -6,10 +6,10 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...errors import PayloadTooLarge
-from .refusal import refuse
+from .refusal import refuse_request
 
 
-class Bodies:
+class BodyLimit:
     """Refuses a body over its limit: at once where its length is told, else when the limit is passed. Uploads have their own."""
 
     def __init__(self, app: ASGIApp, body_mb: float, upload_mb: float) -> None:
@@ -24,11 +24,11 @@ class Bodies:
         over = PayloadTooLarge(f"the body is over the limit of {limit_mb:g} MB", details={"limit_bytes": limit})
         length = Headers(scope=scope).get("content-length", "")
         if length.isdecimal() and int(length) > limit:
-            return await refuse(over, scope, receive, send)
-        return await self.app(scope, _metered(receive, limit, over), send)
+            return await refuse_request(over, scope, receive, send)
+        return await self.app(scope, _meter_body(receive, limit, over), send)
 
 
-def _metered(receive: Receive, limit: int, over: PayloadTooLarge) -> Receive:
+def _meter_body(receive: Receive, limit: int, over: PayloadTooLarge) -> Receive:
     left = limit
 
     async def metered() -> Message:

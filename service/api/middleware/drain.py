@@ -9,14 +9,14 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ...errors import NotReady
 from ..errors import PROBES
-from ..services import Rooms
-from .refusal import refuse
+from ..services import Services
+from .refusal import refuse_request
 
 
-class Gate:
+class DrainGate:
     """Counts what runs in `rooms.running`; once the service drains, only the probes are still answered."""
 
-    def __init__(self, app: ASGIApp, rooms: Rooms) -> None:
+    def __init__(self, app: ASGIApp, rooms: Services) -> None:
         self.app, self.rooms = app, rooms
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -24,12 +24,12 @@ class Gate:
             return await self.app(scope, receive, send)
         if self.rooms.draining:
             closing = NotReady("the service is shutting down; ask another one", retry_after=5)
-            return await refuse(closing, scope, receive, send, {"connection": "close"})
-        with self._counted():
+            return await refuse_request(closing, scope, receive, send, {"connection": "close"})
+        with self._count_request():
             return await self.app(scope, receive, send)
 
     @contextmanager
-    def _counted(self) -> Iterator[None]:
+    def _count_request(self) -> Iterator[None]:
         self.rooms.running += 1
         try:
             yield

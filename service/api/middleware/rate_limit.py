@@ -14,20 +14,20 @@ from ...keys import Key
 from ...settings import Settings
 from ...telemetry import metrics
 from ..errors import PROBES
-from .refusal import refuse
+from .refusal import refuse_request
 
 PAGES = ("/console/", "/docs/")
 
 
 @dataclass
-class Account:
+class KeyUsage:
     """What one key has used. `left` are requests that may come at once, refilled at its rate, a second's worth at most."""
 
     left: float
     at: float
     running: int = 0
 
-    def wait(self, rate: float, now: float) -> float:
+    def seconds_to_wait(self, rate: float, now: float) -> float:
         """Seconds until the next request may come; 0 takes one now."""
         most = max(1.0, rate)
         self.left, self.at = min(most, self.left + (now - self.at) * rate), now
@@ -37,39 +37,39 @@ class Account:
         return 0.0
 
 
-class Quotas:
+class RateLimit:
     """Refuses with 429 what a key has no share for any more. What probes and pages ask for is free, and so are requests without keys."""
 
     def __init__(self, app: ASGIApp, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self.app, self.settings, self.clock = app, settings, clock
-        self._accounts: dict[str, Account] = {}  # by the key's hash; only known keys come here
+        self._accounts: dict[str, KeyUsage] = {}  # by the key's hash; only known keys come here
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         key: Key | None = scope.get("state", {}).get("key")
-        if key is None or _free(scope):
+        if key is None or _is_free(scope):
             return await self.app(scope, receive, send)
-        account = self._accounts.setdefault(key.digest, Account(math.inf, self.clock()))
-        refusal = self._refusal(key, account)
+        account = self._accounts.setdefault(key.digest, KeyUsage(math.inf, self.clock()))
+        refusal = self._refuse_request(key, account)
         if refusal is not None:
             metrics.KEY_REFUSALS.inc()
-            return await refuse(refusal, scope, receive, send)
+            return await refuse_request(refusal, scope, receive, send)
         account.running += 1
         try:
             return await self.app(scope, receive, send)
         finally:
             account.running -= 1
 
-    def _refusal(self, key: Key, account: Account) -> Overloaded | None:
+    def _refuse_request(self, key: Key, account: KeyUsage) -> Overloaded | None:
         most = key.concurrency or self.settings.key_concurrency
         if most is not None and account.running >= most:
             return Overloaded(f"this key may run {most} requests at once, and they run: wait for one to end", retry_after=1)
         rate = key.rate or self.settings.key_rate
-        wait = account.wait(rate, self.clock()) if rate is not None else 0.0
+        wait = account.seconds_to_wait(rate, self.clock()) if rate is not None else 0.0
         if wait > 0:
             return Overloaded(f"this key may send {rate:g} requests a second", retry_after=math.ceil(wait))
         return None
 
 
-def _free(scope: Scope) -> bool:
+def _is_free(scope: Scope) -> bool:
     path = scope["path"]
     return path in (*PROBES, "/docs", "/openapi.json") or path.startswith(PAGES) or (path == "/" and scope["method"] in ("GET", "HEAD"))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from starlette.types import Receive, Scope, Send
 
 from ...errors import AdapterdError
-from ..errors import response
+from ..errors import error_response
 
 
-async def refuse(error: AdapterdError, scope: Scope, receive: Receive, send: Send, headers: dict[str, str] | None = None) -> None:
-    await response(error, scope, headers)(scope, receive, send)
+async def refuse_request(error: AdapterdError, scope: Scope, receive: Receive, send: Send, headers: dict[str, str] | None = None) -> None:
+    await error_response(error, scope, headers)(scope, receive, send)

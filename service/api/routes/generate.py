@@ -10,13 +10,13 @@ from fastapi import APIRouter, Request, Response
 from ...core.request import Token
 from ...core.sampling import Sampling
 from ...errors import BadRequest
-from ..errors import documented
+from ..errors import document_errors
 from ..generation import grammar
-from ..generation.admission import Admission, Admitted, Ask, tokenized
-from ..generation.answer import Answer, Piece
-from ..generation.logprobs import best, finite
+from ..generation.admission import Admission, Admitted, GenerationAsk, tokenize_text
+from ..generation.answer import Answer, TextPiece
+from ..generation.logprobs import best_tokens, finite_logprob
 from ..generation.rendering import render_answer
-from ..generation.sse import EVENTS, streamed
+from ..generation.sse import EVENTS, stream_events
 from ..schemas.generate import GenerateRequest, Parameters
 from ..schemas.shared import COLD
 from ..scopes import KEY_SCOPE
@@ -24,14 +24,14 @@ from ..scopes import KEY_SCOPE
 router = APIRouter(tags=["generation"], dependencies=[KEY_SCOPE])
 
 DEFAULT_TOKENS = 128
-TOLD = EVENTS | documented(404, 422, 429, 503, 504)
+TOLD = EVENTS | document_errors(404, 422, 429, 503, 504)
 Told = dict[str, Any]
 
 
 @router.post("/generate", responses=TOLD)
-async def generate(body: GenerateRequest, request: Request, admitted: Admitted) -> Response:
+async def answer_generate(body: GenerateRequest, request: Request, admitted: Admitted) -> Response:
     """Continues a text; with `stream`, as server-sent events."""
-    return await (_streamed if body.stream else _whole)(body, request, admitted)
+    return await (_answer_stream if body.stream else _answer_whole)(body, request, admitted)
 
 
 @router.post("/generate_stream", responses=TOLD)
@@ -39,57 +39,59 @@ async def generate_stream(body: GenerateRequest, request: Request, admitted: Adm
     """Continues a text as server-sent events: one a token, the last with the whole text, the details and the adapter."""
     if body.parameters and (body.parameters.best_of or 1) > 1:
         raise BadRequest("best_of over 1 cannot be streamed", param="best_of")
-    return await _streamed(body, request, admitted)
+    return await _answer_stream(body, request, admitted)
 
 
 @router.post("/", responses=TOLD)
-async def root(body: GenerateRequest, request: Request, admitted: Admitted) -> Response:
+async def answer_root(body: GenerateRequest, request: Request, admitted: Admitted) -> Response:
     """The same for clients that post to the root; a whole answer is a list of one."""
-    return await (_streamed(body, request, admitted) if body.stream else _whole(body, request, admitted, listed=True))
+    return await (_answer_stream(body, request, admitted) if body.stream else _answer_whole(body, request, admitted, listed=True))
 
 
-async def _whole(body: GenerateRequest, request: Request, admitted: Admitted, listed: bool = False) -> Response:
+async def _answer_whole(body: GenerateRequest, request: Request, admitted: Admitted, listed: bool = False) -> Response:
     asked = body.parameters or Parameters()
-    await _enter(body, asked, admitted, logprobs=bool(asked.details) or (asked.best_of or 1) > 1)
-    await admitted.finish()
+    await _admit_prompt(body, asked, admitted, logprobs=bool(asked.details) or (asked.best_of or 1) > 1)
+    await admitted.finish_answers()
     answers = sorted(admitted.answers, key=lambda answer: answer.likelihood, reverse=True)
-    told: Told = {"generated_text": _text(body, asked, answers[0]), "adapter": admitted.adapter}
+    told: Told = {"generated_text": _answer_text(body, asked, answers[0]), "adapter": admitted.adapter}
     if asked.details:
-        told["details"] = _details(asked, answers[0])
+        told["details"] = _make_details(asked, answers[0])
         if len(answers) > 1:
-            others = ({"generated_text": _text(body, asked, a), **_details(asked, a)} for a in answers[1:])
+            others = ({"generated_text": _answer_text(body, asked, a), **_make_details(asked, a)} for a in answers[1:])
             told["details"]["best_of_sequences"] = others
-    headers = admitted.headers() | admitted.times() | {"x-generated-tokens": str(len(answers[0].tokens))}
+    headers = admitted.make_headers() | admitted.make_times() | {"x-generated-tokens": str(len(answers[0].tokens))}
     return await render_answer([told] if listed else told, headers)
 
 
-async def _streamed(body: GenerateRequest, request: Request, admitted: Admitted) -> Response:
+async def _answer_stream(body: GenerateRequest, request: Request, admitted: Admitted) -> Response:
     asked = body.parameters or Parameters()
-    (answer,) = await _enter(body, asked, admitted, logprobs=True)
-    return streamed(request, _events(body, asked, admitted, answer), admitted.headers())
+    (answer,) = await _admit_prompt(body, asked, admitted, logprobs=True)
+    return stream_events(request, _stream_events(body, asked, admitted, answer), admitted.make_headers())
 
 
-async def _events(body: GenerateRequest, asked: Parameters, admitted: Admission, answer: Answer) -> AsyncIterator[Told]:
-    async for piece in answer.read():
-        event: Told = {"token": _token(answer, piece, named=False), "generated_text": None, "details": None}
+async def _stream_events(body: GenerateRequest, asked: Parameters, admitted: Admission, answer: Answer) -> AsyncIterator[Told]:
+    async for piece in answer.read_pieces():
+        event: Told = {"token": _token_object(answer, piece, named=False), "generated_text": None, "details": None}
         if asked.top_n_tokens:
-            event["top_tokens"] = _top(answer, piece.token, asked.top_n_tokens)
+            event["top_tokens"] = _top_tokens(answer, piece.token, asked.top_n_tokens)
         if piece.ending is not None:
-            details = _counts(asked, answer) | ({"prefill": _prefill(answer)} if asked.decoder_input_details else {})
-            event |= {"generated_text": _text(body, asked, answer), "details": details, "adapter": admitted.adapter}
+            details = _count_tokens(asked, answer) | ({"prefill": _make_prefill(answer)} if asked.decoder_input_details else {})
+            event |= {"generated_text": _answer_text(body, asked, answer), "details": details, "adapter": admitted.adapter}
         yield event
 
 
 # ---- getting in
 
 
-async def _enter(body: GenerateRequest, asked: Parameters, admitted: Admission, logprobs: bool) -> list[Answer]:
-    voice = await admitted.enter(None if asked.adapter_id in admitted.rooms.bases else asked.adapter_id)
+async def _admit_prompt(body: GenerateRequest, asked: Parameters, admitted: Admission, logprobs: bool) -> list[Answer]:
+    voice = await admitted.enter_adapter(None if asked.adapter_id in admitted.rooms.bases else asked.adapter_id)
     _check_source(asked, admitted)
-    prompt = await tokenized(admitted.request, voice, body.inputs)
-    constraint = await (grammar.compiled(asked.grammar, "grammar") if asked.grammar else grammar.compiled(asked.response_format))
-    ask = Ask(
-        sampling=_sampling(asked, constraint, asked.top_n_tokens or 0 if logprobs else None),
+    prompt = await tokenize_text(admitted.request, voice, body.inputs)
+    constraint = await (
+        grammar.compile_grammar(asked.grammar, "grammar") if asked.grammar else grammar.compile_grammar(asked.response_format)
+    )
+    ask = GenerationAsk(
+        sampling=_make_sampling(asked, constraint, asked.top_n_tokens or 0 if logprobs else None),
         max_tokens=asked.max_new_tokens,
         default_tokens=DEFAULT_TOKENS,
         stop=asked.stop or (),
@@ -100,7 +102,7 @@ async def _enter(body: GenerateRequest, asked: Parameters, admitted: Admission, 
         param="max_new_tokens",
         prompt_param="inputs",
     )
-    return admitted.submit(voice, prompt[-asked.truncate :] if asked.truncate else prompt, ask)
+    return admitted.submit_prompt(voice, prompt[-asked.truncate :] if asked.truncate else prompt, ask)
 
 
 def _check_source(asked: Parameters, admitted: Admission) -> None:
@@ -113,7 +115,7 @@ def _check_source(asked: Parameters, admitted: Admission) -> None:
             raise BadRequest(f"adapter_source: {asked.adapter_id} does not come from there", param="adapter_source")
 
 
-def _sampling(asked: Parameters, constraint: str | None, logprobs: int | None) -> Sampling:
+def _make_sampling(asked: Parameters, constraint: str | None, logprobs: int | None) -> Sampling:
     temperature = (1.0 if asked.temperature is None else asked.temperature) if asked.sampled else 0.0
     return Sampling(
         temperature=temperature if temperature >= COLD else 0.0,
@@ -131,11 +133,11 @@ def _sampling(asked: Parameters, constraint: str | None, logprobs: int | None) -
 # ---- telling
 
 
-def _text(body: GenerateRequest, asked: Parameters, answer: Answer) -> str:
+def _answer_text(body: GenerateRequest, asked: Parameters, answer: Answer) -> str:
     return body.inputs + answer.text if asked.return_full_text else answer.text
 
 
-def _counts(asked: Parameters, answer: Answer) -> Told:
+def _count_tokens(asked: Parameters, answer: Answer) -> Told:
     return {
         "finish_reason": answer.ending,
         "prompt_tokens": len(answer.prompt),
@@ -144,29 +146,29 @@ def _counts(asked: Parameters, answer: Answer) -> Told:
     }
 
 
-def _details(asked: Parameters, answer: Answer) -> Told:
-    told = _counts(asked, answer) | {
-        "prefill": _prefill(answer) if asked.decoder_input_details else [],
-        "tokens": (_token(answer, piece, named=True) for piece in answer.pieces),
+def _make_details(asked: Parameters, answer: Answer) -> Told:
+    told = _count_tokens(asked, answer) | {
+        "prefill": _make_prefill(answer) if asked.decoder_input_details else [],
+        "tokens": (_token_object(answer, piece, named=True) for piece in answer.pieces),
     }
     if asked.top_n_tokens:
-        told["top_tokens"] = (_top(answer, piece.token, asked.top_n_tokens or 0) for piece in answer.pieces)
+        told["top_tokens"] = (_top_tokens(answer, piece.token, asked.top_n_tokens or 0) for piece in answer.pieces)
     return told
 
 
-def _prefill(answer: Answer) -> Iterator[Told]:
+def _make_prefill(answer: Answer) -> Iterator[Told]:
     for token in answer.scored or map(Token, answer.prompt):
-        yield {"id": token.id, "text": answer.voice.piece(token.id), "logprob": finite(token.logprob)}
+        yield {"id": token.id, "text": answer.voice.token_text(token.id), "logprob": finite_logprob(token.logprob)}
 
 
-def _token(answer: Answer, piece: Piece, named: bool) -> Told:
+def _token_object(answer: Answer, piece: TextPiece, named: bool) -> Told:
     """`named`: a special token shows its name; in a stream it adds nothing, so that joined texts are the whole one."""
     assert piece.token is not None, "an answer of at least one token has one in every piece"
-    text = answer.voice.piece(piece.token.id) if piece.special and named else piece.text
-    return {"id": piece.token.id, "text": text, "logprob": finite(piece.token.logprob), "special": piece.special}
+    text = answer.voice.token_text(piece.token.id) if piece.special and named else piece.text
+    return {"id": piece.token.id, "text": text, "logprob": finite_logprob(piece.token.logprob), "special": piece.special}
 
 
-def _top(answer: Answer, token: Token | None, wanted: int) -> list[Told]:
+def _top_tokens(answer: Answer, token: Token | None, wanted: int) -> list[Told]:
     special = answer.voice.special
-    found = best(token, wanted) if token else []
-    return [{"id": id, "text": answer.voice.piece(id), "logprob": finite(lp), "special": id in special} for id, lp in found]
+    found = best_tokens(token, wanted) if token else []
+    return [{"id": id, "text": answer.voice.token_text(id), "logprob": finite_logprob(lp), "special": id in special} for id, lp in found]

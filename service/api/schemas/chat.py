@@ -7,14 +7,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from .openai import Asked, one_finding
-from .shared import MAX_TOP, Strict, Tokens
+from .openai import OpenAIRequest, one_finding
+from .shared import MAX_TOP, StrictModel, Tokens
 
 MAX_TOOLS = 128
 MAX_PARTS = 10_000  # messages, parts of one, calls in one
 
 
-class TextPart(Strict):
+class TextPart(StrictModel):
     type: Literal["text"]
     text: str
 
@@ -23,18 +23,18 @@ Many = Field(max_length=MAX_PARTS, fail_fast=True)  # else each wrong one would 
 Parts = Annotated[list[TextPart], Many]
 
 
-class FunctionCall(Strict):
+class FunctionCall(StrictModel):
     name: str
     arguments: str
 
 
-class ToolCall(Strict):
+class ToolCall(StrictModel):
     id: str | None = None
     type: Literal["function"] = "function"
     function: FunctionCall
 
 
-class Message(Strict):
+class ChatMessage(StrictModel):
     """One turn. Content is a text or a list of text parts; only an assistant that calls tools may leave it out."""
 
     role: str = Field(min_length=1, max_length=64)
@@ -49,7 +49,7 @@ class Message(Strict):
     annotations: None = None
 
     @model_validator(mode="after")
-    def _whole(self) -> Message:
+    def _check_whole(self) -> ChatMessage:
         if self.content is None and not (self.role == "assistant" and self.tool_calls):
             raise ValueError("content is required")
         return self
@@ -60,7 +60,7 @@ class Message(Strict):
         return content if isinstance(content, str) else "".join(part.text for part in content)
 
 
-def _writable(value: dict[str, Any]) -> dict[str, Any]:
+def _check_writable(value: dict[str, Any]) -> dict[str, Any]:
     try:
         json.dumps(value, allow_nan=False)
     except (ValueError, RecursionError):
@@ -68,10 +68,10 @@ def _writable(value: dict[str, Any]) -> dict[str, Any]:
     return value
 
 
-class Function(Strict):
+class FunctionSpec(StrictModel):
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     description: str | None = None
-    parameters: Annotated[dict[str, Any], AfterValidator(_writable)] | None = None
+    parameters: Annotated[dict[str, Any], AfterValidator(_check_writable)] | None = None
     strict: bool | None = None
 
     @property
@@ -81,24 +81,24 @@ class Function(Strict):
         return {"type": "function", "function": {key: value for key, value in given.items() if value is not None}}
 
 
-class Tool(Strict):
+class Tool(StrictModel):
     type: Literal["function"]
-    function: Function
+    function: FunctionSpec
 
 
-class ChosenName(Strict):
+class ChosenName(StrictModel):
     name: str
 
 
-class ChosenTool(Strict):
+class ChosenTool(StrictModel):
     type: Literal["function"]
     function: ChosenName
 
 
-class ChatRequest(Asked):
+class ChatRequest(OpenAIRequest):
     """A conversation to answer."""
 
-    messages: Annotated[list[Message], Many] = Field(min_length=1)
+    messages: Annotated[list[ChatMessage], Many] = Field(min_length=1)
     max_tokens: Tokens | None = Field(default=None, description="what the context leaves, unless given")
     max_completion_tokens: Tokens | None = None
     logprobs: bool | None = None
@@ -110,7 +110,7 @@ class ChatRequest(Asked):
     parallel_tool_calls: bool | None = Field(default=None, description="false: of several calls only the first one is told")
 
     @model_validator(mode="after")
-    def _sound(self) -> ChatRequest:
+    def _check_sound(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs goes only with logprobs")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
@@ -126,7 +126,7 @@ class ChatRequest(Asked):
         return [tool.function.name for tool in self.tools or ()]
 
     @property
-    def forced(self) -> list[Function]:
+    def forced(self) -> list[FunctionSpec]:
         """The functions one of which must be called; none where the model may choose."""
         functions = [tool.function for tool in self.tools or ()]
         if isinstance(self.tool_choice, ChosenTool):

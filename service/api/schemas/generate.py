@@ -6,14 +6,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from .shared import MAX_TOP, Factor, Grammar, NotOffered, Penalty, ResponseFormat, Seed, Share, StopList, Strict, Tokens, TopK
+from .shared import MAX_TOP, Factor, Grammar, NotOffered, Penalty, ResponseFormat, Seed, Share, StopList, StrictModel, Tokens, TopK
 
 
 def _false_is_none(value: Any) -> Any:
     return None if value is False else value
 
 
-class Parameters(Strict):
+class Parameters(StrictModel):
     """How to continue the text. Absent and null mean the same everywhere."""
 
     adapter_id: str | None = Field(default=None, description="a registered adapter; null: the base")
@@ -48,7 +48,7 @@ class Parameters(Strict):
         return bool(self.do_sample) if self.temperature is None else self.temperature > 0
 
     @model_validator(mode="after")
-    def _whole(self) -> Parameters:
+    def _check_whole(self) -> Parameters:
         if (self.best_of or 1) > 1 and not self.sampled:
             raise ValueError("best_of over 1 needs sampling: set do_sample or a temperature")
         constrained = self.response_format is not None and self.response_format.type != "text"
@@ -59,7 +59,7 @@ class Parameters(Strict):
         return self
 
 
-class GenerateRequest(Strict):
+class GenerateRequest(StrictModel):
     """A prompt to continue."""
 
     inputs: str
@@ -67,7 +67,7 @@ class GenerateRequest(Strict):
     stream: bool | None = None
 
     @model_validator(mode="after")
-    def _whole(self) -> GenerateRequest:
+    def _check_whole(self) -> GenerateRequest:
         if self.stream and self.parameters and (self.parameters.best_of or 1) > 1:
             raise ValueError("best_of over 1 cannot be streamed")
         return self

@@ -15,26 +15,26 @@ from pydantic import (
 )
 
 from ...core.sampling import Sampling
-from .shared import COLD, LARGEST, MAX_SEQUENCES, MAX_TOP, Factor, OpenAIFormat, Penalty, Seed, StopList, Strict, TopK
+from .shared import COLD, LARGEST, MAX_SEQUENCES, MAX_TOP, Factor, OpenAIFormat, Penalty, Seed, StopList, StrictModel, TopK
 
 BIAS, MAX_BIASES, ID_DIGITS = 100.0, 1024, 10
 
 
-class StreamOptions(Strict):
+class StreamOptions(StrictModel):
     include_usage: bool = False
 
 
-def _listed(value: Any) -> Any:
+def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-def _few(value: Any) -> Any:
+def _check_few(value: Any) -> Any:
     if isinstance(value, dict) and len(value) > MAX_BIASES:
         raise ValueError(f"has {len(value)} entries, and {MAX_BIASES} are the most")
     return value
 
 
-def _biases(value: dict[str, float]) -> dict[str, float]:
+def _check_biases(value: dict[str, float]) -> dict[str, float]:
     for key, bias in value.items():
         if not (key.isascii() and key.isdecimal() and len(key) <= ID_DIGITS) or abs(bias) > BIAS:
             raise ValueError(f"maps token ids to numbers from -100 to 100, not {key[:40]!r} to {bias}")
@@ -53,7 +53,7 @@ def one_finding(message: str) -> WrapValidator:
     return WrapValidator(validate)
 
 
-class Asked(Strict):
+class OpenAIRequest(StrictModel):
     """What completions and chat share."""
 
     model: str = Field(description="an adapter, the base, or base:adapter")
@@ -62,11 +62,11 @@ class Asked(Strict):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(default=None, description="1 unless given; 0: greedy")
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] | None = None
-    stop: Annotated[StopList | None, BeforeValidator(_listed)] = None
+    stop: Annotated[StopList | None, BeforeValidator(_as_list)] = None
     seed: Seed | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[str, float], BeforeValidator(_few), AfterValidator(_biases)] | None = None
+    logit_bias: Annotated[dict[str, float], BeforeValidator(_check_few), AfterValidator(_check_biases)] | None = None
     response_format: OpenAIFormat | None = None
     top_k: TopK | None = Field(default=None, description="-1 and 0: off")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -76,7 +76,7 @@ class Asked(Strict):
     user: str | None = Field(default=None, description="taken and ignored")
 
     @model_validator(mode="after")
-    def _whole(self) -> Asked:
+    def _check_whole(self) -> OpenAIRequest:
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options goes only with stream")
         constrained = self.response_format is not None and self.response_format.type != "text"
@@ -88,7 +88,7 @@ class Asked(Strict):
     def usage_wanted(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def sampling(self, logprobs: int | None, grammar: str | None) -> Sampling:
+    def make_sampling(self, logprobs: int | None, grammar: str | None) -> Sampling:
         temperature = 1.0 if self.temperature is None else self.temperature
         if self.top_p == 0:
             temperature = 0.0  # the least mass that holds a token is the best token alone
@@ -120,7 +120,7 @@ Prompt = Annotated[
 ]
 
 
-class CompletionRequest(Asked):
+class CompletionRequest(OpenAIRequest):
     """A prompt, or several, to continue."""
 
     prompt: Prompt
@@ -137,7 +137,7 @@ class CompletionRequest(Asked):
         return [ids] if ids else [part for part in self.prompt if not isinstance(part, int)]
 
     @model_validator(mode="after")
-    def _few(self) -> CompletionRequest:
+    def _check_few(self) -> CompletionRequest:
         if len(self.prompts) * (self.n or 1) > MAX_SEQUENCES:
             raise ValueError(f"prompt and n make over {MAX_SEQUENCES} answers together")
         return self

@@ -15,14 +15,14 @@ LARGEST = 2**63  # of what is counted and told again: Python spells no number of
 COLD = 1e-5  # a temperature under this is greedy: a quotient by it would not fit a float32
 
 
-class Strict(BaseModel):
+class StrictModel(BaseModel):
     """Takes no unknown field, no bool for a number, no NaN and no infinity."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
 
     @model_validator(mode="before")
     @classmethod
-    def _few(cls, value: Any) -> Any:
+    def _check_few(cls, value: Any) -> Any:
         """Findings take much longer than what they are about, so there must not be as many as a client likes."""
         if isinstance(value, dict) and len(value) > len(cls.model_fields) + MAX_UNKNOWN:
             known = {field.alias or name for name, field in cls.model_fields.items()}
@@ -48,72 +48,72 @@ Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 StopList = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
 
 
-class AnyText(Strict):
+class AnyText(StrictModel):
     """No constraint."""
 
     type: Literal["text"]
 
 
-class JsonObject(Strict):
+class JsonObject(StrictModel):
     """Any JSON object, or one of this schema."""
 
     type: Literal["json_object"]
     schema_: dict[str, Any] | None = Field(default=None, alias="schema")
 
 
-class NamedSchema(Strict):
+class NamedSchema(StrictModel):
     name: str = ""
     description: str | None = None
     strict: bool | None = None
     schema_: dict[str, Any] = Field(alias="schema")
 
 
-class JsonSchema(Strict):
+class JsonSchema(StrictModel):
     """JSON of a schema, in OpenAI's shape."""
 
     type: Literal["json_schema"]
     json_schema: NamedSchema
 
 
-class PlainSchema(Strict):
+class PlainSchema(StrictModel):
     """JSON of a schema, written beside the type."""
 
     type: Literal["json_schema"]
     schema_: dict[str, Any] = Field(alias="schema")
 
 
-class Regex(Strict):
+class Regex(StrictModel):
     """Text that matches a regular expression as a whole."""
 
     type: Literal["regex"]
     regex: str
 
 
-class JsonGrammar(Strict):
+class JsonGrammar(StrictModel):
     """TGI's way to say a JSON schema."""
 
     type: Literal["json"]
     value: dict[str, Any]
 
 
-class RegexGrammar(Strict):
+class RegexGrammar(StrictModel):
     """TGI's way to say a regular expression."""
 
     type: Literal["regex"]
     value: str
 
 
-def _kind(value: Any) -> str | None:
+def _kind_of(value: Any) -> str | None:
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
     return kind if isinstance(kind, str) else None
 
 
 def _kind_or_plain(value: Any) -> str | None:
-    plain = isinstance(value, dict) and "schema" in value and _kind(value) == "json_schema"
-    return "plain_schema" if plain else _kind(value)
+    plain = isinstance(value, dict) and "schema" in value and _kind_of(value) == "json_schema"
+    return "plain_schema" if plain else _kind_of(value)
 
 
-def _chosen(*kinds: str, by: Callable[[Any], str | None] = _kind) -> Discriminator:
+def _discriminator(*kinds: str, by: Callable[[Any], str | None] = _kind_of) -> Discriminator:
     return Discriminator(by, custom_error_type="kind", custom_error_message=f"the type must be one of {', '.join(kinds)}")
 
 
@@ -123,7 +123,7 @@ _Plain = Annotated[PlainSchema, Tag("plain_schema")]
 _Text = Annotated[AnyText, Tag("text")]
 _Regex = Annotated[Regex, Tag("regex")]
 ResponseFormat = Annotated[
-    _Object | _Schema | _Plain | _Regex | _Text, _chosen("text", "json_object", "json_schema", "regex", by=_kind_or_plain)
+    _Object | _Schema | _Plain | _Regex | _Text, _discriminator("text", "json_object", "json_schema", "regex", by=_kind_or_plain)
 ]
-OpenAIFormat = Annotated[_Object | _Schema | _Regex | _Text, _chosen("text", "json_object", "json_schema", "regex")]
-Grammar = Annotated[Annotated[JsonGrammar, Tag("json")] | Annotated[RegexGrammar, Tag("regex")], _chosen("json", "regex")]
+OpenAIFormat = Annotated[_Object | _Schema | _Regex | _Text, _discriminator("text", "json_object", "json_schema", "regex")]
+Grammar = Annotated[Annotated[JsonGrammar, Tag("json")] | Annotated[RegexGrammar, Tag("regex")], _discriminator("json", "regex")]

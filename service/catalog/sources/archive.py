@@ -30,22 +30,22 @@ COMPRESSED: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh"
 
 
 @dataclass(frozen=True, slots=True)
-class Member:
+class ArchiveMember:
     name: str
     size: int  # as the archive says
     plain: bool  # a regular file
     folder: bool
 
 
-def extract(archive: Path, folder: Path, limit: int) -> None:
+def extract_adapter(archive: Path, folder: Path, limit: int) -> None:
     """Writes the files of the manifest, and nothing else, into the folder; `limit` is in bytes, unpacked.
 
     Raises AdapterInvalid for what is no archive, holds no adapter or several, or has a member that would leave the folder;
     PayloadTooLarge over the limit.
     """
     try:
-        with _stream(archive) as stream, _opened(stream) as members:
-            wanted = _wanted(members, limit)
+        with _open_stream(archive) as stream, _open_archive(stream) as members:
+            wanted = _select_members(members, limit)
             stream.left = math.inf
             for name, member in wanted.items():
                 with members(member) as source, (folder / name).open("xb") as target:
@@ -61,7 +61,7 @@ class _Stream(io.BufferedReader):
 
     left: float = TOLD
 
-    def read(self, size: int | None = -1, /) -> bytes:
+    def read_bytes(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > self.left:
             raise PayloadTooLarge(f"the archive takes more than {TOLD} bytes to say what it holds")
         data = super().read(size)
@@ -69,7 +69,7 @@ class _Stream(io.BufferedReader):
         return data
 
 
-def _stream(archive: Path) -> _Stream:
+def _open_stream(archive: Path) -> _Stream:
     with archive.open("rb") as file:
         start = file.read(max(map(len, COMPRESSED)))
     unpacked = next((opened for magic, opened in COMPRESSED.items() if start.startswith(magic)), None)
@@ -80,12 +80,12 @@ class _Zip:
     def __init__(self, file: zipfile.ZipFile) -> None:
         self.file = file
 
-    def __iter__(self) -> Iterator[Member]:
+    def __iter__(self) -> Iterator[ArchiveMember]:
         for info in self.file.infolist():
             kind = info.external_attr >> 28  # the unix file type; 0 when the archiver did not say
-            yield Member(info.filename, info.file_size, kind in (0, 8) and not info.is_dir(), info.is_dir())
+            yield ArchiveMember(info.filename, info.file_size, kind in (0, 8) and not info.is_dir(), info.is_dir())
 
-    def __call__(self, member: Member) -> IO[bytes]:
+    def __call__(self, member: ArchiveMember) -> IO[bytes]:
         return self.file.open(member.name)
 
 
@@ -93,18 +93,18 @@ class _Tar:
     def __init__(self, file: tarfile.TarFile) -> None:
         self.file = file
 
-    def __iter__(self) -> Iterator[Member]:
+    def __iter__(self) -> Iterator[ArchiveMember]:
         for info in self.file:
-            yield Member(info.name, info.size, info.isreg(), info.isdir())
+            yield ArchiveMember(info.name, info.size, info.isreg(), info.isdir())
 
-    def __call__(self, member: Member) -> IO[bytes]:
+    def __call__(self, member: ArchiveMember) -> IO[bytes]:
         found = self.file.extractfile(member.name)
         assert found is not None, "only regular members are asked for"
         return found
 
 
 @contextmanager
-def _opened(stream: _Stream) -> Iterator[_Zip | _Tar]:
+def _open_archive(stream: _Stream) -> Iterator[_Zip | _Tar]:
     if isinstance(stream.raw, io.FileIO) and zipfile.is_zipfile(stream):
         with zipfile.ZipFile(stream) as file:
             yield _Zip(file)
@@ -118,15 +118,15 @@ def _opened(stream: _Stream) -> Iterator[_Zip | _Tar]:
             yield _Tar(opened)
 
 
-def _wanted(members: _Zip | _Tar, limit: int) -> dict[str, Member]:
+def _select_members(members: _Zip | _Tar, limit: int) -> dict[str, ArchiveMember]:
     """The adapter's files by name. All members are looked at, so that an archive with one evil member is refused whole."""
-    found: dict[str, list[Member]] = {CONFIG: [], WEIGHTS: []}
+    found: dict[str, list[ArchiveMember]] = {CONFIG: [], WEIGHTS: []}
     total = 0
     for number, member in enumerate(members):
         total += member.size
         if total > limit or number >= MEMBERS:
             raise PayloadTooLarge(f"the archive holds more than {limit} bytes or {MEMBERS} members")
-        _check(member)
+        _check_member(member)
         if is_manifest_name(name := PurePosixPath(member.name).name) and member.plain:
             found.setdefault(name, []).append(member)
     if missing := [name for name, some in found.items() if not some]:
@@ -134,7 +134,7 @@ def _wanted(members: _Zip | _Tar, limit: int) -> dict[str, Member]:
     return _of_one_folder(found)
 
 
-def _of_one_folder(found: Mapping[str, Sequence[Member]]) -> dict[str, Member]:
+def _of_one_folder(found: Mapping[str, Sequence[ArchiveMember]]) -> dict[str, ArchiveMember]:
     """What lies beside the config and the weights, once each; what lies elsewhere is not the adapter's. Raises AdapterInvalid."""
     folders = {_folder(member) for name in (CONFIG, WEIGHTS) for member in found[name]}
     beside = {name: [member for member in some if _folder(member) in folders] for name, some in found.items()}
@@ -143,11 +143,11 @@ def _of_one_folder(found: Mapping[str, Sequence[Member]]) -> dict[str, Member]:
     return {name: some[0] for name, some in beside.items() if some}
 
 
-def _folder(member: Member) -> str:
+def _folder(member: ArchiveMember) -> str:
     return str(PurePosixPath(member.name).parent)
 
 
-def _check(member: Member) -> None:
+def _check_member(member: ArchiveMember) -> None:
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts or "\\" in member.name or "\0" in member.name or ":" in member.name:
         raise AdapterInvalid([f"the archive has a member outside of itself: {member.name[:100]!r}"])

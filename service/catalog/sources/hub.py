@@ -28,7 +28,9 @@ class Hub:
         self.allowed, self.endpoint = allowed, endpoint
         self.cache = cache or Path(constants.HF_HUB_CACHE)
 
-    def fetch(self, name: str, revision: str | None, subfolder: str | None, limit: int, held: Collection[str] = ()) -> tuple[Path, str]:
+    def fetch_adapter(
+        self, name: str, revision: str | None, subfolder: str | None, limit: int, held: Collection[str] = ()
+    ) -> tuple[Path, str]:
         """The local folder and the commit it is pinned to; from the cache when the hub cannot be reached.
 
         `held` names the files that this commit is known to have: with all of them in the cache it is not asked for again.
@@ -37,7 +39,7 @@ class Hub:
         if not any(fnmatchcase(name, pattern) for pattern in self.allowed):
             raise Forbidden(f"hub:{name[:100]} is not among the allowed sources (ADAPTERD_HUB)", param="source")
         try:
-            folder = self._download(name, revision, subfolder, limit, held)
+            folder = self._download_files(name, revision, subfolder, limit, held)
         except AdapterdError:
             raise
         except HFValidationError:
@@ -50,10 +52,10 @@ class Hub:
             raise AdapterInvalid([f"hub:{name}: {type(error).__name__}"]) from None
         return folder / subfolder if subfolder else folder, folder.name
 
-    def _download(self, name: str, revision: str | None, subfolder: str | None, limit: int, held: Collection[str]) -> Path:
+    def _download_files(self, name: str, revision: str | None, subfolder: str | None, limit: int, held: Collection[str]) -> Path:
         if held and COMMIT.fullmatch(revision or ""):  # a commit does not change
             with suppress(LocalEntryNotFoundError):
-                found = self._cached(name, revision, subfolder)
+                found = self._find_cached(name, revision, subfolder)
                 if all((found / (subfolder or "") / file).is_file() for file in held):
                     return found
         try:
@@ -64,7 +66,7 @@ class Hub:
             if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
                 raise
             log.warning("hub:%s cannot be asked which files it has (%s): what its cache holds is taken", name, type(error).__name__)
-            return self._cached(name, revision, subfolder)
+            return self._find_cached(name, revision, subfolder)
         return self._fetched(name, revision, told, subfolder, limit)
 
     def _fetched(self, name: str, revision: str | None, told: ModelInfo, subfolder: str | None, limit: int) -> Path:
@@ -83,7 +85,7 @@ class Hub:
             raise AdapterInvalid([f"hub:{name} was fetched in part only: ask again"])
         return folder
 
-    def _cached(self, name: str, revision: str | None, subfolder: str | None) -> Path:
+    def _find_cached(self, name: str, revision: str | None, subfolder: str | None) -> Path:
         below = f"{escape(subfolder)}/" if subfolder else ""
         paths = [below + pattern for pattern in PATTERNS]
         return Path(snapshot_download(name, revision=revision, cache_dir=self.cache, allow_patterns=paths, local_files_only=True))

@@ -18,7 +18,7 @@ from ...core.manifest import compute_digest, is_manifest_name, list_names, read_
 from ...errors import AdapterInvalid, BadRequest, Forbidden, PayloadTooLarge, SourceMissing
 from ...threads import DISK, DOWNLOAD, run_in
 from ..validator.header import CONFIG, WEIGHTS
-from .archive import PIECE, extract
+from .archive import PIECE, extract_adapter
 from .hub import Hub
 
 UPLOADS = ".uploads"
@@ -27,14 +27,14 @@ SHOWN = 20  # candidates that are listed
 LONGEST = 1024  # bytes of a source
 
 
-class Upload(Protocol):
+class UploadedFile(Protocol):
     """One file of a multipart body, as the web framework hands it over."""
 
     async def read(self, size: int = -1) -> bytes: ...
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class SourceLocation:
     """A source, found: the real folder, and the revision that was resolved for content of the hub."""
 
     folder: Path
@@ -47,7 +47,7 @@ class Place:
         """Where it lies below the adapters directory."""
         return f"{self.source}/{self.subfolder}" if self.subfolder else self.source
 
-    def fingerprint(self) -> str:
+    def compute_fingerprint(self) -> str:
         """Changes when a file of the manifest comes, goes, is replaced or written to; cheap, and no proof of content."""
         stats = {name: os.stat(self.folder / name) for name in list_names(self.folder)}
         return ":".join(f"{name}-{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}" for name, stat in stats.items())
@@ -59,34 +59,34 @@ class Store:
     def __init__(self, root: Path, hub: Hub, limit: int) -> None:
         self.root, self.hub, self.limit = root, hub, limit
 
-    async def find(
+    async def find_source(
         self,
         source: str,
         subfolder: str | None = None,
         revision: str | None = None,
         uploads: bool = False,
         held: Collection[str] = (),
-    ) -> Place:
+    ) -> SourceLocation:
         """The folder of a source; `uploads`: of what was uploaded, too; `held` names the files that it had when it was registered.
 
         Raises Forbidden outside what is allowed, AdapterInvalid.
         """
         if source.startswith("hub:"):
-            inner = _inside(subfolder, "subfolder") if subfolder else None
+            inner = _check_relative(subfolder, "subfolder") if subfolder else None
             name = source.removeprefix("hub:")
-            folder, commit = await run_in(DOWNLOAD, self.hub.fetch, name, revision, inner, self.limit, held)
-            return await run_in(DISK, _checked, Place(folder, source, inner, commit), self.hub.cache)
+            folder, commit = await run_in(DOWNLOAD, self.hub.fetch_adapter, name, revision, inner, self.limit, held)
+            return await run_in(DISK, _resolve_location, SourceLocation(folder, source, inner, commit), self.hub.cache)
         if revision:
             raise BadRequest("revision: only content of the hub has revisions", param="revision")
-        return await run_in(DISK, self._local, source, subfolder, uploads)
+        return await run_in(DISK, self._find_local, source, subfolder, uploads)
 
-    def _local(self, source: str, subfolder: str | None, uploads: bool) -> Place:
-        source = source if uploads and _uploaded(source) else _inside(source, "source")
+    def _find_local(self, source: str, subfolder: str | None, uploads: bool) -> SourceLocation:
+        source = source if uploads and _is_upload(source) else _check_relative(source, "source")
         path = self.root / source
-        inner = _inside(subfolder, "subfolder") if subfolder else None
-        return _checked(Place(path / inner if inner else path, source, inner), self.root)
+        inner = _check_relative(subfolder, "subfolder") if subfolder else None
+        return _resolve_location(SourceLocation(path / inner if inner else path, source, inner), self.root)
 
-    def folders(self) -> Iterator[str]:
+    def list_folders(self) -> Iterator[str]:
         """Every folder below the root that holds an adapter's config, hidden ones aside, by relative path."""
         for path, below, files in os.walk(self.root):
             here = Path(path).relative_to(self.root)
@@ -96,7 +96,7 @@ class Store:
 
     # ---- uploads
 
-    async def stage(self, files: Mapping[str, Upload]) -> Path:
+    async def stage_upload(self, files: Mapping[str, UploadedFile]) -> Path:
         """Writes the parts of an upload to a folder of their own, under their right names; the caller keeps or discards it.
 
         Raises BadRequest naming a wrong part, PayloadTooLarge, AdapterInvalid for a bad archive, Forbidden when nothing can be stored.
@@ -107,18 +107,18 @@ class Store:
         folder = self.root / UPLOADS / f".{secrets.token_hex(8)}"
         try:
             await run_in(DISK, folder.mkdir, parents=True)
-            await self._receive(files, folder)
+            await self._receive_files(files, folder)
             if "file" in files:
-                await run_in(DISK, _unpacked, folder, self.limit)
+                await run_in(DISK, _unpack_archive, folder, self.limit)
         except OSError as error:
-            await run_in(DISK, discard, folder)
+            await run_in(DISK, delete_folder, folder)
             raise Forbidden(f"the upload cannot be stored: {error.strerror}") from None
         except BaseException:
-            await run_in(DISK, discard, folder)
+            await run_in(DISK, delete_folder, folder)
             raise
         return folder
 
-    async def _receive(self, files: Mapping[str, Upload], folder: Path) -> None:
+    async def _receive_files(self, files: Mapping[str, UploadedFile], folder: Path) -> None:
         left = self.limit
         for name, part in files.items():
             out = await run_in(DISK, (folder / name).open, "xb")
@@ -131,42 +131,42 @@ class Store:
             finally:
                 await run_in(DISK, out.close)
 
-    def keep(self, staged: Path, content: str) -> Place:
+    def keep_upload(self, staged: Path, content: str) -> SourceLocation:
         """Moves a staged folder to where its digest says, in one step; what lay there already is kept if it is the same."""
-        source = home(content)
+        source = upload_source(content)
         target = self.root / source
         if target.exists() and _is_content(target, content):
-            discard(staged)
+            delete_folder(staged)
         else:
-            discard(target)
+            delete_folder(target)
             staged.rename(target)
-        return Place(target.resolve(), source)
+        return SourceLocation(target.resolve(), source)
 
-    def purge(self, source: str) -> None:
+    def purge_upload(self, source: str) -> None:
         """Deletes what was uploaded; any other source is left alone."""
-        if _uploaded(source):
-            discard(self.root / source)
+        if _is_upload(source):
+            delete_folder(self.root / source)
 
-    def sweep(self) -> None:
+    def sweep_interrupted(self) -> None:
         """Deletes what an interrupted upload has left."""
         for path in (self.root / UPLOADS).glob(".*"):
-            discard(path)
+            delete_folder(path)
 
 
-def home(content: Digest) -> str:
+def upload_source(content: Digest) -> str:
     """The source of an uploaded content."""
     return f"{UPLOADS}/{content.removeprefix('sha256:')}"
 
 
-def discard(folder: Path) -> None:
+def delete_folder(folder: Path) -> None:
     if folder.is_symlink():
         folder.unlink()
     else:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _unpacked(folder: Path, limit: int) -> None:
-    extract(folder / "file", folder, limit)
+def _unpack_archive(folder: Path, limit: int) -> None:
+    extract_adapter(folder / "file", folder, limit)
     (folder / "file").unlink()
 
 
@@ -177,21 +177,21 @@ def _is_content(folder: Path, content: Digest) -> bool:
         return False
 
 
-def _uploaded(source: str) -> bool:
+def _is_upload(source: str) -> bool:
     parts = PurePosixPath(source).parts
     return len(parts) == 2 and parts[0] == UPLOADS and parts[1].isalnum()
 
 
-def _inside(path: str, field: str) -> str:
+def _check_relative(path: str, field: str) -> str:
     """The path as it is, if it is a plain relative one without hidden parts. Raises Forbidden."""
     parts = path.rstrip("/").split("/")
-    odd = not _short(path) or path.startswith("~") or any(sign in path for sign in "\0\\:")
+    odd = not _is_short(path) or path.startswith("~") or any(sign in path for sign in "\0\\:")
     if odd or any(not part or part.startswith(".") for part in parts):
         raise Forbidden(f"{field} must be a folder under the adapters directory, or hub:org/name", param=field)
     return "/".join(parts)
 
 
-def _short(path: str) -> bool:
+def _is_short(path: str) -> bool:
     """Whether a file system could have it; of a lone surrogate none has."""
     try:
         return len(os.fsencode(path)) <= LONGEST
@@ -199,7 +199,7 @@ def _short(path: str) -> bool:
         return False
 
 
-def _checked(place: Place, root: Path) -> Place:
+def _resolve_location(place: SourceLocation, root: Path) -> SourceLocation:
     """The place with its real folder. Raises Forbidden when it or a file of it lies elsewhere, AdapterInvalid when it is no adapter's."""
     name = place.path[:200]
     try:
@@ -213,14 +213,14 @@ def _checked(place: Place, root: Path) -> Place:
             if not (folder / file).resolve().is_relative_to(top):
                 raise Forbidden(f"{file} of source {name!r} is a link that leaves the adapters directory", param="source")
         if not (folder / CONFIG).is_file():
-            raise AdapterInvalid([f"{CONFIG} is missing from {name!r}", *_candidates(folder)])
+            raise AdapterInvalid([f"{CONFIG} is missing from {name!r}", *_list_candidates(folder)])
         if strange := [file for file in names if not (folder / file).is_file()]:
             raise AdapterInvalid([f"{file} of source {name!r} is no file" for file in strange])
     except (OSError, RuntimeError) as error:
         raise AdapterInvalid([f"source {name!r} cannot be read: {getattr(error, 'strerror', None) or 'a loop of links'}"]) from None
-    return Place(folder, place.source, place.subfolder, place.revision)
+    return SourceLocation(folder, place.source, place.subfolder, place.revision)
 
 
-def _candidates(folder: Path) -> list[str]:
+def _list_candidates(folder: Path) -> list[str]:
     found = sorted(path.parent.relative_to(folder).as_posix() for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}/{CONFIG}"))
     return [f"name one of its folders as `subfolder`: {', '.join(found[:SHOWN])}"] if found else []

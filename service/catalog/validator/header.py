@@ -32,7 +32,7 @@ Config = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Tensor:
+class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
     size: int  # bytes
@@ -49,7 +49,7 @@ class Header:
 
     file_bytes: int
     header_bytes: int
-    tensors: dict[str, Tensor]
+    tensors: dict[str, TensorInfo]
 
     @property
     def tensor_bytes(self) -> int:
@@ -92,7 +92,7 @@ def missing_weights(folder: Path) -> list[str]:
     return [f"{WEIGHTS} is missing"]
 
 
-def glance(folder: Path, max_rank: int) -> None:
+def quick_check(folder: Path, max_rank: int) -> None:
     """Refuses what the config alone shows to be wrong, in about a millisecond. Raises AdapterInvalid."""
     problems = config_problems(read_config(folder), max_rank) + missing_weights(folder)
     if problems:
@@ -118,7 +118,7 @@ def read_header(path: Path) -> Header:
         raise AdapterInvalid([f"{path.name} has a header that is not JSON: it is no safetensors file, or a damaged one"]) from None
     except OSError as error:
         raise AdapterInvalid([f"{path.name} cannot be read: {error.strerror}"]) from None
-    return _header(path.name, entries, size, length + 8)
+    return _parse_header(path.name, entries, size, length + 8)
 
 
 def pointer_hint(content: bytes) -> str:
@@ -134,14 +134,14 @@ def _not_safetensors(start: bytes, size: int) -> str:
     return "" if size >= 8 else f"is truncated: {size} bytes"
 
 
-def _header(name: str, entries: Any, size: int, start: int) -> Header:
+def _parse_header(name: str, entries: Any, size: int, start: int) -> Header:
     if not isinstance(entries, dict):
         raise AdapterInvalid([f"{name} has a header that is not an object"])
     spans: list[tuple[int, int]] = []
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, TensorInfo] = {}
     for key, entry in entries.items():
         if key != "__metadata__":
-            tensors[key], span = _entry(name, key, entry)
+            tensors[key], span = _parse_entry(name, key, entry)
             spans.append(span)
     if not tensors:
         raise AdapterInvalid([f"{name} is empty: 0 tensors (was it saved without gathering the weights?)"])
@@ -156,12 +156,12 @@ def _header(name: str, entries: Any, size: int, start: int) -> Header:
     return Header(size, start, tensors)
 
 
-def _entry(name: str, key: str, entry: Any) -> tuple[Tensor, tuple[int, int]]:
+def _parse_entry(name: str, key: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
         if whole and dtype in ITEMSIZE and math.prod(shape) * ITEMSIZE[dtype] == end - begin:
-            return Tensor(dtype, shape, end - begin, begin), (begin, end)
+            return TensorInfo(dtype, shape, end - begin, begin), (begin, end)
     except (KeyError, TypeError, ValueError):
         pass
     raise AdapterInvalid([f"{name} has a damaged entry for {key[:200]!r}: {str(entry)[:120]}"])
@@ -170,19 +170,19 @@ def _entry(name: str, key: str, entry: Any) -> tuple[Tensor, tuple[int, int]]:
 # ---- the config's meaning
 
 
-def _whole(value: Any) -> bool:
+def _is_whole(value: Any) -> bool:
     return type(value) is int
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e300
 
 
-def _flag(value: Any) -> bool:
+def _is_flag(value: Any) -> bool:
     return value is None or type(value) is bool
 
 
-def _text(value: Any) -> bool:
+def _is_text(value: Any) -> bool:
     return value is None or isinstance(value, str)
 
 
@@ -190,49 +190,49 @@ def _object(value: Any) -> bool:
     return value is None or isinstance(value, dict)
 
 
-def _names(value: Any) -> bool:
-    return _text(value) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+def _are_names(value: Any) -> bool:
+    return _is_text(value) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
 
 
-def _layers(value: Any) -> bool:
-    return value is None or _whole(value) or (isinstance(value, list) and all(map(_whole, value)))
+def _are_layers(value: Any) -> bool:
+    return value is None or _is_whole(value) or (isinstance(value, list) and all(map(_is_whole, value)))
 
 
-def _tokens(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and all(_whole(token) and token >= 0 for token in value))
+def _are_tokens(value: Any) -> bool:
+    return value is None or (isinstance(value, list) and all(_is_whole(token) and token >= 0 for token in value))
 
 
-def _ranks(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and all(_whole(rank) and rank >= 1 for rank in value.values()))
+def _are_ranks(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(_is_whole(rank) and rank >= 1 for rank in value.values()))
 
 
-def _alphas(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and all(map(_number, value.values())))
+def _are_alphas(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(map(_is_number, value.values())))
 
 
 Check = tuple[Callable[[Any], bool], str]
 SHARED: dict[str, Check] = {
-    "task_type": (_text, "a text or null"),
-    "base_model_name_or_path": (_text, "a text or null"),
-    "revision": (_text, "a text or null"),
-    "peft_version": (_text, "a text or null"),
-    "target_modules": (_names, "a text, a list of texts or null"),
-    "exclude_modules": (_names, "a text, a list of texts or null"),
+    "task_type": (_is_text, "a text or null"),
+    "base_model_name_or_path": (_is_text, "a text or null"),
+    "revision": (_is_text, "a text or null"),
+    "peft_version": (_is_text, "a text or null"),
+    "target_modules": (_are_names, "a text, a list of texts or null"),
+    "exclude_modules": (_are_names, "a text, a list of texts or null"),
     "rank_pattern": (_object, "an object or null"),
     "alpha_pattern": (_object, "an object or null"),
 }
 LORA: dict[str, Check] = {
-    "r": (lambda value: _whole(value) and value >= 1, "a whole number, 1 or more"),
-    "lora_alpha": (_number, "a finite number"),
-    "lora_dropout": (lambda value: _number(value) and 0 <= value <= 1, "a number from 0 to 1"),
-    "use_rslora": (_flag, "true, false or null"),
-    "use_dora": (_flag, "true, false or null"),
-    "fan_in_fan_out": (_flag, "true, false or null"),
-    "rank_pattern": (_ranks, "an object of whole numbers, 1 or more"),
-    "alpha_pattern": (_alphas, "an object of finite numbers"),
-    "layers_to_transform": (_layers, "a whole number, a list of them, or null"),
-    "layers_pattern": (_names, "a text, a list of texts or null"),
-    "alora_invocation_tokens": (_tokens, "a list of token ids or null"),
+    "r": (lambda value: _is_whole(value) and value >= 1, "a whole number, 1 or more"),
+    "lora_alpha": (_is_number, "a finite number"),
+    "lora_dropout": (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
+    "use_rslora": (_is_flag, "true, false or null"),
+    "use_dora": (_is_flag, "true, false or null"),
+    "fan_in_fan_out": (_is_flag, "true, false or null"),
+    "rank_pattern": (_are_ranks, "an object of whole numbers, 1 or more"),
+    "alpha_pattern": (_are_alphas, "an object of finite numbers"),
+    "layers_to_transform": (_are_layers, "a whole number, a list of them, or null"),
+    "layers_pattern": (_are_names, "a text, a list of texts or null"),
+    "alora_invocation_tokens": (_are_tokens, "a list of token ids or null"),
 }
 NEEDED = ("r", "lora_alpha")
 
@@ -241,16 +241,16 @@ def config_problems(config: Config, max_rank: int) -> list[str]:
     """What is wrong with the config as such; each problem names its key."""
     kind = config.get("peft_type")
     if not isinstance(kind, str):
-        return [f"`peft_type` is missing from {CONFIG}{_foreign(config)}"]
+        return [f"`peft_type` is missing from {CONFIG}{_foreign_type(config)}"]
     lora = kind == "LORA"
     problems = [f"`{key}` is missing" for key in NEEDED if lora and key not in config]
     for key, (right, wanted) in (SHARED | LORA if lora else SHARED).items():
         if key in config and not right(config[key]):
             problems.append(f"`{key}` must be {wanted}, not {json.dumps(config[key])[:80]}")
-    return problems or [*_ranks_over(config, max_rank), *_untellable(config)]
+    return problems or [*_ranks_over(config, max_rank), *_find_untellable(config)]
 
 
-def _foreign(config: Config) -> str:
+def _foreign_type(config: Config) -> str:
     if "fine_tune_type" in config or "lora_parameters" in config:
         return ": this is an MLX adapter's config; convert the adapter to PEFT's format"
     if "architectures" in config or "model_type" in config:
@@ -258,7 +258,7 @@ def _foreign(config: Config) -> str:
     return ""
 
 
-def _untellable(config: Config) -> list[str]:
+def _find_untellable(config: Config) -> list[str]:
     """What no answer could repeat: half characters, which an escape can spell, and numbers that JSON does not have."""
     problems = []
     for key, value in config.items():
@@ -271,7 +271,7 @@ def _untellable(config: Config) -> list[str]:
 
 def _ranks_over(config: Config, max_rank: int) -> list[str]:
     ranks = {"`r`": config.get("r", 0)} | {f"`rank_pattern` {key!r}": rank for key, rank in (config.get("rank_pattern") or {}).items()}
-    return [f"{where}: rank {rank} is over the limit of {max_rank}" for where, rank in ranks.items() if _whole(rank) and rank > max_rank]
+    return [f"{where}: rank {rank} is over the limit of {max_rank}" for where, rank in ranks.items() if _is_whole(rank) and rank > max_rank]
 
 
 def pattern_problems(config: Config) -> list[str]:

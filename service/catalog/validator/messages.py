@@ -6,28 +6,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ...core.adapter import Adapter, Patch
+from ...core.adapter import Adapter, LoraLayerSpec
 from ...core.manifest import Manifest
 from ...errors import AdapterInvalid, AdapterUnsupported
 from .header import CONFIG, WEIGHTS
 
 
 @dataclass(frozen=True, slots=True)
-class Reading:
-    """A validated adapter: what the engine needs, what people ask (see facts.described), what they should know, and its LoRA layers."""
+class ValidatedAdapter:
+    """A validated adapter: what the engine needs, what people ask (see facts.describe_content), what they should know, and its LoRA layers."""
 
     adapter: Adapter
     facts: dict[str, Any]
     warnings: tuple[str, ...] = ()
-    layers: tuple[Patch, ...] = ()
+    layers: tuple[LoraLayerSpec, ...] = ()
 
-    def moved(self, folder: Path) -> Reading:
+    def move_to(self, folder: Path) -> ValidatedAdapter:
         """The same content in another folder."""
         return replace(self, adapter=replace(self.adapter, config=str(folder / CONFIG), weights=str(folder / WEIGHTS)))
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class ReadRequest:
     """Read this folder. `known` is the manifest of what was read there before, when it is unchanged: no value is looked at again."""
 
     folder: Path
@@ -35,11 +35,11 @@ class Ask:
 
 
 @dataclass(frozen=True, slots=True)
-class Measure:
+class NormsRequest:
     """Say how much each of these layers changes, by the weights of this adapter, if they are still those that were read."""
 
     adapter: Adapter
-    layers: tuple[Patch, ...]
+    layers: tuple[LoraLayerSpec, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,5 +48,5 @@ class Refusal:
     extra: dict[str, Any]
     supported: bool
 
-    def error(self) -> AdapterInvalid:
+    def to_error(self) -> AdapterInvalid:
         return (AdapterInvalid if self.supported else AdapterUnsupported)(self.problems, **self.extra)

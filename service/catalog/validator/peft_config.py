@@ -19,11 +19,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ...adapter_config import ASIDE, build_peft_config, known_keys
-from ...core.adapter import Lane, Patch
+from ...core.adapter import ExecutionPath, LoraLayerSpec
 from ...core.base_info import LayerLimit
 from ...errors import AdapterInvalid, AdapterUnsupported
 from .header import CONFIG, Config
-from .skeleton import Skeleton, shape
+from .skeleton import Skeleton, linear_shape
 
 # What PEFT itself runs beside the mixed batch. Add a feature's name (a config key, a peft_type, or one of `features` below) to serve it.
 SHADOW_FEATURES = frozenset(
@@ -46,24 +46,24 @@ APPLYING_S = 10.0  # of processor time; usually a tenth of a second. A worker ma
 
 
 @dataclass(frozen=True)
-class Meaning:
+class ResolvedConfig:
     """What a config asks of the base: every tensor it needs, its LoRA layers, what is more than those.
 
     `modules` are all layers that it changes; `refused` says which of these not even PEFT can run on this base.
     """
 
     expected: dict[str, tuple[int, ...]]
-    patches: tuple[Patch, ...]
+    patches: tuple[LoraLayerSpec, ...]
     features: frozenset[str]
     modules: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
 
     @property
-    def lane(self) -> Lane:
-        return Lane.POOL if self.features <= {ACTIVATED} else Lane.SHADOW
+    def lane(self) -> ExecutionPath:
+        return ExecutionPath.POOL if self.features <= {ACTIVATED} else ExecutionPath.SHADOW
 
 
-def understood(skeleton: Skeleton, config: Config) -> Meaning:
+def resolve_config(skeleton: Skeleton, config: Config) -> ResolvedConfig:
     """What PEFT makes of the config. Raises AdapterInvalid with its reason, AdapterUnsupported for what is not served."""
     start = str(config.get("init_lora_weights", ""))
     if start.lower().startswith(CHANGES_BASE):
@@ -77,13 +77,13 @@ def understood(skeleton: Skeleton, config: Config) -> Meaning:
         raise AdapterUnsupported([f"`{ACTIVATED}` without the `task_type` CAUSAL_LM: PEFT itself would never wake it"])
     text = dumps({key: config[key] for key in sorted(config) if key not in ASIDE})  # of a pattern's own keys the first that matches counts
     try:
-        with warnings.catch_warnings(), limited(APPLYING_S):
+        with warnings.catch_warnings(), limit_time(APPLYING_S):
             warnings.simplefilter("ignore")
-            asked = features(build_peft_config(loads(text)))
-            meaning = Meaning({}, (), asked) if unserved(asked) else injected(skeleton, text)
+            asked = list_features(build_peft_config(loads(text)))
+            meaning = ResolvedConfig({}, (), asked) if find_unserved(asked) else inject_config(skeleton, text)
     except Exception as error:  # whatever PEFT makes of a stranger's config, it is the config's fault
         raise AdapterInvalid([f"PEFT cannot apply {CONFIG} to the base: {error}"[:600]]) from None
-    if refused := unserved(meaning.features):
+    if refused := find_unserved(meaning.features):
         beside = sorted(meaning.features - {ACTIVATED}) if refused == {ACTIVATED} else ()
         raise AdapterUnsupported([f"`{name}` is not served{' beside ' + ', '.join(beside) if beside else ''}" for name in sorted(refused)])
     if meaning.refused:
@@ -92,7 +92,7 @@ def understood(skeleton: Skeleton, config: Config) -> Meaning:
 
 
 @contextmanager
-def limited(seconds: float) -> Iterator[None]:
+def limit_time(seconds: float) -> Iterator[None]:
     """Ends what takes more processor time, also in the midst of matching a regex. For a process's main thread only."""
 
     def late(*_: object) -> None:
@@ -107,12 +107,12 @@ def limited(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGVTALRM, before)
 
 
-def unserved(features: frozenset[str]) -> frozenset[str]:
+def find_unserved(features: frozenset[str]) -> frozenset[str]:
     return frozenset() if features == {ACTIVATED} else features - SHADOW_FEATURES
 
 
 @lru_cache(maxsize=64)  # most adapters of a fleet share a recipe
-def injected(skeleton: Skeleton, text: str) -> Meaning:
+def inject_config(skeleton: Skeleton, text: str) -> ResolvedConfig:
     """Injects this config (JSON text, without what does not matter here) into a copy of the tree."""
     config = build_peft_config(loads(text))
     with torch.device("meta"):
@@ -126,14 +126,16 @@ def injected(skeleton: Skeleton, text: str) -> Meaning:
     limits = limits_of(skeleton, tuned)
     if any(limit.by_peft for limit in limits):
         kinds |= {"LoRA on some of the tokens"}
-    if attentions(model) > attentions(skeleton.model):  # the copies would have KV rows of their own, which nobody forks or clears
+    if count_attentions(model) > count_attentions(
+        skeleton.model
+    ):  # the copies would have KV rows of their own, which nobody forks or clears
         kinds |= {f"{'modules_to_save' if getattr(config, 'modules_to_save', None) else config.peft_type.value} on attention layers"}
-    patches = tuple(patch(name, layer, expected) for name, layer in layers.items())
+    patches = tuple(make_layer_spec(name, layer, expected) for name, layer in layers.items())
     modules = tuple(name.removeprefix(PREFIX) for name in layers or tuned)
     kind = "LoRA" if layers else config.peft_type.value
     unfit = [limit for limit in limits if not limit.by_peft]
     refused = tuple(f"{kind} on {one.kind} is not served: {one.pattern} {one.reason}" for one in unfit)
-    return Meaning(expected, patches, kinds | features(config), modules, refused)
+    return ResolvedConfig(expected, patches, kinds | list_features(config), modules, refused)
 
 
 def limits_of(skeleton: Skeleton, tuned: Mapping[str, nn.Module]) -> list[LayerLimit]:
@@ -143,7 +145,7 @@ def limits_of(skeleton: Skeleton, tuned: Mapping[str, nn.Module]) -> list[LayerL
     return list(dict.fromkeys(limit for name in names if (limit := skeleton.limit(name))))
 
 
-def strangers(config: Config) -> list[str]:
+def unknown_keys(config: Config) -> list[str]:
     """Warnings about keys that this PEFT does not know and that have a value (null, false and empty ones mean nothing), and PEFT's own.
 
     Raises AdapterUnsupported for an unknown type, AdapterInvalid for a config of a version that PEFT cannot read any more.
@@ -161,7 +163,7 @@ def strangers(config: Config) -> list[str]:
     return strange + [f"PEFT warns: {one.message}" for one in heard]
 
 
-def features(config: PeftConfig) -> frozenset[str]:
+def list_features(config: PeftConfig) -> frozenset[str]:
     """What this config uses beyond low-rank changes of linear layers, by the names users know."""
     kind = str(config.peft_type.value)
     found = {name for name in OPTIONS if getattr(config, name, None)} if kind == "LORA" else {kind}
@@ -182,7 +184,7 @@ def check_tokens(model: nn.Module) -> None:
                 raise ValueError(f"token {strange[0]!r} of {where} is none of its {rows}")
 
 
-def attentions(model: nn.Module) -> int:
+def count_attentions(model: nn.Module) -> int:
     """How many attention layers there are, by the name that transformers gives all of their classes."""
     return sum("Attention" in type(module).__name__ for module in model.modules())
 
@@ -190,16 +192,16 @@ def attentions(model: nn.Module) -> int:
 def kind_of(layer: LoraLayer) -> str:
     """Why the pool cannot run this layer; empty when it can."""
     base = layer.get_base_layer()
-    if shape(base) is None:
+    if linear_shape(base) is None:
         return f"LoRA on {type(base).__name__}"
     plain = isinstance(base, nn.Linear) or not layer.lora_magnitude_vector
     return "" if plain else f"use_dora on {type(base).__name__}"
 
 
-def patch(name: str, layer: LoraLayer, expected: dict[str, tuple[int, ...]]) -> Patch:
+def make_layer_spec(name: str, layer: LoraLayer, expected: dict[str, tuple[int, ...]]) -> LoraLayerSpec:
     magnitude = f"{name}.lora_magnitude_vector"
     a, b = (f"{name}.lora_{'embedding_' if layer.lora_embedding_A else ''}{half}" for half in "AB")
-    return Patch(
+    return LoraLayerSpec(
         module=name.removeprefix(PREFIX),
         rank=layer.r["default"],
         scaling=float(layer.scaling["default"]),

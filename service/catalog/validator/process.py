@@ -19,13 +19,13 @@ from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import Any, TypeVar
 
-from ...core.adapter import shared
+from ...core.adapter import share_specs
 from ...core.base_info import LayerLimit
 from ...core.manifest import Manifest, list_names
 from ...errors import AdapterInvalid, AdapterUnsupported, Internal, NotReady
 from ...threads import DISK, PROCESS, run_in
-from ..architecture import Node
-from .messages import Ask, Measure, Reading, Refusal
+from ..architecture import ModuleNode
+from .messages import NormsRequest, ReadRequest, Refusal, ValidatedAdapter
 
 T = TypeVar("T")
 START_S = 300.0
@@ -33,12 +33,12 @@ READ_S = 60.0
 BYTES_PER_S = 20e6  # the slowest disk that is waited for
 
 
-class Reader:
+class Validator:
     """Reads adapters against one base, in its own process."""
 
     def __init__(self, max_rank: int, read_s: float = READ_S) -> None:
         self.max_rank, self.read_s = max_rank, read_s
-        self.tree: Node | None = None
+        self.tree: ModuleNode | None = None
         self._base: tuple[Path, tuple[LayerLimit, ...]] | None = None
         self._turn = asyncio.Lock()
         self._process: SpawnProcess | None = None
@@ -50,40 +50,40 @@ class Reader:
         """The child's, while there is one."""
         return self._process.pid if self._process else None
 
-    async def warm(self) -> None:
+    async def warm_up(self) -> None:
         """Starts the child, which takes seconds to load its libraries, before there is a base to read against."""
-        await self._in_turn(self._spawned)
+        await self._in_turn(self._ensure_child)
 
-    async def start(self, folder: Path, limits: tuple[LayerLimit, ...] = ()) -> None:
+    async def start_on(self, folder: Path, limits: tuple[LayerLimit, ...] = ()) -> None:
         """Shows the child the base and its `limits`. Raises Internal when it does not understand it."""
         self._base = folder, limits
-        await self._in_turn(self._meet)
+        await self._in_turn(self._introduce_base)
 
-    async def read(self, folder: Path, known: Manifest = ()) -> Reading:
+    async def validate_adapter(self, folder: Path, known: Manifest = ()) -> ValidatedAdapter:
         """What the adapter in this folder is. Raises AdapterInvalid, AdapterUnsupported."""
         size = await run_in(DISK, _size_of, folder)
-        answer = await self._told(Ask(folder, known), size)
-        assert isinstance(answer, Reading)
-        adapter = replace(answer.adapter, patches=shared(answer.adapter.patches))
-        return replace(answer, adapter=adapter, layers=shared(answer.layers))
+        answer = await self._ask_child(ReadRequest(folder, known), size)
+        assert isinstance(answer, ValidatedAdapter)
+        adapter = replace(answer.adapter, patches=share_specs(answer.adapter.patches))
+        return replace(answer, adapter=adapter, layers=share_specs(answer.layers))
 
-    async def norms(self, reading: Reading) -> dict[str, float]:
+    async def measure_norms(self, reading: ValidatedAdapter) -> dict[str, float]:
         """Module → Frobenius norm of its scaling · B · A. Raises AdapterInvalid when the files are gone or have changed."""
-        answer = await self._told(Measure(reading.adapter, reading.layers), reading.adapter.size)
+        answer = await self._ask_child(NormsRequest(reading.adapter, reading.layers), reading.adapter.size)
         assert isinstance(answer, dict)
         return answer
 
-    async def _told(self, ask: Ask | Measure, size: int) -> Any:
-        answer = await self._in_turn(lambda: self._answer(ask, self.read_s + size / BYTES_PER_S))
+    async def _ask_child(self, ask: ReadRequest | NormsRequest, size: int) -> Any:
+        answer = await self._in_turn(lambda: self._answer_within(ask, self.read_s + size / BYTES_PER_S))
         if isinstance(answer, Refusal):
-            raise answer.error()
+            raise answer.to_error()
         return answer
 
     async def close(self) -> None:
         """Ends the child, whatever it reads; who waits for it is told NotReady, and so is whoever asks later."""
         self._closed = True
         self._kill()
-        await self._in_turn(self._end)
+        await self._in_turn(self._end_child)
 
     def _kill(self) -> None:
         process = self._process
@@ -96,7 +96,7 @@ class Reader:
 
         async def turn() -> T:
             async with self._turn:
-                if self._closed and call != self._end:
+                if self._closed and call != self._end_child:
                     raise NotReady("the service is shutting down")
                 return await run_in(PROCESS, call)
 
@@ -104,13 +104,13 @@ class Reader:
 
     # ---- in a thread
 
-    def _spawned(self) -> Connection:
-        return self._pipe or self._spawn()
+    def _ensure_child(self) -> Connection:
+        return self._pipe or self._spawn_child()
 
-    def _spawn(self) -> Connection:
+    def _spawn_child(self) -> Connection:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=serve, args=(theirs, self.max_rank), name="adapterd-reader", daemon=True)
+        process = context.Process(target=serve_requests, args=(theirs, self.max_rank), name="adapterd-reader", daemon=True)
         process.start()
         theirs.close()
         self._pipe, self._process = ours, process
@@ -118,19 +118,19 @@ class Reader:
             process.kill()
         return ours
 
-    def _meet(self) -> Connection:
-        pipe = self._spawned()
-        answer = self._exchange(pipe, self._base, START_S)
+    def _introduce_base(self) -> Connection:
+        pipe = self._ensure_child()
+        answer = self._exchange_messages(pipe, self._base, START_S)
         if isinstance(answer, Refusal):
-            self._end()
+            self._end_child()
             raise Internal(f"the reader does not understand the base: {answer.problems[0]}")
         self.tree = answer
         return pipe
 
-    def _answer(self, ask: Ask | Measure, seconds: float) -> Any:
-        return self._exchange(self._pipe or self._meet(), ask, seconds)
+    def _answer_within(self, ask: ReadRequest | NormsRequest, seconds: float) -> Any:
+        return self._exchange_messages(self._pipe or self._introduce_base(), ask, seconds)
 
-    def _exchange(self, pipe: Connection, question: Any, seconds: float) -> Any:
+    def _exchange_messages(self, pipe: Connection, question: Any, seconds: float) -> Any:
         try:
             pipe.send(question)
             if pipe.poll(seconds):
@@ -138,10 +138,10 @@ class Reader:
             reason = f"reading it took longer than {seconds:.0f} s"
         except (EOFError, OSError):
             reason = "reading it ended the reader's process"
-        self._end()
+        self._end_child()
         return Refusal((reason,), {}, supported=True)
 
-    def _end(self) -> None:
+    def _end_child(self) -> None:
         if self._pipe:
             self._pipe.close()
         if self._process:
@@ -156,7 +156,7 @@ def _size_of(folder: Path) -> int:
     return sum((folder / name).stat().st_size for name in list_names(folder))
 
 
-def serve(pipe: Connection, max_rank: int) -> None:
+def serve_requests(pipe: Connection, max_rank: int) -> None:
     """The child. It answers the base's folder and limits with its tree, an Ask with a Reading, a Measure with norms.
 
     What it cannot answer it answers with a Refusal.
@@ -175,16 +175,16 @@ def serve(pipe: Connection, max_rank: int) -> None:
         except Exception as error:  # whatever the library makes of the base, the parent must be told
             pipe.send(Refusal((f"{type(error).__name__}: {error}"[:300],), {}, supported=True))
             return
-        pipe.send(base.tree())
+        pipe.send(base.make_tree())
         while True:
             ask = pipe.recv()
-            if isinstance(ask, Measure):
-                pipe.send(answer(partial(check.norms, ask.adapter, ask.layers)))
+            if isinstance(ask, NormsRequest):
+                pipe.send(answer_request(partial(check.measure_norms, ask.adapter, ask.layers)))
             else:
-                pipe.send(answer(partial(check.read, base, ask.folder, max_rank, ask.known)))
+                pipe.send(answer_request(partial(check.validate_adapter, base, ask.folder, max_rank, ask.known)))
 
 
-def answer(work: Callable[[], T]) -> T | Refusal:
+def answer_request(work: Callable[[], T]) -> T | Refusal:
     try:
         return work()
     except AdapterInvalid as error:

@@ -11,9 +11,9 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from ...core.base_info import LayerLimit, Linear, name_pattern
+from ...core.base_info import LayerLimit, LinearKind, name_pattern
 from .. import facts
-from ..architecture import Node
+from ..architecture import ModuleNode
 
 
 class Skeleton:
@@ -34,26 +34,26 @@ class Skeleton:
     def parameters(self) -> int:
         return sum(parameter.numel() for parameter in self.model.parameters())
 
-    def linears(self) -> list[Linear]:
+    def list_linears(self) -> list[LinearKind]:
         """The linear layers, counted by last name and shape."""
-        counts = Counter((facts.leaf(name), found) for name, module in self.model.named_modules() if (found := shape(module)))
-        return [Linear(name, inside, outside, count) for (name, (inside, outside)), count in sorted(counts.items())]
+        counts = Counter((facts.last_name(name), found) for name, module in self.model.named_modules() if (found := linear_shape(module)))
+        return [LinearKind(name, inside, outside, count) for (name, (inside, outside)), count in sorted(counts.items())]
 
     def limit(self, module: str) -> LayerLimit | None:
         """What keeps this layer out of the mixed batch."""
         return self._limits.get(name_pattern(module))
 
-    def tree(self) -> Node:
-        return node("", self.model)
+    def make_tree(self) -> ModuleNode:
+        return make_node("", self.model)
 
-    def embeddings(self) -> dict[str, tuple[int, ...]]:
+    def embedding_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the embedding's and the head's weights, by name, the embedding's first."""
         layers = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
         names = {id(module): f"{name}.weight" for name, module in self.model.named_modules()}
         return {names[id(layer)]: tuple(layer.weight.shape) for layer in layers if layer is not None}
 
 
-def shape(module: nn.Module) -> tuple[int, int] | None:
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
     """(in, out) of a linear layer."""
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
@@ -62,8 +62,8 @@ def shape(module: nn.Module) -> tuple[int, int] | None:
     return None
 
 
-def node(name: str, module: nn.Module) -> Node:
-    children = tuple(node(child_name, child) for child_name, child in module.named_children())
+def make_node(name: str, module: nn.Module) -> ModuleNode:
+    children = tuple(make_node(child_name, child) for child_name, child in module.named_children())
     extra = module.extra_repr()
     text = type(module).__name__ if children or "\n" in extra else f"{type(module).__name__}({extra})"
-    return Node(name, text, children, shape(module))
+    return ModuleNode(name, text, children, linear_shape(module))

@@ -39,9 +39,9 @@ def _problems(path: Path) -> list[str]:
         return []
     found = [f"{path.name} {problem}" for problem in _check(path.name, content)]
     if not found:
-        for old in FINE.victims(1) or ():
-            FINE.remove(old)
-        FINE.add(key, 1)
+        for old in FINE.choose_victims(1) or ():
+            FINE.remove_key(old)
+        FINE.add_key(key, 1)
     return found
 
 

@@ -30,7 +30,7 @@ FIELDS = 8  # int32 columns of a table, see linear.h
 log = logging.getLogger(__name__)
 
 
-def load() -> bool:
+def load_kernels() -> bool:
     """Whether the kernels can be used here; builds and loads them the first time. Says in the log why not."""
     if hasattr(torch.ops.adapterd, "linear"):
         return True
@@ -39,22 +39,22 @@ def load() -> bool:
         return False
     try:
         library: Any = torch.ops
-        library.load_library(_built())
+        library.load_library(_build_library())
     except (OSError, subprocess.CalledProcessError) as error:
         log.warning("kernels: off, they cannot be built: %s", str(getattr(error, "stderr", None) or error)[-300:])
         return False
-    AttentionInterface.register(NAME, attend)
+    AttentionInterface.register(NAME, attend_rows)
     return True
 
 
-def _built() -> Path:
+def _build_library() -> Path:
     """The shared library for this source, torch and processor. Raises OSError or CalledProcessError."""
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         raise OSError("no C++ compiler (g++) is installed")
     flags = [*FLAGS, *(f"-I{path}" for path in include_paths())]
     text = "".join(source.read_text() for source in SOURCES)
-    key = hashlib.sha256(f"{text} {flags} {torch.__version__} {_processor()}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{text} {flags} {torch.__version__} {_processor_flags()}".encode()).hexdigest()[:16]
     target = CACHE / "kernels" / f"ops-{key}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +66,7 @@ def _built() -> Path:
     return target
 
 
-def _processor() -> str:
+def _processor_flags() -> str:
     """What `-march=native` would see: two machines that share a cache folder may differ."""
     try:
         return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
@@ -74,7 +74,7 @@ def _processor() -> str:
         return ""
 
 
-def attend(
+def attend_rows(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -93,7 +93,7 @@ def attend(
     return out, None
 
 
-def fits(layer: nn.Module) -> bool:
+def fits_kernel(layer: nn.Module) -> bool:
     """Whether the linear kernel can run this base layer: plain, bfloat16, [out, in] in multiples of [32, 2]."""
     if type(layer) is not nn.Linear:
         return False
@@ -101,19 +101,19 @@ def fits(layer: nn.Module) -> bool:
     return layer.weight.dtype == torch.bfloat16 and n_out % 32 == 0 and n_in % 2 == 0
 
 
-class Tables(NamedTuple):
+class StepTables(NamedTuple):
     """The spans of a step's tokens, and of those tokens that get logits."""
 
     body: Tensor
     head: Tensor
 
 
-def tables(rows: int) -> Tables:
+def make_tables(rows: int) -> StepTables:
     size = (1 + 2 * rows, FIELDS)  # every row may decode while another prompt for it is under way
-    return Tables(torch.zeros(size, dtype=torch.int32), torch.zeros(size, dtype=torch.int32))
+    return StepTables(torch.zeros(size, dtype=torch.int32), torch.zeros(size, dtype=torch.int32))
 
 
-def fill(table: Tensor, spans: Sequence[Sequence[int]]) -> None:
+def fill_table(table: Tensor, spans: Sequence[Sequence[int]]) -> None:
     """Writes the spans of a step; each is start, length, KV row, position, pool row, rank, gated."""
     table[0, 0] = len(spans)
     if spans:

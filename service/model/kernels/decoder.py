@@ -15,16 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..kv import Sighting
+from ..kv import AttentionSpec
 
 ALIKE = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # transformers' module: prefix of its classes
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 
 
-class Decoder:
+class FusedDecoderLayer:
     """Stands in for the forward of one layer; `layer` keeps its tensors."""
 
-    def __init__(self, layer: Any, seen: Sighting) -> None:
+    def __init__(self, layer: Any, seen: AttentionSpec) -> None:
         attention = layer.self_attn
         self.linears = [tensor for name in LINEARS for tensor in layer.get_submodule(name).tensors()]
         none = self.linears[0].new_empty(0)
@@ -41,10 +41,10 @@ class Decoder:
         return y
 
 
-def place(layers: nn.ModuleList, attention: Sequence[Sighting]) -> int:
+def install_layers(layers: nn.ModuleList, attention: Sequence[AttentionSpec]) -> int:
     """Gives every layer of Llama's kind the kernel for its forward. How many there were."""
-    found = [(layer, seen) for layer, seen in zip(layers, attention, strict=True) if _alike(layer, seen)]
-    made = [Decoder(layer, seen) for layer, seen in found]
+    found = [(layer, seen) for layer, seen in zip(layers, attention, strict=True) if _is_llama_like(layer, seen)]
+    made = [FusedDecoderLayer(layer, seen) for layer, seen in found]
     for (layer, _), own in zip(found, made, strict=True):
         layer.forward = own
     for own, following in itertools.pairwise(made):
@@ -52,7 +52,7 @@ def place(layers: nn.ModuleList, attention: Sequence[Sighting]) -> int:
     return len(found)
 
 
-def _alike(layer: Any, seen: Sighting) -> bool:
+def _is_llama_like(layer: Any, seen: AttentionSpec) -> bool:
     name = f"{type(layer).__module__}.{type(layer).__name__}"
     known = name in {f"transformers.models.{family}.modeling_{family}.{prefix}DecoderLayer" for family, prefix in ALIKE.items()}
     return known and layer.self_attn.config.hidden_act == "silu" and not seen.softcap and seen.dim % 32 == 0

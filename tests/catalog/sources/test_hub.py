@@ -114,7 +114,7 @@ def dressed(stand_in: StandIn) -> StandIn:
 async def test_every_file_that_shapes_an_answer_is_fetched_and_no_other(dressed: StandIn, tmp_path: Path) -> None:
     here = store(dressed, tmp_path, "org/*")
     for subfolder in (None, "checkpoint-20"):
-        place = await here.find("hub:org/name", subfolder=subfolder)
+        place = await here.find_source("hub:org/name", subfolder=subfolder)
         source = dressed.folder / (subfolder or "")
         names = sorted((CONFIG, WEIGHTS, *TEXTS))
         assert [path.name for path in sorted(place.folder.iterdir()) if path.is_file()] == names
@@ -135,7 +135,7 @@ def partly(dressed: StandIn, tmp_path: Path, plain: Path) -> Path:
 async def test_what_a_cache_holds_of_a_commit_is_completed_when_the_hub_can_be_asked(
     dressed: StandIn, tmp_path: Path, partly: Path
 ) -> None:
-    place = await store(dressed, tmp_path, "org/*").find("hub:org/name", revision=COMMIT)
+    place = await store(dressed, tmp_path, "org/*").find_source("hub:org/name", revision=COMMIT)
     assert place.folder == partly
     assert read_manifest(partly) == read_manifest(dressed.folder)
 
@@ -144,31 +144,31 @@ async def test_what_a_cache_holds_is_taken_and_said_when_the_hub_cannot_be_asked
     dressed: StandIn, tmp_path: Path, partly: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     dressed.stop()
-    place = await store(dressed, tmp_path, "org/*").find("hub:org/name", revision=COMMIT)
+    place = await store(dressed, tmp_path, "org/*").find_source("hub:org/name", revision=COMMIT)
     assert place.folder == partly
     assert "org/name cannot be asked which files it has" in caplog.text
 
 
 async def test_a_file_that_was_there_and_is_gone_from_the_cache_is_fetched_again(dressed: StandIn, tmp_path: Path) -> None:
     here = store(dressed, tmp_path, "org/*")
-    place = await here.find("hub:org/name", revision=COMMIT)
+    place = await here.find_source("hub:org/name", revision=COMMIT)
     names = [file.name for file in read_manifest(place.folder)]
     before = len(dressed.asked)
-    assert await here.find("hub:org/name", revision=COMMIT, held=names) == place
+    assert await here.find_source("hub:org/name", revision=COMMIT, held=names) == place
     assert len(dressed.asked) == before
     (place.folder / "chat_template.jinja").unlink()
-    assert await here.find("hub:org/name", revision=COMMIT, held=names) == place
+    assert await here.find_source("hub:org/name", revision=COMMIT, held=names) == place
     assert [file.name for file in read_manifest(place.folder)] == names
 
 
 async def test_signs_in_a_subfolder_choose_nothing_else(dressed: StandIn, tmp_path: Path) -> None:
     with pytest.raises(AdapterInvalid):
-        await store(dressed, tmp_path, "org/*").find("hub:org/name", subfolder="checkpoint-*")
+        await store(dressed, tmp_path, "org/*").find_source("hub:org/name", subfolder="checkpoint-*")
     assert not [path for path in dressed.asked if "resolve" in path]
 
 
 async def test_only_the_two_files_of_the_commit_are_fetched(stand_in: StandIn, tmp_path: Path) -> None:
-    place = await store(stand_in, tmp_path, "org/*").find("hub:org/name")
+    place = await store(stand_in, tmp_path, "org/*").find_source("hub:org/name")
     assert place.revision == COMMIT
     assert sorted(path.name for path in place.folder.iterdir()) == [CONFIG, WEIGHTS, "checkpoint-20"][:2]
     assert (place.folder / WEIGHTS).read_bytes() == (stand_in.folder / WEIGHTS).read_bytes()
@@ -176,7 +176,7 @@ async def test_only_the_two_files_of_the_commit_are_fetched(stand_in: StandIn, t
 
 
 async def test_a_subfolder_is_fetched_alone(stand_in: StandIn, tmp_path: Path) -> None:
-    place = await store(stand_in, tmp_path, "org/name").find("hub:org/name", subfolder="checkpoint-20", revision="main")
+    place = await store(stand_in, tmp_path, "org/name").find_source("hub:org/name", subfolder="checkpoint-20", revision="main")
     assert place.folder.name == "checkpoint-20"
     assert sorted(path.name for path in place.folder.parent.iterdir()) == ["checkpoint-20"]
 
@@ -184,32 +184,32 @@ async def test_a_subfolder_is_fetched_alone(stand_in: StandIn, tmp_path: Path) -
 @pytest.mark.parametrize("allowed", [(), ("other/*",), ("org/name2", "org/nam")])
 async def test_what_no_pattern_allows_is_forbidden_and_not_asked_for(stand_in: StandIn, tmp_path: Path, allowed: tuple[str, ...]) -> None:
     with pytest.raises(Forbidden, match="ADAPTERD_HUB"):
-        await store(stand_in, tmp_path, *allowed).find("hub:org/name")
+        await store(stand_in, tmp_path, *allowed).find_source("hub:org/name")
     assert stand_in.asked == []
 
 
 @pytest.mark.parametrize("name", ["org/none", "org/../x", "org/a/b", "org/"])
 async def test_what_the_hub_does_not_have_is_invalid(stand_in: StandIn, tmp_path: Path, name: str) -> None:
     with pytest.raises(AdapterInvalid, match="hub:"):
-        await store(stand_in, tmp_path, "org/*").find(f"hub:{name}")
+        await store(stand_in, tmp_path, "org/*").find_source(f"hub:{name}")
 
 
 async def test_what_was_fetched_is_there_when_the_hub_is_not(stand_in: StandIn, tmp_path: Path) -> None:
     here = store(stand_in, tmp_path, "org/*")
-    place = await here.find("hub:org/name", revision="main")
+    place = await here.find_source("hub:org/name", revision="main")
     before = len(stand_in.asked)
-    assert await here.find("hub:org/name", revision=COMMIT, held=[CONFIG, WEIGHTS]) == place
+    assert await here.find_source("hub:org/name", revision=COMMIT, held=[CONFIG, WEIGHTS]) == place
     assert len(stand_in.asked) == before, "a commit whose files are all there needs no asking"
     stand_in.stop()
-    assert (await here.find("hub:org/name", revision="main")).folder == place.folder
+    assert (await here.find_source("hub:org/name", revision="main")).folder == place.folder
     with pytest.raises(AdapterInvalid, match="cannot be reached"):
-        await store(stand_in, tmp_path / "elsewhere", "org/*").find("hub:org/name")
+        await store(stand_in, tmp_path / "elsewhere", "org/*").find_source("hub:org/name")
 
 
 async def test_what_is_over_the_limit_is_not_fetched(stand_in: StandIn, tmp_path: Path) -> None:
     with pytest.raises(PayloadTooLarge):
-        await store(stand_in, tmp_path, "org/*", limit=5000).find("hub:org/name")
+        await store(stand_in, tmp_path, "org/*", limit=5000).find_source("hub:org/name")
     (stand_in.folder / "tokenizer.json").write_bytes(bytes(LIMIT))
     with pytest.raises(PayloadTooLarge):
-        await store(stand_in, tmp_path, "org/*").find("hub:org/name")
+        await store(stand_in, tmp_path, "org/*").find_source("hub:org/name")
     assert not [path for path in stand_in.asked if "resolve" in path]

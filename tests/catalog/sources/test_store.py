@@ -18,7 +18,7 @@ import pytest
 
 from service.catalog.sources import store as store_module
 from service.catalog.sources.hub import Hub
-from service.catalog.sources.store import Place, Store
+from service.catalog.sources.store import SourceLocation, Store
 from service.catalog.validator.header import CONFIG, WEIGHTS
 from service.core.manifest import compute_digest, read_manifest
 from service.errors import AdapterInvalid, BadRequest, Forbidden, PayloadTooLarge
@@ -40,8 +40,8 @@ def store(root: Path) -> Store:
 
 async def test_a_folder_under_the_root_is_found(store: Store, root: Path, plain: Path) -> None:
     shutil.copytree(plain, root / "org" / "name")
-    assert (await store.find("org/name")).folder == (root / "org/name").resolve()
-    assert (await store.find("org/name/")).source == "org/name"
+    assert (await store.find_source("org/name")).folder == (root / "org/name").resolve()
+    assert (await store.find_source("org/name/")).source == "org/name"
 
 
 @pytest.mark.parametrize(
@@ -70,14 +70,14 @@ async def test_a_folder_under_the_root_is_found(store: Store, root: Path, plain:
 )
 async def test_sources_outside_are_forbidden(store: Store, source: str) -> None:
     with pytest.raises(Forbidden):
-        await store.find(source)
+        await store.find_source(source)
     with pytest.raises(Forbidden):
-        await store.find("x", subfolder=source) if source else await store.find("")
+        await store.find_source("x", subfolder=source) if source else await store.find_source("")
 
 
 async def test_a_missing_folder_is_invalid_and_hides_the_root(store: Store, root: Path) -> None:
     with pytest.raises(AdapterInvalid, match="no such folder") as caught:
-        await store.find("no-such")
+        await store.find_source("no-such")
     assert str(root) not in caught.value.message
 
 
@@ -91,52 +91,52 @@ async def test_links_that_leave_the_root_are_forbidden(store: Store, root: Path,
         (outside / name).touch()
     (root / "x" / name).symlink_to(outside / name)
     with pytest.raises(Forbidden, match="link"):
-        await store.find("x")
+        await store.find_source("x")
 
 
 async def test_links_within_the_root_are_followed(store: Store, root: Path, plain: Path) -> None:
     shutil.copytree(plain, root / "real")
     (root / "x").symlink_to(root / "real")
-    assert (await store.find("x")).folder == (root / "real").resolve()
+    assert (await store.find_source("x")).folder == (root / "real").resolve()
     (root / "loop").symlink_to(root / "loop")
     with pytest.raises(AdapterInvalid):
-        await store.find("loop")
+        await store.find_source("loop")
 
 
 async def test_a_run_folder_lists_its_checkpoints_and_one_can_be_named(store: Store, root: Path, plain: Path) -> None:
     for n in (10, 20):
         shutil.copytree(plain, root / "run" / f"checkpoint-{n}")
     with pytest.raises(AdapterInvalid, match="checkpoint-10, checkpoint-20"):
-        await store.find("run")
-    assert (await store.find("run", subfolder="checkpoint-20")).path == "run/checkpoint-20"
+        await store.find_source("run")
+    assert (await store.find_source("run", subfolder="checkpoint-20")).path == "run/checkpoint-20"
 
 
 async def test_a_revision_is_only_for_the_hub(store: Store) -> None:
     with pytest.raises(BadRequest, match="revision"):
-        await store.find("x", revision="main")
+        await store.find_source("x", revision="main")
 
 
 async def test_folders_below_the_root_are_listed_without_hidden_ones(store: Store, root: Path, plain: Path) -> None:
     for name in ("a", "org/b", ".hidden/c", "d/e/f/g", "d/e/f/g/h"):
         shutil.copytree(plain, root / name, dirs_exist_ok=True)
-    assert list(store.folders()) == ["a", "d/e/f/g", "org/b"]
+    assert list(store.list_folders()) == ["a", "d/e/f/g", "org/b"]
 
 
 def test_the_fingerprint_changes_with_every_file_of_the_manifest_and_with_no_other(root: Path, plain: Path) -> None:
     shutil.copytree(plain, root / "x")
-    place = Place(root / "x", "x")
-    seen = {place.fingerprint()}
+    place = SourceLocation(root / "x", "x")
+    seen = {place.compute_fingerprint()}
     for name in (CONFIG, WEIGHTS):
         os.utime(root / "x" / name, ns=(1, 1))
-        seen.add(place.fingerprint())
+        seen.add(place.compute_fingerprint())
     for name in TEXTS:
         (root / "x" / name).touch()
-        seen.add(place.fingerprint())
+        seen.add(place.compute_fingerprint())
         os.utime(root / "x" / name, ns=(1, 1))
-        seen.add(place.fingerprint())
+        seen.add(place.compute_fingerprint())
     assert len(seen) == 3 + 2 * len(TEXTS)
     (root / "x" / "README.md").touch()
-    assert place.fingerprint() in seen
+    assert place.compute_fingerprint() in seen
 
 
 async def test_what_is_named_like_a_file_of_the_manifest_and_is_none_is_refused(store: Store, root: Path, plain: Path) -> None:
@@ -144,7 +144,7 @@ async def test_what_is_named_like_a_file_of_the_manifest_and_is_none_is_refused(
         shutil.copytree(plain, root / name)
         make(root / name / "chat_template.jinja")
         with pytest.raises(AdapterInvalid, match=r"chat_template\.jinja .* is no file"):
-            await store.find(name)
+            await store.find_source(name)
 
 
 # ---- uploads
@@ -178,7 +178,7 @@ def content(folder: Path, prefix: str = "") -> dict[str, bytes]:
 async def test_an_archive_gives_the_two_files_and_nothing_else(
     store: Store, plain: Path, pack: Callable[[dict[str, bytes]], bytes], prefix: str
 ) -> None:
-    staged = await store.stage({"file": Part(pack(content(plain, prefix) | {"notes/README.md": b"hello"}))})
+    staged = await store.stage_upload({"file": Part(pack(content(plain, prefix) | {"notes/README.md": b"hello"}))})
     assert sorted(path.name for path in staged.iterdir()) == [CONFIG, WEIGHTS]
     assert (staged / WEIGHTS).read_bytes() == (plain / WEIGHTS).read_bytes()
 
@@ -190,21 +190,21 @@ async def test_an_archive_gives_every_file_of_the_manifest_that_lies_beside_the_
 ) -> None:
     beside = {prefix + name: name.encode() for name in (*TEXTS, "README.md")}
     elsewhere = {"base/tokenizer.json": b"", "base/merges.txt": b"", "deeper/base/chat_template.jinja": b""}
-    staged = await store.stage({"file": Part(pack(elsewhere | content(plain, prefix) | beside))})
+    staged = await store.stage_upload({"file": Part(pack(elsewhere | content(plain, prefix) | beside))})
     assert sorted(path.name for path in staged.iterdir()) == sorted((CONFIG, WEIGHTS, *TEXTS))
     assert all((staged / name).read_text() == name for name in TEXTS)
 
 
 async def test_parts_by_the_names_of_the_manifest_are_stored_and_count(store: Store, root: Path, plain: Path) -> None:
     sent: dict[str, Any] = {name: Part(name.encode()) for name in TEXTS}
-    staged = await store.stage(parts(plain) | sent)
+    staged = await store.stage_upload(parts(plain) | sent)
     assert sorted(path.name for path in staged.iterdir()) == sorted((CONFIG, WEIGHTS, *TEXTS))
     assert all((staged / name).read_text() == name for name in TEXTS)
-    store_module.discard(staged)
+    store_module.delete_folder(staged)
     with pytest.raises(PayloadTooLarge):
-        await store.stage(parts(plain) | {"chat_template.jinja": Part(bytes(LIMIT))})
+        await store.stage_upload(parts(plain) | {"chat_template.jinja": Part(bytes(LIMIT))})
     with pytest.raises(PayloadTooLarge):
-        await store.stage({"file": Part(tarred(content(plain) | {"chat_template.jinja": bytes(LIMIT)}))})
+        await store.stage_upload({"file": Part(tarred(content(plain) | {"chat_template.jinja": bytes(LIMIT)}))})
     assert list((root / ".uploads").iterdir()) == []
 
 
@@ -252,7 +252,7 @@ EVIL: dict[str, Callable[[dict[str, bytes]], bytes]] = {
 @pytest.mark.parametrize("evil", EVIL)
 async def test_evil_and_broken_archives_are_refused_and_leave_nothing(store: Store, root: Path, plain: Path, evil: str) -> None:
     with pytest.raises(AdapterInvalid):
-        await store.stage({"file": Part(EVIL[evil](content(plain)))})
+        await store.stage_upload({"file": Part(EVIL[evil](content(plain)))})
     assert list((root / ".uploads").iterdir()) == []
     assert not list(root.parent.rglob("escape*"))
 
@@ -264,9 +264,9 @@ async def test_what_unpacks_to_more_than_the_limit_is_too_large(store: Store, ro
         file.writestr(WEIGHTS, bytes(LIMIT + 1))
     assert len(out.getvalue()) < LIMIT
     with pytest.raises(PayloadTooLarge):
-        await store.stage({"file": Part(out.getvalue())})
+        await store.stage_upload({"file": Part(out.getvalue())})
     with pytest.raises(PayloadTooLarge):
-        await store.stage({"file": Part(tarred(content(plain) | {"big": bytes(LIMIT)}))})
+        await store.stage_upload({"file": Part(tarred(content(plain) | {"big": bytes(LIMIT)}))})
     assert list((root / ".uploads").iterdir()) == []
 
 
@@ -305,7 +305,7 @@ async def test_an_archive_that_describes_itself_without_end_is_not_taken_into_me
     tracemalloc.start()
     try:
         with pytest.raises(PayloadTooLarge, match="to say what it holds"):
-            await store.stage({"file": part})
+            await store.stage_upload({"file": part})
         assert tracemalloc.get_traced_memory()[1] < 40_000_000
     finally:
         tracemalloc.stop()
@@ -318,15 +318,15 @@ async def test_a_zip_that_lies_about_a_size_gives_no_more_than_it_has_told(store
         file.writestr(WEIGHTS, bytes(10 * LIMIT))
     real, lie = (10 * LIMIT).to_bytes(4, "little"), (10).to_bytes(4, "little")
     sizes: list[int] = []
-    monkeypatch.setattr(store_module, "discard", lambda folder: sizes.extend(path.stat().st_size for path in folder.iterdir()))
+    monkeypatch.setattr(store_module, "delete_folder", lambda folder: sizes.extend(path.stat().st_size for path in folder.iterdir()))
     with pytest.raises(AdapterInvalid):
-        await store.stage({"file": Part(out.getvalue().replace(real, lie))})
+        await store.stage_upload({"file": Part(out.getvalue().replace(real, lie))})
     assert max(sizes) < LIMIT
 
 
 async def test_an_upload_over_the_limit_is_too_large(store: Store, root: Path) -> None:
     with pytest.raises(PayloadTooLarge):
-        await store.stage({CONFIG: Part(bytes(LIMIT)), WEIGHTS: Part(bytes(1))})
+        await store.stage_upload({CONFIG: Part(bytes(LIMIT)), WEIGHTS: Part(bytes(1))})
     assert list((root / ".uploads").iterdir()) == []
 
 
@@ -348,7 +348,7 @@ BAD_PARTS = [
 @pytest.mark.parametrize("names", BAD_PARTS)
 async def test_other_parts_are_a_bad_request(store: Store, names: tuple[str, ...]) -> None:
     with pytest.raises(BadRequest, match=r"adapter_config\.json"):
-        await store.stage({name: Part(b"") for name in names})
+        await store.stage_upload({name: Part(b"") for name in names})
 
 
 async def test_an_upload_that_is_cut_off_leaves_nothing(store: Store, root: Path) -> None:
@@ -357,14 +357,14 @@ async def test_an_upload_that_is_cut_off_leaves_nothing(store: Store, root: Path
             raise ConnectionResetError
 
     with pytest.raises(Forbidden):
-        await store.stage({"file": Broken()})
+        await store.stage_upload({"file": Broken()})
     assert list((root / ".uploads").iterdir()) == []
 
 
 async def test_what_was_kept_under_a_digest_is_replaced_only_when_it_is_not_that(store: Store, root: Path, plain: Path) -> None:
     name = compute_digest(read_manifest(plain))
     for damage in (False, True):
-        place = store.keep(await store.stage(parts(plain)), name)
+        place = store.keep_upload(await store.stage_upload(parts(plain)), name)
         assert (place.folder / WEIGHTS).read_bytes() == (plain / WEIGHTS).read_bytes()
         if not damage:
             (place.folder / WEIGHTS).write_bytes(b"other")
@@ -373,12 +373,12 @@ async def test_what_was_kept_under_a_digest_is_replaced_only_when_it_is_not_that
 
 async def test_only_uploads_are_purged_and_leftovers_are_swept(store: Store, root: Path, plain: Path) -> None:
     shutil.copytree(plain, root / "kept")
-    staged = await store.stage(parts(plain))
+    staged = await store.stage_upload(parts(plain))
     for source in ("kept", ".uploads", "..", ".uploads/..", ".uploads/../kept", ""):
-        store.purge(source)
+        store.purge_upload(source)
     assert (root / "kept" / CONFIG).exists()
     assert staged.exists()
-    store.sweep()
+    store.sweep_interrupted()
     assert not staged.exists()
 
 
@@ -386,6 +386,6 @@ async def test_purging_a_link_deletes_the_link_alone(store: Store, root: Path, p
     shutil.copytree(plain, tmp_path / "outside")
     (root / ".uploads").mkdir()
     (root / ".uploads" / "abc").symlink_to(tmp_path / "outside")
-    store.purge(".uploads/abc")
+    store.purge_upload(".uploads/abc")
     assert (tmp_path / "outside" / CONFIG).exists()
     assert not (root / ".uploads" / "abc").is_symlink()

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, Gemma3Config
 
 from service.catalog.validator import base_weights
 from service.catalog.validator.base_weights import half_step, unchanged
-from service.catalog.validator.check import read
-from service.catalog.validator.messages import Reading
+from service.catalog.validator.check import validate_adapter
+from service.catalog.validator.messages import ValidatedAdapter
 from service.catalog.validator.skeleton import Skeleton
 from service.errors import AdapterUnsupported
 
@@ -32,7 +32,7 @@ def saved_along(folder: Path, base: Path) -> Path:
     return making.noise(folder, base, 4, save=SAVED)
 
 
-def copies(reading: Reading) -> int:
+def copies(reading: ValidatedAdapter) -> int:
     return len([warning for warning in reading.warnings if "copy of the base's own" in warning])
 
 
@@ -64,7 +64,7 @@ def test_they_are_found_in_bin_shards(untied: Path, tmp_path: Path) -> None:
         places |= dict.fromkeys(part, name)
     file.unlink()
     (untied / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    assert copies(read(Skeleton(untied), adapter, 64)) == 2
+    assert copies(validate_adapter(Skeleton(untied), adapter, 64)) == 2
 
 
 def test_they_are_found_in_one_bin_file_beside_what_is_not_loaded(tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_they_are_found_in_one_bin_file_beside_what_is_not_loaded(tmp_path: Path
     torch.save(weights, base / "pytorch_model.bin")
     (base / "model.safetensors").rename(base / "consolidated.safetensors")
     save_file({name: weight + 1 for name, weight in weights.items()}, base / "consolidated.safetensors", {"format": "pt"})
-    assert copies(read(Skeleton(base), adapter, 64)) == 2
+    assert copies(validate_adapter(Skeleton(base), adapter, 64)) == 2
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -93,7 +93,7 @@ def test_they_are_found_under_the_names_that_a_multimodal_base_has_in_its_files(
     adapter = making.noise(tmp_path / "a", base, 4, r".*language_model.*\.(q_proj|v_proj)", save=SAVED)
     names = {name for name in making.tensors(adapter) if "lora" not in name}
     assert names == {"base_model.model.model.language_model.embed_tokens.weight", "base_model.model.lm_head.weight"}
-    assert copies(read(Skeleton(base), adapter, 64)) == 2
+    assert copies(validate_adapter(Skeleton(base), adapter, 64)) == 2
 
 
 def test_a_base_whose_files_hold_it_otherwise_is_said_so(untied: Path, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_base_whose_files_hold_it_otherwise_is_said_so(untied: Path, tmp_path:
     weights = load_file(file)
     save_file(weights | {HEAD: torch.zeros(*weights[HEAD].shape, dtype=torch.uint8)}, file, {"format": "pt"})
     with pytest.raises(AdapterUnsupported, match=r"lm_head\.weight cannot be compared with the base's own"):
-        read(Skeleton(untied), adapter, 64)
+        validate_adapter(Skeleton(untied), adapter, 64)
 
 
 # ---- casts
@@ -126,7 +126,7 @@ def test_no_cast_on_the_way_makes_them_trained(
         sources["what it was made from"] = whole
     for source, weights in sources.items():
         cast = {name: weight.to(trained).to(saved) for name, weight in weights.items()}
-        assert copies(read(skeleton, with_embeddings(tmp_path / source, untied, cast), 64)) == 2, source
+        assert copies(validate_adapter(skeleton, with_embeddings(tmp_path / source, untied, cast), 64)) == 2, source
 
 
 def test_what_was_trained_is_refused_with_how_much(untied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +140,7 @@ def test_what_was_trained_is_refused_with_how_much(untied: Path, tmp_path: Path,
 
     trained = making.edit(adapter, tmp_path / "b", weights=train)
     with pytest.raises(AdapterUnsupported, match=rf"embed_tokens\.weight differs .* in 2 of {total} values, by 0\.5 at most"):
-        read(Skeleton(untied), trained, 64)
+        validate_adapter(Skeleton(untied), trained, 64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

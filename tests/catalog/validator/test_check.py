@@ -17,10 +17,10 @@ from peft.tuners.lora.layer import LoraLayer
 
 from service.catalog import facts
 from service.catalog.validator import peft_config
-from service.catalog.validator.check import read
+from service.catalog.validator.check import validate_adapter
 from service.catalog.validator.header import WEIGHTS
 from service.catalog.validator.skeleton import Skeleton
-from service.core.adapter import Lane
+from service.core.adapter import ExecutionPath
 from service.core.manifest import File, Manifest, compute_digest, read_manifest
 from service.errors import AdapterInvalid, AdapterUnsupported
 
@@ -41,7 +41,7 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def problems(skeleton: Skeleton, folder: Path, kind: type[AdapterInvalid] = AdapterInvalid) -> str:
     with pytest.raises(kind) as caught:
-        read(skeleton, folder, 64)
+        validate_adapter(skeleton, folder, 64)
     assert str(folder) not in str(caught.value.details)
     return "\n".join(caught.value.problems)
 
@@ -66,7 +66,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_patches_are_the_layers_that_peft_makes(skeleton: Skeleton, base: Path, tmp_path: Path, recipe: dict[str, Any]) -> None:
     folder = making.noise(tmp_path / "a", base, 3, **recipe)
-    adapter = read(skeleton, folder, 64).adapter
+    adapter = validate_adapter(skeleton, folder, 64).adapter
     layers = {name.removeprefix(HEAD): one for name, one in making.served(base, folder).named_modules() if isinstance(one, LoraLayer)}
     assert {(p.module, p.rank, p.scaling) for p in adapter.patches} == {
         (n, one.r["default"], one.scaling["default"]) for n, one in layers.items()
@@ -79,7 +79,7 @@ def test_patches_are_the_layers_that_peft_makes(skeleton: Skeleton, base: Path, 
         assert (patch.magnitude is not None) == bool(layer.lora_magnitude_vector)
         if patch.magnitude:
             assert torch.equal(weights[patch.magnitude], layer.lora_magnitude_vector["default"].weight)
-    assert adapter.lane is Lane.POOL
+    assert adapter.lane is ExecutionPath.POOL
     assert adapter.rank == max(patch.rank for patch in adapter.patches)
 
 
@@ -89,13 +89,13 @@ def test_the_first_pattern_that_matches_counts_in_the_order_of_the_file(
     for i, order in enumerate(([("q_proj", 2), (r"layers\.0\..*", 64)], [(r"layers\.0\..*", 64), ("q_proj", 2)])):
         folder = making.edit(plain, tmp_path / str(i), {"alpha_pattern": dict(order)})
         layers = {name.removeprefix(HEAD): one for name, one in making.served(base, folder).named_modules() if isinstance(one, LoraLayer)}
-        assert {p.module: p.scaling for p in read(skeleton, folder, 64).adapter.patches} == {
+        assert {p.module: p.scaling for p in validate_adapter(skeleton, folder, 64).adapter.patches} == {
             name: one.scaling["default"] for name, one in layers.items()
         }
 
 
 def test_null_targets_are_what_peft_takes_for_the_architecture(skeleton: Skeleton, plain: Path, tmp_path: Path) -> None:
-    reading = read(skeleton, making.edit(plain, tmp_path / "a", {"target_modules": None}), 64)
+    reading = validate_adapter(skeleton, making.edit(plain, tmp_path / "a", {"target_modules": None}), 64)
     assert reading.facts["target_modules"] == ["q_proj", "v_proj"]
 
 
@@ -103,13 +103,13 @@ def test_reading_does_not_depend_on_what_was_read_before(base: Path, plain: Path
     used = Skeleton(base)
     dora = making.noise(tmp_path / "dora", base, 4, "all-linear", use_dora=True)
     for folder in (dora, other, plain):
-        read(used, folder, 64)
-    assert read(used, plain, 64) == read(Skeleton(base), plain, 64)
+        validate_adapter(used, folder, 64)
+    assert validate_adapter(used, plain, 64) == validate_adapter(Skeleton(base), plain, 64)
     assert not any(isinstance(module, LoraLayer) for module in used.model.modules())
 
 
 def test_the_digest_is_that_of_the_folder(skeleton: Skeleton, plain: Path) -> None:
-    adapter = read(skeleton, plain, 64).adapter
+    adapter = validate_adapter(skeleton, plain, 64).adapter
     assert (adapter.digest, adapter.files) == (compute_digest(read_manifest(plain)), read_manifest(plain))
 
 
@@ -121,7 +121,7 @@ def test_conv1d_layers_are_read_too(tmp_path: Path) -> None:
         GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     made = peft.LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True, task_type="CAUSAL_LM")
     folder = making.adapter(tmp_path / "a", tmp_path / "gpt2", made, seed=1)
-    row = read(Skeleton(tmp_path / "gpt2"), folder, 64).facts["by_module"][0]
+    row = validate_adapter(Skeleton(tmp_path / "gpt2"), folder, 64).facts["by_module"][0]
     assert (row["name"], row["in_features"], row["out_features"], row["count"]) == ("c_attn", 32, 96, 2)
 
 
@@ -160,7 +160,7 @@ def test_known_spellings_of_keys_land_on_the_same_layers(
     skeleton: Skeleton, plain: Path, tmp_path: Path, spell: Callable[[str], str]
 ) -> None:
     folder = making.edit(plain, tmp_path / "a", weights=lambda t: {spell(key): value for key, value in t.items()})
-    adapter, want = read(skeleton, folder, 64), read(skeleton, plain, 64).adapter
+    adapter, want = validate_adapter(skeleton, folder, 64), validate_adapter(skeleton, plain, 64).adapter
     ours, theirs = making.tensors(folder), making.tensors(plain)
     for patch, wanted in zip(adapter.adapter.patches, want.patches, strict=True):
         assert (patch.module, patch.scaling) == (wanted.module, wanted.scaling)
@@ -172,7 +172,7 @@ def test_known_spellings_of_keys_land_on_the_same_layers(
 def test_an_unknown_spelling_is_refused_with_counts(skeleton: Skeleton, plain: Path, tmp_path: Path) -> None:
     folder = making.edit(plain, tmp_path / "a", weights=lambda t: {"x." + key: value for key, value in t.items()})
     with pytest.raises(AdapterInvalid) as caught:
-        read(skeleton, folder, 64)
+        validate_adapter(skeleton, folder, 64)
     assert caught.value.details is not None
     assert (caught.value.details["matched"], caught.value.details["total"]) == (0, 16)
 
@@ -211,7 +211,7 @@ def test_a_resized_vocabulary_is_refused_with_both_sizes(skeleton: Skeleton, bas
 
 def test_embeddings_saved_along_are_let_pass_only_when_they_are_the_base_s_own(skeleton: Skeleton, base: Path, tmp_path: Path) -> None:
     saved = making.noise(tmp_path / "a", base, 4, save={"save_embedding_layers": True})
-    reading = read(skeleton, saved, 64)
+    reading = validate_adapter(skeleton, saved, 64)
     assert reading.facts["parameters"] == 1792
     assert len([warning for warning in reading.warnings if "copy of the base's own" in warning]) == 2
 
@@ -236,7 +236,7 @@ def test_the_first_tensor_that_is_not_finite_is_named(skeleton: Skeleton, plain:
 
 def test_values_of_unchanged_files_are_not_looked_at_again(skeleton: Skeleton, plain: Path, tmp_path: Path) -> None:
     folder = making.edit(plain, tmp_path / "a", weights=lambda t: {key: value * math.nan for key, value in t.items()})
-    assert read(skeleton, folder, 64, known=KNOWN).adapter.digest == compute_digest(KNOWN)
+    assert validate_adapter(skeleton, folder, 64, known=KNOWN).adapter.digest == compute_digest(KNOWN)
 
 
 def test_dtypes_that_are_no_floats_are_refused(skeleton: Skeleton, plain: Path, tmp_path: Path) -> None:
@@ -262,12 +262,12 @@ def test_an_adapter_that_changes_nothing_is_a_warning_after_a_restart_too(
     skeleton: Skeleton, plain: Path, tmp_path: Path, config: Any, weights: Any, known: Manifest
 ) -> None:
     folder = making.edit(plain, tmp_path / "a", config, weights)
-    assert "says what the base says" in read(skeleton, folder, 64, known).warnings[0]
+    assert "says what the base says" in validate_adapter(skeleton, folder, 64, known).warnings[0]
 
 
 @pytest.mark.parametrize(("config", "weights"), [(None, zeros("layers.0")), ({"alpha_pattern": {"v_proj": 0}}, None)])
 def test_one_layer_that_changes_something_is_enough(skeleton: Skeleton, plain: Path, tmp_path: Path, config: Any, weights: Any) -> None:
-    assert read(skeleton, making.edit(plain, tmp_path / "a", config, weights), 64).warnings == ()
+    assert validate_adapter(skeleton, making.edit(plain, tmp_path / "a", config, weights), 64).warnings == ()
 
 
 def test_values_beyond_float32_are_refused(skeleton: Skeleton, plain: Path, tmp_path: Path) -> None:
@@ -304,19 +304,19 @@ def test_a_header_that_the_worker_could_not_read_is_refused(
     "keys", [{"future_cfg": None}, {"enable_lora": None, "merge_weights": False}, {"x": []}, {"rank_pattern": None, "use_dora": None}]
 )
 def test_unknown_keys_without_a_value_mean_nothing(skeleton: Skeleton, plain: Path, tmp_path: Path, keys: dict[str, Any]) -> None:
-    assert read(skeleton, making.edit(plain, tmp_path / "a", keys), 64).warnings == ()
+    assert validate_adapter(skeleton, making.edit(plain, tmp_path / "a", keys), 64).warnings == ()
 
 
 def test_an_unknown_key_with_a_value_is_a_warning_that_names_it(skeleton: Skeleton, plain: Path, tmp_path: Path) -> None:
-    assert "use_superlora" in read(skeleton, making.edit(plain, tmp_path / "a", {"use_superlora": True}), 64).warnings[0]
+    assert "use_superlora" in validate_adapter(skeleton, making.edit(plain, tmp_path / "a", {"use_superlora": True}), 64).warnings[0]
 
 
 def test_what_peft_says_of_a_type_that_it_has_changed_since_is_said(skeleton: Skeleton, base: Path, tmp_path: Path) -> None:
     """OFT before 0.18, and before 0.14."""
     folder = kinds.SHADOW["OFT"](tmp_path / "a", base)
-    assert read(skeleton, folder, 64).warnings == ()
+    assert validate_adapter(skeleton, folder, 64).warnings == ()
     old = making.edit(folder, tmp_path / "b", {"peft_version": "0.17.1"})
-    assert "slightly changed" in read(skeleton, old, 64).warnings[0]
+    assert "slightly changed" in validate_adapter(skeleton, old, 64).warnings[0]
     older = making.edit(folder, tmp_path / "c", lambda config: {key: value for key, value in config.items() if key != "oft_block_size"})
     assert "0.14.0" in problems(skeleton, older)
 
@@ -324,7 +324,7 @@ def test_what_peft_says_of_a_type_that_it_has_changed_since_is_said(skeleton: Sk
 def test_a_config_of_2023_is_read(skeleton: Skeleton, plain: Path, tmp_path: Path) -> None:
     old = ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "bias")
     folder = making.edit(plain, tmp_path / "a", lambda config: {key: config[key] for key in old})
-    assert read(skeleton, folder, 64).adapter.patches == read(skeleton, plain, 64).adapter.patches
+    assert validate_adapter(skeleton, folder, 64).adapter.patches == validate_adapter(skeleton, plain, 64).adapter.patches
 
 
 @pytest.mark.parametrize(
@@ -366,8 +366,8 @@ def test_features_beyond_the_pool_run_in_the_shadow_lane_or_are_refused_by_name(
     monkeypatch.setattr(peft_config, "SHADOW_FEATURES", frozenset())
     assert f"`{feature}`" in problems(skeleton, folder, AdapterUnsupported)
     monkeypatch.setattr(peft_config, "SHADOW_FEATURES", frozenset({feature}))
-    adapter = read(skeleton, folder, 64).adapter
-    assert (adapter.lane, adapter.rank, adapter.patches) == (Lane.SHADOW, 0, ())
+    adapter = validate_adapter(skeleton, folder, 64).adapter
+    assert (adapter.lane, adapter.rank, adapter.patches) == (ExecutionPath.SHADOW, 0, ())
 
 
 SHOWN: dict[str, tuple[dict[str, float] | None, list[str], int, int]] = {
@@ -383,15 +383,15 @@ SHOWN: dict[str, tuple[dict[str, float] | None, list[str], int, int]] = {
 
 @pytest.mark.parametrize("kind", SHOWN)
 def test_what_runs_beside_the_batch_is_told_by_its_layers_too(skeleton: Skeleton, base: Path, tmp_path: Path, kind: str) -> None:
-    told = read(skeleton, kinds.SHADOW[kind](tmp_path / "a", base), 64).facts
+    told = validate_adapter(skeleton, kinds.SHADOW[kind](tmp_path / "a", base), 64).facts
     assert (told["rank"], told["target_modules"], told["modules"], told["layers"]) == SHOWN[kind]
     rows = sum(row["count"] for row in told["by_module"])
     assert rows == (told["modules"] if told["rank"] else 0)
 
 
 def test_an_activated_adapter_runs_in_the_pool_if_that_is_all_it_asks_for(skeleton: Skeleton, base: Path, tmp_path: Path) -> None:
-    adapter = read(skeleton, kinds.POOL["activated"](tmp_path / "a", base), 64).adapter
-    assert (adapter.lane, adapter.rank, adapter.invocation) == (Lane.POOL, 4, tuple(kinds.CALL))
+    adapter = validate_adapter(skeleton, kinds.POOL["activated"](tmp_path / "a", base), 64).adapter
+    assert (adapter.lane, adapter.rank, adapter.invocation) == (ExecutionPath.POOL, 4, tuple(kinds.CALL))
     told = problems(skeleton, kinds.REFUSED["A12 activated with a shadow feature"][0](tmp_path / "b", base), AdapterUnsupported)
     assert told == "`alora_invocation_tokens` is not served beside lora_bias"
 
@@ -414,8 +414,8 @@ def test_other_peft_types_are_validated_against_the_base_too(
     monkeypatch.setattr(peft_config, "SHADOW_FEATURES", frozenset())
     assert kind in problems(skeleton, folder, AdapterUnsupported)
     monkeypatch.setattr(peft_config, "SHADOW_FEATURES", frozenset({kind}))
-    peft_config.injected.cache_clear()
-    assert read(skeleton, folder, 64).adapter.lane is Lane.SHADOW
+    peft_config.inject_config.cache_clear()
+    assert validate_adapter(skeleton, folder, 64).adapter.lane is ExecutionPath.SHADOW
     first = next(iter(making.tensors(folder)))
     cut = making.edit(folder, tmp_path / "b", weights=lambda t: {**t, first: t[first][..., :-1]})
     assert first in problems(skeleton, cut)
@@ -431,7 +431,7 @@ def test_what_is_no_causal_language_model_or_unknown_is_unsupported(
 def test_a_huge_rank_allocates_nothing(skeleton: Skeleton, plain: Path, tmp_path: Path) -> None:
     folder = making.edit(plain, tmp_path / "a", {"r": 50_000_000})
     with pytest.raises(AdapterInvalid, match=r"shape \[4, 64\]"):
-        read(skeleton, folder, 1 << 60)
+        validate_adapter(skeleton, folder, 1 << 60)
     assert "over the limit of 64" in problems(skeleton, folder)
 
 
@@ -443,7 +443,7 @@ def test_a_forecast_from_a_config_alone(tmp_path: Path) -> None:
     llama |= {"num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256}
     (tmp_path / "llama.json").write_text(json.dumps(llama))
     bare = Skeleton(tmp_path / "llama.json")
-    told = facts.forecast(bare.linears(), bare.parameters, 32, ["q_proj", "k_proj", "v_proj", "o_proj"])
+    told = facts.forecast_size(bare.list_linears(), bare.parameters, 32, ["q_proj", "k_proj", "v_proj", "o_proj"])
     assert (told["parameters"], told["megabytes"], told["percent_of_base"]) == (27_262_976, 109.05, 0.34)
     assert told["base"] == {"parameters": 8_030_261_248, "float32_megabytes": 32121.04}
     assert {row["name"]: row["lora_B"] for row in told["by_module"]}["k_proj"] == [1024, 32]
@@ -452,8 +452,8 @@ def test_a_forecast_from_a_config_alone(tmp_path: Path) -> None:
 def test_reading_warns_nobody(skeleton: Skeleton, plain: Path, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        peft_config.injected.cache_clear()
-        read(skeleton, making.edit(plain, tmp_path / "a", {"init_lora_weights": "eva"}), 64)
+        peft_config.inject_config.cache_clear()
+        validate_adapter(skeleton, making.edit(plain, tmp_path / "a", {"init_lora_weights": "eva"}), 64)
 
 
 ENDLESS = "(" + "(.*)*" * 12 + ")x"

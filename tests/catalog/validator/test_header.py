@@ -22,7 +22,7 @@ def refused(folder: Path, max_rank: int = 64) -> str:
     """What a glance, then the patterns, and then the header say is wrong."""
 
     def look() -> None:
-        inspection.glance(folder, max_rank)
+        inspection.quick_check(folder, max_rank)
         if problems := inspection.pattern_problems(inspection.read_config(folder)):
             raise AdapterInvalid(problems)
         inspection.read_header(folder / WEIGHTS)
@@ -115,7 +115,7 @@ def test_missing_weights_are_told_from_a_pickle_and_from_a_split_file(plain: Pat
 def test_a_pickle_beside_good_weights_is_ignored(plain: Path, tmp_path: Path) -> None:
     folder = making.edit(plain, tmp_path / "a")
     (folder / "adapter_model.bin").write_bytes(pickle.dumps({}))
-    inspection.glance(folder, 64)
+    inspection.quick_check(folder, 64)
 
 
 def packed(header: Any, data: bytes = b"") -> bytes:
@@ -192,4 +192,4 @@ def test_a_glance_compiles_no_pattern(plain: Path, tmp_path: Path, monkeypatch: 
     """Each of these takes milliseconds, a config of 1 MB many minutes; and whoever glances cannot be killed."""
     folder = making.edit(plain, tmp_path / "a", {"target_modules": "(?i)" + "[\u0100-\uffff]" * 100})
     monkeypatch.setattr(re, "compile", pytest.fail)
-    inspection.glance(folder, 64)
+    inspection.quick_check(folder, 64)

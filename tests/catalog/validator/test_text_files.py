@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from service.catalog.validator import text_files
-from service.catalog.validator.check import read
+from service.catalog.validator.check import validate_adapter
 from service.catalog.validator.skeleton import Skeleton
 from service.core.manifest import TEXT_FILES, read_manifest
 from service.errors import AdapterInvalid
@@ -32,7 +32,7 @@ def settings(template: Any) -> bytes:
 
 def problems(skeleton: Skeleton, folder: Path) -> str:
     with pytest.raises(AdapterInvalid) as caught:
-        read(skeleton, folder, 64)
+        validate_adapter(skeleton, folder, 64)
     assert str(folder) not in str(caught.value.details)
     return "\n".join(caught.value.problems)
 
@@ -123,7 +123,7 @@ FINE: dict[str, tuple[str, bytes]] = {
 @pytest.mark.parametrize(("name", "content"), FINE.values(), ids=FINE)
 def test_what_can_be_used_is_taken_and_nothing_of_it_is_run(skeleton: Skeleton, folder: Path, name: str, content: bytes) -> None:
     (folder / name).write_bytes(content)
-    assert read(skeleton, folder, 64).adapter.files == read_manifest(folder)
+    assert validate_adapter(skeleton, folder, 64).adapter.files == read_manifest(folder)
 
 
 def test_a_tokenizer_that_many_bring_is_looked_at_once(skeleton: Skeleton, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -137,19 +137,19 @@ def test_a_tokenizer_that_many_bring_is_looked_at_once(skeleton: Skeleton, folde
     monkeypatch.setattr(text_files, "_check_tokenizer", looking)
     for _ in range(3):
         (folder / "tokenizer.json").write_bytes(words(version="1.0", truncation=None) + b" ")
-        read(skeleton, folder, 64)
+        validate_adapter(skeleton, folder, 64)
     assert len(looked) == 1
 
 
 def test_what_is_known_is_not_looked_at_again(skeleton: Skeleton, folder: Path) -> None:
     known = read_manifest(folder)
     (folder / "tokenizer.json").write_bytes(POINTER)
-    assert read(skeleton, folder, 64, known).adapter.files == known
+    assert validate_adapter(skeleton, folder, 64, known).adapter.files == known
 
 
 def test_what_was_found_to_be_fine_is_forgotten_in_the_end(skeleton: Skeleton, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_files.FINE, "capacity", 2)
     for i in range(5):
         (folder / "merges.txt").write_text(f"a {i}")
-        read(skeleton, folder, 64)
+        validate_adapter(skeleton, folder, 64)
     assert len(text_files.FINE) <= 2

@@ -1,4 +1,7 @@
-"""The command line: serve, inspect, forecast, bench. An error is one line on stderr; knows no HTTP and no tensor."""
+"""The command line: serve, inspect, forecast, bench.
+
+An error is one line on stderr; knows no HTTP and no tensor.
+"""
 
 from __future__ import annotations
 
@@ -34,13 +37,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="adapterd", description="One quantized base model, hundreds of LoRA adapters, mixed freely in every batch."
+        prog="adapterd",
+        description="One quantized base model, hundreds of LoRA adapters, mixed freely in every batch.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _serve_command(commands.add_parser("serve", help="answer HTTP requests", allow_abbrev=False))
     _inspect_command(commands.add_parser("inspect", help="say what an adapter's files hold, without a base"))
     _forecast_command(
-        commands.add_parser("forecast", help="say what an adapter of some shape would weigh on a base, from its config.json alone")
+        commands.add_parser(
+            "forecast",
+            help="say what an adapter of some shape would weigh on a base, from its config.json alone",
+        )
     )
     # the options behind it are the load generator's own: here nothing is one
     bench = commands.add_parser("bench", help="measure a running service", add_help=False, prefix_chars="\0")
@@ -51,15 +58,26 @@ def _make_parser() -> argparse.ArgumentParser:
 
 def _serve_command(parser: argparse.ArgumentParser) -> None:
     for name in Settings.model_fields:
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=f"set_{name}", metavar="VALUE", help=f"over ADAPTERD_{name.upper()}")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            dest=f"set_{name}",
+            metavar="VALUE",
+            help=f"over ADAPTERD_{name.upper()}",
+        )
     parser.add_argument("--workers", default="1", help=argparse.SUPPRESS)
     parser.set_defaults(run=_run_serve)
 
 
 def _run_serve(chosen: argparse.Namespace) -> int:
     if chosen.workers != "1":
-        raise SettingsError("--workers: more than one server process is not supported: one API process, one worker per device")
-    flags = {name.removeprefix("set_"): text for name, text in vars(chosen).items() if name.startswith("set_") and text is not None}
+        raise SettingsError(
+            "--workers: more than one server process is not supported: one API process, one worker per device"
+        )
+    flags = {
+        name.removeprefix("set_"): text
+        for name, text in vars(chosen).items()
+        if name.startswith("set_") and text is not None
+    }
     settings, traced = read_settings(os.environ, flags), make_tracer(os.environ)
     _without_torch()
     from .server import run_server
@@ -68,8 +86,12 @@ def _run_serve(chosen: argparse.Namespace) -> int:
 
 
 def _without_torch() -> None:
-    """This process computes nothing. Told that torch is not there, transformers keeps to tokenizers: 200 MB and two seconds less."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would warn that there is no torch
+    """This process computes nothing.
+
+    Told that torch is not there, transformers keeps to tokenizers: 200 MB and two seconds less.
+    """
+    # It would warn that there is no torch
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     modules: dict[str, Any] = sys.modules
     modules.setdefault("torch", None)
 
@@ -122,8 +144,12 @@ def _print_result(told: dict[str, Any], table: str, form: str) -> None:
 
 def _run_bench(chosen: argparse.Namespace) -> int:
     if not (REPOSITORY / "deploy" / "bench").is_dir():
-        raise SettingsError("bench: the load generator is part of the repository, not of the installed package")
-    return subprocess.run([sys.executable, "-m", "deploy.bench.bench", *chosen.rest], cwd=REPOSITORY, check=False).returncode
+        raise SettingsError(
+            "bench: the load generator is part of the repository, not of the installed package"
+        )
+    return subprocess.run(
+        [sys.executable, "-m", "deploy.bench.bench", *chosen.rest], cwd=REPOSITORY, check=False
+    ).returncode
 
 
 if __name__ == "__main__":

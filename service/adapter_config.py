@@ -1,4 +1,6 @@
-"""An adapter's config as PEFT's own class. Both who validates it and who runs it read it here, so that they cannot disagree.
+"""An adapter's config as PEFT's own class.
+
+Both who validates it and who runs it read it here, so that they cannot disagree.
 
 Must not know a base, a tensor or a file.
 """
@@ -10,7 +12,9 @@ from typing import Any
 
 from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig
 
-ASIDE = frozenset(  # what changes no tensor and no answer: dropout acts in training only, and what is drawn at random is loaded over
+# What changes no tensor and no answer: dropout acts in training only, and what is drawn at random
+# is loaded over
+ASIDE = frozenset(
     {
         "base_model_name_or_path", "revision", "peft_version", "auto_mapping", "inference_mode", "lora_dropout",
         "init_vector_bank_bound",
@@ -19,14 +23,16 @@ ASIDE = frozenset(  # what changes no tensor and no answer: dropout acts in trai
 
 
 def build_peft_config(config: Mapping[str, Any]) -> PeftConfig:
-    """For inference, without keys that PEFT does not know and without nulls, which it does not expect everywhere.
+    """For inference, without keys that PEFT does not know and without nulls, which it does not
+    expect everywhere.
 
     Raises whatever PEFT makes of a stranger's config.
     """
     known = known_keys(config["peft_type"]) - ASIDE
     made = PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]]
     built = made(**{key: value for key, value in config.items() if key in known and value is not None})
-    built.inference_mode = True  # else PEFT would compute the prompts it saves, of weights that are not there
+    # Else PEFT would compute the prompts it saves, of weights that are not there
+    built.inference_mode = True
     return built
 
 

@@ -1,4 +1,7 @@
-"""The composition root: settings → rooms → FastAPI. Starts and stops the rooms; knows no route's meaning and no tensor."""
+"""The composition root: settings → rooms → FastAPI.
+
+Starts and stops the rooms; knows no route's meaning and no tensor.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +38,14 @@ if TYPE_CHECKING:
 log = logging.getLogger("adapterd")
 
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
-EXPOSED = ("x-request-id", "x-adapter-id", "x-adapter-digest", "x-prompt-tokens", "x-generated-tokens", "retry-after")
+EXPOSED = (
+    "x-request-id",
+    "x-adapter-id",
+    "x-adapter-digest",
+    "x-prompt-tokens",
+    "x-generated-tokens",
+    "retry-after",
+)
 
 
 def _load_tokenizers(folder: str) -> Tokenizers:
@@ -79,7 +89,11 @@ def create_app(
 
 
 def _make_middleware(rooms: Services, record: Callable[[Trace], None] | None) -> list[Middleware]:
-    """The outermost first. Other sites' pages are let in before keys are asked for, since a browser asks without one whether it may ask."""
+    """The outermost first.
+
+    Other sites' pages are let in before keys are asked for, since a browser asks without one
+    whether it may ask.
+    """
     settings = rooms.settings
     cors = Middleware(
         CorsOrigins,
@@ -99,7 +113,9 @@ def _make_middleware(rooms: Services, record: Callable[[Trace], None] | None) ->
 
 
 class Service(FastAPI):
-    """FastAPI, but its description of itself says what is so: how a key is sent, and that OpenAI's dialect has no 422."""
+    """FastAPI, but its description of itself says what is so: how a key is sent, and that OpenAI's
+    dialect has no 422.
+    """
 
     def openapi(self) -> dict[str, Any]:
         told = super().openapi()
@@ -124,7 +140,9 @@ def _make_services(settings: Settings, client: WorkerClient | None, registry: Re
     return Services(settings, client, registry)
 
 
-def _make_lifespan(rooms: Services, text: Callable[[str], Tokenizers], on_failure: Callable[[str], None]) -> Callable[[FastAPI], Any]:
+def _make_lifespan(
+    rooms: Services, text: Callable[[str], Tokenizers], on_failure: Callable[[str], None]
+) -> Callable[[FastAPI], Any]:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         await rooms.client.start_worker()
@@ -135,21 +153,30 @@ def _make_lifespan(rooms: Services, text: Callable[[str], Tokenizers], on_failur
             await opening
         rooms.draining = True
         renderers = [rooms.reader.close()] if rooms.reader else []
-        for outcome in await asyncio.gather(rooms.registry.close(), rooms.client.stop_worker(0), *renderers, return_exceptions=True):
+        for outcome in await asyncio.gather(
+            rooms.registry.close(), rooms.client.stop_worker(0), *renderers, return_exceptions=True
+        ):
             if isinstance(outcome, BaseException):
                 log.error("a room did not close", exc_info=outcome)
 
     return lifespan
 
 
-async def _open_services(rooms: Services, text: Callable[[str], Tokenizers], on_failure: Callable[[str], None]) -> None:
+async def _open_services(
+    rooms: Services, text: Callable[[str], Tokenizers], on_failure: Callable[[str], None]
+) -> None:
     """Waits for the base, then opens what needs it. Listening goes on meanwhile."""
     try:
         await asyncio.gather(rooms.client.wait_ready(), rooms.registry.start_validator())
         assert rooms.client.base is not None, "a ready client has the base's card"
-        rooms.reader, _ = await asyncio.gather(run_in(DISK, text, rooms.client.base.folder), rooms.registry.open_catalog())
+        rooms.reader, _ = await asyncio.gather(
+            run_in(DISK, text, rooms.client.base.folder), rooms.registry.open_catalog()
+        )
         rooms.opened = True
-        log.info("ready", extra={"fields": {"base": rooms.registry.base_id, "adapters": len(rooms.registry.list_cards())}})
+        log.info(
+            "ready",
+            extra={"fields": {"base": rooms.registry.base_id, "adapters": len(rooms.registry.list_cards())}},
+        )
     except Exception as error:
         rooms.failure = rooms.client.reason or str(error) or type(error).__name__
         log.debug("the base cannot be served", exc_info=True)

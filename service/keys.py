@@ -1,4 +1,7 @@
-"""What a key is: its hash, and what it may use and take. Reads lists and files of keys; never keeps, shows or names one in the clear."""
+"""What a key is: its hash, and what it may use and take.
+
+Reads lists and files of keys; never keeps, shows or names one in the clear.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,9 @@ OPTIONS = "name=, adapters=, rate= and concurrency="
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """`adapters` are patterns of the ids it may use (None: all); `rate` is requests a second, `concurrency` requests at once.
+    """`adapters` are patterns of the ids it may use (None: all);
+
+    `rate` is requests a second, `concurrency` requests at once.
 
     None of the two last is the default of all keys. `name` is what the log calls it.
     """
@@ -50,7 +55,10 @@ def parse_keys(value: str) -> tuple[Key, ...]:
 
 
 def _read_key_file(path: Path) -> tuple[Key, ...]:
-    """One key a line, in the clear or as its hash; options may follow it. A line that begins with # is a remark."""
+    """One key a line, in the clear or as its hash; options may follow it.
+
+    A line that begins with # is a remark.
+    """
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
@@ -82,7 +90,12 @@ def _parse_key(words: list[str]) -> Key:
     options: dict[str, Any] = {}
     for word in words[1:]:
         name, given, text = word.partition("=")
-        if not given or not text or name in options or name not in ("name", "adapters", "rate", "concurrency"):
+        if (
+            not given
+            or not text
+            or name in options
+            or name not in ("name", "adapters", "rate", "concurrency")
+        ):
             raise ValueError(f"after the key, only {OPTIONS} may follow, each once")
         options[name] = _parse_option(name, text)
     return Key(_parse_hash(words[0]), **options)

@@ -1,4 +1,7 @@
-"""The server process: one socket, one event loop, signals, the drain and the exit code. Knows no route and no room's inside."""
+"""The server process: one socket, one event loop, signals, the drain and the exit code.
+
+Knows no route and no room's inside.
+"""
 
 from __future__ import annotations
 
@@ -28,11 +31,13 @@ CLOSING_S = 1  # what connections get to end in, once their requests were told t
 HARD_STOP_S = 2.0  # over the grace: then the process ends, whatever holds it
 STUCK_S = 0.5  # that threads get to end in, once everything else has
 FILES = 65_536  # open at once, if the system lets it have so many
-OWN_FILES = 256  # of them, that no connection may take; and half of the rest is for those that come all at once
+# Of them, that no connection may take; and half of the rest is for those that come all at once
+OWN_FILES = 256
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which drains before it closes its socket: meanwhile new requests are told 503 instead of meeting no one.
+    """uvicorn's server, which drains before it closes its socket: meanwhile new requests are told
+    503 instead of meeting no one.
 
     A second signal cuts the drain short.
     """
@@ -43,7 +48,9 @@ class Server(uvicorn.Server):
         self.hurried = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Not recorded as uvicorn would, which raises the signal again in the end: a drained service exits with 0."""
+        """Not recorded as uvicorn would, which raises the signal again in the end: a drained
+        service exits with 0.
+        """
         self.hurried = self.should_exit
         if not self.should_exit:
             _end_within(self.rooms.settings.drain_s + HARD_STOP_S, 0)
@@ -58,7 +65,10 @@ class Server(uvicorn.Server):
         self.rooms.draining = True
         end = time.monotonic() + self.rooms.settings.drain_s
         if self.rooms.running:
-            log.info("draining", extra={"fields": {"requests": self.rooms.running, "grace_s": self.rooms.settings.drain_s}})
+            log.info(
+                "draining",
+                extra={"fields": {"requests": self.rooms.running, "grace_s": self.rooms.settings.drain_s}},
+            )
         while self.rooms.running and time.monotonic() < end and not self.hurried:  # noqa: ASYNC110 - a signal handler wakes no event
             await asyncio.sleep(0.05)
         if self.rooms.running:
@@ -66,7 +76,10 @@ class Server(uvicorn.Server):
 
 
 def run_server(settings: Settings, tracer: Tracer | None = None) -> int:
-    """Serves until a signal; the exit code: 0 after a drain, 1 where the base can never be served. Raises SettingsError."""
+    """Serves until a signal; the exit code: 0 after a drain, 1 where the base can never be served.
+
+    Raises SettingsError.
+    """
     from .app import create_app
 
     logs.set_up_logging(settings.log_format, settings.log_level)
@@ -88,7 +101,9 @@ def run_server(settings: Settings, tracer: Tracer | None = None) -> int:
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        timeout_keep_alive=75,  # longer than the pools of clients and proxies keep theirs, so that they never meet a closed one
+        # Longer than the pools of clients and proxies keep theirs, so that they never meet a closed
+        # one
+        timeout_keep_alive=75,
         timeout_graceful_shutdown=CLOSING_S,
     )
     server = Server(config, app.state.rooms)
@@ -106,7 +121,9 @@ def run_server(settings: Settings, tracer: Tracer | None = None) -> int:
 
 
 def _leave_stuck_threads(code: int) -> None:
-    """The interpreter would wait for every thread before it ends, also for one that waits for another machine."""
+    """The interpreter would wait for every thread before it ends, also for one that waits for
+    another machine.
+    """
     stop_threads()
     _end_within(STUCK_S, code)
 
@@ -119,14 +136,21 @@ def _end_within(seconds: float, code: int) -> None:
 
 def _open_socket(host: str, port: int) -> socket.socket:
     try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048)
+        return socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
+        )
     except OSError as error:
         raise SettingsError(f"ADAPTERD_PORT: cannot listen on {host}:{port}: {error.strerror}") from None
 
 
 def _raise_file_limit() -> int:
-    """How many files may be open, after asking for all there may be: without one left no worker could be started, nor a file read."""
-    soft, hard = (FILES if limit == resource.RLIM_INFINITY else limit for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
+    """How many files may be open, after asking for all there may be: without one left no worker
+    could be started, nor a file read.
+    """
+    soft, hard = (
+        FILES if limit == resource.RLIM_INFINITY else limit
+        for limit in resource.getrlimit(resource.RLIMIT_NOFILE)
+    )
     wanted = min(FILES, hard)
     if soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))

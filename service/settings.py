@@ -1,4 +1,6 @@
-"""Every knob, frozen, from ADAPTERD_* environment variables and flags of the same names. Nothing else reads the environment.
+"""Every knob, frozen, from ADAPTERD_* environment variables and flags of the same names.
+
+Nothing else reads the environment.
 
 A wrong or misspelt variable stops the start with one line that names it.
 """
@@ -26,7 +28,9 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Faults(BaseModel):
-    """Faults injected by tests: at a request's Nth token the step raises, the worker dies, or it hangs; adapter loads take longer."""
+    """Faults injected by tests: at a request's Nth token the step raises, the worker dies, or it
+    hangs; adapter loads take longer.
+    """
 
     model_config = ConfigDict(frozen=True)
     step: int | None = None
@@ -36,7 +40,10 @@ class Faults(BaseModel):
 
 
 class Settings(BaseModel):
-    """See the table in docs/operating.md; `_mb` are 10^6 bytes, `_s` seconds. None is `decided by the base or device`."""
+    """See the table in docs/operating.md;
+
+    `_mb` are 10^6 bytes, `_s` seconds. None is `decided by the base or device`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -88,7 +95,9 @@ class Settings(BaseModel):
     @field_validator("api_keys", "admin_keys", mode="before")
     @classmethod
     def _parse_keys(cls, value: Any) -> Any:
-        """Comma-separated keys or `@file` with one a line; kept as hashes, so that no key can be logged."""
+        """Comma-separated keys or `@file` with one a line; kept as hashes, so that no key can be
+        logged.
+        """
         return parse_keys(value) if isinstance(value, str) else value
 
     @field_validator("admin_keys")
@@ -136,14 +145,23 @@ class Settings(BaseModel):
 
 
 def _split_list(value: Any) -> Any:
-    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+    return (
+        tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+    )
 
 
 def read_settings(environment: Mapping[str, str], flags: Mapping[str, str] | None = None) -> Settings:
-    """The settings of this environment, with flags over variables. Raises SettingsError, one line naming the variable."""
-    values = {key.removeprefix(PREFIX).lower(): text for key, text in environment.items() if key.startswith(PREFIX)} | dict(flags or {})
+    """The settings of this environment, with flags over variables.
+
+    Raises SettingsError, one line naming the variable.
+    """
+    values = {
+        key.removeprefix(PREFIX).lower(): text for key, text in environment.items() if key.startswith(PREFIX)
+    } | dict(flags or {})
     if environment.get("WEB_CONCURRENCY", "1") not in ("", "1"):
-        raise SettingsError("WEB_CONCURRENCY: more than one server process is not supported: one API process, one worker per device")
+        raise SettingsError(
+            "WEB_CONCURRENCY: more than one server process is not supported: one API process, one worker per device"
+        )
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
@@ -160,14 +178,24 @@ def _first_line(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return f"{name}: no such setting"
     secret = name.endswith("_KEYS")
-    return f"{name}: {first['msg'].removeprefix('Value error, ')}" + ("" if secret else f" (got {str(first['input'])[:80]!r})")
+    return f"{name}: {first['msg'].removeprefix('Value error, ')}" + (
+        "" if secret else f" (got {str(first['input'])[:80]!r})"
+    )
 
 
 def _check_places(settings: Settings) -> None:
     base = Path(settings.base)
-    if settings.base != "demo" and not base.exists() and (settings.base.endswith(".gguf") or not HUB_ID.match(settings.base)):
-        raise SettingsError(f"{PREFIX}BASE: {settings.base!r} is no folder, no .gguf file, no hub id and not 'demo'")
+    if (
+        settings.base != "demo"
+        and not base.exists()
+        and (settings.base.endswith(".gguf") or not HUB_ID.match(settings.base))
+    ):
+        raise SettingsError(
+            f"{PREFIX}BASE: {settings.base!r} is no folder, no .gguf file, no hub id and not 'demo'"
+        )
     if settings.adapters.exists() and not settings.adapters.is_dir():
         raise SettingsError(f"{PREFIX}ADAPTERS_DIR: {str(settings.adapters)!r} is no folder")
     if not settings.keyed and settings.host not in ("127.0.0.1", "localhost", "::1"):
-        raise SettingsError(f"{PREFIX}HOST: {settings.host} is not loopback; set {PREFIX}API_KEYS or {PREFIX}ADMIN_KEYS to listen there")
+        raise SettingsError(
+            f"{PREFIX}HOST: {settings.host} is not loopback; set {PREFIX}API_KEYS or {PREFIX}ADMIN_KEYS to listen there"
+        )

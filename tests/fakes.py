@@ -1,4 +1,5 @@
-"""Stand-ins for the device: a runner whose tokens betray any stale KV row, pool row or prefix, and the factories a worker can be given.
+"""Stand-ins for the device: a runner whose tokens betray any stale KV row, pool row or prefix, and
+the factories a worker can be given.
 
 No tensors, no files; what a sequence must come to is a pure function (`expected`).
 """
@@ -22,7 +23,13 @@ from service.settings import Settings
 VOCAB = 1000
 
 
-def adapter(name: str, rank: int = 4, size: int = 1000, lane: ExecutionPath = ExecutionPath.POOL, readable: bool = True) -> Adapter:
+def adapter(
+    name: str,
+    rank: int = 4,
+    size: int = 1000,
+    lane: ExecutionPath = ExecutionPath.POOL,
+    readable: bool = True,
+) -> Adapter:
     return Adapter(
         f"sha256:{name}",
         "adapter_config.json",
@@ -38,8 +45,12 @@ def write(seen: int, digest: Digest | None, token: int) -> int:
     return crc32(f"{digest} {token}".encode(), seen)
 
 
-def expected(digest: Digest | None, prompt: Sequence[int], count: int, vocab: int = VOCAB, wakes: int = 0) -> list[int]:
-    """The `count` tokens that FakeRunner continues this prompt with, if the adapter acts from the token `wakes` on."""
+def expected(
+    digest: Digest | None, prompt: Sequence[int], count: int, vocab: int = VOCAB, wakes: int = 0
+) -> list[int]:
+    """The `count` tokens that FakeRunner continues this prompt with, if the adapter acts from the
+    token `wakes` on.
+    """
     seen, tokens = 0, list(prompt)
     for at, token in enumerate(prompt):
         seen = write(seen, digest if at >= wakes else None, token)
@@ -50,9 +61,13 @@ def expected(digest: Digest | None, prompt: Sequence[int], count: int, vocab: in
 
 
 class FakeRunner:
-    """Holds KV rows and pool rows as a device would, and complains about every plan a device could not run."""
+    """Holds KV rows and pool rows as a device would, and complains about every plan a device could
+    not run.
+    """
 
-    def __init__(self, rows: int = 4, context: int = 64, pool_rank: int = 16, vocab: int = VOCAB, pause: float = 0.0) -> None:
+    def __init__(
+        self, rows: int = 4, context: int = 64, pool_rank: int = 16, vocab: int = VOCAB, pause: float = 0.0
+    ) -> None:
         self.context, self.vocab, self.pause = context, vocab, pause
         self.host: dict[Digest, Adapter] = {}
         self.pool: list[Digest | None] = [None] * pool_rank
@@ -131,7 +146,9 @@ class FakeRunner:
     def _scored(self, chunk: Chunk) -> tuple[Token, ...]:
         if chunk.request.prompt_logprobs is None or chunk.generated:
             return ()
-        return tuple(Token(token, -1.0 if chunk.position + index else None) for index, token in enumerate(chunk.tokens))
+        return tuple(
+            Token(token, -1.0 if chunk.position + index else None) for index, token in enumerate(chunk.tokens)
+        )
 
 
 def card(settings: Settings) -> BaseInfo:
@@ -154,8 +171,12 @@ def card(settings: Settings) -> BaseInfo:
     )
 
 
-def build(settings: Settings, progress: Callable[[str, float], None], pause: float = 0.002) -> tuple[FakeRunner, BaseInfo]:
-    """A worker's factory; every step takes a moment, so that a test can act in the middle of a request."""
+def build(
+    settings: Settings, progress: Callable[[str, float], None], pause: float = 0.002
+) -> tuple[FakeRunner, BaseInfo]:
+    """A worker's factory; every step takes a moment, so that a test can act in the middle of a
+    request.
+    """
     progress("loading the base", 0.5)
     fake = card(settings)
     return FakeRunner(fake.rows, fake.context, fake.pool_rank, pause=pause), fake
@@ -184,10 +205,16 @@ def build_working(settings: Settings, progress: Callable[[str, float], None]) ->
     return build(settings, progress)
 
 
-def build_compiling(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseInfo]:
-    """Says and computes nothing for three seconds, in which a process under the one that it waits for computes."""
+def build_compiling(
+    settings: Settings, progress: Callable[[str, float], None]
+) -> tuple[FakeRunner, BaseInfo]:
+    """Says and computes nothing for three seconds, in which a process under the one that it waits
+    for computes.
+    """
     work = "import time; ends = time.monotonic() + 3\nwhile time.monotonic() < ends: sum(range(1000))"
-    compiler = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', sys.argv[1]]).returncode)"
+    compiler = (
+        "import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', sys.argv[1]]).returncode)"
+    )
     subprocess.run([sys.executable, "-c", compiler, work], check=True)
     return build(settings, progress)
 

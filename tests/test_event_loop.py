@@ -1,4 +1,6 @@
-"""The event loop never asks the disk: a slow share of files would hold every stream, `/health` and `/metrics` meanwhile."""
+"""The event loop never asks the disk: a slow share of files would hold every stream, `/health` and
+`/metrics` meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,10 @@ def on_a_loop() -> bool:
 
 
 class Watch:
-    """What was asked of the disk on the thread of a running event loop: `seen` are the calls with the frames that made them."""
+    """What was asked of the disk on the thread of a running event loop:
+
+    `seen` are the calls with the frames that made them.
+    """
 
     def __init__(self) -> None:
         self.seen: list[str] = []
@@ -67,7 +72,8 @@ class Watch:
         if on_a_loop():
             frames = [frame for frame, _ in traceback.walk_stack(sys._getframe(2))][:6]
             told = [f"{frame.f_code.co_filename}:{frame.f_lineno}" for frame in frames]
-            if any("/service/" in place for place in told):  # else a library's own, which reads its source to tell of an error
+            # Else a library's own, which reads its source to tell of an error
+            if any("/service/" in place for place in told):
                 self.seen.append(f"{name} at {', '.join(told)}")
 
 
@@ -108,7 +114,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
-    """Two adapters, the second one with words of its own; and both files of the first one in an archive."""
+    """Two adapters, the second one with words of its own; and both files of the first one in an
+    archive.
+    """
     root = tmp_path_factory.mktemp("sources")
     making.noise(root / "one", base, 1)
     making.noise(root / "two", base, 2, r=8)
@@ -139,7 +147,10 @@ def root(tmp_path: Path, sources: Path) -> Path:
 
 def change(http: TestClient, sources: Path) -> set[int]:
     """One of everything that changes what is registered, with what is refused; the statuses."""
-    files = {name: (sources / "one" / name).read_bytes() for name in ("adapter_config.json", "adapter_model.safetensors")}
+    files = {
+        name: (sources / "one" / name).read_bytes()
+        for name in ("adapter_config.json", "adapter_model.safetensors")
+    }
     packed = {"file": (sources / "packed.zip").read_bytes()}
     answers = [
         http.post("/adapters", json={"id": "a", "source": "one"}),
@@ -162,11 +173,31 @@ def change(http: TestClient, sources: Path) -> set[int]:
     return {answer.status_code for answer in answers}
 
 
-LOOKS = ("", "/one", "/two/summary", "/two/summary?format=text", "/two/architecture", "/two/architecture/norms")
-PAGES = ("/health", "/ready", "/metrics", "/info", "/base", "/v1/models", "/v1/models/two", "/docs", "/openapi.json", "/console/app.js")
+LOOKS = (
+    "",
+    "/one",
+    "/two/summary",
+    "/two/summary?format=text",
+    "/two/architecture",
+    "/two/architecture/norms",
+)
+PAGES = (
+    "/health",
+    "/ready",
+    "/metrics",
+    "/info",
+    "/base",
+    "/v1/models",
+    "/v1/models/two",
+    "/docs",
+    "/openapi.json",
+    "/console/app.js",
+)
 
 
-def test_no_route_asks_the_disk_on_the_event_loop(base: Path, root: Path, sources: Path, watch: Watch) -> None:
+def test_no_route_asks_the_disk_on_the_event_loop(
+    base: Path, root: Path, sources: Path, watch: Watch
+) -> None:
     with serving(base, root) as http:
         assert change(http, sources) == {200, 201, 403, 409, 422}
         assert {http.get(f"/adapters{look}").status_code for look in LOOKS} == {200}
@@ -174,10 +205,16 @@ def test_no_route_asks_the_disk_on_the_event_loop(base: Path, root: Path, source
         assert http.get("/", headers={"accept": "text/html"}).status_code == 200
         assert http.get("/forecast", params={"r": 8, "target_modules": "q_proj"}).status_code == 200
         for model in ("one", "two"):
-            assert http.post("/generate", json={"inputs": "Hi", "parameters": {"adapter_id": model}}).status_code == 200
+            assert (
+                http.post("/generate", json={"inputs": "Hi", "parameters": {"adapter_id": model}}).status_code
+                == 200
+            )
             body = {"model": model, "messages": [{"role": "user", "content": "Hi"}]}
             assert http.post("/v1/chat/completions", json=body | {"stream": True}).status_code == 200
-            assert http.post("/v1/completions", json={"model": model, "prompt": "Hi", "echo": True}).status_code == 200
+            assert (
+                http.post("/v1/completions", json={"model": model, "prompt": "Hi", "echo": True}).status_code
+                == 200
+            )
     assert not watch.seen, "\n".join(watch.seen)
 
 
@@ -188,11 +225,16 @@ def test_no_start_asks_the_disk_on_the_event_loop(base: Path, root: Path, watch:
     (root / "one" / "adapter_config.json").write_text("{}")
     shutil.rmtree(root / "gone")
     with serving(base, root) as http:
-        assert {card["id"]: card["state"] for card in http.get("/adapters").json()["adapters"]} == {"one": "failed", "two": "ready"}
+        assert {card["id"]: card["state"] for card in http.get("/adapters").json()["adapters"]} == {
+            "one": "failed",
+            "two": "ready",
+        }
     assert not watch.seen, "\n".join(watch.seen)
 
 
-def test_no_thread_is_needed_for_what_is_at_hand(base: Path, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_thread_is_needed_for_what_is_at_hand(
+    base: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever holds the threads, what is known already is told."""
     with serving(base, root) as http:
 
@@ -204,10 +246,28 @@ def test_no_thread_is_needed_for_what_is_at_hand(base: Path, root: Path, monkeyp
         monkeypatch.setattr("fastapi.dependencies.utils.run_in_threadpool", held)
         monkeypatch.setattr("fastapi.routing.run_in_threadpool", held)
         monkeypatch.setattr(asyncio.BaseEventLoop, "run_in_executor", held)
-        for path in ("/health", "/ready", "/info", "/base", "/v1/models", "/adapters", *(f"/adapters{look}" for look in LOOKS[1:4])):
+        for path in (
+            "/health",
+            "/ready",
+            "/info",
+            "/base",
+            "/v1/models",
+            "/adapters",
+            *(f"/adapters{look}" for look in LOOKS[1:4]),
+        ):
             assert http.get(path).status_code == 200, path
-        assert http.post("/generate", json={"inputs": "Hi", "parameters": {"details": True, "top_n_tokens": 3}}).status_code == 200
-        assert http.post("/v1/completions", json={"model": "base", "prompt": "Hi", "logprobs": 5, "stream": True}).status_code == 200
+        assert (
+            http.post(
+                "/generate", json={"inputs": "Hi", "parameters": {"details": True, "top_n_tokens": 3}}
+            ).status_code
+            == 200
+        )
+        assert (
+            http.post(
+                "/v1/completions", json={"model": "base", "prompt": "Hi", "logprobs": 5, "stream": True}
+            ).status_code
+            == 200
+        )
 
 
 class SilentHub(Hub):
@@ -226,14 +286,18 @@ class SilentHub(Hub):
         raise SourceMissing(["it had nothing to say"])
 
 
-def test_sources_that_do_not_answer_hold_nothing_else_up(base: Path, root: Path, sources: Path, tmp_path: Path) -> None:
+def test_sources_that_do_not_answer_hold_nothing_else_up(
+    base: Path, root: Path, sources: Path, tmp_path: Path
+) -> None:
     """Six of them took all threads there were, and `/metrics` 20 s."""
     hub = SilentHub(tmp_path)
     with serving(base, root, hub) as http:
         answers: list[int] = []
 
         def wait(number: int) -> None:
-            answers.append(http.post("/adapters", json={"id": f"h{number}", "source": f"hub:org/{number}"}).status_code)
+            answers.append(
+                http.post("/adapters", json={"id": f"h{number}", "source": f"hub:org/{number}"}).status_code
+            )
 
         waiting = [threading.Thread(target=wait, args=(number,)) for number in range(24)]
         try:
@@ -245,7 +309,10 @@ def test_sources_that_do_not_answer_hold_nothing_else_up(base: Path, root: Path,
                 assert http.get(look).status_code == 200
             assert change(http, sources) == {200, 201, 403, 409, 422}
             schema = {"type": "json_object", "schema": {"type": "integer"}}
-            asked = {"inputs": "Hi " * 10_000, "parameters": {"adapter_id": "two", "truncate": 9, "response_format": schema}}
+            asked = {
+                "inputs": "Hi " * 10_000,
+                "parameters": {"adapter_id": "two", "truncate": 9, "response_format": schema},
+            }
             assert http.post("/generate", json=asked).status_code == 200
             assert not answers
         finally:

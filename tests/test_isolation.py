@@ -1,6 +1,8 @@
-"""Whatever comes, fails, is replaced or goes, the base and the neighbours say the same to the last bit, and the base's tensors stay.
+"""Whatever comes, fails, is replaced or goes, the base and the neighbours say the same to the last
+bit, and the base's tensors stay.
 
-A random walk over every kind of adapter through the real registry, reader and worker, in float32; what is served says what PEFT says.
+A random walk over every kind of adapter through the real registry, reader and worker, in float32;
+what is served says what PEFT says.
 """
 
 from __future__ import annotations
@@ -31,24 +33,40 @@ LENGTH = 5
 STEPS = 105
 IDS = [f"x{i}" for i in range(7)]
 BESIDE = (
-    *("modules_to_save", "embedding saved", "trainable_token_indices", "lora_bias", "embedding", "target_parameters"),
+    *(
+        "modules_to_save",
+        "embedding saved",
+        "trainable_token_indices",
+        "lora_bias",
+        "embedding",
+        "target_parameters",
+    ),
     *("IA3", "VERA", "LOHA", "LOKR", "OFT", "LN_TUNING", "OSF", "FOURIERFT"),
 )
 GOOD = kinds.POOL | {name: kinds.SHADOW[name] for name in BESIDE}
-WITNESSES = {"base": None, "pooled": "dora", "beside": "modules_to_save"}  # asked after each deed, never touched by one
+# Asked after each deed, never touched by one
+WITNESSES = {"base": None, "pooled": "dora", "beside": "modules_to_save"}
 PLAIN = {"dtype": "float32", "quantization": "none", "device": "cpu", "compile": "off"}
-BOUNDS = {"max_rows": 8, "pool_rank": 40, "max_rank": 32, "host_cache_mb": 1}  # less than all of them need, in both tiers
+# Less than all of them need, in both tiers
+BOUNDS = {"max_rows": 8, "pool_rank": 40, "max_rank": 32, "host_cache_mb": 1}
 
 
 def wild(folder: Path, base: Path) -> Path:
     """One whose numbers overflow."""
-    loud = kinds.edited(weights=lambda tensors: {name: tensor * 1e38 if "lora_B" in name else tensor for name, tensor in tensors.items()})
+    loud = kinds.edited(
+        weights=lambda tensors: {
+            name: tensor * 1e38 if "lora_B" in name else tensor for name, tensor in tensors.items()
+        }
+    )
     return loud(folder, base)
 
 
 @dataclass
 class Walk:
-    """`held` is the kind under each id. A deed is judged by itself; `look` afterwards judges that nobody else noticed it."""
+    """`held` is the kind under each id.
+
+    A deed is judged by itself; `look` afterwards judges that nobody else noticed it.
+    """
 
     registry: Registry
     client: WorkerClient
@@ -62,16 +80,22 @@ class Walk:
     # ---- asking
 
     async def answer(self, id: str | None) -> tuple[list[Token], Event]:
-        """The prompt's and the answer's tokens, with their log probabilities; asked so that nothing is reused of an earlier prefill."""
+        """The prompt's and the answer's tokens, with their log probabilities; asked so that nothing
+        is reused of an earlier prefill.
+        """
         if id is None:
             return await self._read(None)
         with self.registry.lease_adapter(id) as generation:
             return await self._read(generation.digest)
 
     async def _read(self, digest: str | None) -> tuple[list[Token], Event]:
-        ticket = self.client.submit_request(tuple(PROMPT), LENGTH, digest, Sampling(logprobs=3), prompt_logprobs=3)
+        ticket = self.client.submit_request(
+            tuple(PROMPT), LENGTH, digest, Sampling(logprobs=3), prompt_logprobs=3
+        )
         events = [event async for event in ticket]
-        return [token for event in events for token in (*event.prompt, event.token) if token is not None], events[-1]
+        return [
+            token for event in events for token in (*event.prompt, event.token) if token is not None
+        ], events[-1]
 
     async def ids(self, id: str | None) -> list[int]:
         tokens, end = await self.answer(id)
@@ -88,7 +112,9 @@ class Walk:
 
     def deck(self, cards: list[str]) -> list[str]:
         """So many that each is drawn before one comes again."""
-        shuffled = [card for _ in range(STEPS // len(cards) + 1) for card in self.dice.sample(cards, len(cards))]
+        shuffled = [
+            card for _ in range(STEPS // len(cards) + 1) for card in self.dice.sample(cards, len(cards))
+        ]
         return shuffled[::-1]
 
     async def put(self, id: str, kind: str, **more: Any) -> None:
@@ -157,7 +183,9 @@ class Walk:
         number = self.dice.random()  # else an adapter of the same content might be resident
         folder = making.edit(self.root / "plain", self.root / f"rotten{number}", {"lora_dropout": number})
         await self.registry.register_adapter("rotten", folder.name, preload=False, replace=True)
-        making.edit(folder, folder, weights=lambda tensors: {name: tensor + 1 for name, tensor in tensors.items()})
+        making.edit(
+            folder, folder, weights=lambda tensors: {name: tensor + 1 for name, tensor in tensors.items()}
+        )
         told = (await self.answer("rotten"))[1]
         assert "changed on disk" in told.message
         await self.registry.remove_adapter("rotten")
@@ -167,7 +195,9 @@ class Walk:
 @asynccontextmanager
 async def walking(folder: Path) -> AsyncIterator[Walk]:
     base, root = making.tiny(folder / "base", tie_word_embeddings=False), folder / "adapters"
-    settings = Settings.model_validate({**PLAIN, **BOUNDS, "base": str(base), "base_id": "tiny", "adapters_dir": root})
+    settings = Settings.model_validate(
+        {**PLAIN, **BOUNDS, "base": str(base), "base_id": "tiny", "adapters_dir": root}
+    )
     client = WorkerClient(settings, "tests.weighing:build")
     registry = Registry(settings, client)
     client.watch_loads(registry.note_load)
@@ -199,14 +229,22 @@ async def test_nobody_notices_what_becomes_of_others(tmp_path: Path) -> None:
                 del walk.held[name]
         await walk.look("nothing")
         good, bad = walk.deck(list(GOOD)), walk.deck(list(kinds.REFUSED))
-        deeds: list[Callable[..., Coroutine[Any, Any, str] | Awaitable[str]]] = [walk.leave, walk.pin, walk.crowd, walk.overflow, walk.rot]
+        deeds: list[Callable[..., Coroutine[Any, Any, str] | Awaitable[str]]] = [
+            walk.leave,
+            walk.pin,
+            walk.crowd,
+            walk.overflow,
+            walk.rot,
+        ]
         for step in range(STEPS):
             if step % 5 < 2 or not walk.held:
                 after = await walk.come(good.pop())
             elif step % 5 < 4:
                 after = await walk.fail(bad.pop())
             else:
-                after = await walk.dice.choices(deeds, (4, 2, 2, 1, 1))[0](*walk.dice.choice(list(walk.held.items())))
+                after = await walk.dice.choices(deeds, (4, 2, 2, 1, 1))[0](
+                    *walk.dice.choice(list(walk.held.items()))
+                )
             await walk.look(f"step {step}, {after}")
         await walk.crowd()
         assert walk.seen == {*GOOD, *kinds.REFUSED}

@@ -1,4 +1,6 @@
-"""Keys: what a list or a file of them says, that only their hashes are kept, and that no word about a wrong one holds it."""
+"""Keys: what a list or a file of them says, that only their hashes are kept, and that no word about
+a wrong one holds it.
+"""
 
 from __future__ import annotations
 

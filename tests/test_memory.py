@@ -1,4 +1,6 @@
-"""What an adapter costs ends with it: a real worker and reader, through hundreds of lives, and with a thousand that nobody asks for."""
+"""What an adapter costs ends with it: a real worker and reader, through hundreds of lives, and with
+a thousand that nobody asks for.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +31,19 @@ pytestmark = pytest.mark.anyio
 
 LIVES = 300
 GROWTH = 1.02  # since the tenth
-PLAIN = {"dtype": "float32", "quantization": "none", "device": "cpu", "compile": "off", "max_rows": 2, "base_id": "tiny"}
+PLAIN = {
+    "dtype": "float32",
+    "quantization": "none",
+    "device": "cpu",
+    "compile": "off",
+    "max_rows": 2,
+    "base_id": "tiny",
+}
 BOUNDS = {"pool_rank": 512, "max_rank": 512, "host_cache_mb": 100}
 LAYERS, THOUSAND = 6, 1000
 CARD = {"worker": 8_000, "reader": 8_000, "api": 20_000}  # bytes that each of a thousand may cost
-WIDE: dict[str, Any] = {"targets": "all-linear", "r": 256}  # 2 MB on the tiny base: were one life's bytes in ten kept, it would show
+# 2 MB on the tiny base: were one life's bytes in ten kept, it would show
+WIDE: dict[str, Any] = {"targets": "all-linear", "r": 256}
 RECIPES: dict[str, kinds.Maker] = {
     "pooled": kinds.lora(1, **WIDE),
     "beside": kinds.lora(2, lora_bias=True, **WIDE),
@@ -46,7 +56,9 @@ class House:
     def __init__(self, folder: Path, layers: int) -> None:
         self.root = folder / "adapters"
         self.base = making.tiny(folder / "base", num_hidden_layers=layers)
-        self.settings = Settings.model_validate({**PLAIN, **BOUNDS, "base": str(self.base), "adapters_dir": self.root})
+        self.settings = Settings.model_validate(
+            {**PLAIN, **BOUNDS, "base": str(self.base), "adapters_dir": self.root}
+        )
         self.client = WorkerClient(self.settings)
         self.registry = Registry(self.settings, self.client)
         self.client.watch_loads(self.registry.note_load)
@@ -77,7 +89,9 @@ async def opened(folder: Path, layers: int = 2) -> AsyncIterator[House]:
 
 
 async def test_three_hundred_lives_leave_nothing_behind(tmp_path: Path) -> None:
-    """B5: registered, asked and deleted; each says what it freed; one in four is refused after its values were read."""
+    """B5: registered, asked and deleted; each says what it freed; one in four is refused after its
+    values were read.
+    """
     async with opened(tmp_path) as house:
         await house.registry.open_catalog()
         kinds.make(house.root, house.base, RECIPES)
@@ -99,7 +113,9 @@ async def test_three_hundred_lives_leave_nothing_behind(tmp_path: Path) -> None:
             if life >= 10:
                 weights.append(house.weight())
         first, last = (1000 * statistics.median(part) for part in (seconds[:30], seconds[-30:]))
-        print(f"a load took {first:.1f} ms in the first lives, {last:.1f} ms in the last; bytes {weights[0]} then {weights[-1]}")
+        print(
+            f"a load took {first:.1f} ms in the first lives, {last:.1f} ms in the last; bytes {weights[0]} then {weights[-1]}"
+        )
         for process, bytes_ in weights[0].items():
             assert max(weight[process] for weight in weights) < bytes_ * GROWTH, process
 
@@ -125,7 +141,8 @@ async def test_a_thousand_adapters_cost_only_their_cards_until_one_is_asked_for(
         seconds = time.perf_counter() - began
         cards = house.registry.list_cards()
         assert [(card["state"], card["residency"]) for card in cards] == [("ready", "disk")] * THOUSAND
-        await house.client.wait_until_loaded(house.registry.list_versions()[-1].digest)  # so that it has heard of all before
+        # So that it has heard of all before
+        await house.client.wait_until_loaded(house.registry.list_versions()[-1].digest)
         one = house.client.gauges.host_bytes
         assert 0 < one < 2 * (mould / making.WEIGHTS).stat().st_size
         await house.say("n0500")

@@ -28,7 +28,9 @@ def test_nothing_set_is_the_demo_on_loopback() -> None:
 
 
 def test_flags_are_over_variables_and_other_variables_are_none_of_ours() -> None:
-    chosen = read_settings(BASE | {"ADAPTERD_PORT": "1", "ADAPTERD_MAX_ROWS": "3", "PATH": "/bin"}, {"port": "2"})
+    chosen = read_settings(
+        BASE | {"ADAPTERD_PORT": "1", "ADAPTERD_MAX_ROWS": "3", "PATH": "/bin"}, {"port": "2"}
+    )
     assert (chosen.port, chosen.max_rows) == (2, 3)
 
 
@@ -57,7 +59,9 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in WRONG.items() for value in values]
+)
 def test_a_wrong_value_is_refused_by_name(name: str, value: str) -> None:
     assert refused(BASE | {f"ADAPTERD_{name}": value}).startswith(f"ADAPTERD_{name}: ")
 
@@ -69,7 +73,9 @@ def test_more_than_one_process_is_refused(count: str) -> None:
 
 
 def test_faults_are_parsed() -> None:
-    assert read_settings(BASE | {"ADAPTERD_FAULTS": "step:3, stuck,slow_load:0.5"}).faults == Faults(step=3, stuck=1, slow_load=0.5)
+    assert read_settings(BASE | {"ADAPTERD_FAULTS": "step:3, stuck,slow_load:0.5"}).faults == Faults(
+        step=3, stuck=1, slow_load=0.5
+    )
     assert read_settings(BASE | {"ADAPTERD_FAULTS": "kill:2,stuck:4"}).faults == Faults(kill=2, stuck=4)
 
 
@@ -85,7 +91,9 @@ def test_other_hosts_need_a_key() -> None:
 
 def test_keys_are_known_and_never_shown(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("sk-file\n\n sk-more \n")
-    chosen = read_settings(BASE | {"ADAPTERD_API_KEYS": "sk-a, sk-b", "ADAPTERD_ADMIN_KEYS": f"@{tmp_path / 'keys'}"})
+    chosen = read_settings(
+        BASE | {"ADAPTERD_API_KEYS": "sk-a, sk-b", "ADAPTERD_ADMIN_KEYS": f"@{tmp_path / 'keys'}"}
+    )
     assert find_key("sk-b", chosen.api_keys)
     assert find_key("sk-more", chosen.admin_keys)
     for wrong in ("", "sk-", "sk-a, sk-b", "\udcff", *(key.digest for key in chosen.api_keys)):

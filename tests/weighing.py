@@ -1,4 +1,6 @@
-"""The real runner, whose base is hashed when it is loaded and when the worker ends: lines of `hashes`, beside the adapters directory."""
+"""The real runner, whose base is hashed when it is loaded and when the worker ends: lines of
+`hashes`, beside the adapters directory.
+"""
 
 from __future__ import annotations
 

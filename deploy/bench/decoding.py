@@ -1,4 +1,7 @@
-"""Rows of a runner that decode together, one step at a time, without a scheduler. Knows no figures."""
+"""Rows of a runner that decode together, one step at a time, without a scheduler.
+
+Knows no figures.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,21 @@ Said = Mapping[str, Mapping[int, Token]]  # by what was timed, and row
 
 
 class Decoding:
-    """Some rows of a runner after their prompts; `step` decodes one token more of each. Raises RuntimeError where a row has none.
+    """Some rows of a runner after their prompts;
 
-    `after`: of these rows, which have read the prompts already. Whose they were changes what they say, and not how long it takes.
+    `step` decodes one token more of each. Raises RuntimeError where a row has none.
+
+    `after`: of these rows, which have read the prompts already. Whose they were changes what they
+    say, and not how long it takes.
     """
 
     def __init__(
-        self, runner: ModelRunner, prompts: list[list[int]], mix: Mix, logprobs: int | None = None, after: Decoding | None = None
+        self,
+        runner: ModelRunner,
+        prompts: list[list[int]],
+        mix: Mix,
+        logprobs: int | None = None,
+        after: Decoding | None = None,
     ) -> None:
         self.runner, self.sampling, self.length = runner, Sampling(logprobs=logprobs), len(prompts[0])
         self.requests = {row: self._request(row, prompts[row], adapter) for row, adapter in mix.items()}
@@ -44,10 +55,18 @@ class Decoding:
             self.tokens[row].append(result.token)
 
     def step(self, fed: Mapping[int, int] | None = None) -> float:
-        """Seconds until its tokens are on the host. `fed`: go on from these tokens, by row, instead of from the last ones."""
+        """Seconds until its tokens are on the host.
+
+        `fed`: go on from these tokens, by row, instead of from the last ones.
+        """
         made = len(next(iter(self.tokens.values())))
         last = fed or {row: tokens[-1].id for row, tokens in self.tokens.items()}
-        plan = Plan(chunks=tuple(Chunk(r, row, self.length + made - 1, (last[row],), True, made) for row, r in self.requests.items()))
+        plan = Plan(
+            chunks=tuple(
+                Chunk(r, row, self.length + made - 1, (last[row],), True, made)
+                for row, r in self.requests.items()
+            )
+        )
         began = time.perf_counter()
         results = self.runner.run_step(plan)
         seconds = time.perf_counter() - began

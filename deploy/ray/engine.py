@@ -1,6 +1,9 @@
-"""An engine: the whole service behind one worker, in a Serve replica. Requests come as calls, answers go as ASGI messages.
+"""An engine: the whole service behind one worker, in a Serve replica.
 
-The registry in it owns residency; Serve is only told which adapters were asked for here, so that their next requests come here, too.
+Requests come as calls, answers go as ASGI messages.
+
+The registry in it owns residency; Serve is only told which adapters were asked for here, so that
+their next requests come here, too.
 """
 
 from __future__ import annotations
@@ -30,7 +33,10 @@ TYPICAL_RANK = 16
 
 
 class Shared(Registry):
-    """A registry whose directory others change, too. Changes are made in turn (see turns.py), the ingress sees to that."""
+    """A registry whose directory others change, too.
+
+    Changes are made in turn (see turns.py), the ingress sees to that.
+    """
 
     def __init__(self, settings: Settings, device: WorkerClient) -> None:
         super().__init__(settings, device)
@@ -62,7 +68,10 @@ class Engine:
     """Serve sends nothing to a replica before its `reconfigure` has ended."""
 
     async def reconfigure(self, told: dict[str, Any]) -> None:
-        """Opens the service with these settings; Serve calls it once, before anything else. Raises RuntimeError where that cannot be."""
+        """Opens the service with these settings;
+
+        Serve calls it once, before anything else. Raises RuntimeError where that cannot be.
+        """
         self.settings = settings = Settings.model_validate(told)
         logs.set_up_logging(settings.log_format, settings.log_level)
         client = WorkerClient(settings)
@@ -70,7 +79,9 @@ class Engine:
         client.watch_loads(self.registry.note_load)
         self.app = create_app(settings, client, self.registry)
         self.rooms: Services = self.app.state.rooms
-        self.place = serve.multiplexed(max_num_models_per_replica=max(1, settings.pool_rank // TYPICAL_RANK))(_itself)
+        self.place = serve.multiplexed(max_num_models_per_replica=max(1, settings.pool_rank // TYPICAL_RANK))(
+            _itself
+        )
         self._life = self.app.router.lifespan_context(self.app)
         await self._life.__aenter__()
         await self._opened()
@@ -90,7 +101,9 @@ class Engine:
             raise RuntimeError(self.rooms.reason)
 
     async def exchange(self, call: Call) -> AsyncIterator[Message | None]:
-        """The answer's messages; before them None, once a change is remembered that the others should follow."""
+        """The answer's messages; before them None, once a change is remembered that the others
+        should follow.
+        """
         if call.adapter and self._has(call.adapter):
             await self.place(call.adapter)
         messages: asyncio.Queue[Message | None] = asyncio.Queue()
@@ -113,7 +126,9 @@ class Engine:
 
     async def exposition(self) -> tuple[str, str]:
         """This replica's name and its metrics."""
-        return serve.get_replica_context().replica_id.unique_id, metrics.render_metrics("text/plain")[0].decode()
+        return serve.get_replica_context().replica_id.unique_id, metrics.render_metrics("text/plain")[
+            0
+        ].decode()
 
     async def __del__(self) -> None:
         """Serve calls it when the replica is to end, after the requests in it have."""
@@ -151,7 +166,9 @@ class Engine:
         messages.put_nowait(None)
 
     async def _watch(self) -> None:
-        """For the moments in which nobody calls `follow`: it was starting, or whoever changed something died."""
+        """For the moments in which nobody calls `follow`: it was starting, or whoever changed
+        something died.
+        """
         while True:
             await asyncio.sleep(LOOK_S)
             if await self.registry.is_behind():

@@ -1,6 +1,8 @@
-"""The door of the cluster: reads each request whole, finds an engine that knows its adapter, and passes the answer on as it comes.
+"""The door of the cluster: reads each request whole, finds an engine that knows its adapter, and
+passes the answer on as it comes.
 
-Engines refuse and answer; what is said here is only that there is none, or that one died in the middle.
+Engines refuse and answer; what is said here is only that there is none, or that one died in the
+middle.
 """
 
 from __future__ import annotations
@@ -78,7 +80,9 @@ class Answer(Response):
                 await send(message)
 
     async def _messages(self) -> AsyncGenerator[Message, None]:
-        """The engine's messages; a change is made in turn, and all engines have followed it before its answer begins."""
+        """The engine's messages; a change is made in turn, and all engines have followed it before
+        its answer begins.
+        """
         if not self.asked.changes:
             async for message in self._exchanged():
                 yield message
@@ -108,7 +112,9 @@ class Answer(Response):
             stream.cancel()
 
     async def _end(self, scope: Scope, send: Send) -> None:
-        """The engine is gone: an error, or where the answer had begun, an error event; a body that is cut cannot be mended."""
+        """The engine is gone: an error, or where the answer had begun, an error event; a body that
+        is cut cannot be mended.
+        """
         error = NotReady("the engine that ran this request is gone; ask again", retry_after=1)
         if self.started is None:
             await errors.error_response(error, scope)(scope, _nothing, send)
@@ -152,7 +158,9 @@ class Door:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         logs.set_up_logging(self.settings.log_format, self.settings.log_level)
-        bounds = Middleware(BodyLimit, body_mb=self.settings.max_body_mb, upload_mb=self.settings.max_upload_mb)
+        bounds = Middleware(
+            BodyLimit, body_mb=self.settings.max_body_mb, upload_mb=self.settings.max_upload_mb
+        )
         app = FastAPI(
             middleware=[Middleware(Named), Middleware(AccessLog), bounds],
             docs_url=None,
@@ -169,7 +177,9 @@ class Door:
         return Answer(self.engines, call(request.scope, await request.body(), self.settings), self.settings)
 
     async def metrics(self, request: Request) -> Response:
-        """All engines' metrics, each sample with its replica; one engine is asked first, for it knows the keys."""
+        """All engines' metrics, each sample with its replica; one engine is asked first, for it
+        knows the keys.
+        """
         asked = call(request.scope, b"", self.settings)
         stream = self.engines.options(stream=True).exchange.remote(asked)
         first = await anext(stream)
@@ -177,4 +187,6 @@ class Door:
         if first["status"] != 200:
             return Answer(self.engines, asked, self.settings)
         texts = await self.engines.broadcast("exposition").results_async(return_exceptions=True)
-        return Response(merged(dict(one for one in texts if not isinstance(one, BaseException))), headers=METRICS)
+        return Response(
+            merged(dict(one for one in texts if not isinstance(one, BaseException))), headers=METRICS
+        )

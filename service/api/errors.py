@@ -33,9 +33,12 @@ from ..telemetry import metrics
 PROBES = ("/health", "/ready", "/metrics")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 BAD_REQUEST = {409: 400, 422: 400}  # OpenAI's clients know 400 where ours see 409 and 422
-OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error", 500: "server_error"} | dict.fromkeys(
-    (503, 504), "service_unavailable_error"
-)
+OPENAI_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    429: "rate_limit_error",
+    500: "server_error",
+} | dict.fromkeys((503, 504), "service_unavailable_error")
 STATUSES = {
     401: "the key is missing or wrong",
     403: "the key is without the admin scope, or the source is not allowed",
@@ -61,10 +64,19 @@ def status_of(error: AdapterdError, openai: bool) -> int:
 
 
 def error_body(error: AdapterdError, openai: bool) -> dict[str, Any]:
-    """The error's JSON, in OpenAI's envelope or in ours; also what an error event of a stream carries."""
+    """The error's JSON, in OpenAI's envelope or in ours; also what an error event of a stream
+    carries.
+    """
     if openai:
         kind = OPENAI_TYPES.get(error.status, "invalid_request_error")
-        return {"error": {"message": error.message, "type": kind, "param": error.param, "code": _openai_code(error)}}
+        return {
+            "error": {
+                "message": error.message,
+                "type": kind,
+                "param": error.param,
+                "code": _openai_code(error),
+            }
+        }
     told = {"error": error.message, "error_type": error.code}
     return told | ({"details": error.details} if error.details is not None else {})
 
@@ -77,7 +89,8 @@ def _openai_code(error: AdapterdError) -> str:
 
 
 def note_error(error: AdapterdError, scope: Scope) -> None:
-    """The request ended with this error: the log will say so, and it counts, if the engine has not counted it.
+    """The request ended with this error: the log will say so, and it counts, if the engine has not
+    counted it.
 
     That it is not ready is what a probe wants to know, and no failed request.
     """
@@ -102,7 +115,9 @@ def error_response(error: AdapterdError, scope: Scope, headers: Mapping[str, str
 
 
 def document_errors(*statuses: int, openai: bool = False) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route for OpenAPI: what these and every route can answer when they refuse."""
+    """The `responses` of a route for OpenAPI: what these and every route can answer when they
+    refuse.
+    """
     example = error_body(BadRequest("max_new_tokens: must be at least 1", param="max_new_tokens"), openai)
     content = {"application/json": {"schema": {"type": "object", "required": ["error"]}, "example": example}}
     found = {BAD_REQUEST.get(s, s) if openai else s: STATUSES[s] for s in sorted({*ALWAYS, *statuses})}
@@ -118,17 +133,24 @@ def from_validation(errors: Iterable[Mapping[str, Any]]) -> BadRequest:
 
 
 def _field_name(error: Mapping[str, Any]) -> str:
-    """The field's name; before it stands where it was sent: a body, a query or a path. What is no JSON has none, only a place."""
+    """The field's name; before it stands where it was sent: a body, a query or a path.
+
+    What is no JSON has none, only a place.
+    """
     return "" if error["type"] == "json_invalid" else ".".join(str(part) for part in error["loc"][1:])
 
 
 def _describe_finding(error: Mapping[str, Any]) -> str:
     if error["type"] == "json_invalid":
         return f"the body is not valid JSON: {error['ctx']['error']} at {error['loc'][-1]}"
-    said = {"extra_forbidden": "unknown field", "missing": "is required"}.get(error["type"], error["msg"].removeprefix("Value error, "))
+    said = {"extra_forbidden": "unknown field", "missing": "is required"}.get(
+        error["type"], error["msg"].removeprefix("Value error, ")
+    )
     if not _field_name(error):
         unread = error["type"] == "missing" or isinstance(error["input"], bytes)
-        return "a JSON body is required, with content-type: application/json" if unread else f"the body: {said}"
+        return (
+            "a JSON body is required, with content-type: application/json" if unread else f"the body: {said}"
+        )
     return f"{_field_name(error)}: {said}"
 
 
@@ -139,7 +161,9 @@ async def _answer_known(request: Request, error: Exception) -> Response:
 
 async def _answer_left(request: Request, error: Exception) -> Response:
     """Who seems to have left may have been told why by the connection itself."""
-    return error_response(request.scope["state"].get("refused") or Cancelled("the client left"), request.scope)
+    return error_response(
+        request.scope["state"].get("refused") or Cancelled("the client left"), request.scope
+    )
 
 
 async def _answer_invalid(request: Request, error: Exception) -> Response:
@@ -149,7 +173,8 @@ async def _answer_invalid(request: Request, error: Exception) -> Response:
 
 async def _answer_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException), "registered for HTTPException"
-    if isinstance(error.__cause__, AdapterdError):  # raised while the framework read the body, which wraps it
+    # Raised while the framework read the body, which wraps it
+    if isinstance(error.__cause__, AdapterdError):
         return error_response(error.__cause__, request.scope)
     if isinstance(error.__cause__, ClientDisconnect):
         return await _answer_left(request, error)
@@ -158,11 +183,16 @@ async def _answer_http(request: Request, error: Exception) -> Response:
     if error.status_code == 405:
         allowed = ", ".join(allowed_methods(request.app, request.scope))
         return error_response(
-            MethodNotAllowed(f"{request.method} is not allowed here; allowed: {allowed}"), request.scope, {"allow": allowed}
+            MethodNotAllowed(f"{request.method} is not allowed here; allowed: {allowed}"),
+            request.scope,
+            {"allow": allowed},
         )
     if error.status_code < 500:
         return error_response(
-            BadRequest("the body cannot be read: it is no UTF-8 JSON, is nested too deep, or is a broken form"), request.scope
+            BadRequest(
+                "the body cannot be read: it is no UTF-8 JSON, is nested too deep, or is a broken form"
+            ),
+            request.scope,
         )
     return error_response(internal_error(request.scope), request.scope)
 

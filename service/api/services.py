@@ -1,4 +1,7 @@
-"""What the routes are given: the rooms behind the door, and whether they are open. Knows no wire shapes."""
+"""What the routes are given: the rooms behind the door, and whether they are open.
+
+Knows no wire shapes.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,9 @@ if TYPE_CHECKING:  # the rooms themselves import much; listening starts before t
 
 @dataclass
 class Services:
-    """The client is there from the start; `reader` and `opened` come once the base is loaded. `failure` says why it never will be.
+    """The client is there from the start;
+
+    `reader` and `opened` come once the base is loaded. `failure` says why it never will be.
 
     `running` is the number of requests in the house; once `draining`, no more are let in.
     """
@@ -49,7 +54,9 @@ class Services:
 
     @property
     def state(self) -> str:
-        """`loading`, `ready`, `restarting`, `draining` or `failed`: the worker's, but loading until the registrations are there."""
+        """`loading`, `ready`, `restarting`, `draining` or `failed`: the worker's, but loading until
+        the registrations are there.
+        """
         if self.draining or self.client.state == "draining":
             return "draining"
         if self.failure or self.client.state == "failed":
@@ -73,7 +80,9 @@ class Services:
                 else "looking at adapters"
             )
             return f"the base is loading: {where}"
-        told = {"draining": "the service is shutting down", "restarting": "the worker is restarting"}.get(self.state)
+        told = {"draining": "the service is shutting down", "restarting": "the worker is restarting"}.get(
+            self.state
+        )
         return told or self._without_places(self.failure or self.client.reason or "the base cannot be loaded")
 
     def _without_places(self, reason: str) -> str:
@@ -85,7 +94,8 @@ class Services:
         return NotReady(f"not ready: {reason}", retry_after=1 if self.state == "restarting" else 2)
 
 
-# Each of these is `async`, for the framework runs what is not in a thread, and those may all be busy.
+# Each of these is `async`, for the framework runs what is not in a thread, and those may all be
+# busy.
 
 
 async def get_services(request: Request) -> Services:
@@ -94,7 +104,10 @@ async def get_services(request: Request) -> Services:
 
 
 async def get_registered(here: Annotated[Services, Depends(get_services)]) -> Services:
-    """The rooms, once the registrations are there; the worker may be restarting. Raises NotReady before that."""
+    """The rooms, once the registrations are there; the worker may be restarting.
+
+    Raises NotReady before that.
+    """
     if not here.opened:
         raise here.not_ready(here.reason)
     return here
@@ -108,7 +121,10 @@ async def get_ready(here: Annotated[Services, Depends(get_services)]) -> Service
 
 @dataclass(frozen=True, slots=True)
 class AdapterScope:
-    """Which adapters a request may know of: all of them, unless its key has a list. One that is not on it is an unknown one."""
+    """Which adapters a request may know of: all of them, unless its key has a list.
+
+    One that is not on it is an unknown one.
+    """
 
     key: Key | None
 

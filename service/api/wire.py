@@ -1,4 +1,5 @@
-"""The HTTP/1.1 protocol with an end to what a client may take, in bytes, time and connections; what cannot be read is told as JSON, too.
+"""The HTTP/1.1 protocol with an end to what a client may take, in bytes, time and connections; what
+cannot be read is told as JSON, too.
 
 Knows bytes and one connection; no route, no key.
 """
@@ -19,18 +20,20 @@ from .errors import error_body, openai_dialect, status_of
 
 HEAD_BYTES = 64 * 1024  # of a request line and its headers
 PIECE_BYTES = 64 * 1024  # of a body
-PATIENCE_S = 60.0  # for a whole head, for each next piece of a body, and for a client to take something of an answer
+# For a whole head, for each next piece of a body, and for a client to take something of an answer
+PATIENCE_S = 60.0
 CONNECTIONS = 10_000
 UNREADABLE = BadRequest("this is no HTTP/1.1 request")
 TUNNEL = BadRequest("CONNECT is not served here: this is no proxy")
 
 
 class HttpProtocol(HttpToolsProtocol):
-    """Refuses a head over `HEAD_BYTES` with 413, also one that never ends, and a request that comes too slowly with 408; then it closes.
+    """Refuses a head over `HEAD_BYTES` with 413, also one that never ends, and a request that comes
+    too slowly with 408; then it closes.
 
-    So it does with who reads nothing. Over `most` connections, the oldest that waits for no answer goes for each that comes.
-    An offered upgrade is ignored, and no tunnel is made: what follows a head is its body, and never the
-    next request.
+    So it does with who reads nothing. Over `most` connections, the oldest that waits for no answer
+    goes for each that comes. An offered upgrade is ignored, and no tunnel is made: what follows a
+    head is its body, and never the next request.
     """
 
     most: ClassVar[int] = CONNECTIONS
@@ -45,7 +48,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        transport.set_write_buffer_limits(0)  # so that it is known of each byte that waits for the client
+        # So that it is known of each byte that waits for the client
+        transport.set_write_buffer_limits(0)
         self._start_clock()
         if len(self.everyone) >= self.most:
             gone = next((one for one in self.everyone if not one._owing), self)
@@ -60,7 +64,9 @@ class HttpProtocol(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self.unread = self.loop.call_later(PATIENCE_S, self._on_unread, self.transport.get_write_buffer_size())
+        self.unread = self.loop.call_later(
+            PATIENCE_S, self._on_unread, self.transport.get_write_buffer_size()
+        )
 
     def resume_writing(self) -> None:
         if self.unread is not None:
@@ -86,8 +92,8 @@ class HttpProtocol(HttpToolsProtocol):
     def _parse(self, data: bytes) -> bytes:
         """What is left of the data where the parser stops: behind a head that offers an upgrade.
 
-        The parser has taken that for the end of the request, and would read the body as the next one. So a
-        new parser reads the head once more, without the offer. Raises HttpParserError.
+        The parser has taken that for the end of the request, and would read the body as the next
+        one. So a new parser reads the head once more, without the offer. Raises HttpParserError.
         """
         try:
             self.parser.feed_data(data)
@@ -120,7 +126,8 @@ class HttpProtocol(HttpToolsProtocol):
             raise self.refusal
         if not self.parser.should_upgrade():
             super().on_headers_complete()
-            self.headers = []  # what comes behind the body are trailers, and no headers of the request
+            # What comes behind the body are trailers, and no headers of the request
+            self.headers = []
 
     def on_body(self, body: bytes) -> None:
         self.reading = False
@@ -130,13 +137,16 @@ class HttpProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             return
         self.begun = self.reading = False
-        if self.cycle is None or not self.cycle.response_complete:  # else uvicorn starts its own clock no more
+        # Else uvicorn starts its own clock no more
+        if self.cycle is None or not self.cycle.response_complete:
             self._stop_clock()
         super().on_message_complete()
 
     @property
     def _owed(self) -> bool:
-        """Whether the rest of a body is still of use: that of a request which was answered without it is not."""
+        """Whether the rest of a body is still of use: that of a request which was answered without
+        it is not.
+        """
         return self.cycle is not None and self.cycle.more_body and not self.cycle.response_complete
 
     @property
@@ -155,7 +165,10 @@ class HttpProtocol(HttpToolsProtocol):
             self.clock = None
 
     def _on_expired(self) -> None:
-        """While the service reads nothing, or owes an answer, nobody is late. Who asks for nothing, or was answered, is told nothing."""
+        """While the service reads nothing, or owes an answer, nobody is late.
+
+        Who asks for nothing, or was answered, is told nothing.
+        """
         answered = self.cycle is not None and self.cycle.response_started
         if self.flow.read_paused or self._owing:
             self._start_clock()
@@ -166,7 +179,9 @@ class HttpProtocol(HttpToolsProtocol):
             self.transport.close()
 
     def _on_unread(self, before: int) -> None:
-        """Who has taken nothing since then holds an answer, and the adapter that it is of, for ever."""
+        """Who has taken nothing since then holds an answer, and the adapter that it is of, for
+        ever.
+        """
         left = self.transport.get_write_buffer_size()
         if left == before:
             self.transport.abort()
@@ -174,7 +189,9 @@ class HttpProtocol(HttpToolsProtocol):
             self.unread = self.loop.call_later(PATIENCE_S, self._on_unread, left)
 
     def _refuse_request(self, error: AdapterdError) -> None:
-        """Closes, and says why where that cannot pass for another request's answer, or stand within one."""
+        """Closes, and says why where that cannot pass for another request's answer, or stand within
+        one.
+        """
         cycle = self.cycle
         if self._owing:
             cycle.keep_alive = False  # the answer that is owed is the last
@@ -190,11 +207,14 @@ class HttpProtocol(HttpToolsProtocol):
     def _tell(self, error: AdapterdError) -> None:
         url = getattr(self, "url", b"").decode("latin-1")
         content = json.dumps(error_body(error, openai_dialect(url))).encode()
-        line = STATUS_LINE[status_of(error, openai=True)]  # for what is no request, 400 in either dialect
+        # For what is no request, 400 in either dialect
+        line = STATUS_LINE[status_of(error, openai=True)]
         kind = b"content-type: application/json\r\nx-content-type-options: nosniff\r\n"
         end = b"content-length: %d\r\nconnection: close\r\n\r\n" % len(content)
         self.transport.write(b"".join([line, kind, end, content]))
 
 
 def _head_too_large() -> PayloadTooLarge:
-    return PayloadTooLarge(f"the request's headers are over the limit of {HEAD_BYTES} bytes", details={"limit_bytes": HEAD_BYTES})
+    return PayloadTooLarge(
+        f"the request's headers are over the limit of {HEAD_BYTES} bytes", details={"limit_bytes": HEAD_BYTES}
+    )

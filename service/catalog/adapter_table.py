@@ -1,6 +1,9 @@
-"""What stands under which id, what is still leased without one, and what the device is told of it. Knows no files.
+"""What stands under which id, what is still leased without one, and what the device is told of it.
 
-An id is a label on immutable content: contents end when no id has them and their last lease is over.
+Knows no files.
+
+An id is a label on immutable content: contents end when no id has them and their last lease is
+over.
 """
 
 from __future__ import annotations
@@ -19,7 +22,10 @@ from .versions import RegisteredAdapter
 
 
 class Device(Protocol):
-    """The engine, as names need it. `base` is there once it is loaded; `drop` gives the bytes freed."""
+    """The engine, as names need it.
+
+    `base` is there once it is loaded; `drop` gives the bytes freed.
+    """
 
     @property
     def base(self) -> BaseInfo | None: ...
@@ -80,8 +86,11 @@ class AdapterTable:
         if adapter := one.generation.adapter:
             self.device.add_adapter(adapter, one.pinned, one.pinned)
 
-    async def replace_adapter(self, one: RegisteredAdapter, adapter: Adapter, preload: bool) -> RegisteredAdapter | None:
-        """Puts an adapter under its id once the device has it, if it is to be loaded now; what stood there ends with its last lease.
+    async def replace_adapter(
+        self, one: RegisteredAdapter, adapter: Adapter, preload: bool
+    ) -> RegisteredAdapter | None:
+        """Puts an adapter under its id once the device has it, if it is to be loaded now; what
+        stood there ends with its last lease.
 
         Raises AdapterInvalid when the device cannot load it; then nothing has changed.
         """
@@ -94,12 +103,16 @@ class AdapterTable:
                 self.withdraw_adapter(held)
             self.current[one.generation.id] = one
             if one.pinned:
-                self.device.pin_adapter(adapter.digest, True)  # another id of this content may have been unpinned meanwhile
+                # Another id of this content may have been unpinned meanwhile
+                self.device.pin_adapter(adapter.digest, True)
             metrics.adapter_registered(one.generation.id)
         return held
 
     async def try_out(self, adapter: Adapter) -> None:
-        """Loads what nothing has under any id yet, and lets it go again. Raises AdapterInvalid when the device cannot load it."""
+        """Loads what nothing has under any id yet, and lets it go again.
+
+        Raises AdapterInvalid when the device cannot load it.
+        """
         async with self.lock_for(adapter.digest):
             if self.device.tier_of(adapter.digest) is Tier.DISK:
                 self.device.add_adapter(adapter, False, True)
@@ -107,7 +120,9 @@ class AdapterTable:
                 await self._release_content(adapter.digest)
 
     def withdraw_adapter(self, one: RegisteredAdapter) -> asyncio.Task[int]:
-        """Takes an adapter from its id at once; the task waits for its leases, frees its content and gives the bytes freed."""
+        """Takes an adapter from its id at once; the task waits for its leases, frees its content
+        and gives the bytes freed.
+        """
         del self.current[one.generation.id]
         self._retired.add(one)
         if one.pinned:  # its pin goes with its name: what drains must not hold the pool
@@ -145,8 +160,13 @@ class AdapterTable:
             return await self._release_content(one.digest)
 
     async def _release_content(self, digest: Digest) -> int:
-        """Drops a content that nothing has any more. What still has it may lie elsewhere, and may not be pinned; the bytes freed."""
-        having = (one.generation.adapter for one in (*self.current.values(), *self._retired) if one.digest == digest)
+        """Drops a content that nothing has any more.
+
+        What still has it may lie elsewhere, and may not be pinned; the bytes freed.
+        """
+        having = (
+            one.generation.adapter for one in (*self.current.values(), *self._retired) if one.digest == digest
+        )
         adapter = next(having, None)
         if adapter is None:
             return await self.device.remove_adapter(digest)

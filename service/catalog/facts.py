@@ -1,4 +1,5 @@
-"""Turns what an adapter's files say into the numbers people ask for: counts, shapes, megabytes, per module. Knows no files and no torch.
+"""Turns what an adapter's files say into the numbers people ask for: counts, shapes, megabytes, per
+module. Knows no files and no torch.
 
 Megabytes are 10^6 bytes, rounded to two places.
 """
@@ -21,7 +22,10 @@ FLOATS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF1
 
 @dataclass(frozen=True, slots=True)
 class LoraModuleInfo:
-    """One module that a LoRA changes: A is [rank, in], B is [out, rank], `magnitude` DoRA's [out]."""
+    """One module that a LoRA changes:
+
+    A is [rank, in], B is [out, rank], `magnitude` DoRA's [out].
+    """
 
     module: str
     scaling: float
@@ -61,25 +65,46 @@ def count_layers(modules: Iterable[str]) -> int:
 
 
 def by_module(modules: Sequence[LoraModuleInfo]) -> list[dict[str, Any]]:
-    """One row per name, shape, rank and scaling; `parameters` and `megabytes` are of all its modules together."""
+    """One row per name, shape, rank and scaling;
+
+    `parameters` and `megabytes` are of all its modules together.
+    """
     groups: dict[tuple[Any, ...], list[LoraModuleInfo]] = {}
     for one in modules:
-        groups.setdefault((last_name(one.module), one.a.shape, one.b.shape, one.scaling, one.magnitude is not None), []).append(one)
+        groups.setdefault(
+            (last_name(one.module), one.a.shape, one.b.shape, one.scaling, one.magnitude is not None), []
+        ).append(one)
     return [_module_row(*group) for group in sorted(groups.items(), key=lambda group: group[0])]
 
 
 def _module_row(key: tuple[Any, ...], group: Sequence[LoraModuleInfo]) -> dict[str, Any]:
     name, a, b, scaling, dora = key
     parts = [part for one in group for part in one.parts]
-    row = {"name": name, "count": len(group), "in_features": a[1], "out_features": b[0], "rank": a[0], "scaling": scaling}
+    row = {
+        "name": name,
+        "count": len(group),
+        "in_features": a[1],
+        "out_features": b[0],
+        "rank": a[0],
+        "scaling": scaling,
+    }
     row |= {"lora_A": list(a), "lora_B": list(b)} | ({"magnitude": [b[0]]} if dora else {})
-    return row | {"parameters": sum(part.count for part in parts), "megabytes": to_megabytes(sum(part.size for part in parts))}
+    return row | {
+        "parameters": sum(part.count for part in parts),
+        "megabytes": to_megabytes(sum(part.size for part in parts)),
+    }
 
 
 def describe_content(
-    config: Config, header: Header, modules: Sequence[LoraModuleInfo], ignored: Iterable[str] = (), changed: Sequence[str] = ()
+    config: Config,
+    header: Header,
+    modules: Sequence[LoraModuleInfo],
+    ignored: Iterable[str] = (),
+    changed: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """The part of a summary that the content alone says. `ignored` names tensors that are not the adapter's own.
+    """The part of a summary that the content alone says.
+
+    `ignored` names tensors that are not the adapter's own.
 
     `changed` names all layers it acts on, where those are not `modules`.
     """
@@ -130,7 +155,13 @@ def guess_modules(config: Config, header: Header) -> list[LoraModuleInfo]:
             found.setdefault(match[1], {})[match[2]] = tensor
     pairs = {module: parts for module, parts in found.items() if {"A", "B"} <= parts.keys()}
     return [
-        LoraModuleInfo(module, _scaling_of(config, module, parts["A"].shape[0]), parts["A"], parts["B"], parts.get("magnitude_vector"))
+        LoraModuleInfo(
+            module,
+            _scaling_of(config, module, parts["A"].shape[0]),
+            parts["A"],
+            parts["B"],
+            parts.get("magnitude_vector"),
+        )
         for module, parts in pairs.items()
         if len(parts["A"].shape) == len(parts["B"].shape) == 2 and parts["A"].shape[0]
     ]
@@ -138,15 +169,25 @@ def guess_modules(config: Config, header: Header) -> list[LoraModuleInfo]:
 
 def _scaling_of(config: Config, module: str, rank: int) -> float:
     patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
-    alpha = next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), config.get("lora_alpha") or 0)
+    alpha = next(
+        (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)),
+        config.get("lora_alpha") or 0,
+    )
     return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
 
 
-def forecast_size(linears: Sequence[LinearKind], parameters: int, r: int, modules: Sequence[str], dtype: str = "float32") -> dict[str, Any]:
-    """What a LoRA of this rank on these modules would weigh on a base with these layers. Raises BadRequest naming what is wrong."""
+def forecast_size(
+    linears: Sequence[LinearKind], parameters: int, r: int, modules: Sequence[str], dtype: str = "float32"
+) -> dict[str, Any]:
+    """What a LoRA of this rank on these modules would weigh on a base with these layers.
+
+    Raises BadRequest naming what is wrong.
+    """
     _check_forecast(sorted({linear.name for linear in linears}), r, modules, dtype)
     kind = FLOATS[dtype]
-    chosen = sorted((one.name, one.in_features, one.out_features, one.count) for one in linears if one.name in modules)
+    chosen = sorted(
+        (one.name, one.in_features, one.out_features, one.count) for one in linears if one.name in modules
+    )
     rows = [_forecast_row(kind, r, *one) for one in chosen]
     total = sum(row["parameters"] for row in rows)
     return {
@@ -172,8 +213,13 @@ def _check_forecast(known: Sequence[str], r: int, modules: Sequence[str], dtype:
         raise BadRequest(f"target_modules: {wrong}; it has {', '.join(known)}", param="target_modules")
 
 
-def _forecast_row(kind: str, r: int, name: str, in_features: int, out_features: int, count: int) -> dict[str, Any]:
-    a, b = (TensorInfo(kind, shape, shape[0] * shape[1] * ITEMSIZE[kind]) for shape in ((r, in_features), (out_features, r)))
+def _forecast_row(
+    kind: str, r: int, name: str, in_features: int, out_features: int, count: int
+) -> dict[str, Any]:
+    a, b = (
+        TensorInfo(kind, shape, shape[0] * shape[1] * ITEMSIZE[kind])
+        for shape in ((r, in_features), (out_features, r))
+    )
     row = _module_row((name, a.shape, b.shape, None, False), [LoraModuleInfo(name, 0, a, b)] * count)
     del row["scaling"]
     return row

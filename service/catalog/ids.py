@@ -45,7 +45,9 @@ class ServedBase:
     setting: str
 
     def matches_claim(self, claimed: str | None) -> bool:
-        """Whether an adapter's own name for its base means this one: the last parts are compared, for trainers write down paths."""
+        """Whether an adapter's own name for its base means this one: the last parts are compared,
+        for trainers write down paths.
+        """
         return claimed is not None and _last_part(claimed) in {
             _last_part(self.id),
             _last_part(self.setting),
@@ -55,7 +57,8 @@ class ServedBase:
 
 @cache
 def base_name(setting: str) -> str:
-    """What a base is called when nobody says otherwise: its hub id, or the name of its folder or file.
+    """What a base is called when nobody says otherwise: its hub id, or the name of its folder or
+    file.
 
     The disk is asked once.
     """

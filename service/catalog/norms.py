@@ -1,4 +1,7 @@
-"""How much an adapter changes, layer by layer; measured by the reader, once for each content. Knows no tensor and no HTTP."""
+"""How much an adapter changes, layer by layer; measured by the reader, once for each content.
+
+Knows no tensor and no HTTP.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ class NormCache:
         self._asked: dict[Digest, asyncio.Task[dict[str, float]]] = {}
 
     async def measure_norms(self, reading: ValidatedAdapter) -> dict[str, float]:
-        """Module → norm of scaling · B · A. Raises AdapterInvalid when the files are gone or have changed; then the next one asks anew."""
+        """Module → norm of scaling · B · A.
+
+        Raises AdapterInvalid when the files are gone or have changed; then the next one asks anew.
+        """
         digest = reading.adapter.digest
         task = self._asked.get(digest)
         if task is None:
@@ -40,10 +46,15 @@ class NormCache:
             del self._asked[digest]
 
 
-def group_by_layer(patches: Sequence[LoraLayerSpec], norms: Mapping[str, float], layers: int) -> dict[str, Any]:
-    """`modules`: ranks and norms by layer for each name, null where the layer is left alone; `outside`: what lies in no layer, as the head.
+def group_by_layer(
+    patches: Sequence[LoraLayerSpec], norms: Mapping[str, float], layers: int
+) -> dict[str, Any]:
+    """`modules`: ranks and norms by layer for each name, null where the layer is left alone;
 
-    Modules of one name in one layer, such as experts, count as one: the largest rank, and the norm of all their changes together.
+    `outside`: what lies in no layer, as the head.
+
+    Modules of one name in one layer, such as experts, count as one: the largest rank, and the norm
+    of all their changes together.
     """
     strips: dict[str, dict[int, list[LoraLayerSpec]]] = {}
     outside: dict[str, list[LoraLayerSpec]] = {}
@@ -60,7 +71,9 @@ def group_by_layer(patches: Sequence[LoraLayerSpec], norms: Mapping[str, float],
         return max(one.rank for one in found), norm if math.isfinite(norm) else LARGEST
 
     def strip(name: str) -> dict[str, Any]:
-        told = [both(found) if (found := strips[name].get(layer)) else (None, None) for layer in range(layers)]
+        told = [
+            both(found) if (found := strips[name].get(layer)) else (None, None) for layer in range(layers)
+        ]
         return {"name": name, "ranks": [rank for rank, _ in told], "norms": [norm for _, norm in told]}
 
     rest = [(name, *both(found)) for name, found in sorted(outside.items())]

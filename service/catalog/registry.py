@@ -1,4 +1,5 @@
-"""Names and what they stand for: registers, replaces, leases and removes adapters, and remembers them. Knows no tensor and no HTTP.
+"""Names and what they stand for: registers, replaces, leases and removes adapters, and remembers
+them. Knows no tensor and no HTTP.
 
 Lives on one event loop.
 """
@@ -37,10 +38,13 @@ Told = dict[str, Any]
 class Registry:
     """`base_id` is what clients call the base. Nothing can be registered before `open`.
 
-    Raises SettingsError where a newer service has remembered registrations in the adapters directory.
+    Raises SettingsError where a newer service has remembered registrations in the adapters
+    directory.
     """
 
-    def __init__(self, settings: Settings, device: Device, hub: Hub | None = None, reader: type[Validator] = Validator) -> None:
+    def __init__(
+        self, settings: Settings, device: Device, hub: Hub | None = None, reader: type[Validator] = Validator
+    ) -> None:
         named = ids.base_name(settings.base)  # now, for later the event loop would ask the disk
         self.base_id = settings.base_id or named
         self._settings = settings
@@ -57,7 +61,9 @@ class Registry:
     # ---- life
 
     async def open_catalog(self) -> None:
-        """Starts the reader on the device's base and registers what was registered before and what lies in the adapters directory."""
+        """Starts the reader on the device's base and registers what was registered before and what
+        lies in the adapters directory.
+        """
         base = self._shelves.base
         await self._reader.start_on(Path(base.folder), base.limits)
         await run_in(DISK, self._ledger.read_file)
@@ -68,7 +74,8 @@ class Registry:
         await self._save_state()
 
     async def follow_state_file(self) -> None:
-        """Takes over what another process has remembered in the same directory meanwhile: the ids that came, changed and went.
+        """Takes over what another process has remembered in the same directory meanwhile: the ids
+        that came, changed and went.
 
         Nobody may change anything here or there while it runs; see deploy/ray.
         """
@@ -111,7 +118,9 @@ class Registry:
         preload: bool = True,
         replace: bool = False,
     ) -> tuple[Told, bool]:
-        """The card, and whether the id is new. The same content again changes nothing unless it had failed.
+        """The card, and whether the id is new.
+
+        The same content again changes nothing unless it had failed.
 
         Other content needs `replace`.
 
@@ -123,7 +132,10 @@ class Registry:
             return await self._register_version(await self._read_version(id, place), pinned, preload, replace)
 
     async def upload_adapter(self, id: str, files: Mapping[str, UploadedFile]) -> tuple[Told, bool]:
-        """Stores the parts of an upload under the adapters directory and registers them. Raises as `register`, and PayloadTooLarge."""
+        """Stores the parts of an upload under the adapters directory and registers them.
+
+        Raises as `register`, and PayloadTooLarge.
+        """
         ids.check_id(id, self.base_id)
         staged = await self._store.stage_upload(files)
         try:
@@ -133,22 +145,34 @@ class Registry:
                 async with self._purge_after(upload_source(content)):
                     kept = await run_in(DISK, self._store.keep_upload, staged, content)
                     fingerprint = await run_in(DISK, kept.compute_fingerprint)
-                    generation = AdapterVersion(id, kept, fingerprint, versions.current_time(), reading.move_to(kept.folder))
+                    generation = AdapterVersion(
+                        id, kept, fingerprint, versions.current_time(), reading.move_to(kept.folder)
+                    )
                     return await self._register_version(generation, pinned=False, preload=True, replace=False)
         finally:
             await run_in(DISK, delete_folder, staged)
 
     async def check_adapter(
-        self, id: str, source: str, subfolder: str | None = None, revision: str | None = None, preload: bool = True
+        self,
+        id: str,
+        source: str,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        preload: bool = True,
     ) -> Told:
-        """The whole validation and the summary; registers nothing. It is ok where `register` would take it.
+        """The whole validation and the summary; registers nothing.
 
-        What only PEFT itself can run is tried out on the device, as `register` would. An id that other content has is a problem, too,
-        told beside the summary. Raises BadRequest, Conflict for a reserved id, Forbidden.
+        It is ok where `register` would take it.
+
+        What only PEFT itself can run is tried out on the device, as `register` would. An id that
+        other content has is a problem, too, told beside the summary. Raises BadRequest, Conflict
+        for a reserved id, Forbidden.
         """
         ids.check_id(id, self.base_id)
         try:
-            one = RegisteredAdapter(await self._read_version(id, await self._store.find_source(source, subfolder, revision)))
+            one = RegisteredAdapter(
+                await self._read_version(id, await self._store.find_source(source, subfolder, revision))
+            )
             problems = self._taken(one.generation)
             if preload and not problems:
                 await self._try_out(one.generation)
@@ -165,7 +189,9 @@ class Registry:
             await self._shelves.try_out(adapter)
 
     async def remove_adapter(self, id: str, purge: bool = False) -> Told:
-        """Takes the id away at once, waits for its leases, then frees its content unless another id has it too. Raises AdapterNotFound."""
+        """Takes the id away at once, waits for its leases, then frees its content unless another id
+        has it too. Raises AdapterNotFound.
+        """
         one = self._shelves.find_adapter(id)
         place, drained = one.generation.place, one.in_flight
         self._deleted = self._deleted | {id, place.path}
@@ -179,14 +205,19 @@ class Registry:
         return {"id": id, "digest": one.digest or None, "drained_requests": drained, "freed_bytes": freed}
 
     async def pin_adapter(self, id: str, pinned: bool) -> Told:
-        """Pins to, or unpins from, the device; the card. Raises AdapterNotFound, AdapterInvalid for a failed adapter."""
+        """Pins to, or unpins from, the device; the card.
+
+        Raises AdapterNotFound, AdapterInvalid for a failed adapter.
+        """
         one = self._shelves.find_usable(id)
         self._shelves.pin_adapter(one, pinned)
         await self._save_state()
         return self._card_of(one)
 
     def note_load(self, load: Load) -> None:
-        """What became of a load on the device: shown as the state of the adapters with this content."""
+        """What became of a load on the device: shown as the state of the adapters with this
+        content.
+        """
         for one in self._shelves.current.values():
             if one.digest == load.digest and one.generation.reading:
                 one.failure = load.error
@@ -195,7 +226,10 @@ class Registry:
 
     @contextmanager
     def lease_adapter(self, id: str) -> Iterator[AdapterVersion]:
-        """The id's content, which stays until the lease ends. Raises AdapterNotFound; AdapterInvalid for one that could not be read."""
+        """The id's content, which stays until the lease ends.
+
+        Raises AdapterNotFound; AdapterInvalid for one that could not be read.
+        """
         one = self._shelves.find_usable(id)
         one.take_lease()
         try:
@@ -220,14 +254,22 @@ class Registry:
         return tables.format_summary(self.summary_of(id))
 
     def draw_architecture(self, id: str) -> str:
-        """The base's module tree with the adapter in place. Raises AdapterNotFound, AdapterInvalid for one that could not be read."""
+        """The base's module tree with the adapter in place.
+
+        Raises AdapterNotFound, AdapterInvalid for one that could not be read.
+        """
         reading = self._shelves.find_usable(id).generation.reading
         assert reading is not None, "a usable adapter was read"
         assert self._reader.tree is not None, "it was read against a tree"
-        return architecture.draw_architecture(self._reader.tree, reading.layers, reading.facts["dropout"], reading.facts["features"])
+        return architecture.draw_architecture(
+            self._reader.tree, reading.layers, reading.facts["dropout"], reading.facts["features"]
+        )
 
     async def measure_norms(self, id: str) -> Told:
-        """How much it changes by layer and module; see norms.group_by_layer. Raises AdapterNotFound, AdapterInvalid, NotReady."""
+        """How much it changes by layer and module; see norms.group_by_layer.
+
+        Raises AdapterNotFound, AdapterInvalid, NotReady.
+        """
         one = self._shelves.find_usable(id)
         reading = one.generation.reading
         assert reading is not None, "a usable adapter was read"
@@ -242,22 +284,29 @@ class Registry:
 
     # ---- inside
 
-    async def _register_version(self, generation: AdapterVersion, pinned: bool, preload: bool, replace: bool) -> tuple[Told, bool]:
+    async def _register_version(
+        self, generation: AdapterVersion, pinned: bool, preload: bool, replace: bool
+    ) -> tuple[Told, bool]:
         id, adapter = generation.id, generation.adapter
         assert adapter is not None, "only what was read can be taken"
         held = self._shelves.current.get(id)
         same = held is not None and held.digest == adapter.digest
         if held and same and not held.failure:
-            return await self.pin_adapter(id, pinned) if replace and pinned != held.pinned else self.card_of(id), False
+            return await self.pin_adapter(id, pinned) if replace and pinned != held.pinned else self.card_of(
+                id
+            ), False
         if not replace and (taken := self._taken(generation)):
             raise Conflict(taken[0], param="id")
         one = RegisteredAdapter(generation, pinned or bool(held and same and held.pinned and not replace))
         before = await self._shelves.replace_adapter(one, adapter, preload)
         await self._save_state()
-        return self._card_of(one), not (before and before.digest)  # somebody may have deleted it by now
+        # Somebody may have deleted it by now
+        return self._card_of(one), not (before and before.digest)
 
     def _taken(self, generation: AdapterVersion) -> list[str]:
-        """Why its id cannot be registered: it has other content, which was not only a folder that could not be read."""
+        """Why its id cannot be registered: it has other content, which was not only a folder that
+        could not be read.
+        """
         held = self._shelves.current.get(generation.id)
         if held is None or held.digest in ("", generation.digest):
             return []
@@ -265,7 +314,10 @@ class Registry:
 
     @asynccontextmanager
     async def _purge_after(self, source: str) -> AsyncIterator[None]:
-        """What was uploaded there goes in the end if nothing has it. Who uploads the same waits, lest it go while he takes it."""
+        """What was uploaded there goes in the end if nothing has it.
+
+        Who uploads the same waits, lest it go while he takes it.
+        """
         async with self._shelves.lock_for(f"source {source}"):
             try:
                 yield
@@ -297,7 +349,8 @@ class Registry:
         async with self._saving:
             deleted = self._deleted
             there = await run_in(DISK, _present, self._settings.adapters, deleted)
-            if self._deleted is deleted:  # what was deleted meanwhile may have been made anew before
+            # What was deleted meanwhile may have been made anew before
+            if self._deleted is deleted:
                 self._deleted = there
             records = {id: one.to_record() for id, one in self._shelves.current.items()}
             await run_in(DISK, self._ledger.write_file, records, set(self._deleted))

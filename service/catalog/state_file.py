@@ -1,7 +1,10 @@
-"""Remembers registrations over a restart, in one file that is always whole. Knows nothing of what is registered.
+"""Remembers registrations over a restart, in one file that is always whole.
 
-Each change writes the whole file. `POST /adapters` without loading takes 7 ms with 100 registered, 16 to 20 with 1,000 (6 of them here), 72
-with 5,000, on two busy cores: not worth a journal that can be torn.
+Knows nothing of what is registered.
+
+Each change writes the whole file. `POST /adapters` without loading takes 7 ms with 100 registered,
+16 to 20 with 1,000 (6 of them here), 72 with 5,000, on two busy cores: not worth a journal that can
+be torn.
 """
 
 from __future__ import annotations
@@ -26,7 +29,11 @@ VERSION = 2  # 1: the digest was over the config and the weights alone
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One registration. The fingerprint says whether the files are still those that had the digest (see SourceLocation.compute_fingerprint)."""
+    """One registration.
+
+    The fingerprint says whether the files are still those that had the digest (see
+    SourceLocation.compute_fingerprint).
+    """
 
     source: str
     subfolder: str | None
@@ -38,13 +45,17 @@ class Record:
     files: Manifest = ()
 
     def to_json(self) -> dict[str, Any]:
-        """As `asdict`, which takes four times as long to copy what cannot change: every change of one record writes all of them."""
+        """As `asdict`, which takes four times as long to copy what cannot change: every change of
+        one record writes all of them.
+        """
         told = {name: getattr(self, name) for name in self.__slots__}
         return told | {"files": [(file.name, file.bytes, file.sha256) for file in self.files]}
 
 
 class StateFile:
-    """`deleted` names what is not to come back by itself: ids that were deleted, and the folders they were registered from."""
+    """`deleted` names what is not to come back by itself: ids that were deleted, and the folders
+    they were registered from.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -53,14 +64,18 @@ class StateFile:
         self._unread = self._mute = False
 
     def check_version(self) -> None:
-        """Raises SettingsError where a newer service has written the file; anything else about it is for `load`."""
+        """Raises SettingsError where a newer service has written the file; anything else about it
+        is for `load`.
+        """
         with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
             self._version(json.loads(self.path.read_bytes()))
 
     def read_file(self) -> None:
-        """A damaged file is put aside, and everything in it is forgotten; one that cannot be read is not written over.
+        """A damaged file is put aside, and everything in it is forgotten; one that cannot be read
+        is not written over.
 
-        Of an older version the digests mean something else: they are forgotten. Raises SettingsError for a newer version.
+        Of an older version the digests mean something else: they are forgotten. Raises
+        SettingsError for a newer version.
         """
         self._unread = False
         try:
@@ -72,7 +87,9 @@ class StateFile:
             return
         except OSError as error:
             self._unread = True
-            log.warning("the registrations cannot be read, and no change will outlive a restart: %s", error.strerror)
+            log.warning(
+                "the registrations cannot be read, and no change will outlive a restart: %s", error.strerror
+            )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             log.warning("the file of registrations is damaged and is put aside as %s.damaged", self.path.name)
             with suppress(OSError):  # where it cannot be, nothing can be written over it either
@@ -91,9 +108,16 @@ class StateFile:
         return version
 
     def write_file(self, records: Mapping[str, Record], deleted: set[str]) -> None:
-        """Replaces the file in one step. Where it cannot be written (a read-only directory), that is said once."""
+        """Replaces the file in one step.
+
+        Where it cannot be written (a read-only directory), that is said once.
+        """
         self.records, self.deleted = dict(records), set(deleted)
-        told = {"version": VERSION, "adapters": {id: record.to_json() for id, record in records.items()}, "deleted": sorted(deleted)}
+        told = {
+            "version": VERSION,
+            "adapters": {id: record.to_json() for id, record in records.items()},
+            "deleted": sorted(deleted),
+        }
         aside = self.path.with_name(self.path.name + ".new")
         try:
             if self._unread or not (records or deleted or self.path.exists()):
@@ -106,7 +130,10 @@ class StateFile:
             aside.replace(self.path)
         except OSError as error:
             if not self._mute:
-                log.warning("registrations will not outlive a restart: the adapters directory cannot be written: %s", error.strerror)
+                log.warning(
+                    "registrations will not outlive a restart: the adapters directory cannot be written: %s",
+                    error.strerror,
+                )
             self._mute = True
 
 
@@ -124,6 +151,8 @@ def _parse_record(entry: Mapping[str, Any], version: int) -> Record:
 
 
 def _file(name: Any, size: Any, sha256: Any) -> File:
-    if not (isinstance(name, str) and is_manifest_name(name) and type(size) is int and isinstance(sha256, str)):
+    if not (
+        isinstance(name, str) and is_manifest_name(name) and type(size) is int and isinstance(sha256, str)
+    ):
         raise ValueError("no file of a manifest")
     return File(name, size, sha256)

@@ -51,7 +51,10 @@ def make_summary(one: RegisteredAdapter, tier: Tier, base: BaseInfo, served: Ser
     resident = sum(base.resident_bytes.values())
     warnings = list(reading.warnings)
     if not match:
-        warnings.insert(0, f"trained on the base {claimed!r}, served on {served.id!r}: the shapes fit, the weights may differ")
+        warnings.insert(
+            0,
+            f"trained on the base {claimed!r}, served on {served.id!r}: the shapes fit, the weights may differ",
+        )
     return (
         shown
         | known

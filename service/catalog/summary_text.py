@@ -19,7 +19,12 @@ def format_summary(told: Mapping[str, Any]) -> str:
     if told.get("tensors"):
         lines += [
             "",
-            *_format_grid([list(told["tensors"][0]), *([_format_cell(value) for value in row.values()] for row in told["tensors"])]),
+            *_format_grid(
+                [
+                    list(told["tensors"][0]),
+                    *([_format_cell(value) for value in row.values()] for row in told["tensors"]),
+                ]
+            ),
         ]
     notes = [*told.get("problems", ()), *told.get("warnings", ())]
     return "\n".join([*lines, *([""] if notes else []), *(f"! {note}" for note in notes)]) + "\n"
@@ -40,7 +45,11 @@ def format_forecast(told: Mapping[str, Any]) -> str:
 
 
 def _fact_rows(told: Mapping[str, Any]) -> list[tuple[str, str]]:
-    rows = [(name, _format_cell(told[name])) for name in ("id", "digest", "state", "residency", "reason", "source") if told.get(name)]
+    rows = [
+        (name, _format_cell(told[name]))
+        for name in ("id", "digest", "state", "residency", "reason", "source")
+        if told.get(name)
+    ]
     if "size" not in told:
         return rows
     size = told["size"]
@@ -51,7 +60,9 @@ def _fact_rows(told: Mapping[str, Any]) -> list[tuple[str, str]]:
         "DoRA" if told.get("use_dora") else "",
     ]
     dtypes = ", ".join(f"{count} x {dtype}" for dtype, count in size["dtypes"].items())
-    bytes_ = f"{size['file_bytes']:,} bytes = {size['header_bytes']:,} header + {size['tensor_bytes']:,} tensors"
+    bytes_ = (
+        f"{size['file_bytes']:,} bytes = {size['header_bytes']:,} header + {size['tensor_bytes']:,} tensors"
+    )
     rows += [
         ("type", f"{' '.join(filter(None, kind))} (PEFT {told.get('peft_version')})"),
         ("base model", _format_base(told)),
@@ -62,7 +73,12 @@ def _fact_rows(told: Mapping[str, Any]) -> list[tuple[str, str]]:
             if told.get("scaling")
             else "",
         ),
-        ("modules", f"{told['modules']} in {told['layers']} layers: {', '.join(told['target_modules'])}" if told.get("modules") else ""),
+        (
+            "modules",
+            f"{told['modules']} in {told['layers']} layers: {', '.join(told['target_modules'])}"
+            if told.get("modules")
+            else "",
+        ),
         ("parameters", f"{told['parameters']:,}{_format_share(told)}"),
         ("size", f"{size['megabytes']:.2f} MB ({bytes_}; {dtypes})"),
     ]
@@ -84,7 +100,11 @@ def _format_base(told: Mapping[str, Any]) -> str:
 
 
 def _format_share(told: Mapping[str, Any]) -> str:
-    return f" ({told['percent_of_base']:.2f} % of the base's {told['base']['parameters']:,})" if "base" in told else ""
+    return (
+        f" ({told['percent_of_base']:.2f} % of the base's {told['base']['parameters']:,})"
+        if "base" in told
+        else ""
+    )
 
 
 def _format_span(span: Mapping[str, Any] | None) -> str:
@@ -99,7 +119,10 @@ def _by_module(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return _format_grid(
         [
             [COLUMNS[key] for key in keys],
-            *([f"{row[key]:,.2f}" if key == "megabytes" else _format_cell(row[key]) for key in keys] for row in rows),
+            *(
+                [f"{row[key]:,.2f}" if key == "megabytes" else _format_cell(row[key]) for key in keys]
+                for row in rows
+            ),
         ]
     )
 
@@ -118,6 +141,9 @@ def _align_rows(rows: Sequence[tuple[str, str]]) -> list[str]:
 def _format_grid(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
-        "  ".join(f"{cell:<{width}}" if i == 0 else f"{cell:>{width}}" for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            f"{cell:<{width}}" if i == 0 else f"{cell:>{width}}"
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         for row in rows
     ]

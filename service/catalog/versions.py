@@ -16,7 +16,10 @@ from .validator.messages import ValidatedAdapter
 
 @dataclass(frozen=True, slots=True)
 class AdapterVersion:
-    """A version of a name. `reading` is None for a folder that could not be validated at start; `reason` says why."""
+    """A version of a name.
+
+    `reading` is None for a folder that could not be validated at start; `reason` says why.
+    """
 
     id: str
     place: SourceLocation

@@ -1,4 +1,7 @@
-"""Validated adapter content, where it is, and the rank rows it holds. Frozen values only; must not know files' meaning or names."""
+"""Validated adapter content, where it is, and the rank rows it holds.
+
+Frozen values only; must not know files' meaning or names.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +16,11 @@ Digest = str
 
 @dataclass(frozen=True, slots=True)
 class LoraLayerSpec:
-    """One adapted linear layer: y += scaling · (x Aᵀ) Bᵀ with A [rank, in], B [out, rank]; with `magnitude` [out], DoRA's gate on top.
+    """One adapted linear layer: y += scaling · (x Aᵀ) Bᵀ with A [rank, in], B [out, rank]; with
+    `magnitude` [out], DoRA's gate on top.
 
-    `module` is the layer's dotted name in the base; `a`, `b`, `magnitude` are tensor names in the weights file.
+    `module` is the layer's dotted name in the base; `a`, `b`, `magnitude` are tensor names in the
+    weights file.
     """
 
     module: str
@@ -39,11 +44,14 @@ class ExecutionPath(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """Validated content, as the worker needs it. `rank` is the pool rows it takes (its largest rank; 0 in the shadow lane).
+    """Validated content, as the worker needs it.
 
-    `config` and `weights` are the paths of the two files that the worker reads, `files` all that the digest covers; `size` is the
-    bytes of its tensors in host memory. `invocation`: the tokens that wake an activated LoRA; what comes before their last occurrence
-    in a prompt runs as the base, and all of it where they do not occur.
+    `rank` is the pool rows it takes (its largest rank; 0 in the shadow lane).
+
+    `config` and `weights` are the paths of the two files that the worker reads, `files` all that
+    the digest covers; `size` is the bytes of its tensors in host memory. `invocation`: the tokens
+    that wake an activated LoRA; what comes before their last occurrence in a prompt runs as the
+    base, and all of it where they do not occur.
     """
 
     digest: Digest

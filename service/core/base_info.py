@@ -18,7 +18,10 @@ class LinearKind:
 
 @dataclass(frozen=True, slots=True)
 class LayerLimit:
-    """Linear layers that no mixed batch can adapt: their name pattern, class, and why. `by_peft`: PEFT can."""
+    """Linear layers that no mixed batch can adapt: their name pattern, class, and why.
+
+    `by_peft`: PEFT can.
+    """
 
     pattern: str
     kind: str

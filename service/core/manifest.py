@@ -1,4 +1,6 @@
-"""The files of an adapter that shape an answer, and the digest that names them together. Knows names and bytes, not what they mean.
+"""The files of an adapter that shape an answer, and the digest that names them together.
+
+Knows names and bytes, not what they mean.
 
 The manifest of a folder has one entry, name, size and sha256, for each of these files that lies in it, sorted by name. The digest is
 `sha256:` and the sha256 of the manifest as JSON lines, each `{"name":"…","bytes":1,"sha256":"…"}` and a newline, without spaces. So one
@@ -24,7 +26,9 @@ TEXT_FILES = (
 )  # fmt: skip
 VOCABULARY = re.compile(r"vocab\.[A-Za-z0-9._-]+")  # vocab.json, vocab.txt, ...
 PATTERNS = (CONFIG, WEIGHTS, *TEXT_FILES, "vocab.*")  # the same names for who matches paths
-CHANGED = "its files have changed on disk since it was registered: register it again (PUT) to serve the new content"
+CHANGED = (
+    "its files have changed on disk since it was registered: register it again (PUT) to serve the new content"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +58,18 @@ def list_names(folder: Path) -> list[str]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Hashes every file of the manifest. Raises OSError, AdapterInvalid for a name that is no file."""
+    """Hashes every file of the manifest.
+
+    Raises OSError, AdapterInvalid for a name that is no file.
+    """
     return tuple(hash_file(folder / name) for name in list_names(folder))
 
 
 def hash_file(path: Path) -> File:
-    """The file's entry, read in pieces. Raises OSError, AdapterInvalid for what is no file, which may have no end."""
+    """The file's entry, read in pieces.
+
+    Raises OSError, AdapterInvalid for what is no file, which may have no end.
+    """
     if not path.is_file():
         raise AdapterInvalid([f"{path.name} is no file"])
     with path.open("rb") as file:
@@ -73,14 +83,19 @@ def hash_bytes(name: str, content: bytes) -> File:
 
 def compute_digest(manifest: Manifest) -> str:
     """`sha256:` and 64 hex digits; see above for what is hashed."""
-    lines = (json.dumps(asdict(file), separators=(",", ":")) + "\n" for file in sorted(manifest, key=lambda file: file.name))
+    lines = (
+        json.dumps(asdict(file), separators=(",", ":")) + "\n"
+        for file in sorted(manifest, key=lambda file: file.name)
+    )
     return "sha256:" + sha256("".join(lines).encode()).hexdigest()
 
 
 def check_text_files(folder: Path, manifest: Manifest) -> None:
-    """Raises AdapterInvalid where the files that shape prompts and text, or their absence, are not those of the manifest.
+    """Raises AdapterInvalid where the files that shape prompts and text, or their absence, are not
+    those of the manifest.
 
-    A folder that is gone has none of them: without any an adapter that is in memory can do without its folder.
+    A folder that is gone has none of them: without any an adapter that is in memory can do without
+    its folder.
     """
     try:
         names = list_names(folder) if folder.exists() else []

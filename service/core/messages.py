@@ -21,7 +21,10 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class AddAdapter:
-    """This content exists and may be asked for. `preload`: read it into host memory now, and place it while there is room."""
+    """This content exists and may be asked for.
+
+    `preload`: read it into host memory now, and place it while there is room.
+    """
 
     adapter: Adapter
     pinned: bool = False
@@ -71,7 +74,8 @@ class CannotStart:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """An adapter's way from disk to host memory ended, or the base turned out unable to run it (`error` says so).
+    """An adapter's way from disk to host memory ended, or the base turned out unable to run it
+    (`error` says so).
 
     `error` is empty when it went well.
     """
@@ -94,7 +98,11 @@ class Gauges:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One message per step. `started` requests have got a row; `tiers` are changes of residency; `dropped` says the bytes freed."""
+    """One message per step.
+
+    `started` requests have got a row; `tiers` are changes of residency; `dropped` says the bytes
+    freed.
+    """
 
     events: tuple[Event, ...] = ()
     started: tuple[int, ...] = ()

@@ -1,4 +1,7 @@
-"""A request, its tokens and the events that tell of it. Integers and frozen values only; an adapter here is its digest."""
+"""A request, its tokens and the events that tell of it.
+
+Integers and frozen values only; an adapter here is its digest.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,11 @@ from .sampling import Sampling
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt to continue. `eos` ends it (empty: nothing does); `prompt_logprobs` is as `Sampling.logprobs`, for the prompt's tokens."""
+    """One prompt to continue.
+
+    `eos` ends it (empty: nothing does); `prompt_logprobs` is as `Sampling.logprobs`, for the
+    prompt's tokens.
+    """
 
     id: int
     prompt: tuple[int, ...]
@@ -24,7 +31,9 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """A token id; its natural-log probability where asked for; the best runner-ups, best first, as (id, logprob)."""
+    """A token id; its natural-log probability where asked for; the best runner-ups, best first, as
+    (id, logprob).
+    """
 
     id: int
     logprob: float | None = None
@@ -40,7 +49,9 @@ class Finish(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What happened to a request. The eos token itself is reported. `finish` marks the one terminal event of each request.
+    """What happened to a request.
+
+    The eos token itself is reported. `finish` marks the one terminal event of each request.
 
     `prompt` holds the prompt's tokens with logprobs, once, with the first token, where asked for (the first one has none).
     `code` and `message` say why, for `FAILED`: the code is one of errors.py.

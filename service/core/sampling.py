@@ -9,9 +9,10 @@ from dataclasses import dataclass
 class Sampling:
     """How one sequence's next token is chosen. The defaults are greedy with nothing changed.
 
-    `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0, `typical_p` 1, penalties 1 / 0 / 0 are off. `logit_bias` pairs are
-    (token id, added value). `logprobs` is the number of runner-up tokens wanted beside the chosen one's log probability (0: only the
-    chosen one's); None: none. `grammar` is an llguidance grammar as JSON text. No eos is sampled before `min_tokens`.
+    `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0, `typical_p` 1, penalties 1 / 0 / 0
+    are off. `logit_bias` pairs are (token id, added value). `logprobs` is the number of runner-up
+    tokens wanted beside the chosen one's log probability (0: only the chosen one's); None: none.
+    `grammar` is an llguidance grammar as JSON text. No eos is sampled before `min_tokens`.
     """
 
     temperature: float = 0.0

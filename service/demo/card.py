@@ -1,4 +1,7 @@
-"""The figures of the demo adapters and the README of each, written from them. Must not know how they were trained or measured."""
+"""The figures of the demo adapters and the README of each, written from them.
+
+Must not know how they were trained or measured.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +23,21 @@ def read_results(folder: Path) -> Results:
 
 
 def keep_result(folder: Path, name: str, found: dict[str, Any]) -> None:
-    """Adds what was found out about an adapter to the results, beside what is known of it and of others."""
+    """Adds what was found out about an adapter to the results, beside what is known of it and of
+    others.
+    """
     results = read_results(folder)
     results[name] = results.get(name, {}) | found
-    (folder / "results.json").write_text(json.dumps(dict(sorted(results.items())), indent=2, ensure_ascii=False) + "\n")
+    (folder / "results.json").write_text(
+        json.dumps(dict(sorted(results.items())), indent=2, ensure_ascii=False) + "\n"
+    )
 
 
 def write_readme(folder: Path, task: Task) -> None:
     """Rewrites the README of the task's adapter."""
-    (folder / "adapters" / task.name / "README.md").write_text(make_readme(task, read_results(folder)[task.name]))
+    (folder / "adapters" / task.name / "README.md").write_text(
+        make_readme(task, read_results(folder)[task.name])
+    )
 
 
 def describe_recipe(recipe: Recipe) -> str:
@@ -44,10 +53,14 @@ def format_percent(value: float) -> str:
 def results_table(task: Task, result: dict[str, Any]) -> str:
     """One row a measure: base on the same prompts, base told in words, adapter."""
     rows = [
-        f"| {meaning} | " + " | ".join(format_percent(result[who][measure]) for who in ("base", "base_instructed", "adapter")) + " |"
+        f"| {meaning} | "
+        + " | ".join(format_percent(result[who][measure]) for who in ("base", "base_instructed", "adapter"))
+        + " |"
         for measure, meaning in task.measures.items()
     ]
-    return "\n".join(("| measure | base, same prompt | base, told in words | adapter |", "|---|---|---|---|", *rows))
+    return "\n".join(
+        ("| measure | base, same prompt | base, told in words | adapter |", "|---|---|---|---|", *rows)
+    )
 
 
 def curl_command(task: Task) -> str:

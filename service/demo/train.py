@@ -1,6 +1,8 @@
-"""Trains the demo adapters on the CPU, measures base against adapter on held-out items, and writes the files that ship.
+"""Trains the demo adapters on the CPU, measures base against adapter on held-out items, and writes
+the files that ship.
 
-`python -m service.demo.train [--base FOLDER] [--only NAME] [--evaluate]`. Must not know the server: it uses plain transformers and PEFT.
+`python -m service.demo.train [--base FOLDER] [--only NAME] [--evaluate]`. Must not know the server:
+it uses plain transformers and PEFT.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ def prompt_ids(tokenizer: Any, item: Item) -> list[int]:
     """Rendered first and then tokenized without special tokens, so that none is doubled."""
     text = item.prompt
     if item.chat:
-        text = tokenizer.apply_chat_template([{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}], tokenize=False, add_generation_prompt=True
+        )
     ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
     return ids
 
@@ -50,11 +54,15 @@ def encode_example(tokenizer: Any, item: Item) -> tuple[list[int], int]:
     """The ids of prompt, answer and eos, and how many of them are the prompt's."""
     start = prompt_ids(tokenizer, item)
     answer = item.answer if item.chat else f" {item.answer}"
-    return [*start, *tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id], len(start)
+    return [*start, *tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id], len(
+        start
+    )
 
 
 def iterate_batches(tokenizer: Any, task: Task) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Ids, attention mask, both [batch, length], and a mask [batch, length - 1] of the positions that predict an answer's token."""
+    """Ids, attention mask, both [batch, length], and a mask [batch, length - 1] of the positions
+    that predict an answer's token.
+    """
     size = task.recipe.batch
     items = task.items("train", task.recipe.steps * size)
     for start in range(0, len(items), size):
@@ -78,7 +86,9 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 def loss_of(model: Any, ids: torch.Tensor, attention: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
     """The mean loss over the answers' tokens; the head runs on their positions only."""
     causal = model.get_base_model()
-    hidden = causal.model(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state[:, :-1][answers]
+    hidden = causal.model(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state[:, :-1][
+        answers
+    ]
     return torch.nn.functional.cross_entropy(causal.lm_head(hidden).float(), ids[:, 1:][answers])
 
 
@@ -99,7 +109,10 @@ def train_task(base: str, task: Task) -> float:
         optimizer.step()
         optimizer.zero_grad()
         if step % 20 == 0 or step == task.recipe.steps - 1:
-            print(f"{task.name} step {step} loss {loss.item():.3f} seconds {time.perf_counter() - began:.0f}", flush=True)
+            print(
+                f"{task.name} step {step} loss {loss.item():.3f} seconds {time.perf_counter() - began:.0f}",
+                flush=True,
+            )
     save_adapter(model, ADAPTERS / task.name)
     return time.perf_counter() - began
 
@@ -116,12 +129,15 @@ def config_of(recipe: Recipe) -> LoraConfig:
 
 
 def save_adapter(model: Any, folder: Path) -> None:
-    """Weights in bfloat16 (PEFT trains them in float32); the config names the public base, whatever folder it was read from."""
+    """Weights in bfloat16 (PEFT trains them in float32); the config names the public base, whatever
+    folder it was read from.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     weights = {key: tensor.detach().to(torch.bfloat16).contiguous() for key, tensor in sorted(state.items())}
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_model.safetensors").chmod(0o644)  # safetensors writes for the owner only; a server may run as somebody else
+    # Safetensors writes for the owner only; a server may run as somebody else
+    (folder / "adapter_model.safetensors").chmod(0o644)
     config = model.peft_config["default"]
     config.base_model_name_or_path, config.inference_mode = BASE_ID, True
     config.save_pretrained(folder)
@@ -138,7 +154,9 @@ def greedy_answers(model: Any, tokenizer: Any, items: Sequence[Item], limit: int
     for start in range(0, len(items), TOGETHER):
         rows = [prompt_ids(tokenizer, item) for item in items[start : start + TOGETHER]]
         batch = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
-        made = model.generate(**batch, max_new_tokens=limit, do_sample=False, pad_token_id=tokenizer.pad_token_id)
+        made = model.generate(
+            **batch, max_new_tokens=limit, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        )
         new = made[:, batch["input_ids"].shape[1] :]
         found += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
     return found
@@ -150,7 +168,9 @@ def score_answers(task: Task, items: Sequence[Item], found: Sequence[str]) -> Sc
 
 
 def evaluate_task(base: str, task: Task) -> dict[str, Any]:
-    """Scores of the saved adapter, of the base on the same prompts, and of the base told in words; an answer of each to the sample."""
+    """Scores of the saved adapter, of the base on the same prompts, and of the base told in words;
+    an answer of each to the sample.
+    """
     model, tokenizer = load_model(base)
     items = task.items("test", task.tests)
     told = [Item(f"{task.instruction}\n\n{bare_prompt(item)}", item.answer, chat=True) for item in items]
@@ -170,12 +190,16 @@ def evaluate_task(base: str, task: Task) -> dict[str, Any]:
 
 
 def bare_prompt(item: Item) -> str:
-    """The prompt without the word that it leads up to, which would only confuse a base that is told in words."""
+    """The prompt without the word that it leads up to, which would only confuse a base that is told
+    in words.
+    """
     return item.prompt if item.chat else item.prompt.rpartition("\n")[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m service.demo.train", description="Train and measure the demo adapters.")
+    parser = argparse.ArgumentParser(
+        prog="python -m service.demo.train", description="Train and measure the demo adapters."
+    )
     parser.add_argument("--base", default="demo", help="the base, as ADAPTERD_BASE names it")
     parser.add_argument("--only", choices=TASKS, help="one adapter instead of all")
     parser.add_argument("--evaluate", action="store_true", help="measure what is saved, do not train")

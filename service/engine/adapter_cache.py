@@ -1,6 +1,8 @@
-"""Which adapters are known, in host memory, and resident in the pool; who is read, placed and forgotten next.
+"""Which adapters are known, in host memory, and resident in the pool; who is read, placed and
+forgotten next.
 
-Integers and digests only; must not know sequences, tensors or threads: who needs what is told to it.
+Integers and digests only; must not know sequences, tensors or threads: who needs what is told to
+it.
 """
 
 from __future__ import annotations
@@ -25,8 +27,10 @@ class AdapterCache:
         self._pinned: dict[Digest, None] = {}
         self._preload: dict[Digest, None] = {}  # to be read into host memory
         self._fresh: dict[Digest, None] = {}  # just read, to be placed if there is room
-        self._failed: set[Digest] = set()  # could not be read or placed: tried again only for a request or a new offer
-        self._refused: dict[Digest, str] = {}  # the base cannot run them: not tried again before a new offer
+        # Could not be read or placed: tried again only for a request or a new offer
+        self._failed: set[Digest] = set()
+        # The base cannot run them: not tried again before a new offer
+        self._refused: dict[Digest, str] = {}
         self._dropping: set[Digest] = set()
         self._gone: list[tuple[Digest, bool]] = []
         self._removed: list[Digest] = []
@@ -36,7 +40,10 @@ class AdapterCache:
     # ---- what happened
 
     def add_adapter(self, adapter: Adapter, pinned: bool, preload: bool) -> None:
-        """The content may be asked for from now on. A pin it already has stays; a drop that is not done yet is called off."""
+        """The content may be asked for from now on.
+
+        A pin it already has stays; a drop that is not done yet is called off.
+        """
         digest = adapter.digest
         if digest in self._dropping:
             self._dropping.discard(digest)
@@ -111,7 +118,9 @@ class AdapterCache:
 
     def needs_placement(self, digest: Digest | None) -> bool:
         """Whether this adapter must be placed in the pool before its sequences can run."""
-        return digest is not None and digest not in self.pool and self.known[digest].lane is ExecutionPath.POOL
+        return (
+            digest is not None and digest not in self.pool and self.known[digest].lane is ExecutionPath.POOL
+        )
 
     def invocation_of(self, digest: Digest | None) -> tuple[int, ...]:
         """The tokens that wake this adapter; empty where it acts on all."""
@@ -122,8 +131,12 @@ class AdapterCache:
 
     # ---- what to do
 
-    def next_load(self, ahead: Sequence[Digest], in_flight: set[Digest]) -> tuple[Adapter, list[Digest]] | None:
-        """The adapter to read now, and those to forget in host memory first. `ahead` are the adapters of the requests that come next.
+    def next_load(
+        self, ahead: Sequence[Digest], in_flight: set[Digest]
+    ) -> tuple[Adapter, list[Digest]] | None:
+        """The adapter to read now, and those to forget in host memory first.
+
+        `ahead` are the adapters of the requests that come next.
 
         Those ahead and in flight are kept, so host memory can be exceeded, but by them alone.
         """
@@ -141,9 +154,12 @@ class AdapterCache:
         return adapter, victims
 
     def place_adapter(self, digest: Digest, in_flight: Collection[Digest], move: bool = False) -> bool:
-        """Places the adapter, idle ones leaving for it if they must, and pinned ones if they may `move`; whether it could."""
+        """Places the adapter, idle ones leaving for it if they must, and pinned ones if they may
+        `move`; whether it could.
+        """
         rank = self.known[digest].rank
-        just_placed = [placement.digest for placement in self._placed]  # one plan cannot both place and remove it
+        # One plan cannot both place and remove it
+        just_placed = [placement.digest for placement in self._placed]
         room = self.pool.find_room(rank, {*in_flight, *just_placed}, move)
         if room is None:
             return False
@@ -163,7 +179,11 @@ class AdapterCache:
     def seat_fresh(self) -> None:
         """Places what was just preloaded where nothing has to leave for it; each has one chance."""
         for digest in self._fresh:
-            if self.needs_placement(digest) and digest in self.host and self.pool.find_gap(self.known[digest].rank) is not None:
+            if (
+                self.needs_placement(digest)
+                and digest in self.host
+                and self.pool.find_gap(self.known[digest].rank) is not None
+            ):
                 self.place_adapter(digest, ())
         self._fresh = {}
 
@@ -182,7 +202,9 @@ class AdapterCache:
             self._gone.append((digest, hosted))
 
     def undo_plan(self, plan: Plan) -> None:
-        """Nobody knows how much of this was done, so what it placed counts as failed, and all of it is removed again."""
+        """Nobody knows how much of this was done, so what it placed counts as failed, and all of it
+        is removed again.
+        """
         for placement in plan.place:
             self.pool.remove_adapter(placement.digest)
             self._moved.add(placement.digest)
@@ -192,7 +214,10 @@ class AdapterCache:
     # ---- what is handed out
 
     def take_changes(self) -> tuple[tuple[Digest, ...], tuple[Placement, ...]]:
-        """What the next step removes and places. After a step that raised, what is removed may not be there."""
+        """What the next step removes and places.
+
+        After a step that raised, what is removed may not be there.
+        """
         removed, placed = tuple(dict.fromkeys(self._removed)), tuple(self._placed)
         self._removed, self._placed = [], []
         return removed, placed
@@ -202,12 +227,16 @@ class AdapterCache:
         return tuple((digest, self.tier_of(digest)) for digest in moved if digest in self.known)
 
     def take_removed(self) -> list[tuple[Digest, bool]]:
-        """The dropped contents that nothing needs any more, and whether each is still to be forgotten in host memory."""
+        """The dropped contents that nothing needs any more, and whether each is still to be
+        forgotten in host memory.
+        """
         gone, self._gone = self._gone, []
         return gone
 
     def _next_wanted(self, ahead: Sequence[Digest]) -> Digest | None:
-        """What should be in host memory and is not: for requests, then the pinned, then what was offered with `preload`."""
+        """What should be in host memory and is not: for requests, then the pinned, then what was
+        offered with `preload`.
+        """
         asked = [digest for digest in (*self._pinned, *self._preload) if digest not in self._failed]
         return next((digest for digest in (*ahead, *asked) if not self.at_hand(digest)), None)
 

@@ -1,6 +1,8 @@
-"""What each KV row holds, which row a new sequence gets, and how much of its prompt is there already.
+"""What each KV row holds, which row a new sequence gets, and how much of its prompt is there
+already.
 
-A row that was left stays warm until it is needed. Token ids and digests only; must not know requests or tensors.
+A row that was left stays warm until it is needed. Token ids and digests only; must not know
+requests or tensors.
 """
 
 from __future__ import annotations
@@ -16,7 +18,10 @@ WORTH = 16  # positions: a shorter shared prefix is prefilled again rather than 
 
 @dataclass(slots=True)
 class KVRow:
-    """`tokens` are those whose KV the row holds, made under `digest`. `left` orders the free rows by when they were last left."""
+    """`tokens` are those whose KV the row holds, made under `digest`.
+
+    `left` orders the free rows by when they were last left.
+    """
 
     digest: Digest | None = None
     tokens: list[int] = field(default_factory=list)
@@ -39,11 +44,14 @@ class KVRows:
         """Positions held by running sequences."""
         return sum(len(row.tokens) for row in self.rows if not row.free)
 
-    def take_row(self, digest: Digest | None, prompt: Sequence[int], reuse: bool = True) -> tuple[int, int, Fork | None]:
-        """A free row for this prompt, how many of its first tokens the row will hold, and the copy that must be made for that.
+    def take_row(
+        self, digest: Digest | None, prompt: Sequence[int], reuse: bool = True
+    ) -> tuple[int, int, Fork | None]:
+        """A free row for this prompt, how many of its first tokens the row will hold, and the copy
+        that must be made for that.
 
-        A warm row is taken over where the match is most of what it holds; else the match is copied. The prompt's last token is never
-        reused, since its logits are needed.
+        A warm row is taken over where the match is most of what it holds; else the match is copied.
+        The prompt's last token is never reused, since its logits are needed.
         """
         source, common = self._match_prefix(digest, list(prompt[:-1])) if reuse else (0, 0)
         if common < WORTH:
@@ -65,14 +73,27 @@ class KVRows:
             left.tokens = []
 
     def _match_prefix(self, digest: Digest | None, prompt: list[int]) -> tuple[int, int]:
-        """The row that holds the longest part of the prompt's start, a free one among equals, and the length of that part."""
-        shared = [(common_prefix(row.tokens, prompt), row.free, -index) for index, row in enumerate(self.rows) if row.digest == digest]
+        """The row that holds the longest part of the prompt's start, a free one among equals, and
+        the length of that part.
+        """
+        shared = [
+            (common_prefix(row.tokens, prompt), row.free, -index)
+            for index, row in enumerate(self.rows)
+            if row.digest == digest
+        ]
         length, _, index = max(shared, default=(0, False, 0))
         return -index, length
 
     def _spare_row(self, but: int = -1) -> int:
         free = (index for index, row in enumerate(self.rows) if row.free and index != but)
-        return min(free, key=lambda index: (bool(self.rows[index].tokens), self.rows[index].left if self.rows[index].tokens else 0, index))
+        return min(
+            free,
+            key=lambda index: (
+                bool(self.rows[index].tokens),
+                self.rows[index].left if self.rows[index].tokens else 0,
+                index,
+            ),
+        )
 
     def _occupy_row(self, row: int, digest: Digest | None, tokens: list[int]) -> int:
         self.rows[row] = KVRow(digest, tokens, free=False)

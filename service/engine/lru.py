@@ -1,6 +1,7 @@
 """What was used least recently goes first, by cost, and never what is pinned or still needed.
 
-Pure bookkeeping for both adapter tiers (host bytes, pool rank rows); must not know what a key or a cost stands for.
+Pure bookkeeping for both adapter tiers (host bytes, pool rank rows); must not know what a key or a
+cost stands for.
 """
 
 from __future__ import annotations
@@ -13,7 +14,10 @@ K = TypeVar("K", bound=Hashable)
 
 
 class LRU(Generic[K]):
-    """Keys with costs, least recently used first. A pin outlives its key: it may be set before the key comes and stays when it goes."""
+    """Keys with costs, least recently used first.
+
+    A pin outlives its key: it may be set before the key comes and stays when it goes.
+    """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -31,7 +35,10 @@ class LRU(Generic[K]):
         return len(self._costs)
 
     def add_key(self, key: K, cost: int) -> None:
-        """The key comes in as the most recently used. Making room first is the caller's business; more than `capacity` may be in."""
+        """The key comes in as the most recently used.
+
+        Making room first is the caller's business; more than `capacity` may be in.
+        """
         assert key not in self._costs, f"{key!r} is in already"
         self._costs[key] = cost
         self.used += cost
@@ -58,7 +65,10 @@ class LRU(Generic[K]):
         return [key for key in self._costs if key not in self._pins and key not in keep]
 
     def choose_victims(self, need: int, keep: Collection[K] = ()) -> list[K] | None:
-        """The fewest least recently used keys to remove so that `need` more fits; None where all that may go is not enough."""
+        """The fewest least recently used keys to remove so that `need` more fits;
+
+        None where all that may go is not enough.
+        """
         excess = self.used + need - self.capacity
         going: list[K] = []
         for key in self.list_idle(keep) if excess > 0 else ():

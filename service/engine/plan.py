@@ -1,4 +1,7 @@
-"""One step as the scheduler plans it and the runner runs it. Integers and frozen values only; must not know tensors, HTTP or text."""
+"""One step as the scheduler plans it and the runner runs it.
+
+Integers and frozen values only; must not know tensors, HTTP or text.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ from ..core.request import Request, Token
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A run of one sequence's tokens in a step: `tokens` are written to KV row `row` from `position` on.
+    """A run of one sequence's tokens in a step:
+
+    `tokens` are written to KV row `row` from `position` on.
 
     `sample`: the token after the last one is wanted. A chunk with `generated` > 0 is a decode chunk: its one token is the one last sampled.
     `asleep`: its adapter does not act on these tokens.
@@ -45,7 +50,8 @@ class Fork:
 class Plan:
     """One step: `remove` frees pool rows, `place` fills some, `forks` copy KV, then the chunks run.
 
-    Decode chunks come first. All chunks run as one batch, but those of shadow adapters: each shadow adapter's run as a batch of their own.
+    Decode chunks come first. All chunks run as one batch, but those of shadow adapters: each shadow
+    adapter's run as a batch of their own.
     """
 
     remove: tuple[Digest, ...] = ()
@@ -56,9 +62,11 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What the runner made of one chunk: the sampled token, if one was asked for, and the prompt's tokens with logprobs.
+    """What the runner made of one chunk: the sampled token, if one was asked for, and the prompt's
+    tokens with logprobs.
 
-    `error` says why there is no token where one was asked for: this request fails with `code`, its neighbours go on.
+    `error` says why there is no token where one was asked for: this request fails with `code`, its
+    neighbours go on.
     """
 
     token: Token | None = None
@@ -71,7 +79,10 @@ class Runner(Protocol):
     """The muscle as the clock sees it. A fake one in the tests is ten lines."""
 
     def load_adapter(self, adapter: Adapter) -> int:
-        """Reads an adapter into host memory (called off the step's thread); its bytes. Raises AdapterInvalid."""
+        """Reads an adapter into host memory (called off the step's thread); its bytes.
+
+        Raises AdapterInvalid.
+        """
 
     def evict_adapter(self, digest: Digest) -> int:
         """Forgets the adapter in host memory, if it is there; the bytes freed."""
@@ -79,7 +90,8 @@ class Runner(Protocol):
     def run_step(self, plan: Plan) -> Sequence[Result]:
         """Runs the plan; one result per chunk, in order.
 
-        One that raises may be run again: no token was chosen. One chunk alone that raises leaves nothing in its row.
+        One that raises may be run again: no token was chosen. One chunk alone that raises leaves
+        nothing in its row.
         """
 
     def finish_request(self, request: int) -> None:

@@ -1,4 +1,5 @@
-"""Which adapter holds which contiguous rank rows of the device pool, and who goes when another needs room.
+"""Which adapter holds which contiguous rank rows of the device pool, and who goes when another
+needs room.
 
 Ranges of integers only; must not know requests or tensors.
 """
@@ -12,7 +13,10 @@ from .lru import LRU
 
 
 class RankAllocator:
-    """Ranges [start, start + rank) that never overlap. `lru` holds their order of use and the pins; `layout` is sorted."""
+    """Ranges [start, start + rank) that never overlap.
+
+    `lru` holds their order of use and the pins; `layout` is sorted.
+    """
 
     def __init__(self, rank: int) -> None:
         self.rank = rank
@@ -39,7 +43,9 @@ class RankAllocator:
         self._sort_placements()
 
     def find_gap(self, rank: int, without: Collection[Digest] = ()) -> int | None:
-        """The start of the smallest gap that takes `rank` rows, were the placements in `without` gone; None where there is none."""
+        """The start of the smallest gap that takes `rank` rows, were the placements in `without`
+        gone; None where there is none.
+        """
         gaps, end = [], 0
         for placement in self.layout:
             if placement.digest not in without:
@@ -48,14 +54,20 @@ class RankAllocator:
         gaps.append((self.rank - end, end))
         return min(((size, start) for size, start in gaps if size >= rank), default=(0, None))[1]
 
-    def find_room(self, rank: int, keep: Collection[Digest], move: bool = False) -> tuple[int, list[Digest]] | None:
-        """Where `rank` rows can go, and who must leave first: the least recently used, never those in `keep`.
+    def find_room(
+        self, rank: int, keep: Collection[Digest], move: bool = False
+    ) -> tuple[int, list[Digest]] | None:
+        """Where `rank` rows can go, and who must leave first: the least recently used, never those
+        in `keep`.
 
-        The pinned stay too; but where they lie scattered, `move` lets some of them leave, to be placed again beside the newcomer.
+        The pinned stay too; but where they lie scattered, `move` lets some of them leave, to be
+        placed again beside the newcomer.
         """
         idle = self.lru.list_idle(keep)
         if move and self.can_fit(rank):
-            idle += [placement.digest for placement in self._pinned_placements() if placement.digest not in keep]
+            idle += [
+                placement.digest for placement in self._pinned_placements() if placement.digest not in keep
+            ]
         if self.find_gap(rank, idle) is None:
             return None
         going: list[Digest] = []

@@ -1,4 +1,5 @@
-"""Decides which sequences run in the next step, in which KV rows, and when their adapters must be there.
+"""Decides which sequences run in the next step, in which KV rows, and when their adapters must be
+there.
 
 Integers only, one caller at a time; must not know tensors, threads, clocks or messages.
 """
@@ -19,12 +20,15 @@ from .kv_rows import WORTH, KVRows, common_prefix
 from .plan import Chunk, Fork, Plan, Result
 
 GOOD_PART = 0.25  # of the prefill budget
-PASSES = 16  # requests that may overtake one whose adapter does not fit the pool, before the pool drains for it
+# Requests that may overtake one whose adapter does not fit the pool, before the pool drains for it
+PASSES = 16
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One request on its way. `tokens` are the prompt and what was generated; the KV row holds the first `written` of them.
+    """One request on its way.
+
+    `tokens` are the prompt and what was generated; the KV row holds the first `written` of them.
 
     `wakes` is the first token on which an activated adapter acts; None: it acts on all.
     """
@@ -45,19 +49,24 @@ class Sequence:
 
     @property
     def reusable(self) -> bool:
-        """Whether its prompt's start may come from another row: of an activated adapter, what a row holds depends on the whole prompt."""
+        """Whether its prompt's start may come from another row: of an activated adapter, what a row
+        holds depends on the whole prompt.
+        """
         return self.request.prompt_logprobs is None and self.wakes is None
 
 
 class Scheduler:
-    """The next row goes to the waiting adapter that holds the fewest rows, and among equals to the oldest request.
+    """The next row goes to the waiting adapter that holds the fewest rows, and among equals to the
+    oldest request.
 
     So one adapter alone is served first come, first served, and none takes more than its share while others wait. `submit`, `cancel`,
     `offer`, `pin`, `drop`, `hosted`, `load_failed` tell what happened; `plan`, then `commit` or `abort`, make a
     step, after which `unplace` and `refuse` say what failed in it; `report` says what came of it all.
     """
 
-    def __init__(self, *, rows: int, context: int, pool_rank: int, prefill_tokens: int, host_bytes: int) -> None:
+    def __init__(
+        self, *, rows: int, context: int, pool_rank: int, prefill_tokens: int, host_bytes: int
+    ) -> None:
         self.context = context
         self.prefill_tokens = prefill_tokens
         self.rows = KVRows(rows)
@@ -78,7 +87,12 @@ class Scheduler:
             sequence.wakes = last_invocation(invocation, request.prompt)
         self._arrivals += 1
         if not self.adapters.is_known(request.adapter):
-            self._end_sequence(sequence, Finish.FAILED, code="adapter_not_found", message="the adapter is not registered any more")
+            self._end_sequence(
+                sequence,
+                Finish.FAILED,
+                code="adapter_not_found",
+                message="the adapter is not registered any more",
+            )
         elif reason := self.adapters.refusal(request.adapter):
             self._end_sequence(sequence, Finish.FAILED, code="adapter_invalid", message=reason)
         elif not request.prompt:
@@ -93,7 +107,9 @@ class Scheduler:
         """Ends the request now; one that has ended already is let be."""
         sequence = self.running.get(request)
         if sequence is None:
-            sequence = next((s for queue in self.waiting.values() for s in queue if s.request.id == request), None)
+            sequence = next(
+                (s for queue in self.waiting.values() for s in queue if s.request.id == request), None
+            )
             if sequence is None:
                 return
             self._remove_waiting(sequence)
@@ -121,17 +137,27 @@ class Scheduler:
     # ---- what to do
 
     def next_load(self) -> tuple[Adapter, list[Digest]] | None:
-        """The adapter to read into host memory now, and those to forget there first; None while one is being read or none is wanted."""
+        """The adapter to read into host memory now, and those to forget there first;
+
+        None while one is being read or none is wanted.
+        """
         ahead = [head.adapter for head in self._waiting_heads()[: self.rows.count]]
         return self.adapters.next_load([digest for digest in ahead if digest is not None], self._in_flight())
 
     def take_removed(self) -> list[tuple[Digest, bool]]:
-        """The dropped contents that nothing needs any more, and whether each is still to be forgotten in host memory."""
+        """The dropped contents that nothing needs any more, and whether each is still to be
+        forgotten in host memory.
+        """
         return self.adapters.take_removed()
 
     def plan_step(self) -> Plan:
-        """The next step, empty when there is nothing to do. It must be committed or aborted before anything else happens."""
-        self.adapters.forget_removed([*self._in_flight(), *(digest for digest in self.waiting if digest is not None)])
+        """The next step, empty when there is nothing to do.
+
+        It must be committed or aborted before anything else happens.
+        """
+        self.adapters.forget_removed(
+            [*self._in_flight(), *(digest for digest in self.waiting if digest is not None)]
+        )
         self.adapters.seat_pinned(self._in_flight())
         chunks = [self._make_chunk(sequence, 1) for sequence in self.running.values() if sequence.generated]
         budget = self.prefill_tokens
@@ -159,10 +185,14 @@ class Scheduler:
                 self._end_sequence(sequence, Finish.LENGTH)
 
     def abort_step(self, plan: Plan) -> None:
-        """The step raised before its chunks: its requests fail, and neither rows nor pool are relied on."""
+        """The step raised before its chunks: its requests fail, and neither rows nor pool are
+        relied on.
+        """
         for chunk in plan.chunks:
             sequence = self.running[chunk.request.id]
-            self._end_sequence(sequence, Finish.FAILED, code="internal", message="the step that ran this request failed")
+            self._end_sequence(
+                sequence, Finish.FAILED, code="internal", message="the step that ran this request failed"
+            )
         self.adapters.undo_plan(plan)
 
     def unplace(self, placements: Iterable[Placement]) -> None:
@@ -206,10 +236,14 @@ class Scheduler:
     def _waiting_heads(self) -> list[Sequence]:
         """The oldest request of each adapter, in the order in which they may enter."""
         held = Counter(sequence.adapter for sequence in self.running.values())
-        return sorted((queue[0] for queue in self.waiting.values()), key=lambda head: (held[head.adapter], head.arrival))
+        return sorted(
+            (queue[0] for queue in self.waiting.values()), key=lambda head: (held[head.adapter], head.arrival)
+        )
 
     def _admit_prompts(self, budget: int) -> list[Chunk]:
-        """Prompts join until a good part of the budget is used: more at once would only keep the first ones' answers waiting."""
+        """Prompts join until a good part of the budget is used: more at once would only keep the
+        first ones' answers waiting.
+        """
         chunks: list[Chunk] = []
         enough = self.prefill_tokens * (1 - GOOD_PART)
         while budget > enough and self.rows.free and (sequence := self._next_sequence()) is not None:
@@ -219,7 +253,10 @@ class Scheduler:
         return chunks
 
     def _next_sequence(self) -> Sequence | None:
-        """The sequence that enters now, its adapter placed. One whose adapter does not fit is overtaken `PASSES` times at most."""
+        """The sequence that enters now, its adapter placed.
+
+        One whose adapter does not fit is overtaken `PASSES` times at most.
+        """
         blocked: Sequence | None = None
         for head in self._waiting_heads():
             if not self.adapters.at_hand(head.adapter) or self._has_sibling(head):
@@ -239,26 +276,38 @@ class Scheduler:
         return None
 
     def _place_adapter(self, digest: Digest) -> bool:
-        """Whether the adapter could be placed; where the pinned ones leave no room for it, its requests fail."""
+        """Whether the adapter could be placed; where the pinned ones leave no room for it, its
+        requests fail.
+        """
         if self.adapters.place_adapter(digest, self._in_flight(), move=True):
             return True
         pool, rank = self.adapters.pool, self.adapters.known[digest].rank
         if not pool.can_fit(rank):
-            message = f"the adapter needs {rank} rank rows; pinned adapters hold too many of the pool's {pool.rank}"
+            message = (
+                f"the adapter needs {rank} rank rows; pinned adapters hold too many of the pool's {pool.rank}"
+            )
             self._fail_waiting(digest, "overloaded", message)
         return False
 
     def _has_sibling(self, head: Sequence) -> bool:
-        """Whether the same prefix is being prefilled right now, so that it can be copied in a moment instead of computed again."""
+        """Whether the same prefix is being prefilled right now, so that it can be copied in a
+        moment instead of computed again.
+        """
         if not head.reusable:
             return False
-        others = (s for s in self.running.values() if s.adapter == head.adapter and s.written < len(s.request.prompt))
+        others = (
+            s
+            for s in self.running.values()
+            if s.adapter == head.adapter and s.written < len(s.request.prompt)
+        )
         return any(common_prefix(s.tokens, head.tokens[:-1]) >= s.written + WORTH for s in others)
 
     def _begin_sequence(self, sequence: Sequence) -> None:
         self._remove_waiting(sequence)
         request = sequence.request
-        sequence.row, sequence.written, fork = self.rows.take_row(request.adapter, request.prompt, sequence.reusable)
+        sequence.row, sequence.written, fork = self.rows.take_row(
+            request.adapter, request.prompt, sequence.reusable
+        )
         if fork is not None:
             self._forks.append(fork)
         self.running[request.id] = sequence
@@ -276,7 +325,15 @@ class Scheduler:
         asleep = start < wakes
         end = min(end, wakes) if asleep else end
         sample = end == len(sequence.tokens) and sequence.request.max_tokens > 0
-        return Chunk(sequence.request, sequence.row, start, tuple(sequence.tokens[start:end]), sample, sequence.generated, asleep)
+        return Chunk(
+            sequence.request,
+            sequence.row,
+            start,
+            tuple(sequence.tokens[start:end]),
+            sample,
+            sequence.generated,
+            asleep,
+        )
 
     # ---- leaving
 
@@ -291,7 +348,14 @@ class Scheduler:
         else:
             self._report_event(sequence, Event(request.id, token))
 
-    def _end_sequence(self, sequence: Sequence, finish: Finish, token: Token | None = None, code: str = "", message: str = "") -> None:
+    def _end_sequence(
+        self,
+        sequence: Sequence,
+        finish: Finish,
+        token: Token | None = None,
+        code: str = "",
+        message: str = "",
+    ) -> None:
         if self.running.pop(sequence.request.id, None) is not None:
             self.rows.leave_row(sequence.row, warm=finish is not Finish.FAILED)
             self.adapters.touch_adapter(sequence.adapter)
@@ -307,7 +371,11 @@ class Scheduler:
 
 
 def last_invocation(invocation: tuple[int, ...], prompt: tuple[int, ...]) -> int:
-    """Where the invocation begins for the last time; where it does not occur, a place that no row has."""
+    """Where the invocation begins for the last time; where it does not occur, a place that no row
+    has.
+    """
     many = len(invocation)
-    starts = (start for start in range(len(prompt) - many, -1, -1) if prompt[start : start + many] == invocation)
+    starts = (
+        start for start in range(len(prompt) - many, -1, -1) if prompt[start : start + many] == invocation
+    )
     return next(starts, sys.maxsize)

@@ -1,4 +1,7 @@
-"""An adapter's two files, read once and only if the bytes are still those that were registered. Knows nothing else."""
+"""An adapter's two files, read once and only if the bytes are still those that were registered.
+
+Knows nothing else.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Builds the worker's runner: loads the base, makes the KV rows and the pool, chooses kernels or graphs, has all of it proven.
+"""Builds the worker's runner: loads the base, makes the KV rows and the pool, chooses kernels or
+graphs, has all of it proven.
 
 Knows settings and devices. Must not know adapters or requests.
 """
@@ -33,35 +34,54 @@ log = logging.getLogger(__name__)
 
 SHARE_OF_MEMORY = 0.5  # of what is free once the base is loaded, for KV rows
 ROWS = {"cpu": 16, "cuda": 64}
-GRAMMARS = 64  # compiled ones that are kept: most requests bring one that came before, and a large one takes a second
+# Compiled ones that are kept: most requests bring one that came before, and a large one takes a
+# second
+GRAMMARS = 64
 
 
 def build_runner(settings: Settings, progress: loading.Progress) -> tuple[ModelRunner, BaseInfo]:
-    """Loads everything. Raises SettingsError with a reason fit for a person when this base or device cannot be served."""
+    """Loads everything.
+
+    Raises SettingsError with a reason fit for a person when this base or device cannot be served.
+    """
     try:
         return _build_parts(settings, progress)
     except torch.OutOfMemoryError as error:
-        raise SettingsError(f"ADAPTERD_BASE: it, KV rows and a pool of {settings.pool_rank} do not fit into the GPU's memory") from error
+        raise SettingsError(
+            f"ADAPTERD_BASE: it, KV rows and a pool of {settings.pool_rank} do not fit into the GPU's memory"
+        ) from error
 
 
 def _build_parts(settings: Settings, progress: loading.Progress) -> tuple[ModelRunner, BaseInfo]:
-    folder = loading.resolve_folder(settings.base, loading.dtype_of(settings, loading.device_of(settings)), progress)
+    folder = loading.resolve_folder(
+        settings.base, loading.dtype_of(settings, loading.device_of(settings)), progress
+    )
     model: Any = loading.load_base(folder, settings, progress)
     device = loading.device_of(settings)
     recorded = device.type == "cuda" and settings.compile != "off"
     if device.type == "cuda":
-        torch.cuda.set_device(device.index or 0)  # streams and recordings are made on the current one
-        torch.backends.cuda.enable_cudnn_sdp(False)  # torch's first choice on an H100; it plans anew for each length, for 30 ms and more
+        # Streams and recordings are made on the current one
+        torch.cuda.set_device(device.index or 0)
+        # Torch's first choice on an H100; it plans anew for each length, for 30 ms and more
+        torch.backends.cuda.enable_cudnn_sdp(False)
     with torch.inference_mode():
         progress("measuring the base", 0.0)
         with recorded_calls(model) as recorder:
             attention = kv.probe_attention(model)
         calls = recorder.result()
         rows, context = _compute_capacity(model, attention, settings, device, recorded)
-        card = loading.describe_base(model, folder, settings, context, rows, rope.fix_frequencies(model, context), calls.limits)
+        card = loading.describe_base(
+            model, folder, settings, context, rows, rope.fix_frequencies(model, context), calls.limits
+        )
         proven = selfcheck.prove_architecture(model, attention, context)
-        tables = kernels.make_tables(rows) if device.type == "cpu" and _can_use_kernels(model, attention, settings) else None
-        kv.allocate_rows(attention, rows + recorded, context, model.dtype, device, tables.body if tables else None)
+        tables = (
+            kernels.make_tables(rows)
+            if device.type == "cpu" and _can_use_kernels(model, attention, settings)
+            else None
+        )
+        kv.allocate_rows(
+            attention, rows + recorded, context, model.dtype, device, tables.body if tables else None
+        )
         logits = selfcheck.logits_of(model)
         if not proven:
             selfcheck.prove_roughly(model, logits)
@@ -73,12 +93,17 @@ def _build_parts(settings: Settings, progress: loading.Progress) -> tuple[ModelR
     return ModelRunner(model, bank, attention, Sampler(make_matchers(folder, card.vocab_size)), graphs), card
 
 
-def _make_bank(model: Any, settings: Settings, calls: LinearCalls, tables: kernels.StepTables | None = None) -> LoraPool:
+def _make_bank(
+    model: Any, settings: Settings, calls: LinearCalls, tables: kernels.StepTables | None = None
+) -> LoraPool:
     return LoraPool(model, settings.pool_rank, model.dtype, model.device, tables, calls)
 
 
 def _can_use_kernels(model: Any, attention: Sequence[kv.AttentionSpec], settings: Settings) -> bool:
-    """Whether the CPU kernels can run this base. Raises SettingsError where they were demanded and cannot."""
+    """Whether the CPU kernels can run this base.
+
+    Raises SettingsError where they were demanded and cannot.
+    """
     wanted = settings.compile != "off" and model.dtype == torch.bfloat16
     head = model.get_output_embeddings()
     layers = [layer for _, layer, _, _ in loading.iterate_linears(model) if layer is not head]
@@ -89,7 +114,9 @@ def _can_use_kernels(model: Any, attention: Sequence[kv.AttentionSpec], settings
         and kernels.load_kernels()
     )
     if settings.compile == "on" and not able:
-        raise SettingsError("ADAPTERD_COMPILE: on, but the kernels need a bfloat16 base on a CPU with AVX512-BF16, and a C++ compiler")
+        raise SettingsError(
+            "ADAPTERD_COMPILE: on, but the kernels need a bfloat16 base on a CPU with AVX512-BF16, and a C++ compiler"
+        )
     return able
 
 
@@ -101,7 +128,10 @@ def _fused(
     calls: LinearCalls,
     expected: Tensor,
 ) -> LoraPool | None:
-    """The bank on the CPU kernels, where they say what torch says. Raises SettingsError where they were demanded and do not."""
+    """The bank on the CPU kernels, where they say what torch says.
+
+    Raises SettingsError where they were demanded and do not.
+    """
     bank = _make_bank(model, settings, calls, tables)
     _place_kernels(bank, attention)
     why = selfcheck.kernels_differ(bank, expected)
@@ -115,7 +145,9 @@ def _fused(
 
 
 def _place_kernels(bank: LoraPool, attention: Sequence[kv.AttentionSpec]) -> None:
-    """Puts the kernels' attention into the bank's tree, and the kernel for all of a layer where its kind is known."""
+    """Puts the kernels' attention into the bank's tree, and the kernel for all of a layer where its
+    kind is known.
+    """
     bank.tree.set_attn_implementation(kernels.NAME)
     lists = (m for m in bank.tree.modules() if isinstance(m, nn.ModuleList) and len(m) == len(attention))
     placed = sum(decoder.install_layers(layers, attention) for layers in lists)
@@ -123,31 +155,48 @@ def _place_kernels(bank: LoraPool, attention: Sequence[kv.AttentionSpec]) -> Non
 
 
 def _record_graphs(
-    bank: LoraPool, attention: Sequence[kv.AttentionSpec], card: BaseInfo, expected: Tensor, settings: Settings
+    bank: LoraPool,
+    attention: Sequence[kv.AttentionSpec],
+    card: BaseInfo,
+    expected: Tensor,
+    settings: Settings,
 ) -> CudaGraphs | None:
-    """CUDA graphs, where they are proven. Raises SettingsError where they were demanded and are not."""
+    """CUDA graphs, where they are proven.
+
+    Raises SettingsError where they were demanded and are not.
+    """
     graphs = CudaGraphs(bank, card.rows, card.context, card.vocab_size)
     if selfcheck.check_graphs(bank, attention, graphs, expected):
         return graphs
     if settings.compile == "on":
-        raise SettingsError("ADAPTERD_COMPILE: on, but decode steps of this base cannot be CUDA graphs; the log says why")
+        raise SettingsError(
+            "ADAPTERD_COMPILE: on, but decode steps of this base cannot be CUDA graphs; the log says why"
+        )
     return None
 
 
 def _compute_capacity(
     model: Any, attention: Sequence[kv.AttentionSpec], settings: Settings, device: torch.device, spare: int
 ) -> tuple[int, int]:
-    """KV rows and the positions of each: the base's own context, capped so that all, spare ones too, fit into a share of the memory."""
+    """KV rows and the positions of each: the base's own context, capped so that all, spare ones
+    too, fit into a share of the memory.
+    """
     rows = settings.max_rows or ROWS[device.type]
     own = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 2048)
     if settings.max_context and settings.max_context > own:
         raise SettingsError(f"ADAPTERD_MAX_CONTEXT: {settings.max_context} is over the base's own {own}")
-    fits = int(SHARE_OF_MEMORY * _free_bytes(device)) // ((rows + spare) * kv.bytes_per_position(attention, model.dtype))
+    fits = int(SHARE_OF_MEMORY * _free_bytes(device)) // (
+        (rows + spare) * kv.bytes_per_position(attention, model.dtype)
+    )
     context = settings.max_context or min(own, fits)
     if context > fits:
-        raise SettingsError(f"ADAPTERD_MAX_CONTEXT: {rows} rows of {context} tokens do not fit into memory; {fits} do")
+        raise SettingsError(
+            f"ADAPTERD_MAX_CONTEXT: {rows} rows of {context} tokens do not fit into memory; {fits} do"
+        )
     if context < selfcheck.PROBE:  # a GPU would write past the rows' end
-        raise SettingsError(f"ADAPTERD_MAX_CONTEXT: {rows} rows of {context} tokens are too short to prove the base by {selfcheck.PROBE}")
+        raise SettingsError(
+            f"ADAPTERD_MAX_CONTEXT: {rows} rows of {context} tokens are too short to prove the base by {selfcheck.PROBE}"
+        )
     return rows, context
 
 
@@ -160,7 +209,9 @@ def _free_bytes(device: torch.device) -> int:
 
 
 def make_matchers(folder: Path, vocabulary: int) -> Callable[[str], Any]:
-    """Makes grammar matchers over the base's tokenizer, which is only read when the first grammar comes."""
+    """Makes grammar matchers over the base's tokenizer, which is only read when the first grammar
+    comes.
+    """
 
     @cache
     def words() -> Any:

@@ -1,7 +1,9 @@
-"""Decode steps as CUDA graphs: recorded when a shape first comes, replayed for every later step of that shape.
+"""Decode steps as CUDA graphs: recorded when a shape first comes, replayed for every later step of
+that shape.
 
-A step of one token a sequence is thousands of small kernels, and launching them from Python takes longer than running them. A recording
-reads what changes between steps from buffers that stay where they are. Must not know requests, sampling or what is placed when.
+A step of one token a sequence is thousands of small kernels, and launching them from Python takes
+longer than running them. A recording reads what changes between steps from buffers that stay where
+they are. Must not know requests, sampling or what is placed when.
 """
 
 from __future__ import annotations
@@ -20,13 +22,19 @@ from .lora_pool import LoraPool
 
 log = logging.getLogger(__name__)
 
-LIMIT = 64  # recordings kept; each costs a few megabytes of the device, beside the memory that all of them work in
+# Recordings kept; each costs a few megabytes of the device, beside the memory that all of them work
+# in
+LIMIT = 64
 POSITIONS, POOL_ROWS = 256, 64  # the smallest buckets
-FIELDS = ("token", "position", "row", "low", "high")  # what changes between steps, for each slot: the pool rows are [low, high)
+# What changes between steps, for each slot: the pool rows are [low, high)
+FIELDS = ("token", "position", "row", "low", "high")
 
 
 class GraphShape(NamedTuple):
-    """What a recording is good for: `slots` tokens that look at `longest` positions and meet `pool` pool rows in `layers` (0: no adapters).
+    """What a recording is good for:
+
+    `slots` tokens that look at `longest` positions and meet `pool` pool rows in `layers` (0: no
+    adapters).
 
     `dense`: slot i is KV row i, so that KV is read where it lies; else it is gathered.
     """
@@ -39,7 +47,10 @@ class GraphShape(NamedTuple):
 
 
 class CudaGraphs:
-    """The recordings of one bank's tree. KV row `rows`, behind those that sequences use, takes what the unused slots write."""
+    """The recordings of one bank's tree.
+
+    KV row `rows`, behind those that sequences use, takes what the unused slots write.
+    """
 
     def __init__(self, bank: LoraPool, rows: int, context: int, vocabulary: int) -> None:
         self.bank, self.rows, self.context = bank, rows, context
@@ -51,8 +62,12 @@ class CudaGraphs:
         self._memory: Any = torch.cuda.graph_pool_handle()
         self._recorded: dict[GraphShape, Any] = {}
 
-    def run_step(self, tokens: Sequence[int], spans: Sequence[KVSpan], digests: Sequence[Digest | None]) -> Tensor:
-        """One token each of so many sequences: logits [tokens, vocabulary], good until the next step."""
+    def run_step(
+        self, tokens: Sequence[int], spans: Sequence[KVSpan], digests: Sequence[Digest | None]
+    ) -> Tensor:
+        """One token each of so many sequences: logits [tokens, vocabulary], good until the next
+        step.
+        """
         shape = self._choose_shape(spans, digests)
         slots = [span.row if shape.dense else i for i, span in enumerate(spans)]
         self._fill_inputs(tokens, spans, digests, slots)
@@ -61,7 +76,8 @@ class CudaGraphs:
             self._recorded[shape] = graph  # the last in use is the last to go
             graph.replay()
         else:
-            self._run_forward(shape)  # for this step; it also makes the libraries ready, which a recording must not
+            # For this step; it also makes the libraries ready, which a recording must not
+            self._run_forward(shape)
             if self.able:
                 self._record_shape(shape)
         return self.logits[slots]
@@ -75,7 +91,13 @@ class CudaGraphs:
         pool = min(round_up(high, POOL_ROWS), self.bank.rank) if high else 0
         return GraphShape(slots, longest, pool, dense, self.bank.used if pool else frozenset())
 
-    def _fill_inputs(self, tokens: Sequence[int], spans: Sequence[KVSpan], digests: Sequence[Digest | None], slots: Sequence[int]) -> None:
+    def _fill_inputs(
+        self,
+        tokens: Sequence[int],
+        spans: Sequence[KVSpan],
+        digests: Sequence[Digest | None],
+        slots: Sequence[int],
+    ) -> None:
         """Unused slots hold token 0 at position 0 of the spare row, and no pool rows."""
         self.told.zero_()
         self.told[FIELDS.index("row")] = self.rows
@@ -90,24 +112,31 @@ class CudaGraphs:
         tokens, positions, rows, low, high = self.inputs[:, : shape.slots]
         self.bank.set_range(low, high, shape.pool)
         table = KVTable(rows, positions, shape.slots, shape.longest, shape.dense)
-        out = self.bank.tree(input_ids=tokens[None], position_ids=positions[None], use_cache=False, table=table)
+        out = self.bank.tree(
+            input_ids=tokens[None], position_ids=positions[None], use_cache=False, table=table
+        )
         self.logits[: shape.slots] = out.logits[0]
 
     def _record_shape(self, shape: GraphShape) -> None:
-        """Where a base's own code asks the device something in mid-step, no recording can be made, and none is tried again."""
+        """Where a base's own code asks the device something in mid-step, no recording can be made,
+        and none is tried again.
+        """
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             # other threads read adapters meanwhile, which may allocate
             with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
                 self._run_forward(shape)
         except Exception as error:
-            torch.cuda.set_stream(stream)  # one that breaks off leaves its own behind, and in torch 2.11 its memory pool, open and kept
+            # One that breaks off leaves its own behind, and in torch 2.11 its memory pool, open and
+            # kept
+            torch.cuda.set_stream(stream)
             with suppress(AttributeError, RuntimeError):
                 torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._memory)
                 torch._C._cuda_releasePool(torch.cuda.current_device(), self._memory)
             self.able = False
             self._recorded.clear()
-            why = str(error.__context__ or error).partition("\n")[0]  # ending a broken recording raises once more
+            # Ending a broken recording raises once more
+            why = str(error.__context__ or error).partition("\n")[0]
             log.warning("graphs: off, decode steps of this base cannot be recorded: %s", why)
             return
         self._recorded[shape] = graph

@@ -1,7 +1,8 @@
 """KV rows, and the attention that writes and reads them in place of the model's own.
 
-Each attention layer keeps two buffers [row, kv head, position, head dim]. A step's tokens come flat, [1, T]: one span of tokens per
-sequence, described by a `KVTable`. Must not know adapters, sampling or scheduling.
+Each attention layer keeps two buffers [row, kv head, position, head dim]. A step's tokens come
+flat, [1, T]: one span of tokens per sequence, described by a `KVTable`. Must not know adapters,
+sampling or scheduling.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class KVSpan(NamedTuple):
 
 
 class Reach(NamedTuple):
-    """How far back a layer's tokens see: the last `window` positions, and none before their own `chunk`; 0: no limit."""
+    """How far back a layer's tokens see: the last `window` positions, and none before their own
+    `chunk`; 0: no limit.
+    """
 
     window: int = 0
     chunk: int = 0
@@ -40,11 +43,20 @@ class Reach(NamedTuple):
 class KVTable:
     """Where the tokens of one step belong, shared by all layers.
 
-    `rows` and `positions` are int64 [T] on the device. The `decode` first tokens are one a sequence and look at `longest` positions at
-    most; `dense`: token i of them reads row i. `prompts` are the spans of the others.
+    `rows` and `positions` are int64 [T] on the device. The `decode` first tokens are one a sequence
+    and look at `longest` positions at most; `dense`: token i of them reads row i. `prompts` are the
+    spans of the others.
     """
 
-    def __init__(self, rows: Tensor, positions: Tensor, decode: int, longest: int, dense: bool, prompts: Sequence[KVSpan] = ()) -> None:
+    def __init__(
+        self,
+        rows: Tensor,
+        positions: Tensor,
+        decode: int,
+        longest: int,
+        dense: bool,
+        prompts: Sequence[KVSpan] = (),
+    ) -> None:
         self.rows, self.positions, self.prompts = rows, positions, prompts
         self.decode, self.longest, self.dense = decode, longest, dense
         self._visible: dict[Reach, Tensor] = {}
@@ -78,7 +90,9 @@ class AttentionSpec(NamedTuple):
 
 
 class AttentionProbe:
-    """Stands in for a table once: notes which layers attend through the interface, and their KV shapes."""
+    """Stands in for a table once: notes which layers attend through the interface, and their KV
+    shapes.
+    """
 
     def __init__(self) -> None:
         self.seen: list[AttentionSpec] = []
@@ -111,13 +125,22 @@ def refuse_base(model: Any, why: str) -> SettingsError:
 
 
 def allocate_rows(
-    seen: Sequence[AttentionSpec], rows: int, context: int, dtype: torch.dtype, device: torch.device, table: Tensor | None = None
+    seen: Sequence[AttentionSpec],
+    rows: int,
+    context: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    table: Tensor | None = None,
 ) -> None:
-    """Gives every attention layer its buffers, of zeros (what is masked is still multiplied, by 0); a CPU pays for touched pages only."""
+    """Gives every attention layer its buffers, of zeros (what is masked is still multiplied, by 0);
+    a CPU pays for touched pages only.
+    """
     for layer, heads, dim, *_ in seen:
         layer.register_buffer("kv_table", table, persistent=False)
         for name in ("kv_keys", "kv_values"):
-            layer.register_buffer(name, lazy_zeros(rows, heads, context, dim, dtype=dtype, device=device), persistent=False)
+            layer.register_buffer(
+                name, lazy_zeros(rows, heads, context, dim, dtype=dtype, device=device), persistent=False
+            )
 
 
 def bytes_per_position(seen: Sequence[AttentionSpec], dtype: torch.dtype) -> int:
@@ -151,20 +174,28 @@ def attend_rows(
     table: KVTable | AttentionProbe | None = None,
     **other: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [1, heads, T, dim], key and value [1, kv heads, T, dim] → [1, T, heads, dim]."""
+    """transformers' attention interface: query [1, heads, T, dim], key and value [1, kv heads, T,
+    dim] → [1, T, heads, dim].
+    """
     if table is None:
         raise TypeError("forward arguments do not reach the attention")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     reach = Reach(sliding_window or 0, _chunk(module))
     if isinstance(table, AttentionProbe):
-        table.seen.append(AttentionSpec(module, key.shape[1], key.shape[3], scale, reach.window, softcap or 0.0, reach.chunk))
+        table.seen.append(
+            AttentionSpec(
+                module, key.shape[1], key.shape[3], scale, reach.window, softcap or 0.0, reach.chunk
+            )
+        )
         return torch.zeros_like(query).transpose(1, 2), None
     keys, values = module.kv_keys, module.kv_values
     keys[table.rows, :, table.positions] = key[0].transpose(0, 1)
     values[table.rows, :, table.positions] = value[0].transpose(0, 1)
     out = torch.empty(query.shape[2], query.shape[1], query.shape[3], dtype=query.dtype, device=query.device)
     if table.decode:
-        out[: table.decode] = _attend_decode(query[0, :, : table.decode], keys, values, table, scale, reach, softcap)
+        out[: table.decode] = _attend_decode(
+            query[0, :, : table.decode], keys, values, table, scale, reach, softcap
+        )
     for span in table.prompts:
         chunk = slice(span.start, span.start + span.length)
         out[chunk] = _attend_prefill(query[0, :, chunk], keys, values, span, scale, reach, softcap)
@@ -172,17 +203,36 @@ def attend_rows(
 
 
 def _attend_decode(
-    query: Tensor, keys: Tensor, values: Tensor, table: KVTable, scale: float, reach: Reach, softcap: float | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    table: KVTable,
+    scale: float,
+    reach: Reach,
+    softcap: float | None,
 ) -> Tensor:
-    """One new token a sequence: query [heads, n, dim] → [n, heads, dim]. GQA by reshaping the query, never by repeating keys."""
+    """One new token a sequence: query [heads, n, dim] → [n, heads, dim].
+
+    GQA by reshaping the query, never by repeating keys.
+    """
     heads, n, dim = query.shape
     rows = slice(0, n) if table.dense else table.rows[:n]
     k, v = keys[rows, :, : table.longest], values[rows, :, : table.longest]
     grouped = query.transpose(0, 1).reshape(n, k.shape[1], heads // k.shape[1], dim)
-    return _weigh_values(grouped, k, v, table.visible_mask(reach)[:, None, None], scale, softcap).reshape(n, heads, dim)
+    return _weigh_values(grouped, k, v, table.visible_mask(reach)[:, None, None], scale, softcap).reshape(
+        n, heads, dim
+    )
 
 
-def _attend_prefill(query: Tensor, keys: Tensor, values: Tensor, span: KVSpan, scale: float, reach: Reach, softcap: float | None) -> Tensor:
+def _attend_prefill(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    span: KVSpan,
+    scale: float,
+    reach: Reach,
+    softcap: float | None,
+) -> Tensor:
     """A run of one sequence's tokens: query [heads, t, dim] → [t, heads, dim]."""
     heads, t, dim = query.shape
     end = span.position + t
@@ -195,7 +245,9 @@ def _attend_prefill(query: Tensor, keys: Tensor, values: Tensor, span: KVSpan, s
 
 
 def _chunk(module: Any) -> int:
-    """The size of the chunks that Llama 4's local layers attend in, which transformers says in the mask only; 0: none."""
+    """The size of the chunks that Llama 4's local layers attend in, which transformers says in the
+    mask only; 0: none.
+    """
     size: int = getattr(getattr(module, "config", None), "attention_chunk_size", None) or 0
     return size if size and module.config.layer_types[module.layer_idx] == "chunked_attention" else 0
 
@@ -209,10 +261,14 @@ def _visible_mask(positions: Tensor, end: int, reach: Reach) -> Tensor:
     return seen & (at >= own - own % reach.chunk) if reach.chunk else seen
 
 
-def _weigh_values(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+def _weigh_values(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
     """softmax(softcap(q kᵀ · scale) + mask) v over the last two axes; without a mask it is causal."""
     if softcap is None:
-        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale)
+        return F.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale
+        )
     scores = torch.matmul(query, keys.transpose(-1, -2)) * scale
     scores = torch.tanh(scores / softcap) * softcap
     scores = scores.masked_fill(~mask, float("-inf")) if mask is not None else scores

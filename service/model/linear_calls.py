@@ -55,7 +55,10 @@ class CallRecorder:
             hook.remove()
 
     def result(self) -> LinearCalls:
-        """Of a forward of SCOUTED tokens, of which all but one got logits. What was not called at all is as idle in PEFT."""
+        """Of a forward of SCOUTED tokens, of which all but one got logits.
+
+        What was not called at all is as idle in PEFT.
+        """
         counts = self._counts
         heads = frozenset(pattern for pattern in counts if counts[pattern] == {SCOUTED - 1})
         odd = sorted(pattern for pattern in counts.keys() - heads if counts[pattern] != {SCOUTED})

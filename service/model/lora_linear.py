@@ -1,6 +1,8 @@
-"""The layers that add adapters to a base layer's output: in plain torch anywhere, or by the CPU kernel.
+"""The layers that add adapters to a base layer's output: in plain torch anywhere, or by the CPU
+kernel.
 
-Both keep A [R, in] and B [R, out] for R pool rows, of which an adapter holds a range. Must not know digests' meaning, files or requests.
+Both keep A [R, in] and B [R, out] for R pool rows, of which an adapter holds a range. Must not know
+digests' meaning, files or requests.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ TILE = 32  # outputs that the kernel computes together
 
 
 class LoraWeights(NamedTuple):
-    """One layer's share of an adapter, ready to copy: a [r, in], b [r, out] with everything folded in; gate float32 [out] for DoRA."""
+    """One layer's share of an adapter, ready to copy: a [r, in], b [r, out] with everything folded
+    in; gate float32 [out] for DoRA.
+    """
 
     a: Tensor
     b: Tensor
@@ -26,7 +30,9 @@ class LoraWeights(NamedTuple):
 
 
 class TokenGroup(NamedTuple):
-    """Tokens [start, stop) use pool rows [low, high); bool `mask` [tokens, high - low] is true where a row is another's (None: nowhere)."""
+    """Tokens [start, stop) use pool rows [low, high); bool `mask` [tokens, high - low] is true
+    where a row is another's (None: nowhere).
+    """
 
     start: int
     stop: int
@@ -52,9 +58,19 @@ class StepArrangement(NamedTuple):
 
 
 class LoraLinear(nn.Module):
-    """y = base(x), gated where DoRA says so, + ((x · Aᵀ) * M) · B, M [tokens, R] being 1 where a pool row is the token's own."""
+    """y = base(x), gated where DoRA says so, + ((x · Aᵀ) * M) · B, M [tokens, R] being 1 where a
+    pool row is the token's own.
+    """
 
-    def __init__(self, base_layer: nn.Module, n_in: int, n_out: int, rank: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        n_in: int,
+        n_out: int,
+        rank: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.gates: dict[Digest, Tensor] = {}
@@ -95,7 +111,9 @@ class LoraLinear(nn.Module):
             self._landed = None
         flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         if flat.shape[0] != self.now.tokens:
-            raise RuntimeError(f"a layer sees {flat.shape[0]} of the step's {self.now.tokens} tokens: it cannot be adapted row by row")
+            raise RuntimeError(
+                f"a layer sees {flat.shape[0]} of the step's {self.now.tokens} tokens: it cannot be adapted row by row"
+            )
         self._apply_gate(out, self.now.gated)
         for group in self.now.groups:
             tokens, rows = slice(group.start, group.stop), slice(group.low, group.high)
@@ -117,7 +135,10 @@ class LoraLinear(nn.Module):
 
 
 class FusedLoraLinear(nn.Module):
-    """The same by one kernel call: each token meets its own adapter's rows only. `table` tells which; see kernels/linear.h."""
+    """The same by one kernel call: each token meets its own adapter's rows only.
+
+    `table` tells which; see kernels/linear.h.
+    """
 
     def __init__(self, base_layer: Any, rank: int, table: Tensor, arena: HugePageArena) -> None:
         super().__init__()
@@ -127,9 +148,19 @@ class FusedLoraLinear(nn.Module):
         self.register_buffer("packed", arena.copy_in(torch.ops.adapterd.pack(weight)), persistent=False)
         release_pages(weight)  # only a DoRA gate and PEFT's own models read it
         self.register_buffer("table", table, persistent=False)
-        self.register_buffer("pool_a", lazy_zeros(rank, n_in, dtype=weight.dtype, huge=True), persistent=False)
-        self.register_buffer("pool_b", lazy_zeros(n_out // TILE, -(-rank // 2), TILE, 2, dtype=weight.dtype, huge=True), persistent=False)
-        self.register_buffer("bias", weight.new_empty(0) if base_layer.bias is None else base_layer.bias.detach(), persistent=False)
+        self.register_buffer(
+            "pool_a", lazy_zeros(rank, n_in, dtype=weight.dtype, huge=True), persistent=False
+        )
+        self.register_buffer(
+            "pool_b",
+            lazy_zeros(n_out // TILE, -(-rank // 2), TILE, 2, dtype=weight.dtype, huge=True),
+            persistent=False,
+        )
+        self.register_buffer(
+            "bias",
+            weight.new_empty(0) if base_layer.bias is None else base_layer.bias.detach(),
+            persistent=False,
+        )
         self.register_buffer("gate", lazy_zeros(rank, n_out, dtype=torch.float32), persistent=False)
         self.register_buffer("ranks", torch.zeros(rank, dtype=torch.int32), persistent=False)
         self.gated: set[int] = set()
@@ -150,7 +181,9 @@ class FusedLoraLinear(nn.Module):
             self.gated.add(at.start)
 
     def clear_rows(self, at: Placement) -> None:
-        """The kernel reads no more rows than `ranks` says, so what lies in them may stay until it is written over; a gate may not."""
+        """The kernel reads no more rows than `ranks` says, so what lies in them may stay until it
+        is written over; a gate may not.
+        """
         self.ranks[at.start] = 0
         if at.start in self.gated:
             self.gate[at.start] = 0

@@ -1,6 +1,7 @@
 """The rank pool: which adapter holds which pool rows, and how the tokens of a step meet them.
 
-Works on a tree of its own that shares the base's tensors; the base's tree is not touched. Must not know requests or files.
+Works on a tree of its own that shares the base's tensors; the base's tree is not touched. Must not
+know requests or files.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ class AdapterRun(NamedTuple):
 
 
 class LoraPool:
-    """The pool of `rank` rows, in all layers that `calls` does not limit. The step's thread alone uses it.
+    """The pool of `rank` rows, in all layers that `calls` does not limit.
+
+    The step's thread alone uses it.
 
     With the kernels' `tables`, layers that the CPU kernel fits use it.
     """
@@ -74,14 +77,18 @@ class LoraPool:
             table = self.tables.head if self._is_head(name) else self.tables.body
             return FusedLoraLinear(layer, self.rank, table, self._arena)
         weight: Any = layer.weight
-        own = weight.dtype if weight.is_floating_point() else self.dtype  # some models keep a few layers in float32
+        # Some models keep a few layers in float32
+        own = weight.dtype if weight.is_floating_point() else self.dtype
         return LoraLinear(layer, n_in, n_out, self.rank, own, self.device)
 
     def place_adapter(self, at: Placement, factors: Mapping[str, LoraWeights]) -> None:
-        """Copies an adapter's factors into pool rows [start, start + rank); on a GPU beside the step's work, layer by layer ahead of it."""
+        """Copies an adapter's factors into pool rows [start, start + rank); on a GPU beside the
+        step's work, layer by layer ahead of it.
+        """
         self.places[at.digest] = at
         self._held[at.digest] = tuple(factors)
-        self._copies.wait_stream(self._on.current_stream())  # there the rows may still be read, or cleared
+        # There the rows may still be read, or cleared
+        self._copies.wait_stream(self._on.current_stream())
         with self._on.stream(self._copies):
             for name, part in factors.items():
                 self.layers[name].place_weights(at, part)
@@ -90,7 +97,9 @@ class LoraPool:
         self._count_gates()
 
     def remove_adapter(self, digest: Digest) -> None:
-        """Frees the adapter's rows; one whose placing was broken off has left something in some layers, or is not known."""
+        """Frees the adapter's rows; one whose placing was broken off has left something in some
+        layers, or is not known.
+        """
         if digest not in self.places:
             return
         at = self.places.pop(digest)
@@ -101,7 +110,9 @@ class LoraPool:
         self._count_gates()
 
     def _count_gates(self) -> None:
-        self.used = frozenset(name for name, layer in self.layers.items() if isinstance(layer, LoraLinear) and layer.held)
+        self.used = frozenset(
+            name for name, layer in self.layers.items() if isinstance(layer, LoraLinear) and layer.held
+        )
 
     def wait_for_copies(self) -> None:
         """What comes next waits until all that was placed is there."""
@@ -116,7 +127,8 @@ class LoraPool:
         return not self._gated.isdisjoint(digests)
 
     def set_range(self, low: Tensor, high: Tensor, pool: int) -> None:
-        """As `begin` for tokens that all get logits, one a run, each meeting pool rows [low, high): int64 [tokens] on the device.
+        """As `begin` for tokens that all get logits, one a run, each meeting pool rows [low, high):
+        int64 [tokens] on the device.
 
         All of these rows lie below `pool`. Nothing here depends on what the tensors hold.
         """
@@ -128,10 +140,19 @@ class LoraPool:
         for layer in self._plain:
             layer.now = now
 
-    def begin_step(self, runs: Sequence[AdapterRun], heads: Sequence[AdapterRun], mixed: int, spans: Sequence[Sequence[int]]) -> None:
-        """Tells all layers whose tokens come next: `runs` those of the step, `heads` those that get logits.
+    def begin_step(
+        self,
+        runs: Sequence[AdapterRun],
+        heads: Sequence[AdapterRun],
+        mixed: int,
+        spans: Sequence[Sequence[int]],
+    ) -> None:
+        """Tells all layers whose tokens come next:
 
-        The first `mixed` runs are of one token each. `spans` are start, length, KV row and position of each run, for the kernels.
+        `runs` those of the step, `heads` those that get logits.
+
+        The first `mixed` runs are of one token each. `spans` are start, length, KV row and position
+        of each run, for the kernels.
         """
         if self._plain:
             body, head = self._make_arrangement(runs, mixed), self._make_arrangement(heads, mixed)
@@ -140,7 +161,10 @@ class LoraPool:
             for layer in self._behind:
                 layer.now = head
         if self.tables:
-            kernels.fill_table(self.tables.body, [(*span, *self._rows_of(run.digest)) for span, run in zip(spans, runs, strict=True)])
+            kernels.fill_table(
+                self.tables.body,
+                [(*span, *self._rows_of(run.digest)) for span, run in zip(spans, runs, strict=True)],
+            )
             kernels.fill_table(self.tables.head, list(self._head_spans(heads)))
 
     def _rows_of(self, digest: Digest | None) -> tuple[int, int, int]:

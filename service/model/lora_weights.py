@@ -1,4 +1,5 @@
-"""What the pool needs of an adapter: scaling and DoRA's gate folded in, once, off the step's thread.
+"""What the pool needs of an adapter: scaling and DoRA's gate folded in, once, off the step's
+thread.
 
 Knows PEFT's formulas. Must not know the pool's layout or requests.
 """
@@ -24,12 +25,16 @@ from .lora_pool import LoraPool
 def read_weights(adapter: Adapter, bank: LoraPool) -> dict[str, LoraWeights]:
     """Reads and folds a pool adapter, layer by layer. Raises AdapterInvalid."""
     _, tensors = read_files(adapter)
-    made = {patch.module: fold_layer(patch, tensors, bank.layers[patch.module], bank) for patch in adapter.patches}
+    made = {
+        patch.module: fold_layer(patch, tensors, bank.layers[patch.module], bank) for patch in adapter.patches
+    }
     return pin_weights(made) if bank.device.type == "cuda" else made
 
 
 @torch.inference_mode()
-def fold_layer(patch: LoraLayerSpec, tensors: Mapping[str, Tensor], layer: LoraLinear | FusedLoraLinear, bank: LoraPool) -> LoraWeights:
+def fold_layer(
+    patch: LoraLayerSpec, tensors: Mapping[str, Tensor], layer: LoraLinear | FusedLoraLinear, bank: LoraPool
+) -> LoraWeights:
     """a = A; b = scaling · Bᵀ, or scaling · (B · gate)ᵀ with DoRA, in the bank's dtype."""
     a, b = tensors[patch.a], tensors[patch.b]
     gate = None
@@ -46,7 +51,9 @@ def to_pool_dtype(tensor: Tensor, bank: LoraPool) -> Tensor:
 
 @torch.inference_mode()
 def pin_weights(made: Mapping[str, LoraWeights]) -> dict[str, LoraWeights]:
-    """The same in one block that a GPU can copy from while steps run: many small ones would each be rounded up to a power of two."""
+    """The same in one block that a GPU can copy from while steps run: many small ones would each be
+    rounded up to a power of two.
+    """
     parts = [tensor for a, b, _ in made.values() for tensor in (a, b)]
     block = torch.empty(sum(part.numel() for part in parts), dtype=parts[0].dtype, pin_memory=True)
     places = iter(torch.split(block, [part.numel() for part in parts]))
@@ -58,7 +65,9 @@ def pin_weights(made: Mapping[str, LoraWeights]) -> dict[str, LoraWeights]:
 
 
 def dora_gate(layer: nn.Module, a: Tensor, b: Tensor, magnitude: Tensor, scaling: float) -> Tensor:
-    """magnitude / ‖W + scaling·B·A‖, norm over the inputs: float32 [out] (arXiv:2402.09353, section 4.3, as PEFT computes it)."""
+    """magnitude / ‖W + scaling·B·A‖, norm over the inputs: float32 [out] (arXiv:2402.09353, section
+    4.3, as PEFT computes it).
+    """
     weight = dense_weight(layer)
     delta = (b.to(weight.device, weight.dtype) @ a.to(weight.device, weight.dtype)) * scaling
     norm = torch.linalg.norm(weight + delta, dim=1)
@@ -80,7 +89,9 @@ def dense_weight(layer: Any) -> Tensor:
 
 
 def _dense_4bit(weight: Any) -> Tensor:
-    """bitsandbytes repacks 4-bit weights for a CPU at the first forward; its dequantizing function, and PEFT's DoRA, then misread them."""
+    """bitsandbytes repacks 4-bit weights for a CPU at the first forward; its dequantizing function,
+    and PEFT's DoRA, then misread them.
+    """
     data, state = weight.data, copy.copy(weight.quant_state)
     if getattr(state, "packing_format_for_cpu", False):
         state.original_nested = False  # its scales are not nested any more, and stay so

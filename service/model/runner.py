@@ -1,4 +1,7 @@
-"""Plan → tokens: the one place where a step runs on the device. Must not know names, text, HTTP or why a plan is what it is."""
+"""Plan → tokens: the one place where a step runs on the device.
+
+Must not know names, text, HTTP or why a plan is what it is.
+"""
 
 from __future__ import annotations
 
@@ -29,12 +32,26 @@ class HostAdapter(NamedTuple):
 
 
 class ModelRunner:
-    """The base, the bank, the KV rows and the sampler, behind `engine.plan.Runner`. `model` is the base's own tree."""
+    """The base, the bank, the KV rows and the sampler, behind `engine.plan.Runner`.
+
+    `model` is the base's own tree.
+    """
 
     def __init__(
-        self, model: Any, bank: LoraPool, attention: Sequence[kv.AttentionSpec], sampler: Sampler, graphs: CudaGraphs | None = None
+        self,
+        model: Any,
+        bank: LoraPool,
+        attention: Sequence[kv.AttentionSpec],
+        sampler: Sampler,
+        graphs: CudaGraphs | None = None,
     ) -> None:
-        self.model, self.bank, self.attention, self.sampler, self.graphs = model, bank, attention, sampler, graphs
+        self.model, self.bank, self.attention, self.sampler, self.graphs = (
+            model,
+            bank,
+            attention,
+            sampler,
+            graphs,
+        )
         self.hosted: dict[Digest, HostAdapter] = {}
 
     def load_adapter(self, adapter: Adapter) -> int:
@@ -54,7 +71,8 @@ class ModelRunner:
         size = hosted.size if hosted else 0
         if self.bank.device.type == "cuda":
             del hosted
-            torch._C._host_emptyCache()  # torch keeps pinned memory that was freed, for whatever comes next of that very size
+            # Torch keeps pinned memory that was freed, for whatever comes next of that very size
+            torch._C._host_emptyCache()
         return size
 
     def finish_request(self, request: int) -> None:
@@ -71,7 +89,8 @@ class ModelRunner:
         try:
             return self._run_batch(plan.chunks)
         except Exception:
-            if len(plan.chunks) == 1:  # what is masked is still multiplied: not-a-number would reach the row's next tenant
+            # What is masked is still multiplied: not-a-number would reach the row's next tenant
+            if len(plan.chunks) == 1:
                 kv.clear_row(self.attention, plan.chunks[0].row)
             raise
 
@@ -79,32 +98,45 @@ class ModelRunner:
         """The mixed batch on the bank's tree, and one batch for each shadow adapter on its own."""
         batches: dict[int, tuple[Any, list[Chunk]]] = {}
         for chunk in chunks:
-            hosted = self.hosted.get(chunk.request.adapter or "")  # a resident adapter may have left host memory
+            # A resident adapter may have left host memory
+            hosted = self.hosted.get(chunk.request.adapter or "")
             tree = self.bank.tree if hosted is None or hosted.tree is None else hosted.tree
             batches.setdefault(id(tree), (tree, []))[1].append(chunk)
         return list(batches.values())
 
     def _run_batch(self, chunks: Sequence[Chunk]) -> list[Result]:
-        """All forwards first: where one raises no token has been chosen, and the step can be run again."""
+        """All forwards first: where one raises no token has been chosen, and the step can be run
+        again.
+        """
         parts: dict[int, Tensor] = {}
         for tree, batch in self._split_batches(chunks):
             logits = torch.split(self._forward_chunks(tree, batch), [_count_kept(chunk) for chunk in batch])
             parts.update(zip((chunk.request.id for chunk in batch), logits, strict=True))
         sampled = [chunk.request for chunk in chunks if chunk.sample]
-        tokens = self.sampler.sample_batch(torch.stack([parts[r.id][-1] for r in sampled]), sampled) if sampled else []
+        tokens = (
+            self.sampler.sample_batch(torch.stack([parts[r.id][-1] for r in sampled]), sampled)
+            if sampled
+            else []
+        )
         chosen = dict(zip((request.id for request in sampled), tokens, strict=True))
-        return [self._make_result(chunk, chosen.get(chunk.request.id), parts[chunk.request.id]) for chunk in chunks]
+        return [
+            self._make_result(chunk, chosen.get(chunk.request.id), parts[chunk.request.id])
+            for chunk in chunks
+        ]
 
     def _make_result(self, chunk: Chunk, token: Token | SamplingError | None, logits: Tensor) -> Result:
         if token is None and not logits.max().isfinite():
-            token = SamplingError(NOT_FINITE)  # one that is left now, or has all it wants, would leave its row so
+            # One that is left now, or has all it wants, would leave its row so
+            token = SamplingError(NOT_FINITE)
         if isinstance(token, SamplingError):
             kv.clear_row(self.attention, chunk.row)  # as where a step raises
             return Result(error=str(token), code=token.code)
         return Result(token, _prompt_logprobs(chunk, logits))
 
     def _forward_chunks(self, tree: Any, chunks: Sequence[Chunk]) -> Tensor:
-        """The logits [kept, vocabulary] of the chunks: their last token's, or all of them where prompt logprobs are asked for."""
+        """The logits [kept, vocabulary] of the chunks: their last token's, or all of them where
+        prompt logprobs are asked for.
+        """
         spans: list[kv.KVSpan] = []
         heads: list[AdapterRun] = []
         kept: list[int] = []
@@ -126,14 +158,21 @@ class ModelRunner:
 
 
 def forward_step(
-    tree: Any, device: torch.device, tokens: Sequence[int], spans: Sequence[kv.KVSpan], decode: int, kept: Sequence[int]
+    tree: Any,
+    device: torch.device,
+    tokens: Sequence[int],
+    spans: Sequence[kv.KVSpan],
+    decode: int,
+    kept: Sequence[int],
 ) -> Tensor:
     """Runs a tree on the flat tokens of a step: logits [kept, vocabulary]."""
     table = kv.KVTable.make_table(spans, decode, device)
     keep = torch.tensor(kept, dtype=torch.long, device=device)
     ids = torch.tensor([tokens], device=device)
     rows = {} if tree.config._attn_implementation == kernels.NAME else {"table": table}
-    out = tree(input_ids=ids, position_ids=table.positions[None], use_cache=False, logits_to_keep=keep, **rows)
+    out = tree(
+        input_ids=ids, position_ids=table.positions[None], use_cache=False, logits_to_keep=keep, **rows
+    )
     logits: Tensor = out.logits[0]
     return logits if len(logits) == len(kept) else logits[keep]  # some models keep them all
 
@@ -144,10 +183,14 @@ def _count_kept(chunk: Chunk) -> int:
 
 
 def _prompt_logprobs(chunk: Chunk, logits: Tensor) -> tuple[Token, ...]:
-    """The prompt's tokens that this chunk's logits speak of: the first of all has no log probability, the next follow from them."""
+    """The prompt's tokens that this chunk's logits speak of: the first of all has no log
+    probability, the next follow from them.
+    """
     wanted, prompt = chunk.request.prompt_logprobs, chunk.request.prompt
     if wanted is None or chunk.generated:
         return ()
     first = (Token(prompt[0]),) if chunk.position == 0 else ()
     following = prompt[chunk.position + 1 : chunk.position + 1 + len(chunk.tokens)]
-    return first + tuple(with_logprobs(row, token, wanted) for row, token in zip(logits, following, strict=False))
+    return first + tuple(
+        with_logprobs(row, token, wanted) for row, token in zip(logits, following, strict=False)
+    )

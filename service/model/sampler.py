@@ -1,7 +1,7 @@
 """Chooses one token a row from its logits, each row by its own rules, whatever the company.
 
-Random numbers are a function of (seed, index of the token), so a row's choice depends on nothing but its own logits. Must not know
-adapters, rows of KV or text.
+Random numbers are a function of (seed, index of the token), so a row's choice depends on nothing
+but its own logits. Must not know adapters, rows of KV or text.
 """
 
 from __future__ import annotations
@@ -18,18 +18,24 @@ from torch import Tensor
 from ..core.request import Request, Token
 from ..core.sampling import Sampling
 
-NUCLEUS = 256  # top-p looks at this many best tokens first; the whole vocabulary is sorted only when they do not suffice
+# Top-p looks at this many best tokens first; the whole vocabulary is sorted only when they do not
+# suffice
+NUCLEUS = 256
 
 
 class SamplingError(Exception):
-    """No token can be chosen for this row; the message says why, `code` (one of errors.py) whose fault it is."""
+    """No token can be chosen for this row; the message says why, `code` (one of errors.py) whose
+    fault it is.
+    """
 
     def __init__(self, message: str, code: str = "internal") -> None:
         super().__init__(message)
         self.code = code
 
 
-NOT_FINITE = "the model's numbers for this request are not finite, or nothing is allowed next: no token can be chosen"
+NOT_FINITE = (
+    "the model's numbers for this request are not finite, or nothing is allowed next: no token can be chosen"
+)
 
 
 def sampling_error(request: Request) -> SamplingError:
@@ -47,7 +53,9 @@ class SamplingState:
 
 
 class Sampler:
-    """`matcher_of` makes a grammar matcher from the grammar's text; it is only called for requests that have one."""
+    """`matcher_of` makes a grammar matcher from the grammar's text; it is only called for requests
+    that have one.
+    """
 
     def __init__(self, matcher_of: Callable[[str], Any]) -> None:
         self._matcher_of = matcher_of
@@ -57,11 +65,17 @@ class Sampler:
         self._states.pop(request, None)
 
     def sample_batch(self, logits: Tensor, requests: Sequence[Request]) -> list[Token | SamplingError]:
-        """logits [n, vocabulary] → one token a row, or why it has none. Log probabilities are those of the unchanged logits, in float32."""
+        """logits [n, vocabulary] → one token a row, or why it has none.
+
+        Log probabilities are those of the unchanged logits, in float32.
+        """
         plain = [i for i, r in enumerate(requests) if _is_greedy(r.sampling)]
         best = logits[plain].max(-1) if len(plain) < len(requests) else logits.max(-1)
         chosen = {
-            i: id if finite else -1 for i, id, finite in zip(plain, best.indices.tolist(), best.values.isfinite().tolist(), strict=True)
+            i: id if finite else -1
+            for i, id, finite in zip(
+                plain, best.indices.tolist(), best.values.isfinite().tolist(), strict=True
+            )
         }
         made: list[Token | SamplingError] = []
         for i, request in enumerate(requests):
@@ -76,7 +90,9 @@ class Sampler:
         if chosen == -1:
             raise sampling_error(request)
         if chosen is None:
-            chosen = self._choose_token(logits.float(), self._states.setdefault(request.id, SamplingState(request)))
+            chosen = self._choose_token(
+                logits.float(), self._states.setdefault(request.id, SamplingState(request))
+            )
         wanted = request.sampling.logprobs
         return Token(chosen) if wanted is None else with_logprobs(logits, chosen, wanted)
 
@@ -93,7 +109,9 @@ class Sampler:
         sampling = state.request.sampling
         logits = _apply_penalties(logits.clone(), state)
         if sampling.logit_bias:  # one by one a thousand would take longer than a step
-            ids, values = (torch.tensor(part, device=logits.device) for part in zip(*sampling.logit_bias, strict=True))
+            ids, values = (
+                torch.tensor(part, device=logits.device) for part in zip(*sampling.logit_bias, strict=True)
+            )
             logits.index_add_(0, ids, values.to(logits.dtype))
         if len(state.generated) < sampling.min_tokens:
             logits[list(state.request.eos)] = float("-inf")
@@ -117,7 +135,9 @@ class Sampler:
         else:
             bits = torch.frombuffer(bytearray(state.matcher.compute_bitmask()), dtype=torch.uint8)
             allowed = ((bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).bool().flatten()
-            allowed = torch.nn.functional.pad(allowed, (0, max(0, logits.shape[0] - len(allowed))))[: logits.shape[0]]
+            allowed = torch.nn.functional.pad(allowed, (0, max(0, logits.shape[0] - len(allowed))))[
+                : logits.shape[0]
+            ]
         ends = list(state.request.eos)
         if ends:  # an eos that is also text would end what is not whole
             allowed[ends] = state.matcher.is_stopped() or state.matcher.is_accepting()
@@ -126,7 +146,12 @@ class Sampler:
 
 def _is_greedy(s: Sampling) -> bool:
     """Greedy with nothing that changes the logits."""
-    untouched = s.repetition_penalty == 1 and s.frequency_penalty == 0 and s.presence_penalty == 0 and not s.logit_bias
+    untouched = (
+        s.repetition_penalty == 1
+        and s.frequency_penalty == 0
+        and s.presence_penalty == 0
+        and not s.logit_bias
+    )
     return s.temperature == 0 and untouched and s.grammar is None and s.min_tokens == 0
 
 
@@ -135,12 +160,16 @@ def _draw_uniform(seed: int, index: int) -> float:
 
 
 def _apply_penalties(logits: Tensor, state: SamplingState) -> Tensor:
-    """Repetition penalty over prompt and answer (CTRL, arXiv:1909.05858); frequency and presence over the answer, as OpenAI's."""
+    """Repetition penalty over prompt and answer (CTRL, arXiv:1909.05858); frequency and presence
+    over the answer, as OpenAI's.
+    """
     sampling = state.request.sampling
     if sampling.repetition_penalty != 1:
         seen = torch.tensor(sorted({*state.request.prompt, *state.generated}), device=logits.device)
         scores = logits[seen]
-        logits[seen] = torch.where(scores < 0, scores * sampling.repetition_penalty, scores / sampling.repetition_penalty)
+        logits[seen] = torch.where(
+            scores < 0, scores * sampling.repetition_penalty, scores / sampling.repetition_penalty
+        )
     if state.generated and (sampling.frequency_penalty or sampling.presence_penalty):
         counts = Counter(state.generated)
         seen = torch.tensor(list(counts), device=logits.device)
@@ -150,7 +179,10 @@ def _apply_penalties(logits: Tensor, state: SamplingState) -> Tensor:
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Temperature, then top-k, top-p, min-p and typical-p, in transformers' order: [vocabulary] → probabilities [vocabulary]."""
+    """Temperature, then top-k, top-p, min-p and typical-p, in transformers' order:
+
+    [vocabulary] → probabilities [vocabulary].
+    """
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[0]:
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], float("-inf"))
@@ -169,12 +201,15 @@ def _keep_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     if best.values.sum() < top_p * total:
         best = probabilities.sort(descending=True)  # type: ignore[assignment]
     before = best.values.cumsum(-1) - best.values
-    kept = best.indices[: max(1, int((before < top_p * total).sum()))]  # a mass that is 0 in float32 still has the best one
+    # A mass that is 0 in float32 still has the best one
+    kept = best.indices[: max(1, int((before < top_p * total).sum()))]
     return torch.zeros_like(probabilities).scatter(0, kept, probabilities[kept])
 
 
 def _keep_typical(probabilities: Tensor, mass: float) -> Tensor:
-    """Keeps the tokens whose surprise is nearest to the entropy until their mass reaches `mass` (arXiv:2202.00666)."""
+    """Keeps the tokens whose surprise is nearest to the entropy until their mass reaches `mass`
+    (arXiv:2202.00666).
+    """
     normed = probabilities / probabilities.sum()
     surprise = -normed.log()
     entropy = torch.nansum(surprise * normed)

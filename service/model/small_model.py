@@ -1,4 +1,5 @@
-"""A small random model of a base's own class and config: the same kinds of layers, every threshold within a few tokens.
+"""A small random model of a base's own class and config: the same kinds of layers, every threshold
+within a few tokens.
 
 Must not know settings, adapters or requests.
 """
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
-MOST_LAYERS = 8  # in their own order; where a kind of layer first comes later, one layer of each kind
+# In their own order; where a kind of layer first comes later, one layer of each kind
+MOST_LAYERS = 8
 MOST_PARAMETERS = 150_000_000  # a config of which nothing could be shrunk is not to fill the memory
 HEADS, EXPERTS, EXPERTS_PER_TOKEN = 4, 8, 2
 INTERMEDIATE, VOCABULARY, LORA_RANK = 128, 512, 64
@@ -32,7 +34,9 @@ PERIODS = (
     "expert_layer_period",
 )
 
-THRESHOLD = re.compile(r"window|chunk_size|local_attention|original_max_position|floor|index_topk|rel_extent|_n_floor")
+THRESHOLD = re.compile(
+    r"window|chunk_size|local_attention|original_max_position|floor|index_topk|rel_extent|_n_floor"
+)
 NO_THRESHOLD = re.compile(r"layers|pattern|mamba|feed_forward")
 WIDTH = re.compile(r"size|dim|width|embd|d_model")
 NO_WIDTH = re.compile(r"vocab|window|chunk|intermediate|head_dim")
@@ -41,9 +45,11 @@ TOKEN = re.compile(r"token_id$|token_index$|token_ids$")
 
 
 def small_model(model: Any, context: int, probe: int, seed: int) -> Any:
-    """A random float32 model on the CPU; a sequence of `probe` tokens passes what one of `context` tokens would pass.
+    """A random float32 model on the CPU; a sequence of `probe` tokens passes what one of `context`
+    tokens would pass.
 
-    Raises whatever the class raises for a config that it does not take, and ValueError where the config stays large.
+    Raises whatever the class raises for a config that it does not take, and ValueError where the
+    config stays large.
     """
     config = shrink_config(model.config, context, probe)
     make: Callable[..., Any] = type(model)._from_config
@@ -59,12 +65,16 @@ def small_model(model: Any, context: int, probe: int, seed: int) -> Any:
 
 
 def stir_weights(model: nn.Module) -> None:
-    """No norm is left at ones, no bias or sink at zeros: they could be taken for each other, or be missed by nobody."""
+    """No norm is left at ones, no bias or sink at zeros: they could be taken for each other, or be
+    missed by nobody.
+    """
     for weight in model.parameters():
         if weight.dim() > 1:
             weight.normal_(0, weight.shape[-1] ** -0.5)
         else:
-            weight.mul_(torch.empty_like(weight).uniform_(0.5, 1.5)).add_(torch.empty_like(weight).uniform_(-0.3, 0.3))
+            weight.mul_(torch.empty_like(weight).uniform_(0.5, 1.5)).add_(
+                torch.empty_like(weight).uniform_(-0.3, 0.3)
+            )
 
 
 def shrink_config(config: Any, context: int, probe: int) -> Any:
@@ -88,7 +98,11 @@ def shrink_config(config: Any, context: int, probe: int) -> Any:
 
 def _fields(config: Any) -> list[tuple[str, Any]]:
     skipped = {"attribute_map", *config.sub_configs}
-    return [(name, value) for name, value in vars(config).items() if not name.startswith("_") and name not in skipped]
+    return [
+        (name, value)
+        for name, value in vars(config).items()
+        if not name.startswith("_") and name not in skipped
+    ]
 
 
 def _shrink_depth(config: Any) -> None:
@@ -135,7 +149,9 @@ def _layer_kind(config: Any, i: int, count: int) -> list[Any]:
 
 
 def _shrink_width(config: Any) -> None:
-    """Fewer heads, in groups as before where they share keys, and the hidden size that goes with them."""
+    """Fewer heads, in groups as before where they share keys, and the hidden size that goes with
+    them.
+    """
     heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
     if not isinstance(heads, int) or not isinstance(hidden, int):
         return
@@ -189,6 +205,14 @@ def _most(name: str) -> float:
         return LORA_RANK
     if "topk_group" in name:
         return 1
-    if "per_tok" in name or name in ("moe_topk", "moe_top_k", "moe_k", "top_k_experts", "n_group", "num_expert_group", "zero_expert_num"):
+    if "per_tok" in name or name in (
+        "moe_topk",
+        "moe_top_k",
+        "moe_k",
+        "top_k_experts",
+        "n_group",
+        "num_expert_group",
+        "zero_expert_num",
+    ):
         return EXPERTS_PER_TOKEN
     return EXPERTS if "experts" in name else float("inf")

@@ -1,4 +1,5 @@
-"""Finished requests as OpenTelemetry traces, where the exporter's own OTEL_* variables ask for them; without, nothing of it is imported.
+"""Finished requests as OpenTelemetry traces, where the exporter's own OTEL_* variables ask for
+them; without, nothing of it is imported.
 
 Knows no HTTP framework: a request comes here as names, times and values.
 """
@@ -16,7 +17,8 @@ from ..errors import SettingsError
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
-CLOSING_S = 2.0  # what the last spans get to leave in; a collector that is gone does not hold the exit
+# What the last spans get to leave in; a collector that is gone does not hold the exit
+CLOSING_S = 2.0
 NAMES = {
     "method": "http.request.method",
     "path": "url.path",
@@ -37,7 +39,11 @@ class TracePart:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A finished request: `whole` and its parts, what its log line says, and the W3C headers it came with. `failed`: on our side."""
+    """A finished request:
+
+    `whole` and its parts, what its log line says, and the W3C headers it came with. `failed`: on
+    our side.
+    """
 
     whole: TracePart
     parts: Sequence[TracePart]
@@ -47,7 +53,10 @@ class Trace:
 
 
 class Tracer:
-    """Exports in the background. Raises ImportError where the packages of the extra `traces` are not installed."""
+    """Exports in the background.
+
+    Raises ImportError where the packages of the extra `traces` are not installed.
+    """
 
     def __init__(self) -> None:
         from opentelemetry import trace
@@ -58,7 +67,8 @@ class Tracer:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         self._api, self._parents = trace, TraceContextTextMapPropagator()
-        told = Resource.create({"service.version": __version__})  # with what OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES say
+        # With what OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES say
+        told = Resource.create({"service.version": __version__})
         if str(told.attributes["service.name"]).startswith("unknown_service"):
             told = told.merge(Resource({"service.name": "adapterd"}))
         self._provider = TracerProvider(resource=told, shutdown_on_exit=False)
@@ -69,10 +79,14 @@ class Tracer:
         late = time.time_ns() - time.monotonic_ns()
         parent = self._parents.extract(done.carrier)
         kind, told = self._api.SpanKind.SERVER, trace_attributes(done.fields)
-        whole = self._tracer.start_span(done.whole.name, parent, kind, told, start_time=_to_nanoseconds(done.whole.start) + late)
+        whole = self._tracer.start_span(
+            done.whole.name, parent, kind, told, start_time=_to_nanoseconds(done.whole.start) + late
+        )
         inside = self._api.set_span_in_context(whole, parent)
         for part in done.parts:
-            self._tracer.start_span(part.name, inside, start_time=_to_nanoseconds(part.start) + late).end(_to_nanoseconds(part.end) + late)
+            self._tracer.start_span(part.name, inside, start_time=_to_nanoseconds(part.start) + late).end(
+                _to_nanoseconds(part.end) + late
+            )
         if done.failed:
             whole.set_status(self._api.StatusCode.ERROR, str(done.fields.get("outcome", "")))
         whole.end(_to_nanoseconds(done.whole.end) + late)
@@ -85,8 +99,14 @@ class Tracer:
 
 
 def is_wanted(environment: Mapping[str, str]) -> bool:
-    """Whether the exporter's variables ask for traces. Raises SettingsError for a protocol other than OTLP over HTTP."""
-    off = environment.get("OTEL_SDK_DISABLED", "").lower() == "true" or environment.get("OTEL_TRACES_EXPORTER", "") == "none"
+    """Whether the exporter's variables ask for traces.
+
+    Raises SettingsError for a protocol other than OTLP over HTTP.
+    """
+    off = (
+        environment.get("OTEL_SDK_DISABLED", "").lower() == "true"
+        or environment.get("OTEL_TRACES_EXPORTER", "") == "none"
+    )
     if off or not any(environment.get(name) for name in ENDPOINTS):
         return False
     for name in PROTOCOLS:
@@ -96,18 +116,25 @@ def is_wanted(environment: Mapping[str, str]) -> bool:
 
 
 def make_tracer(environment: Mapping[str, str]) -> Tracer | None:
-    """The exporter that the environment asks for; None where it asks for none. Raises SettingsError where it cannot be had."""
+    """The exporter that the environment asks for;
+
+    None where it asks for none. Raises SettingsError where it cannot be had.
+    """
     if not is_wanted(environment):
         return None
     try:
         return Tracer()
     except ImportError as error:
         name = next(name for name in ENDPOINTS if environment.get(name))
-        raise SettingsError(f"{name}: traces need the packages of the extra: pip install 'adapterd[traces]' ({error.name})") from None
+        raise SettingsError(
+            f"{name}: traces need the packages of the extra: pip install 'adapterd[traces]' ({error.name})"
+        ) from None
 
 
 def trace_attributes(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A log line's fields by the names that traces use; what has no name in the conventions is under `adapterd.`."""
+    """A log line's fields by the names that traces use; what has no name in the conventions is
+    under `adapterd.`.
+    """
     return {NAMES.get(name, f"adapterd.{name}"): value for name, value in fields.items()}
 
 

@@ -1,4 +1,7 @@
-"""Cuts text at stop strings, and holds back what could still become one. Must not know tokens, adapters or HTTP."""
+"""Cuts text at stop strings, and holds back what could still become one.
+
+Must not know tokens, adapters or HTTP.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,8 @@ class StopStrings:
 
     `found` is the string that ended it, `rest` what came behind it in the same push.
 
-    Works character by character (Knuth, Morris and Pratt), so that the same text in other pieces ends in the same place. Of strings that
-    end at the same character the longest counts.
+    Works character by character (Knuth, Morris and Pratt), so that the same text in other pieces
+    ends in the same place. Of strings that end at the same character the longest counts.
     """
 
     def __init__(self, strings: Sequence[str] = ()) -> None:

@@ -1,8 +1,8 @@
 """The process that renders adapters' chat templates: `python -m service.text.template_process FD`.
 
-The API process imports it too, for what the two say to each other and to render the base's own template by the same
-code. A template is a stranger's program: here it has a limit of processor time, of memory and of characters. Must not
-know tokenizers or HTTP.
+The API process imports it too, for what the two say to each other and to render the base's own
+template by the same code. A template is a stranger's program: here it has a limit of processor
+time, of memory and of characters. Must not know tokenizers or HTTP.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ REASON = 500  # characters of a template's own words that are passed on
 class RenderRequest:
     """A conversation to render, as plain data.
 
-    `variables` are the special tokens' texts; `limit` is the most characters that may be made of it.
+    `variables` are the special tokens' texts; `limit` is the most characters that may be made of
+    it.
     """
 
     template: str
@@ -63,7 +64,9 @@ def render_template(request: RenderRequest) -> str:
     """
     if not request.messages:
         raise ValueError("the conversation is empty")
-    told = [{key: value for key, value in message.items() if value is not None} for message in request.messages]
+    told = [
+        {key: value for key, value in message.items() if value is not None} for message in request.messages
+    ]
     rendered, _ = render_jinja_template(
         conversations=[told],
         tools=request.tools,
@@ -89,7 +92,10 @@ def main(descriptor: str) -> None:
     fresh = _address_space()
     if fresh:
         resource.setrlimit(resource.RLIMIT_AS, (fresh + MEMORY_MB * 10**6,) * 2)
-    with Connection(int(descriptor)) as pipe, contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+    with (
+        Connection(int(descriptor)) as pipe,
+        contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError),
+    ):
         pipe.send_bytes(b"")  # it has begun
         while True:
             pipe.send_bytes(_answer(pipe.recv(), fresh + WORN_MB * 10**6))

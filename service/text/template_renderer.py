@@ -1,7 +1,9 @@
-"""The API process's end of rendering adapters' chat templates: two processes, started when first needed, replaced when they die.
+"""The API process's end of rendering adapters' chat templates: two processes, started when first
+needed, replaced when they die.
 
-A template that was slow or killed its process has the second one from then on, and takes turns there with others of its
-kind, so that it holds up no template that behaves. Must not know HTTP, adapters or tokens.
+A template that was slow or killed its process has the second one from then on, and takes turns
+there with others of its kind, so that it holds up no template that behaves. Must not know HTTP,
+adapters or tokens.
 """
 
 from __future__ import annotations
@@ -23,13 +25,16 @@ from ..threads import PROCESS, run_in
 from .template_process import CPU_S, Rendering, RenderRequest
 
 START_S = 60.0
-WALL_S = 10.0  # for what processor time does not measure: a process that is stopped, or a machine that swaps
+# For what processor time does not measure: a process that is stopped, or a machine that swaps
+WALL_S = 10.0
 LAST_WORDS_S = 2.0  # how long a process may take to end after it closed its pipe
 BYTES = 12  # of JSON for a character, at most
-SLOW_S = 0.25  # of processor time; a template of a usual length takes a few milliseconds, and fifty the first time
+# Of processor time; a template of a usual length takes a few milliseconds, and fifty the first time
+SLOW_S = 0.25
 SLOW_FOR_S = 60.0  # how long a template counts as slow
 SLOW_WAITING = 16  # requests that may wait for slow templates
-ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")  # all that a stranger's program needs
+# All that a stranger's program needs
+ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 
 
 class TemplateRenderer:
@@ -47,9 +52,12 @@ class TemplateRenderer:
         return [process.pid for process in self._turns if process.pid is not None]
 
     async def render(self, request: RenderRequest) -> str:
-        """The rendered text. Raises BadRequest with the template's reason or the limit it broke; Overloaded; NotReady.
+        """The rendered text.
 
-        A caller who leaves gives up the text, not the process: the next one would get this text for its own.
+        Raises BadRequest with the template's reason or the limit it broke; Overloaded; NotReady.
+
+        A caller who leaves gives up the text, not the process: the next one would get this text for
+        its own.
         """
         outcome = await asyncio.shield(asyncio.create_task(self._in_turn(request)))
         if isinstance(outcome, AdapterdError):
@@ -68,7 +76,8 @@ class TemplateRenderer:
     async def _in_turn(self, request: RenderRequest) -> Rendering | AdapterdError:
         if not self._is_slow(request.template):
             async with self._turns[self._quick]:
-                if not self._is_slow(request.template):  # another conversation may have shown it meanwhile
+                # Another conversation may have shown it meanwhile
+                if not self._is_slow(request.template):
                     return await self._rendered(self._quick, request)
         if self._slow_waiting >= SLOW_WAITING:
             return Overloaded("too many requests wait for chat templates that are slow", retry_after=10)
@@ -104,13 +113,18 @@ class RenderProcess:
         return self._popen.pid if self._popen else None
 
     def render(self, request: RenderRequest) -> Rendering | AdapterdError:
-        """The rendering. A process that somebody else killed is no fault of the template unless it happens twice."""
+        """The rendering.
+
+        A process that somebody else killed is no fault of the template unless it happens twice.
+        """
         for _ in range(2):
             try:
                 pipe = self._started()
             except (EOFError, OSError):
                 self._end()
-                return NotReady("not ready: the process that renders chat templates cannot be started", retry_after=2)
+                return NotReady(
+                    "not ready: the process that renders chat templates cannot be started", retry_after=2
+                )
             rendering = self._exchanged(pipe, request)
             if rendering is not None:
                 return rendering
@@ -190,5 +204,10 @@ def _environment() -> dict[str, str]:
     """No key and no token of the service's own."""
     kept = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     paths = os.pathsep.join(path for path in sys.path if path)  # it must find the very same modules
-    quiet = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    quiet = {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+    }
     return kept | quiet | {"PYTHONPATH": paths}

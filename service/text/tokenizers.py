@@ -1,4 +1,5 @@
-"""The tokenizer border: prompts and chats to ids, ids to text, for the base and for adapters that bring their own words.
+"""The tokenizer border: prompts and chats to ids, ids to text, for the base and for adapters that
+bring their own words.
 
 Knows tokenizer files and chat templates. Must not know HTTP, names or sequences.
 """
@@ -29,15 +30,25 @@ from .template_renderer import TemplateRenderer
 from .tool_calls import CallFormat, declared_format
 
 KEPT = 512  # voices of adapters that stay in memory; most share the base's tokenizer and are small
-OWN_KEPT = 16  # tokenizers among them that are an adapter's own, of a hundred megabytes each where the vocabulary is large
-PIECES = 16_384  # texts of single tokens that a tokenizer's voices remember: 3 MB, and nearly all that are told
-WORDS, SETTINGS, SPECIALS, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"
+# Tokenizers among them that are an adapter's own, of a hundred megabytes each where the vocabulary
+# is large
+OWN_KEPT = 16
+# Texts of single tokens that a tokenizer's voices remember: 3 MB, and nearly all that are told
+PIECES = 16_384
+WORDS, SETTINGS, SPECIALS, TEMPLATE = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
 ADDED = "added_tokens.json"
-VOCABULARIES = (ADDED, "vocab.*", "merges.txt", "tokenizer.model")  # what counts where there is no tokenizer.json
+# What counts where there is no tokenizer.json
+VOCABULARIES = (ADDED, "vocab.*", "merges.txt", "tokenizer.model")
 TEMPLATE_JSON, GENERATION, CONFIG = "chat_template.json", "generation_config.json", "config.json"
 OWN = (WORDS, *VOCABULARIES, SETTINGS, SPECIALS, TEMPLATE, TEMPLATE_JSON, GENERATION)
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-UNSHAPING = ("chat_template", "model_max_length", "name_or_path", "padding_side", "truncation_side")  # settings that shape no ids
+# Settings that shape no ids
+UNSHAPING = ("chat_template", "model_max_length", "name_or_path", "padding_side", "truncation_side")
 LONGEST_TEMPLATE = 1_000_000  # characters
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how sentencepiece writes one
 BYTES = {char: byte for byte, char in bytes_to_unicode().items()}  # how byte-level tokenizers do
@@ -47,7 +58,9 @@ Templates = str | dict[str, str]
 
 
 class Tokenizers:
-    """All voices over one base: its own, and those of adapters whose folders bring a tokenizer, a template or other eos tokens."""
+    """All voices over one base: its own, and those of adapters whose folders bring a tokenizer, a
+    template or other eos tokens.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         """Reads the base's folder. Raises SettingsError when it holds no usable tokenizer."""
@@ -73,11 +86,15 @@ class Tokenizers:
         return self._voices.get(digest)
 
     def tokenizer_of(self, digest: Digest, folder: Path, files: Manifest) -> AdapterTokenizer:
-        """The voice of this content, from a folder that must still hold it. Raises AdapterInvalid when it does not, or is broken."""
+        """The voice of this content, from a folder that must still hold it.
+
+        Raises AdapterInvalid when it does not, or is broken.
+        """
         try:
             voice = self._read_tokenizer(folder)
         finally:
-            check_text_files(folder, files)  # what was read was this content's only if it is so still
+            # What was read was this content's only if it is so still
+            check_text_files(folder, files)
         voice = self._voices.setdefault(digest, voice)
         kept = list(self._voices.items())  # a list, for other threads add to it meanwhile
         own = [old for old, spoken in kept if spoken.words.own]
@@ -100,13 +117,25 @@ class Tokenizers:
             eos = self.base.eos | _eos_ids(folder, GENERATION) | ({own} if own is not None else set())
         except AdapterInvalid:
             raise
-        except BaseException as error:  # the tokenizers library raises plain Exceptions, and its panics are not even those
-            raise AdapterInvalid([f"the adapter's tokenizer files cannot be read: {type(error).__name__}"]) from error
+        except (
+            BaseException
+        ) as error:  # the tokenizers library raises plain Exceptions, and its panics are not even those
+            raise AdapterInvalid(
+                [f"the adapter's tokenizer files cannot be read: {type(error).__name__}"]
+            ) from error
         specials = {**self.base.specials, **named}
-        return AdapterTokenizer(words, eos, templates, specials, (templates, specials) != (self.base.templates, self.base.specials))
+        return AdapterTokenizer(
+            words,
+            eos,
+            templates,
+            specials,
+            (templates, specials) != (self.base.templates, self.base.specials),
+        )
 
     def _words_of(self, folder: Path, settings: Mapping[str, Any]) -> Words:
-        """The adapter's own tokenizer, or the base's where all that shapes ids and text is the same. One of each content is kept."""
+        """The adapter's own tokenizer, or the base's where all that shapes ids and text is the
+        same. One of each content is kept.
+        """
         contents = {file.name: _digest(file) for file in _word_files(folder)}
         if contents.items() <= self._contents.items() and not (contents and self._adds_tokens(settings)):
             return self._words
@@ -123,14 +152,23 @@ class Tokenizers:
         return found
 
     def _adds_tokens(self, settings: Mapping[str, Any]) -> bool:
-        """Whether transformers would add tokens to the base's tokenizer by these settings, or use its tokens in another way."""
+        """Whether transformers would add tokens to the base's tokenizer by these settings, or use
+        its tokens in another way.
+        """
         known = {str(id): token for id, token in self._words.backend.get_added_tokens_decoder().items()}
-        added = {id: AddedToken(**token) for id, token in (settings.get("added_tokens_decoder") or {}).items()}
+        added = {
+            id: AddedToken(**token) for id, token in (settings.get("added_tokens_decoder") or {}).items()
+        }
         others = [settings.get(key) or () for key in ("additional_special_tokens", "extra_special_tokens")]
-        listed = [token for group in others for token in (group.values() if isinstance(group, dict) else group)]
+        listed = [
+            token for group in others for token in (group.values() if isinstance(group, dict) else group)
+        ]
         special = {text for token in (*listed, *map(settings.get, NAMED)) if (text := _special_text(token))}
         return (
-            any(id not in known or token.__getstate__() != known[id].__getstate__() for id, token in added.items())
+            any(
+                id not in known or token.__getstate__() != known[id].__getstate__()
+                for id, token in added.items()
+            )
             or not special <= {token.content for token in known.values() if token.special}
             or any(settings.get(key) for key in ("split_special_tokens", "fix_mistral_regex"))
         )
@@ -139,10 +177,14 @@ class Tokenizers:
         backend = self._backend_of(folder)
         if _serialized(backend) in self._serialized:
             return self._words
-        return Words(backend, own=True, own_vocabulary=not self._vocabulary.items() <= backend.get_vocab().items())
+        return Words(
+            backend, own=True, own_vocabulary=not self._vocabulary.items() <= backend.get_vocab().items()
+        )
 
     def _backend_of(self, folder: Path) -> Tokenizer:
-        """What transformers makes of the folder; a tokenizer.json as it is, whatever class the settings name."""
+        """What transformers makes of the folder; a tokenizer.json as it is, whatever class the
+        settings name.
+        """
         kind = AutoTokenizer if "tokenizer_class" in _read_json(folder / SETTINGS) else type(self._tokenizer)
         try:
             return _backend(PreTrainedTokenizerFast if (folder / WORDS).exists() else kind, folder)
@@ -151,22 +193,35 @@ class Tokenizers:
                 raise
             names = ", ".join(file.name for file in _word_files(folder))
             hint = "save it again with a tokenizer.json"
-            raise AdapterInvalid([f"the adapter's tokenizer files cannot be read: {names}: {type(error).__name__}; {hint}"]) from error
+            raise AdapterInvalid(
+                [f"the adapter's tokenizer files cannot be read: {names}: {type(error).__name__}; {hint}"]
+            ) from error
 
     @cached_property
     def _contents(self) -> dict[str, str]:
-        return {file.name: _digest(file) for name in (WORDS, *VOCABULARIES) for file in self.folder.glob(name)}
+        return {
+            file.name: _digest(file) for name in (WORDS, *VOCABULARIES) for file in self.folder.glob(name)
+        }
 
     @cached_property
     def _serialized(self) -> set[str]:
-        """The base's tokenizer, as it is and as its file has it, for some classes of transformers build it anew."""
+        """The base's tokenizer, as it is and as its file has it, for some classes of transformers
+        build it anew.
+        """
         plain = (self.folder / WORDS).exists() and type(self._tokenizer) is not PreTrainedTokenizerFast
-        return {_serialized(self._words.backend), *([_serialized(_backend(PreTrainedTokenizerFast, self.folder))] if plain else [])}
+        return {
+            _serialized(self._words.backend),
+            *([_serialized(_backend(PreTrainedTokenizerFast, self.folder))] if plain else []),
+        }
 
 
 @dataclass(frozen=True, eq=False)
 class Words:
-    """A tokenizer. `own`: it is an adapter's, and so a stranger's program; `own_vocabulary`: ids mean other texts than the base's."""
+    """A tokenizer.
+
+    `own`: it is an adapter's, and so a stranger's program; `own_vocabulary`: ids mean other texts
+    than the base's.
+    """
 
     backend: Tokenizer
     own: bool = False
@@ -176,20 +231,25 @@ class Words:
     def piece(self) -> Callable[[int], str]:
         """Gives one token's text; see `AdapterTokenizer.token_text`.
 
-        Remembers it, for beside each token twenty likely ones may be told, and they are mostly the same.
+        Remembers it, for beside each token twenty likely ones may be told, and they are mostly the
+        same.
         """
         decode, (ids, lead) = self.backend.decode, self._lead
 
         @lru_cache(maxsize=PIECES)
         def piece(id: int) -> str:
             text: str = decode([*ids, id], skip_special_tokens=False)
-            return text.removeprefix(lead) if text.startswith(lead) else decode([id], skip_special_tokens=False)
+            return (
+                text.removeprefix(lead) if text.startswith(lead) else decode([id], skip_special_tokens=False)
+            )
 
         return piece
 
     @cached_property
     def _lead(self) -> tuple[list[int], str]:
-        """A token to decode others behind, for at the start of a text some tokenizers drop a space, and its own text."""
+        """A token to decode others behind, for at the start of a text some tokenizers drop a space,
+        and its own text.
+        """
         ids = self.backend.encode("a", add_special_tokens=False).ids[-1:]
         text = self.backend.decode(ids, skip_special_tokens=False)
         return (ids, text) if text and BROKEN not in text else ([], "")
@@ -199,8 +259,9 @@ class Words:
 class AdapterTokenizer:
     """How the base or one adapter reads and writes text. Safe to use from several threads.
 
-    `templates` is a chat template, or several by name (`default`, `tool_use`), or None; `specials` are the special tokens' texts that a
-    template may use. `own_template`: one of these is an adapter's, and so a stranger's program.
+    `templates` is a chat template, or several by name (`default`, `tool_use`), or None; `specials`
+    are the special tokens' texts that a template may use. `own_template`: one of these is an
+    adapter's, and so a stranger's program.
     """
 
     words: Words
@@ -219,7 +280,10 @@ class AdapterTokenizer:
         return frozenset(id for id, token in self.backend.get_added_tokens_decoder().items() if token.special)
 
     def encode(self, text: str, special: bool = True) -> tuple[int, ...]:
-        """Ids of a text; `special`: with the tokens this tokenizer puts around plain text. Raises BadRequest for lone surrogates.
+        """Ids of a text;
+
+        `special`: with the tokens this tokenizer puts around plain text. Raises BadRequest for lone
+        surrogates.
 
         As a batch of one, for only then does the library let other threads run meanwhile.
         """
@@ -241,7 +305,9 @@ class AdapterTokenizer:
         return IncrementalDecoder(self.backend.decode, self.special, prompt)
 
     def token_text(self, id: int) -> str:
-        """One token's text as it is within a text, special ones by their name; the bytes of an incomplete character are U+FFFD."""
+        """One token's text as it is within a text, special ones by their name; the bytes of an
+        incomplete character are U+FFFD.
+        """
         return self.words.piece(id)
 
     def piece_bytes(self, id: int) -> bytes:
@@ -259,7 +325,10 @@ class AdapterTokenizer:
         if isinstance(found, dict):
             found = (found.get("tool_use") if tools else None) or found.get("default")
         if not found:
-            raise BadRequest("this model has no chat template: use completions, or an adapter that brings a template", param="messages")
+            raise BadRequest(
+                "this model has no chat template: use completions, or an adapter that brings a template",
+                param="messages",
+            )
         return found
 
     def tool_format(self) -> CallFormat | None:
@@ -269,14 +338,24 @@ class AdapterTokenizer:
             raise BadRequest("tools: this model's chat template takes none", param="tools")
         return declared_format(template)
 
-    def render_request(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, limit: int) -> RenderRequest:
-        """The conversation as the template gets it, to be at most so many characters. Raises BadRequest when there is no template."""
+    def render_request(
+        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, limit: int
+    ) -> RenderRequest:
+        """The conversation as the template gets it, to be at most so many characters.
+
+        Raises BadRequest when there is no template.
+        """
         shown = [dict(tool) for tool in tools] if tools else None
-        return RenderRequest(self.choose_template(bool(tools)), [dict(m) for m in messages], shown, dict(self.specials), limit)
+        return RenderRequest(
+            self.choose_template(bool(tools)), [dict(m) for m in messages], shown, dict(self.specials), limit
+        )
 
     @staticmethod
     def render_here(request: RenderRequest) -> str:
-        """The rendered text, in this process: for the base's own template only. Raises BadRequest with the template's own reason."""
+        """The rendered text, in this process: for the base's own template only.
+
+        Raises BadRequest with the template's own reason.
+        """
         try:
             return render_template(request)
         except Exception as error:  # a template may raise anything
@@ -295,7 +374,9 @@ def _load_tokenizer(folder: Path) -> Any:
 
 
 def _backend(kind: Any, folder: Path) -> Tokenizer:
-    found: Tokenizer = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False).backend_tokenizer
+    found: Tokenizer = kind.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    ).backend_tokenizer
     found.no_truncation()
     found.no_padding()
     return found
@@ -334,7 +415,10 @@ def _eos_ids(folder: Path, name: str) -> frozenset[int]:
 
 
 def _templates(folder: Path, settings: Mapping[str, Any]) -> Templates | None:
-    """From a file of its own, the settings, or the file that processors save. Raises AdapterInvalid for one that is too long."""
+    """From a file of its own, the settings, or the file that processors save.
+
+    Raises AdapterInvalid for one that is too long.
+    """
     if (folder / TEMPLATE).exists():
         found: Any = (folder / TEMPLATE).read_text("utf-8")
     else:

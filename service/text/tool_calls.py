@@ -1,4 +1,6 @@
-"""Tool calls in a model's text: the format its chat template declares, and reading them out of an answer. Must not know HTTP or tokens."""
+"""Tool calls in a model's text: the format its chat template declares, and reading them out of an
+answer. Must not know HTTP or tokens.
+"""
 
 from __future__ import annotations
 
@@ -36,13 +38,17 @@ def declared_format(template: str) -> CallFormat | None:
 
 
 class CallParser:
-    """An answer that may hold calls of the named tools, as it grows: content passes, what could be calls is kept for `finish`.
+    """An answer that may hold calls of the named tools, as it grows: content passes, what could be
+    calls is kept for `finish`.
 
-    The marker may be missing, for tokenizers drop it where it is a special token: text that begins like JSON is kept too. `forced`: the
-    whole answer is calls. `single`: of several only the first one counts.
+    The marker may be missing, for tokenizers drop it where it is a special token: text that begins
+    like JSON is kept too. `forced`: the whole answer is calls. `single`: of several only the first
+    one counts.
     """
 
-    def __init__(self, format: CallFormat | None, names: Collection[str], forced: bool = False, single: bool = False) -> None:
+    def __init__(
+        self, format: CallFormat | None, names: Collection[str], forced: bool = False, single: bool = False
+    ) -> None:
         self._format, self._names, self._most = format, names, 1 if single else None
         self._marker = StopStrings([format] if format else [])
         self._kept: str | None = "" if forced else None
@@ -64,7 +70,10 @@ class CallParser:
         return content
 
     def finish_calls(self) -> tuple[str, list[ToolCallText]]:
-        """The content that was held back, and the calls. What is not wholly made of calls is content."""
+        """The content that was held back, and the calls.
+
+        What is not wholly made of calls is content.
+        """
         if self._kept is None:
             return self._marker.flush_held(), []
         text = self._kept.lstrip().removeprefix(self._format or "")
@@ -76,7 +85,10 @@ class CallParser:
 
 
 def _iterate_values(text: str) -> Iterator[Any]:
-    """The JSON values in the text, lists of them taken apart. Raises ValueError where there is anything else."""
+    """The JSON values in the text, lists of them taken apart.
+
+    Raises ValueError where there is anything else.
+    """
     decoder = json.JSONDecoder()
     at = _skip_blanks(text, 0)
     while at < len(text):
@@ -94,6 +106,10 @@ def _make_call(value: Any, names: Collection[str]) -> ToolCallText:
     if not isinstance(value, dict) or value.get("name") not in names:
         raise ValueError("not a call of a known tool")
     arguments = value.get("arguments", value.get("parameters", {}))
-    text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    text = (
+        arguments
+        if isinstance(arguments, str)
+        else json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    )
     text.encode()  # an escape in it may be half a character, which no answer could carry
     return ToolCallText(value["name"], text)

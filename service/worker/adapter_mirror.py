@@ -1,4 +1,5 @@
-"""What the worker was told of adapters and what it said of them, so that a new worker can be told again and nobody waits for ever.
+"""What the worker was told of adapters and what it said of them, so that a new worker can be told
+again and nobody waits for ever.
 
 Lives on the event loop; must not know requests, processes or adapter names.
 """
@@ -35,7 +36,8 @@ class AdapterMirror:
         pinned = pinned or (known is not None and known.pinned)
         if preload:
             self._expect_load(adapter.digest)
-        awaited = adapter.digest in self._loads and not self._loads[adapter.digest].done()  # a new worker must read it, too
+        # A new worker must read it, too
+        awaited = adapter.digest in self._loads and not self._loads[adapter.digest].done()
         self._offers[adapter.digest] = AddAdapter(adapter, pinned, preload or awaited)
         self._send(self._offers[adapter.digest])
         self._count_tiers()
@@ -73,7 +75,9 @@ class AdapterMirror:
         return self._tiers.get(digest, Tier.DISK)
 
     def count_request(self, digest: Digest) -> None:
-        """A request for this content was admitted: whether it is where it is needed is counted, tier by tier."""
+        """A request for this content was admitted: whether it is where it is needed is counted,
+        tier by tier.
+        """
         offer = self._offers.get(digest)
         if offer is not None:
             resident, hosted = self.tier_of(digest) is Tier.DEVICE, self.tier_of(digest) is not Tier.DISK
@@ -99,7 +103,8 @@ class AdapterMirror:
                 metrics.adapter_loaded(load.seconds, load.size)
             self._load_ended(load)
             self.watcher(load)
-        for digest, freed in report.dropped:  # before the tiers: an adapter offered again since then tells its own
+        # Before the tiers: an adapter offered again since then tells its own
+        for digest, freed in report.dropped:
             self._tiers.pop(digest, None)
             self._forget_adapter(digest)
             self._on_removed(digest, freed)

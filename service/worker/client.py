@@ -1,4 +1,6 @@
-"""The API process's end of the engine: requests become tickets, adapters are offered. Survives its worker.
+"""The API process's end of the engine: requests become tickets, adapters are offered.
+
+Survives its worker.
 
 Everything here runs on the event loop; must not know HTTP, text or adapter names.
 """
@@ -28,9 +30,12 @@ CLOSING = "the service is shutting down"
 
 
 class WorkerClient:
-    """One worker and what it was asked for. Every admitted request gets exactly one terminal event, whatever happens to the worker.
+    """One worker and what it was asked for.
 
-    `pool` and `gauges` are the worker's last words on them. `factory` is the `module:function` that builds the worker's runner.
+    Every admitted request gets exactly one terminal event, whatever happens to the worker.
+
+    `pool` and `gauges` are the worker's last words on them. `factory` is the `module:function` that
+    builds the worker's runner.
     """
 
     def __init__(self, settings: Settings, factory: str = FACTORY) -> None:
@@ -90,7 +95,9 @@ class WorkerClient:
             raise NotReady(self.reason)
 
     async def stop_worker(self, grace_s: float) -> None:
-        """Takes no more requests, lets the admitted ones finish within the grace, ends the rest and the worker. No process remains."""
+        """Takes no more requests, lets the admitted ones finish within the grace, ends the rest and
+        the worker. No process remains.
+        """
         self._worker.stop_restarting(CLOSING)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
@@ -110,14 +117,21 @@ class WorkerClient:
         eos: frozenset[int] = frozenset(),
         prompt_logprobs: int | None = None,
     ) -> Ticket:
-        """Admits a request. Raises NotReady or Overloaded, both with `retry_after`, and then nothing was admitted."""
+        """Admits a request.
+
+        Raises NotReady or Overloaded, both with `retry_after`, and then nothing was admitted.
+        """
         self._check_admission()
-        request = Request(next(self._ids), prompt, max_tokens, adapter, sampling or Sampling(), eos, prompt_logprobs)
+        request = Request(
+            next(self._ids), prompt, max_tokens, adapter, sampling or Sampling(), eos, prompt_logprobs
+        )
         ticket = Ticket(request, self._cancel_request)
         self._tickets[request.id] = ticket
         self._empty.clear()
         limit = self.settings.request_timeout_s
-        self._deadlines[request.id] = asyncio.get_running_loop().call_later(limit, self._expire_request, ticket)
+        self._deadlines[request.id] = asyncio.get_running_loop().call_later(
+            limit, self._expire_request, ticket
+        )
         if adapter is not None:
             self._offers.count_request(adapter)
         self._pass_on(ticket)
@@ -143,14 +157,19 @@ class WorkerClient:
     def _expire_request(self, ticket: Ticket) -> None:
         self._worker.send_command(Cancel(ticket.request.id))
         self._fail_request(
-            ticket, DeadlineExceeded.code, f"the request took longer than its limit of {self.settings.request_timeout_s:g} s"
+            ticket,
+            DeadlineExceeded.code,
+            f"the request took longer than its limit of {self.settings.request_timeout_s:g} s",
         )
 
     def _fail_request(self, ticket: Ticket, code: str, message: str) -> None:
         """A caller that has cancelled is told of that and nothing else."""
         id = ticket.request.id
         cancelled = Event(id, finish=Finish.CANCELLED)
-        self._end_request(ticket, cancelled if ticket.leaving else Event(id, finish=Finish.FAILED, code=code, message=message))
+        self._end_request(
+            ticket,
+            cancelled if ticket.leaving else Event(id, finish=Finish.FAILED, code=code, message=message),
+        )
 
     def _fail_all(self, why: str, tickets: Iterable[Ticket]) -> None:
         for ticket in list(tickets):
@@ -172,11 +191,17 @@ class WorkerClient:
     # ---- adapters
 
     def add_adapter(self, adapter: Adapter, pinned: bool = False, preload: bool = True) -> None:
-        """This content may be asked for from now on, over restarts too; a pin it already has stays. `preload`: read it now."""
+        """This content may be asked for from now on, over restarts too; a pin it already has stays.
+
+        `preload`: read it now.
+        """
         self._offers.add_adapter(adapter, pinned, preload)
 
     async def wait_until_loaded(self, digest: Digest) -> Load:
-        """How the adapter's way into host memory ended; `Load.error` says why it did not get there. Sets out for it if nobody has."""
+        """How the adapter's way into host memory ended;
+
+        `Load.error` says why it did not get there. Sets out for it if nobody has.
+        """
         return await self._offers.wait_until_loaded(digest)
 
     def watch_loads(self, watcher: Callable[[Load], None]) -> None:
@@ -187,7 +212,9 @@ class WorkerClient:
         self._offers.pin_adapter(digest, pinned)
 
     async def remove_adapter(self, digest: Digest) -> int:
-        """Forgets the content once the requests that were admitted for it have ended; the bytes of host memory freed."""
+        """Forgets the content once the requests that were admitted for it have ended; the bytes of
+        host memory freed.
+        """
         return await self._offers.remove_adapter(digest)
 
     def tier_of(self, digest: Digest) -> Tier:
@@ -220,7 +247,9 @@ class WorkerClient:
         self._sent.clear()
         self.pool, self.gauges = (), Gauges()
         self._measure_device(base=False)
-        self._fail_all(why, (t for t in self._tickets.values() if for_good or t.started is not None or t.leaving))
+        self._fail_all(
+            why, (t for t in self._tickets.values() if for_good or t.started is not None or t.leaving)
+        )
         self._offers.on_worker_lost()
         if for_good:
             self._offers.end_waiting()
@@ -253,7 +282,11 @@ class WorkerClient:
         if event.token is not None:
             metrics.GENERATED_TOKENS.inc()
             if ticket is not None:
-                since, seen = (ticket.submitted, metrics.FIRST_TOKEN) if ticket.last is None else (ticket.last, metrics.INTER_TOKEN)
+                since, seen = (
+                    (ticket.submitted, metrics.FIRST_TOKEN)
+                    if ticket.last is None
+                    else (ticket.last, metrics.INTER_TOKEN)
+                )
                 seen.observe(now - since)
         if ticket is not None and event.finish is not None:
             self._end_request(ticket, event)

@@ -1,7 +1,8 @@
-"""Reads adapters into host memory on a thread of its own, one at a time, so that no step waits for a disk.
+"""Reads adapters into host memory on a thread of its own, one at a time, so that no step waits for
+a disk.
 
-What does not fit the memory that is left is refused before it is read: else the system would kill the worker for it.
-Must not know who asks for an adapter, or which one comes next.
+What does not fit the memory that is left is refused before it is read: else the system would kill
+the worker for it. Must not know who asks for an adapter, or which one comes next.
 """
 
 from __future__ import annotations
@@ -26,10 +27,11 @@ BYTES_PER_S = 20e6  # the slowest disk that is waited for
 
 
 class Loader:
-    """`results` yields a (Load, error code) for each `read`; it can be waited for beside other connections.
+    """`results` yields a (Load, error code) for each `read`; it can be waited for beside other
+    connections.
 
-    `deadline` is the `time.monotonic` at which what is being read should have come; infinite when nothing is. One that hangs is given up
-    with its thread: another Loader reads on.
+    `deadline` is the `time.monotonic` at which what is being read should have come; infinite when
+    nothing is. One that hangs is given up with its thread: another Loader reads on.
     """
 
     def __init__(self, runner: Runner, slow_s: float = 0.0) -> None:
@@ -64,13 +66,21 @@ class Loader:
         """The bytes read, or the code and the words of what went wrong."""
         free = memory.free_bytes()
         if free is not None and adapter.size > free:
-            return 0, Overloaded.code, f"there is not enough memory for the adapter: it takes {adapter.size} bytes, {free} are free"
+            return (
+                0,
+                Overloaded.code,
+                f"there is not enough memory for the adapter: it takes {adapter.size} bytes, {free} are free",
+            )
         try:
             return self._runner.load_adapter(adapter), "", ""
         except AdapterdError as error:
             return 0, error.code, error.message or error.code
         except OSError as error:
-            return 0, AdapterInvalid.code, f"the adapter's files cannot be read: {error.strerror or type(error).__name__}"
+            return (
+                0,
+                AdapterInvalid.code,
+                f"the adapter's files cannot be read: {error.strerror or type(error).__name__}",
+            )
         except Exception as error:
             log.exception("an adapter could not be loaded")
             return 0, Internal.code, f"the adapter could not be loaded ({type(error).__name__})"

@@ -1,6 +1,9 @@
-"""The worker process: orders in, plan, step, reports out. `python -m service.worker.loop FD MODULE:FACTORY`.
+"""The worker process: orders in, plan, step, reports out.
 
-It owns the device and the only sampling clock, and ends when its parent does. Must not know HTTP, text or names.
+`python -m service.worker.loop FD MODULE:FACTORY`.
+
+It owns the device and the only sampling clock, and ends when its parent does. Must not know HTTP,
+text or names.
 """
 
 from __future__ import annotations
@@ -48,7 +51,8 @@ Factory = Callable[[Settings, Callable[[str, float], None]], tuple[Runner, BaseI
 
 NOTHING = Plan()
 HEARTBEAT_S = 2.0
-RAISED_TWICE = 70  # exit code: two steps in a row raised in all their parts, so the device is not to be trusted
+# Exit code: two steps in a row raised in all their parts, so the device is not to be trusted
+RAISED_TWICE = 70
 PREFILL = {"cpu": 512}
 PREFILL_ELSEWHERE = 4096
 UNRUNNABLE = "this base cannot run this adapter: its step raised {}"
@@ -96,7 +100,10 @@ class Worker:
         return plan == NOTHING and not told
 
     def _receive_commands(self, idle: bool) -> bool:
-        """Takes in all orders and loads there are, waiting for one if idle; False when it is time to end."""
+        """Takes in all orders and loads there are, waiting for one if idle;
+
+        False when it is time to end.
+        """
         late = [loader.results for loader in self.given_up]
         if not wait([self.connection, self.loader.results, *late], self.heartbeat_s if idle else 0) and idle:
             self._send_message(Report(gauges=self.scheduler.gauges))
@@ -149,7 +156,9 @@ class Worker:
         self.loader.end_reading()
         self.given_up.append(self.loader)
         self.loader = Loader(self.runner, self.faults.slow_load)
-        self._fail_load(Load(digest, 0.0, 0, "reading the adapter's files took too long"), AdapterInvalid.code)
+        self._fail_load(
+            Load(digest, 0.0, 0, "reading the adapter's files took too long"), AdapterInvalid.code
+        )
 
     def _fail_load(self, load: Load, code: str) -> None:
         """An earlier reading of the same that came too late may have been kept for this one."""
@@ -158,7 +167,9 @@ class Worker:
         self.runner.evict_adapter(load.digest)
 
     def _clear_up(self) -> None:
-        """What was given up and has come after all is not kept, unless it was asked for again since."""
+        """What was given up and has come after all is not kept, unless it was asked for again
+        since.
+        """
         for loader in [late for late in self.given_up if late.results.poll()]:
             self.given_up.remove(loader)
             load, _ = loader.take_result()
@@ -185,14 +196,17 @@ class Worker:
         sound = bool(results) or not (failed or unplaced) or self._is_sound(failed)
         self.raised = 0 if sound else self.raised + 1
         guilty = self._guilty(failed, errors) if sound else {}
-        self.scheduler.commit_step(plan, [results.get(chunk.request.id) or _failure(chunk, guilty) for chunk in plan.chunks])
+        self.scheduler.commit_step(
+            plan, [results.get(chunk.request.id) or _failure(chunk, guilty) for chunk in plan.chunks]
+        )
         self.scheduler.unplace(at for at in plan.place if at.digest in unplaced)
         for digest, reason in guilty.items():
             self.scheduler.refuse(digest, reason)
             self._loads.append(Load(digest, 0.0, 0, reason))
 
     def _prepare(self, plan: Plan) -> set[Digest]:
-        """Steps of their own: their times are told, and a step that is run again copies nothing again.
+        """Steps of their own: their times are told, and a step that is run again copies nothing
+        again.
 
         The adapters that could not be placed.
         """
@@ -211,7 +225,9 @@ class Worker:
         return unplaced
 
     def _attempt(self, chunks: Sequence[Chunk], results: dict[int, Result], errors: dict[int, str]) -> None:
-        """Runs these together; where that raises, each adapter's apart, and of those that raise each request alone."""
+        """Runs these together; where that raises, each adapter's apart, and of those that raise
+        each request alone.
+        """
         try:
             made = self._run_chunks(chunks)
         except Exception as error:
@@ -238,10 +254,14 @@ class Worker:
         }
 
     def _runs(self, chunk: Chunk, adapter: Digest | None) -> bool:
-        """Whether two tokens can be run in the row of this failed chunk, which nobody reads any more."""
+        """Whether two tokens can be run in the row of this failed chunk, which nobody reads any
+        more.
+        """
         tokens = (chunk.request.prompt * 2)[:2]
         try:
-            self.runner.run_step(Plan(chunks=(Chunk(Request(TRIAL, tokens, 0, adapter), chunk.row, 0, tokens, False),)))
+            self.runner.run_step(
+                Plan(chunks=(Chunk(Request(TRIAL, tokens, 0, adapter), chunk.row, 0, tokens, False),))
+            )
         except Exception:
             return False
         return True
@@ -290,7 +310,11 @@ def split(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
 def _failure(chunk: Chunk, guilty: Mapping[Digest, str]) -> Result:
     """What becomes of a request whose own part of a step raised."""
     reason = guilty.get(chunk.request.adapter or "")
-    return Result(error=reason, code=AdapterInvalid.code) if reason else Result(error="the step that ran this request failed")
+    return (
+        Result(error=reason, code=AdapterInvalid.code)
+        if reason
+        else Result(error="the step that ran this request failed")
+    )
 
 
 def inject_faults(faults: Faults, made: set[int]) -> None:
@@ -304,7 +328,10 @@ def inject_faults(faults: Faults, made: set[int]) -> None:
 
 
 def serve_worker(connection: Connection, settings: Settings, factory: Factory) -> int:
-    """Builds the runner, then obeys until told to end; the exit code. Raises OSError or EOFError when the parent is gone."""
+    """Builds the runner, then obeys until told to end; the exit code.
+
+    Raises OSError or EOFError when the parent is gone.
+    """
     try:
         runner, card = factory(settings, lambda stage, fraction: connection.send(Progress(stage, fraction)))
     except (AdapterdError, SettingsError) as error:
@@ -324,7 +351,10 @@ def run_process(descriptor: str, factory: str) -> int:
     die_with_parent()
     be_the_first_to_go()
     module, _, function = factory.partition(":")
-    with Connection(int(descriptor)) as connection, contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError):
+    with (
+        Connection(int(descriptor)) as connection,
+        contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError),
+    ):
         settings: Settings = connection.recv()
         logs.set_up_logging(settings.log_format, settings.log_level)
         return serve_worker(connection, settings, getattr(importlib.import_module(module), function))

@@ -1,4 +1,6 @@
-"""How much memory this process may still take, as Linux tells: of the machine and of its control group. Knows nothing of what it is for."""
+"""How much memory this process may still take, as Linux tells: of the machine and of its control
+group. Knows nothing of what it is for.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 """The API process's grip on one worker process: starts it, carries messages both ways, ends it.
 
-Two threads, so that neither the event loop nor the worker ever waits for the other. Must not know tickets or adapters.
+Two threads, so that neither the event loop nor the worker ever waits for the other. Must not know
+tickets or adapters.
 """
 
 from __future__ import annotations
@@ -18,23 +19,34 @@ from queue import SimpleQueue
 from ..core.messages import Command, Message
 from ..settings import Settings
 
-CPU_TIMES = slice(11, 15)  # of /proc/PID/stat behind the name: user, system, and both of its children; see proc(5)
+# Of /proc/PID/stat behind the name: user, system, and both of its children; see proc(5)
+CPU_TIMES = slice(11, 15)
 LAST_WORDS_S = 2.0  # how long a worker may take to end after it closed its connection
 
 
 class WorkerProcess:
-    """One life of a worker. `heard` gets each notice and `ended` the exit code, once, both on the reading thread."""
+    """One life of a worker.
 
-    def __init__(self, settings: Settings, factory: str, heard: Callable[[Message], None], ended: Callable[[int], None]) -> None:
+    `heard` gets each notice and `ended` the exit code, once, both on the reading thread.
+    """
+
+    def __init__(
+        self, settings: Settings, factory: str, heard: Callable[[Message], None], ended: Callable[[int], None]
+    ) -> None:
         self._connection, theirs = Pipe()
         command = [sys.executable, "-m", "service.worker.loop", str(theirs.fileno()), factory]
-        paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}  # it must find the very same modules
+        # It must find the very same modules
+        paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         with theirs:
-            self._popen = subprocess.Popen(command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=os.environ | paths)
+            self._popen = subprocess.Popen(
+                command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=os.environ | paths
+            )
         self.pid = self._popen.pid
         self._orders: SimpleQueue[Command | Settings | None] = SimpleQueue()
         self._orders.put(settings)
-        self._reader = threading.Thread(target=self._read_messages, args=(heard, ended), name="worker-reader", daemon=True)
+        self._reader = threading.Thread(
+            target=self._read_messages, args=(heard, ended), name="worker-reader", daemon=True
+        )
         self._writer = threading.Thread(target=self._write_commands, name="worker-writer", daemon=True)
         self._reader.start()
         self._writer.start()
@@ -48,7 +60,10 @@ class WorkerProcess:
             self._popen.kill()
 
     def processor_ticks(self) -> int | None:
-        """Processor time of the worker and of all processes under it (a compiler's), in ticks; None where the system does not tell."""
+        """Processor time of the worker and of all processes under it (a compiler's), in ticks;
+
+        None where the system does not tell.
+        """
         try:
             return sum(map(_processor_ticks, _process_tree(self.pid)))
         except OSError:  # no Linux, or one has just ended

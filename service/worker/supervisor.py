@@ -1,6 +1,8 @@
-"""Keeps one worker alive: starts it, starts it again when it dies, kills it when it is stuck, ends it.
+"""Keeps one worker alive: starts it, starts it again when it dies, kills it when it is stuck, ends
+it.
 
-Lives on the event loop; must not know requests or adapters, only whether somebody waits for the worker.
+Lives on the event loop; must not know requests or adapters, only whether somebody waits for the
+worker.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SILENCE_S = 30.0  # a worker that somebody waits for and that says nothing for this long is stuck
-STANDSTILL_S = 300.0  # one that loads and uses no processor for this long waits for what will not come: a disk, a lock
+# One that loads and uses no processor for this long waits for what will not come: a disk, a lock
+STANDSTILL_S = 300.0
 PATIENCE_S = 1.5  # for a worker that was told to end
 STILLBORN = 3  # deaths in a row before it was ready: then it is not started again
 STABLE_S = 60.0
@@ -59,7 +62,10 @@ class WorkerListener(Protocol):
 
 
 class Supervisor:
-    """`stage` and `fraction` (0 to 1) tell how far a loading worker is; `reason` why there is none; `base` is the last one served."""
+    """`stage` and `fraction` (0 to 1) tell how far a loading worker is;
+
+    `reason` why there is none; `base` is the last one served.
+    """
 
     def __init__(self, settings: Settings, factory: str, ward: WorkerListener) -> None:
         self.settings, self.factory, self.ward = settings, factory, ward
@@ -126,18 +132,23 @@ class Supervisor:
     def _spawn_worker(self) -> None:
         self._restart, settings = None, self.settings
         if self._lives:  # injected deaths come once
-            settings = settings.model_copy(update={"faults": settings.faults.model_copy(update={"kill": None, "stuck": None})})
+            settings = settings.model_copy(
+                update={"faults": settings.faults.model_copy(update={"kill": None, "stuck": None})}
+            )
         self._lives, self._born, self._spent = self._lives + 1, 0.0, None
         self._gone.clear()
         try:
-            self._process = WorkerProcess(settings, self.factory, self._from_thread(self._on_message), self._from_thread(self._on_exit))
+            self._process = WorkerProcess(
+                settings, self.factory, self._from_thread(self._on_message), self._from_thread(self._on_exit)
+            )
         except OSError:  # no file or no process is to be had now
             log.exception("no worker can be started; it is tried again")
             self._restart = self._loop.call_later(BACKOFF_S[1], self._spawn_worker)
 
     def _from_thread(self, call: Callable[[T], None]) -> Callable[[T], None]:
         def post(value: T) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop was closed: nobody is left to be told
+            # The loop was closed: nobody is left to be told
+            with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(call, value)
 
         return post
@@ -180,7 +191,9 @@ class Supervisor:
         metrics.RESTARTS.inc()
         self._set_state(WorkerState.RESTARTING, why)
         first, most = BACKOFF_S
-        self._restart = self._loop.call_later(min(most, first * 2 ** min(self._shortlived, DOUBLINGS)), self._spawn_worker)
+        self._restart = self._loop.call_later(
+            min(most, first * 2 ** min(self._shortlived, DOUBLINGS)), self._spawn_worker
+        )
 
     async def _watch_worker(self) -> None:
         limit = min(SILENCE_S, self.settings.request_timeout_s)
@@ -195,11 +208,17 @@ class Supervisor:
             if process is not self._process:
                 continue
             if silent > (limit if self._born else STANDSTILL_S) and (self.ward.waits or not self._born):
-                log.error("the worker has %s for %.0f s and is killed", "said nothing" if self._born else "stood still", silent)
+                log.error(
+                    "the worker has %s for %.0f s and is killed",
+                    "said nothing" if self._born else "stood still",
+                    silent,
+                )
                 process.kill_worker()
 
     async def _check_progress(self, process: WorkerProcess) -> None:
-        """One that loads a large base says nothing for minutes; while it works, or nobody can know, that is well."""
+        """One that loads a large base says nothing for minutes; while it works, or nobody can know,
+        that is well.
+        """
         spent = await run_in(PROCESS, process.processor_ticks)
         if spent is None or spent != self._spent:
             self._spent, self.heard = spent, self._loop.time()

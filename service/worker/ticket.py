@@ -1,4 +1,5 @@
-"""The caller's end of one request: events in order, exactly one of them the last, and when things happened.
+"""The caller's end of one request: events in order, exactly one of them the last, and when things
+happened.
 
 Lives on the event loop; must not know processes, messages or HTTP.
 """
@@ -13,9 +14,12 @@ from ..core.request import Event, Request
 
 
 class Ticket:
-    """An async iterator of the request's events, the terminal one last. Times are `time.monotonic` seconds, None until they are known.
+    """An async iterator of the request's events, the terminal one last.
 
-    `submitted`: admitted; `started`: it got a row; `first` and `last`: tokens arrived; `ended`: the terminal event.
+    Times are `time.monotonic` seconds, None until they are known.
+
+    `submitted`: admitted; `started`: it got a row; `first` and `last`: tokens arrived; `ended`: the
+    terminal event.
     """
 
     def __init__(self, request: Request, cancelled: Callable[[Ticket], None]) -> None:
@@ -42,7 +46,10 @@ class Ticket:
         return event
 
     def cancel_request(self, stopped: bool = False) -> None:
-        """Ends the request soon; does nothing the second time or after the end. `stopped`: the caller has all it wanted."""
+        """Ends the request soon; does nothing the second time or after the end.
+
+        `stopped`: the caller has all it wanted.
+        """
         if self.ended is None and not self.leaving:
             self.leaving, self.stopped = True, stopped
             self._cancelled(self)

@@ -1,4 +1,6 @@
-"""A service with nothing behind its door: a client and a registry that do as they are told, for tests of what the door itself does."""
+"""A service with nothing behind its door: a client and a registry that do as they are told, for
+tests of what the door itself does.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,9 @@ class Shelf:
     async def close(self) -> None:
         self.calls.append(("close",))
 
-    async def register_adapter(self, id: str, source: str, replace: bool = False, **rest: Any) -> tuple[dict[str, Any], bool]:
+    async def register_adapter(
+        self, id: str, source: str, replace: bool = False, **rest: Any
+    ) -> tuple[dict[str, Any], bool]:
         self.calls.append(("register", id, source, replace, rest))
         if source == "bad":
             raise AdapterInvalid(["lora_A of q_proj has no lora_B", "r is 0"])
@@ -97,7 +101,12 @@ class Shelf:
             return held, False
         if held and not replace:
             raise Conflict(f"{id} is taken by other content", param="id")
-        self.names[id] = {"id": id, "source": source, "digest": "sha256:" + source, "pinned": rest.get("pinned", False)}
+        self.names[id] = {
+            "id": id,
+            "source": source,
+            "digest": "sha256:" + source,
+            "pinned": rest.get("pinned", False),
+        }
         return self.names[id], held is None
 
     async def check_adapter(self, **asked: Any) -> dict[str, Any]:
@@ -125,7 +134,10 @@ class Shelf:
         return list(self.names.values())
 
     def list_versions(self) -> list[Any]:
-        return [SimpleNamespace(id=id, digest=held["digest"], registered_at=REGISTERED) for id, held in self.names.items()]
+        return [
+            SimpleNamespace(id=id, digest=held["digest"], registered_at=REGISTERED)
+            for id, held in self.names.items()
+        ]
 
     def summary_of(self, id: str) -> dict[str, Any]:
         return self.card_of(id) | {"rank": 4}
@@ -170,7 +182,9 @@ def house(loading: bool = False, **settings: str) -> Iterator[House]:
         client.state, client.ready, client.base = "loading", False, cast(BaseInfo, None)
         client.loaded.clear()
     chosen: Settings = read_settings({}, {"base": "org/none"} | settings)
-    app = create_app(chosen, cast("WorkerClient", client), cast("Registry", shelf), text=lambda folder: cast(Any, NoText()))
+    app = create_app(
+        chosen, cast("WorkerClient", client), cast("Registry", shelf), text=lambda folder: cast(Any, NoText())
+    )
     with TestClient(app, raise_server_exceptions=False) as knock:
         found = House(knock, client, shelf)
         while not loading and not found.rooms.opened:

@@ -1,4 +1,6 @@
-"""Keys: what is open, what needs a key, what needs the admin scope, and that no bytes on the wire can break the comparison."""
+"""Keys: what is open, what needs a key, what needs the admin scope, and that no bytes on the wire
+can break the comparison.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,16 @@ def home() -> Iterator[House]:
 def test_only_the_probes_are_open(home: House) -> None:
     for path in ("/health", "/ready"):
         assert home.knock.get(path).status_code == 200
-    for path in ("/", "/metrics", "/info", "/docs", "/openapi.json", "/adapters", "/no-such", "/console/app.js"):
+    for path in (
+        "/",
+        "/metrics",
+        "/info",
+        "/docs",
+        "/openapi.json",
+        "/adapters",
+        "/no-such",
+        "/console/app.js",
+    ):
         told = home.json("GET", path, status=401)
         assert told["error_type"] == "unauthorized"
         assert home.knock.get(path, headers=USER).status_code != 401
@@ -63,7 +74,10 @@ def test_a_wrong_key_is_401_whatever_its_bytes(home: House, sent: bytes) -> None
 
 def test_a_key_outside_ascii_is_a_key(home: House) -> None:
     for scheme in (b"Bearer ", b"bearer  "):
-        assert home.knock.get("/adapters", headers={b"authorization": scheme + "schlüssel".encode()}).status_code == 200
+        assert (
+            home.knock.get("/adapters", headers={b"authorization": scheme + "schlüssel".encode()}).status_code
+            == 200
+        )
 
 
 CHANGES = [
@@ -227,7 +241,9 @@ def test_a_browser_may_offer_a_key_as_password_to_read_a_page_and_for_nothing_el
 def test_a_page_of_another_site_can_change_nothing_even_without_keys() -> None:
     with house() as home:
         for site, code in (("cross-site", 403), ("same-origin", 201)):
-            answer = home.knock.post("/adapters/a/upload", files={"file": ("a.zip", b"zip")}, headers={"sec-fetch-site": site})
+            answer = home.knock.post(
+                "/adapters/a/upload", files={"file": ("a.zip", b"zip")}, headers={"sec-fetch-site": site}
+            )
             assert answer.status_code == code
         assert home.knock.get("/adapters", headers={"sec-fetch-site": "cross-site"}).status_code == 200
 
@@ -241,22 +257,35 @@ def test_keys_from_a_file_and_neither_info_nor_the_settings_show_one(tmp_path: P
         assert "sk-" not in repr(home.rooms.settings)
 
 
-def test_a_keys_name_is_in_the_log_and_the_key_is_not(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_keys_name_is_in_the_log_and_the_key_is_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (tmp_path / "keys").write_text("sk-secret name=web\nsk-other\n")
     with house(api_keys=f"@{tmp_path / 'keys'}", log_level="debug") as home, caplog.at_level(logging.DEBUG):
         for key in ("sk-secret", "sk-other", "sk-wrong"):
             home.knock.get("/adapters?key=sk-secret", headers={"authorization": f"Bearer {key}"})
         home.knock.delete("/adapters/x", headers={"authorization": "Bearer sk-secret"})
     lines = [record.__dict__["fields"] for record in caplog.records if record.name == "adapterd.access"]
-    assert [(line["status"], line.get("key")) for line in lines] == [(200, "web"), (200, None), (401, None), (403, "web")]
-    assert "sk-" not in "".join(str(record.__dict__) for record in caplog.records if record.name.startswith("adapterd"))
+    assert [(line["status"], line.get("key")) for line in lines] == [
+        (200, "web"),
+        (200, None),
+        (401, None),
+        (403, "web"),
+    ]
+    assert "sk-" not in "".join(
+        str(record.__dict__) for record in caplog.records if record.name.startswith("adapterd")
+    )
 
 
 # ---- other sites' pages
 
 SITE = "https://app.example.org"
 FOREIGN = {"origin": SITE, "sec-fetch-site": "cross-site"}
-PREFLIGHT = {"origin": SITE, "access-control-request-method": "POST", "access-control-request-headers": "authorization,content-type"}
+PREFLIGHT = {
+    "origin": SITE,
+    "access-control-request-method": "POST",
+    "access-control-request-headers": "authorization,content-type",
+}
 
 
 def test_no_other_site_is_let_in_unless_it_is_named() -> None:

@@ -26,7 +26,11 @@ ADD = {
     "type": "function",
     "function": {
         "name": "add",
-        "parameters": {"type": "object", "properties": {"a": {"$ref": "#/$defs/N"}}, "$defs": {"N": {"type": "integer"}}},
+        "parameters": {
+            "type": "object",
+            "properties": {"a": {"$ref": "#/$defs/N"}},
+            "$defs": {"N": {"type": "integer"}},
+        },
     },
 }
 NOW = {"type": "function", "function": {"name": "now"}}
@@ -60,17 +64,31 @@ def prompt(stage: Stage) -> str:
 
 
 def content(events: list[Any], index: int = 0) -> str:
-    return "".join(c["delta"].get("content") or "" for e in events for c in e["choices"] if c["index"] == index)
+    return "".join(
+        c["delta"].get("content") or "" for e in events for c in e["choices"] if c["index"] == index
+    )
 
 
 def test_the_plain_answer(one: Stage) -> None:
     told = one.chat(model="x", max_tokens=4)
-    assert (told["object"], told["model"], told["adapter"]) == ("chat.completion", "x", {"id": "x", "digest": DIGEST})
-    message = {"role": "assistant", "content": making.tokenizer().decode(making.ids(END)[:4]), "refusal": None}
+    assert (told["object"], told["model"], told["adapter"]) == (
+        "chat.completion",
+        "x",
+        {"id": "x", "digest": DIGEST},
+    )
+    message = {
+        "role": "assistant",
+        "content": making.tokenizer().decode(making.ids(END)[:4]),
+        "refusal": None,
+    }
     assert told["choices"] == [{"index": 0, "message": message, "logprobs": None, "finish_reason": "length"}]
     rendered = making.ids("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert one.request.prompt == tuple(rendered)
-    assert told["usage"] == {"prompt_tokens": len(rendered), "completion_tokens": 4, "total_tokens": len(rendered) + 4}
+    assert told["usage"] == {
+        "prompt_tokens": len(rendered),
+        "completion_tokens": 4,
+        "total_tokens": len(rendered) + 4,
+    }
 
 
 def test_without_a_limit_the_context_is_it(one: Stage) -> None:
@@ -89,7 +107,14 @@ def test_text_parts_are_one_text(one: Stage) -> None:
 
 
 def test_a_message_of_an_earlier_answer_may_come_back_as_it_was(one: Stage) -> None:
-    earlier = {"role": "assistant", "content": "Ho", "refusal": None, "tool_calls": None, "function_call": None, "audio": None}
+    earlier = {
+        "role": "assistant",
+        "content": "Ho",
+        "refusal": None,
+        "tool_calls": None,
+        "function_call": None,
+        "audio": None,
+    }
     one.chat([USER, earlier, USER])
 
 
@@ -123,7 +148,13 @@ def test_a_template_that_refuses_gives_its_reason(one: Stage) -> None:
 
 
 def test_a_stream(one: Stage) -> None:
-    body = {"model": "x", "messages": [USER], "max_completion_tokens": 5, "stream": True, "stream_options": {"include_usage": True}}
+    body = {
+        "model": "x",
+        "messages": [USER],
+        "max_completion_tokens": 5,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
     events = one.stream("/v1/chat/completions", body)
     assert {e["object"] for e in events} == {"chat.completion.chunk"}
     assert len({e["id"] for e in events}) == 1
@@ -131,14 +162,20 @@ def test_a_stream(one: Stage) -> None:
     assert events[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
     assert content(events) == making.tokenizer().decode(making.ids(END)[:5])
     assert (events[-2]["choices"][0]["delta"], events[-2]["choices"][0]["finish_reason"]) == ({}, "length")
-    assert (events[-1]["choices"], events[-1]["usage"]["completion_tokens"], events[0]["usage"]) == ([], 5, None)
+    assert (events[-1]["choices"], events[-1]["usage"]["completion_tokens"], events[0]["usage"]) == (
+        [],
+        5,
+        None,
+    )
 
 
 def test_several_answers(one: Stage) -> None:
     one.engine.script = lambda request: making.ids("abc"[request.sampling.seed % 3])
     told = one.chat(n=3, seed=0)
     assert [(c["index"], c["message"]["content"]) for c in told["choices"]] == [(0, "a"), (1, "b"), (2, "c")]
-    events = one.stream("/v1/chat/completions", {"model": "x", "messages": [USER], "n": 3, "seed": 0, "stream": True})
+    events = one.stream(
+        "/v1/chat/completions", {"model": "x", "messages": [USER], "n": 3, "seed": 0, "stream": True}
+    )
     assert [content(events, i) for i in range(3)] == ["a", "b", "c"]
     assert [e["choices"][0]["delta"].get("role") for e in events].count("assistant") == 3
 
@@ -151,11 +188,20 @@ def test_logprobs(one: Stage) -> None:
     assert bytes(first["bytes"] + second["bytes"]) == "é".encode()
     assert [top["logprob"] for top in second["top_logprobs"]] == [-0.1, -1.5]
     assert second["top_logprobs"][0]["bytes"] == list(making.tokenizer().decode([70]).encode())
-    events = one.stream("/v1/chat/completions", {"model": "x", "messages": [USER], "logprobs": True, "stream": True})
+    events = one.stream(
+        "/v1/chat/completions", {"model": "x", "messages": [USER], "logprobs": True, "stream": True}
+    )
     assert len([e for e in events if e["choices"][0]["logprobs"]]) == len(making.ids("é")) + 1
 
 
-GOOD = {"tool_choice": "null", "tools": "null []", "logit_bias": "null", "top_logprobs": "null", "logprobs": "false true", "stop": '"x"'}
+GOOD = {
+    "tool_choice": "null",
+    "tools": "null []",
+    "logit_bias": "null",
+    "top_logprobs": "null",
+    "logprobs": "false true",
+    "stop": '"x"',
+}
 BAD = {
     "max_tokens": "0 -1 true 513",
     "max_completion_tokens": "0 1e9",
@@ -173,20 +219,32 @@ BAD = {
 
 @pytest.mark.parametrize(("field", "value"), each(GOOD))
 def test_values_with_a_meaning_are_taken(one: Stage, field: str, value: str) -> None:
-    one.post("/v1/chat/completions", f'{{"model": "x", "messages": {json.dumps([USER])}, "{field}": {value}}}'.encode())
+    one.post(
+        "/v1/chat/completions",
+        f'{{"model": "x", "messages": {json.dumps([USER])}, "{field}": {value}}}'.encode(),
+    )
 
 
-@pytest.mark.parametrize(("field", "value"), [*each(BAD), ("tools", '[{"type":"function","function":{"name":"not a name"}}]')])
+@pytest.mark.parametrize(
+    ("field", "value"), [*each(BAD), ("tools", '[{"type":"function","function":{"name":"not a name"}}]')]
+)
 def test_odd_values_are_400_by_name(one: Stage, field: str, value: str) -> None:
     before = len(one.engine.asked)
-    error = one.post("/v1/chat/completions", f'{{"model": "x", "messages": {json.dumps([USER])}, "{field}": {value}}}'.encode(), 400).json()
+    error = one.post(
+        "/v1/chat/completions",
+        f'{{"model": "x", "messages": {json.dumps([USER])}, "{field}": {value}}}'.encode(),
+        400,
+    ).json()
     assert field in error["error"]["message"]
     assert len(one.engine.asked) == before
 
 
 def test_two_limits_must_be_the_same(one: Stage) -> None:
     one.chat(max_tokens=5, max_completion_tokens=5)
-    assert "max_completion_tokens" in one.chat(max_tokens=5, max_completion_tokens=6, status=400)["error"]["message"]
+    assert (
+        "max_completion_tokens"
+        in one.chat(max_tokens=5, max_completion_tokens=6, status=400)["error"]["message"]
+    )
 
 
 def test_a_limit_over_the_context_is_called_as_it_was_sent(one: Stage) -> None:
@@ -198,7 +256,12 @@ def test_a_limit_over_the_context_is_called_as_it_was_sent(one: Stage) -> None:
 
 def test_a_schema_becomes_a_grammar(one: Stage) -> None:
     schema = {"type": "object", "properties": {"age": {"type": "integer"}}}
-    one.chat(response_format={"type": "json_schema", "json_schema": {"name": "a", "schema": schema, "strict": True}})
+    one.chat(
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "a", "schema": schema, "strict": True},
+        }
+    )
     assert '"age"' in str(one.request.sampling.grammar)
 
 
@@ -250,7 +313,9 @@ def test_of_several_calls_one_is_told_where_more_are_not_wanted(tooled: Stage) -
 
 def test_a_streamed_call_shows_nothing_of_its_text(tooled: Stage) -> None:
     tooled.says("Well. " + SAID)
-    events = tooled.stream("/v1/chat/completions", {"model": "x", "messages": [USER], "tools": [ADD], "stream": True})
+    events = tooled.stream(
+        "/v1/chat/completions", {"model": "x", "messages": [USER], "tools": [ADD], "stream": True}
+    )
     assert content(events) == "Well. "
     (call,) = [c for e in events for c in e["choices"][0]["delta"].get("tool_calls", [])]
     assert (call["index"], call["function"]) == (0, {"name": "add", "arguments": '{"a": 1}'})
@@ -264,7 +329,9 @@ def test_no_call_is_text_in_both_ways(tooled: Stage) -> None:
         "content": '{"no": "call"} <tool_cal',
         "refusal": None,
     }
-    events = tooled.stream("/v1/chat/completions", {"model": "x", "messages": [USER], "tools": [ADD], "stream": True})
+    events = tooled.stream(
+        "/v1/chat/completions", {"model": "x", "messages": [USER], "tools": [ADD], "stream": True}
+    )
     assert content(events) == '{"no": "call"} <tool_cal'
     assert events[-1]["choices"][0]["finish_reason"] == "stop"
 
@@ -274,7 +341,9 @@ def test_arguments_that_no_answer_could_carry_are_content(tooled: Stage, value: 
     said = '{"name": "add", "arguments": ' + value + "}"
     tooled.says(said)
     assert tooled.chat(tools=[ADD], max_tokens=len(said))["choices"][0]["message"]["content"] == said
-    events = tooled.stream("/v1/chat/completions", {"model": "x", "messages": [USER], "tools": [ADD], "stream": True})
+    events = tooled.stream(
+        "/v1/chat/completions", {"model": "x", "messages": [USER], "tools": [ADD], "stream": True}
+    )
     assert content(events) == said
 
 
@@ -292,8 +361,16 @@ def test_tools_are_shown_to_the_template_as_given(tooled: Stage) -> None:
     deep: Any = {"type": "integer", "default": None}
     for _ in range(300):
         deep = {"items": deep}
-    tooled.chat(tools=[{"type": "function", "function": {"name": "add", "parameters": deep}}], max_tokens=1, status=400)  # too long
-    asked = {"type": "function", "function": {"name": "add", "parameters": {"properties": {"a": {"default": None}}}}}
+    # Too long
+    tooled.chat(
+        tools=[{"type": "function", "function": {"name": "add", "parameters": deep}}],
+        max_tokens=1,
+        status=400,
+    )
+    asked = {
+        "type": "function",
+        "function": {"name": "add", "parameters": {"properties": {"a": {"default": None}}}},
+    }
     tooled.chat(tools=[asked])
     assert prompt(tooled).startswith(json.dumps([asked]) + "<tool_call>")
     body = {
@@ -332,7 +409,9 @@ class Places:
 
 
 @pytest.mark.parametrize("large", ["text", "tools", "messages", "calls", "prompts", "nothing"])
-def test_what_is_large_in_whatever_way_is_tokenized_off_the_event_loop(tooled: Stage, monkeypatch: pytest.MonkeyPatch, large: str) -> None:
+def test_what_is_large_in_whatever_way_is_tokenized_off_the_event_loop(
+    tooled: Stage, monkeypatch: pytest.MonkeyPatch, large: str
+) -> None:
     """/health and every stream wait for what is done on it."""
     seen = Places()
     monkeypatch.setattr(AdapterTokenizer, "encode", seen.noting((1, 2)))
@@ -341,13 +420,23 @@ def test_what_is_large_in_whatever_way_is_tokenized_off_the_event_loop(tooled: S
     if large == "prompts":
         tooled.complete(["a" * 5000] * 10, max_tokens=1)
     else:
-        messages: dict[str, Any] = {"text": "a" * 30_000, "messages": [{"role": "user", "content": ""}] * 1000, "calls": [USER, call]}
-        tools = [{"type": "function", "function": {"name": "a", "description": "a" * 30_000}}] if large == "tools" else [ADD]
+        messages: dict[str, Any] = {
+            "text": "a" * 30_000,
+            "messages": [{"role": "user", "content": ""}] * 1000,
+            "calls": [USER, call],
+        }
+        tools = (
+            [{"type": "function", "function": {"name": "a", "description": "a" * 30_000}}]
+            if large == "tools"
+            else [ADD]
+        )
         tooled.chat(messages.get(large, "Hi"), tools=tools, max_tokens=1)
     assert set(seen.on_the_loop) == {large == "nothing"}
 
 
-def test_an_adapters_own_template_and_tokenizer_are_never_run_on_the_event_loop(one: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapters_own_template_and_tokenizer_are_never_run_on_the_event_loop(
+    one: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = one.names.root / "own"
     folder.mkdir()
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }} of its own")
@@ -376,12 +465,18 @@ def test_no_choice_is_no_tools(tooled: Stage) -> None:
 def test_results_of_calls_go_into_the_prompt(tooled: Stage) -> None:
     call = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": '{"a": 41}'}}
     tooled.chat(
-        [USER, {"role": "assistant", "content": None, "tool_calls": [call]}, {"role": "tool", "tool_call_id": "call_1", "content": "42"}]
+        [
+            USER,
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "call_1", "content": "42"},
+        ]
     )
     assert prompt(tooled) == "user:Hi\nassistant:!add 41\ntool:42call_1\n"
 
 
-@pytest.mark.parametrize("parameters", [{"$defs": []}, {"$defs": 5}, {"$defs": {"a": 5}}, {"$ref": "#/nowhere"}, {"$ref": "#"}])
+@pytest.mark.parametrize(
+    "parameters", [{"$defs": []}, {"$defs": 5}, {"$defs": {"a": 5}}, {"$ref": "#/nowhere"}, {"$ref": "#"}]
+)
 def test_odd_schemas_of_tools_are_taken_or_refused(tooled: Stage, parameters: dict[str, Any]) -> None:
     tool = {"type": "function", "function": {"name": "add", "parameters": parameters}}
     body = {"model": "tiny", "messages": [USER], "tools": [tool], "tool_choice": "required"}

@@ -1,4 +1,6 @@
-"""/v1/completions and /v1/models: shapes, prompts of every kind, model names, log probabilities, odd values."""
+"""/v1/completions and /v1/models: shapes, prompts of every kind, model names, log probabilities,
+odd values.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,11 @@ def test_the_plain_completion(one: Stage) -> None:
 
 def test_headers_name_the_adapter_here_too(one: Stage) -> None:
     answer = one.post("/v1/completions", {"model": "x", "prompt": "Hi"})
-    assert (answer.headers["x-adapter-id"], answer.headers["x-adapter-digest"], answer.headers["x-prompt-tokens"]) == ("x", DIGEST, "2")
+    assert (
+        answer.headers["x-adapter-id"],
+        answer.headers["x-adapter-digest"],
+        answer.headers["x-prompt-tokens"],
+    ) == ("x", DIGEST, "2")
 
 
 def test_sixteen_tokens_unless_told(one: Stage) -> None:
@@ -79,7 +85,9 @@ def test_model_names(one: Stage, model: str, id: str | None) -> None:
     assert one.request.adapter == (DIGEST if id else None)
 
 
-@pytest.mark.parametrize("model", ["typo", "", "X", "x ", "tiny:", "tiny:base", "tiny:typo", "other:x", "x:tiny"])
+@pytest.mark.parametrize(
+    "model", ["typo", "", "X", "x ", "tiny:", "tiny:base", "tiny:typo", "other:x", "x:tiny"]
+)
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 def test_unknown_models_are_never_the_base(one: Stage, path: str, model: str) -> None:
     what = {"prompt": "Hi"} if "chat" not in path else {"messages": [{"role": "user", "content": "Hi"}]}
@@ -119,7 +127,11 @@ def test_echo(one: Stage) -> None:
 def test_scoring_a_prompt_without_a_new_token(one: Stage, streamed: bool) -> None:
     body = {"model": "x", "prompt": "Hi", "echo": True, "max_tokens": 0, "logprobs": 1}
     streamed_body = body | {"stream": True}
-    told = one.stream("/v1/completions", streamed_body)[0] if streamed else one.post("/v1/completions", body).json()
+    told = (
+        one.stream("/v1/completions", streamed_body)[0]
+        if streamed
+        else one.post("/v1/completions", body).json()
+    )
     (choice,) = told["choices"]
     assert (choice["text"], choice["finish_reason"]) == ("Hi", "length")
     assert choice["logprobs"] == {
@@ -141,17 +153,29 @@ def test_logprobs_begin_behind_the_prompt_and_hold_the_chosen_token(one: Stage) 
     logprobs = one.complete(max_tokens=3, logprobs=1)["choices"][0]["logprobs"]
     assert logprobs["tokens"] == [making.tokenizer().decode([id]) for id in making.ids(END)[:3]]
     assert logprobs["token_logprobs"] == [-0.5, -1.5, -2.5]
-    assert logprobs["text_offset"] == [2, 2 + len(logprobs["tokens"][0]), 2 + len("".join(logprobs["tokens"][:2]))]
+    assert logprobs["text_offset"] == [
+        2,
+        2 + len(logprobs["tokens"][0]),
+        2 + len("".join(logprobs["tokens"][:2])),
+    ]
     assert all(token in top for token, top in zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True))
     none = one.complete(max_tokens=1, logprobs=0)["choices"][0]["logprobs"]
     assert none["top_logprobs"] == [{none["tokens"][0]: -0.5}]
 
 
 def test_a_stream_has_one_id_and_its_text_is_the_whole(one: Stage) -> None:
-    body = {"model": "x", "prompt": "Hi", "max_tokens": 5, "stream": True, "stream_options": {"include_usage": True}}
+    body = {
+        "model": "x",
+        "prompt": "Hi",
+        "max_tokens": 5,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
     events = one.stream("/v1/completions", body)
     assert len({e["id"] for e in events}) == 1
-    assert all(e["adapter"] == {"id": "x", "digest": DIGEST} and e["object"] == "text_completion" for e in events)
+    assert all(
+        e["adapter"] == {"id": "x", "digest": DIGEST} and e["object"] == "text_completion" for e in events
+    )
     assert "".join(e["choices"][0]["text"] for e in events[:-1]) == cut(5)
     assert [e["choices"][0]["finish_reason"] for e in events[:-1]] == [None] * 4 + ["length"]
     assert [e["usage"] for e in events[:-1]] == [None] * 5
@@ -162,15 +186,24 @@ def test_every_token_is_an_event_also_without_text(one: Stage) -> None:
     one.says("😀")
     body = {"model": "x", "prompt": "Hi", "max_tokens": 12, "stream": True, "ignore_eos": True}
     assert len(one.stream("/v1/completions", body)) == 12
-    chat = {key: value for key, value in body.items() if key != "prompt"} | {"messages": [{"role": "user", "content": "Hi"}]}
+    chat = {key: value for key, value in body.items() if key != "prompt"} | {
+        "messages": [{"role": "user", "content": "Hi"}]
+    }
     assert len(one.stream("/v1/chat/completions", chat)) == 12 + 2
 
 
 def test_streams_of_several_are_told_apart(one: Stage) -> None:
-    one.engine.script = lambda request: making.ids("one two three" if request.prompt[0] == making.ids("a")[0] else "x")
+    one.engine.script = lambda request: making.ids(
+        "one two three" if request.prompt[0] == making.ids("a")[0] else "x"
+    )
     for echo in (False, True):
-        events = one.stream("/v1/completions", {"model": "x", "prompt": ["a", "b"], "n": 2, "stream": True, "echo": echo, "logprobs": 0})
-        texts = ["".join(c["text"] for e in events for c in e["choices"] if c["index"] == i) for i in range(4)]
+        events = one.stream(
+            "/v1/completions",
+            {"model": "x", "prompt": ["a", "b"], "n": 2, "stream": True, "echo": echo, "logprobs": 0},
+        )
+        texts = [
+            "".join(c["text"] for e in events for c in e["choices"] if c["index"] == i) for i in range(4)
+        ]
         assert texts == ["a" * echo + "one two three"] * 2 + ["b" * echo + "x"] * 2
         assert len([e for e in events if e["choices"][0]["finish_reason"] == "stop"]) == 4
         tokens = [t for e in events for c in e["choices"] if c["index"] == 0 for t in c["logprobs"]["tokens"]]
@@ -220,7 +253,11 @@ def test_extensions_reach_the_engine(one: Stage) -> None:
     )
     sampling = one.request.sampling
     assert (sampling.top_k, sampling.min_p, sampling.repetition_penalty) == (3, 0.1, 1.2)
-    assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.logit_bias) == (-1, 1, ((5, -100.0), (6, 1.5)))
+    assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.logit_bias) == (
+        -1,
+        1,
+        ((5, -100.0), (6, 1.5)),
+    )
     assert one.request.eos == frozenset()
     one.complete(top_p=0)
     assert one.request.sampling.temperature == 0
@@ -270,7 +307,9 @@ def test_odd_values_are_400_by_name(one: Stage, field: str, value: str) -> None:
     """B13."""
     before = len(one.engine.asked)
     prompt = "" if field == "prompt" else '"prompt": "Hi", '
-    error = one.post("/v1/completions", f'{{"model": "x", {prompt}"{field}": {value}}}'.encode(), 400).json()["error"]
+    error = one.post("/v1/completions", f'{{"model": "x", {prompt}"{field}": {value}}}'.encode(), 400).json()[
+        "error"
+    ]
     assert error.keys() == {"message", "type", "param", "code"}
     assert error["type"] == "invalid_request_error"
     assert field in error["message"]
@@ -283,22 +322,30 @@ def test_a_number_that_nobody_could_spell_again_is_refused(one: Stage, field: st
     """Python writes no number of more than 4300 digits, and an answer may have to name it."""
     most = "9" * 4300
     if field == "max_new_tokens":
-        told = one.post("/generate", f'{{"inputs": "Hi", "parameters": {{"max_new_tokens": {most}}}}}'.encode(), 422).json()["error"]
+        told = one.post(
+            "/generate", f'{{"inputs": "Hi", "parameters": {{"max_new_tokens": {most}}}}}'.encode(), 422
+        ).json()["error"]
     elif field == "max_completion_tokens":
         body = f'{{"model": "x", "messages": [{{"role": "user", "content": "Hi"}}], "{field}": {most}}}'
         told = one.post("/v1/chat/completions", body.encode(), 400).json()["error"]["message"]
     else:
         value = most if field == "max_tokens" else f'{{"{most}9": 1}}'
-        told = one.post("/v1/completions", f'{{"model": "x", "prompt": "Hi", "{field}": {value}}}'.encode(), 400).json()["error"]["message"]
+        told = one.post(
+            "/v1/completions", f'{{"model": "x", "prompt": "Hi", "{field}": {value}}}'.encode(), 400
+        ).json()["error"]["message"]
     assert field in told
 
 
-@pytest.mark.parametrize("body", [b"{", b"[]", b'{"prompt": "Hi"}', b'{"model": "base"}', b'{"model": 5, "prompt": "Hi"}'])
+@pytest.mark.parametrize(
+    "body", [b"{", b"[]", b'{"prompt": "Hi"}', b'{"model": "base"}', b'{"model": 5, "prompt": "Hi"}']
+)
 def test_broken_bodies(one: Stage, body: bytes) -> None:
     assert one.post("/v1/completions", body, 400).json()["error"]["type"] == "invalid_request_error"
 
 
-@pytest.mark.parametrize("id", ["2147483648", "1099511627776", "9" * 400, "9" * 4000, "9" * 5000, "-" + "9" * 4000])
+@pytest.mark.parametrize(
+    "id", ["2147483648", "1099511627776", "9" * 400, "9" * 4000, "9" * 5000, "-" + "9" * 4000]
+)
 @pytest.mark.parametrize("prompt", ["[{}]", "[[1], [{}]]"])
 def test_ids_that_fit_no_machine_word_are_refused(one: Stage, prompt: str, id: str) -> None:
     """B13, B14: a token id of any size is a bad number, and the message stays short."""
@@ -328,7 +375,15 @@ def test_models(one: Stage) -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "id"), [("tiny", "tiny"), ("base", "tiny"), ("x", "x"), ("org/y", "org/y"), ("org%2Fy", "org/y"), ("tiny:x", "x")]
+    ("asked", "id"),
+    [
+        ("tiny", "tiny"),
+        ("base", "tiny"),
+        ("x", "x"),
+        ("org/y", "org/y"),
+        ("org%2Fy", "org/y"),
+        ("tiny:x", "x"),
+    ],
 )
 def test_one_model(one: Stage, asked: str, id: str) -> None:
     assert one.knock.get(f"/v1/models/{asked}").json()["id"] == id

@@ -1,4 +1,6 @@
-"""Response formats as grammars: what cannot be met is refused, and no schema can take the process down."""
+"""Response formats as grammars: what cannot be met is refused, and no schema can take the process
+down.
+"""
 
 from __future__ import annotations
 
@@ -72,14 +74,20 @@ def test_what_takes_long_to_compile_is_refused_whatever_it_is(monkeypatch: pytes
 
 
 def test_usual_multiples_are_taken() -> None:
-    steps = {name: {"type": "number", "multipleOf": step} for name, step in {"a": 0.01, "b": 100, "c": 5, "d": 0.25, "e": 60}.items()}
+    steps = {
+        name: {"type": "number", "multipleOf": step}
+        for name, step in {"a": 0.01, "b": 100, "c": 5, "d": 0.25, "e": 60}.items()
+    }
     assert compiled({"type": "object", "properties": steps})
 
 
 def test_references_of_a_real_schema_are_taken() -> None:
     leaf = {
         "type": "object",
-        "properties": {"next": {"$ref": "#/$defs/leaf"}, "all": {"type": "array", "items": {"$ref": "#/$defs/other"}}},
+        "properties": {
+            "next": {"$ref": "#/$defs/leaf"},
+            "all": {"type": "array", "items": {"$ref": "#/$defs/other"}},
+        },
     }
     definitions = {"leaf": leaf, "other": {"type": "string"}} | {
         f"m{i}": {"type": "object", "properties": {"a": {"type": "array"}}} for i in range(80)
@@ -96,7 +104,14 @@ def test_the_reach_counts_each_reference_once() -> None:
 
 
 @pytest.mark.parametrize(
-    "schema", [{"type": "no-such-type"}, {"$ref": "#/nowhere"}, {"enum": []}, {"not": {}}, {"type": "integer", "minimum": 5, "maximum": 1}]
+    "schema",
+    [
+        {"type": "no-such-type"},
+        {"$ref": "#/nowhere"},
+        {"enum": []},
+        {"not": {}},
+        {"type": "integer", "minimum": 5, "maximum": 1},
+    ],
 )
 def test_what_nothing_can_meet_is_refused(schema: dict[str, Any]) -> None:
     with pytest.raises(BadRequest, match="response_format"):
@@ -104,7 +119,9 @@ def test_what_nothing_can_meet_is_refused(schema: dict[str, Any]) -> None:
 
 
 def test_what_no_sampler_could_follow_is_refused_at_the_door() -> None:
-    """What is never complete, or only shows its size when it is begun, would fail in the middle of a stream."""
+    """What is never complete, or only shows its size when it is begun, would fail in the middle of
+    a stream.
+    """
     with pytest.raises(BadRequest, match="response_format: parser error"):
         compiled({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]})
     with pytest.raises(BadRequest, match="response_format: lexer error"):
@@ -126,7 +143,9 @@ def test_what_would_make_everybody_wait_is_refused(schema: dict[str, Any]) -> No
 
 def test_a_large_schema_of_a_real_kind_is_taken() -> None:
     inner = {f"field_{i}": {"type": ["string", "null"], "maxLength": 100} for i in range(20)}
-    properties = {f"part_{i}": {"type": "object", "properties": inner, "required": list(inner)} for i in range(20)}
+    properties = {
+        f"part_{i}": {"type": "object", "properties": inner, "required": list(inner)} for i in range(20)
+    }
     assert compiled({"type": "object", "properties": properties, "required": list(properties)})
     assert compiled({"enum": [f"value {i}" for i in range(3000)]})
 
@@ -138,14 +157,20 @@ def follows(text: str, whole: str) -> bool:
 
 def test_references_in_the_parameters_of_functions_keep_their_meaning() -> None:
     """Two functions may name different things alike, and one may refer to its own whole."""
-    first = {"type": "object", "properties": {"a": {"$ref": "#/$defs/N"}, "in": {"$ref": "#"}}, "$defs": {"N": {"type": "integer"}}}
+    first = {
+        "type": "object",
+        "properties": {"a": {"$ref": "#/$defs/N"}, "in": {"$ref": "#"}},
+        "$defs": {"N": {"type": "integer"}},
+    }
     second = {"type": "object", "properties": {"a": {"$ref": "#/$defs/N"}}, "$defs": {"N": {"const": "x"}}}
     text = asyncio.run(grammar.calls_grammar({"add": first, "say": second}, "tools"))
     assert follows(text, '{"name": "add", "arguments": {"a": 1, "in": {"a": 2}}}')
     assert follows(text, '{"name": "say", "arguments": {"a": "x"}}')
     assert not follows(text, '{"name": "say", "arguments": {"a": 1}}')
     assert not follows(text, '{"name": "run", "arguments": {}}')
-    assert first["properties"] == {"a": {"$ref": "#/$defs/N"}, "in": {"$ref": "#"}}, "what was given stays as it is"
+    assert first["properties"] == {"a": {"$ref": "#/$defs/N"}, "in": {"$ref": "#"}}, (
+        "what was given stays as it is"
+    )
 
 
 def test_a_number_that_json_does_not_have_is_refused() -> None:
@@ -183,7 +208,9 @@ def tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_the_same_text_is_compiled_once_whoever_sends_it(tried: list[str]) -> None:
     async def crowd() -> list[str]:
-        first = await asyncio.gather(*(grammar.schema_grammar({"type": "integer"}, f"p{i}") for i in range(8)))
+        first = await asyncio.gather(
+            *(grammar.schema_grammar({"type": "integer"}, f"p{i}") for i in range(8))
+        )
         return [*first, await grammar.schema_grammar({"type": "integer"}, "later")]
 
     assert len(set(asyncio.run(crowd()))) == 1

@@ -1,4 +1,6 @@
-"""A key's shares: so much a second, so much at once, and never another key's; and which adapters a key may know of."""
+"""A key's shares: so much a second, so much at once, and never another key's; and which adapters a
+key may know of.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def test_a_share_refills_at_its_rate_and_holds_a_second_of_it() -> None:
     assert [account.seconds_to_wait(2.0, 0.0) for _ in range(3)] == [0.0, 0.0, 0.5]
     assert account.seconds_to_wait(2.0, 0.5) == 0.0
     assert account.seconds_to_wait(2.0, 0.5) == 0.5
-    assert [account.seconds_to_wait(2.0, 1000.0) for _ in range(3)] == [0.0, 0.0, 0.5], "an hour of quiet does not save up"
+    assert [account.seconds_to_wait(2.0, 1000.0) for _ in range(3)] == [0.0, 0.0, 0.5], (
+        "an hour of quiet does not save up"
+    )
     slow = KeyUsage(left=1.0, at=0.0)
     assert [slow.seconds_to_wait(0.1, 0.0) for _ in range(2)] == [0.0, 10.0]
 
@@ -48,18 +52,25 @@ def test_a_share_refills_at_its_rate_and_holds_a_second_of_it() -> None:
 def test_over_its_rate_a_key_gets_429_with_retry_after_and_another_key_is_served(tmp_path: Path) -> None:
     with stage(tmp_path, api_keys=key_file(tmp_path, "sk-slow rate=0.01", "sk-fast")) as one:
         assert one.knock.post("/generate", json=BODY, headers=bearer("sk-slow")).status_code == 200
-        before = metrics.REGISTRY.get_sample_value("adapterd_request_failure_total", {"code": "overloaded"}) or 0
+        before = (
+            metrics.REGISTRY.get_sample_value("adapterd_request_failure_total", {"code": "overloaded"}) or 0
+        )
         keys = metrics.REGISTRY.get_sample_value("adapterd_key_refusals_total") or 0
         refused = one.knock.post("/generate", json=BODY, headers=bearer("sk-slow"))
         assert (refused.status_code, refused.json()["error_type"]) == (429, "overloaded")
         assert 90 <= int(refused.headers["retry-after"]) <= 100
-        dialect = one.knock.post("/v1/completions", json={"model": "tiny", "prompt": "Hi"}, headers=bearer("sk-slow"))
+        dialect = one.knock.post(
+            "/v1/completions", json={"model": "tiny", "prompt": "Hi"}, headers=bearer("sk-slow")
+        )
         assert (dialect.status_code, dialect.json()["error"]["type"], dialect.json()["error"]["code"]) == (
             429,
             "rate_limit_error",
             "overloaded",
         )
-        assert metrics.REGISTRY.get_sample_value("adapterd_request_failure_total", {"code": "overloaded"}) == before + 2
+        assert (
+            metrics.REGISTRY.get_sample_value("adapterd_request_failure_total", {"code": "overloaded"})
+            == before + 2
+        )
         assert metrics.REGISTRY.get_sample_value("adapterd_key_refusals_total") == keys + 2
         for _ in range(5):
             assert one.knock.post("/generate", json=BODY, headers=bearer("sk-fast")).status_code == 200
@@ -68,7 +79,10 @@ def test_over_its_rate_a_key_gets_429_with_retry_after_and_another_key_is_served
 
 def test_all_keys_have_the_settings_rate_unless_they_have_their_own(tmp_path: Path) -> None:
     with house(api_keys=key_file(tmp_path, "sk-a", "sk-b rate=1000"), key_rate="0.01") as home:
-        codes = {key: [home.knock.get("/adapters", headers=bearer(key)).status_code for _ in range(3)] for key in ("sk-a", "sk-b")}
+        codes = {
+            key: [home.knock.get("/adapters", headers=bearer(key)).status_code for _ in range(3)]
+            for key in ("sk-a", "sk-b")
+        }
         assert codes == {"sk-a": [200, 429, 429], "sk-b": [200, 200, 200]}
 
 
@@ -110,7 +124,13 @@ class Layer:
         async def send(message: Message) -> None:
             sent.append(message)
 
-        scope = {"type": "http", "path": "/generate", "method": "POST", "headers": [], "state": {"key": key, "log": {}}}
+        scope = {
+            "type": "http",
+            "path": "/generate",
+            "method": "POST",
+            "headers": [],
+            "state": {"key": key, "log": {}},
+        }
         await self.layer(scope, cast(Receive, None), send)
         return sent[0]["status"], json.loads(sent[1]["body"])
 
@@ -150,7 +170,11 @@ def asked(one: Stage, key: str, id: str) -> list[tuple[int, str]]:
         ("POST", "/generate_stream", {"inputs": "Hi", "parameters": {"adapter_id": id, "max_new_tokens": 1}}),
         ("POST", "/v1/completions", {"model": id, "prompt": "Hi", "max_tokens": 1}),
         ("POST", "/v1/completions", {"model": f"tiny:{id}", "prompt": "Hi", "max_tokens": 1}),
-        ("POST", "/v1/chat/completions", {"model": id, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}),
+        (
+            "POST",
+            "/v1/chat/completions",
+            {"model": id, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1},
+        ),
         ("GET", f"/v1/models/{id}", None),
         ("GET", f"/adapters/{id}", None),
         ("GET", f"/adapters/{id}/summary", None),
@@ -171,17 +195,26 @@ def test_a_key_does_not_learn_of_an_adapter_that_is_not_on_its_list(tmp_path: Pa
         assert {status for status, _ in asked(one, "sk-all", "org/y")[:10]} == {200}
         for path in ("/adapters", "/v1/models", "/metrics", "/base", "/info"):
             assert "org/y" not in one.knock.get(path, headers=bearer("sk-own")).text
-        assert [card["id"] for card in one.knock.get("/adapters", headers=bearer("sk-own")).json()["adapters"]] == ["x"]
-        assert [card["id"] for card in one.knock.get("/v1/models", headers=bearer("sk-own")).json()["data"]] == ["tiny", "x"]
+        assert [
+            card["id"] for card in one.knock.get("/adapters", headers=bearer("sk-own")).json()["adapters"]
+        ] == ["x"]
+        assert [
+            card["id"] for card in one.knock.get("/v1/models", headers=bearer("sk-own")).json()["data"]
+        ] == ["tiny", "x"]
         for path in ("/adapters", "/v1/models", "/metrics"):
             assert "org/y" in one.knock.get(path, headers=bearer("sk-all")).text
-        assert one.knock.post("/generate", json=BODY, headers=bearer("sk-own")).status_code == 200, "the base is no adapter"
+        assert one.knock.post("/generate", json=BODY, headers=bearer("sk-own")).status_code == 200, (
+            "the base is no adapter"
+        )
 
 
 def test_the_pools_rows_are_shown_by_the_same_list(tmp_path: Path) -> None:
     keys = key_file(tmp_path, "sk-a adapters=a", "sk-none adapters=other")
     with house(api_keys=keys) as home:
         home.shelf.names["a"] = {"id": "a", "digest": "sha256:a"}
-        shown = {key: home.json("GET", "/base", headers=bearer(key))["pool"]["placements"] for key in ("sk-a", "sk-none")}
+        shown = {
+            key: home.json("GET", "/base", headers=bearer(key))["pool"]["placements"]
+            for key in ("sk-a", "sk-none")
+        }
         assert [one["digest"] for one in shown["sk-a"]] == ["sha256:a"]
         assert shown["sk-none"] == []

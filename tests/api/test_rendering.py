@@ -1,4 +1,6 @@
-"""Long answers as JSON: whole and right, and all but their beginning made where nobody waits for it."""
+"""Long answers as JSON: whole and right, and all but their beginning made where nobody waits for
+it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ LONG = " ".join(["the end of it all"] * 30)
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    with stage(tmp_path_factory.mktemp("rendering"), template="{% for m in messages %}{{ m.content }}{% endfor %}") as found:
+    with stage(
+        tmp_path_factory.mktemp("rendering"), template="{% for m in messages %}{{ m.content }}{% endfor %}"
+    ) as found:
         found.engine.limit = 10_000
         yield found
 
@@ -42,7 +46,10 @@ def made(*values: Any) -> Iterator[Any]:
     [
         ({"a": made()}, {"a": []}),
         ({"a": made(1, None, "x"), "b": 2.5}, {"a": [1, None, "x"], "b": 2.5}),
-        ([{"b": made({"c": made("\ud800", '"')}, {"c": made()})}], [{"b": [{"c": ["\ud800", '"']}, {"c": []}]}]),
+        (
+            [{"b": made({"c": made("\ud800", '"')}, {"c": made()})}],
+            [{"b": [{"c": ["\ud800", '"']}, {"c": []}]}],
+        ),
         ({"a": {"b": [1, 2], "c": made(made(1), made(2))}}, {"a": {"b": [1, 2], "c": [[1], [2]]}}),
         ({"plain": [1, {"two": "é"}]}, {"plain": [1, {"two": "é"}]}),
         (made(), []),
@@ -80,7 +87,10 @@ def test_only_the_beginning_is_made_on_the_event_loop() -> None:
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "Hi"}], "logprobs": True, "top_logprobs": 4}
 TEXT = {"model": "base", "prompt": "Hi", "logprobs": 4}
 ECHO = {"model": "base", "prompt": LONG, "logprobs": 4, "echo": True, "max_tokens": 1}
-PREFILL = {"inputs": LONG, "parameters": {"decoder_input_details": True, "details": True, "max_new_tokens": 1}}
+PREFILL = {
+    "inputs": LONG,
+    "parameters": {"decoder_input_details": True, "details": True, "max_new_tokens": 1},
+}
 DETAILS = {"details": True, "top_n_tokens": 4, "max_new_tokens": 60, "ignore_eos_token": True, "seed": 1}
 LARGE: dict[str, tuple[str, dict[str, Any]]] = {
     "chat": ("/v1/chat/completions", CHAT | {"n": 4, "max_tokens": 60, "ignore_eos": True}),
@@ -106,7 +116,9 @@ def told(stage: Stage, path: str, body: dict[str, Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("what", LARGE)
-def test_a_large_answer_is_made_off_the_event_loop(one: Stage, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+def test_a_large_answer_is_made_off_the_event_loop(
+    one: Stage, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
     """Every stream and `/health` wait for what is made on it: n = 128 with 20 runner-ups took 12 s."""
     path, body = LARGE[what]
     whole = told(one, path, body)
@@ -125,7 +137,13 @@ def test_a_large_answer_is_made_off_the_event_loop(one: Stage, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    "fields", [{"logprobs": 1, "n": 16}, {"echo": True}, {"echo": True, "logprobs": 1}, {"logprobs": 1, "stream": True}]
+    "fields",
+    [
+        {"logprobs": 1, "n": 16},
+        {"echo": True},
+        {"echo": True, "logprobs": 1},
+        {"logprobs": 1, "stream": True},
+    ],
 )
 def test_a_long_prompt_of_ids_is_read_off_the_event_loop_and_once(
     one: Stage, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
@@ -139,7 +157,9 @@ def test_a_long_prompt_of_ids_is_read_off_the_event_loop_and_once(
 
     monkeypatch.setattr(AdapterTokenizer, "decode", watched)
     monkeypatch.setattr("service.api.generation.admission.MANY", 100)
-    one.post("/v1/completions", {"model": "base", "prompt": list(making.ids(LONG)), "max_tokens": 1, **fields})
+    one.post(
+        "/v1/completions", {"model": "base", "prompt": list(making.ids(LONG)), "max_tokens": 1, **fields}
+    )
     assert read == [False]
 
 

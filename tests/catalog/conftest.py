@@ -1,4 +1,6 @@
-"""One tiny base for all tests of the shelf, a folder of adapters, and a device that remembers what it was told."""
+"""One tiny base for all tests of the shelf, a folder of adapters, and a device that remembers what
+it was told.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,10 @@ def root(tmp_path: Path) -> Path:
 
 
 class FakeDevice:
-    """Loads what it is offered at once, unless `gate` is set to an event that must come first; `errors` maps digests to failures."""
+    """Loads what it is offered at once, unless `gate` is set to an event that must come first;
+
+    `errors` maps digests to failures.
+    """
 
     def __init__(self, base: Path) -> None:
         self.base: BaseInfo | None = card(base)
@@ -146,14 +151,19 @@ class NearReader(Validator):
 
 
 class Shop:
-    """A registry on a fake device over one adapters directory; `opened` starts it, again and again if need be."""
+    """A registry on a fake device over one adapters directory;
+
+    `opened` starts it, again and again if need be.
+    """
 
     def __init__(self, root: Path, base: Path) -> None:
         self.root, self.base = root, base
         self.device = FakeDevice(base)
 
     def settings(self, **more: Any) -> Settings:
-        return Settings(base=str(self.base), base_id="tiny", adapters_dir=self.root, **{"max_rank": 64, **more})
+        return Settings(
+            base=str(self.base), base_id="tiny", adapters_dir=self.root, **{"max_rank": 64, **more}
+        )
 
     @asynccontextmanager
     async def opened(self, limits: tuple[LayerLimit, ...] = (), **more: Any) -> AsyncIterator[Registry]:

@@ -13,8 +13,19 @@ from .. import making
 
 
 def stack(count: int) -> ModuleNode:
-    layer = (ModuleNode("q", "Linear(in_features=8, out_features=6)", shape=(8, 6)), ModuleNode("norm", "RMSNorm(8)"))
-    return ModuleNode("", "Model", (ModuleNode("layers", "ModuleList", tuple(ModuleNode(str(i), "Layer", layer) for i in range(count))),))
+    layer = (
+        ModuleNode("q", "Linear(in_features=8, out_features=6)", shape=(8, 6)),
+        ModuleNode("norm", "RMSNorm(8)"),
+    )
+    return ModuleNode(
+        "",
+        "Model",
+        (
+            ModuleNode(
+                "layers", "ModuleList", tuple(ModuleNode(str(i), "Layer", layer) for i in range(count))
+            ),
+        ),
+    )
 
 
 def patch(i: int, rank: int = 4, magnitude: str | None = None) -> LoraLayerSpec:
@@ -37,16 +48,31 @@ def test_many_kinds_of_layers_are_counted_after_the_first_few() -> None:
 
 
 def test_the_magnitude_of_dora_is_shown() -> None:
-    assert "(lora_magnitude_vector): Parameter(6)" in draw_architecture(stack(1), [patch(0, magnitude="m")], 0)
+    assert "(lora_magnitude_vector): Parameter(6)" in draw_architecture(
+        stack(1), [patch(0, magnitude="m")], 0
+    )
 
 
 def test_what_no_layer_shows_is_said() -> None:
-    assert draw_architecture(stack(1), [], 0, ["IA3"]).splitlines()[-1].startswith("with IA3, which PEFT itself runs")
+    assert (
+        draw_architecture(stack(1), [], 0, ["IA3"])
+        .splitlines()[-1]
+        .startswith("with IA3, which PEFT itself runs")
+    )
 
 
 def test_a_real_base_and_adapter(skeleton: Skeleton, base: Path, tmp_path: Path) -> None:
     adapter = validate_adapter(
-        skeleton, making.noise(tmp_path / "a", base, 1, "all-linear", use_dora=True, rank_pattern={"layers.1.self_attn.q_proj": 16}), 64
+        skeleton,
+        making.noise(
+            tmp_path / "a",
+            base,
+            1,
+            "all-linear",
+            use_dora=True,
+            rank_pattern={"layers.1.self_attn.q_proj": 16},
+        ),
+        64,
     ).adapter
     lines = draw_architecture(skeleton.make_tree(), adapter.patches, 0).splitlines()
     assert lines[0] == "LlamaForCausalLM"

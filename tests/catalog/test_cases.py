@@ -1,6 +1,8 @@
-"""What other people's adapters did to other people's servers, on the real program: each is served as PEFT serves it, or refused by name.
+"""What other people's adapters did to other people's servers, on the real program: each is served
+as PEFT serves it, or refused by name.
 
-A row of the collection is named where it is tested. In float32; tokens are compared exactly. Nothing may leave the machine.
+A row of the collection is named where it is tested. In float32; tokens are compared exactly.
+Nothing may leave the machine.
 """
 
 from __future__ import annotations
@@ -24,17 +26,31 @@ from tests import kinds, making
 
 pytestmark = pytest.mark.anyio
 
-SETTINGS = {"base_id": "tiny", "dtype": "float32", "quantization": "none", "device": "cpu", "compile": "off", "max_rows": "8"}
+SETTINGS = {
+    "base_id": "tiny",
+    "dtype": "float32",
+    "quantization": "none",
+    "device": "cpu",
+    "compile": "off",
+    "max_rows": "8",
+}
 HEAD = "base_model.model."
 CALL = making.tokenizer().decode(kinds.CALL)
-PROMPTS = ["Hi", "The capital of France is", f"one two {CALL} three four", f"{CALL} five {CALL} six and some more"]
+PROMPTS = [
+    "Hi",
+    "The capital of France is",
+    f"one two {CALL} three four",
+    f"{CALL} five {CALL} six and some more",
+]
 LENGTH = 8
 Json = dict[str, Any]
 
 
 @contextmanager
 def sink() -> Iterator[socket.socket]:
-    """Listens where the hub and every proxy are said to be; whoever asks them for anything waits in its queue."""
+    """Listens where the hub and every proxy are said to be; whoever asks them for anything waits in
+    its queue.
+    """
     with socket.create_server(("127.0.0.1", 0)) as heard:
         heard.setblocking(False)
         yield heard
@@ -126,7 +142,9 @@ async def town(standing: Town) -> AsyncIterator[Town]:
 
 @pytest.mark.parametrize("kind", kinds.REFUSED)
 async def test_what_is_not_right_is_refused_by_name_and_leaves_no_trace(town: Town, kind: str) -> None:
-    """A2, A4, A5, A6, A8, A11, A13, A14, A15, A16, each as named: 422, the id stays free, the base as it was, nothing runs."""
+    """A2, A4, A5, A6, A8, A11, A13, A14, A15, A16, each as named: 422, the id stays free, the base
+    as it was, nothing runs.
+    """
     maker, word = kinds.REFUSED[kind]
     folder = town.make(kind, maker)
     before = town.memory()
@@ -157,7 +175,16 @@ async def test_counts_come_with_what_did_not_match(town: Town) -> None:
 
 # ---- served
 
-OLD = ("peft_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "target_modules", "task_type", "bias")
+OLD = (
+    "peft_type",
+    "base_model_name_or_path",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "task_type",
+    "bias",
+)
 
 
 def renamed(rename: Callable[[str], str]) -> kinds.Maker:
@@ -176,7 +203,10 @@ def pickle_beside(folder: Path) -> None:
 
 AS_PLAIN: dict[str, tuple[kinds.Maker, str]] = {
     "A1 an unknown null": (kinds.edited({"future_cfg": None}), ""),
-    "A1 of 2023": (kinds.edited(lambda c: {key: c[key] for key in OLD} | {"enable_lora": None, "merge_weights": False}), ""),
+    "A1 of 2023": (
+        kinds.edited(lambda c: {key: c[key] for key in OLD} | {"enable_lora": None, "merge_weights": False}),
+        "",
+    ),
     "A1 an unknown value": (kinds.edited({"use_superlora": True}), "use_superlora"),
     "A3 one model short": (renamed(lambda key: key.replace(HEAD + "model.", HEAD)), "were read as"),
     "A3 bare": (renamed(lambda key: key.removeprefix(HEAD)), "were read as"),
@@ -184,17 +214,30 @@ AS_PLAIN: dict[str, tuple[kinds.Maker, str]] = {
     "A3 ddp": (renamed(lambda key: "module." + key), "were read as"),
     "A8 null targets": (kinds.edited({"target_modules": None}), ""),
     "A13 stray files": (kinds.damaged(stray), ""),
-    "A14 a laptop's path": (kinds.edited({"base_model_name_or_path": "/home/me/train/x", "revision": "abc"}), "/home/me/train/x"),
-    "A14 a dead repository": (kinds.edited({"base_model_name_or_path": "no-such-org/no-such-model"}), "no-such-org/no-such-model"),
-    "A14 another family": (kinds.edited({"base_model_name_or_path": "meta-llama/Llama-3.1-8B"}), "meta-llama/Llama-3.1-8B"),
+    "A14 a laptop's path": (
+        kinds.edited({"base_model_name_or_path": "/home/me/train/x", "revision": "abc"}),
+        "/home/me/train/x",
+    ),
+    "A14 a dead repository": (
+        kinds.edited({"base_model_name_or_path": "no-such-org/no-such-model"}),
+        "no-such-org/no-such-model",
+    ),
+    "A14 another family": (
+        kinds.edited({"base_model_name_or_path": "meta-llama/Llama-3.1-8B"}),
+        "meta-llama/Llama-3.1-8B",
+    ),
     "A15 a pickle beside": (kinds.damaged(pickle_beside), ""),
     "B6 dropout": (kinds.edited({"lora_dropout": 0.5}), ""),
 }
 
 
 @pytest.mark.parametrize("kind", AS_PLAIN)
-async def test_oddities_that_change_nothing_are_served_as_the_plain_one_or_said_aloud(town: Town, kind: str) -> None:
-    """A1, A3, A8, A13, A14, A15, B6: the same tokens again and again, and a warning where somebody should know."""
+async def test_oddities_that_change_nothing_are_served_as_the_plain_one_or_said_aloud(
+    town: Town, kind: str
+) -> None:
+    """A1, A3, A8, A13, A14, A15, B6: the same tokens again and again, and a warning where somebody
+    should know.
+    """
     maker, warning = AS_PLAIN[kind]
     plain, folder = town.make("plain", kinds.plain), town.make(kind, maker)
     await town.load("x", folder)
@@ -208,9 +251,18 @@ async def test_oddities_that_change_nothing_are_served_as_the_plain_one_or_said_
 
 EVERY = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 SHOWN: dict[str, tuple[kinds.Maker, Json]] = {
-    "A7 rslora": (kinds.lora(7, r=16, use_rslora=True), {"rank": {"min": 16, "max": 16}, "scalings": {2.0}, "use_rslora": True}),
-    "A7 alpha pattern": (kinds.lora(7, alpha_pattern={kinds.Q0: 64}), {"rank": {"min": 4, "max": 4}, "scalings": {2.0, 16.0}}),
-    "A7 rank pattern": (kinds.lora(7, rank_pattern={kinds.Q0: 16}), {"rank": {"min": 4, "max": 16}, "scalings": {2.0, 0.5}}),
+    "A7 rslora": (
+        kinds.lora(7, r=16, use_rslora=True),
+        {"rank": {"min": 16, "max": 16}, "scalings": {2.0}, "use_rslora": True},
+    ),
+    "A7 alpha pattern": (
+        kinds.lora(7, alpha_pattern={kinds.Q0: 64}),
+        {"rank": {"min": 4, "max": 4}, "scalings": {2.0, 16.0}},
+    ),
+    "A7 rank pattern": (
+        kinds.lora(7, rank_pattern={kinds.Q0: 16}),
+        {"rank": {"min": 4, "max": 16}, "scalings": {2.0, 0.5}},
+    ),
     "A8 regex": (kinds.POOL["regex"], {"target_modules": ["q_proj", "v_proj"], "layers": 1}),
     "A8 all-linear": (kinds.POOL["all-linear"], {"target_modules": EVERY}),
     "A9 dora": (kinds.POOL["dora"], {"use_dora": True, "lane": "pool"}),
@@ -221,7 +273,10 @@ SHOWN: dict[str, tuple[kinds.Maker, Json]] = {
 
 @pytest.mark.parametrize("kind", SHOWN)
 async def test_what_a_config_means_is_served_and_shown_as_peft_means_it(town: Town, kind: str) -> None:
-    """A7, A8, A9, A12: effective scalings, resolved modules, lanes. An activated one is asked with, without and with two invocations."""
+    """A7, A8, A9, A12: effective scalings, resolved modules, lanes.
+
+    An activated one is asked with, without and with two invocations.
+    """
     maker, facts = SHOWN[kind]
     folder = town.make(kind, maker)
     await town.load("x", folder)
@@ -233,7 +288,11 @@ async def test_what_a_config_means_is_served_and_shown_as_peft_means_it(town: To
 
 async def test_targets_of_every_spelling_live_side_by_side(town: Town) -> None:
     """A8: as the first, the second and the third."""
-    names = {"regex": kinds.POOL["regex"], "all": kinds.POOL["all-linear"], "null": AS_PLAIN["A8 null targets"][0]}
+    names = {
+        "regex": kinds.POOL["regex"],
+        "all": kinds.POOL["all-linear"],
+        "null": AS_PLAIN["A8 null targets"][0],
+    }
     folders = {id: town.make(f"A8 side {id}", maker) for id, maker in names.items()}
     for id, folder in folders.items():
         await town.load(id, folder)
@@ -243,7 +302,9 @@ async def test_targets_of_every_spelling_live_side_by_side(town: Town) -> None:
 
 
 async def test_saved_modules_and_parameters_stay_their_own_adapters(town: Town) -> None:
-    """A10, A12: two with whole modules, two on parameters, a plain one and the base in turn, and after one of them is gone."""
+    """A10, A12: two with whole modules, two on parameters, a plain one and the base in turn, and
+    after one of them is gone.
+    """
     makers = {
         "head": kinds.SHADOW["modules_to_save"],
         "embedding": kinds.SHADOW["embedding saved"],
@@ -278,9 +339,16 @@ async def test_a_run_folder_wants_one_of_its_checkpoints_named(town: Town) -> No
 
 async def test_a_long_shared_prompt_is_each_adapters_own(town: Town) -> None:
     """B3: under A, B, the base and A, each twice; so that nothing of one's prefill is another's."""
-    folders: dict[str | None, Path | None] = {None: None, "a": town.make("B3 a", kinds.lora(31)), "b": town.make("B3 b", kinds.lora(32))}
+    folders: dict[str | None, Path | None] = {
+        None: None,
+        "a": town.make("B3 a", kinds.lora(31)),
+        "b": town.make("B3 b", kinds.lora(32)),
+    }
     prompt = " ".join(f"word{i}" for i in range(40))
-    right = {id: making.answers(town.base, folder, [making.ids(prompt)], LENGTH)[0] for id, folder in folders.items()}
+    right = {
+        id: making.answers(town.base, folder, [making.ids(prompt)], LENGTH)[0]
+        for id, folder in folders.items()
+    }
     assert len({tuple(said) for said in right.values()}) == 3
     for id, folder in folders.items():
         if id and folder:
@@ -291,7 +359,10 @@ async def test_a_long_shared_prompt_is_each_adapters_own(town: Town) -> None:
 
 
 async def test_a_name_stands_for_its_new_content_at_once(town: Town) -> None:
-    """B4: after DELETE and POST, and after PUT; POST on a taken name is a conflict, of the same content no change."""
+    """B4: after DELETE and POST, and after PUT;
+
+    POST on a taken name is a conflict, of the same content no change.
+    """
     one, two = town.make("B4 one", kinds.lora(33)), town.make("B4 two", kinds.lora(34))
     await town.load("m", one)
     await town.same("m", one)
@@ -320,7 +391,9 @@ async def test_no_adapter_is_the_base_before_between_and_after(town: Town) -> No
 
 
 async def test_changes_at_the_same_time_are_one_after_another(town: Town) -> None:
-    """B7: of two deletions one finds it, of two contents for a name one gets it, and eight at once are all right."""
+    """B7: of two deletions one finds it, of two contents for a name one gets it, and eight at once
+    are all right.
+    """
     folders = [town.make(f"B7 {i}", kinds.lora(40 + i)) for i in range(8)]
     for turn in range(5):
         answers = await asyncio.gather(*(town.register(f"e{i}", folder) for i, folder in enumerate(folders)))
@@ -339,13 +412,26 @@ async def test_changes_at_the_same_time_are_one_after_another(town: Town) -> Non
 
 
 async def test_files_outside_are_neither_read_nor_deleted(town: Town, tmp_path: Path) -> None:
-    """C6: by an absolute path, by dots, by a link to a folder and by links to files; and where a link has become one after registration."""
+    """C6: by an absolute path, by dots, by a link to a folder and by links to files; and where a
+    link has become one after registration.
+    """
     outside = kinds.plain(tmp_path / "outside", town.base)
     (town.root / "link").symlink_to(outside)
     (town.root / "files").mkdir()
     for name in (making.CONFIG, making.WEIGHTS):
         (town.root / "files" / name).symlink_to(outside / name)
-    for source in ("/etc", str(outside), "..", "../outside", "a/../../x", "link", "files", "a\0b", "~root", "file:///etc"):
+    for source in (
+        "/etc",
+        str(outside),
+        "..",
+        "../outside",
+        "a/../../x",
+        "link",
+        "files",
+        "a\0b",
+        "~root",
+        "file:///etc",
+    ):
         answer = await town.register("x", source)
         assert answer.status_code in (403, 422), source
         assert str(outside) not in answer.text or source == str(outside)

@@ -20,14 +20,28 @@ from service.errors import AdapterInvalid, BadRequest
 from .. import making
 
 
-def adapted(module: str, rank: int = 4, scaling: float = 2.0, inside: int = 8, outside: int = 6, dtype: str = "F32") -> LoraModuleInfo:
-    a, b = (TensorInfo(dtype, shape, shape[0] * shape[1] * header.ITEMSIZE[dtype]) for shape in ((rank, inside), (outside, rank)))
+def adapted(
+    module: str, rank: int = 4, scaling: float = 2.0, inside: int = 8, outside: int = 6, dtype: str = "F32"
+) -> LoraModuleInfo:
+    a, b = (
+        TensorInfo(dtype, shape, shape[0] * shape[1] * header.ITEMSIZE[dtype])
+        for shape in ((rank, inside), (outside, rank))
+    )
     return LoraModuleInfo(module, scaling, a, b)
 
 
 def test_modules_are_grouped_by_name_shape_rank_and_scaling() -> None:
-    modules = [adapted("m.0.q"), adapted("m.1.q"), adapted("m.2.q", rank=8), adapted("m.3.q", scaling=1.0), adapted("m.0.v", outside=2)]
-    assert [(row["name"], row["count"], row["rank"], row["scaling"], row["parameters"]) for row in facts.by_module(modules)] == [
+    modules = [
+        adapted("m.0.q"),
+        adapted("m.1.q"),
+        adapted("m.2.q", rank=8),
+        adapted("m.3.q", scaling=1.0),
+        adapted("m.0.v", outside=2),
+    ]
+    assert [
+        (row["name"], row["count"], row["rank"], row["scaling"], row["parameters"])
+        for row in facts.by_module(modules)
+    ] == [
         ("q", 1, 4, 1.0, 56),
         ("q", 2, 4, 2.0, 112),
         ("q", 1, 8, 2.0, 112),
@@ -37,11 +51,15 @@ def test_modules_are_grouped_by_name_shape_rank_and_scaling() -> None:
 
 def test_megabytes_are_of_the_file_s_own_types() -> None:
     big = {"inside": 4096, "outside": 4096, "rank": 32}
-    assert [facts.by_module([adapted("q", dtype=dtype, **big)])[0]["megabytes"] for dtype in ("F32", "BF16")] == [1.05, 0.52]
+    assert [
+        facts.by_module([adapted("q", dtype=dtype, **big)])[0]["megabytes"] for dtype in ("F32", "BF16")
+    ] == [1.05, 0.52]
 
 
 def test_layers_are_counted_once_by_their_first_number() -> None:
-    assert facts.count_layers(["m.layers.0.q", "m.layers.0.v", "m.layers.1.experts.3.w1", "lm_head", "h.0"]) == 3
+    assert (
+        facts.count_layers(["m.layers.0.q", "m.layers.0.v", "m.layers.1.experts.3.w1", "lm_head", "h.0"]) == 3
+    )
 
 
 def test_what_the_keys_alone_tell_is_what_peft_tells(skeleton: Skeleton, base: Path, tmp_path: Path) -> None:
@@ -56,7 +74,16 @@ def test_what_the_keys_alone_tell_is_what_peft_tells(skeleton: Skeleton, base: P
         folder = making.noise(tmp_path / f"a{i}", base, 3, **recipe)
         told, read_facts = inspect_folder(folder), validate_adapter(skeleton, folder, 64).facts
         shared = told.keys() & read_facts.keys()
-        assert shared >= {"by_module", "rank", "scaling", "layers", "modules", "target_modules", "parameters", "size"}
+        assert shared >= {
+            "by_module",
+            "rank",
+            "scaling",
+            "layers",
+            "modules",
+            "target_modules",
+            "parameters",
+            "size",
+        }
         assert {key: told[key] for key in shared} == {key: read_facts[key] for key in shared}
 
 
@@ -88,7 +115,10 @@ LINEARS = (LinearKind("q_proj", 64, 64, 2), LinearKind("v_proj", 64, 32, 2), Lin
 
 def test_a_forecast_counts_every_shape_of_a_name() -> None:
     told = facts.forecast_size(LINEARS, 100_000, 8, ["v_proj"], "bfloat16")
-    assert [(row["count"], row["lora_A"], row["lora_B"]) for row in told["by_module"]] == [(2, [8, 64], [32, 8]), (1, [8, 64], [64, 8])]
+    assert [(row["count"], row["lora_A"], row["lora_B"]) for row in told["by_module"]] == [
+        (2, [8, 64], [32, 8]),
+        (1, [8, 64], [64, 8]),
+    ]
     assert (told["parameters"], told["percent_of_base"]) == (2 * 768 + 1024, 2.56)
     assert "2.56 %" in summary_text.format_forecast(told)
 

@@ -1,4 +1,6 @@
-"""How much an adapter changes, held to the product itself; measured once for each content, and never of changed files."""
+"""How much an adapter changes, held to the product itself; measured once for each content, and
+never of changed files.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ LAYER0 = "layers.0.self_attn.q_proj"
     ],
     ids=str,
 )
-def test_norms_are_those_of_the_change_that_peft_makes(skeleton: Skeleton, base: Path, tmp_path: Path, recipe: dict[str, Any]) -> None:
+def test_norms_are_those_of_the_change_that_peft_makes(
+    skeleton: Skeleton, base: Path, tmp_path: Path, recipe: dict[str, Any]
+) -> None:
     folder = making.noise(tmp_path / "adapter", base, 5, **recipe)
     reading = validate_adapter(skeleton, folder, 64)
     found = measured(reading.adapter, reading.layers)
@@ -67,9 +71,23 @@ def test_changed_files_are_not_measured(skeleton: Skeleton, plain: Path, tmp_pat
 
 
 def test_ranks_and_norms_are_told_by_layer_and_what_lies_in_none_apart() -> None:
-    ranks = {"model.layers.0.x.q": 4, "model.layers.2.x.q": 8, "model.layers.2.y.q": 16, "m.h.1.v": 2, "lm_head": 1}
-    sizes = {"model.layers.0.x.q": 3.0, "model.layers.2.x.q": 1.0, "model.layers.2.y.q": 1.0, "m.h.1.v": 5.0, "lm_head": 2.0}
-    told = norms.group_by_layer([LoraLayerSpec(module, rank, 1.0, "a", "b") for module, rank in ranks.items()], sizes, 3)
+    ranks = {
+        "model.layers.0.x.q": 4,
+        "model.layers.2.x.q": 8,
+        "model.layers.2.y.q": 16,
+        "m.h.1.v": 2,
+        "lm_head": 1,
+    }
+    sizes = {
+        "model.layers.0.x.q": 3.0,
+        "model.layers.2.x.q": 1.0,
+        "model.layers.2.y.q": 1.0,
+        "m.h.1.v": 5.0,
+        "lm_head": 2.0,
+    }
+    told = norms.group_by_layer(
+        [LoraLayerSpec(module, rank, 1.0, "a", "b") for module, rank in ranks.items()], sizes, 3
+    )
     assert told == {
         "layers": 3,
         "modules": [
@@ -84,7 +102,10 @@ def test_ranks_and_norms_are_told_by_layer_and_what_lies_in_none_apart() -> None
 
 
 class Counting(Validator):
-    """Measures when it is let; `asked` remembers of what, and the first answer is a refusal when `refuse` is set."""
+    """Measures when it is let;
+
+    `asked` remembers of what, and the first answer is a refusal when `refuse` is set.
+    """
 
     def __init__(self) -> None:
         super().__init__(64)
@@ -107,7 +128,10 @@ async def test_each_content_is_measured_once_however_many_ask_and_a_failure_is_n
     one, two = validate_adapter(skeleton, plain, 64), validate_adapter(skeleton, other, 64)
     reader = Counting()
     known = norms.NormCache(reader)
-    assert list(await asyncio.gather(known.measure_norms(one), known.measure_norms(one))) == [{"lm_head": 1.0}] * 2
+    assert (
+        list(await asyncio.gather(known.measure_norms(one), known.measure_norms(one)))
+        == [{"lm_head": 1.0}] * 2
+    )
     await known.measure_norms(one)
     assert len(reader.asked) == 1
     reader.refuse = True
@@ -116,7 +140,9 @@ async def test_each_content_is_measured_once_however_many_ask_and_a_failure_is_n
     await known.measure_norms(two)
     assert reader.asked == [one.adapter.digest, two.adapter.digest, two.adapter.digest]
     monkeypatch.setattr(norms, "KEPT", 2)
-    await known.measure_norms(validate_adapter(skeleton, making.edit(plain, plain.parent / "third", {"lora_dropout": 0.5}), 64))
+    await known.measure_norms(
+        validate_adapter(skeleton, making.edit(plain, plain.parent / "third", {"lora_dropout": 0.5}), 64)
+    )
     await known.measure_norms(one)
     assert reader.asked[-1] == one.adapter.digest, "only as many as KEPT are remembered"
 
@@ -143,6 +169,8 @@ def test_a_norm_over_all_numbers_can_still_be_told() -> None:
     """JSON has neither infinity nor NaN, and factors of 1e300 make both."""
     names = ["layers.0.q", "layers.1.q"]
     told = norms.group_by_layer(
-        [LoraLayerSpec(name, 2, 1.0, "a", "b") for name in names], {names[0]: float("inf"), names[1]: float("nan")}, 2
+        [LoraLayerSpec(name, 2, 1.0, "a", "b") for name in names],
+        {names[0]: float("inf"), names[1]: float("nan")},
+        2,
     )
     assert json.dumps(told, allow_nan=False).count("e+308") == 2

@@ -1,4 +1,6 @@
-"""Names and what they stand for: who wins a race, what is replaced when, what is freed, and what a restart brings back."""
+"""Names and what they stand for: who wins a race, what is replaced when, what is freed, and what a
+restart brings back.
+"""
 
 from __future__ import annotations
 
@@ -23,17 +25,50 @@ from service.core.adapter import ExecutionPath, Tier
 from service.core.base_info import LayerLimit
 from service.core.manifest import Manifest, compute_digest
 from service.core.messages import Load
-from service.errors import AdapterInvalid, AdapterNotFound, AdapterUnsupported, BadRequest, Conflict, Forbidden, NotReady, SettingsError
+from service.errors import (
+    AdapterInvalid,
+    AdapterNotFound,
+    AdapterUnsupported,
+    BadRequest,
+    Conflict,
+    Forbidden,
+    NotReady,
+    SettingsError,
+)
 from service.telemetry import metrics
 
 from .. import kinds, making
 from .conftest import FakeDevice, NearReader, Shop
 
 pytestmark = pytest.mark.anyio
-CARD = {"id", "digest", "state", "residency", "rank", "parameters", "megabytes", "pinned", "in_flight", "last_used"}
-RECORD: dict[str, Any] = {"source": "a", "subfolder": None, "revision": None, "digest": "sha256:a", "fingerprint": "a", "pinned": False}
+CARD = {
+    "id",
+    "digest",
+    "state",
+    "residency",
+    "rank",
+    "parameters",
+    "megabytes",
+    "pinned",
+    "in_flight",
+    "last_used",
+}
+RECORD: dict[str, Any] = {
+    "source": "a",
+    "subfolder": None,
+    "revision": None,
+    "digest": "sha256:a",
+    "fingerprint": "a",
+    "pinned": False,
+}
 RECORD |= {"registered_at": "2026-01-01T00:00:00Z", "files": []}
-FILES: list[Any] = [5, [5], [["README.md", 1, "a"]], [["adapter_config.json", "1", "a"]], [["adapter_config.json", 1]]]
+FILES: list[Any] = [
+    5,
+    [5],
+    [["README.md", 1, "a"]],
+    [["adapter_config.json", "1", "a"]],
+    [["adapter_config.json", 1]],
+]
 WRONG: list[dict[str, Any]] = [{"registered_at": "once"}, *({"files": files} for files in FILES)]
 
 
@@ -44,10 +79,14 @@ def put(source: Path, root: Path, name: str) -> str:
 
 @pytest.fixture
 def stocked(shop: Shop, plain: Path, other: Path) -> Shop:
-    """Two sources, deleted from the remembered registrations so that they are only found when asked for."""
+    """Two sources, deleted from the remembered registrations so that they are only found when asked
+    for.
+    """
     put(plain, shop.root, "plain")
     put(other, shop.root, "other")
-    (shop.root / ".adapterd.json").write_text(json.dumps({"version": 1, "adapters": {}, "deleted": ["plain", "other"]}))
+    (shop.root / ".adapterd.json").write_text(
+        json.dumps({"version": 1, "adapters": {}, "deleted": ["plain", "other"]})
+    )
     return shop
 
 
@@ -94,7 +133,11 @@ async def test_what_no_step_could_run_is_refused_at_registration_and_by_a_check(
 async def test_of_two_contents_racing_for_an_id_one_wins(stocked: Shop) -> None:
     async with stocked.opened() as registry:
         gate = device(registry).gate = asyncio.Event()
-        racing = asyncio.gather(registry.register_adapter("a", "plain"), registry.register_adapter("a", "other"), return_exceptions=True)
+        racing = asyncio.gather(
+            registry.register_adapter("a", "plain"),
+            registry.register_adapter("a", "other"),
+            return_exceptions=True,
+        )
         await asyncio.sleep(0.2)  # long enough for both to reach the device, if nothing keeps them
         gate.set()
         got = await racing
@@ -117,7 +160,9 @@ async def test_one_that_is_deleted_while_it_is_remembered_was_registered_all_the
 
 async def test_many_ids_register_at_once(stocked: Shop) -> None:
     async with stocked.opened() as registry:
-        got = await asyncio.gather(*(registry.register_adapter(f"p{i}", ("plain", "other")[i % 2]) for i in range(8)))
+        got = await asyncio.gather(
+            *(registry.register_adapter(f"p{i}", ("plain", "other")[i % 2]) for i in range(8))
+        )
         assert [created for _, created in got] == [True] * 8
         assert len({card["digest"] for card, _ in got}) == 2
 
@@ -130,11 +175,32 @@ async def test_reserved_ids_are_a_conflict(stocked: Shop, id: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "id", ["", "..", "../x", "a/../b", "a//b", "/a", "a/", "a/b/c", ".hidden", "-x", "x" * 129, "é", "a b", "a\0", "a\n"]
+    "id",
+    [
+        "",
+        "..",
+        "../x",
+        "a/../b",
+        "a//b",
+        "/a",
+        "a/",
+        "a/b/c",
+        ".hidden",
+        "-x",
+        "x" * 129,
+        "é",
+        "a b",
+        "a\0",
+        "a\n",
+    ],
 )
 async def test_ids_that_break_the_pattern_are_refused(stocked: Shop, id: str) -> None:
     async with stocked.opened() as registry:
-        for attempt in (registry.register_adapter(id, "plain"), registry.check_adapter(id, "plain"), registry.upload_adapter(id, {})):
+        for attempt in (
+            registry.register_adapter(id, "plain"),
+            registry.check_adapter(id, "plain"),
+            registry.upload_adapter(id, {}),
+        ):
             with pytest.raises(BadRequest, match=r"^id "):
                 await attempt
 
@@ -147,7 +213,9 @@ async def test_a_bad_adapter_leaves_no_ghost(stocked: Shop, plain: Path) -> None
         with pytest.raises(AdapterNotFound):
             registry.card_of("bad")
         assert isinstance(registry._reader, NearReader)
-        assert not [folder for folder, _ in registry._reader.reads if folder.name == "bad"], "a glance at the config was not enough"
+        assert not [folder for folder, _ in registry._reader.reads if folder.name == "bad"], (
+            "a glance at the config was not enough"
+        )
 
 
 async def test_a_load_that_fails_registers_nothing_and_is_taken_back(stocked: Shop) -> None:
@@ -171,7 +239,9 @@ async def test_a_dry_run_says_everything_and_registers_nothing(stocked: Shop, pl
     async with stocked.opened() as registry:
         told = await registry.check_adapter("a", "plain")
         assert (told["ok"], told["problems"], told["summary"]["parameters"]) == (True, [], 1792)
-        making.edit(plain, stocked.root / "bad", weights=lambda t: {k: v for k, v in t.items() if "lora_B" not in k})
+        making.edit(
+            plain, stocked.root / "bad", weights=lambda t: {k: v for k, v in t.items() if "lora_B" not in k}
+        )
         told = await registry.check_adapter("a", "bad")
         assert not told["ok"]
         assert "lora_B" in " ".join(told["problems"])
@@ -206,7 +276,11 @@ async def test_a_replacement_is_atomic_and_the_old_content_ends_with_its_last_le
         old, _ = await registry.register_adapter("a", "plain")
         with registry.lease_adapter("a") as generation:
             new, created = await registry.register_adapter("a", "other", replace=True)
-            assert (created, generation.digest, registry.card_of("a")["digest"]) == (False, old["digest"], new["digest"])
+            assert (created, generation.digest, registry.card_of("a")["digest"]) == (
+                False,
+                old["digest"],
+                new["digest"],
+            )
             await settle()
             assert device(registry).dropped == []
         await settle()
@@ -216,7 +290,9 @@ async def test_a_replacement_is_atomic_and_the_old_content_ends_with_its_last_le
 async def test_a_replacement_that_cannot_be_loaded_leaves_the_old_one_serving(stocked: Shop) -> None:
     async with stocked.opened() as registry:
         old, _ = await registry.register_adapter("a", "plain")
-        device(registry).errors[(await registry.check_adapter("b", "other"))["summary"]["digest"]] = "no space"
+        device(registry).errors[(await registry.check_adapter("b", "other"))["summary"]["digest"]] = (
+            "no space"
+        )
         with pytest.raises(AdapterInvalid):
             await registry.register_adapter("a", "other", replace=True)
         with registry.lease_adapter("a") as generation:
@@ -244,11 +320,18 @@ async def test_removing_waits_for_leases_frees_and_forgets(stocked: Shop) -> Non
         removal = asyncio.create_task(registry.remove_adapter("a"))
         await settle()
         assert not removal.done()
-        assert 'adapter="a"' not in metrics.render_metrics("")[0].decode(), "also for a client that leaves before the drain ends"
+        assert 'adapter="a"' not in metrics.render_metrics("")[0].decode(), (
+            "also for a client that leaves before the drain ends"
+        )
         with pytest.raises(AdapterNotFound), registry.lease_adapter("a"):
             pass
         held.__exit__(None, None, None)
-        assert await removal == {"id": "a", "digest": card["digest"], "drained_requests": 1, "freed_bytes": 7168}
+        assert await removal == {
+            "id": "a",
+            "digest": card["digest"],
+            "drained_requests": 1,
+            "freed_bytes": 7168,
+        }
         with pytest.raises(AdapterNotFound):
             await registry.remove_adapter("a")
 
@@ -270,7 +353,9 @@ async def test_who_waits_for_a_lease_to_end_is_let_go_when_it_closes(stocked: Sh
 async def test_of_two_removals_one_finds_nothing(stocked: Shop) -> None:
     async with stocked.opened() as registry:
         await registry.register_adapter("a", "plain")
-        got = await asyncio.gather(registry.remove_adapter("a"), registry.remove_adapter("a"), return_exceptions=True)
+        got = await asyncio.gather(
+            registry.remove_adapter("a"), registry.remove_adapter("a"), return_exceptions=True
+        )
         assert sorted(type(one).__name__ for one in got) == ["AdapterNotFound", "dict"]
 
 
@@ -281,7 +366,9 @@ async def test_content_that_another_id_has_stays(stocked: Shop, plain: Path) -> 
         await registry.register_adapter("b", "twin", pinned=True)
         assert device(registry).pinned == {card["digest"]}
         assert (await registry.remove_adapter("b"))["freed_bytes"] == 0
-        assert device(registry).known[card["digest"]].config == str((stocked.root / "plain/adapter_config.json").resolve())
+        assert device(registry).known[card["digest"]].config == str(
+            (stocked.root / "plain/adapter_config.json").resolve()
+        )
         assert device(registry).pinned == set()
         assert (await registry.remove_adapter("a"))["freed_bytes"] == 7168
 
@@ -310,7 +397,9 @@ async def test_pins_are_shared_by_content_and_told(stocked: Shop) -> None:
         assert (await registry.register_adapter("a", "plain", pinned=True, replace=True))[0]["pinned"] is True
 
 
-async def test_a_registration_that_fails_leaves_the_content_as_the_others_have_it(stocked: Shop, plain: Path) -> None:
+async def test_a_registration_that_fails_leaves_the_content_as_the_others_have_it(
+    stocked: Shop, plain: Path
+) -> None:
     async with stocked.opened() as registry:
         put(plain, stocked.root, "twin")
         card, _ = await registry.register_adapter("a", "plain", preload=False)
@@ -319,7 +408,9 @@ async def test_a_registration_that_fails_leaves_the_content_as_the_others_have_i
             await registry.register_adapter("b", "twin", pinned=True)
         assert device(registry).dropped == []
         assert device(registry).pinned == set()
-        assert device(registry).known[card["digest"]].config == str((stocked.root / "plain/adapter_config.json").resolve())
+        assert device(registry).known[card["digest"]].config == str(
+            (stocked.root / "plain/adapter_config.json").resolve()
+        )
 
 
 @pytest.mark.parametrize("change", ["unpin", "remove"])
@@ -330,7 +421,9 @@ async def test_a_pin_holds_though_another_id_lets_its_own_go_meanwhile(stocked: 
         registering = asyncio.create_task(registry.register_adapter("b", "plain", pinned=True))
         while not registry._shelves.lock_for(card["digest"]).locked():  # noqa: ASYNC110 - what is waited for has no event
             await asyncio.sleep(0)
-        removing = asyncio.create_task(registry.pin_adapter("a", False) if change == "unpin" else registry.remove_adapter("a"))
+        removing = asyncio.create_task(
+            registry.pin_adapter("a", False) if change == "unpin" else registry.remove_adapter("a")
+        )
         await settle()
         gate.set()
         assert (await registering)[0]["pinned"] is True
@@ -346,7 +439,9 @@ async def test_the_files_of_one_that_drains_are_those_of_the_content(stocked: Sh
         with registry.lease_adapter("a"):
             await registry.register_adapter("a", "other", replace=True)
             await registry.remove_adapter("b")
-            assert device(registry).known[card["digest"]].config == str((stocked.root / "plain/adapter_config.json").resolve())
+            assert device(registry).known[card["digest"]].config == str(
+                (stocked.root / "plain/adapter_config.json").resolve()
+            )
         await settle()
         assert device(registry).dropped == [card["digest"]]
 
@@ -364,7 +459,10 @@ async def test_a_load_that_fails_later_shows_until_one_succeeds(stocked: Shop) -
         card, _ = await registry.register_adapter("a", "plain")
         await registry.register_adapter("b", "other")
         registry.note_load(Load(card["digest"], 0.1, 0, "the file has another digest"))
-        assert (registry.card_of("a")["state"], registry.card_of("a")["reason"]) == ("failed", "the file has another digest")
+        assert (registry.card_of("a")["state"], registry.card_of("a")["reason"]) == (
+            "failed",
+            "the file has another digest",
+        )
         assert registry.card_of("b")["state"] == "ready"
         registry.note_load(Load(card["digest"], 0.1, 7168))
         assert registry.card_of("a")["state"] == "ready"
@@ -397,7 +495,11 @@ async def test_the_summary_counts_what_the_file_holds(stocked: Shop) -> None:
         told = registry.summary_of("a")
         parameters = told["base"]["parameters"]
         assert told["base_model"]["match"] is True
-        assert (told["rank"], told["scaling"], told["alpha"]) == ({"min": 4, "max": 4}, {"min": 2.0, "max": 2.0}, 8)
+        assert (told["rank"], told["scaling"], told["alpha"]) == (
+            {"min": 4, "max": 4},
+            {"min": 2.0, "max": 2.0},
+            8,
+        )
         assert (told["layers"], told["modules"], told["target_modules"]) == (2, 4, ["q_proj", "v_proj"])
         assert told["size"]["tensor_bytes"] == 4 * told["parameters"] == told["size"]["arithmetic_bytes"]
         assert told["size"]["device_megabytes"] == 0.01
@@ -424,7 +526,9 @@ async def test_a_forecast_says_what_the_summary_later_says(stocked: Shop) -> Non
         told, real = registry.forecast_size(8, ["q_proj", "v_proj"]), registry.summary_of("a")
         assert told["parameters"] == real["parameters"]
         assert told["percent_of_base"] == real["percent_of_base"]
-        assert [{k: v for k, v in row.items() if k != "scaling"} for row in real["by_module"]] == told["by_module"]
+        assert [{k: v for k, v in row.items() if k != "scaling"} for row in real["by_module"]] == told[
+            "by_module"
+        ]
 
 
 # ---- what the digest covers
@@ -466,7 +570,10 @@ async def test_the_summary_lists_the_files_with_sizes_and_hashes_also_after_a_re
     (stocked.root / "plain" / "README.md").write_text("not part of an answer")
     names = ["adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"]
     contents = {name: (stocked.root / "plain" / name).read_bytes() for name in names}
-    files = [{"name": name, "bytes": len(data), "sha256": sha256(data).hexdigest()} for name, data in contents.items()]
+    files = [
+        {"name": name, "bytes": len(data), "sha256": sha256(data).hexdigest()}
+        for name, data in contents.items()
+    ]
     async with stocked.opened() as registry:
         await registry.register_adapter("a", "plain")
         assert registry.summary_of("a")["files"] == files
@@ -487,8 +594,17 @@ async def test_the_same_files_have_one_digest_from_every_source(stocked: Shop) -
         for name in names:
             archive.write(folder / name, f"run/{name}")
     async with stocked.opened() as registry:
-        cards = [(await registry.register_adapter("a", "plain"))[0], (await registry.register_adapter("b", "copy"))[0]]
-        cards.append((await registry.upload_adapter("c", {name: Part((folder / name).read_bytes()) for name in names}))[0])
+        cards = [
+            (await registry.register_adapter("a", "plain"))[0],
+            (await registry.register_adapter("b", "copy"))[0],
+        ]
+        cards.append(
+            (
+                await registry.upload_adapter(
+                    "c", {name: Part((folder / name).read_bytes()) for name in names}
+                )
+            )[0]
+        )
         cards.append((await registry.upload_adapter("d", {"file": Part(packed.getvalue())}))[0])
         assert {card["digest"] for card in cards} == {cards[0]["digest"]}
         with registry.lease_adapter("d") as generation:
@@ -497,7 +613,9 @@ async def test_the_same_files_have_one_digest_from_every_source(stocked: Shop) -
         assert (await registry.upload_adapter("e", bare))[0]["digest"] != cards[0]["digest"]
 
 
-async def test_files_that_change_while_they_are_read_are_not_registered(stocked: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_files_that_change_while_they_are_read_are_not_registered(
+    stocked: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
     read = NearReader.validate_adapter
 
     async def slow(reader: NearReader, folder: Path, known: Manifest = ()) -> ValidatedAdapter:
@@ -523,7 +641,11 @@ async def test_a_dry_run_of_a_taken_id_says_so_beside_the_summary(stocked: Shop)
         told = await registry.check_adapter("a", "other")
         with pytest.raises(Conflict) as refused:
             await registry.register_adapter("a", "other")
-        assert (told["ok"], told["problems"], told["summary"]["rank"]["max"]) == (False, [refused.value.message], 8)
+        assert (told["ok"], told["problems"], told["summary"]["rank"]["max"]) == (
+            False,
+            [refused.value.message],
+            8,
+        )
         assert (await registry.check_adapter("a", "plain"))["ok"]
 
 
@@ -576,13 +698,17 @@ async def test_registrations_of_an_older_version_are_taken_over(stocked: Shop, o
     assert remembered(stocked.root)["version"] == 2
     aged(stocked.root)
     async with stocked.opened() as registry:
-        assert [card["id"] for card in registry.list_cards()] == ["a", "up"], "and what was deleted stays deleted"
+        assert [card["id"] for card in registry.list_cards()] == ["a", "up"], (
+            "and what was deleted stays deleted"
+        )
         for id in ("a", "up"):
             told = registry.summary_of(id)
             kept = ("digest", "files", "pinned", "registered_at", "warnings")
             assert {key: told[key] for key in kept} == {key: before[id][key] for key in kept}
         with registry.lease_adapter("up") as generation:
-            assert (generation.folder / "adapter_model.safetensors").read_bytes() == (other / "adapter_model.safetensors").read_bytes()
+            assert (generation.folder / "adapter_model.safetensors").read_bytes() == (
+                other / "adapter_model.safetensors"
+            ).read_bytes()
     assert remembered(stocked.root)["version"] == 2
     async with stocked.opened() as registry:
         assert isinstance(registry._reader, NearReader)
@@ -594,16 +720,22 @@ async def test_registrations_of_an_older_version_are_taken_over(stocked: Shop, o
 
 
 @pytest.mark.parametrize("rest", [{}, {"adapters": 5}])
-async def test_a_newer_version_stops_the_start_and_is_not_written_over(stocked: Shop, rest: dict[str, Any]) -> None:
+async def test_a_newer_version_stops_the_start_and_is_not_written_over(
+    stocked: Shop, rest: dict[str, Any]
+) -> None:
     state = json.dumps(remembered(stocked.root) | {"version": 3} | rest)
     (stocked.root / ".adapterd.json").write_text(state)
-    with pytest.raises(SettingsError, match=r"ADAPTERD_ADAPTERS_DIR: .*\.adapterd\.json .* version is 3, .* up to 2"):
+    with pytest.raises(
+        SettingsError, match=r"ADAPTERD_ADAPTERS_DIR: .*\.adapterd\.json .* version is 3, .* up to 2"
+    ):
         Registry(stocked.settings(), stocked.device, reader=NearReader)
     assert [path.name for path in stocked.root.glob(".adapterd*")] == [".adapterd.json"]
     assert (stocked.root / ".adapterd.json").read_text() == state
 
 
-async def test_a_version_that_became_newer_while_the_base_was_loaded_stops_the_start_too(stocked: Shop) -> None:
+async def test_a_version_that_became_newer_while_the_base_was_loaded_stops_the_start_too(
+    stocked: Shop,
+) -> None:
     registry = Registry(stocked.settings(), stocked.device, reader=NearReader)
     state = json.dumps(remembered(stocked.root) | {"version": 3})
     (stocked.root / ".adapterd.json").write_text(state)
@@ -628,10 +760,14 @@ async def test_folders_are_registered_at_start_under_their_paths(shop: Shop, pla
         with registry.lease_adapter("found"):
             pass
         await registry.register_adapter("more", "found")
-        assert len({one.digest for one in registry.list_versions()}) == 1, "one content has one digest, and one voice, under all its ids"
+        assert len({one.digest for one in registry.list_versions()}) == 1, (
+            "one content has one digest, and one voice, under all its ids"
+        )
 
 
-async def test_a_broken_folder_is_listed_as_failed_and_harms_nothing(shop: Shop, plain: Path, other: Path) -> None:
+async def test_a_broken_folder_is_listed_as_failed_and_harms_nothing(
+    shop: Shop, plain: Path, other: Path
+) -> None:
     put(plain, shop.root, "good")
     for name in ("cut", "short"):
         put(plain, shop.root, name)
@@ -647,11 +783,18 @@ async def test_a_broken_folder_is_listed_as_failed_and_harms_nothing(shop: Shop,
         put(other, shop.root, "cut")
         card, created = await registry.register_adapter("cut", "cut")
         assert (created, card["state"]) == (True, "ready")
-        assert await registry.remove_adapter("short") == {"id": "short", "digest": None, "drained_requests": 0, "freed_bytes": 0}
+        assert await registry.remove_adapter("short") == {
+            "id": "short",
+            "digest": None,
+            "drained_requests": 0,
+            "freed_bytes": 0,
+        }
 
 
 @pytest.mark.parametrize("kind", ["A2 mlx", "A5 missing", "A15 pickle"])
-async def test_a_folder_without_weights_says_at_start_what_it_seems_to_be(shop: Shop, base: Path, kind: str) -> None:
+async def test_a_folder_without_weights_says_at_start_what_it_seems_to_be(
+    shop: Shop, base: Path, kind: str
+) -> None:
     maker, word = kinds.REFUSED[kind]
     maker(shop.root / "odd", base)
     async with shop.opened() as registry:
@@ -669,7 +812,9 @@ async def test_registrations_and_pins_outlive_a_restart(stocked: Shop) -> None:
         assert device(registry).pinned == {registry.card_of("renamed")["digest"]}
 
 
-async def test_a_deleted_registration_stays_deleted_until_it_is_registered_again(shop: Shop, plain: Path) -> None:
+async def test_a_deleted_registration_stays_deleted_until_it_is_registered_again(
+    shop: Shop, plain: Path
+) -> None:
     put(plain, shop.root, "found")
     async with shop.opened() as registry:
         await registry.remove_adapter("found")
@@ -680,7 +825,9 @@ async def test_a_deleted_registration_stays_deleted_until_it_is_registered_again
         assert [card["id"] for card in registry.list_cards()] == ["found"]
 
 
-async def test_files_that_changed_meanwhile_are_a_new_content_with_a_warning(stocked: Shop, other: Path) -> None:
+async def test_files_that_changed_meanwhile_are_a_new_content_with_a_warning(
+    stocked: Shop, other: Path
+) -> None:
     async with stocked.opened() as registry:
         before, _ = await registry.register_adapter("a", "plain")
     shutil.copytree(other, stocked.root / "plain", dirs_exist_ok=True)
@@ -724,7 +871,9 @@ async def test_unchanged_files_are_not_read_again(stocked: Shop) -> None:
         assert registry.card_of("a")["digest"] == card["digest"]
 
 
-async def test_a_found_folder_that_is_gone_is_forgotten_and_a_named_one_fails(stocked: Shop, plain: Path) -> None:
+async def test_a_found_folder_that_is_gone_is_forgotten_and_a_named_one_fails(
+    stocked: Shop, plain: Path
+) -> None:
     put(plain, stocked.root, "found")
     async with stocked.opened() as registry:
         await registry.register_adapter("named", "plain")
@@ -740,7 +889,10 @@ async def test_a_found_folder_that_is_gone_is_forgotten_and_a_named_one_fails(st
         "{",
         "[]",
         '{"adapters": {}, "deleted": []}',
-        *(json.dumps({"version": version, "adapters": {}, "deleted": []}) for version in ("2", 0, True, None, 1.5)),
+        *(
+            json.dumps({"version": version, "adapters": {}, "deleted": []})
+            for version in ("2", 0, True, None, 1.5)
+        ),
         '{"version": 2, "adapters": {"a": {}}, "deleted": []}',
         '{"version": 2, "adapters": {"a": 5}, "deleted": []}',
         "[" * 100_000,
@@ -756,7 +908,9 @@ async def test_a_damaged_ledger_is_put_aside(shop: Shop, plain: Path, damage: st
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, name: str, code: int) -> None:
-    """What is done by this name to the file of registrations fails like this from now on; tests may run as root, whom no mode stops."""
+    """What is done by this name to the file of registrations fails like this from now on; tests may
+    run as root, whom no mode stops.
+    """
     real = getattr(Path, name)
 
     def does(path: Path, *given: Any) -> Any:
@@ -767,7 +921,9 @@ def failing(monkeypatch: pytest.MonkeyPatch, name: str, code: int) -> None:
     monkeypatch.setattr(Path, name, does)
 
 
-async def test_registrations_that_cannot_be_read_are_not_written_over(stocked: Shop, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_registrations_that_cannot_be_read_are_not_written_over(
+    stocked: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async with stocked.opened() as registry:
         await registry.register_adapter("a", "plain")
     with monkeypatch.context() as patch:
@@ -778,7 +934,9 @@ async def test_registrations_that_cannot_be_read_are_not_written_over(stocked: S
         assert [card["id"] for card in registry.list_cards()] == ["a"]
 
 
-async def test_a_damaged_ledger_that_cannot_be_put_aside_stops_nothing(shop: Shop, plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_damaged_ledger_that_cannot_be_put_aside_stops_nothing(
+    shop: Shop, plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     put(plain, shop.root, "found")
     (shop.root / ".adapterd.json").write_text("{")
     failing(monkeypatch, "replace", errno.EROFS)
@@ -786,7 +944,9 @@ async def test_a_damaged_ledger_that_cannot_be_put_aside_stops_nothing(shop: Sho
         assert [card["id"] for card in registry.list_cards()] == ["found"]
 
 
-async def test_a_directory_that_cannot_be_written_stops_nothing(stocked: Shop, caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_directory_that_cannot_be_written_stops_nothing(
+    stocked: Shop, caplog: pytest.LogCaptureFixture
+) -> None:
     async with stocked.opened() as registry:
         (stocked.root / ".adapterd.json.new").mkdir()  # where the ledger would write
         for id in ("a", "b"):
@@ -797,7 +957,9 @@ async def test_a_directory_that_cannot_be_written_stops_nothing(stocked: Shop, c
         ]
 
 
-async def test_a_directory_that_is_not_there_is_made_when_there_is_something_to_remember(shop: Shop, plain: Path) -> None:
+async def test_a_directory_that_is_not_there_is_made_when_there_is_something_to_remember(
+    shop: Shop, plain: Path
+) -> None:
     shop.root.rmdir()
     async with shop.opened() as registry:
         assert not shop.root.exists()
@@ -819,7 +981,10 @@ class Part:
 
 
 def parts(folder: Path) -> dict[str, Part]:
-    return {name: Part((folder / name).read_bytes()) for name in ("adapter_config.json", "adapter_model.safetensors")}
+    return {
+        name: Part((folder / name).read_bytes())
+        for name in ("adapter_config.json", "adapter_model.safetensors")
+    }
 
 
 async def test_an_upload_is_stored_registered_and_purged(shop: Shop, plain: Path) -> None:
@@ -827,7 +992,10 @@ async def test_an_upload_is_stored_registered_and_purged(shop: Shop, plain: Path
         card, created = await registry.upload_adapter("up", parts(plain))
         assert created
         with registry.lease_adapter("up") as generation:
-            assert generation.folder == (shop.root / ".uploads" / card["digest"].removeprefix("sha256:")).resolve()
+            assert (
+                generation.folder
+                == (shop.root / ".uploads" / card["digest"].removeprefix("sha256:")).resolve()
+            )
             assert generation.adapter is not None
             assert generation.adapter.config == str(generation.folder / "adapter_config.json")
         assert await registry.upload_adapter("up", parts(plain)) == (registry.card_of("up"), False)
@@ -863,7 +1031,9 @@ async def test_what_is_purged_is_not_taken_from_who_uploads_the_same_meanwhile(
             assert (generation.folder / "adapter_config.json").exists()
 
 
-async def test_purge_keeps_what_another_id_still_uses_and_what_was_not_uploaded(stocked: Shop, other: Path) -> None:
+async def test_purge_keeps_what_another_id_still_uses_and_what_was_not_uploaded(
+    stocked: Shop, other: Path
+) -> None:
     async with stocked.opened() as registry:
         await registry.upload_adapter("one", parts(other))
         await registry.upload_adapter("two", parts(other))
@@ -884,7 +1054,9 @@ async def test_a_refused_upload_leaves_no_files(shop: Shop, plain: Path, other: 
         await registry.upload_adapter("taken", parts(plain))
         with pytest.raises(Conflict):
             await registry.upload_adapter("taken", parts(other))
-        assert [path.name for path in (shop.root / ".uploads").iterdir()] == [registry.card_of("taken")["digest"].removeprefix("sha256:")]
+        assert [path.name for path in (shop.root / ".uploads").iterdir()] == [
+            registry.card_of("taken")["digest"].removeprefix("sha256:")
+        ]
 
 
 async def test_uploaded_files_are_no_source_for_others(shop: Shop, plain: Path) -> None:

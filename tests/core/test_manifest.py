@@ -29,7 +29,15 @@ NAMES = (
     "vocab.json",
     "vocab.txt",
 )
-STRAYS = ("README.md", "training_args.bin", "config.json", "tokenizer.json.bak", "chat_template.jinja2", "xvocab.json", "vocab")
+STRAYS = (
+    "README.md",
+    "training_args.bin",
+    "config.json",
+    "tokenizer.json.bak",
+    "chat_template.jinja2",
+    "xvocab.json",
+    "vocab",
+)
 
 
 @pytest.fixture
@@ -41,17 +49,26 @@ def folder(tmp_path: Path) -> Path:
 
 def test_the_manifest_is_every_file_that_shapes_an_answer_and_no_other(folder: Path) -> None:
     contents = {name: (folder / name).read_bytes() for name in NAMES}
-    assert read_manifest(folder) == tuple(File(name, len(data), sha256(data).hexdigest()) for name, data in contents.items())
+    assert read_manifest(folder) == tuple(
+        File(name, len(data), sha256(data).hexdigest()) for name, data in contents.items()
+    )
 
 
 def test_the_digest_is_over_json_lines_sorted_by_name(folder: Path) -> None:
     lines = ""
     for name in NAMES:
         data = (folder / name).read_bytes()
-        lines += json.dumps({"name": name, "bytes": len(data), "sha256": sha256(data).hexdigest()}).replace(" ", "") + "\n"
+        lines += (
+            json.dumps({"name": name, "bytes": len(data), "sha256": sha256(data).hexdigest()}).replace(
+                " ", ""
+            )
+            + "\n"
+        )
     wanted = "sha256:" + sha256(lines.encode()).hexdigest()
     assert compute_digest(read_manifest(folder)) == wanted
-    assert compute_digest(tuple(reversed(read_manifest(folder)))) == wanted, "whatever the order it was told in"
+    assert compute_digest(tuple(reversed(read_manifest(folder)))) == wanted, (
+        "whatever the order it was told in"
+    )
 
 
 def test_a_stray_changes_nothing_and_each_file_of_the_manifest_changes_the_digest(folder: Path) -> None:
@@ -69,13 +86,26 @@ def test_a_stray_changes_nothing_and_each_file_of_the_manifest_changes_the_diges
 
 
 @pytest.mark.parametrize(
-    "name", ["", "vocab.", "vocab./x", "vocab.a/b", "../vocab.json", "vocab.\0", "a/tokenizer.json", "Tokenizer.json", "file"]
+    "name",
+    [
+        "",
+        "vocab.",
+        "vocab./x",
+        "vocab.a/b",
+        "../vocab.json",
+        "vocab.\0",
+        "a/tokenizer.json",
+        "Tokenizer.json",
+        "file",
+    ],
 )
 def test_names_that_are_none_of_it(name: str) -> None:
     assert not is_manifest_name(name)
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: os.symlink("nowhere", path)], ids=["pipe", "folder", "link"])
+@pytest.mark.parametrize(
+    "make", [os.mkfifo, os.mkdir, lambda path: os.symlink("nowhere", path)], ids=["pipe", "folder", "link"]
+)
 def test_what_is_no_file_has_no_hash(folder: Path, make: Callable[[Path], None]) -> None:
     make(folder / "vocab.bpe")
     with pytest.raises(AdapterInvalid, match=r"vocab\.bpe is no file"):

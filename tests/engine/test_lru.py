@@ -72,7 +72,11 @@ def test_a_random_walk_agrees_with_a_list() -> None:
                 need, keep = rng.randrange(30), set(rng.sample(range(20), 3))
                 victims = lru.choose_victims(need, keep)
                 idle = [k for k in order if k not in pins | keep]
-                fits = [n for n in range(len(idle) + 1) if sum(costs.values()) - sum(costs[k] for k in idle[:n]) + need <= 50]
+                fits = [
+                    n
+                    for n in range(len(idle) + 1)
+                    if sum(costs.values()) - sum(costs[k] for k in idle[:n]) + need <= 50
+                ]
                 assert victims == (idle[: fits[0]] if fits else None)
         assert list(lru) == order
         assert (key in lru) is (key in costs)

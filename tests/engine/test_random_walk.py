@@ -1,4 +1,6 @@
-"""Thousands of random schedules: whatever clients, adapters and faults do, every request ends once and with its own tokens."""
+"""Thousands of random schedules: whatever clients, adapters and faults do, every request ends once
+and with its own tokens.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ STEPS = 250
 
 
 def shelf(rng: random.Random) -> list[Adapter]:
-    found = [adapter(f"a{i}", rank=rng.choice((1, 2, 4, 8, 16)), size=rng.randrange(500, 4000)) for i in range(8)]
+    found = [
+        adapter(f"a{i}", rank=rng.choice((1, 2, 4, 8, 16)), size=rng.randrange(500, 4000)) for i in range(8)
+    ]
     found += [adapter(f"shadow{i}", lane=ExecutionPath.SHADOW, size=1500) for i in range(2)]
     return [*found, adapter("unreadable", readable=False)]
 
@@ -33,10 +37,15 @@ def act(rng: random.Random, driver: Driver, adapters: list[Adapter]) -> None:
         case "submit":
             eos = frozenset(range(0, 1000, 7)) if rng.random() < 0.3 else frozenset[int]()
             scored = 1 if rng.random() < 0.1 else None
-            driver.submit(prompt(rng), rng.randrange(0, 12), rng.choice((None, chosen)), eos=eos, prompt_logprobs=scored)
+            driver.submit(
+                prompt(rng), rng.randrange(0, 12), rng.choice((None, chosen)), eos=eos, prompt_logprobs=scored
+            )
         case "cancel" if driver.stories:
             scheduler.cancel_request(id := rng.randrange(len(driver.stories)))
-            left = [*scheduler.running.values(), *(sequence for queue in scheduler.waiting.values() for sequence in queue)]
+            left = [
+                *scheduler.running.values(),
+                *(sequence for queue in scheduler.waiting.values() for sequence in queue),
+            ]
             assert id not in {sequence.request.id for sequence in left}, "one that waits or runs ends at once"
         case "offer":
             scheduler.add_adapter(chosen, pinned=rng.random() < 0.05, preload=rng.random() < 0.5)
@@ -51,7 +60,12 @@ def act(rng: random.Random, driver: Driver, adapters: list[Adapter]) -> None:
 @pytest.mark.parametrize("seed", range(60))
 def test_every_request_ends_once_with_its_own_tokens(seed: int) -> None:
     rng = random.Random(seed)
-    driver = Driver(rows=rng.randrange(1, 6), pool_rank=16, prefill_tokens=rng.choice((3, 16, 100)), host_bytes=rng.choice((1000, 8000)))
+    driver = Driver(
+        rows=rng.randrange(1, 6),
+        pool_rank=16,
+        prefill_tokens=rng.choice((3, 16, 100)),
+        host_bytes=rng.choice((1000, 8000)),
+    )
     adapters = shelf(rng)
     for _ in range(STEPS):
         for _ in range(rng.randrange(4)):

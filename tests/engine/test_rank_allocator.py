@@ -1,4 +1,6 @@
-"""Pool ranges never overlap, the fewest adapters leave for a newcomer, and what is pinned or kept stays."""
+"""Pool ranges never overlap, the fewest adapters leave for a newcomer, and what is pinned or kept
+stays.
+"""
 
 from __future__ import annotations
 

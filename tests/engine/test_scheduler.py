@@ -62,7 +62,9 @@ def test_prefill_is_chunked_and_every_running_sequence_decodes_in_every_step() -
 
 
 def test_nobody_takes_more_than_a_share_of_rows_while_others_wait() -> None:
-    """A hundred requests of one adapter came first; the others still get half of the rows as they fall free."""
+    """A hundred requests of one adapter came first; the others still get half of the rows as they
+    fall free.
+    """
     driver = Driver(rows=4, pool_rank=16)
     greedy, modest = adapter("greedy"), adapter("modest")
     driver.scheduler.add_adapter(greedy)
@@ -154,7 +156,11 @@ def test_a_pinned_adapter_in_the_middle_of_the_pool_moves_for_a_large_one() -> N
     driver.submit([2], 3, pinned)
     driver.settle()
     assert [story.end.finish for story in driver.stories.values() if story.end] == [Finish.LENGTH] * 2
-    assert [driver.tiers[each.digest] for each in (first, pinned, big)] == [Tier.HOST, Tier.DEVICE, Tier.DEVICE]
+    assert [driver.tiers[each.digest] for each in (first, pinned, big)] == [
+        Tier.HOST,
+        Tier.DEVICE,
+        Tier.DEVICE,
+    ]
     driver.check()
 
 
@@ -172,7 +178,11 @@ def test_a_pinned_adapter_that_was_placed_at_the_second_try_comes_back_when_it_h
     for each in (pinned, big):
         driver.submit([1], 3, each)
         driver.settle()
-    assert [driver.tiers[each.digest] for each in (first, pinned, big)] == [Tier.HOST, Tier.DEVICE, Tier.DEVICE]
+    assert [driver.tiers[each.digest] for each in (first, pinned, big)] == [
+        Tier.HOST,
+        Tier.DEVICE,
+        Tier.DEVICE,
+    ]
     driver.check()
 
 
@@ -222,7 +232,10 @@ def test_shadow_adapters_need_no_pool_rows() -> None:
     driver.scheduler.add_adapter(shadow)
     mixed = [driver.submit([1], 3, shadow), driver.submit([1], 3)]
     driver.settle()
-    assert [driver.stories[id].tokens for id in mixed] == [expected(shadow.digest, [1], 3), expected(None, [1], 3)]
+    assert [driver.stories[id].tokens for id in mixed] == [
+        expected(shadow.digest, [1], 3),
+        expected(None, [1], 3),
+    ]
     assert driver.scheduler.gauges.pool_used == 0
     assert driver.tiers[shadow.digest] is Tier.HOST
 
@@ -266,7 +279,11 @@ def test_what_nobody_asks_for_is_not_read_and_what_is_there_not_a_second_time() 
     driver.scheduler.add_adapter(large)
     driver.submit([1], 2, large)  # drives the other out of both tiers
     driver.settle()
-    assert [driver.tiers[each.digest] for each in (asked, offered, large)] == [Tier.DISK, Tier.DISK, Tier.DEVICE]
+    assert [driver.tiers[each.digest] for each in (asked, offered, large)] == [
+        Tier.DISK,
+        Tier.DISK,
+        Tier.DEVICE,
+    ]
     assert driver.scheduler.next_load() is None
 
 
@@ -316,7 +333,9 @@ def test_host_memory_keeps_what_is_pinned_as_long_as_it_is() -> None:
 
 
 def test_what_waits_is_kept_in_host_memory() -> None:
-    """Two adapters wait where one fits: both are kept until they had their turn, so that neither is read again and again."""
+    """Two adapters wait where one fits: both are kept until they had their turn, so that neither is
+    read again and again.
+    """
     driver = Driver(rows=4, pool_rank=4, host_bytes=1100)
     first, *others = [adapter("x", size=100), adapter("a"), adapter("b")]
     for each in (first, *others):
@@ -437,7 +456,9 @@ def test_a_dropped_adapter_serves_those_it_has_and_takes_no_more() -> None:
     driver.step()
     assert driver.dropped == []
     driver.settle()
-    assert [driver.stories[id].tokens for id in (running, waiting)] == [expected(dying.digest, [n], 4) for n in (1, 2)]
+    assert [driver.stories[id].tokens for id in (running, waiting)] == [
+        expected(dying.digest, [n], 4) for n in (1, 2)
+    ]
     end = driver.stories[late].end
     assert end
     assert end.code == "adapter_not_found"
@@ -463,7 +484,9 @@ def test_an_adapter_offered_again_while_it_drains_stays() -> None:
     assert driver.tiers[back.digest] is Tier.DEVICE
 
 
-@pytest.mark.parametrize(("prompt", "max_tokens", "count", "finish"), [(60, 10, 4, Finish.LENGTH), (64, 10, 1, Finish.LENGTH)])
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "count", "finish"), [(60, 10, 4, Finish.LENGTH), (64, 10, 1, Finish.LENGTH)]
+)
 def test_a_full_row_ends_the_sequence(prompt: int, max_tokens: int, count: int, finish: Finish) -> None:
     driver = Driver(context=64)
     id = driver.submit(range(prompt), max_tokens)
@@ -595,7 +618,9 @@ def test_the_same_prompt_under_another_adapter_starts_anew() -> None:
 
 
 def test_a_prompt_that_the_budget_leaves_nothing_for_waits_a_step() -> None:
-    """One that wakes after two tokens lets another in beside it, and takes the whole budget in the next step."""
+    """One that wakes after two tokens lets another in beside it, and takes the whole budget in the
+    next step.
+    """
     driver = Driver(rows=2, prefill_tokens=16)
     one = replace(adapter("activated"), invocation=(70, 71))
     driver.scheduler.add_adapter(one)
@@ -627,8 +652,12 @@ def test_what_an_activated_adapter_made_is_no_start_for_a_prompt_that_wakes_it_l
         ([71, 70, *LONG], 64),
     ],
 )
-def test_an_activated_adapter_acts_from_its_invocation_on_and_its_rows_are_nobodys_start(prompt: list[int], wakes: int) -> None:
-    """A12: what comes before runs as the base in chunks of its own; the same prompt twice, at once and later, is prefilled twice."""
+def test_an_activated_adapter_acts_from_its_invocation_on_and_its_rows_are_nobodys_start(
+    prompt: list[int], wakes: int
+) -> None:
+    """A12: what comes before runs as the base in chunks of its own; the same prompt twice, at once
+    and later, is prefilled twice.
+    """
     driver = Driver(rows=4)
     one = replace(adapter("activated"), invocation=(70, 71))
     driver.scheduler.add_adapter(one)
@@ -644,4 +673,6 @@ def test_an_activated_adapter_acts_from_its_invocation_on_and_its_rows_are_nobod
     for plan in driver.plans:
         for chunk in plan.chunks:
             end = chunk.position + len(chunk.tokens)
-            assert chunk.request.adapter is None or (end <= wakes if chunk.asleep else chunk.position >= wakes)
+            assert chunk.request.adapter is None or (
+                end <= wakes if chunk.asleep else chunk.position >= wakes
+            )

@@ -1,4 +1,6 @@
-"""Drives the real runner by hand, without a scheduler: places adapters, prefills in chunks, decodes all running rows together."""
+"""Drives the real runner by hand, without a scheduler: places adapters, prefills in chunks, decodes
+all running rows together.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def plan_of(folder: Path, base: Path) -> Adapter:
     config, weights = folder / making.CONFIG, folder / making.WEIGHTS
     rank = max(p.rank for p in patches)
     files, size = read_manifest(folder), weights.stat().st_size
-    return Adapter(compute_digest(files), str(config), str(weights), ExecutionPath.POOL, rank, size, patches, files=files)
+    return Adapter(
+        compute_digest(files), str(config), str(weights), ExecutionPath.POOL, rank, size, patches, files=files
+    )
 
 
 GREEDY = Sampling()
@@ -58,7 +62,9 @@ class Job:
 
 
 class Driver:
-    """Runs jobs together; each enters when a row is free and its turn has come, and leaves when it has its tokens."""
+    """Runs jobs together; each enters when a row is free and its turn has come, and leaves when it
+    has its tokens.
+    """
 
     def __init__(self, runner: ModelRunner, rows: int) -> None:
         self.runner, self.rows, self.at, self.count = runner, rows, 0, 0
@@ -82,12 +88,19 @@ class Driver:
                 job.row = free.pop(0)
                 self.count += 1
                 requests[id(job)] = Request(
-                    self.count, tuple(job.prompt), job.n, job.adapter, job.sampling, prompt_logprobs=job.prompt_logprobs
+                    self.count,
+                    tuple(job.prompt),
+                    job.n,
+                    job.adapter,
+                    job.sampling,
+                    prompt_logprobs=job.prompt_logprobs,
                 )
                 running.append(job)
             running.sort(key=lambda j: j.done < len(j.prompt))
             chunks = [self._chunk(job, requests[id(job)], chunk) for job in running]
-            for job, made, result in zip(running, chunks, self.runner.run_step(Plan(chunks=tuple(chunks))), strict=True):
+            for job, made, result in zip(
+                running, chunks, self.runner.run_step(Plan(chunks=tuple(chunks))), strict=True
+            ):
                 job.done += len(made.tokens)
                 job.prompt_tokens += result.prompt
                 job.tokens += [result.token] if result.token else []

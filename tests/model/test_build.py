@@ -11,7 +11,9 @@ from service.model import build
 from tests import making
 
 
-def test_a_grammar_is_compiled_once_and_each_request_follows_it_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grammar_is_compiled_once_and_each_request_follows_it_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compiled: list[str] = []
 
     def compile(words: object, grammar: str) -> llguidance.LLMatcher:

@@ -1,7 +1,8 @@
-"""The CPU kernels say what the torch path says, to bfloat16's precision, for every mix of adapters, lengths and positions.
+"""The CPU kernels say what the torch path says, to bfloat16's precision, for every mix of adapters,
+lengths and positions.
 
-They need a processor with AVX512-BF16 and a C++ compiler. Without them these tests are skipped by name, and the torch path, which then
-serves, is held to PEFT by the others.
+They need a processor with AVX512-BF16 and a C++ compiler. Without them these tests are skipped by
+name, and the torch path, which then serves, is held to PEFT by the others.
 """
 
 from __future__ import annotations
@@ -19,7 +20,14 @@ from service.errors import SettingsError
 from service.model import kernels, kv
 from service.model.build import build_runner
 from service.model.kernels.decoder import FusedDecoderLayer
-from service.model.lora_linear import DoraSpan, FusedLoraLinear, LoraLinear, LoraWeights, StepArrangement, TokenGroup
+from service.model.lora_linear import (
+    DoraSpan,
+    FusedLoraLinear,
+    LoraLinear,
+    LoraWeights,
+    StepArrangement,
+    TokenGroup,
+)
 from service.model.memory import HugePageArena
 from service.settings import Settings
 from tests import making
@@ -33,7 +41,8 @@ INF = float("inf")
 needs_kernels = pytest.mark.skipif(not ABLE, reason="no AVX512-BF16, or no C++ compiler")
 
 
-SOME = ("all-linear", ("q_proj", "down_proj"), ("k_proj", "o_proj", "up_proj"))  # layers that an adapter leaves alone must not notice it
+# Layers that an adapter leaves alone must not notice it
+SOME = ("all-linear", ("q_proj", "down_proj"), ("k_proj", "o_proj", "up_proj"))
 
 
 def made(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
@@ -58,20 +67,30 @@ def close(ours: Tensor, want: Tensor) -> None:
 def test_a_fused_layer_equals_the_torch_layer(tokens: int, n_in: int, n_out: int, bias: bool) -> None:
     layer = torch.nn.Linear(n_in, n_out, bias=bias, dtype=BF16)
     half = tokens // 2
-    spans = [(0, half, 0, 0, 5, 8, 1), (half, tokens - half, 1, 0, 19, 3, 0)] if half else [(0, tokens, 0, 0, 5, 8, 1)]
+    spans = (
+        [(0, half, 0, 0, 5, 8, 1), (half, tokens - half, 1, 0, 19, 3, 0)]
+        if half
+        else [(0, tokens, 0, 0, 5, 8, 1)]
+    )
     body = table(*spans)
     fused = FusedLoraLinear(layer, 32, body, HugePageArena(n_in * n_out * 2))
     plain = LoraLinear(layer, n_in, n_out, 32, BF16, torch.device("cpu"))
     for digest, start, rank, gated in (("dora", 5, 8, True), ("lora", 19, 3, False)):
         gate = made(n_out, seed=rank).float().abs() if gated else None
-        factors = LoraWeights(made(rank, n_in, seed=rank, scale=0.2), made(rank, n_out, seed=rank + 1, scale=0.2), gate)
+        factors = LoraWeights(
+            made(rank, n_in, seed=rank, scale=0.2), made(rank, n_out, seed=rank + 1, scale=0.2), gate
+        )
         for one in (fused, plain):
             one.place_weights(Placement(digest, start, rank), factors)
-    for start, rank in ((0, 5), (13, 6), (22, 10)):  # whose numbers overflow: no pair of rows may bring them to others
+    # Whose numbers overflow: no pair of rows may bring them to others
+    for start, rank in ((0, 5), (13, 6), (22, 10)):
         fused.place_weights(
-            Placement("wild", start, rank), LoraWeights(*(torch.full((rank, size), INF, dtype=BF16) for size in (n_in, n_out)))
+            Placement("wild", start, rank),
+            LoraWeights(*(torch.full((rank, size), INF, dtype=BF16) for size in (n_in, n_out))),
         )
-    groups = tuple(TokenGroup(s, s + length, low, low + rank, None) for s, length, _, _, low, rank, _ in spans)
+    groups = tuple(
+        TokenGroup(s, s + length, low, low + rank, None) for s, length, _, _, low, rank, _ in spans
+    )
     plain.now = StepArrangement(tokens, groups, (DoraSpan(0, half or tokens, "dora"),))
     x = made(1, tokens, n_in, seed=9)
     with torch.inference_mode():
@@ -107,8 +126,14 @@ def test_an_adapter_that_leaves_a_layer_alone_meets_nothing_there_of_others_befo
 @needs_kernels
 def test_the_gate_of_one_that_is_gone_is_not_left_for_the_next() -> None:
     body = table((0, 2, 0, 0, 0, 8, 1))
-    fused = FusedLoraLinear(torch.nn.Linear(64, 64, bias=False, dtype=BF16), 32, body, HugePageArena(64 * 64 * 2))
-    x, at, factors = made(1, 2, 64, seed=1), Placement("a", 0, 8), LoraWeights(made(8, 64, seed=2), made(8, 64, seed=3))
+    fused = FusedLoraLinear(
+        torch.nn.Linear(64, 64, bias=False, dtype=BF16), 32, body, HugePageArena(64 * 64 * 2)
+    )
+    x, at, factors = (
+        made(1, 2, 64, seed=1),
+        Placement("a", 0, 8),
+        LoraWeights(made(8, 64, seed=2), made(8, 64, seed=3)),
+    )
     with torch.inference_mode():
         fused.place_weights(at, factors)
         plain = fused(x)
@@ -132,7 +157,9 @@ class Layer:
 @needs_kernels
 @pytest.mark.parametrize("dim", [16, 64, 80])
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (None, 20.0), (5, 20.0)])
-def test_attention_over_rows_equals_the_torch_attention(dim: int, window: int | None, softcap: float | None) -> None:
+def test_attention_over_rows_equals_the_torch_attention(
+    dim: int, window: int | None, softcap: float | None
+) -> None:
     spans = [kv.KVSpan(0, 1, 2, 9), kv.KVSpan(1, 1, 0, 3), kv.KVSpan(2, 6, 1, 0), kv.KVSpan(8, 4, 3, 7)]
     ours, plain = Layer(4, 2, 32, dim, table(*spans)), Layer(4, 2, 32, dim, table(*spans))
     for name in ("kv_keys", "kv_values"):
@@ -143,7 +170,15 @@ def test_attention_over_rows_equals_the_torch_attention(dim: int, window: int | 
     options: dict[str, Any] = {"scaling": 0.3, "sliding_window": window, "softcap": softcap}
     with torch.inference_mode():
         got, _ = kernels.attend_rows(ours, query, key, value, None, **options)
-        want, _ = kv.attend_rows(plain, query, key, value, None, table=kv.KVTable.make_table(spans, 2, torch.device("cpu")), **options)
+        want, _ = kv.attend_rows(
+            plain,
+            query,
+            key,
+            value,
+            None,
+            table=kv.KVTable.make_table(spans, 2, torch.device("cpu")),
+            **options,
+        )
     close(got, want)
     assert torch.equal(ours.kv_keys, plain.kv_keys)
     assert torch.equal(ours.kv_values, plain.kv_values)
@@ -165,27 +200,41 @@ KINDS: dict[str, tuple[dict[str, Any], bool]] = {  # and whether its layers are 
 def test_a_base_on_the_kernels_says_what_the_plain_one_says(kind: str, tmp_path: Path) -> None:
     sizes, alike = KINDS[kind]
     base = random_base(tmp_path / "base", kind, sizes)
-    folders = [making.noise(tmp_path / f"a{i}", base, i, r=3 + 4 * i, use_dora=i == 1, targets=SOME[i]) for i in range(3)]
+    folders = [
+        making.noise(tmp_path / f"a{i}", base, i, r=3 + 4 * i, use_dora=i == 1, targets=SOME[i])
+        for i in range(3)
+    ]
     plans = [plan_of(folder, base) for folder in folders]
     exact, plain, ours = (
-        logprobs(base, plans, dtype, switch, alike) for dtype, switch in (("float32", "off"), ("bfloat16", "off"), ("bfloat16", "auto"))
+        logprobs(base, plans, dtype, switch, alike)
+        for dtype, switch in (("float32", "off"), ("bfloat16", "off"), ("bfloat16", "auto"))
     )
     for adapter, want in exact.items():
         assert (ours[adapter] - want).abs().mean() < 1.2 * (plain[adapter] - want).abs().mean(), adapter
 
 
-def logprobs(base: Path, plans: list[Adapter], dtype: str, switch: str, alike: bool) -> dict[str | None, Tensor]:
+def logprobs(
+    base: Path, plans: list[Adapter], dtype: str, switch: str, alike: bool
+) -> dict[str | None, Tensor]:
     """Of all prompts' tokens under each adapter and the base, which share one changing batch."""
     settings = {"device": "cpu", "dtype": dtype, "compile": switch, "max_rows": 6, "base": str(base)}
     runner, _ = build_runner(Settings.model_validate(settings), lambda stage, fraction: None)
-    assert all(isinstance(layer, FusedLoraLinear) for layer in runner.bank.layers.values()) == (switch == "auto")
-    whole = [isinstance(vars(module).get("forward"), FusedDecoderLayer) for module in runner.bank.tree.model.layers]
+    assert all(isinstance(layer, FusedLoraLinear) for layer in runner.bank.layers.values()) == (
+        switch == "auto"
+    )
+    whole = [
+        isinstance(vars(module).get("forward"), FusedDecoderLayer) for module in runner.bank.tree.model.layers
+    ]
     assert whole == [alike and switch == "auto"] * SIZES["num_hidden_layers"]
     driver = Driver(runner, 6)
     for plan in plans:
         driver.place(plan)
     long = [3 + i * 7 % 240 for i in range(200)]
-    jobs = [Job(p, 3, plan.digest if plan else None, prompt_logprobs=0) for p in (*prompts()[3:6], long) for plan in (None, *plans)]
+    jobs = [
+        Job(p, 3, plan.digest if plan else None, prompt_logprobs=0)
+        for p in (*prompts()[3:6], long)
+        for plan in (None, *plans)
+    ]
     random.Random(1).shuffle(jobs)
     driver.run(jobs, chunk=170)
     told: dict[str | None, list[float | None]] = {}
@@ -207,7 +256,9 @@ def test_a_row_says_the_same_whatever_its_neighbours(tmp_path: Path) -> None:
         driver.place(plan)
 
     def job(i: int) -> Job:
-        return Job([5 + i, *prompts()[3][1:]], 8, plans[i % 4 - 1].digest if i % 4 else None, prompt_logprobs=0)
+        return Job(
+            [5 + i, *prompts()[3][1:]], 8, plans[i % 4 - 1].digest if i % 4 else None, prompt_logprobs=0
+        )
 
     alone = [job(i) for i in range(16)]
     for one in alone:
@@ -218,6 +269,11 @@ def test_a_row_says_the_same_whatever_its_neighbours(tmp_path: Path) -> None:
 
 
 def test_kernels_that_are_demanded_where_they_cannot_run_stop_the_start(tmp_path: Path) -> None:
-    settings = {"device": "cpu", "dtype": "float32", "compile": "on", "base": str(making.tiny(tmp_path / "base"))}
+    settings = {
+        "device": "cpu",
+        "dtype": "float32",
+        "compile": "on",
+        "base": str(making.tiny(tmp_path / "base")),
+    }
     with pytest.raises(SettingsError, match="ADAPTERD_COMPILE"):
         build_runner(Settings.model_validate(settings), lambda stage, fraction: None)

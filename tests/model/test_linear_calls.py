@@ -1,4 +1,6 @@
-"""Layers that do not see every token of a step: served as PEFT serves them, or refused at registration by name."""
+"""Layers that do not see every token of a step: served as PEFT serves them, or refused at
+registration by name.
+"""
 
 from __future__ import annotations
 
@@ -27,13 +29,29 @@ from .test_parity import SIZES, prompts, random_base
 
 BERT = SIZES | {"is_decoder": True}
 ATTENTION = ("q_proj", "v_proj")
-WHISPER: dict[str, Any] = {"vocab_size": 256, "d_model": 64, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 128}
-WHISPER |= {"encoder_layers": 2, "max_target_positions": 256, "init_std": 0.2, "pad_token_id": 0, "eos_token_id": 2}
+WHISPER: dict[str, Any] = {
+    "vocab_size": 256,
+    "d_model": 64,
+    "decoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "decoder_ffn_dim": 128,
+}
+WHISPER |= {
+    "encoder_layers": 2,
+    "max_target_positions": 256,
+    "init_std": 0.2,
+    "pad_token_id": 0,
+    "eos_token_id": 2,
+}
 FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, str], str]] = {
     "bert": (BERT, ("query", "value"), "cls.predictions.transform.dense"),
     "electra": (BERT | {"embedding_size": 64}, ("query", "value"), "generator_predictions.dense"),
     "roc_bert": (BERT, ("query", "value"), "cls.predictions.transform.dense"),
-    "modernbert-decoder": (SIZES | {"num_hidden_layers": 2, "local_attention": 16}, ATTENTION, "lm_head.dense"),
+    "modernbert-decoder": (
+        SIZES | {"num_hidden_layers": 2, "local_attention": 16},
+        ATTENTION,
+        "lm_head.dense",
+    ),
     "whisper": (WHISPER, ATTENTION, "proj_out"),
 }
 SCORED = Sampling(logprobs=0)
@@ -41,7 +59,14 @@ PHIMOE = SIZES | {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
 def runner_on(base: Path) -> tuple[ModelRunner, BaseInfo]:
-    chosen = {"device": "cpu", "dtype": "float32", "quantization": "none", "compile": "off", "max_rows": 8, "base": str(base)}
+    chosen = {
+        "device": "cpu",
+        "dtype": "float32",
+        "quantization": "none",
+        "compile": "off",
+        "max_rows": 8,
+        "base": str(base),
+    }
     return build_runner(Settings.model_validate(chosen), lambda stage, fraction: None)
 
 
@@ -53,7 +78,9 @@ def load_adapter(driver: Driver, adapter: Adapter) -> None:
 
 
 def check_parity(driver: Driver, base: Path, adapters: dict[Path, Adapter]) -> None:
-    """The base and these adapters, mixed, say what PEFT says of each alone, and each something of its own."""
+    """The base and these adapters, mixed, say what PEFT says of each alone, and each something of
+    its own.
+    """
     jobs: list[tuple[Path | None, Job]] = [(None, Job(prompt, 5, None, SCORED)) for prompt in prompts()[3:6]]
     for folder, adapter in adapters.items():
         load_adapter(driver, adapter)
@@ -78,7 +105,9 @@ def logprobs(model: Any, job: Job) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.filterwarnings("ignore")
-def test_layers_behind_the_choice_of_logits_are_adapted_as_peft_adapts_them(kind: str, tmp_path: Path) -> None:
+def test_layers_behind_the_choice_of_logits_are_adapted_as_peft_adapts_them(
+    kind: str, tmp_path: Path
+) -> None:
     sizes, attention, behind = FAMILIES[kind]
     base = random_base(tmp_path / "base", kind, sizes)
     runner, card = runner_on(base)
@@ -100,14 +129,19 @@ def phimoe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_layer_that_gives_a_tuple_is_refused_by_name_and_its_base_serves_others(phimoe: Path, tmp_path: Path) -> None:
+def test_a_layer_that_gives_a_tuple_is_refused_by_name_and_its_base_serves_others(
+    phimoe: Path, tmp_path: Path
+) -> None:
     runner, card = runner_on(phimoe)
     skeleton = Skeleton(phimoe, card.limits)
     assert "router" not in {linear.name for linear in card.linears}
     plain = making.noise(tmp_path / "plain", phimoe, 1, ATTENTION)
     for name, targets in {"all": "all-linear", "router": ("router",)}.items():
         whole = making.noise(tmp_path / name, phimoe, 2, targets)
-        with pytest.raises(AdapterUnsupported, match=r"LoRA on PhimoeTopKRouter is not served: model\.layers\.\*\.mlp\.router gives"):
+        with pytest.raises(
+            AdapterUnsupported,
+            match=r"LoRA on PhimoeTopKRouter is not served: model\.layers\.\*\.mlp\.router gives",
+        ):
             validate_adapter(skeleton, whole, 64)
     check_parity(Driver(runner, 8), phimoe, {plain: validate_adapter(skeleton, plain, 64).adapter})
 
@@ -125,7 +159,9 @@ def test_a_parameter_of_such_a_layer_is_adapted_by_peft(phimoe: Path, tmp_path: 
 def test_layers_that_see_some_of_the_tokens_run_by_peft(tmp_path: Path) -> None:
     base = making.tiny(tmp_path / "base")
     runner, _ = runner_on(base)
-    limit = LayerLimit("model.layers.*.mlp.down_proj", "Linear", "sees a part of a step's tokens only", by_peft=True)
+    limit = LayerLimit(
+        "model.layers.*.mlp.down_proj", "Linear", "sees a part of a step's tokens only", by_peft=True
+    )
     folder = making.noise(tmp_path / "a", base, 1, ("down_proj", "q_proj"))
     adapter = validate_adapter(Skeleton(base, [limit]), folder, 64).adapter
     assert adapter.lane is ExecutionPath.SHADOW
@@ -177,6 +213,11 @@ def test_how_each_layer_is_called_is_noted_once_and_no_hook_is_left() -> None:
         "tuple": ("Tuple", False),
         "transposed": ("Transposed", False),
     }
-    assert [found.limited(name) for name in ("experts.7", "whole", "idle", "behind")] == [True, False, False, False]
+    assert [found.limited(name) for name in ("experts.7", "whole", "idle", "behind")] == [
+        True,
+        False,
+        False,
+        False,
+    ]
     assert not any(module._forward_hooks for module in model.modules())
     assert not LinearCalls().limited("experts.7")

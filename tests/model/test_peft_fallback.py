@@ -1,4 +1,6 @@
-"""What the pool cannot express says what PEFT says, beside a pool adapter and the base, and leaves the base's tensors as they were."""
+"""What the pool cannot express says what PEFT says, beside a pool adapter and the base, and leaves
+the base's tensors as they were.
+"""
 
 from __future__ import annotations
 
@@ -45,12 +47,16 @@ def skeleton(base: Path) -> Skeleton:
 def shadow_plan(folder: Path) -> Adapter:
     config, weights = folder / making.CONFIG, folder / making.WEIGHTS
     files, size = read_manifest(folder), weights.stat().st_size
-    return Adapter(compute_digest(files), str(config), str(weights), ExecutionPath.SHADOW, 0, size, files=files)
+    return Adapter(
+        compute_digest(files), str(config), str(weights), ExecutionPath.SHADOW, 0, size, files=files
+    )
 
 
 @dataclass(frozen=True)
 class House:
-    """A runner with a pool adapter in it, what that one and the base say to each of PROMPTS by PEFT, and the base's hash."""
+    """A runner with a pool adapter in it, what that one and the base say to each of PROMPTS by
+    PEFT, and the base's hash.
+    """
 
     runner: ModelRunner
     driver: Driver
@@ -65,7 +71,10 @@ def house(base: Path, tmp_path_factory: pytest.TempPathFactory) -> House:
     runner, pooled = runner_on(base), plan_of(folder, base)
     hash, driver = weights_digest(runner), Driver(runner, 8)
     driver.place(pooled)
-    right = {None: making.answers(base, None, PROMPTS, LENGTH), pooled.digest: making.answers(base, folder, PROMPTS, LENGTH)}
+    right = {
+        None: making.answers(base, None, PROMPTS, LENGTH),
+        pooled.digest: making.answers(base, folder, PROMPTS, LENGTH),
+    }
     return House(runner, driver, pooled.digest, right, hash)
 
 
@@ -74,7 +83,9 @@ def house(base: Path, tmp_path_factory: pytest.TempPathFactory) -> House:
 def test_a_shadow_adapter_says_what_peft_says_and_its_neighbours_do_too(
     kind: str, house: House, base: Path, skeleton: Skeleton, tmp_path: Path
 ) -> None:
-    """A10, A12, and all that runs beside the pool: read as the service reads it, mixed with the base and a pool adapter."""
+    """A10, A12, and all that runs beside the pool: read as the service reads it, mixed with the
+    base and a pool adapter.
+    """
     folder = kinds.SHADOW[kind](tmp_path / "shadow", base)
     shadow = validate_adapter(skeleton, folder, 64).adapter
     assert shadow.lane is ExecutionPath.SHADOW
@@ -82,7 +93,11 @@ def test_a_shadow_adapter_says_what_peft_says_and_its_neighbours_do_too(
     own = making.answers(base, folder, PROMPTS, LENGTH)
     assert own != house.right[None], "the shadow adapter changes nothing: a weak fixture"
     right = house.right | {shadow.digest: own}
-    jobs = [(Job(prompt, LENGTH, name), said[i]) for i, prompt in enumerate(PROMPTS) for name, said in right.items()]
+    jobs = [
+        (Job(prompt, LENGTH, name), said[i])
+        for i, prompt in enumerate(PROMPTS)
+        for name, said in right.items()
+    ]
     house.driver.run([job for job, _ in jobs])
     for job, said in jobs:
         assert job.ids == said, job.adapter
@@ -90,7 +105,14 @@ def test_a_shadow_adapter_says_what_peft_says_and_its_neighbours_do_too(
     assert weights_digest(house.runner) == house.hash
 
 
-NULLABLE = {"bias", "rank_pattern", "alpha_pattern", "exclude_modules", "layers_to_transform", "inference_mode"}
+NULLABLE = {
+    "bias",
+    "rank_pattern",
+    "alpha_pattern",
+    "exclude_modules",
+    "layers_to_transform",
+    "inference_mode",
+}
 
 
 @pytest.mark.parametrize("kind", kinds.SHADOW)
@@ -98,7 +120,10 @@ NULLABLE = {"bias", "rank_pattern", "alpha_pattern", "exclude_modules", "layers_
 def test_what_the_reader_takes_the_worker_loads_however_the_config_is_written(
     kind: str, house: House, base: Path, skeleton: Skeleton, tmp_path: Path
 ) -> None:
-    """Nulls, dropout and a byte order mark: PEFT itself would raise at some; who validates and who runs must say the same."""
+    """Nulls, dropout and a byte order mark:
+
+    PEFT itself would raise at some; who validates and who runs must say the same.
+    """
     folder = kinds.SHADOW[kind](tmp_path / "shadow", base)
     right = making.answers(base, folder, PROMPTS[:1], LENGTH)
     file = folder / making.CONFIG
@@ -116,7 +141,11 @@ def test_what_the_reader_takes_the_worker_loads_however_the_config_is_written(
 @pytest.mark.filterwarnings("ignore")
 def test_a_tensor_that_peft_would_drop_is_refused(base: Path, tmp_path: Path) -> None:
     folder = kinds.SHADOW["IA3"](tmp_path / "ia3", base)
-    odd = making.edit(folder, tmp_path / "odd", weights=lambda t: {key.replace("k_proj", "z_proj"): value for key, value in t.items()})
+    odd = making.edit(
+        folder,
+        tmp_path / "odd",
+        weights=lambda t: {key.replace("k_proj", "z_proj"): value for key, value in t.items()},
+    )
     with pytest.raises(AdapterInvalid, match=r"missing: .*k_proj"):
         build_peft_model(making.load(base), shadow_plan(odd))
 
@@ -144,7 +173,9 @@ def test_what_peft_would_write_into_the_base_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_copy_of_attention_layers_whose_rows_nobody_would_fork_is_refused(house: House, base: Path, tmp_path: Path) -> None:
+def test_a_copy_of_attention_layers_whose_rows_nobody_would_fork_is_refused(
+    house: House, base: Path, tmp_path: Path
+) -> None:
     for kind, maker in {
         "saved": kinds.lora(17, targets=("down_proj",), modules_to_save=["self_attn"]),
         "tuned": kinds.other("LN_TUNING", target_modules=["self_attn"]),
@@ -157,7 +188,9 @@ def test_a_copy_of_attention_layers_whose_rows_nobody_would_fork_is_refused(hous
 def test_where_pefts_own_code_raises_its_adapter_fails_and_the_neighbours_do_not_notice(
     base: Path, skeleton: Skeleton, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The neighbours' choices depend on what they were given before: a token that was consumed twice would change them."""
+    """The neighbours' choices depend on what they were given before: a token that was consumed
+    twice would change them.
+    """
     runner = runner_on(base)
     pooled = validate_adapter(skeleton, making.noise(tmp_path / "pooled", base, 4), 64).adapter
     bad = validate_adapter(skeleton, kinds.SHADOW["IA3"](tmp_path / "ia3", base), 64).adapter
@@ -171,9 +204,13 @@ def test_where_pefts_own_code_raises_its_adapter_fails_and_the_neighbours_do_not
 
     monkeypatch.setattr(runner, "load_adapter", load)
     settings = Settings(max_rows=8, max_context=512)
-    with desk(lambda connection: Worker(connection, runner, fakes.card(settings), settings).run_loop()) as parent:
+    with desk(
+        lambda connection: Worker(connection, runner, fakes.card(settings), settings).run_loop()
+    ) as parent:
         parent.send(AddAdapter(pooled, preload=True), AddAdapter(bad, preload=True))
-        neighbours = [Request(id, prompt, 20, digest, dice) for id, digest in enumerate((None, pooled.digest))]
+        neighbours = [
+            Request(id, prompt, 20, digest, dice) for id, digest in enumerate((None, pooled.digest))
+        ]
         parent.send(*map(Submit, neighbours))
         alone, _, _ = tokens_of(parent, {0, 1})
         assert alone[0] != alone[1]
@@ -182,18 +219,26 @@ def test_where_pefts_own_code_raises_its_adapter_fails_and_the_neighbours_do_not
         tokens, ends, _ = tokens_of(parent, {10, 11, 20, 21})
         assert [tokens[10], tokens[11]] == [alone[0], alone[1]]
         for id in (20, 21):
-            assert (ends[id].code, "its step raised ValueError" in ends[id].message) == ("adapter_invalid", True)
+            assert (ends[id].code, "its step raised ValueError" in ends[id].message) == (
+                "adapter_invalid",
+                True,
+            )
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_request_whose_own_step_raises_leaves_nothing_in_its_row(house: House, base: Path, tmp_path: Path) -> None:
+def test_a_request_whose_own_step_raises_leaves_nothing_in_its_row(
+    house: House, base: Path, tmp_path: Path
+) -> None:
     shadow = shadow_plan(kinds.SHADOW["IA3"](tmp_path / "ia3", base))
     house.runner.load_adapter(shadow)
     tree = house.runner.hosted[shadow.digest].tree
-    tree.get_output_embeddings().register_forward_pre_hook(broken)  # all layers have written by then
+    # All layers have written by then
+    tree.get_output_embeddings().register_forward_pre_hook(broken)
     prompt = tuple(PROMPTS[0])
     with pytest.raises(ValueError, match="no such layer"):
-        house.runner.run_step(Plan(chunks=(Chunk(Request(901, prompt, 1, shadow.digest), 3, 0, prompt, True),)))
+        house.runner.run_step(
+            Plan(chunks=(Chunk(Request(901, prompt, 1, shadow.digest), 3, 0, prompt, True),))
+        )
     for layer, *_ in house.runner.attention:
         assert not layer.kv_keys[3].any()
         assert not layer.kv_values[3].any()
@@ -204,7 +249,22 @@ def broken(module: nn.Module, args: object) -> None:
     raise ValueError("no such layer here")
 
 
-PACKED = {"LOHA", "LOKR", "BEFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HRA", "OSF", "PEANUT", "PSOFT", "TINYLORA"}
+PACKED = {
+    "LOHA",
+    "LOKR",
+    "BEFT",
+    "C3A",
+    "DEFT",
+    "DELORA",
+    "FOURIERFT",
+    "GLORA",
+    "GRALORA",
+    "HRA",
+    "OSF",
+    "PEANUT",
+    "PSOFT",
+    "TINYLORA",
+}
 PACKED |= {"VBLORA", "WAVEFT"}  # PEFT would take packed bytes for weights
 
 DORA = "DoRA beside a saved head"
@@ -220,7 +280,9 @@ REPACKED = {
 def test_on_a_quantized_base_a_shadow_adapter_runs_as_in_peft_or_is_refused_by_name(
     base: Path, skeleton: Skeleton, tmp_path: Path, quantization: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """B18: compared by log probabilities, for bitsandbytes rounds differently for other batches; nothing is merged into the base."""
+    """B18: compared by log probabilities, for bitsandbytes rounds differently for other batches;
+    nothing is merged into the base.
+    """
     runner = runner_on(base, quantization=quantization)
     driver, before = Driver(runner, 2), weights_digest(runner)
     for kind, maker in kinds.SHADOW.items():
@@ -234,15 +296,21 @@ def test_on_a_quantized_base_a_shadow_adapter_runs_as_in_peft_or_is_refused_by_n
         runner.load_adapter(shadow)
         job = Job(PROMPTS[3], 1, shadow.digest, prompt_logprobs=0)
         driver.run([job])
-        assert distance(job, quantized_logprobs(base, folder, quantization, job.prompt, monkeypatch)) < 0.05, kind
+        assert (
+            distance(job, quantized_logprobs(base, folder, quantization, job.prompt, monkeypatch)) < 0.05
+        ), kind
         runner.evict_adapter(shadow.digest)
     assert weights_digest(runner) == before
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 @pytest.mark.filterwarnings("ignore")
-def test_switching_twenty_times_on_a_quantized_base_changes_nothing(base: Path, tmp_path: Path, quantization: str) -> None:
-    """B18: a pool adapter, a shadow one and the base in turn say the same each time, and the packed weights stay."""
+def test_switching_twenty_times_on_a_quantized_base_changes_nothing(
+    base: Path, tmp_path: Path, quantization: str
+) -> None:
+    """B18: a pool adapter, a shadow one and the base in turn say the same each time, and the packed
+    weights stay.
+    """
     runner = runner_on(base, quantization=quantization)
     driver, before = Driver(runner, 2), weights_digest(runner)
     pooled = plan_of(kinds.plain(tmp_path / "plain", base), base)

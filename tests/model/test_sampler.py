@@ -1,4 +1,6 @@
-"""Each row is sampled by its own rules: against transformers' own warpers, whatever the company, and loudly where it cannot be."""
+"""Each row is sampled by its own rules: against transformers' own warpers, whatever the company,
+and loudly where it cannot be.
+"""
 
 from __future__ import annotations
 
@@ -110,7 +112,9 @@ def test_draws_follow_the_probabilities() -> None:
     counts = Counter(draw_token(probabilities, i / 1000) for i in range(1000))
     assert counts == {0: 500, 2: 300, 3: 200}
     sampler = Sampler(no_grammar)
-    seen = Counter(one(sampler, probabilities.log(), request(i, temperature=1.0, seed=i)) for i in range(3000))
+    seen = Counter(
+        one(sampler, probabilities.log(), request(i, temperature=1.0, seed=i)) for i in range(3000)
+    )
     assert abs(seen[0] / 3000 - 0.5) < 0.03
     assert seen[1] == 0
 
@@ -135,9 +139,13 @@ def test_an_eos_that_is_also_text_cannot_end_what_is_not_whole() -> None:
     assert [one(sampler, row, both) for _ in range(2)] == [9, 8], "the other one, and then the end"
 
 
-@pytest.mark.parametrize("options", [{"top_p": 5e-324}, {"top_p": 1e-300}, {"typical_p": 5e-324}, {"min_p": 1.0}])
+@pytest.mark.parametrize(
+    "options", [{"top_p": 5e-324}, {"top_p": 1e-300}, {"typical_p": 5e-324}, {"min_p": 1.0}]
+)
 def test_the_least_mass_still_holds_one_token(options: dict[str, Any]) -> None:
-    """B13: it is 0 as a float32; an empty choice once ended the step, and with it everybody else's request."""
+    """B13: it is 0 as a float32; an empty choice once ended the step, and with it everybody else's
+    request.
+    """
     row = logits(8)[0]
     kept = probabilities(row, Sampling(temperature=1.0, **options))
     assert int(kept.count_nonzero()) == 1
@@ -231,7 +239,9 @@ class Counted(TorchFunctionMode):
 
 @pytest.mark.parametrize(("adapter", "code"), [(None, "internal"), ("sha256:a", "adapter_invalid")])
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_numbers_that_are_not_finite_are_the_adapters_fault_where_there_is_one(adapter: str | None, code: str, temperature: float) -> None:
+def test_numbers_that_are_not_finite_are_the_adapters_fault_where_there_is_one(
+    adapter: str | None, code: str, temperature: float
+) -> None:
     asked = Request(1, (5,), 5, adapter, Sampling(temperature=temperature))
     (unfit,) = Sampler(no_grammar).sample_batch(torch.full((1, VOCABULARY), float("nan")), [asked])
     assert isinstance(unfit, SamplingError)

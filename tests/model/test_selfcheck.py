@@ -1,4 +1,6 @@
-"""What is wrong for a kind of model is refused at the start, in whatever dtype it is served; what is right is served."""
+"""What is wrong for a kind of model is refused at the start, in whatever dtype it is served; what
+is right is served.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,12 @@ from .driver import Driver, Job
 from .test_kernels import WIDE, needs_kernels
 from .test_parity import FAMILIES, SIZES, prompts, random_base
 
-GEMMA2 = SIZES | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 4096, "max_position_embeddings": 8192}
+GEMMA2 = SIZES | {
+    "head_dim": 16,
+    "query_pre_attn_scalar": 16,
+    "sliding_window": 4096,
+    "max_position_embeddings": 8192,
+}
 OLMOE = SIZES | {
     "intermediate_size": 32,
     "num_experts": 16,
@@ -35,7 +42,8 @@ LLAMA4 = SIZES | {
     "intermediate_size": 32,
     "intermediate_size_mlp": 64,
     "head_dim": 16,
-    "num_hidden_layers": 4,  # the last of them without rotary positions, and over all that came before
+    # The last of them without rotary positions, and over all that came before
+    "num_hidden_layers": 4,
     "num_local_experts": 2,
     "initializer_range": 0.2,
     "attention_chunk_size": 28,
@@ -44,7 +52,9 @@ LLAMA4 = SIZES | {
 
 def runner_on(base: Path, **settings: Any) -> ModelRunner:
     plain = {"device": "cpu", "dtype": "bfloat16", "quantization": "none", "compile": "off", "max_rows": 4}
-    made, _ = build_runner(Settings.model_validate(plain | {"base": str(base)} | settings), lambda stage, fraction: None)
+    made, _ = build_runner(
+        Settings.model_validate(plain | {"base": str(base)} | settings), lambda stage, fraction: None
+    )
     return made
 
 
@@ -52,7 +62,9 @@ def without_windows(positions: Tensor, end: int, reach: kv.Reach) -> Tensor:
     return torch.arange(end)[None] <= positions[:, None]
 
 
-def without_caps(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float | None) -> Tensor:
+def without_caps(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+) -> Tensor:
     return WEIGHTED(query, keys, values, mask, scale, None)
 
 
@@ -62,7 +74,12 @@ WEIGHTED = kv._weigh_values
 @pytest.mark.parametrize(
     ("kind", "sizes", "lost", "stand_in"),
     [
-        ("mistral", SIZES | {"sliding_window": 4096, "max_position_embeddings": 8192}, "_visible", without_windows),
+        (
+            "mistral",
+            SIZES | {"sliding_window": 4096, "max_position_embeddings": 8192},
+            "_visible",
+            without_windows,
+        ),
         ("gemma2", GEMMA2, "_visible", without_windows),
         ("gemma2", GEMMA2, "_weighted", without_caps),
         ("llama4_text", LLAMA4, "_visible", without_windows),
@@ -70,18 +87,29 @@ WEIGHTED = kv._weigh_values
     ids=["window", "window of some layers", "cap", "chunk"],
 )
 def test_an_attention_that_leaves_something_out_is_refused_in_bfloat16(
-    kind: str, sizes: dict[str, Any], lost: str, stand_in: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    sizes: dict[str, Any],
+    lost: str,
+    stand_in: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     base = random_base(tmp_path / "base", kind, sizes)
     monkeypatch.setattr(kv, lost, stand_in)
-    with pytest.raises(SettingsError, match=r"ForCausalLM is not supported: its logits .* differ from its own"):
+    with pytest.raises(
+        SettingsError, match=r"ForCausalLM is not supported: its logits .* differ from its own"
+    ):
         runner_on(base)
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_attention_sinks_that_are_left_out_are_missed_in_bfloat16(tmp_path: Path) -> None:
     """However small they are in the base itself, whose logits hardly change."""
-    base = random_base(tmp_path / "base", "gpt_oss", SIZES | {"intermediate_size": 32, "head_dim": 16, "num_local_experts": 4})
+    base = random_base(
+        tmp_path / "base",
+        "gpt_oss",
+        SIZES | {"intermediate_size": 32, "head_dim": 16, "num_local_experts": 4},
+    )
     model = making.load(base)
     for name, weight in model.named_parameters():
         if name.endswith("sinks"):
@@ -95,7 +123,9 @@ def test_attention_sinks_that_are_left_out_are_missed_in_bfloat16(tmp_path: Path
 def test_routers_that_rounding_tips_over_are_no_reason_to_refuse_a_base(tmp_path: Path) -> None:
     runner = runner_on(random_base(tmp_path / "base", "olmoe", OLMOE))
     with torch.inference_mode():
-        error = selfcheck._relative_error(selfcheck.logits_of(runner.model), selfcheck.plain_logits(runner.model))
+        error = selfcheck._relative_error(
+            selfcheck.logits_of(runner.model), selfcheck.plain_logits(runner.model)
+        )
     assert error > selfcheck.ROUGH[torch.bfloat16], "a weak fixture"
 
 
@@ -111,7 +141,10 @@ def test_chunks_are_attended_to_as_transformers_does(tmp_path: Path) -> None:
 
 def test_a_scale_by_the_place_in_the_step_is_refused_where_it_would_act(tmp_path: Path) -> None:
     base = random_base(tmp_path / "base", "llama4_text", LLAMA4 | {"floor_scale": 64})
-    with pytest.raises(SettingsError, match=r"Llama4ForCausalLM is not supported: .*; with ADAPTERD_MAX_CONTEXT of at most 64 it is$"):
+    with pytest.raises(
+        SettingsError,
+        match=r"Llama4ForCausalLM is not supported: .*; with ADAPTERD_MAX_CONTEXT of at most 64 it is$",
+    ):
         runner_on(base)
     runner_on(base, max_context=64)
 
@@ -121,7 +154,9 @@ def test_weights_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     model = making.load(base)
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("inf")
     model.save_pretrained(base)
-    with pytest.raises(SettingsError, match="ADAPTERD_BASE: LlamaForCausalLM is not supported: its logits are not finite"):
+    with pytest.raises(
+        SettingsError, match="ADAPTERD_BASE: LlamaForCausalLM is not supported: its logits are not finite"
+    ):
         runner_on(base)
 
 
@@ -152,31 +187,71 @@ def test_a_small_model_that_lacks_a_kind_of_layer_proves_nothing(
     assert "to prove it by: it lacks ('Gemma2Attention', True, False, True)" in caplog.text
 
 
-REAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # sizes as they are published; what of them stays or becomes
+# Sizes as they are published; what of them stays or becomes
+REAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "llama": (
-        {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "intermediate_size": 28672},
+        {
+            "hidden_size": 8192,
+            "num_hidden_layers": 80,
+            "num_attention_heads": 64,
+            "num_key_value_heads": 8,
+            "intermediate_size": 28672,
+        },
         {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 512},
     ),
     "gemma3_text": (
-        {"hidden_size": 5376, "num_hidden_layers": 62, "num_attention_heads": 32, "num_key_value_heads": 16, "sliding_window": 1024},
-        {"num_hidden_layers": 6, "sliding_window": small_model.SHORT, "layer_types": ["sliding_attention"] * 5 + ["full_attention"]},
+        {
+            "hidden_size": 5376,
+            "num_hidden_layers": 62,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 16,
+            "sliding_window": 1024,
+        },
+        {
+            "num_hidden_layers": 6,
+            "sliding_window": small_model.SHORT,
+            "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
+        },
     ),
     "qwen3_moe": (
-        {"hidden_size": 2048, "num_hidden_layers": 48, "num_attention_heads": 32, "num_key_value_heads": 4, "num_experts": 128},
+        {
+            "hidden_size": 2048,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "num_experts": 128,
+        },
         {"num_experts": 8, "num_experts_per_tok": 2, "hidden_size": 256},
     ),
     "qwen2": (
-        {"num_hidden_layers": 32, "use_sliding_window": True, "sliding_window": 32768, "max_window_layers": 21},
-        {"num_hidden_layers": 2, "layer_types": ["full_attention", "sliding_attention"], "sliding_window": 32768},
+        {
+            "num_hidden_layers": 32,
+            "use_sliding_window": True,
+            "sliding_window": 32768,
+            "max_window_layers": 21,
+        },
+        {
+            "num_hidden_layers": 2,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "sliding_window": 32768,
+        },
     ),
-    "gpt2": ({"n_embd": 1600, "n_layer": 48, "n_head": 25}, {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 256}),
+    "gpt2": (
+        {"n_embd": 1600, "n_layer": 48, "n_head": 25},
+        {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 256},
+    ),
     "gemma3n_text": (
         {"num_hidden_layers": 35, "num_kv_shared_layers": 15},
         {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 3},
     ),
     "llama4_text": (
         {"num_hidden_layers": 48, "intermediate_size": 8192, "num_local_experts": 16},
-        {"attention_chunk_size": small_model.SHORT, "num_hidden_layers": 4, "floor_scale": small_model.SHORT, "moe_layers": [0, 1, 2, 3]},
+        {
+            "attention_chunk_size": small_model.SHORT,
+            "num_hidden_layers": 4,
+            "floor_scale": small_model.SHORT,
+            "moe_layers": [0, 1, 2, 3],
+        },
     ),
 }
 
@@ -194,12 +269,16 @@ def test_a_model_of_any_size_has_a_small_one_of_its_kinds_of_layers(kind: str) -
     assert sum(weight.numel() for weight in small.parameters()) < 70_000_000
     assert {type(module) for module in model.modules()} == {type(module) for module in small.modules()}
     assert logits.isfinite().all()
-    assert not any((weight == weight.flatten()[0]).all() for weight in small.parameters() if weight.numel() > 1)
+    assert not any(
+        (weight == weight.flatten()[0]).all() for weight in small.parameters() if weight.numel() > 1
+    )
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
 @pytest.mark.filterwarnings("ignore")
-def test_every_family_is_proven_by_a_small_model(kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_every_family_is_proven_by_a_small_model(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     runner_on(random_base(tmp_path / "base", kind, FAMILIES[kind][0]), dtype="float32")
     assert "proof: rough" not in caplog.text
 
@@ -208,7 +287,9 @@ def test_making_the_small_model_leaves_the_random_numbers_of_the_process_alone(t
     model = making.load(making.tiny(tmp_path / "base"))
     before = torch.random.get_rng_state()
     with torch.inference_mode():
-        first, again = (small_model.small_model(model, 512, selfcheck.PROBE, 0).state_dict() for _ in range(2))
+        first, again = (
+            small_model.small_model(model, 512, selfcheck.PROBE, 0).state_dict() for _ in range(2)
+        )
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(first[name], again[name]) for name in first)
 
@@ -224,11 +305,15 @@ def broken(*_: object, **__: object) -> tuple[Tensor, None]:
 
 
 @needs_kernels
-@pytest.mark.parametrize(("stand_in", "why"), [(wrong, "differ from torch's by"), (broken, "they raise: Expected dim to be")])
+@pytest.mark.parametrize(
+    ("stand_in", "why"), [(wrong, "differ from torch's by"), (broken, "they raise: Expected dim to be")]
+)
 def test_kernels_that_say_something_else_than_torch_are_left_off(
     stand_in: Any, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    base = random_base(tmp_path / "base", "gemma2", WIDE | {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8})
+    base = random_base(
+        tmp_path / "base", "gemma2", WIDE | {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8}
+    )
     right = Job(prompts()[5], 6, prompt_logprobs=0)
     Driver(runner_on(base, compile="off"), 4).run([right])
     monkeypatch.setitem(AttentionInterface._global_mapping, kernels.NAME, stand_in)

@@ -1,4 +1,6 @@
-"""GPU readings by a stand-in of NVIDIA's library: exact values, gaps where it does not tell, nothing where there is none."""
+"""GPU readings by a stand-in of NVIDIA's library: exact values, gaps where it does not tell,
+nothing where there is none.
+"""
 
 from __future__ import annotations
 
@@ -86,7 +88,9 @@ def test_what_a_gpu_does_not_tell_has_no_series(library: Library) -> None:
     assert 'gpu="' not in metrics.render_metrics("")[0].decode()
 
 
-def test_without_library_or_driver_nothing_is_read_and_it_is_not_asked_again(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_library_or_driver_nothing_is_read_and_it_is_not_asked_again(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: list[str] = []
 
     def broken() -> None:

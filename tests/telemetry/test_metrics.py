@@ -44,7 +44,13 @@ def serve(id: str, times: int = 1) -> None:
 def test_every_promised_name_is_there() -> None:
     text = metrics.render_metrics("")[0].decode()
     for name in NAMES.split():
-        kind = "counter" if name.endswith("_total") and name != "pool_rank_total" else "histogram" if name.endswith("_seconds") else "gauge"
+        kind = (
+            "counter"
+            if name.endswith("_total") and name != "pool_rank_total"
+            else "histogram"
+            if name.endswith("_seconds")
+            else "gauge"
+        )
         assert f"# TYPE adapterd_{name} {kind}\n" in text
     assert "_created" not in text
 
@@ -66,7 +72,9 @@ def test_an_adapters_series_count_and_go_with_it(few: AdapterLabels) -> None:
     assert found["adapterd_adapter_generation_tokens_total", "metrics/one"] == 10
     assert found["adapterd_adapter_e2e_request_latency_seconds_sum", "metrics/one"] == pytest.approx(0.6)
     metrics.adapter_registered("metrics/one")
-    assert samples()["adapterd_adapter_requests_total", "metrics/one"] == 2, "new content under the id goes on counting"
+    assert samples()["adapterd_adapter_requests_total", "metrics/one"] == 2, (
+        "new content under the id goes on counting"
+    )
     metrics.adapter_removed("metrics/one")
     metrics.adapter_removed("metrics/one")
     assert not [key for key in samples() if "metrics/one" in key[1]]
@@ -147,13 +155,21 @@ def test_what_names_adapters_can_be_left_out(few: AdapterLabels) -> None:
 
 
 def test_the_gateways_gauge_is_one_series_that_says_when(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its labels, and that its value is a time, are the protocol's between model servers and the endpoint picker."""
+    """Its labels, and that its value is a time, are the protocol's between model servers and the
+    endpoint picker.
+    """
     monkeypatch.setattr("service.telemetry.metrics.time.time", lambda: 1234.5)
     metrics.lora_info(2, ["b"], [])
     metrics.lora_info(8, ["b", "a"], ["c"])
     try:
-        lines = [line for line in metrics.render_metrics("")[0].decode().splitlines() if line.startswith("adapterd_lora")]
-        assert lines == ['adapterd_lora_requests_info{max_lora="8",running_lora_adapters="a,b",waiting_lora_adapters="c"} 1234.5']
+        lines = [
+            line
+            for line in metrics.render_metrics("")[0].decode().splitlines()
+            if line.startswith("adapterd_lora")
+        ]
+        assert lines == [
+            'adapterd_lora_requests_info{max_lora="8",running_lora_adapters="a,b",waiting_lora_adapters="c"} 1234.5'
+        ]
     finally:
         metrics.LORA_INFO.clear()
 
@@ -164,7 +180,11 @@ def test_hits_misses_and_evictions_are_counted_by_tier() -> None:
     metrics.looked_up("host", True)
     metrics.adapter_evicted("device", 0.5, 100)
     after = samples()
-    grown = {key: after[key] - before[key] for key in after if key[1] in ("device", "host") and after[key] != before.get(key)}
+    grown = {
+        key: after[key] - before[key]
+        for key in after
+        if key[1] in ("device", "host") and after[key] != before.get(key)
+    }
     assert grown == {
         ("adapterd_adapter_misses_total", "device"): 1,
         ("adapterd_adapter_hits_total", "host"): 1,

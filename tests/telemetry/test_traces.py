@@ -1,4 +1,6 @@
-"""Traces: sent to a stand-in for a collector on loopback where the exporter's variables ask for it, and not even imported where not."""
+"""Traces: sent to a stand-in for a collector on loopback where the exporter's variables ask for it,
+and not even imported where not.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +40,19 @@ class Collector:
 
     @property
     def spans(self) -> list[Span]:
-        return [span for _, one in self.got for resource in one.resource_spans for scope in resource.scope_spans for span in scope.spans]
+        return [
+            span
+            for _, one in self.got
+            for resource in one.resource_spans
+            for scope in resource.scope_spans
+            for span in scope.spans
+        ]
 
     @property
     def resource(self) -> dict[str, str]:
-        return {one.key: one.value.string_value for one in self.got[0][1].resource_spans[0].resource.attributes}
+        return {
+            one.key: one.value.string_value for one in self.got[0][1].resource_spans[0].resource.attributes
+        }
 
 
 @pytest.fixture
@@ -78,7 +88,15 @@ def asked(monkeypatch: pytest.MonkeyPatch, **variables: str) -> Iterator[Tracer]
 
 def done(now: float, failed: bool = False) -> Trace:
     parts = [TracePart("queue", now - 3, now - 2.5), TracePart("decode", now - 2, now - 1)]
-    fields = {"id": "abc", "method": "POST", "status": 200, "adapter": "x", "prompt_tokens": 4, "ms": 3000.0, "outcome": "length"}
+    fields = {
+        "id": "abc",
+        "method": "POST",
+        "status": 200,
+        "adapter": "x",
+        "prompt_tokens": 4,
+        "ms": 3000.0,
+        "outcome": "length",
+    }
     return Trace(TracePart("POST /generate", now - 3, now), parts, fields, {"traceparent": PARENT}, failed)
 
 
@@ -86,12 +104,21 @@ def values(span: Span) -> dict[str, Any]:
     return {one.key: getattr(one.value, str(one.value.WhichOneof("value"))) for one in span.attributes}
 
 
-def test_a_request_arrives_as_a_span_under_its_caller_with_its_parts_below(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_arrives_as_a_span_under_its_caller_with_its_parts_below(
+    collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with asked(monkeypatch, OTEL_EXPORTER_OTLP_ENDPOINT=collector.url) as tracer:
         tracer.record_request(done(time.monotonic()))
-    queue, decode, whole = sorted(collector.spans, key=lambda span: (span.parent_span_id.hex() == "b7ad6b7169203331", span.name != "queue"))
+    queue, decode, whole = sorted(
+        collector.spans,
+        key=lambda span: (span.parent_span_id.hex() == "b7ad6b7169203331", span.name != "queue"),
+    )
     assert whole.trace_id.hex() == "0af7651916cd43dd8448eb211c80319c"
-    assert (whole.name, whole.kind, whole.status.code) == ("POST /generate", Span.SPAN_KIND_SERVER, Status.STATUS_CODE_UNSET)
+    assert (whole.name, whole.kind, whole.status.code) == (
+        "POST /generate",
+        Span.SPAN_KIND_SERVER,
+        Status.STATUS_CODE_UNSET,
+    )
     assert values(whole) == {
         "adapterd.id": "abc",
         "http.request.method": "POST",
@@ -107,16 +134,24 @@ def test_a_request_arrives_as_a_span_under_its_caller_with_its_parts_below(colle
     ]
     assert queue.end_time_unix_nano - queue.start_time_unix_nano == pytest.approx(0.5e9, abs=1e3)
     assert abs(whole.end_time_unix_nano - time.time_ns()) < 60e9
-    assert (collector.resource["service.name"], collector.resource["service.version"]) == ("adapterd", __version__)
+    assert (collector.resource["service.name"], collector.resource["service.version"]) == (
+        "adapterd",
+        __version__,
+    )
 
 
 def test_what_failed_on_our_side_is_an_error_and_the_variables_name_the_service(
     collector: Collector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    variables = {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{collector.url}/v1/traces", "OTEL_SERVICE_NAME": "mine"}
+    variables = {
+        "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{collector.url}/v1/traces",
+        "OTEL_SERVICE_NAME": "mine",
+    }
     with asked(monkeypatch, **variables, OTEL_EXPORTER_OTLP_HEADERS="x-token=abc") as tracer:
         tracer.record_request(done(time.monotonic(), failed=True))
-    assert [span.status.code for span in collector.spans if span.name == "POST /generate"] == [Status.STATUS_CODE_ERROR]
+    assert [span.status.code for span in collector.spans if span.name == "POST /generate"] == [
+        Status.STATUS_CODE_ERROR
+    ]
     assert collector.resource["service.name"] == "mine"
     assert collector.got[0][0]["x-token"] == "abc"
 
@@ -136,7 +171,12 @@ def test_without_an_endpoint_there_are_no_traces(variables: dict[str, str]) -> N
 
 
 def test_a_protocol_that_is_not_spoken_stops_the_start() -> None:
-    ran = run("service", "serve", OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:1", OTEL_EXPORTER_OTLP_PROTOCOL="grpc")
+    ran = run(
+        "service",
+        "serve",
+        OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:1",
+        OTEL_EXPORTER_OTLP_PROTOCOL="grpc",
+    )
     assert (ran.returncode, ran.stderr) == (2, "OTEL_EXPORTER_OTLP_PROTOCOL: only http/protobuf is spoken\n")
 
 
@@ -155,10 +195,14 @@ import service.server, service.app
 assert traces.tracer({}) is None
 sys.exit(any(name.startswith(("opentelemetry.sdk", "opentelemetry.exporter")) for name in sys.modules))
 """
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), check=False).returncode == 0
+    assert (
+        subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), check=False).returncode == 0
+    )
 
 
-def test_the_program_sends_what_it_served_before_it_ends_and_no_key(collector: Collector, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_program_sends_what_it_served_before_it_ends_and_no_key(
+    collector: Collector, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", collector.url)
     with server("--api-keys", "sk-secret") as (process, url):
         for key in ("sk-secret", "sk-wrong"):
@@ -174,9 +218,12 @@ def test_the_program_sends_what_it_served_before_it_ends_and_no_key(collector: C
 def test_a_collector_that_is_not_there_does_not_hold_the_exit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traces, "CLOSING_S", 0.1)
     came = threading.Event()
-    with asked(monkeypatch, OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:1", OTEL_EXPORTER_OTLP_TIMEOUT="1") as tracer:
+    with asked(
+        monkeypatch, OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:1", OTEL_EXPORTER_OTLP_TIMEOUT="1"
+    ) as tracer:
         with monkeypatch.context() as patch:
-            patch.setattr(tracer._provider, "shutdown", came.wait)  # as long as a collector that never answers may take
+            # As long as a collector that never answers may take
+            patch.setattr(tracer._provider, "shutdown", came.wait)
             closing = threading.Thread(target=tracer.flush_and_close, daemon=True)
             closing.start()
             closing.join(20)

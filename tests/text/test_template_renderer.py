@@ -1,4 +1,6 @@
-"""Adapters' chat templates in their own processes: the text that transformers gives, within limits that no template breaks."""
+"""Adapters' chat templates in their own processes: the text that transformers gives, within limits
+that no template breaks.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,12 @@ BROKEN = {
 }
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": "é<&>"}}}
-TOOLS = [{"type": "function", "function": {"name": "add", "description": 'says "é"', "parameters": {"type": "object"}}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {"name": "add", "description": 'says "é"', "parameters": {"type": "object"}},
+    }
+]
 CHAT: list[dict[str, Any]] = [
     {"role": "system", "content": "Be  brief.\n"},
     {"role": "user", "content": " Was ist <b>1 + 1</b>? 日本 😀 "},
@@ -141,7 +148,9 @@ async def renderer() -> AsyncIterator[TemplateRenderer]:
 
 
 async def rendered(renderer: TemplateRenderer, template: str, content: str = "Hi", limit: int = LIMIT) -> str:
-    return await renderer.render(RenderRequest(template, [{"role": "user", "content": content}], None, {}, limit))
+    return await renderer.render(
+        RenderRequest(template, [{"role": "user", "content": content}], None, {}, limit)
+    )
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -149,12 +158,16 @@ async def test_the_text_is_the_one_that_transformers_gives(renderer: TemplateRen
     words = making.tokenizer()
     for chat in (CHAT, CHAT[1:2], CHAT[:2]):
         for tools in (TOOLS, None):
-            right = words.apply_chat_template(chat, tools=tools, chat_template=TEMPLATES[name], add_generation_prompt=True, tokenize=False)
+            right = words.apply_chat_template(
+                chat, tools=tools, chat_template=TEMPLATES[name], add_generation_prompt=True, tokenize=False
+            )
             request = RenderRequest(TEMPLATES[name], chat, tools, words.special_tokens_map, LIMIT)
             assert await renderer.render(request) == right
 
 
-async def test_a_template_without_end_is_stopped_and_the_others_are_answered(renderer: TemplateRenderer) -> None:
+async def test_a_template_without_end_is_stopped_and_the_others_are_answered(
+    renderer: TemplateRenderer,
+) -> None:
     assert await rendered(renderer, PLAIN) == "Hi"
     (first,) = renderer.pids
     with pytest.raises(BadRequest, match=r"messages: the chat template takes more than \d+ s") as stopped:
@@ -169,7 +182,9 @@ async def test_a_template_without_end_is_stopped_and_the_others_are_answered(ren
         await again
 
 
-async def test_not_many_wait_for_slow_templates(renderer: TemplateRenderer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_not_many_wait_for_slow_templates(
+    renderer: TemplateRenderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(template_renderer, "SLOW_WAITING", 1)
     asked = [rendered(renderer, ENDLESS) for _ in range(3)]
     outcomes = await asyncio.gather(*asked, return_exceptions=True)
@@ -214,7 +229,8 @@ async def test_a_process_that_keeps_much_is_replaced(renderer: TemplateRenderer)
     await rendered(renderer, PLAIN)
     (first,) = renderer.pids
     with pytest.raises(BadRequest, match="100000000 characters"):
-        await rendered(renderer, "{{ 'x' * 10**8 }}")  # the compiled template, which is kept, holds it
+        # The compiled template, which is kept, holds it
+        await rendered(renderer, "{{ 'x' * 10**8 }}")
     assert await rendered(renderer, PLAIN) == "Hi"
     assert first not in renderer.pids
 
@@ -240,7 +256,9 @@ async def test_who_leaves_does_not_leave_his_text_to_the_next(renderer: Template
         assert await rendered(renderer, PLAIN, content) == content
 
 
-async def test_a_template_gets_none_of_the_services_keys(renderer: TemplateRenderer, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_template_gets_none_of_the_services_keys(
+    renderer: TemplateRenderer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("ADAPTERD_API_KEYS", "a-key-of-the-service")
     monkeypatch.setenv("HF_TOKEN", "a-token-of-the-service")
     await rendered(renderer, PLAIN)
@@ -273,7 +291,9 @@ async def test_a_process_ends_with_the_one_that_started_it() -> None:
         "    os.kill(os.getpid(), 9)\n"
         "asyncio.run(main())\n"
     )
-    ran = await asyncio.to_thread(subprocess.run, [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    ran = await asyncio.to_thread(
+        subprocess.run, [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     (pid,) = map(int, ran.stdout.split())
     for _ in range(600):
         if not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:

@@ -1,4 +1,6 @@
-"""The tokenizer border: text that grows equals the whole, stop strings never leak, adapters speak with their own words."""
+"""The tokenizer border: text that grows equals the whole, stop strings never leak, adapters speak
+with their own words.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Text(words.Tokenizers):
-    """Takes an adapter's files as they are now for those that were registered, unless a test says otherwise."""
+    """Takes an adapter's files as they are now for those that were registered, unless a test says
+    otherwise.
+    """
 
     def tokenizer_of(self, digest: str, folder: Path, files: Manifest | None = None) -> AdapterTokenizer:
         return super().tokenizer_of(digest, folder, read_manifest(folder) if files is None else files)
@@ -67,10 +71,16 @@ def sentencepiece() -> Tokenizer:
         "x",
         "y",
     ]
-    made = Tokenizer(models.BPE(vocab={w: i for i, w in enumerate(words)}, merges=[], unk_token="<unk>", byte_fallback=True))
+    made = Tokenizer(
+        models.BPE(
+            vocab={w: i for i, w in enumerate(words)}, merges=[], unk_token="<unk>", byte_fallback=True
+        )
+    )
     made.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     strip = decoders.Strip(" ", 1, 0)
-    made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip])
+    made.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
+    )
     made.add_special_tokens([AddedToken("<s>", special=True), AddedToken("</s>", special=True)])
     return made
 
@@ -85,7 +95,9 @@ def grown(decoder: IncrementalDecoder, ids: list[int]) -> list[str]:
     return [*(decoder.push_token(id) for id in ids), decoder.flush_held()]
 
 
-def chat(voice: AdapterTokenizer, messages: Sequence[Any], tools: Sequence[Any] | None = None) -> tuple[int, ...]:
+def chat(
+    voice: AdapterTokenizer, messages: Sequence[Any], tools: Sequence[Any] | None = None
+) -> tuple[int, ...]:
     """The ids of a conversation, its template rendered here, whosever it is."""
     return voice.encode(voice.render_here(voice.render_request(messages, tools, 1000)), special=False)
 
@@ -107,7 +119,9 @@ def test_joined_increments_are_the_text(text: Text) -> None:
 
 def test_no_increment_holds_a_broken_character(text: Text) -> None:
     for whole in texts(50):
-        assert not [part for part in grown(text.base.make_decoder(), list(text.base.encode(whole))) if BROKEN in part]
+        assert not [
+            part for part in grown(text.base.make_decoder(), list(text.base.encode(whole))) if BROKEN in part
+        ]
 
 
 def test_a_character_cut_short_is_one_replacement(text: Text) -> None:
@@ -129,7 +143,11 @@ def test_words_with_leading_spaces_keep_them() -> None:
     words = sentencepiece()
     hello, there, a, x = (id_of(words, w) for w in ("▁Hello", "▁there", "▁a", "x"))
     ids = [1, hello, there, x, 2, a, a]
-    assert "".join(grown(IncrementalDecoder(words.decode, {1, 2}), ids)) == words.decode(ids) == "Hello therex a a"
+    assert (
+        "".join(grown(IncrementalDecoder(words.decode, {1, 2}), ids))
+        == words.decode(ids)
+        == "Hello therex a a"
+    )
 
 
 def test_an_answer_keeps_the_space_behind_its_prompt() -> None:
@@ -188,7 +206,9 @@ def pieces(whole: str, rng: random.Random) -> list[str]:
 
 
 def expected(whole: str, stops: list[str]) -> str:
-    """By looking at every prefix: the text before the longest stop at the first place where one ends."""
+    """By looking at every prefix: the text before the longest stop at the first place where one
+    ends.
+    """
     for end in range(1, len(whole) + 1):
         ended = [s for s in stops if whole[:end].endswith(s)]
         if ended:
@@ -200,7 +220,9 @@ def test_stops_cut_the_same_text_however_it_comes() -> None:
     rng = random.Random(1)
     for _ in range(2000):
         whole = "".join(rng.choice("ab") for _ in range(rng.randrange(1, 30)))
-        stops = ["".join(rng.choice("ab") for _ in range(rng.randrange(1, 7))) for _ in range(rng.randrange(1, 4))]
+        stops = [
+            "".join(rng.choice("ab") for _ in range(rng.randrange(1, 7))) for _ in range(rng.randrange(1, 4))
+        ]
         filter, kept = StopStrings(stops), ""
         for part in pieces(whole, rng):
             kept += filter.push_text(part)
@@ -253,7 +275,9 @@ def test_chat_renders_without_a_doubled_bos(text: Text) -> None:
 
 
 @pytest.mark.parametrize("messages", [[{"role": "user"}], [{"role": "user", "content": None}], [{}], []])
-def test_what_a_template_refuses_is_a_bad_request(text: Text, folder: Path, tmp_path: Path, messages: list[dict[str, str]]) -> None:
+def test_what_a_template_refuses_is_a_bad_request(
+    text: Text, folder: Path, tmp_path: Path, messages: list[dict[str, str]]
+) -> None:
     template = "{{ raise_exception('no messages') if not messages }}{{ '<|im_start|>' + messages[0].role + messages[0].content }}"
     (tmp_path / "chat_template.jinja").write_text(template)
     with pytest.raises(BadRequest, match="messages"):
@@ -289,14 +313,18 @@ def test_the_last_voices_are_kept(folder: Path, own: Path, monkeypatch: pytest.M
     assert [text.find_cached(generation) for generation in "abc"] == [None, text.base, text.base]
 
 
-def test_files_that_changed_since_they_were_registered_never_speak_for_that_content(text: Text, own: Path) -> None:
+def test_files_that_changed_since_they_were_registered_never_speak_for_that_content(
+    text: Text, own: Path
+) -> None:
     template = own / "chat_template.jinja"
     template.write_text("old")
     registered = read_manifest(own)
     digest = compute_digest(registered)
     for change in (lambda: template.write_text("new"), lambda: template.write_text("{{"), template.unlink):
         change()
-        with pytest.raises(AdapterInvalid, match=r"changed on disk since it was registered: register it again \(PUT\)"):
+        with pytest.raises(
+            AdapterInvalid, match=r"changed on disk since it was registered: register it again \(PUT\)"
+        ):
             text.tokenizer_of(digest, own, registered)
         assert text.find_cached(digest) is None
     template.write_text("old")
@@ -311,7 +339,9 @@ def test_files_that_changed_since_they_were_registered_never_speak_for_that_cont
     assert list(chat(known, [USER])) == making.ids("old"), "what was read once is this content's"
 
 
-def test_a_change_while_the_files_are_read_is_noticed(text: Text, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_while_the_files_are_read_is_noticed(
+    text: Text, own: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     template, read = own / "chat_template.jinja", words.Tokenizers._read_tokenizer
     template.write_text("old")
     registered = read_manifest(own)
@@ -331,7 +361,10 @@ def test_an_adapters_template_comes_before_the_bases(text: Text, own: Path) -> N
 
 
 def test_a_template_in_the_tokenizers_config_counts_and_so_do_its_tokens(text: Text, own: Path) -> None:
-    settings = {"chat_template": "{{ eos_token }}{{ messages[0].content }}", "eos_token": {"content": "<|endoftext|>"}}
+    settings = {
+        "chat_template": "{{ eos_token }}{{ messages[0].content }}",
+        "eos_token": {"content": "<|endoftext|>"},
+    }
     (own / "tokenizer_config.json").write_text(json.dumps(settings))
     voice = text.tokenizer_of("config", own)
     assert list(chat(voice, [USER])) == making.ids("<|endoftext|>Hi")
@@ -339,7 +372,10 @@ def test_a_template_in_the_tokenizers_config_counts_and_so_do_its_tokens(text: T
 
 
 def test_named_templates_are_chosen_by_need(text: Text, own: Path) -> None:
-    named = [{"name": "default", "template": "plain"}, {"name": "tool_use", "template": "{{ tools[0].function.name }}"}]
+    named = [
+        {"name": "default", "template": "plain"},
+        {"name": "tool_use", "template": "{{ tools[0].function.name }}"},
+    ]
     (own / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
     voice = text.tokenizer_of("named", own)
     assert list(chat(voice, [USER])) == making.ids("plain")
@@ -356,7 +392,9 @@ def saved_words(folder: Path) -> dict[str, Any]:
     return saved
 
 
-def test_a_file_that_says_the_same_in_another_way_shares_the_bases_tokenizer(text: Text, folder: Path, own: Path) -> None:
+def test_a_file_that_says_the_same_in_another_way_shares_the_bases_tokenizer(
+    text: Text, folder: Path, own: Path
+) -> None:
     shutil.copyfile(folder / "tokenizer.json", own / "tokenizer.json")
     assert text.tokenizer_of("same", own).backend is text.base.backend
     (own / "tokenizer.json").write_text(json.dumps(saved_words(folder), indent=4))
@@ -373,9 +411,22 @@ def test_a_file_that_says_the_same_in_another_way_shares_the_bases_tokenizer(tex
 BOS = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}
 PARTS = [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}]
 SPECIALS = {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}}
-PROCESSOR = {"type": "TemplateProcessing", "single": [BOS, PARTS[0]], "pair": PARTS, "special_tokens": SPECIALS}
+PROCESSOR = {
+    "type": "TemplateProcessing",
+    "single": [BOS, PARTS[0]],
+    "pair": PARTS,
+    "special_tokens": SPECIALS,
+}
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-PART = {"id": 75, "content": "i", "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+PART = {
+    "id": 75,
+    "content": "i",
+    "special": True,
+    "single_word": False,
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": False,
+}
 
 
 @pytest.mark.parametrize(
@@ -384,12 +435,19 @@ PART = {"id": 75, "content": "i", "special": True, "single_word": False, "lstrip
         {"post_processor": PROCESSOR},
         {"normalizer": {"type": "Lowercase"}},
         {"pre_tokenizer": {**BYTE_LEVEL, "add_prefix_space": True}},
-        {"decoder": {"type": "Sequence", "decoders": [BYTE_LEVEL, {"type": "Strip", "content": "H", "start": 1, "stop": 0}]}},
+        {
+            "decoder": {
+                "type": "Sequence",
+                "decoders": [BYTE_LEVEL, {"type": "Strip", "content": "H", "start": 1, "stop": 0}],
+            }
+        },
         {"added_tokens": [PART]},
     ],
     ids=lambda changed: next(iter(changed)),
 )
-def test_the_same_vocabulary_used_in_another_way_is_the_adapters_own(text: Text, folder: Path, own: Path, changed: Any) -> None:
+def test_the_same_vocabulary_used_in_another_way_is_the_adapters_own(
+    text: Text, folder: Path, own: Path, changed: Any
+) -> None:
     (own / "tokenizer.json").write_text(json.dumps(saved_words(folder) | changed))
     voice, right = text.tokenizer_of(str(changed), own), Tokenizer.from_file(str(own / "tokenizer.json"))
     assert list(voice.encode("Hi")) == right.encode("Hi").ids
@@ -399,10 +457,19 @@ def test_the_same_vocabulary_used_in_another_way_is_the_adapters_own(text: Text,
     assert not voice.words.own_vocabulary
 
 
-EOS = {"content": "<|im_end|>", "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+EOS = {
+    "content": "<|im_end|>",
+    "special": True,
+    "single_word": False,
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": False,
+}
 
 
-def test_settings_that_add_tokens_or_use_them_in_another_way_count(text: Text, folder: Path, own: Path) -> None:
+def test_settings_that_add_tokens_or_use_them_in_another_way_count(
+    text: Text, folder: Path, own: Path
+) -> None:
     shutil.copyfile(folder / "tokenizer.json", own / "tokenizer.json")
     extra = {"added_tokens_decoder": {"269": {"content": "<|extra|>", "special": True}}}
     (own / "tokenizer_config.json").write_text(json.dumps(extra))
@@ -422,8 +489,14 @@ def test_settings_that_name_only_what_the_base_has_load_nothing(
     """To load a tokenizer of a hundred thousand words stops every other thread for seconds."""
     monkeypatch.setattr(words, "_backend", pytest.fail)
     shutil.copyfile(folder / "tokenizer.json", own / "tokenizer.json")
-    settings = {"added_tokens_decoder": {"2": EOS}, "pad_token": "<|endoftext|>", "extra_special_tokens": ["<|im_start|>"]}
-    (own / "tokenizer_config.json").write_text(json.dumps({**settings, "padding_side": "left", "add_bos_token": True}))
+    settings = {
+        "added_tokens_decoder": {"2": EOS},
+        "pad_token": "<|endoftext|>",
+        "extra_special_tokens": ["<|im_start|>"],
+    }
+    (own / "tokenizer_config.json").write_text(
+        json.dumps({**settings, "padding_side": "left", "add_bos_token": True})
+    )
     assert text.tokenizer_of("nothing new", own).backend is text.base.backend
 
 
@@ -446,13 +519,19 @@ def test_another_vocabulary_is_the_adapters_own(text: Text, folder: Path, own: P
 def test_adapters_with_the_same_content_share_one_tokenizer(text: Text, folder: Path, tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).mkdir()
-        (tmp_path / name / "tokenizer.json").write_text(json.dumps(saved_words(folder) | {"normalizer": {"type": "Lowercase"}}))
-        (tmp_path / name / "tokenizer_config.json").write_text(json.dumps({"chat_template": f"{name} has its own template"}))
+        (tmp_path / name / "tokenizer.json").write_text(
+            json.dumps(saved_words(folder) | {"normalizer": {"type": "Lowercase"}})
+        )
+        (tmp_path / name / "tokenizer_config.json").write_text(
+            json.dumps({"chat_template": f"{name} has its own template"})
+        )
     first, second = (text.tokenizer_of(f"shares {name}", tmp_path / name) for name in "ab")
     assert first.backend is second.backend is not text.base.backend
 
 
-def test_of_tokenizers_of_their_own_few_are_kept(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_tokenizers_of_their_own_few_are_kept(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(words, "OWN_KEPT", 2)
     text = Text(folder)
     text.tokenizer_of("none", tmp_path)
@@ -481,7 +560,9 @@ def test_a_vocabulary_and_its_merges_are_a_tokenizer_too(text: Text, folder: Pat
 
 
 @pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer.model", "added_tokens.json"])
-def test_what_cannot_be_made_a_tokenizer_is_refused_by_name(text: Text, folder: Path, own: Path, name: str) -> None:
+def test_what_cannot_be_made_a_tokenizer_is_refused_by_name(
+    text: Text, folder: Path, own: Path, name: str
+) -> None:
     vocabulary_files(saved_words(folder), own)
     (own / "added_tokens.json").write_text(json.dumps({"<|extra|>": 269}))
     (own / "tokenizer.model").write_bytes(b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
@@ -502,8 +583,12 @@ def test_the_bases_own_older_files_are_no_other_tokenizer(folder: Path, tmp_path
     assert text.tokenizer_of("older", own).backend is text.base.backend
 
 
-def test_a_template_that_a_processor_saved_counts(text: Text, own: Path, folder: Path, tmp_path: Path) -> None:
-    (own / "chat_template.json").write_text(json.dumps({"chat_template": "{{ messages[0].content }} of a processor"}))
+def test_a_template_that_a_processor_saved_counts(
+    text: Text, own: Path, folder: Path, tmp_path: Path
+) -> None:
+    (own / "chat_template.json").write_text(
+        json.dumps({"chat_template": "{{ messages[0].content }} of a processor"})
+    )
     assert list(chat(text.tokenizer_of("processor", own), [USER])) == making.ids("Hi of a processor")
     base = tmp_path / "base"
     shutil.copytree(folder, base)
@@ -514,7 +599,9 @@ def test_a_template_that_a_processor_saved_counts(text: Text, own: Path, folder:
 
 def test_only_what_is_not_the_bases_own_is_a_strangers_template(text: Text, folder: Path, own: Path) -> None:
     shutil.copyfile(folder / "chat_template.jinja", own / "chat_template.jinja")
-    (own / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>", "padding_side": "left"}))
+    (own / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "<|im_end|>", "padding_side": "left"})
+    )
     assert not text.tokenizer_of("the same template", own).own_template
     (own / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
     assert text.tokenizer_of("the same with other tokens", own).own_template
@@ -525,7 +612,9 @@ def test_only_what_is_not_the_bases_own_is_a_strangers_template(text: Text, fold
 
 def test_a_template_has_a_length(text: Text, own: Path) -> None:
     (own / "chat_template.jinja").write_text("x" * 1_000_001)
-    with pytest.raises(AdapterInvalid, match="the chat template has 1000001 characters; 1000000 are the most"):
+    with pytest.raises(
+        AdapterInvalid, match="the chat template has 1000001 characters; 1000000 are the most"
+    ):
         text.tokenizer_of("too long", own)
     (own / "chat_template.jinja").unlink()
     halves = [{"name": name, "template": "x" * 500_001} for name in ("default", "tool_use")]
@@ -534,10 +623,14 @@ def test_a_template_has_a_length(text: Text, own: Path) -> None:
         text.tokenizer_of("too long in parts", own)
 
 
-def test_tokenizer_files_at_which_the_library_panics_are_the_adapters_fault_too(text: Text, own: Path) -> None:
+def test_tokenizer_files_at_which_the_library_panics_are_the_adapters_fault_too(
+    text: Text, own: Path
+) -> None:
     """Its panics are no Exceptions."""
     words = json.loads(making.tokenizer().backend_tokenizer.to_str())
-    (own / "tokenizer.json").write_text(json.dumps(words | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}}))
+    (own / "tokenizer.json").write_text(
+        json.dumps(words | {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}})
+    )
     with pytest.raises(AdapterInvalid, match="tokenizer files cannot be read"):
         text.tokenizer_of("panics", own)
     late = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "x"}
@@ -576,7 +669,9 @@ def test_broken_tokenizer_files_are_the_adapters_fault(text: Text, own: Path) ->
 # ---- tool calls
 
 
-def calls(whole: str, format: CallFormat | None, rng: random.Random, forced: bool = False) -> tuple[str, list[ToolCallText]]:
+def calls(
+    whole: str, format: CallFormat | None, rng: random.Random, forced: bool = False
+) -> tuple[str, list[ToolCallText]]:
     reading = CallParser(format, ["add", "now"], forced)
     content = "".join(reading.push_text(part) for part in pieces(whole, rng))
     rest, found = reading.finish_calls()
@@ -592,20 +687,37 @@ NOW = ToolCallText("now", "{}")
     ("format", "whole", "content", "found"),
     [
         (CallFormat.HERMES, f"<tool_call>\n{ADD}\n</tool_call>", "", [ADDED]),
-        (CallFormat.HERMES, f'Well. <tool_call>{ADD}</tool_call>\n<tool_call>{{"name": "now"}}</tool_call>', "Well. ", [ADDED, NOW]),
+        (
+            CallFormat.HERMES,
+            f'Well. <tool_call>{ADD}</tool_call>\n<tool_call>{{"name": "now"}}</tool_call>',
+            "Well. ",
+            [ADDED, NOW],
+        ),
         (CallFormat.HERMES, f"\n{ADD}\n", "\n", [ADDED]),
         (CallFormat.HERMES, "a <tool_cal is no call", "a <tool_cal is no call", []),
         (CallFormat.HERMES, "<tool_call>{broken</tool_call>", "<tool_call>{broken</tool_call>", []),
-        (CallFormat.HERMES, '{"name": "unknown", "arguments": {}}', '{"name": "unknown", "arguments": {}}', []),
+        (
+            CallFormat.HERMES,
+            '{"name": "unknown", "arguments": {}}',
+            '{"name": "unknown", "arguments": {}}',
+            [],
+        ),
         (CallFormat.MISTRAL, f"[TOOL_CALLS][{ADD}, {ADD}]", "", [ADDED, ADDED]),
         (CallFormat.MISTRAL, f"[{ADD}]", "", [ADDED]),
-        (CallFormat.LLAMA, '{"name": "now", "parameters": {}}; ' + ADD.replace("arguments", "parameters"), "", [NOW, ADDED]),
+        (
+            CallFormat.LLAMA,
+            '{"name": "now", "parameters": {}}; ' + ADD.replace("arguments", "parameters"),
+            "",
+            [NOW, ADDED],
+        ),
         (CallFormat.LLAMA, f"<|python_tag|>{ADD}", "", [ADDED]),
         (CallFormat.HERMES, "[" * 5000, "[" * 5000, []),
         (None, ADD, ADD, []),
     ],
 )
-def test_calls_are_read_however_the_text_comes(format: CallFormat | None, whole: str, content: str, found: list[ToolCallText]) -> None:
+def test_calls_are_read_however_the_text_comes(
+    format: CallFormat | None, whole: str, content: str, found: list[ToolCallText]
+) -> None:
     for seed in range(30):
         got, read = calls(whole, format, random.Random(seed))
         assert (got.strip(), read) == (content.strip(), found)

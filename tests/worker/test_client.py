@@ -1,4 +1,6 @@
-"""The client over a real worker process: whatever becomes of the worker, every ticket ends once, and no process remains."""
+"""The client over a real worker process: whatever becomes of the worker, every ticket ends once,
+and no process remains.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,8 @@ ENDLESS = 100_000
 @asynccontextmanager
 async def engine(factory: str = "build", wait: bool = True, **settings: Any) -> AsyncIterator[WorkerClient]:
     client = WorkerClient(
-        Settings(**({"max_rows": 2, "max_context": 200_000, "pool_rank": 16, "max_rank": 16} | settings)), f"tests.fakes:{factory}"
+        Settings(**({"max_rows": 2, "max_context": 200_000, "pool_rank": 16, "max_rank": 16} | settings)),
+        f"tests.fakes:{factory}",
     )
     await client.start_worker()
     try:
@@ -109,7 +112,11 @@ async def test_times_are_told_in_order() -> None:
 
 async def test_metrics_count_each_token_once() -> None:
     async with engine() as client:
-        before = count("generation_tokens_total"), count("prompt_tokens_total"), count("request_success_total", finished_reason="length")
+        before = (
+            count("generation_tokens_total"),
+            count("prompt_tokens_total"),
+            count("request_success_total", finished_reason="length"),
+        )
         first = count("time_to_first_token_seconds_count")
         for ticket in [client.submit_request((1, 2, i), 7) for i in range(5)]:
             await read(ticket)
@@ -118,7 +125,9 @@ async def test_metrics_count_each_token_once() -> None:
         assert count("request_success_total", finished_reason="length") == before[2] + 5
         assert count("time_to_first_token_seconds_count") == first + 5
         assert (count("num_requests_running"), count("num_requests_waiting")) == (0, 0)
-        assert REGISTRY.get_sample_value("adapterd_generation_tokens_total") is None, "the global registry is left alone"
+        assert REGISTRY.get_sample_value("adapterd_generation_tokens_total") is None, (
+            "the global registry is left alone"
+        )
 
 
 def moves() -> dict[str, float]:
@@ -130,10 +139,15 @@ def moves() -> dict[str, float]:
 
 async def test_an_adapters_ways_are_counted_hit_or_miss_in_seconds_and_in_bytes() -> None:
     async with engine(pool_rank=4, max_rank=4, host_cache_mb=1) as client:
-        first, second = adapter("a", size=600_000), adapter("b", size=600_000)  # neither tier has room for both
+        # Neither tier has room for both
+        first, second = adapter("a", size=600_000), adapter("b", size=600_000)
         for each in (first, second):
             client.add_adapter(each, preload=False)
-        before, loads, evictions = moves(), count("adapter_load_seconds_count"), count("adapter_evict_seconds_count", tier="device")
+        before, loads, evictions = (
+            moves(),
+            count("adapter_load_seconds_count"),
+            count("adapter_evict_seconds_count", tier="device"),
+        )
         for each in (first, first, second):
             await read(client.submit_request((1,), 2, each.digest))
         grown = {name: value - before[name] for name, value in moves().items() if value != before[name]}
@@ -148,8 +162,16 @@ async def test_an_adapters_ways_are_counted_hit_or_miss_in_seconds_and_in_bytes(
         }
         assert count("adapter_load_seconds_count") == loads + 2
         assert count("adapter_evict_seconds_count", tier="device") == evictions + 1
-        assert (count("adapter_bytes", tier="device"), count("adapter_bytes", tier="host"), count("base_bytes")) == (600_000, 600_000, 4000)
-        assert (client.is_resident(second.digest), client.is_resident(first.digest), client.awaited) == (True, False, set())
+        assert (
+            count("adapter_bytes", tier="device"),
+            count("adapter_bytes", tier="host"),
+            count("base_bytes"),
+        ) == (600_000, 600_000, 4000)
+        assert (client.is_resident(second.digest), client.is_resident(first.digest), client.awaited) == (
+            True,
+            False,
+            set(),
+        )
         before, evictions = moves(), count("adapter_evict_seconds_count", tier="device")
         await client.remove_adapter(second.digest)
         await read(client.submit_request((1,), 2))  # by then the pool's rows are free
@@ -196,11 +218,17 @@ async def test_cancelling_ends_the_work_and_frees_the_row() -> None:
 
 async def test_a_caller_that_has_all_it_wants_succeeded() -> None:
     async with engine() as client:
-        before = count("request_success_total", finished_reason="stop_sequence"), count("request_failure_total", code="cancelled")
+        before = (
+            count("request_success_total", finished_reason="stop_sequence"),
+            count("request_failure_total", code="cancelled"),
+        )
         ticket = await begun(client)
         ticket.cancel_request(stopped=True)
         await read(ticket)
-        after = count("request_success_total", finished_reason="stop_sequence"), count("request_failure_total", code="cancelled")
+        after = (
+            count("request_success_total", finished_reason="stop_sequence"),
+            count("request_failure_total", code="cancelled"),
+        )
         assert after == (before[0] + 1, before[1])
 
 
@@ -245,7 +273,10 @@ async def test_a_killed_worker_fails_what_ran_and_serves_what_waited() -> None:
         await client.wait_until_loaded(plain.digest)
         restarts = count("worker_restarts_total")
         running = [await begun(client), await begun(client, adapter=plain.digest)]
-        waiting = [client.submit_request((4, i), 3, digest) for i, digest in enumerate((None, plain.digest, pinned.digest))]
+        waiting = [
+            client.submit_request((4, i), 3, digest)
+            for i, digest in enumerate((None, plain.digest, pinned.digest))
+        ]
         gone = client.submit_request((9,), 3)
         os.kill(worker(client), signal.SIGKILL)
         await until(lambda: client.state == "restarting")
@@ -397,7 +428,9 @@ async def test_one_that_still_loads_or_never_started_can_be_stopped() -> None:
     await WorkerClient(Settings()).stop_worker(0)
 
 
-async def test_one_that_is_stopped_between_two_workers_starts_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_that_is_stopped_between_two_workers_starts_no_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(supervisor, "BACKOFF_S", (0.3, 0.3))
     async with engine(max_rows=1) as client:
         running, waiting = await begun(client), client.submit_request((2,), 3)
@@ -463,7 +496,9 @@ async def test_where_no_worker_can_be_started_it_is_tried_again(monkeypatch: pyt
         assert len(tries) == 3
 
 
-async def test_one_that_stands_still_while_it_loads_is_killed_and_in_the_end_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_that_stands_still_while_it_loads_is_killed_and_in_the_end_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(supervisor, "STANDSTILL_S", 1.5)
     async with engine("build_waiting", wait=False) as client:
         with pytest.raises(NotReady, match=r"SIGKILL.* 3 times in a row while loading"):
@@ -471,7 +506,9 @@ async def test_one_that_stands_still_while_it_loads_is_killed_and_in_the_end_giv
 
 
 @pytest.mark.parametrize("factory", ["build_working", "build_compiling"])
-async def test_one_that_says_nothing_but_computes_while_it_loads_is_let_be(factory: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_one_that_says_nothing_but_computes_while_it_loads_is_let_be(
+    factory: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(supervisor, "STANDSTILL_S", 1.5)
     restarts = count("worker_restarts_total")
     async with engine(factory) as client:

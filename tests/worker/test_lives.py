@@ -1,4 +1,6 @@
-"""Random lives: a client and its workers in one thread, told anything at any moment, dying in any step; every request ends once."""
+"""Random lives: a client and its workers in one thread, told anything at any moment, dying in any
+step; every request ends once.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ class Death(BaseException):
 
 
 class Device(FakeRunner):
-    """Dies or raises in the next step if told to, and in the middle of each in which the adapter `bad` acts."""
+    """Dies or raises in the next step if told to, and in the middle of each in which the adapter
+    `bad` acts.
+    """
 
     fate: Exception | Death | None = None
     bad: ClassVar[str] = adapter("bad").digest
@@ -115,8 +119,12 @@ class Keeper:
             self.die()
             return
         hosted, adapters = set(self.device.host), self.worker.scheduler.adapters
-        assert hosted - {adapters.loading} == set(adapters.host), "what is in memory and what is known to be there"
-        assert (self.worker.loader.deadline < math.inf) is (adapters.loading is not None), "only what is being read can be overdue"
+        assert hosted - {adapters.loading} == set(adapters.host), (
+            "what is in memory and what is known to be there"
+        )
+        assert (self.worker.loader.deadline < math.inf) is (adapters.loading is not None), (
+            "only what is being read can be overdue"
+        )
         self.hear()
 
     def hear(self) -> None:
@@ -174,7 +182,11 @@ class World:
                 *[self.rng.randrange(2)] * self.rng.choice((0, 18)),
                 *(self.rng.randrange(50) for _ in range(self.rng.randrange(1, 20))),
             )
-            self.tickets.append(self.client.submit_request(prompt, self.rng.randrange(0, 9), self.rng.choice((None, chosen.digest))))
+            self.tickets.append(
+                self.client.submit_request(
+                    prompt, self.rng.randrange(0, 9), self.rng.choice((None, chosen.digest))
+                )
+            )
 
     def leave(self, _: Adapter) -> None:
         if self.tickets:
@@ -238,7 +250,13 @@ class World:
             worker = self.keeper.worker
             assert worker is not None
             scheduler = worker.scheduler
-            if not (self.open() or scheduler.running or scheduler.waiting or worker.given_up or scheduler.adapters.loading):
+            if not (
+                self.open()
+                or scheduler.running
+                or scheduler.waiting
+                or worker.given_up
+                or scheduler.adapters.loading
+            ):
                 return
         raise AssertionError(f"{len(self.open())} requests never end")
 
@@ -253,15 +271,25 @@ class World:
         assert worker is not None
         assert self.client.pool == worker.scheduler.adapters.pool.layout
         for one in self.adapters:
-            true = Tier.DEVICE if one.digest in device.placed else Tier.HOST if one.digest in device.host else Tier.DISK
+            true = (
+                Tier.DEVICE
+                if one.digest in device.placed
+                else Tier.HOST
+                if one.digest in device.host
+                else Tier.DISK
+            )
             assert self.client.tier_of(one.digest) is true
         offers = self.client._offers
-        assert offers._tiers.keys() | offers._sizes.keys() | offers._loads.keys() <= offers._offers.keys(), "what is gone is forgotten"
+        assert offers._tiers.keys() | offers._sizes.keys() | offers._loads.keys() <= offers._offers.keys(), (
+            "what is gone is forgotten"
+        )
 
     def judge(self, ticket: Ticket, events: list[Event]) -> None:
         request, end = ticket.request, events[-1]
         tokens = [event.token.id for event in events if event.token]
-        assert tokens == expected(request.adapter, request.prompt, request.max_tokens)[: len(tokens)], f"{request} got another's tokens"
+        assert tokens == expected(request.adapter, request.prompt, request.max_tokens)[: len(tokens)], (
+            f"{request} got another's tokens"
+        )
         if end.finish is Finish.LENGTH:
             assert len(tokens) == min(request.max_tokens, self.keeper.base.context - len(request.prompt))
         elif end.finish is Finish.CANCELLED:
@@ -278,12 +306,16 @@ class World:
 
 
 @pytest.mark.parametrize("seed", range(40))
-async def test_every_request_ends_once_and_rightly_whatever_becomes_of_the_workers(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_every_request_ends_once_and_rightly_whatever_becomes_of_the_workers(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     await live(seed, monkeypatch)
 
 
 @pytest.mark.parametrize("seed", range(12))
-async def test_an_adapter_that_raises_takes_nobody_with_it(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_adapter_that_raises_takes_nobody_with_it(
+    seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     world = await live(seed, monkeypatch, calm=True)
     worker = world.keeper.worker
     assert worker is not None
@@ -298,7 +330,10 @@ async def live(seed: int, monkeypatch: pytest.MonkeyPatch, calm: bool = False) -
     monkeypatch.setattr(worker_module, "Loader", SlowLoader)
     client = WorkerClient(SETTINGS)
     keeper: Any = client._worker
-    adapters = [adapter(f"a{i}", rank=rng.choice((2, 4, 8, 16)), size=rng.randrange(200_000, 1_500_000)) for i in range(6)]
+    adapters = [
+        adapter(f"a{i}", rank=rng.choice((2, 4, 8, 16)), size=rng.randrange(200_000, 1_500_000))
+        for i in range(6)
+    ]
     adapters += [adapter("shadow", lane=ExecutionPath.SHADOW), adapter("unreadable", readable=False)]
     adapters += [adapter("bad")] * (4 if calm else 1)
     world = World(rng, client, keeper, adapters, calm)

@@ -14,7 +14,17 @@ from typing import Any
 import pytest
 
 from service.core.adapter import Adapter, Placement, Tier
-from service.core.messages import AddAdapter, CannotStart, Command, Load, Message, RemoveAdapter, Report, Shutdown, Submit
+from service.core.messages import (
+    AddAdapter,
+    CannotStart,
+    Command,
+    Load,
+    Message,
+    RemoveAdapter,
+    Report,
+    Shutdown,
+    Submit,
+)
 from service.core.request import Event, Finish, Request
 from service.engine.plan import Plan, Result
 from service.errors import SettingsError
@@ -157,9 +167,15 @@ def test_it_shows_signs_of_life_while_it_waits_for_a_disk() -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "code", "words"),
-    [("disk", "adapter_invalid", "No such file or directory"), ("memory", "internal", "MemoryError"), ("place", "internal", "step")],
+    [
+        ("disk", "adapter_invalid", "No such file or directory"),
+        ("memory", "internal", "MemoryError"),
+        ("place", "internal", "step"),
+    ],
 )
-def test_an_adapter_that_fails_says_why_shows_no_path_and_may_be_tried_again(wrong: str, code: str, words: str) -> None:
+def test_an_adapter_that_fails_says_why_shows_no_path_and_may_be_tried_again(
+    wrong: str, code: str, words: str
+) -> None:
     runner, each = Balky(), adapter("a")
     runner.wrong = wrong
     with worker(runner) as desk:
@@ -233,7 +249,10 @@ def test_what_does_not_fit_the_memory_that_is_left_is_not_read(monkeypatch: pyte
     large, small = adapter("large", size=1001), adapter("small", size=1000)
     with worker() as desk:
         desk.send(
-            AddAdapter(large), AddAdapter(small), Submit(Request(1, (5,), 1, large.digest)), Submit(Request(2, (5,), 1, small.digest))
+            AddAdapter(large),
+            AddAdapter(small),
+            Submit(Request(1, (5,), 1, large.digest)),
+            Submit(Request(2, (5,), 1, small.digest)),
         )
         event = desk.event()
         assert (event.request, event.finish, event.code) == (1, Finish.FAILED, "overloaded")
@@ -248,7 +267,11 @@ def test_a_placement_that_raises_is_taken_back() -> None:
         desk.send(AddAdapter(each, preload=True))
         done = desk.report(lambda report: (each.digest, Tier.DEVICE) in report.tiers)
         undone = desk.report(lambda report: report.tiers)
-        assert (done.pool, undone.pool, undone.tiers) == ((Placement(each.digest, 0, 4),), (), ((each.digest, Tier.HOST),))
+        assert (done.pool, undone.pool, undone.tiers) == (
+            (Placement(each.digest, 0, 4),),
+            (),
+            ((each.digest, Tier.HOST),),
+        )
 
 
 def test_a_forward_that_raises_leaves_the_pool_as_it_was() -> None:
@@ -281,7 +304,9 @@ class Unrunnable(FakeRunner):
 
 
 def tokens_of(desk: Desk, requests: set[int]) -> tuple[dict[int, list[int]], dict[int, Event], list[Load]]:
-    """What these requests got until all have ended, how each ended, and the loads that were told meanwhile."""
+    """What these requests got until all have ended, how each ended, and the loads that were told
+    meanwhile.
+    """
     tokens: dict[int, list[int]] = {id: [] for id in requests}
     ends: dict[int, Event] = {}
     loads: list[Load] = []
@@ -299,7 +324,12 @@ def test_an_adapter_that_raises_fails_alone_and_is_refused_until_it_is_offered_a
     runner = Unrunnable(bad, rows=4)
     reason = "this base cannot run this adapter: its step raised TypeError"
     with worker(runner) as desk:
-        desk.send(AddAdapter(bad), AddAdapter(good), Submit(Request(1, (5,), 6)), Submit(Request(2, (6,), 6, good.digest)))
+        desk.send(
+            AddAdapter(bad),
+            AddAdapter(good),
+            Submit(Request(1, (5,), 6)),
+            Submit(Request(2, (6,), 6, good.digest)),
+        )
         desk.send(Submit(Request(3, (7, 8), 6, bad.digest)), Submit(Request(4, (7,), 6, bad.digest)))
         tokens, ends, loads = tokens_of(desk, {1, 2, 3, 4})
         assert tokens == {1: expected(None, (5,), 6), 2: expected(good.digest, (6,), 6), 3: [], 4: []}
@@ -337,7 +367,11 @@ class Short(FakeRunner):
 def test_a_request_that_raises_fails_alone_and_is_not_its_adapters_fault() -> None:
     each = adapter("a")
     with worker(Short(rows=4)) as desk:
-        desk.send(AddAdapter(each), Submit(Request(1, (5,), 6, each.digest)), Submit(Request(2, tuple(range(12)), 6, each.digest)))
+        desk.send(
+            AddAdapter(each),
+            Submit(Request(1, (5,), 6, each.digest)),
+            Submit(Request(2, tuple(range(12)), 6, each.digest)),
+        )
         tokens, ends, loads = tokens_of(desk, {1, 2})
         assert (tokens[1], ends[2].code) == (expected(each.digest, (5,), 6), "internal")
         assert not [load for load in loads if load.error]
@@ -429,7 +463,9 @@ def test_a_good_step_between_two_raising_ones_keeps_it() -> None:
     with worker(faults=Faults(step=2)) as desk:
         for id in range(6):
             desk.send(Submit(Request(id, (5,), 1 + id % 2)))
-            assert desk.report(lambda report: report.events and report.events[0].finish).events[0].code == ("internal" if id % 2 else "")
+            assert desk.report(lambda report: report.events and report.events[0].finish).events[0].code == (
+                "internal" if id % 2 else ""
+            )
         desk.send(Shutdown())
         assert desk.end() == [0]
 
@@ -444,7 +480,10 @@ def unreadable(settings: Settings, progress: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("factory", "reason"),
-    [(unfit, "ADAPTERD_BASE: no such base"), (unreadable, "the base cannot be loaded (OSError); the log says why")],
+    [
+        (unfit, "ADAPTERD_BASE: no such base"),
+        (unreadable, "the base cannot be loaded (OSError); the log says why"),
+    ],
 )
 def test_what_no_restart_would_help_is_told(factory: Factory, reason: str) -> None:
     with desk(lambda connection: serve_worker(connection, Settings(), factory)) as parent:

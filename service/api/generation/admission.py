@@ -1,6 +1,8 @@
-"""How a request of either dialect gets in: adapter, prompt, room in the context, tickets; and out again, however it ends.
+"""How a request of either dialect gets in: adapter, prompt, room in the context, tickets; and out
+again, however it ends.
 
-Knows no wire shapes. Whatever it takes is given back when the HTTP request is over, also when the client has left.
+Knows no wire shapes. Whatever it takes is given back when the HTTP request is over, also when the
+client has left.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ if TYPE_CHECKING:
     from ...text.tokenizers import AdapterTokenizer
 
 LONG = 20_000  # bytes of a body; what a longer one holds is tokenized off the event loop
-RENDERED = 4_000_000  # characters that an adapter's template may make of a conversation, or so many for each token of the context:
+# Characters that an adapter's template may make of a conversation, or so many for each token of the
+# context:
+RENDERED = 4_000_000
 TOKEN = 8
 
 Shown = Mapping[str, Any]
@@ -40,7 +44,10 @@ MANY = 2_000  # ids
 
 @dataclass(frozen=True)
 class GenerationAsk:
-    """What is wanted of the engine, for every prompt of a request. The `param`s are the dialect's names for `max_tokens` and the prompt."""
+    """What is wanted of the engine, for every prompt of a request.
+
+    The `param`s are the dialect's names for `max_tokens` and the prompt.
+    """
 
     sampling: Sampling
     max_tokens: int | None
@@ -78,17 +85,29 @@ class Admission:
         return {"id": self.generation.id, "digest": self.generation.digest} if self.generation else None
 
     async def enter_adapter(self, id: str | None) -> AdapterTokenizer:
-        """Leases this adapter until the request is over, and gives its voice; None is the base. Raises AdapterNotFound, NotReady."""
+        """Leases this adapter until the request is over, and gives its voice;
+
+        None is the base. Raises AdapterNotFound, NotReady.
+        """
         if id is None:
             return self.rooms.text.base
         get_scope(self.request).require_visible(id)
         self.generation = found = self.held.enter_context(self.rooms.registry.lease_adapter(id))
         text = self.rooms.text
         known = text.find_cached(found.digest)
-        return known if known is not None else await run_in(TEXT, text.tokenizer_of, found.digest, found.folder, found.files)
+        return (
+            known
+            if known is not None
+            else await run_in(TEXT, text.tokenizer_of, found.digest, found.folder, found.files)
+        )
 
-    def submit_prompt(self, voice: AdapterTokenizer, prompt: tuple[int, ...], ask: GenerationAsk) -> list[Answer]:
-        """Takes the tickets of one prompt. Raises BadRequest, ContextLengthExceeded, Overloaded, NotReady."""
+    def submit_prompt(
+        self, voice: AdapterTokenizer, prompt: tuple[int, ...], ask: GenerationAsk
+    ) -> list[Answer]:
+        """Takes the tickets of one prompt.
+
+        Raises BadRequest, ContextLengthExceeded, Overloaded, NotReady.
+        """
         self._check_prompt(voice, prompt, ask)
         room = token_budget(len(prompt), ask, self.base.context)
         seed = ask.seed if ask.seed is not None else random.SystemRandom().getrandbits(52)
@@ -99,16 +118,28 @@ class Admission:
     def _check_prompt(self, voice: AdapterTokenizer, prompt: tuple[int, ...], ask: GenerationAsk) -> None:
         size = self.base.vocab_size
         if not prompt:
-            raise BadRequest(f"{ask.prompt_param}: the prompt is empty, it has no tokens", param=ask.prompt_param)
+            raise BadRequest(
+                f"{ask.prompt_param}: the prompt is empty, it has no tokens", param=ask.prompt_param
+            )
         if max(prompt) >= size:
-            raise BadRequest(f"{ask.prompt_param}: no token has the id {max(prompt)}; the vocabulary has {size}", param=ask.prompt_param)
+            raise BadRequest(
+                f"{ask.prompt_param}: no token has the id {max(prompt)}; the vocabulary has {size}",
+                param=ask.prompt_param,
+            )
         wrong = [id for id, _ in ask.sampling.logit_bias if id >= size]
         if wrong:
-            raise BadRequest(f"logit_bias: no token has the id {wrong[0]}; the vocabulary has {size}", param="logit_bias")
-        if ask.sampling.grammar is not None and voice.words.own_vocabulary:  # the worker keeps to it in the base's words
-            raise BadRequest("this adapter's tokenizer has another vocabulary than the base's, so no answer of it can be held to a format")
+            raise BadRequest(
+                f"logit_bias: no token has the id {wrong[0]}; the vocabulary has {size}", param="logit_bias"
+            )
+        # The worker keeps to it in the base's words
+        if ask.sampling.grammar is not None and voice.words.own_vocabulary:
+            raise BadRequest(
+                "this adapter's tokenizer has another vocabulary than the base's, so no answer of it can be held to a format"
+            )
 
-    def _start_answer(self, voice: AdapterTokenizer, prompt: tuple[int, ...], ask: GenerationAsk, room: int, seed: int) -> Answer:
+    def _start_answer(
+        self, voice: AdapterTokenizer, prompt: tuple[int, ...], ask: GenerationAsk, room: int, seed: int
+    ) -> Answer:
         ticket = self.rooms.client.submit_request(
             prompt=prompt,
             max_tokens=room,
@@ -121,11 +152,16 @@ class Admission:
         return Answer(ticket, voice, prompt, StopStrings(ask.stop), seed, ask.sampling.min_tokens)
 
     def _possible_eos(self, eos: frozenset[int]) -> frozenset[int]:
-        """Those that the vocabulary has: an adapter's files may name any number, and the sampler would fail its whole batch on another."""
+        """Those that the vocabulary has: an adapter's files may name any number, and the sampler
+        would fail its whole batch on another.
+        """
         return frozenset(id for id in eos if 0 <= id < self.base.vocab_size)
 
     async def finish_answers(self) -> None:
-        """Waits for every answer, for a response that is sent whole. Raises Cancelled when the client leaves."""
+        """Waits for every answer, for a response that is sent whole.
+
+        Raises Cancelled when the client leaves.
+        """
         watcher = asyncio.create_task(self._watch_client())
         try:
             await asyncio.gather(*(answer.read_to_end() for answer in self.answers))
@@ -133,7 +169,9 @@ class Admission:
             watcher.cancel()
 
     async def _watch_client(self) -> None:
-        """The server tells that the client has left, but stops no handler that has not begun to answer."""
+        """The server tells that the client has left, but stops no handler that has not begun to
+        answer.
+        """
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
         for answer in self.answers:
@@ -170,14 +208,26 @@ class Admission:
         tickets = [answer.ticket for answer in self.answers]
         first = [_milliseconds(t.submitted, t.first) for t in tickets if t.first is not None]
         told: dict[str, str | float] = {"first_token_ms": round(min(first), 1)} if first else {}
-        endings = {str(answer.pieces[-1].ending) for answer in self.answers if answer.pieces and answer.pieces[-1].ending}
+        endings = {
+            str(answer.pieces[-1].ending)
+            for answer in self.answers
+            if answer.pieces and answer.pieces[-1].ending
+        }
         return told | ({"outcome": ",".join(sorted(endings))} if endings else {})
 
     def trace_parts(self) -> list[TracePart]:
         """Waiting, prefill and decoding of each answer, as far as it came."""
-        times = [(t.submitted, t.started, t.first, t.last) for t in (answer.ticket for answer in self.answers)]
-        named = [(name, found[i], found[i + 1]) for found in times for i, name in enumerate(("queue", "prefill", "decode"))]
-        return [TracePart(name, start, end) for name, start, end in named if start is not None and end is not None]
+        times = [
+            (t.submitted, t.started, t.first, t.last) for t in (answer.ticket for answer in self.answers)
+        ]
+        named = [
+            (name, found[i], found[i + 1])
+            for found in times
+            for i, name in enumerate(("queue", "prefill", "decode"))
+        ]
+        return [
+            TracePart(name, start, end) for name, start, end in named if start is not None and end is not None
+        ]
 
 
 def _milliseconds(start: float | None, end: float | None) -> float:
@@ -185,7 +235,9 @@ def _milliseconds(start: float | None, end: float | None) -> float:
 
 
 async def admit_request(request: Request, rooms: ReadyServices) -> AsyncIterator[Admission]:
-    """A dependency, for its end runs in every case: also when the client leaves before the first byte, where no handler's would."""
+    """A dependency, for its end runs in every case: also when the client leaves before the first
+    byte, where no handler's would.
+    """
     with ExitStack() as held:
         entered = Admission(request, rooms, held)
         held.callback(_count_request, entered)
@@ -205,11 +257,16 @@ def _count_request(entered: Admission) -> None:
     state.parts = entered.trace_parts()
     if entered.generation is not None:
         seconds = time.monotonic() - entered.began
-        metrics.adapter_served(entered.generation.id, entered.prompt_tokens, entered.generated_tokens, seconds)
+        metrics.adapter_served(
+            entered.generation.id, entered.prompt_tokens, entered.generated_tokens, seconds
+        )
 
 
 def token_budget(prompt: int, ask: GenerationAsk, context: int) -> int:
-    """How many tokens may be made. Raises ContextLengthExceeded, with the numbers, when what was asked for does not fit."""
+    """How many tokens may be made.
+
+    Raises ContextLengthExceeded, with the numbers, when what was asked for does not fit.
+    """
     left = context - prompt
     if ask.max_tokens is not None and ask.max_tokens <= left:
         return ask.max_tokens
@@ -224,8 +281,11 @@ def token_budget(prompt: int, ask: GenerationAsk, context: int) -> int:
     )
 
 
-async def tokenize_text(request: Request, voice: AdapterTokenizer, text: str, special: bool = True) -> tuple[int, ...]:
-    """The text's ids, off the event loop where there is much, or where an adapter's own tokenizer may take any time.
+async def tokenize_text(
+    request: Request, voice: AdapterTokenizer, text: str, special: bool = True
+) -> tuple[int, ...]:
+    """The text's ids, off the event loop where there is much, or where an adapter's own tokenizer
+    may take any time.
 
     Tools and the number of messages count too.
     """
@@ -233,10 +293,13 @@ async def tokenize_text(request: Request, voice: AdapterTokenizer, text: str, sp
     return await run_in(TEXT, voice.encode, text, special) if large else voice.encode(text, special)
 
 
-async def chat_prompt(admitted: Admission, voice: AdapterTokenizer, messages: Sequence[Shown], tools: Sequence[Shown]) -> tuple[int, ...]:
+async def chat_prompt(
+    admitted: Admission, voice: AdapterTokenizer, messages: Sequence[Shown], tools: Sequence[Shown]
+) -> tuple[int, ...]:
     """The ids of the conversation, up to where the assistant answers.
 
-    Raises BadRequest with the template's own reason or the limit that it broke; Overloaded, NotReady.
+    Raises BadRequest with the template's own reason or the limit that it broke; Overloaded,
+    NotReady.
     """
     wanted = voice.render_request(messages, tools, max(RENDERED, TOKEN * admitted.base.context))
     if voice.own_template:
@@ -245,7 +308,8 @@ async def chat_prompt(admitted: Admission, voice: AdapterTokenizer, messages: Se
         text = await run_in(TEXT, voice.render_here, wanted)
     else:
         text = voice.render_here(wanted)
-    return await tokenize_text(admitted.request, voice, text, special=False)  # the template has written the special tokens itself
+    # The template has written the special tokens itself
+    return await tokenize_text(admitted.request, voice, text, special=False)
 
 
 async def decoded(voice: AdapterTokenizer, ids: Sequence[int]) -> str:

@@ -1,4 +1,7 @@
-"""One sequence as text: a ticket's events become pieces, with stop strings cut and errors raised. Knows no wire shapes."""
+"""One sequence as text: a ticket's events become pieces, with stop strings cut and errors raised.
+
+Knows no wire shapes.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,10 @@ class AnswerEnding(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class TextPiece:
-    """What one token adds to the text, often nothing. `special`: the token is no text. The last piece has the ending."""
+    """What one token adds to the text, often nothing.
+
+    `special`: the token is no text. The last piece has the ending.
+    """
 
     token: Token | None
     text: str
@@ -35,7 +41,9 @@ class TextPiece:
 
 @dataclass
 class Answer:
-    """One continuation of a prompt, read once; what it came to is kept. Stop strings count after `min_tokens` tokens.
+    """One continuation of a prompt, read once; what it came to is kept.
+
+    Stop strings count after `min_tokens` tokens.
 
     `scored` are the prompt's tokens with log probabilities, where asked for.
     """
@@ -51,7 +59,10 @@ class Answer:
     scored: tuple[Token, ...] = ()
 
     async def read_pieces(self) -> AsyncIterator[TextPiece]:
-        """Its pieces as they come; the last one has the ending. Raises the error that ended the sequence otherwise."""
+        """Its pieces as they come; the last one has the ending.
+
+        Raises the error that ended the sequence otherwise.
+        """
         decoder = self.voice.make_decoder(self.prompt)
         async for event in self.ticket:
             piece = self._make_piece(event, decoder)
@@ -95,7 +106,11 @@ class Answer:
         if self.stops.found is not None:
             self.ticket.cancel_request(stopped=True)
             return TextPiece(token, text, ending=AnswerEnding.STOP)
-        ending = {Finish.EOS: AnswerEnding.EOS, Finish.LENGTH: AnswerEnding.LENGTH}[event.finish] if event.finish else None
+        ending = (
+            {Finish.EOS: AnswerEnding.EOS, Finish.LENGTH: AnswerEnding.LENGTH}[event.finish]
+            if event.finish
+            else None
+        )
         # held text that the eos lets go would be lost to clients that skip special tokens
         special = token is not None and (ended or token.id in self.voice.special) and not text
         return TextPiece(token, text, special, ending)

@@ -1,4 +1,6 @@
-"""Response formats as grammars that a sampler can run; an impossible one is refused here, before anything runs. Knows no tokens."""
+"""Response formats as grammars that a sampler can run; an impossible one is refused here, before
+anything runs. Knows no tokens.
+"""
 
 from __future__ import annotations
 
@@ -25,15 +27,19 @@ Wanted = JsonObject | JsonSchema | PlainSchema | Regex | AnyText | JsonGrammar |
 
 DEEPEST = 500  # the compiler descends on the stack and would end the process near 1500
 LARGEST = 100_000  # characters of a grammar
-LIMITS = {"max_grammar_size": 20_000, "initial_lexer_fuel": 200_000}  # beyond these a sampler takes seconds, and its batch waits
-MULTIPLE = 10_000  # the compiler makes a state for each remainder; a million take a sampler 6 s, and ten million its worker's life
+# Beyond these a sampler takes seconds, and its batch waits
+LIMITS = {"max_grammar_size": 20_000, "initial_lexer_fuel": 200_000}
+# The compiler makes a state for each remainder; a million take a sampler 6 s, and ten million its
+# worker's life
+MULTIPLE = 10_000
 COMPILING_S = 2.0  # of processor time, for what a sampler does in half of it
 TOO_LONG = "it takes too long to compile"
 TOLD = 300  # characters of its complaint
 REMEMBERED = 16_000_000  # bytes of grammars that need no second check
 ENTRY = 500  # bytes that one takes beside its texts
 
-# one space where people write one, none elsewhere: a model that may write white space between any two tokens may never end
+# one space where people write one, none elsewhere: a model that may write white space between any
+# two tokens may never end
 SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
@@ -45,7 +51,8 @@ class Verdict(NamedTuple):
 
 
 class Verdicts:
-    """Remembers what came of checking a text, so that the same one is compiled once however often it is sent.
+    """Remembers what came of checking a text, so that the same one is compiled once however often
+    it is sent.
 
     `capacity` is in bytes; the least recently used is forgotten first.
     """
@@ -83,7 +90,11 @@ VERDICTS = Verdicts(REMEMBERED)
 
 
 async def compile_grammar(wanted: Wanted | None, param: str = "response_format") -> str | None:
-    """The grammar's text, checked; None for free text. Raises BadRequest naming `param` for a schema or expression that cannot be met."""
+    """The grammar's text, checked;
+
+    None for free text. Raises BadRequest naming `param` for a schema or expression that cannot be
+    met.
+    """
     if wanted is None or isinstance(wanted, AnyText):
         return None
     if isinstance(wanted, Regex | RegexGrammar):
@@ -97,17 +108,29 @@ async def of_regex(pattern: str, param: str) -> str:
 
 
 async def schema_grammar(schema: dict[str, Any], param: str) -> str:
-    """The grammar of JSON that fits this schema. Raises BadRequest naming `param` when nothing can."""
-    return await _checked("schema", json.dumps(schema, ensure_ascii=False), partial(_from_schema, schema), param)
+    """The grammar of JSON that fits this schema.
+
+    Raises BadRequest naming `param` when nothing can.
+    """
+    return await _checked(
+        "schema", json.dumps(schema, ensure_ascii=False), partial(_from_schema, schema), param
+    )
 
 
 async def calls_grammar(functions: Mapping[str, dict[str, Any]], param: str) -> str:
-    """The grammar of one call of one of these functions, each given with the schema of its arguments. Raises as `of_schema`."""
-    return await _checked("calls", json.dumps(functions, ensure_ascii=False), partial(_from_calls, functions), param)
+    """The grammar of one call of one of these functions, each given with the schema of its
+    arguments. Raises as `of_schema`.
+    """
+    return await _checked(
+        "calls", json.dumps(functions, ensure_ascii=False), partial(_from_calls, functions), param
+    )
 
 
 async def _checked(kind: str, text: str, check: Callable[[], Verdict], param: str) -> str:
-    """The grammar. What is too large is refused before it is walked through: that takes longer than to read it."""
+    """The grammar.
+
+    What is too large is refused before it is walked through: that takes longer than to read it.
+    """
     verdict = Verdict("", _oversize(text)) if _oversize(text) else await VERDICTS.of(f"{kind} {text}", check)
     if verdict.wrong:
         raise BadRequest(f"{param}: {verdict.wrong}", param=param)
@@ -126,7 +149,9 @@ def _from_regex(pattern: str) -> Verdict:
 
 def _from_schema(schema: dict[str, Any]) -> Verdict:
     if schema_depth(schema) > DEEPEST:
-        return Verdict("", f"the schema is nested too deep: its levels and those it refers to are over {DEEPEST}")
+        return Verdict(
+            "", f"the schema is nested too deep: its levels and those it refers to are over {DEEPEST}"
+        )
     if common_multiple(schema) > MULTIPLE:
         return Verdict("", f"what all `multipleOf` in it have in common is over {MULTIPLE}")
     try:
@@ -148,16 +173,25 @@ def _tested(grammar: str) -> Verdict:
 
 
 def _oversize(text: str) -> str:
-    return f"as a grammar it has {len(text)} characters, and {LARGEST} are the most" if len(text) > LARGEST else ""
+    return (
+        f"as a grammar it has {len(text)} characters, and {LARGEST} are the most"
+        if len(text) > LARGEST
+        else ""
+    )
 
 
 def _try_grammar(grammar: str) -> str:
-    """What is wrong with the grammar. Some limits of a sampler only show when its first tokens are taken, so two are, of bytes."""
+    """What is wrong with the grammar.
+
+    Some limits of a sampler only show when its first tokens are taken, so two are, of bytes.
+    """
     began = time.thread_time()
     wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar)
     if wrong:
         return "; ".join(messages)
-    matcher = LLMatcher(_byte_tokenizer(), grammar, log_level=0, limits=LLParserLimits(verbose_errors=False, **LIMITS))
+    matcher = LLMatcher(
+        _byte_tokenizer(), grammar, log_level=0, limits=LLParserLimits(verbose_errors=False, **LIMITS)
+    )
     for _ in range(2):
         allowed = b"" if matcher.is_error() else matcher.compute_bitmask()
         if not any(allowed) or matcher.is_stopped():
@@ -174,7 +208,12 @@ def _byte_tokenizer() -> LLTokenizer:
 
 def _call_schema(name: str, arguments: str) -> dict[str, Any]:
     properties = {"name": {"const": name}, "arguments": {"$ref": arguments}}
-    return {"type": "object", "properties": properties, "required": ["name", "arguments"], "additionalProperties": False}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": ["name", "arguments"],
+        "additionalProperties": False,
+    }
 
 
 def _move_schema(schema: dict[str, Any], place: str) -> dict[str, Any]:
@@ -189,19 +228,27 @@ def _move_schema(schema: dict[str, Any], place: str) -> dict[str, Any]:
 
 
 def schema_depth(schema: Any) -> int:
-    """The most levels that compiling the schema can descend: its own and, once each, those of everything it refers to."""
+    """The most levels that compiling the schema can descend: its own and, once each, those of
+    everything it refers to.
+    """
     found = [schema]
     for value in found:  # grows as it is walked
         found.extend(_inner_values(value))
     depths: dict[int, int] = {}
     for value in reversed(found):
         depths[id(value)] = 1 + max((depths[id(inner)] for inner in _inner_values(value)), default=0)
-    named = {value["$ref"] for value in found if isinstance(value, dict) and isinstance(value.get("$ref"), str)}
-    return depths[id(schema)] + sum(depths.get(id(_find_target(schema, ref)), depths[id(schema)]) for ref in named)
+    named = {
+        value["$ref"] for value in found if isinstance(value, dict) and isinstance(value.get("$ref"), str)
+    }
+    return depths[id(schema)] + sum(
+        depths.get(id(_find_target(schema, ref)), depths[id(schema)]) for ref in named
+    )
 
 
 def common_multiple(schema: Any) -> int:
-    """The least common multiple of every `multipleOf` in the schema, as whole numbers: where they meet, the compiler uses that."""
+    """The least common multiple of every `multipleOf` in the schema, as whole numbers: where they
+    meet, the compiler uses that.
+    """
     found, least = [schema], 1
     for value in found:  # grows as it is walked
         found.extend(_inner_values(value))

@@ -1,4 +1,5 @@
-"""What all objects of the OpenAI dialect share: ids, usage, finish reasons, answers as they come from several sequences.
+"""What all objects of the OpenAI dialect share: ids, usage, finish reasons, answers as they come
+from several sequences.
 
 Knows no route.
 """
@@ -27,10 +28,15 @@ FINISH = {AnswerEnding.LENGTH: "length", AnswerEnding.EOS: "stop", AnswerEnding.
 
 
 def chosen_adapter(model: str, rooms: Services) -> str | None:
-    """The adapter's id that a model name means; None for the base. `base:adapter` is the adapter."""
+    """The adapter's id that a model name means;
+
+    None for the base. `base:adapter` is the adapter.
+    """
     if model in rooms.bases:
         return None
-    return next((model.removeprefix(base + ":") for base in rooms.bases if model.startswith(base + ":")), model)
+    return next(
+        (model.removeprefix(base + ":") for base in rooms.bases if model.startswith(base + ":")), model
+    )
 
 
 def object_fields(kind: str, object: str, model: str, admitted: Admission) -> Told:
@@ -86,13 +92,26 @@ def known_model(id: str, rooms: Services, seen: AdapterScope) -> Told:
 def model_objects(rooms: Services, seen: AdapterScope) -> list[Told]:
     """The base, then every registered adapter that may be seen."""
     base = rooms.registry.base_id
-    return [_model_object(base, STARTED)] + [_adapter_object(one, base) for one in rooms.registry.list_versions() if seen.can_see(one.id)]
+    return [_model_object(base, STARTED)] + [
+        _adapter_object(one, base) for one in rooms.registry.list_versions() if seen.can_see(one.id)
+    ]
 
 
 def _adapter_object(one: AdapterVersion, base: str) -> Told:
     registered = datetime.fromisoformat(one.registered_at)
-    return _model_object(one.id, int(registered.timestamp())) | {"parent": base, "adapter": {"id": one.id, "digest": one.digest or None}}
+    return _model_object(one.id, int(registered.timestamp())) | {
+        "parent": base,
+        "adapter": {"id": one.id, "digest": one.digest or None},
+    }
 
 
 def _model_object(id: str, created: int) -> Told:
-    return {"id": id, "object": "model", "created": created, "owned_by": "adapterd", "root": id, "parent": None, "adapter": None}
+    return {
+        "id": id,
+        "object": "model",
+        "created": created,
+        "owned_by": "adapterd",
+        "root": id,
+        "parent": None,
+        "adapter": None,
+    }

@@ -1,7 +1,7 @@
 """JSON of any length in pieces: the first is written on the event loop, all others in a thread.
 
-One answer may have a million numbers. Written whole, in whatever thread, it keeps the interpreter from
-everybody else. Knows no wire shapes.
+One answer may have a million numbers. Written whole, in whatever thread, it keeps the interpreter
+from everybody else. Knows no wire shapes.
 """
 
 from __future__ import annotations
@@ -27,13 +27,17 @@ _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=
 def dumped(value: Any) -> bytes:
     """A short value as JSON.
 
-    A lone surrogate, which an adapter's files or a call's arguments may hold, stays escaped, as JSON has it.
+    A lone surrogate, which an adapter's files or a call's arguments may hold, stays escaped, as
+    JSON has it.
     """
     return _encode(value).encode("utf-8", "backslashreplace")
 
 
 async def render_pieces(value: Any) -> list[bytes]:
-    """The value as JSON, in pieces. A generator in it is a list, its elements made when they are written."""
+    """The value as JSON, in pieces.
+
+    A generator in it is a list, its elements made when they are written.
+    """
     texts = _texts(value)
     piece, more = _write_piece(texts)
     pieces = [piece]
@@ -44,12 +48,16 @@ async def render_pieces(value: Any) -> list[bytes]:
 
 
 def made_later(count: int, elements: Iterator[T]) -> Iterator[T] | list[T]:
-    """So many elements as a list for `render_pieces`: few are made at once, which takes the least time."""
+    """So many elements as a list for `render_pieces`: few are made at once, which takes the least
+    time.
+    """
     return list(elements) if count <= FEW else elements
 
 
 class WholeAnswer(Response):
-    """An answer of known length, sent in the pieces in which it was written: joined, it would be copied."""
+    """An answer of known length, sent in the pieces in which it was written: joined, it would be
+    copied.
+    """
 
     media_type = "application/json"
 
@@ -114,4 +122,6 @@ def _is_made_later(value: Any) -> bool:
     """Whether a generator is in it. Lists are of one kind, so the first element tells."""
     if isinstance(value, dict):
         return any(map(_is_made_later, value.values()))
-    return isinstance(value, GeneratorType) or (isinstance(value, list) and bool(value) and _is_made_later(value[0]))
+    return isinstance(value, GeneratorType) or (
+        isinstance(value, list) and bool(value) and _is_made_later(value[0])
+    )

@@ -1,4 +1,7 @@
-"""Server-sent events, framed by hand: one frame an event, errors as the last event. Knows no dialect's shapes but the error body."""
+"""Server-sent events, framed by hand: one frame an event, errors as the last event.
+
+Knows no dialect's shapes but the error body.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,17 @@ log = logging.getLogger("adapterd.stream")
 
 UNBUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 DONE = b"data: [DONE]\n\n"
-EVENT = {"type": "object", "properties": {"data": {"type": "string", "description": "JSON"}}, "required": ["data"]}
-EVENTS: dict[int | str, dict[str, Any]] = {  # of a route's OpenAPI: what it may answer beside a JSON object
-    200: {"description": "the answer; where it is streamed, as server-sent events", "content": {"text/event-stream": {"schema": EVENT}}}
+EVENT = {
+    "type": "object",
+    "properties": {"data": {"type": "string", "description": "JSON"}},
+    "required": ["data"],
+}
+# Of a route's OpenAPI: what it may answer beside a JSON object
+EVENTS: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "the answer; where it is streamed, as server-sent events",
+        "content": {"text/event-stream": {"schema": EVENT}},
+    }
 }
 
 
@@ -32,9 +43,16 @@ def frame_event(value: Mapping[str, Any]) -> bytes:
     return b"data: " + dumped(value) + b"\n\n"
 
 
-def stream_events(request: Request, events: AsyncIterator[Mapping[str, Any]], headers: Mapping[str, str]) -> StreamingResponse:
-    """The response that sends these events as they come; under /v1 it ends with [DONE]. An error becomes the last event."""
-    return StreamingResponse(_iterate_frames(request, events), headers={**headers, **UNBUFFERED}, media_type="text/event-stream")
+def stream_events(
+    request: Request, events: AsyncIterator[Mapping[str, Any]], headers: Mapping[str, str]
+) -> StreamingResponse:
+    """The response that sends these events as they come; under /v1 it ends with [DONE].
+
+    An error becomes the last event.
+    """
+    return StreamingResponse(
+        _iterate_frames(request, events), headers={**headers, **UNBUFFERED}, media_type="text/event-stream"
+    )
 
 
 async def _iterate_frames(request: Request, events: AsyncIterator[Mapping[str, Any]]) -> AsyncIterator[bytes]:

@@ -29,7 +29,8 @@ SECURITY = {
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
 }
 
-TOLD: dict[str, tuple[str, Callable[[str], str | int | float]]] = {  # response headers that the log line repeats
+# Response headers that the log line repeats
+TOLD: dict[str, tuple[str, Callable[[str], str | int | float]]] = {
     "x-adapter-id": ("adapter", str),
     "x-adapter-digest": ("digest", str),
     "x-prompt-tokens": ("prompt_tokens", int),
@@ -45,7 +46,8 @@ def logged_headers(headers: Mapping[str, str]) -> dict[str, str | int | float]:
 
 
 class AccessLog:
-    """The outermost layer: gives the request an id, the answer its headers, the log a line, and turns a defect into a 500.
+    """The outermost layer: gives the request an id, the answer its headers, the log a line, and
+    turns a defect into a 500.
 
     A route may add to the line by `request.state.log`, a dict of named values; of what a header says too, the dict's value counts.
     `request.state.parts` are the request's stretches. `record` is given each finished request, but those of the probes.
@@ -58,12 +60,15 @@ class AccessLog:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         exchange = _Exchange(scope, send)
-        scope["headers"] = [pair for pair in scope["headers"] if pair[0] != b"range"]  # files go out whole, so that none is refused by text
-        inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope  # the server leaves a HEAD's body out by itself
+        # Files go out whole, so that none is refused by text
+        scope["headers"] = [pair for pair in scope["headers"] if pair[0] != b"range"]
+        # The server leaves a HEAD's body out by itself
+        inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         try:
             await self.app(inner, receive, exchange.send_message)
         except asyncio.CancelledError:
-            log.debug("cut off", extra={"fields": {"id": exchange.id}})  # by the hard stop: the task ends here, and no trace is wanted
+            # By the hard stop: the task ends here, and no trace is wanted
+            log.debug("cut off", extra={"fields": {"id": exchange.id}})
         except Exception:
             log.exception("a defect", extra={"fields": {"id": exchange.id}})
             if exchange.status == 0:
@@ -108,7 +113,13 @@ class _Exchange:
         status = self.status if self.whole else 499
         self.ended = time.monotonic()
         outcome = "ok" if self.whole else Cancelled.code
-        fields = {"id": self.id, "method": self.scope["method"], "path": self.scope["path"], "status": status, "outcome": outcome}
+        fields = {
+            "id": self.id,
+            "method": self.scope["method"],
+            "path": self.scope["path"],
+            "status": status,
+            "outcome": outcome,
+        }
         took = {"ms": round((self.ended - self.began) * 1000, 1)}
         quiet = self.scope["path"] in PROBES and status in (200, 503)
         level = logging.DEBUG if quiet else logging.INFO
@@ -116,7 +127,9 @@ class _Exchange:
         log.log(level, "request", extra={"fields": self.fields})
 
     def make_trace(self) -> Trace:
-        """The request as a trace shows it; named by its route, for an id in the name would make a name of its own."""
+        """The request as a trace shows it; named by its route, for an id in the name would make a
+        name of its own.
+        """
         route = getattr(self.scope.get("route"), "path", "")
         whole = TracePart(f"{self.scope['method']} {route}".strip(), self.began, self.ended)
         sent = Headers(scope=self.scope)

@@ -1,4 +1,7 @@
-"""Who may ask, and who may manage adapters: keys and scopes. Knows only hashes of keys; never logs one."""
+"""Who may ask, and who may manage adapters: keys and scopes.
+
+Knows only hashes of keys; never logs one.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +41,17 @@ class Authentication:
         refusal = self._refuse_foreign(scope) or self._refuse_key(scope, needed)
         if refusal is None:
             return await self.app(scope, receive, send)
-        page = refusal.status == 401 and scope["method"] == "GET" and "text/html" in Headers(scope=scope).get("accept", "")
+        page = (
+            refusal.status == 401
+            and scope["method"] == "GET"
+            and "text/html" in Headers(scope=scope).get("accept", "")
+        )
         return await refuse_request(refusal, scope, receive, send, BROWSER if page else None)
 
     def _refuse_foreign(self, scope: Scope) -> Forbidden | None:
-        """A page of another site, unless its origin is one of those that may: a form could send an upload without asking first."""
+        """A page of another site, unless its origin is one of those that may: a form could send an
+        upload without asking first.
+        """
         headers, origins = Headers(scope=scope), self.settings.cors_origins
         if scope["method"] in READING or headers.get("sec-fetch-site") != "cross-site":
             return None
@@ -72,10 +81,12 @@ def _remember_key(scope: Scope, key: Key) -> None:
 
 
 def _read_secret(scope: Scope) -> str | None:
-    """The key as the environment would spell it: bytes outside UTF-8 are kept, so that no key on the wire can break the comparison.
+    """The key as the environment would spell it: bytes outside UTF-8 are kept, so that no key on
+    the wire can break the comparison.
 
-    A browser can only offer a key for a page by Basic authentication, as the password. It would offer it to any request that another site
-    makes it send, too; so there it counts for reading only.
+    A browser can only offer a key for a page by Basic authentication, as the password. It would
+    offer it to any request that another site makes it send, too; so there it counts for reading
+    only.
     """
     raw = dict(scope["headers"]).get(b"authorization", b"").strip()
     scheme, _, rest = raw.partition(b" ")

@@ -10,7 +10,9 @@ from .refusal import refuse_request
 
 
 class BodyLimit:
-    """Refuses a body over its limit: at once where its length is told, else when the limit is passed. Uploads have their own."""
+    """Refuses a body over its limit: at once where its length is told, else when the limit is
+    passed. Uploads have their own.
+    """
 
     def __init__(self, app: ASGIApp, body_mb: float, upload_mb: float) -> None:
         self.app, self.body_mb, self.upload_mb = app, body_mb, upload_mb
@@ -18,10 +20,16 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        upload = scope["method"] == "POST" and scope["path"].startswith("/adapters/") and scope["path"].endswith("/upload")
+        upload = (
+            scope["method"] == "POST"
+            and scope["path"].startswith("/adapters/")
+            and scope["path"].endswith("/upload")
+        )
         limit_mb = self.upload_mb if upload else self.body_mb
         limit = int(limit_mb * 1e6)
-        over = PayloadTooLarge(f"the body is over the limit of {limit_mb:g} MB", details={"limit_bytes": limit})
+        over = PayloadTooLarge(
+            f"the body is over the limit of {limit_mb:g} MB", details={"limit_bytes": limit}
+        )
         length = Headers(scope=scope).get("content-length", "")
         if length.isdecimal() and int(length) > limit:
             return await refuse_request(over, scope, receive, send)

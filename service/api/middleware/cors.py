@@ -13,10 +13,16 @@ ELSEWHERE = Forbidden("a page of another site may not ask for this")
 
 
 class CorsOrigins(CORSMiddleware):
-    """Lets pages of the named origins ask, and tells the browsers of all others as every refusal is told."""
+    """Lets pages of the named origins ask, and tells the browsers of all others as every refusal is
+    told.
+    """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] == "OPTIONS" and self._is_unwelcome(Headers(scope=scope)):
+        if (
+            scope["type"] == "http"
+            and scope["method"] == "OPTIONS"
+            and self._is_unwelcome(Headers(scope=scope))
+        ):
             return await refuse_request(ELSEWHERE, scope, receive, send)
         return await super().__call__(scope, receive, send)
 

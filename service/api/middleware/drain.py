@@ -1,4 +1,7 @@
-"""Lets no new request in while the service drains, and counts those inside. Plain ASGI; knows no route's meaning."""
+"""Lets no new request in while the service drains, and counts those inside.
+
+Plain ASGI; knows no route's meaning.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ from .refusal import refuse_request
 
 
 class DrainGate:
-    """Counts what runs in `rooms.running`; once the service drains, only the probes are still answered."""
+    """Counts what runs in `rooms.running`; once the service drains, only the probes are still
+    answered.
+    """
 
     def __init__(self, app: ASGIApp, rooms: Services) -> None:
         self.app, self.rooms = app, rooms

@@ -1,4 +1,7 @@
-"""What one key may take: so many requests a second, so many at once. One key's limit never touches another's. Knows no route's meaning."""
+"""What one key may take: so many requests a second, so many at once.
+
+One key's limit never touches another's. Knows no route's meaning.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,10 @@ PAGES = ("/console/", "/docs/")
 
 @dataclass
 class KeyUsage:
-    """What one key has used. `left` are requests that may come at once, refilled at its rate, a second's worth at most."""
+    """What one key has used.
+
+    `left` are requests that may come at once, refilled at its rate, a second's worth at most.
+    """
 
     left: float
     at: float
@@ -38,7 +44,10 @@ class KeyUsage:
 
 
 class RateLimit:
-    """Refuses with 429 what a key has no share for any more. What probes and pages ask for is free, and so are requests without keys."""
+    """Refuses with 429 what a key has no share for any more.
+
+    What probes and pages ask for is free, and so are requests without keys.
+    """
 
     def __init__(self, app: ASGIApp, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self.app, self.settings, self.clock = app, settings, clock
@@ -62,7 +71,9 @@ class RateLimit:
     def _refuse_request(self, key: Key, account: KeyUsage) -> Overloaded | None:
         most = key.concurrency or self.settings.key_concurrency
         if most is not None and account.running >= most:
-            return Overloaded(f"this key may run {most} requests at once, and they run: wait for one to end", retry_after=1)
+            return Overloaded(
+                f"this key may run {most} requests at once, and they run: wait for one to end", retry_after=1
+            )
         rate = key.rate or self.settings.key_rate
         wait = account.seconds_to_wait(rate, self.clock()) if rate is not None else 0.0
         if wait > 0:
@@ -72,4 +83,8 @@ class RateLimit:
 
 def _is_free(scope: Scope) -> bool:
     path = scope["path"]
-    return path in (*PROBES, "/docs", "/openapi.json") or path.startswith(PAGES) or (path == "/" and scope["method"] in ("GET", "HEAD"))
+    return (
+        path in (*PROBES, "/docs", "/openapi.json")
+        or path.startswith(PAGES)
+        or (path == "/" and scope["method"] in ("GET", "HEAD"))
+    )

@@ -8,5 +8,7 @@ from ...errors import AdapterdError
 from ..errors import error_response
 
 
-async def refuse_request(error: AdapterdError, scope: Scope, receive: Receive, send: Send, headers: dict[str, str] | None = None) -> None:
+async def refuse_request(
+    error: AdapterdError, scope: Scope, receive: Receive, send: Send, headers: dict[str, str] | None = None
+) -> None:
     await error_response(error, scope, headers)(scope, receive, send)

@@ -1,4 +1,6 @@
-"""Management: what is registered, what each adapter is, and changing it, under our names and vLLM's. Reads no adapter file itself."""
+"""Management: what is registered, what each adapter is, and changing it, under our names and
+vLLM's. Reads no adapter file itself.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ Id = Annotated[str, Path(description="The adapter's id; one with a slash is writ
 Reading = document_errors(404, 503)
 Changing = document_errors(403, 404, 409, 422, 503, 504)
 Aliased = document_errors(403, 404, 422, 503, openai=True)
-SAME: dict[int | str, dict[str, Any]] = {200: {"description": "this content is already registered under this id"}}
+SAME: dict[int | str, dict[str, Any]] = {
+    200: {"description": "this content is already registered under this id"}
+}
 Told = dict[str, Any]
 
 
@@ -84,7 +88,10 @@ async def register_adapter(body: Registration, here: OpenRegistry) -> Response:
 
 @changing.post("/adapters/check", responses=Changing)
 async def check_adapter(body: Registration, here: OpenRegistry) -> Told:
-    """The whole validation and the summary; registers nothing. `ok` says whether POST would take this body."""
+    """The whole validation and the summary; registers nothing.
+
+    `ok` says whether POST would take this body.
+    """
     asked = body.model_dump(include={"id", "source", "subfolder", "revision", "preload"})
     return await here.registry.check_adapter(**asked)
 
@@ -98,7 +105,13 @@ UPLOAD = {
         "description": "An adapter's config and weights, and the files of its tokenizer and templates where it has any, "
         "or one .zip or .tar of them in `file`.",
         "content": {
-            "multipart/form-data": {"schema": {"type": "object", "additionalProperties": False, "properties": dict.fromkeys(PARTS, FILE)}}
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "additionalProperties": False,
+                    "properties": dict.fromkeys(PARTS, FILE),
+                }
+            }
         },
     }
 }
@@ -120,14 +133,19 @@ async def upload_adapter(id: Id, here: OpenRegistry, request: Request) -> Respon
 
 @reading.get("/adapters/{id:path}/summary", responses=Reading | {200: {"content": {"text/plain": {}}}})
 async def show_summary(
-    id: Id, here: OpenRegistry, seen: VisibleAdapters, request: Request, format: Annotated[Literal["json", "text"] | None, Query()] = None
+    id: Id,
+    here: OpenRegistry,
+    seen: VisibleAdapters,
+    request: Request,
+    format: Annotated[Literal["json", "text"] | None, Query()] = None,
 ) -> Response:
     """Everything about an adapter; as a table to read where `Accept` or `format` ask for text."""
     seen.require_visible(id)
     accept = request.headers.get("accept", "")
     if format == "text" or (format is None and "text/plain" in accept and "application/json" not in accept):
         text = here.registry.summary_text(id)
-        return PlainTextResponse(text.encode("utf-8", "backslashreplace"))  # its files may hold lone surrogates
+        # Its files may hold lone surrogates
+        return PlainTextResponse(text.encode("utf-8", "backslashreplace"))
     return JsonAnswer(here.registry.summary_of(id))
 
 
@@ -135,13 +153,17 @@ async def show_summary(
 async def show_architecture(id: Id, here: OpenRegistry, seen: VisibleAdapters) -> str:
     """The module tree with the adapter in place; repeated layers folded."""
     seen.require_visible(id)
-    return await run_in(RENDER, here.registry.draw_architecture, id)  # of a base with many experts, 18,000 modules
+    # Of a base with many experts, 18,000 modules
+    return await run_in(RENDER, here.registry.draw_architecture, id)
 
 
 # One part deeper than any id goes, so no id can hide it.
 @reading.get("/adapters/{id:path}/architecture/norms", responses=document_errors(404, 422, 503))
 async def show_norms(id: Id, here: OpenRegistry, seen: VisibleAdapters) -> Told:
-    """Where it acts: rank and Frobenius norm of `scaling · B · A` by module and layer; DoRA's magnitudes are not in it."""
+    """Where it acts: rank and Frobenius norm of `scaling · B · A` by module and layer;
+
+    DoRA's magnitudes are not in it.
+    """
     seen.require_visible(id)
     return await here.registry.measure_norms(id)
 
@@ -157,7 +179,9 @@ async def replace_adapter(id: Id, body: Replacement, here: OpenRegistry) -> Resp
     """Replaces atomically: requests in flight finish on the old content."""
     if body.id not in (None, id):
         raise BadRequest(f"id: {body.id!r} is not the id of the path, {id!r}", param="id")
-    return _registration_answer(*await here.registry.register_adapter(**body.model_dump() | {"id": id}, replace=True))
+    return _registration_answer(
+        *await here.registry.register_adapter(**body.model_dump() | {"id": id}, replace=True)
+    )
 
 
 @changing.patch("/adapters/{id:path}", responses=Changing)
@@ -168,7 +192,10 @@ async def change_adapter(id: Id, body: Change, here: OpenRegistry) -> Told:
 
 @changing.delete("/adapters/{id:path}", responses=Changing)
 async def remove_adapter(id: Id, here: OpenRegistry, purge: bool = False) -> Told:
-    """Stops new requests at once, lets those in flight finish, frees; `purge` also deletes files that were uploaded."""
+    """Stops new requests at once, lets those in flight finish, frees;
+
+    `purge` also deletes files that were uploaded.
+    """
     return await here.registry.remove_adapter(id, purge)
 
 

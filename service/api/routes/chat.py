@@ -37,13 +37,18 @@ async def answer_chat(body: ChatRequest, request: Request, admitted: Admitted) -
     prompt = await chat_prompt(admitted, voice, [_template_message(m) for m in body.messages], tools)
     admitted.submit_prompt(voice, prompt, await _make_ask(body))
     single = body.parallel_tool_calls is False
-    calls = [CallParser(format, body.names if tools else (), bool(body.forced), single) for _ in admitted.answers]
+    calls = [
+        CallParser(format, body.names if tools else (), bool(body.forced), single) for _ in admitted.answers
+    ]
     if body.stream:
         outside = object_fields("chatcmpl", "chat.completion.chunk", body.model, admitted)
         return stream_events(request, _stream_chunks(body, admitted, outside, calls), admitted.make_headers())
     await admitted.finish_answers()
     choices = (_make_choice(body, i, answer, calls[i]) for i, answer in enumerate(admitted.answers))
-    told = object_fields("chatcmpl", "chat.completion", body.model, admitted) | {"choices": choices, "usage": usage_of(admitted)}
+    told = object_fields("chatcmpl", "chat.completion", body.model, admitted) | {
+        "choices": choices,
+        "usage": usage_of(admitted),
+    }
     return await render_answer(told, admitted.make_headers() | admitted.make_times())
 
 
@@ -53,7 +58,11 @@ def _template_message(message: ChatMessage) -> Told:
     turn |= {key: value for key in ("name", "tool_call_id") if (value := getattr(message, key)) is not None}
     if message.tool_calls:
         turn["tool_calls"] = [
-            {"id": c.id, "type": "function", "function": {"name": c.function.name, "arguments": _parse_arguments(c.function.arguments)}}
+            {
+                "id": c.id,
+                "type": "function",
+                "function": {"name": c.function.name, "arguments": _parse_arguments(c.function.arguments)},
+            }
             for c in message.tool_calls
         ]
     return turn
@@ -68,7 +77,9 @@ def _parse_arguments(text: str) -> Any:
 
 async def _make_ask(body: ChatRequest) -> GenerationAsk:
     return GenerationAsk(
-        sampling=body.make_sampling(body.top_logprobs or 0 if body.logprobs else None, await _make_grammar(body)),
+        sampling=body.make_sampling(
+            body.top_logprobs or 0 if body.logprobs else None, await _make_grammar(body)
+        ),
         max_tokens=body.max_completion_tokens if body.max_tokens is None else body.max_tokens,
         default_tokens=None,
         stop=body.stop or (),
@@ -86,8 +97,13 @@ async def _make_grammar(body: ChatRequest) -> str | None:
     if not body.forced:
         return constraint
     if constraint is not None or body.ignore_eos or body.min_tokens:
-        raise BadRequest("tool_choice: a forced call cannot go with response_format, ignore_eos or min_tokens", param="tool_choice")
-    return await calls_grammar({function.name: function.parameters or {"type": "object"} for function in body.forced}, "tools")
+        raise BadRequest(
+            "tool_choice: a forced call cannot go with response_format, ignore_eos or min_tokens",
+            param="tool_choice",
+        )
+    return await calls_grammar(
+        {function.name: function.parameters or {"type": "object"} for function in body.forced}, "tools"
+    )
 
 
 # ---- telling
@@ -96,19 +112,38 @@ async def _make_grammar(body: ChatRequest) -> str | None:
 def _make_choice(body: ChatRequest, index: int, answer: Answer, calls: CallParser) -> Told:
     content = calls.push_text(answer.text)
     rest, found = calls.finish_calls()
-    message: Told = {"role": "assistant", "content": content + rest if content + rest or not found else None, "refusal": None}
+    message: Told = {
+        "role": "assistant",
+        "content": content + rest if content + rest or not found else None,
+        "refusal": None,
+    }
     if found:
         message["tool_calls"] = [_call_object(call) for call in found]
-    logprobs = _logprobs_object(answer.voice, answer.tokens, body.top_logprobs or 0) if body.logprobs else None
-    return {"index": index, "message": message, "logprobs": logprobs, "finish_reason": _finish_reason(answer.ending, found)}
+    logprobs = (
+        _logprobs_object(answer.voice, answer.tokens, body.top_logprobs or 0) if body.logprobs else None
+    )
+    return {
+        "index": index,
+        "message": message,
+        "logprobs": logprobs,
+        "finish_reason": _finish_reason(answer.ending, found),
+    }
 
 
-async def _stream_chunks(body: ChatRequest, admitted: Admission, outside: Told, calls: list[CallParser]) -> AsyncIterator[Told]:
-    """A chunk for every token, also one that adds no text yet, so that a client sees the work go on."""
+async def _stream_chunks(
+    body: ChatRequest, admitted: Admission, outside: Told, calls: list[CallParser]
+) -> AsyncIterator[Told]:
+    """A chunk for every token, also one that adds no text yet, so that a client sees the work go
+    on.
+    """
     outside |= {"usage": None} if body.usage_wanted else {}
     async for i, piece in merge_answers(admitted.answers):
         answer = admitted.answers[i]
-        logprobs = _logprobs_object(answer.voice, [piece.token], body.top_logprobs or 0) if body.logprobs and piece.token else None
+        logprobs = (
+            _logprobs_object(answer.voice, [piece.token], body.top_logprobs or 0)
+            if body.logprobs and piece.token
+            else None
+        )
         if len(answer.pieces) == 1:
             yield outside | _make_delta(i, {"role": "assistant", "content": ""})
         text, found = calls[i].push_text(piece.text), list[ToolCallText]()
@@ -134,7 +169,11 @@ def _finish_reason(ending: AnswerEnding, calls: Sequence[ToolCallText]) -> str:
 
 
 def _call_object(call: ToolCallText) -> Told:
-    return {"id": f"call_{uuid4().hex[:24]}", "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+    return {
+        "id": f"call_{uuid4().hex[:24]}",
+        "type": "function",
+        "function": {"name": call.name, "arguments": call.arguments},
+    }
 
 
 def _logprobs_object(voice: AdapterTokenizer, tokens: Sequence[Token], wanted: int) -> Told:
@@ -148,4 +187,8 @@ def _tokens(voice: AdapterTokenizer, tokens: Sequence[Token], wanted: int) -> It
 
 
 def _logprob_entry(voice: AdapterTokenizer, id: int, logprob: float | None) -> Told:
-    return {"token": voice.token_text(id), "logprob": finite_logprob(logprob), "bytes": list(voice.piece_bytes(id))}
+    return {
+        "token": voice.token_text(id),
+        "logprob": finite_logprob(logprob),
+        "bytes": list(voice.piece_bytes(id)),
+    }

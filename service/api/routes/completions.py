@@ -42,9 +42,14 @@ async def answer_completion(body: CompletionRequest, request: Request, admitted:
         rulers += [Ruler(start) for _ in range(ask.count)]
     outside = object_fields("cmpl", "text_completion", body.model, admitted)
     if body.stream:
-        return stream_events(request, _stream_chunks(body, admitted, outside, echoes, rulers), admitted.make_headers())
+        return stream_events(
+            request, _stream_chunks(body, admitted, outside, echoes, rulers), admitted.make_headers()
+        )
     await admitted.finish_answers()
-    choices = (_make_choice(body, i, *one) for i, one in enumerate(zip(admitted.answers, echoes, rulers, strict=True)))
+    choices = (
+        _make_choice(body, i, *one)
+        for i, one in enumerate(zip(admitted.answers, echoes, rulers, strict=True))
+    )
     told = outside | {"choices": choices, "usage": usage_of(admitted)}
     return await render_answer(told, admitted.make_headers() | admitted.make_times())
 
@@ -65,7 +70,12 @@ async def _make_ask(body: CompletionRequest) -> GenerationAsk:
 def _make_choice(body: CompletionRequest, index: int, answer: Answer, echo: str, ruler: Ruler) -> Told:
     tokens = (*(answer.scored if body.echo else ()), *answer.tokens)
     logprobs = None if body.logprobs is None else _logprobs_object(answer.voice, tokens, body.logprobs, ruler)
-    return {"index": index, "text": echo + answer.text, "logprobs": logprobs, "finish_reason": FINISH[answer.ending]}
+    return {
+        "index": index,
+        "text": echo + answer.text,
+        "logprobs": logprobs,
+        "finish_reason": FINISH[answer.ending],
+    }
 
 
 async def _stream_chunks(
@@ -81,7 +91,11 @@ async def _stream_chunks(
             logprobs = _logprobs_object(answer.voice, tokens, body.logprobs, rulers[i])
         text = (echoes[i] if first else "") + piece.text
         finish = FINISH[piece.ending] if piece.ending else None
-        yield outside | {"choices": [{"index": i, "text": text, "logprobs": logprobs, "finish_reason": finish}]} | usual
+        yield (
+            outside
+            | {"choices": [{"index": i, "text": text, "logprobs": logprobs, "finish_reason": finish}]}
+            | usual
+        )
     if body.usage_wanted:
         yield outside | {"choices": [], "usage": usage_of(admitted)}
 
@@ -114,7 +128,10 @@ def _logprobs_object(voice: AdapterTokenizer, tokens: Sequence[Token], wanted: i
 
 
 def _top_logprobs(voice: AdapterTokenizer, token: Token, wanted: int) -> Told | None:
-    """The likeliest tokens and the chosen one; None for the first of a prompt, which nothing predicts."""
+    """The likeliest tokens and the chosen one;
+
+    None for the first of a prompt, which nothing predicts.
+    """
     if token.logprob is None:
         return None
     likeliest = [*best_tokens(token, wanted), (token.id, token.logprob)]

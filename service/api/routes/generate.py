@@ -1,4 +1,7 @@
-"""The TGI and LoRAX dialect: /generate, /generate_stream and POST /. Knows its own wire shapes only."""
+"""The TGI and LoRAX dialect: /generate, /generate_stream and POST /.
+
+Knows its own wire shapes only.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,9 @@ async def answer_generate(body: GenerateRequest, request: Request, admitted: Adm
 
 @router.post("/generate_stream", responses=TOLD)
 async def generate_stream(body: GenerateRequest, request: Request, admitted: Admitted) -> Response:
-    """Continues a text as server-sent events: one a token, the last with the whole text, the details and the adapter."""
+    """Continues a text as server-sent events: one a token, the last with the whole text, the
+    details and the adapter.
+    """
     if body.parameters and (body.parameters.best_of or 1) > 1:
         raise BadRequest("best_of over 1 cannot be streamed", param="best_of")
     return await _answer_stream(body, request, admitted)
@@ -45,10 +50,16 @@ async def generate_stream(body: GenerateRequest, request: Request, admitted: Adm
 @router.post("/", responses=TOLD)
 async def answer_root(body: GenerateRequest, request: Request, admitted: Admitted) -> Response:
     """The same for clients that post to the root; a whole answer is a list of one."""
-    return await (_answer_stream(body, request, admitted) if body.stream else _answer_whole(body, request, admitted, listed=True))
+    return await (
+        _answer_stream(body, request, admitted)
+        if body.stream
+        else _answer_whole(body, request, admitted, listed=True)
+    )
 
 
-async def _answer_whole(body: GenerateRequest, request: Request, admitted: Admitted, listed: bool = False) -> Response:
+async def _answer_whole(
+    body: GenerateRequest, request: Request, admitted: Admitted, listed: bool = False
+) -> Response:
     asked = body.parameters or Parameters()
     await _admit_prompt(body, asked, admitted, logprobs=bool(asked.details) or (asked.best_of or 1) > 1)
     await admitted.finish_answers()
@@ -57,9 +68,14 @@ async def _answer_whole(body: GenerateRequest, request: Request, admitted: Admit
     if asked.details:
         told["details"] = _make_details(asked, answers[0])
         if len(answers) > 1:
-            others = ({"generated_text": _answer_text(body, asked, a), **_make_details(asked, a)} for a in answers[1:])
+            others = (
+                {"generated_text": _answer_text(body, asked, a), **_make_details(asked, a)}
+                for a in answers[1:]
+            )
             told["details"]["best_of_sequences"] = others
-    headers = admitted.make_headers() | admitted.make_times() | {"x-generated-tokens": str(len(answers[0].tokens))}
+    headers = (
+        admitted.make_headers() | admitted.make_times() | {"x-generated-tokens": str(len(answers[0].tokens))}
+    )
     return await render_answer([told] if listed else told, headers)
 
 
@@ -69,26 +85,44 @@ async def _answer_stream(body: GenerateRequest, request: Request, admitted: Admi
     return stream_events(request, _stream_events(body, asked, admitted, answer), admitted.make_headers())
 
 
-async def _stream_events(body: GenerateRequest, asked: Parameters, admitted: Admission, answer: Answer) -> AsyncIterator[Told]:
+async def _stream_events(
+    body: GenerateRequest, asked: Parameters, admitted: Admission, answer: Answer
+) -> AsyncIterator[Told]:
     async for piece in answer.read_pieces():
-        event: Told = {"token": _token_object(answer, piece, named=False), "generated_text": None, "details": None}
+        event: Told = {
+            "token": _token_object(answer, piece, named=False),
+            "generated_text": None,
+            "details": None,
+        }
         if asked.top_n_tokens:
             event["top_tokens"] = _top_tokens(answer, piece.token, asked.top_n_tokens)
         if piece.ending is not None:
-            details = _count_tokens(asked, answer) | ({"prefill": _make_prefill(answer)} if asked.decoder_input_details else {})
-            event |= {"generated_text": _answer_text(body, asked, answer), "details": details, "adapter": admitted.adapter}
+            details = _count_tokens(asked, answer) | (
+                {"prefill": _make_prefill(answer)} if asked.decoder_input_details else {}
+            )
+            event |= {
+                "generated_text": _answer_text(body, asked, answer),
+                "details": details,
+                "adapter": admitted.adapter,
+            }
         yield event
 
 
 # ---- getting in
 
 
-async def _admit_prompt(body: GenerateRequest, asked: Parameters, admitted: Admission, logprobs: bool) -> list[Answer]:
-    voice = await admitted.enter_adapter(None if asked.adapter_id in admitted.rooms.bases else asked.adapter_id)
+async def _admit_prompt(
+    body: GenerateRequest, asked: Parameters, admitted: Admission, logprobs: bool
+) -> list[Answer]:
+    voice = await admitted.enter_adapter(
+        None if asked.adapter_id in admitted.rooms.bases else asked.adapter_id
+    )
     _check_source(asked, admitted)
     prompt = await tokenize_text(admitted.request, voice, body.inputs)
     constraint = await (
-        grammar.compile_grammar(asked.grammar, "grammar") if asked.grammar else grammar.compile_grammar(asked.response_format)
+        grammar.compile_grammar(asked.grammar, "grammar")
+        if asked.grammar
+        else grammar.compile_grammar(asked.response_format)
     )
     ask = GenerationAsk(
         sampling=_make_sampling(asked, constraint, asked.top_n_tokens or 0 if logprobs else None),
@@ -106,13 +140,17 @@ async def _admit_prompt(body: GenerateRequest, asked: Parameters, admitted: Admi
 
 
 def _check_source(asked: Parameters, admitted: Admission) -> None:
-    """`adapter_source` chooses nothing here, for an id names one registered content; but what it says must be true."""
+    """`adapter_source` chooses nothing here, for an id names one registered content; but what it
+    says must be true.
+    """
     if asked.adapter_source:
         if admitted.generation is None:
             raise BadRequest("adapter_source: goes only with an adapter_id", param="adapter_source")
         hub = admitted.generation.place.source.startswith("hub:")
         if hub != (asked.adapter_source == "hub"):
-            raise BadRequest(f"adapter_source: {asked.adapter_id} does not come from there", param="adapter_source")
+            raise BadRequest(
+                f"adapter_source: {asked.adapter_id} does not come from there", param="adapter_source"
+            )
 
 
 def _make_sampling(asked: Parameters, constraint: str | None, logprobs: int | None) -> Sampling:
@@ -152,23 +190,44 @@ def _make_details(asked: Parameters, answer: Answer) -> Told:
         "tokens": (_token_object(answer, piece, named=True) for piece in answer.pieces),
     }
     if asked.top_n_tokens:
-        told["top_tokens"] = (_top_tokens(answer, piece.token, asked.top_n_tokens or 0) for piece in answer.pieces)
+        told["top_tokens"] = (
+            _top_tokens(answer, piece.token, asked.top_n_tokens or 0) for piece in answer.pieces
+        )
     return told
 
 
 def _make_prefill(answer: Answer) -> Iterator[Told]:
     for token in answer.scored or map(Token, answer.prompt):
-        yield {"id": token.id, "text": answer.voice.token_text(token.id), "logprob": finite_logprob(token.logprob)}
+        yield {
+            "id": token.id,
+            "text": answer.voice.token_text(token.id),
+            "logprob": finite_logprob(token.logprob),
+        }
 
 
 def _token_object(answer: Answer, piece: TextPiece, named: bool) -> Told:
-    """`named`: a special token shows its name; in a stream it adds nothing, so that joined texts are the whole one."""
+    """`named`: a special token shows its name; in a stream it adds nothing, so that joined texts
+    are the whole one.
+    """
     assert piece.token is not None, "an answer of at least one token has one in every piece"
     text = answer.voice.token_text(piece.token.id) if piece.special and named else piece.text
-    return {"id": piece.token.id, "text": text, "logprob": finite_logprob(piece.token.logprob), "special": piece.special}
+    return {
+        "id": piece.token.id,
+        "text": text,
+        "logprob": finite_logprob(piece.token.logprob),
+        "special": piece.special,
+    }
 
 
 def _top_tokens(answer: Answer, token: Token | None, wanted: int) -> list[Told]:
     special = answer.voice.special
     found = best_tokens(token, wanted) if token else []
-    return [{"id": id, "text": answer.voice.token_text(id), "logprob": finite_logprob(lp), "special": id in special} for id, lp in found]
+    return [
+        {
+            "id": id,
+            "text": answer.voice.token_text(id),
+            "logprob": finite_logprob(lp),
+            "special": id in special,
+        }
+        for id, lp in found
+    ]

@@ -1,4 +1,7 @@
-"""The OpenAI dialect's routes that generate nothing, and its others put together. Knows no request's body."""
+"""The OpenAI dialect's routes that generate nothing, and its others put together.
+
+Knows no request's body.
+"""
 
 from __future__ import annotations
 

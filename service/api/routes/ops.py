@@ -1,4 +1,6 @@
-"""What operators and browsers ask: liveness, readiness, metrics, versions, the served base, the pages. Changes nothing."""
+"""What operators and browsers ask: liveness, readiness, metrics, versions, the served base, the
+pages. Changes nothing.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "llguidance", "fas
 CLOSED = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
 SAME_ORIGIN = CLOSED + "script-src 'self'; connect-src 'self'; font-src 'self'; "
 CONSOLE = SAME_ORIGIN + "style-src 'self'; img-src 'self' data:"
-SWAGGER = SAME_ORIGIN + "style-src 'self' 'unsafe-inline'; img-src 'self' data:"  # it writes style attributes
+# It writes style attributes
+SWAGGER = SAME_ORIGIN + "style-src 'self' 'unsafe-inline'; img-src 'self' data:"
 Told = dict[str, Any]
 
 
@@ -50,7 +53,11 @@ async def show_ready(here: AnyServices) -> Told:
 
 
 def load_progress(here: Services) -> Told:
-    return {"stage": here.client.stage, "fraction": here.client.fraction} if here.client.state == "loading" else {}
+    return (
+        {"stage": here.client.stage, "fraction": here.client.fraction}
+        if here.client.state == "loading"
+        else {}
+    )
 
 
 FORMATS: dict[int | str, Told] = {200: {"content": {"text/plain": {}, "application/openmetrics-text": {}}}}
@@ -58,7 +65,10 @@ FORMATS: dict[int | str, Told] = {200: {"content": {"text/plain": {}, "applicati
 
 @router.get("/metrics", responses=document_errors() | FORMATS)
 async def show_metrics(request: Request, here: AnyServices, seen: VisibleAdapters) -> Response:
-    """Prometheus text, or OpenMetrics where `Accept` asks for it. A key with a list of adapters gets no series that name adapters."""
+    """Prometheus text, or OpenMetrics where `Accept` asks for it.
+
+    A key with a list of adapters gets no series that name adapters.
+    """
     metrics.set_gpus(await run_in(DEVICE, gpu.read_gpus))
     if here.settings.lora_requests_info == "on" and here.opened:
         tell_gateway(here)
@@ -67,9 +77,11 @@ async def show_metrics(request: Request, here: AnyServices, seen: VisibleAdapter
 
 
 def tell_gateway(here: Services) -> None:
-    """As the protocol between model servers and the endpoint picker says: which adapters would be served without a wait for their weights.
+    """As the protocol between model servers and the endpoint picker says: which adapters would be
+    served without a wait for their weights.
 
-    The pool has no fixed number of places: the ones that are taken count, and those that its free rows give to the largest rank.
+    The pool has no fixed number of places: the ones that are taken count, and those that its free
+    rows give to the largest rank.
     """
     cards, awaited, base = here.registry.list_cards(), here.client.awaited, here.client.base
     running = {card["id"] for card in cards if card["digest"] and here.client.is_resident(card["digest"])}
@@ -82,7 +94,9 @@ def tell_gateway(here: Services) -> None:
 @router.get("/info", responses=document_errors())
 async def show_info(here: AnyServices, seen: VisibleAdapters) -> Told:
     """Versions, the settings without secrets, and the base where it is loaded."""
-    versions = {"adapterd": __version__, "python": platform.python_version()} | {name: _package_version(name) for name in LIBRARIES}
+    versions = {"adapterd": __version__, "python": platform.python_version()} | {
+        name: _package_version(name) for name in LIBRARIES
+    }
     return {
         "versions": versions,
         "state": here.state,
@@ -100,7 +114,9 @@ def _package_version(package: str) -> str | None:
 
 @router.get("/base", responses=document_errors(503))
 async def show_base(here: OpenRegistry, seen: VisibleAdapters) -> Told:
-    """The served base: what it is, what it weighs, what can be adapted, and the rank pool's size and use."""
+    """The served base: what it is, what it weighs, what can be adapted, and the rank pool's size
+    and use.
+    """
     return base_card(here, seen)
 
 
@@ -126,9 +142,16 @@ def base_card(here: Services, seen: AdapterScope) -> Told:
         "context_length": card.context,
         "rows": card.rows,
         "rope": card.rope,
-        "modules": [{"name": m.name, "in_features": m.in_features, "out_features": m.out_features, "count": m.count} for m in card.linears],
+        "modules": [
+            {"name": m.name, "in_features": m.in_features, "out_features": m.out_features, "count": m.count}
+            for m in card.linears
+        ],
         "host_bytes": gauges.host_bytes,
-        "pool": {"rank_total": card.pool_rank, "rank_used": gauges.pool_used, "placements": visible_placements(here, seen)},
+        "pool": {
+            "rank_total": card.pool_rank,
+            "rank_used": gauges.pool_used,
+            "placements": visible_placements(here, seen),
+        },
     }
 
 
@@ -162,7 +185,9 @@ async def page(name: str, policy: str) -> Response:
     path = PAGES / name
     if not await run_in(DISK, path.is_file):
         raise NotFound("this page is not part of the installation")
-    return FileResponse(path, media_type="text/html", headers={"content-security-policy": policy, "cache-control": "no-cache"})
+    return FileResponse(
+        path, media_type="text/html", headers={"content-security-policy": policy, "cache-control": "no-cache"}
+    )
 
 
 FILES = {name: StaticFiles(directory=PAGES / name, check_dir=False) for name in ("console", "docs")}

@@ -1,4 +1,7 @@
-"""The wire shapes of a chat: messages, tools, and which of them must be called. Refuses what it would ignore; knows no engine."""
+"""The wire shapes of a chat: messages, tools, and which of them must be called.
+
+Refuses what it would ignore; knows no engine.
+"""
 
 from __future__ import annotations
 
@@ -35,10 +38,15 @@ class ToolCall(StrictModel):
 
 
 class ChatMessage(StrictModel):
-    """One turn. Content is a text or a list of text parts; only an assistant that calls tools may leave it out."""
+    """One turn.
+
+    Content is a text or a list of text parts; only an assistant that calls tools may leave it out.
+    """
 
     role: str = Field(min_length=1, max_length=64)
-    content: Annotated[str | Parts | None, one_finding(f"must be a text or a list of up to {MAX_PARTS} text parts")] = None
+    content: Annotated[
+        str | Parts | None, one_finding(f"must be a text or a list of up to {MAX_PARTS} text parts")
+    ] = None
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], Many] | None = None
     tool_call_id: str | None = None
@@ -77,8 +85,16 @@ class FunctionSpec(StrictModel):
     @property
     def told(self) -> dict[str, Any]:
         """As a template sees it: what was given, and nothing else."""
-        given = {"name": self.name, "description": self.description, "parameters": self.parameters, "strict": self.strict}
-        return {"type": "function", "function": {key: value for key, value in given.items() if value is not None}}
+        given = {
+            "name": self.name,
+            "description": self.description,
+            "parameters": self.parameters,
+            "strict": self.strict,
+        }
+        return {
+            "type": "function",
+            "function": {key: value for key, value in given.items() if value is not None},
+        }
 
 
 class Tool(StrictModel):
@@ -105,15 +121,21 @@ class ChatRequest(OpenAIRequest):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: Annotated[
-        Literal["none", "auto", "required"] | ChosenTool | None, one_finding("must be none, auto, required or a function of the tools")
+        Literal["none", "auto", "required"] | ChosenTool | None,
+        one_finding("must be none, auto, required or a function of the tools"),
     ] = None
-    parallel_tool_calls: bool | None = Field(default=None, description="false: of several calls only the first one is told")
+    parallel_tool_calls: bool | None = Field(
+        default=None, description="false: of several calls only the first one is told"
+    )
 
     @model_validator(mode="after")
     def _check_sound(self) -> ChatRequest:
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs goes only with logprobs")
-        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+        if (
+            None not in (self.max_tokens, self.max_completion_tokens)
+            and self.max_tokens != self.max_completion_tokens
+        ):
             raise ValueError("max_tokens and max_completion_tokens differ; send one of them")
         if self.tool_choice not in (None, "none") and not self.tools:
             raise ValueError("tool_choice goes only with tools")

@@ -6,7 +6,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from .shared import MAX_TOP, Factor, Grammar, NotOffered, Penalty, ResponseFormat, Seed, Share, StopList, StrictModel, Tokens, TopK
+from .shared import (
+    MAX_TOP,
+    Factor,
+    Grammar,
+    NotOffered,
+    Penalty,
+    ResponseFormat,
+    Seed,
+    Share,
+    StopList,
+    StrictModel,
+    Tokens,
+    TopK,
+)
 
 
 def _false_is_none(value: Any) -> Any:
@@ -29,10 +42,14 @@ class Parameters(StrictModel):
     presence_penalty: Penalty | None = None
     seed: Seed | None = None
     stop: StopList | None = None
-    truncate: Annotated[int, Field(ge=1)] | None = Field(default=None, description="keep this many tokens of the prompt, its last ones")
+    truncate: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="keep this many tokens of the prompt, its last ones"
+    )
     return_full_text: bool | None = None
     ignore_eos_token: bool | None = None
-    best_of: Annotated[int, Field(ge=1, le=16)] | None = Field(default=None, description="sample this many, answer with the likeliest")
+    best_of: Annotated[int, Field(ge=1, le=16)] | None = Field(
+        default=None, description="sample this many, answer with the likeliest"
+    )
     details: bool | None = None
     decoder_input_details: bool | None = None
     top_n_tokens: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
@@ -55,7 +72,9 @@ class Parameters(StrictModel):
         if self.grammar is not None and constrained:
             raise ValueError("grammar and response_format say the same; send one of them")
         if self.ignore_eos_token and (self.grammar or constrained):
-            raise ValueError("ignore_eos_token cannot go with a grammar or response_format, which end the text")
+            raise ValueError(
+                "ignore_eos_token cannot go with a grammar or response_format, which end the text"
+            )
         return self
 
 

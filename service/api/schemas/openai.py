@@ -1,4 +1,7 @@
-"""The wire shapes of the OpenAI dialect. Refuses what it would ignore (but `user`); knows no engine."""
+"""The wire shapes of the OpenAI dialect.
+
+Refuses what it would ignore (but `user`); knows no engine.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,19 @@ from pydantic import (
 )
 
 from ...core.sampling import Sampling
-from .shared import COLD, LARGEST, MAX_SEQUENCES, MAX_TOP, Factor, OpenAIFormat, Penalty, Seed, StopList, StrictModel, TopK
+from .shared import (
+    COLD,
+    LARGEST,
+    MAX_SEQUENCES,
+    MAX_TOP,
+    Factor,
+    OpenAIFormat,
+    Penalty,
+    Seed,
+    StopList,
+    StrictModel,
+    TopK,
+)
 
 BIAS, MAX_BIASES, ID_DIGITS = 100.0, 1024, 10
 
@@ -59,14 +74,18 @@ class OpenAIRequest(StrictModel):
     model: str = Field(description="an adapter, the base, or base:adapter")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(default=None, description="1 unless given; 0: greedy")
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
+        default=None, description="1 unless given; 0: greedy"
+    )
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] | None = None
     stop: Annotated[StopList | None, BeforeValidator(_as_list)] = None
     seed: Seed | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: Annotated[dict[str, float], BeforeValidator(_check_few), AfterValidator(_check_biases)] | None = None
+    logit_bias: (
+        Annotated[dict[str, float], BeforeValidator(_check_few), AfterValidator(_check_biases)] | None
+    ) = None
     response_format: OpenAIFormat | None = None
     top_k: TopK | None = Field(default=None, description="-1 and 0: off")
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
@@ -81,7 +100,9 @@ class OpenAIRequest(StrictModel):
             raise ValueError("stream_options goes only with stream")
         constrained = self.response_format is not None and self.response_format.type != "text"
         if constrained and (self.ignore_eos or self.min_tokens):
-            raise ValueError("ignore_eos and min_tokens cannot go with a response_format, which ends the text")
+            raise ValueError(
+                "ignore_eos and min_tokens cannot go with a response_format, which ends the text"
+            )
         return self
 
     @property
@@ -124,7 +145,9 @@ class CompletionRequest(OpenAIRequest):
     """A prompt, or several, to continue."""
 
     prompt: Prompt
-    max_tokens: Annotated[int, Field(ge=0, lt=LARGEST)] | None = Field(default=None, description="16 unless given")
+    max_tokens: Annotated[int, Field(ge=0, lt=LARGEST)] | None = Field(
+        default=None, description="16 unless given"
+    )
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
     echo: bool | None = None
 

@@ -1,4 +1,6 @@
-"""What the wire shapes of both dialects share: strict numbers, refused extras, stop strings, response formats. Knows no route."""
+"""What the wire shapes of both dialects share: strict numbers, refused extras, stop strings,
+response formats. Knows no route.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ MAX_STOPS, MAX_STOP_LENGTH = 16, 1000
 MAX_SEQUENCES = 128  # answers to one HTTP request
 MAX_UNKNOWN = 16  # fields
 MAX_TOP = 20  # runner-up tokens with log probabilities
-LARGEST = 2**63  # of what is counted and told again: Python spells no number of more than 4300 digits
+# Of what is counted and told again: Python spells no number of more than 4300 digits
+LARGEST = 2**63
 COLD = 1e-5  # a temperature under this is greedy: a quotient by it would not fit a float32
 
 
@@ -23,7 +26,9 @@ class StrictModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _check_few(cls, value: Any) -> Any:
-        """Findings take much longer than what they are about, so there must not be as many as a client likes."""
+        """Findings take much longer than what they are about, so there must not be as many as a
+        client likes.
+        """
         if isinstance(value, dict) and len(value) > len(cls.model_fields) + MAX_UNKNOWN:
             known = {field.alias or name for name, field in cls.model_fields.items()}
             first = next(key for key in value if key not in known)
@@ -114,7 +119,9 @@ def _kind_or_plain(value: Any) -> str | None:
 
 
 def _discriminator(*kinds: str, by: Callable[[Any], str | None] = _kind_of) -> Discriminator:
-    return Discriminator(by, custom_error_type="kind", custom_error_message=f"the type must be one of {', '.join(kinds)}")
+    return Discriminator(
+        by, custom_error_type="kind", custom_error_message=f"the type must be one of {', '.join(kinds)}"
+    )
 
 
 _Object = Annotated[JsonObject, Tag("json_object")]
@@ -123,7 +130,13 @@ _Plain = Annotated[PlainSchema, Tag("plain_schema")]
 _Text = Annotated[AnyText, Tag("text")]
 _Regex = Annotated[Regex, Tag("regex")]
 ResponseFormat = Annotated[
-    _Object | _Schema | _Plain | _Regex | _Text, _discriminator("text", "json_object", "json_schema", "regex", by=_kind_or_plain)
+    _Object | _Schema | _Plain | _Regex | _Text,
+    _discriminator("text", "json_object", "json_schema", "regex", by=_kind_or_plain),
 ]
-OpenAIFormat = Annotated[_Object | _Schema | _Regex | _Text, _discriminator("text", "json_object", "json_schema", "regex")]
-Grammar = Annotated[Annotated[JsonGrammar, Tag("json")] | Annotated[RegexGrammar, Tag("regex")], _discriminator("json", "regex")]
+OpenAIFormat = Annotated[
+    _Object | _Schema | _Regex | _Text, _discriminator("text", "json_object", "json_schema", "regex")
+]
+Grammar = Annotated[
+    Annotated[JsonGrammar, Tag("json")] | Annotated[RegexGrammar, Tag("regex")],
+    _discriminator("json", "regex"),
+]

@@ -1,4 +1,7 @@
-"""Takes an adapter's files out of a .zip or .tar that a stranger sent. Must not trust a name, a size or a link in it."""
+"""Takes an adapter's files out of a .zip or .tar that a stranger sent.
+
+Must not trust a name, a size or a link in it.
+"""
 
 from __future__ import annotations
 
@@ -23,10 +26,25 @@ from ..validator.header import CONFIG, WEIGHTS
 
 MEMBERS = 10_000
 PIECE = 1 << 20  # bytes
-TOLD = 6_000_000  # bytes that say which members there are: the libraries keep all of them in memory, however many
-# What the libraries raise for such an archive: zipfile NotImplementedError for a compression that it lacks, RuntimeError for a password.
-DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, NotImplementedError, RuntimeError, ValueError)
-COMPRESSED: dict[bytes, Callable[[Path], Any]] = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
+# Bytes that say which members there are: the libraries keep all of them in memory, however many
+TOLD = 6_000_000
+# What the libraries raise for such an archive: zipfile NotImplementedError for a compression that
+# it lacks, RuntimeError for a password.
+DAMAGED = (
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    lzma.LZMAError,
+    EOFError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+)
+COMPRESSED: dict[bytes, Callable[[Path], Any]] = {
+    b"\x1f\x8b": gzip.open,
+    b"BZh": bz2.open,
+    b"\xfd7zXZ": lzma.open,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +56,12 @@ class ArchiveMember:
 
 
 def extract_adapter(archive: Path, folder: Path, limit: int) -> None:
-    """Writes the files of the manifest, and nothing else, into the folder; `limit` is in bytes, unpacked.
+    """Writes the files of the manifest, and nothing else, into the folder;
 
-    Raises AdapterInvalid for what is no archive, holds no adapter or several, or has a member that would leave the folder;
-    PayloadTooLarge over the limit.
+    `limit` is in bytes, unpacked.
+
+    Raises AdapterInvalid for what is no archive, holds no adapter or several, or has a member that
+    would leave the folder; PayloadTooLarge over the limit.
     """
     try:
         with _open_stream(archive) as stream, _open_archive(stream) as members:
@@ -49,9 +69,11 @@ def extract_adapter(archive: Path, folder: Path, limit: int) -> None:
             stream.left = math.inf
             for name, member in wanted.items():
                 with members(member) as source, (folder / name).open("xb") as target:
-                    shutil.copyfileobj(source, target, PIECE)  # neither format gives more than the size it has told
+                    # Neither format gives more than the size it has told
+                    shutil.copyfileobj(source, target, PIECE)
     except (*DAMAGED, OSError) as error:
-        if isinstance(error, OSError) and error.errno:  # the disk's; what is compressed badly has no number
+        # The disk's; what is compressed badly has no number
+        if isinstance(error, OSError) and error.errno:
             raise
         raise AdapterInvalid([f"the archive is damaged: {error}"[:200]]) from None
 
@@ -83,7 +105,9 @@ class _Zip:
     def __iter__(self) -> Iterator[ArchiveMember]:
         for info in self.file.infolist():
             kind = info.external_attr >> 28  # the unix file type; 0 when the archiver did not say
-            yield ArchiveMember(info.filename, info.file_size, kind in (0, 8) and not info.is_dir(), info.is_dir())
+            yield ArchiveMember(
+                info.filename, info.file_size, kind in (0, 8) and not info.is_dir(), info.is_dir()
+            )
 
     def __call__(self, member: ArchiveMember) -> IO[bytes]:
         return self.file.open(member.name)
@@ -119,7 +143,10 @@ def _open_archive(stream: _Stream) -> Iterator[_Zip | _Tar]:
 
 
 def _select_members(members: _Zip | _Tar, limit: int) -> dict[str, ArchiveMember]:
-    """The adapter's files by name. All members are looked at, so that an archive with one evil member is refused whole."""
+    """The adapter's files by name.
+
+    All members are looked at, so that an archive with one evil member is refused whole.
+    """
     found: dict[str, list[ArchiveMember]] = {CONFIG: [], WEIGHTS: []}
     total = 0
     for number, member in enumerate(members):
@@ -135,7 +162,9 @@ def _select_members(members: _Zip | _Tar, limit: int) -> dict[str, ArchiveMember
 
 
 def _of_one_folder(found: Mapping[str, Sequence[ArchiveMember]]) -> dict[str, ArchiveMember]:
-    """What lies beside the config and the weights, once each; what lies elsewhere is not the adapter's. Raises AdapterInvalid."""
+    """What lies beside the config and the weights, once each; what lies elsewhere is not the
+    adapter's. Raises AdapterInvalid.
+    """
     folders = {_folder(member) for name in (CONFIG, WEIGHTS) for member in found[name]}
     beside = {name: [member for member in some if _folder(member) in folders] for name, some in found.items()}
     if len(folders) > 1 or any(len(some) > 1 for some in beside.values()):
@@ -149,7 +178,13 @@ def _folder(member: ArchiveMember) -> str:
 
 def _check_member(member: ArchiveMember) -> None:
     path = PurePosixPath(member.name)
-    if path.is_absolute() or ".." in path.parts or "\\" in member.name or "\0" in member.name or ":" in member.name:
+    if (
+        path.is_absolute()
+        or ".." in path.parts
+        or "\\" in member.name
+        or "\0" in member.name
+        or ":" in member.name
+    ):
         raise AdapterInvalid([f"the archive has a member outside of itself: {member.name[:100]!r}"])
     if not (member.plain or member.folder):
         raise AdapterInvalid([f"the archive has a member that is no plain file: {member.name[:100]!r}"])

@@ -1,6 +1,8 @@
-"""Where adapters lie: folders under one root, uploads in a hidden part of it, content of the hub in its cache. Knows no names, no states.
+"""Where adapters lie: folders under one root, uploads in a hidden part of it, content of the hub in
+its cache. Knows no names, no states.
 
-Whatever it hands out lies under the root (or the hub's cache) after every link is resolved, every file of the manifest included.
+Whatever it hands out lies under the root (or the hub's cache) after every link is resolved, every
+file of the manifest included.
 """
 
 from __future__ import annotations
@@ -48,9 +50,13 @@ class SourceLocation:
         return f"{self.source}/{self.subfolder}" if self.subfolder else self.source
 
     def compute_fingerprint(self) -> str:
-        """Changes when a file of the manifest comes, goes, is replaced or written to; cheap, and no proof of content."""
+        """Changes when a file of the manifest comes, goes, is replaced or written to; cheap, and no
+        proof of content.
+        """
         stats = {name: os.stat(self.folder / name) for name in list_names(self.folder)}
-        return ":".join(f"{name}-{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}" for name, stat in stats.items())
+        return ":".join(
+            f"{name}-{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}" for name, stat in stats.items()
+        )
 
 
 class Store:
@@ -67,15 +73,22 @@ class Store:
         uploads: bool = False,
         held: Collection[str] = (),
     ) -> SourceLocation:
-        """The folder of a source; `uploads`: of what was uploaded, too; `held` names the files that it had when it was registered.
+        """The folder of a source;
+
+        `uploads`: of what was uploaded, too; `held` names the files that it had when it was
+        registered.
 
         Raises Forbidden outside what is allowed, AdapterInvalid.
         """
         if source.startswith("hub:"):
             inner = _check_relative(subfolder, "subfolder") if subfolder else None
             name = source.removeprefix("hub:")
-            folder, commit = await run_in(DOWNLOAD, self.hub.fetch_adapter, name, revision, inner, self.limit, held)
-            return await run_in(DISK, _resolve_location, SourceLocation(folder, source, inner, commit), self.hub.cache)
+            folder, commit = await run_in(
+                DOWNLOAD, self.hub.fetch_adapter, name, revision, inner, self.limit, held
+            )
+            return await run_in(
+                DISK, _resolve_location, SourceLocation(folder, source, inner, commit), self.hub.cache
+            )
         if revision:
             raise BadRequest("revision: only content of the hub has revisions", param="revision")
         return await run_in(DISK, self._find_local, source, subfolder, uploads)
@@ -87,23 +100,33 @@ class Store:
         return _resolve_location(SourceLocation(path / inner if inner else path, source, inner), self.root)
 
     def list_folders(self) -> Iterator[str]:
-        """Every folder below the root that holds an adapter's config, hidden ones aside, by relative path."""
+        """Every folder below the root that holds an adapter's config, hidden ones aside, by
+        relative path.
+        """
         for path, below, files in os.walk(self.root):
             here = Path(path).relative_to(self.root)
-            below[:] = sorted(name for name in below if not name.startswith(".")) if len(here.parts) < DEPTH else []
+            below[:] = (
+                sorted(name for name in below if not name.startswith(".")) if len(here.parts) < DEPTH else []
+            )
             if CONFIG in files and here.parts:
                 yield here.as_posix()
 
     # ---- uploads
 
     async def stage_upload(self, files: Mapping[str, UploadedFile]) -> Path:
-        """Writes the parts of an upload to a folder of their own, under their right names; the caller keeps or discards it.
+        """Writes the parts of an upload to a folder of their own, under their right names; the
+        caller keeps or discards it.
 
-        Raises BadRequest naming a wrong part, PayloadTooLarge, AdapterInvalid for a bad archive, Forbidden when nothing can be stored.
+        Raises BadRequest naming a wrong part, PayloadTooLarge, AdapterInvalid for a bad archive,
+        Forbidden when nothing can be stored.
         """
-        if set(files) != {"file"} and not ({CONFIG, WEIGHTS} <= set(files) and all(map(is_manifest_name, files))):
+        if set(files) != {"file"} and not (
+            {CONFIG, WEIGHTS} <= set(files) and all(map(is_manifest_name, files))
+        ):
             wanted = f"{CONFIG} and {WEIGHTS}, with files of its tokenizer and templates where it has any, or one archive in `file`"
-            raise BadRequest(f"upload: wanted {wanted}; got {', '.join(sorted(files)) or 'nothing'}", param="file")
+            raise BadRequest(
+                f"upload: wanted {wanted}; got {', '.join(sorted(files)) or 'nothing'}", param="file"
+            )
         folder = self.root / UPLOADS / f".{secrets.token_hex(8)}"
         try:
             await run_in(DISK, folder.mkdir, parents=True)
@@ -132,7 +155,9 @@ class Store:
                 await run_in(DISK, out.close)
 
     def keep_upload(self, staged: Path, content: str) -> SourceLocation:
-        """Moves a staged folder to where its digest says, in one step; what lay there already is kept if it is the same."""
+        """Moves a staged folder to where its digest says, in one step; what lay there already is
+        kept if it is the same.
+        """
         source = upload_source(content)
         target = self.root / source
         if target.exists() and _is_content(target, content):
@@ -187,7 +212,9 @@ def _check_relative(path: str, field: str) -> str:
     parts = path.rstrip("/").split("/")
     odd = not _is_short(path) or path.startswith("~") or any(sign in path for sign in "\0\\:")
     if odd or any(not part or part.startswith(".") for part in parts):
-        raise Forbidden(f"{field} must be a folder under the adapters directory, or hub:org/name", param=field)
+        raise Forbidden(
+            f"{field} must be a folder under the adapters directory, or hub:org/name", param=field
+        )
     return "/".join(parts)
 
 
@@ -200,7 +227,10 @@ def _is_short(path: str) -> bool:
 
 
 def _resolve_location(place: SourceLocation, root: Path) -> SourceLocation:
-    """The place with its real folder. Raises Forbidden when it or a file of it lies elsewhere, AdapterInvalid when it is no adapter's."""
+    """The place with its real folder.
+
+    Raises Forbidden when it or a file of it lies elsewhere, AdapterInvalid when it is no adapter's.
+    """
     name = place.path[:200]
     try:
         folder, top = place.folder.resolve(), root.resolve()
@@ -211,16 +241,24 @@ def _resolve_location(place: SourceLocation, root: Path) -> SourceLocation:
         names = list_names(folder)
         for file in names:
             if not (folder / file).resolve().is_relative_to(top):
-                raise Forbidden(f"{file} of source {name!r} is a link that leaves the adapters directory", param="source")
+                raise Forbidden(
+                    f"{file} of source {name!r} is a link that leaves the adapters directory", param="source"
+                )
         if not (folder / CONFIG).is_file():
             raise AdapterInvalid([f"{CONFIG} is missing from {name!r}", *_list_candidates(folder)])
         if strange := [file for file in names if not (folder / file).is_file()]:
             raise AdapterInvalid([f"{file} of source {name!r} is no file" for file in strange])
     except (OSError, RuntimeError) as error:
-        raise AdapterInvalid([f"source {name!r} cannot be read: {getattr(error, 'strerror', None) or 'a loop of links'}"]) from None
+        raise AdapterInvalid(
+            [f"source {name!r} cannot be read: {getattr(error, 'strerror', None) or 'a loop of links'}"]
+        ) from None
     return SourceLocation(folder, place.source, place.subfolder, place.revision)
 
 
 def _list_candidates(folder: Path) -> list[str]:
-    found = sorted(path.parent.relative_to(folder).as_posix() for pattern in ("*", "*/*") for path in folder.glob(f"{pattern}/{CONFIG}"))
+    found = sorted(
+        path.parent.relative_to(folder).as_posix()
+        for pattern in ("*", "*/*")
+        for path in folder.glob(f"{pattern}/{CONFIG}")
+    )
     return [f"name one of its folders as `subfolder`: {', '.join(found[:SHOWN])}"] if found else []

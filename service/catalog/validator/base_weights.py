@@ -1,4 +1,5 @@
-"""The base's own weights as its files hold them, by the names of the loaded model, and what differs from them.
+"""The base's own weights as its files hold them, by the names of the loaded model, and what differs
+from them.
 
 Reads a slice at a time: an embedding may be a gigabyte. Must not know adapters' configs or PEFT.
 """
@@ -18,8 +19,10 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, ren
 from transformers.modeling_utils import load_state_dict
 
 SLICE = 1 << 22  # values
-NAMES = ("model.safetensors", "pytorch_model.bin")  # in the order in which transformers looks for them
-TRAINED = (torch.float16, torch.bfloat16)  # dtypes that a trainer may have held the base in, whatever it saved
+# In the order in which transformers looks for them
+NAMES = ("model.safetensors", "pytorch_model.bin")
+# Dtypes that a trainer may have held the base in, whatever it saved
+TRAINED = (torch.float16, torch.bfloat16)
 
 
 class Difference(NamedTuple):
@@ -33,7 +36,8 @@ class Difference(NamedTuple):
 def compare(model: Any, folder: Path, name: str, saved: Tensor) -> Difference | None:
     """How `saved`, flat, differs from what the base in this folder holds for the model's `name`.
 
-    Casts between dtypes are no difference; see `unchanged`. None where the files hold no such tensor as it is.
+    Casts between dtypes are no difference; see `unchanged`. None where the files hold no such
+    tensor as it is.
     """
     found = find_tensor(model, folder, name)
     if found is None:
@@ -54,9 +58,9 @@ def compare(model: Any, folder: Path, name: str, saved: Tensor) -> Difference | 
 def unchanged(saved: Tensor, held: Tensor) -> Tensor:
     """Which values of `saved` are those of `held`, but for casts between dtypes: bool, flat.
 
-    They are `held` cast to its dtype, by way of the one it was trained in; or, where the two dtypes differ, both can be
-    roundings of one number: they lie no further apart than half a step of each, subnormal steps included. It can only have
-    been trained in a dtype that has all of its values.
+    They are `held` cast to its dtype, by way of the one it was trained in; or, where the two dtypes
+    differ, both can be roundings of one number: they lie no further apart than half a step of each,
+    subnormal steps included. It can only have been trained in a dtype that has all of its values.
     """
     ours = saved.float()
     same = ours == held.to(saved.dtype).float()
@@ -73,9 +77,12 @@ def unchanged(saved: Tensor, held: Tensor) -> Tensor:
 
 
 def half_step(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Half the distance between neighbours in this dtype at float32 values: what a cast to it may change."""
+    """Half the distance between neighbours in this dtype at float32 values: what a cast to it may
+    change.
+    """
     kind = torch.finfo(dtype)
-    power = (values.abs() / (2 * torch.frexp(values).mantissa.abs())).nan_to_num(0)  # of two, not over the value
+    # Of two, not over the value
+    power = (values.abs() / (2 * torch.frexp(values).mantissa.abs())).nan_to_num(0)
     return power.clamp(min=kind.tiny) * (kind.eps / 2)
 
 
@@ -83,16 +90,24 @@ def half_step(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def find_tensor(model: Any, folder: Path, name: str) -> tuple[Path, str] | None:
-    """The file and key of what transformers loads as the model's `name`, or as what that is tied to."""
+    """The file and key of what transformers loads as the model's `name`, or as what that is tied
+    to.
+    """
     tied: dict[str, str] = model.all_tied_weights_keys
-    names = {name, tied.get(name, name), *(target for target, source in tied.items() if source in (name, tied.get(name)))}
+    names = {
+        name,
+        tied.get(name, name),
+        *(target for target, source in tied.items() if source in (name, tied.get(name))),
+    }
     mapping = get_model_conversion_mapping(model)
     renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
     converters = [one for one in mapping if isinstance(one, WeightConverter)]
     shapes = model.state_dict()
     for file in weight_files(folder):
         for key in keys(file):
-            renamed, converted = rename_source_key(key, renamings, converters, model.base_model_prefix, shapes)
+            renamed, converted = rename_source_key(
+                key, renamings, converters, model.base_model_prefix, shapes
+            )
             if renamed not in shapes:  # a name of today's, which may lack the prefix only
                 renamed, converted = rename_source_key(key, [], [], model.base_model_prefix, shapes)
             if renamed in names and converted is None:
@@ -106,7 +121,9 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / name]
         index = folder / f"{name}.index.json"
         if index.is_file():
-            return [folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+            return [
+                folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            ]
     return []
 
 
@@ -123,7 +140,8 @@ def slices(file: Path, key: str) -> Iterator[Tensor]:
         with safe_open(file, "pt") as opened:
             yield from _rows(opened.get_slice(key), opened.get_slice(key).get_shape())
     else:
-        tensor = load_state_dict(file)[key]  # weights only, and mapped: nothing is read before it is asked for
+        # Weights only, and mapped: nothing is read before it is asked for
+        tensor = load_state_dict(file)[key]
         yield from _rows(tensor, tensor.shape)
 
 

@@ -1,6 +1,9 @@
-"""Reads an adapter's config and the header of its weights file, strictly. Must not know torch, PEFT, or any base model.
+"""Reads an adapter's config and the header of its weights file, strictly.
 
-Nothing here costs more than the bytes it looks at: a 100 MB weights file is described by its first few kilobytes.
+Must not know torch, PEFT, or any base model.
+
+Nothing here costs more than the bytes it looks at: a 100 MB weights file is described by its first
+few kilobytes.
 """
 
 from __future__ import annotations
@@ -45,7 +48,10 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a safetensors file says of itself. `header_bytes` includes the 8-byte length; file_bytes = header_bytes + tensor_bytes."""
+    """What a safetensors file says of itself.
+
+    `header_bytes` includes the 8-byte length; file_bytes = header_bytes + tensor_bytes.
+    """
 
     file_bytes: int
     header_bytes: int
@@ -84,23 +90,33 @@ def missing_weights(folder: Path) -> list[str]:
         return []
     beside = sorted(path.name for path in folder.iterdir())
     if "adapter_model.bin" in beside or "adapter_model.pt" in beside:
-        return [f"{WEIGHTS} is missing: adapter_model.bin is a pickle, which could run code; save the adapter as safetensors"]
+        return [
+            f"{WEIGHTS} is missing: adapter_model.bin is a pickle, which could run code; save the adapter as safetensors"
+        ]
     if "adapters.safetensors" in beside:
-        return [f"{WEIGHTS} is missing: adapters.safetensors is MLX's format, with transposed factors; convert it to PEFT's"]
+        return [
+            f"{WEIGHTS} is missing: adapters.safetensors is MLX's format, with transposed factors; convert it to PEFT's"
+        ]
     if f"{WEIGHTS}.index.json" in beside:
         return [f"{WEIGHTS} is missing: the weights are split over several files; save them as one"]
     return [f"{WEIGHTS} is missing"]
 
 
 def quick_check(folder: Path, max_rank: int) -> None:
-    """Refuses what the config alone shows to be wrong, in about a millisecond. Raises AdapterInvalid."""
+    """Refuses what the config alone shows to be wrong, in about a millisecond.
+
+    Raises AdapterInvalid.
+    """
     problems = config_problems(read_config(folder), max_rank) + missing_weights(folder)
     if problems:
         raise AdapterInvalid(problems)
 
 
 def read_header(path: Path) -> Header:
-    """The header of a safetensors file; only its bytes are read. Raises AdapterInvalid, saying what the file seems to be."""
+    """The header of a safetensors file; only its bytes are read.
+
+    Raises AdapterInvalid, saying what the file seems to be.
+    """
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
@@ -109,13 +125,19 @@ def read_header(path: Path) -> Header:
                 raise AdapterInvalid([f"{path.name} {hint}"])
             (length,) = struct.unpack("<Q", start[:8])
             if length > size - 8:
-                raise AdapterInvalid([f"{path.name} is truncated: its header takes {length} bytes, the file has {size}"])
+                raise AdapterInvalid(
+                    [f"{path.name} is truncated: its header takes {length} bytes, the file has {size}"]
+                )
             if length > HEADER_LIMIT:
-                raise AdapterInvalid([f"{path.name} has a header of {length} bytes; the limit is {HEADER_LIMIT}"])
+                raise AdapterInvalid(
+                    [f"{path.name} has a header of {length} bytes; the limit is {HEADER_LIMIT}"]
+                )
             file.seek(8)
             entries = json.loads(file.read(length))
     except (ValueError, RecursionError):
-        raise AdapterInvalid([f"{path.name} has a header that is not JSON: it is no safetensors file, or a damaged one"]) from None
+        raise AdapterInvalid(
+            [f"{path.name} has a header that is not JSON: it is no safetensors file, or a damaged one"]
+        ) from None
     except OSError as error:
         raise AdapterInvalid([f"{path.name} cannot be read: {error.strerror}"]) from None
     return _parse_header(path.name, entries, size, length + 8)
@@ -123,7 +145,11 @@ def read_header(path: Path) -> Header:
 
 def pointer_hint(content: bytes) -> str:
     """What to do about a file that git-lfs has not fetched; empty for any other."""
-    return "is a git-lfs pointer, not the file itself: fetch it with `git lfs pull`" if content.startswith(POINTER) else ""
+    return (
+        "is a git-lfs pointer, not the file itself: fetch it with `git lfs pull`"
+        if content.startswith(POINTER)
+        else ""
+    )
 
 
 def _not_safetensors(start: bytes, size: int) -> str:
@@ -148,11 +174,15 @@ def _parse_header(name: str, entries: Any, size: int, start: int) -> Header:
     end = 0
     for begin, stop in sorted(spans):
         if begin != end:
-            raise AdapterInvalid([f"{name} has tensors that overlap or leave a gap at byte {start + min(begin, end)}"])
+            raise AdapterInvalid(
+                [f"{name} has tensors that overlap or leave a gap at byte {start + min(begin, end)}"]
+            )
         end = stop
     if start + end != size:
         word = "truncated" if start + end > size else "too long"
-        raise AdapterInvalid([f"{name} is {word}: its tensors end at byte {start + end}, the file has {size}"])
+        raise AdapterInvalid(
+            [f"{name} is {word}: its tensors end at byte {start + end}, the file has {size}"]
+        )
     return Header(size, start, tensors)
 
 
@@ -199,11 +229,15 @@ def _are_layers(value: Any) -> bool:
 
 
 def _are_tokens(value: Any) -> bool:
-    return value is None or (isinstance(value, list) and all(_is_whole(token) and token >= 0 for token in value))
+    return value is None or (
+        isinstance(value, list) and all(_is_whole(token) and token >= 0 for token in value)
+    )
 
 
 def _are_ranks(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and all(_is_whole(rank) and rank >= 1 for rank in value.values()))
+    return value is None or (
+        isinstance(value, dict) and all(_is_whole(rank) and rank >= 1 for rank in value.values())
+    )
 
 
 def _are_alphas(value: Any) -> bool:
@@ -259,26 +293,43 @@ def _foreign_type(config: Config) -> str:
 
 
 def _find_untellable(config: Config) -> list[str]:
-    """What no answer could repeat: half characters, which an escape can spell, and numbers that JSON does not have."""
+    """What no answer could repeat: half characters, which an escape can spell, and numbers that
+    JSON does not have.
+    """
     problems = []
     for key, value in config.items():
         try:
             json.dumps({key: value}, ensure_ascii=False, allow_nan=False).encode()
         except (ValueError, RecursionError):
-            problems.append(f"`{ascii(key)[1:-1]}` holds half a character, or a number that JSON does not have")
+            problems.append(
+                f"`{ascii(key)[1:-1]}` holds half a character, or a number that JSON does not have"
+            )
     return problems
 
 
 def _ranks_over(config: Config, max_rank: int) -> list[str]:
-    ranks = {"`r`": config.get("r", 0)} | {f"`rank_pattern` {key!r}": rank for key, rank in (config.get("rank_pattern") or {}).items()}
-    return [f"{where}: rank {rank} is over the limit of {max_rank}" for where, rank in ranks.items() if _is_whole(rank) and rank > max_rank]
+    ranks = {"`r`": config.get("r", 0)} | {
+        f"`rank_pattern` {key!r}": rank for key, rank in (config.get("rank_pattern") or {}).items()
+    }
+    return [
+        f"{where}: rank {rank} is over the limit of {max_rank}"
+        for where, rank in ranks.items()
+        if _is_whole(rank) and rank > max_rank
+    ]
 
 
 def pattern_problems(config: Config) -> list[str]:
-    """Patterns that PEFT would hand to `re`, and that it would choke on. Some take minutes to compile: not for the API process."""
+    """Patterns that PEFT would hand to `re`, and that it would choke on.
+
+    Some take minutes to compile: not for the API process.
+    """
     patterns = [("rank_pattern", key) for key in config.get("rank_pattern") or ()]
     patterns += [("alpha_pattern", key) for key in config.get("alpha_pattern") or ()]
-    patterns += [(key, config[key]) for key in ("target_modules", "exclude_modules") if isinstance(config.get(key), str)]
+    patterns += [
+        (key, config[key])
+        for key in ("target_modules", "exclude_modules")
+        if isinstance(config.get(key), str)
+    ]
     if len(patterns) > PATTERNS:
         return [f"`rank_pattern` and `alpha_pattern` have {len(patterns)} entries; the limit is {PATTERNS}"]
     problems = []

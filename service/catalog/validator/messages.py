@@ -1,4 +1,7 @@
-"""What the reader's process is asked, and what it answers. Values only; must not know processes, PEFT or torch."""
+"""What the reader's process is asked, and what it answers.
+
+Values only; must not know processes, PEFT or torch.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ from .header import CONFIG, WEIGHTS
 
 @dataclass(frozen=True, slots=True)
 class ValidatedAdapter:
-    """A validated adapter: what the engine needs, what people ask (see facts.describe_content), what they should know, and its LoRA layers."""
+    """A validated adapter: what the engine needs, what people ask (see facts.describe_content),
+    what they should know, and its LoRA layers.
+    """
 
     adapter: Adapter
     facts: dict[str, Any]
@@ -23,12 +28,18 @@ class ValidatedAdapter:
 
     def move_to(self, folder: Path) -> ValidatedAdapter:
         """The same content in another folder."""
-        return replace(self, adapter=replace(self.adapter, config=str(folder / CONFIG), weights=str(folder / WEIGHTS)))
+        return replace(
+            self, adapter=replace(self.adapter, config=str(folder / CONFIG), weights=str(folder / WEIGHTS))
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class ReadRequest:
-    """Read this folder. `known` is the manifest of what was read there before, when it is unchanged: no value is looked at again."""
+    """Read this folder.
+
+    `known` is the manifest of what was read there before, when it is unchanged: no value is looked
+    at again.
+    """
 
     folder: Path
     known: Manifest = ()
@@ -36,7 +47,9 @@ class ReadRequest:
 
 @dataclass(frozen=True, slots=True)
 class NormsRequest:
-    """Say how much each of these layers changes, by the weights of this adapter, if they are still those that were read."""
+    """Say how much each of these layers changes, by the weights of this adapter, if they are still
+    those that were read.
+    """
 
     adapter: Adapter
     layers: tuple[LoraLayerSpec, ...]

@@ -1,4 +1,7 @@
-"""What an adapter's config means on a base, as PEFT itself says: layers, ranks, scalings, tensors. Knows no weights and no files."""
+"""What an adapter's config means on a base, as PEFT itself says: layers, ranks, scalings, tensors.
+
+Knows no weights and no files.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,8 @@ from ...errors import AdapterInvalid, AdapterUnsupported
 from .header import CONFIG, Config
 from .skeleton import Skeleton, linear_shape
 
-# What PEFT itself runs beside the mixed batch. Add a feature's name (a config key, a peft_type, or one of `features` below) to serve it.
+# What PEFT itself runs beside the mixed batch. Add a feature's name (a config key, a peft_type, or
+# one of `features` below) to serve it.
 SHADOW_FEATURES = frozenset(
     {
         "modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters",
@@ -40,16 +44,21 @@ OPTIONS = (
     "use_qalora", "monteclora_config", "velora_config", "use_bdlora", "arrow_config", "kasa_config", "megatron_config",
 )  # fmt: skip
 ACTIVATED = "alora_invocation_tokens"  # runs in the pool, if it is all that a config asks for
-CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that leave part of the base's weights in the adapter
+# Initialisations that leave part of the base's weights in the adapter
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 PREFIX = "base_model.model."
-APPLYING_S = 10.0  # of processor time; usually a tenth of a second. A worker may have to do it again, and its steps wait meanwhile
+# Of processor time; usually a tenth of a second. A worker may have to do it again, and its steps
+# wait meanwhile
+APPLYING_S = 10.0
 
 
 @dataclass(frozen=True)
 class ResolvedConfig:
-    """What a config asks of the base: every tensor it needs, its LoRA layers, what is more than those.
+    """What a config asks of the base: every tensor it needs, its LoRA layers, what is more than
+    those.
 
-    `modules` are all layers that it changes; `refused` says which of these not even PEFT can run on this base.
+    `modules` are all layers that it changes; `refused` says which of these not even PEFT can run on
+    this base.
     """
 
     expected: dict[str, tuple[int, ...]]
@@ -64,18 +73,26 @@ class ResolvedConfig:
 
 
 def resolve_config(skeleton: Skeleton, config: Config) -> ResolvedConfig:
-    """What PEFT makes of the config. Raises AdapterInvalid with its reason, AdapterUnsupported for what is not served."""
+    """What PEFT makes of the config.
+
+    Raises AdapterInvalid with its reason, AdapterUnsupported for what is not served.
+    """
     start = str(config.get("init_lora_weights", ""))
     if start.lower().startswith(CHANGES_BASE):
         raise AdapterUnsupported(
-            [f"`init_lora_weights` {start!r} changes the base's weights; convert the adapter to a plain LoRA when saving it"]
+            [
+                f"`init_lora_weights` {start!r} changes the base's weights; convert the adapter to a plain LoRA when saving it"
+            ]
         )
     task = config.get("task_type")
     if task not in (None, "CAUSAL_LM"):
         raise AdapterUnsupported([f"`task_type` {task!r} is not served, only CAUSAL_LM is"])
     if task is None and config.get(ACTIVATED):
-        raise AdapterUnsupported([f"`{ACTIVATED}` without the `task_type` CAUSAL_LM: PEFT itself would never wake it"])
-    text = dumps({key: config[key] for key in sorted(config) if key not in ASIDE})  # of a pattern's own keys the first that matches counts
+        raise AdapterUnsupported(
+            [f"`{ACTIVATED}` without the `task_type` CAUSAL_LM: PEFT itself would never wake it"]
+        )
+    # Of a pattern's own keys the first that matches counts
+    text = dumps({key: config[key] for key in sorted(config) if key not in ASIDE})
     try:
         with warnings.catch_warnings(), limit_time(APPLYING_S):
             warnings.simplefilter("ignore")
@@ -85,7 +102,12 @@ def resolve_config(skeleton: Skeleton, config: Config) -> ResolvedConfig:
         raise AdapterInvalid([f"PEFT cannot apply {CONFIG} to the base: {error}"[:600]]) from None
     if refused := find_unserved(meaning.features):
         beside = sorted(meaning.features - {ACTIVATED}) if refused == {ACTIVATED} else ()
-        raise AdapterUnsupported([f"`{name}` is not served{' beside ' + ', '.join(beside) if beside else ''}" for name in sorted(refused)])
+        raise AdapterUnsupported(
+            [
+                f"`{name}` is not served{' beside ' + ', '.join(beside) if beside else ''}"
+                for name in sorted(refused)
+            ]
+        )
     if meaning.refused:
         raise AdapterUnsupported(meaning.refused)
     return meaning
@@ -93,7 +115,10 @@ def resolve_config(skeleton: Skeleton, config: Config) -> ResolvedConfig:
 
 @contextmanager
 def limit_time(seconds: float) -> Iterator[None]:
-    """Ends what takes more processor time, also in the midst of matching a regex. For a process's main thread only."""
+    """Ends what takes more processor time, also in the midst of matching a regex.
+
+    For a process's main thread only.
+    """
 
     def late(*_: object) -> None:
         raise TimeoutError(f"it takes more than {seconds:g} s of processor time")
@@ -116,7 +141,9 @@ def inject_config(skeleton: Skeleton, text: str) -> ResolvedConfig:
     """Injects this config (JSON text, without what does not matter here) into a copy of the tree."""
     config = build_peft_config(loads(text))
     with torch.device("meta"):
-        model = get_peft_model(copy.deepcopy(skeleton.model), config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+        model = get_peft_model(
+            copy.deepcopy(skeleton.model), config, autocast_adapter_dtype=False, low_cpu_mem_usage=True
+        )
         state = get_peft_model_state_dict(model, save_embedding_layers=False)
     check_tokens(model)
     tuned = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
@@ -129,7 +156,9 @@ def inject_config(skeleton: Skeleton, text: str) -> ResolvedConfig:
     if count_attentions(model) > count_attentions(
         skeleton.model
     ):  # the copies would have KV rows of their own, which nobody forks or clears
-        kinds |= {f"{'modules_to_save' if getattr(config, 'modules_to_save', None) else config.peft_type.value} on attention layers"}
+        kinds |= {
+            f"{'modules_to_save' if getattr(config, 'modules_to_save', None) else config.peft_type.value} on attention layers"
+        }
     patches = tuple(make_layer_spec(name, layer, expected) for name, layer in layers.items())
     modules = tuple(name.removeprefix(PREFIX) for name in layers or tuned)
     kind = "LoRA" if layers else config.peft_type.value
@@ -139,16 +168,20 @@ def inject_config(skeleton: Skeleton, text: str) -> ResolvedConfig:
 
 
 def limits_of(skeleton: Skeleton, tuned: Mapping[str, nn.Module]) -> list[LayerLimit]:
-    """What keeps these layers out of the mixed batch; who adapts a parameter leaves its layer's calls alone."""
+    """What keeps these layers out of the mixed batch; who adapts a parameter leaves its layer's
+    calls alone.
+    """
     called = (name for name, layer in tuned.items() if not isinstance(layer, ParamWrapper))
     names = (name.removeprefix(PREFIX) for name in called)
     return list(dict.fromkeys(limit for name in names if (limit := skeleton.limit(name))))
 
 
 def unknown_keys(config: Config) -> list[str]:
-    """Warnings about keys that this PEFT does not know and that have a value (null, false and empty ones mean nothing), and PEFT's own.
+    """Warnings about keys that this PEFT does not know and that have a value (null, false and empty
+    ones mean nothing), and PEFT's own.
 
-    Raises AdapterUnsupported for an unknown type, AdapterInvalid for a config of a version that PEFT cannot read any more.
+    Raises AdapterUnsupported for an unknown type, AdapterInvalid for a config of a version that
+    PEFT cannot read any more.
     """
     if config["peft_type"] not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise AdapterUnsupported([f"`peft_type` {config['peft_type'][:40]!r} is not known"])
@@ -159,7 +192,11 @@ def unknown_keys(config: Config) -> list[str]:
         except Exception as error:  # whatever PEFT makes of a stranger's config, it is the config's fault
             raise AdapterInvalid([f"PEFT cannot read {CONFIG}: {error}"[:600]]) from None
     unknown = config.keys() - known_keys(config["peft_type"])
-    strange = [f"`{key[:80]}` in {CONFIG} is not known and is ignored: {dumps(config[key])[:80]}" for key in sorted(unknown) if config[key]]
+    strange = [
+        f"`{key[:80]}` in {CONFIG} is not known and is ignored: {dumps(config[key])[:80]}"
+        for key in sorted(unknown)
+        if config[key]
+    ]
     return strange + [f"PEFT warns: {one.message}" for one in heard]
 
 
@@ -175,7 +212,9 @@ def list_features(config: PeftConfig) -> frozenset[str]:
 
 
 def check_tokens(model: nn.Module) -> None:
-    """Raises ValueError for trained tokens that the base does not have: weights that are not there, as here, have no such limit."""
+    """Raises ValueError for trained tokens that the base does not have: weights that are not there,
+    as here, have no such limit.
+    """
     for name, layer in model.named_modules():
         if isinstance(layer, TrainableTokensLayer):
             rows, tokens = layer.get_base_layer().weight.shape[0], layer.token_indices["default"]
@@ -185,7 +224,9 @@ def check_tokens(model: nn.Module) -> None:
 
 
 def count_attentions(model: nn.Module) -> int:
-    """How many attention layers there are, by the name that transformers gives all of their classes."""
+    """How many attention layers there are, by the name that transformers gives all of their
+    classes.
+    """
     return sum("Attention" in type(module).__name__ for module in model.modules())
 
 

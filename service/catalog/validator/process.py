@@ -1,6 +1,8 @@
-"""The reader's process, seen from the outside: one child that knows torch and PEFT and reads one adapter at a time.
+"""The reader's process, seen from the outside: one child that knows torch and PEFT and reads one
+adapter at a time.
 
-A file that stalls or kills the child costs one refused adapter; the next one gets a fresh child. Must not know torch itself.
+A file that stalls or kills the child costs one refused adapter; the next one gets a fresh child.
+Must not know torch itself.
 """
 
 from __future__ import annotations
@@ -51,11 +53,16 @@ class Validator:
         return self._process.pid if self._process else None
 
     async def warm_up(self) -> None:
-        """Starts the child, which takes seconds to load its libraries, before there is a base to read against."""
+        """Starts the child, which takes seconds to load its libraries, before there is a base to
+        read against.
+        """
         await self._in_turn(self._ensure_child)
 
     async def start_on(self, folder: Path, limits: tuple[LayerLimit, ...] = ()) -> None:
-        """Shows the child the base and its `limits`. Raises Internal when it does not understand it."""
+        """Shows the child the base and its `limits`.
+
+        Raises Internal when it does not understand it.
+        """
         self._base = folder, limits
         await self._in_turn(self._introduce_base)
 
@@ -68,7 +75,10 @@ class Validator:
         return replace(answer, adapter=adapter, layers=share_specs(answer.layers))
 
     async def measure_norms(self, reading: ValidatedAdapter) -> dict[str, float]:
-        """Module → Frobenius norm of its scaling · B · A. Raises AdapterInvalid when the files are gone or have changed."""
+        """Module → Frobenius norm of its scaling · B · A.
+
+        Raises AdapterInvalid when the files are gone or have changed.
+        """
         answer = await self._ask_child(NormsRequest(reading.adapter, reading.layers), reading.adapter.size)
         assert isinstance(answer, dict)
         return answer
@@ -80,7 +90,9 @@ class Validator:
         return answer
 
     async def close(self) -> None:
-        """Ends the child, whatever it reads; who waits for it is told NotReady, and so is whoever asks later."""
+        """Ends the child, whatever it reads; who waits for it is told NotReady, and so is whoever
+        asks later.
+        """
         self._closed = True
         self._kill()
         await self._in_turn(self._end_child)
@@ -92,7 +104,10 @@ class Validator:
                 process.kill()
 
     async def _in_turn(self, call: Callable[[], T]) -> T:
-        """Calls in a thread, one at a time. A caller who leaves gives up the answer, not the turn: the next one's would be his."""
+        """Calls in a thread, one at a time.
+
+        A caller who leaves gives up the answer, not the turn: the next one's would be his.
+        """
 
         async def turn() -> T:
             async with self._turn:
@@ -110,7 +125,9 @@ class Validator:
     def _spawn_child(self) -> Connection:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(target=serve_requests, args=(theirs, self.max_rank), name="adapterd-reader", daemon=True)
+        process = context.Process(
+            target=serve_requests, args=(theirs, self.max_rank), name="adapterd-reader", daemon=True
+        )
         process.start()
         theirs.close()
         self._pipe, self._process = ours, process
@@ -157,14 +174,18 @@ def _size_of(folder: Path) -> int:
 
 
 def serve_requests(pipe: Connection, max_rank: int) -> None:
-    """The child. It answers the base's folder and limits with its tree, an Ask with a Reading, a Measure with norms.
+    """The child.
+
+    It answers the base's folder and limits with its tree, an Ask with a Reading, a Measure with
+    norms.
 
     What it cannot answer it answers with a Refusal.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     modules: dict[str, Any] = sys.modules
-    modules["bitsandbytes"] = None  # PEFT would load it, 110 MB, for weights that are never looked at here
+    # PEFT would load it, 110 MB, for weights that are never looked at here
+    modules["bitsandbytes"] = None
     from . import check, skeleton  # here, so that only the child loads torch and PEFT
 
     with contextlib.suppress(EOFError):
@@ -181,7 +202,9 @@ def serve_requests(pipe: Connection, max_rank: int) -> None:
             if isinstance(ask, NormsRequest):
                 pipe.send(answer_request(partial(check.measure_norms, ask.adapter, ask.layers)))
             else:
-                pipe.send(answer_request(partial(check.validate_adapter, base, ask.folder, max_rank, ask.known)))
+                pipe.send(
+                    answer_request(partial(check.validate_adapter, base, ask.folder, max_rank, ask.known))
+                )
 
 
 def answer_request(work: Callable[[], T]) -> T | Refusal:

@@ -1,4 +1,7 @@
-"""The base without its weights: module tree, shapes and types, from its config.json alone. Knows no PEFT, whose import takes seconds."""
+"""The base without its weights: module tree, shapes and types, from its config.json alone.
+
+Knows no PEFT, whose import takes seconds.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,8 @@ from ..architecture import ModuleNode
 class Skeleton:
     """The module tree on the meta device. `folder` holds the base's config.json, or is that file.
 
-    Raises OSError, ValueError. `limits` are what the worker found that stands in the way of adapting some of the layers.
+    Raises OSError, ValueError. `limits` are what the worker found that stands in the way of
+    adapting some of the layers.
     """
 
     def __init__(self, folder: Path, limits: Iterable[LayerLimit] = ()) -> None:
@@ -36,8 +40,15 @@ class Skeleton:
 
     def list_linears(self) -> list[LinearKind]:
         """The linear layers, counted by last name and shape."""
-        counts = Counter((facts.last_name(name), found) for name, module in self.model.named_modules() if (found := linear_shape(module)))
-        return [LinearKind(name, inside, outside, count) for (name, (inside, outside)), count in sorted(counts.items())]
+        counts = Counter(
+            (facts.last_name(name), found)
+            for name, module in self.model.named_modules()
+            if (found := linear_shape(module))
+        )
+        return [
+            LinearKind(name, inside, outside, count)
+            for (name, (inside, outside)), count in sorted(counts.items())
+        ]
 
     def limit(self, module: str) -> LayerLimit | None:
         """What keeps this layer out of the mixed batch."""

@@ -1,6 +1,8 @@
-"""Whether the files by which an adapter reads and writes text can be used: looked at when it is registered, not when it is first asked.
+"""Whether the files by which an adapter reads and writes text can be used: looked at when it is
+registered, not when it is first asked.
 
-Runs in the reader's process. A chat template is parsed as transformers would, never compiled and never run. Knows no base.
+Runs in the reader's process. A chat template is parsed as transformers would, never compiled and
+never run. Knows no base.
 """
 
 from __future__ import annotations
@@ -22,12 +24,17 @@ from ...engine.lru import LRU
 from .header import pointer_hint
 
 LIMIT = 100_000_000  # bytes of a file; the largest vocabularies of today take a third of it
-FINE: LRU[tuple[str, str]] = LRU(1024)  # names and hashes of what was found to be fine: most of a fleet bring the base's own files
+# Names and hashes of what was found to be fine: most of a fleet bring the base's own files
+FINE: LRU[tuple[str, str]] = LRU(1024)
 
 
 def find_problems(folder: Path) -> list[str]:
-    """What is wrong with the tokenizer's files, chat templates and generation_config.json of a folder. Raises OSError."""
-    return [problem for name in list_names(folder) if is_text_name(name) for problem in _problems(folder / name)]
+    """What is wrong with the tokenizer's files, chat templates and generation_config.json of a
+    folder. Raises OSError.
+    """
+    return [
+        problem for name in list_names(folder) if is_text_name(name) for problem in _problems(folder / name)
+    ]
 
 
 def _problems(path: Path) -> list[str]:
@@ -94,7 +101,13 @@ def _check_eos(eos: Any) -> Iterator[str]:
 
 def _check_templates(found: Any) -> Iterator[str]:
     """Of a chat template, or of a list of named ones."""
-    named = found if isinstance(found, list) else [] if found is None else [{"name": "default", "template": found}]
+    named = (
+        found
+        if isinstance(found, list)
+        else []
+        if found is None
+        else [{"name": "default", "template": found}]
+    )
     for one in named:
         texts = (one.get("name"), one.get("template")) if isinstance(one, dict) else (None,)
         if not all(isinstance(text, str) for text in texts):
@@ -104,7 +117,9 @@ def _check_templates(found: Any) -> Iterator[str]:
 
 
 class Generation(Extension):
-    """The block by which templates mark what a model has said; transformers knows it, Jinja does not."""
+    """The block by which templates mark what a model has said; transformers knows it, Jinja does
+    not.
+    """
 
     tags = {"generation"}  # noqa: RUF012 - as Jinja has it
 
@@ -113,7 +128,9 @@ class Generation(Extension):
         return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-ENVIRONMENT = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+ENVIRONMENT = ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+)
 
 
 def check_template(source: str) -> Iterator[str]:
@@ -122,6 +139,11 @@ def check_template(source: str) -> Iterator[str]:
         ENVIRONMENT.parse(source)
     except TemplateError as error:
         line = getattr(error, "lineno", None)
-        yield f"has a chat template that cannot be parsed: {error.message or type(error).__name__}{f' (line {line})' if line else ''}"[:300]
-    except (RecursionError, ValueError) as error:  # a number with more digits than Python reads is a ValueError
+        yield f"has a chat template that cannot be parsed: {error.message or type(error).__name__}{f' (line {line})' if line else ''}"[
+            :300
+        ]
+    except (
+        RecursionError,
+        ValueError,
+    ) as error:  # a number with more digits than Python reads is a ValueError
         yield f"has a chat template that cannot be parsed: {type(error).__name__}"

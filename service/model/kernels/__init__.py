@@ -1,7 +1,8 @@
-"""The CPU kernels: built once with the machine's C++ compiler, kept in a cache, and put in place of the torch path where they apply.
+"""The CPU kernels: built once with the machine's C++ compiler, kept in a cache, and put in place of
+the torch path where they apply.
 
-They need bfloat16 weights and a processor with AVX512-BF16; without these, or without a compiler, the torch path serves. Must not know
-adapters' files, requests or scheduling.
+They need bfloat16 weights and a processor with AVX512-BF16; without these, or without a compiler,
+the torch path serves. Must not know adapters' files, requests or scheduling.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from transformers import AttentionInterface
 from ..loading import CACHE
 
 NAME = "adapterd_rows"
-SOURCES = [Path(__file__).with_name(name) for name in ("ops.cpp", "attention.h", "linear.h", "vectors.h", "crew.h")]
+SOURCES = [
+    Path(__file__).with_name(name) for name in ("ops.cpp", "attention.h", "linear.h", "vectors.h", "crew.h")
+]
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp"]
 FIELDS = 8  # int32 columns of a table, see linear.h
 
@@ -31,7 +34,10 @@ log = logging.getLogger(__name__)
 
 
 def load_kernels() -> bool:
-    """Whether the kernels can be used here; builds and loads them the first time. Says in the log why not."""
+    """Whether the kernels can be used here; builds and loads them the first time.
+
+    Says in the log why not.
+    """
     if hasattr(torch.ops.adapterd, "linear"):
         return True
     if not torch.cpu._is_avx512_bf16_supported():
@@ -41,14 +47,19 @@ def load_kernels() -> bool:
         library: Any = torch.ops
         library.load_library(_build_library())
     except (OSError, subprocess.CalledProcessError) as error:
-        log.warning("kernels: off, they cannot be built: %s", str(getattr(error, "stderr", None) or error)[-300:])
+        log.warning(
+            "kernels: off, they cannot be built: %s", str(getattr(error, "stderr", None) or error)[-300:]
+        )
         return False
     AttentionInterface.register(NAME, attend_rows)
     return True
 
 
 def _build_library() -> Path:
-    """The shared library for this source, torch and processor. Raises OSError or CalledProcessError."""
+    """The shared library for this source, torch and processor.
+
+    Raises OSError or CalledProcessError.
+    """
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         raise OSError("no C++ compiler (g++) is installed")
@@ -61,7 +72,12 @@ def _build_library() -> Path:
         with tempfile.TemporaryDirectory(dir=target.parent) as aside:
             made = Path(aside) / target.name
             links = [*(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu", "-ltorch"]
-            subprocess.run([compiler, *flags, str(SOURCES[0]), "-o", str(made), *links], check=True, capture_output=True, text=True)
+            subprocess.run(
+                [compiler, *flags, str(SOURCES[0]), "-o", str(made), *links],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
             made.rename(target)
     return target
 
@@ -69,7 +85,9 @@ def _build_library() -> Path:
 def _processor_flags() -> str:
     """What `-march=native` would see: two machines that share a cache folder may differ."""
     try:
-        return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+        return next(
+            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")
+        )
     except (OSError, StopIteration):
         return ""
 
@@ -86,7 +104,9 @@ def attend_rows(
     softcap: float | None = None,
     **other: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface over the kernel: query [1, heads, T, dim] → [1, T, heads, dim]."""
+    """transformers' attention interface over the kernel: query [1, heads, T, dim] → [1, T, heads,
+    dim].
+    """
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     buffers = module.kv_keys, module.kv_values, module.kv_table
     out = torch.ops.adapterd.attend(query, key, value, *buffers, scale, sliding_window or 0, softcap or 0.0)
@@ -94,7 +114,9 @@ def attend_rows(
 
 
 def fits_kernel(layer: nn.Module) -> bool:
-    """Whether the linear kernel can run this base layer: plain, bfloat16, [out, in] in multiples of [32, 2]."""
+    """Whether the linear kernel can run this base layer: plain, bfloat16, [out, in] in multiples of
+    [32, 2].
+    """
     if type(layer) is not nn.Linear:
         return False
     n_out, n_in = layer.weight.shape

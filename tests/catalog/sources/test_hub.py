@@ -1,4 +1,6 @@
-"""Content of the hub, against a stand-in on loopback that speaks as much of its protocol as the client library needs."""
+"""Content of the hub, against a stand-in on loopback that speaks as much of its protocol as the
+client library needs.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,11 @@ class StandIn:
         self.server.server_close()
 
     def files(self) -> dict[str, bytes]:
-        return {str(path.relative_to(self.folder)): path.read_bytes() for path in sorted(self.folder.rglob("*")) if path.is_file()}
+        return {
+            str(path.relative_to(self.folder)): path.read_bytes()
+            for path in sorted(self.folder.rglob("*"))
+            if path.is_file()
+        }
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         stand_in = self
@@ -53,21 +59,38 @@ class StandIn:
                 path = self.path.partition("?")[0]
                 stand_in.asked.append(path)
                 for head in (f"/org/name/resolve/{COMMIT}/", "/org/name/resolve/main/"):
-                    if path.startswith(head) and (content := stand_in.files().get(path.removeprefix(head))) is not None:
+                    if (
+                        path.startswith(head)
+                        and (content := stand_in.files().get(path.removeprefix(head))) is not None
+                    ):
                         return self._say(200, content, "application/octet-stream")
                 if path.startswith("/api/models/org/name/tree/"):
                     tree = [
-                        {"type": "file", "path": name, "size": len(data), "oid": _etag(data)} for name, data in stand_in.files().items()
+                        {"type": "file", "path": name, "size": len(data), "oid": _etag(data)}
+                        for name, data in stand_in.files().items()
                     ]
                     return self._say(200, json.dumps(tree).encode())
-                if path in ("/api/models/org/name", "/api/models/org/name/revision/main", f"/api/models/org/name/revision/{COMMIT}"):
-                    siblings = [{"rfilename": name, "size": len(data)} for name, data in stand_in.files().items()]
-                    return self._say(200, json.dumps({"id": "org/name", "sha": COMMIT, "siblings": siblings}).encode())
+                if path in (
+                    "/api/models/org/name",
+                    "/api/models/org/name/revision/main",
+                    f"/api/models/org/name/revision/{COMMIT}",
+                ):
+                    siblings = [
+                        {"rfilename": name, "size": len(data)} for name, data in stand_in.files().items()
+                    ]
+                    return self._say(
+                        200, json.dumps({"id": "org/name", "sha": COMMIT, "siblings": siblings}).encode()
+                    )
                 return self._say(404, b'{"error": "no such repository"}', code="RepoNotFound")
 
             def _say(self, status: int, body: bytes, kind: str = "application/json", code: str = "") -> None:
                 self.send_response(status)
-                headers = {"content-type": kind, "content-length": str(len(body)), "x-repo-commit": COMMIT, "etag": f'"{_etag(body)}"'}
+                headers = {
+                    "content-type": kind,
+                    "content-length": str(len(body)),
+                    "x-repo-commit": COMMIT,
+                    "etag": f'"{_etag(body)}"',
+                }
                 for name, value in (headers | ({"x-error-code": code} if code else {})).items():
                     self.send_header(name, value)
                 self.end_headers()
@@ -104,14 +127,18 @@ TEXTS = ("chat_template.jinja", "generation_config.json", "tokenizer.json", "voc
 
 @pytest.fixture
 def dressed(stand_in: StandIn) -> StandIn:
-    """The same with tokenizer files and a template, in the repository and in its checkpoint's folder."""
+    """The same with tokenizer files and a template, in the repository and in its checkpoint's
+    folder.
+    """
     for folder in (stand_in.folder, stand_in.folder / "checkpoint-20"):
         for name in (*TEXTS, "README.md"):
             (folder / name).write_text(f"{folder.name} {name}")
     return stand_in
 
 
-async def test_every_file_that_shapes_an_answer_is_fetched_and_no_other(dressed: StandIn, tmp_path: Path) -> None:
+async def test_every_file_that_shapes_an_answer_is_fetched_and_no_other(
+    dressed: StandIn, tmp_path: Path
+) -> None:
     here = store(dressed, tmp_path, "org/*")
     for subfolder in (None, "checkpoint-20"):
         place = await here.find_source("hub:org/name", subfolder=subfolder)
@@ -124,7 +151,9 @@ async def test_every_file_that_shapes_an_answer_is_fetched_and_no_other(dressed:
 
 @pytest.fixture
 def partly(dressed: StandIn, tmp_path: Path, plain: Path) -> Path:
-    """The commit's folder in the cache with its config and weights alone, as a service before this one has fetched them."""
+    """The commit's folder in the cache with its config and weights alone, as a service before this
+    one has fetched them.
+    """
     folder = tmp_path / "cache" / "models--org--name" / "snapshots" / COMMIT
     folder.mkdir(parents=True)
     for name in (CONFIG, WEIGHTS):
@@ -149,7 +178,9 @@ async def test_what_a_cache_holds_is_taken_and_said_when_the_hub_cannot_be_asked
     assert "org/name cannot be asked which files it has" in caplog.text
 
 
-async def test_a_file_that_was_there_and_is_gone_from_the_cache_is_fetched_again(dressed: StandIn, tmp_path: Path) -> None:
+async def test_a_file_that_was_there_and_is_gone_from_the_cache_is_fetched_again(
+    dressed: StandIn, tmp_path: Path
+) -> None:
     here = store(dressed, tmp_path, "org/*")
     place = await here.find_source("hub:org/name", revision=COMMIT)
     names = [file.name for file in read_manifest(place.folder)]
@@ -176,13 +207,17 @@ async def test_only_the_two_files_of_the_commit_are_fetched(stand_in: StandIn, t
 
 
 async def test_a_subfolder_is_fetched_alone(stand_in: StandIn, tmp_path: Path) -> None:
-    place = await store(stand_in, tmp_path, "org/name").find_source("hub:org/name", subfolder="checkpoint-20", revision="main")
+    place = await store(stand_in, tmp_path, "org/name").find_source(
+        "hub:org/name", subfolder="checkpoint-20", revision="main"
+    )
     assert place.folder.name == "checkpoint-20"
     assert sorted(path.name for path in place.folder.parent.iterdir()) == ["checkpoint-20"]
 
 
 @pytest.mark.parametrize("allowed", [(), ("other/*",), ("org/name2", "org/nam")])
-async def test_what_no_pattern_allows_is_forbidden_and_not_asked_for(stand_in: StandIn, tmp_path: Path, allowed: tuple[str, ...]) -> None:
+async def test_what_no_pattern_allows_is_forbidden_and_not_asked_for(
+    stand_in: StandIn, tmp_path: Path, allowed: tuple[str, ...]
+) -> None:
     with pytest.raises(Forbidden, match="ADAPTERD_HUB"):
         await store(stand_in, tmp_path, *allowed).find_source("hub:org/name")
     assert stand_in.asked == []

@@ -1,4 +1,6 @@
-"""Nothing is read, written or deleted outside the adapters directory, whatever a source, a link or an archive says."""
+"""Nothing is read, written or deleted outside the adapters directory, whatever a source, a link or
+an archive says.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,9 @@ async def test_a_missing_folder_is_invalid_and_hides_the_root(store: Store, root
 
 
 @pytest.mark.parametrize("name", ["", CONFIG, WEIGHTS, *TEXTS])
-async def test_links_that_leave_the_root_are_forbidden(store: Store, root: Path, plain: Path, tmp_path: Path, name: str) -> None:
+async def test_links_that_leave_the_root_are_forbidden(
+    store: Store, root: Path, plain: Path, tmp_path: Path, name: str
+) -> None:
     outside = tmp_path / "outside"
     shutil.copytree(plain, outside)
     if name:
@@ -103,7 +107,9 @@ async def test_links_within_the_root_are_followed(store: Store, root: Path, plai
         await store.find_source("loop")
 
 
-async def test_a_run_folder_lists_its_checkpoints_and_one_can_be_named(store: Store, root: Path, plain: Path) -> None:
+async def test_a_run_folder_lists_its_checkpoints_and_one_can_be_named(
+    store: Store, root: Path, plain: Path
+) -> None:
     for n in (10, 20):
         shutil.copytree(plain, root / "run" / f"checkpoint-{n}")
     with pytest.raises(AdapterInvalid, match="checkpoint-10, checkpoint-20"):
@@ -116,13 +122,17 @@ async def test_a_revision_is_only_for_the_hub(store: Store) -> None:
         await store.find_source("x", revision="main")
 
 
-async def test_folders_below_the_root_are_listed_without_hidden_ones(store: Store, root: Path, plain: Path) -> None:
+async def test_folders_below_the_root_are_listed_without_hidden_ones(
+    store: Store, root: Path, plain: Path
+) -> None:
     for name in ("a", "org/b", ".hidden/c", "d/e/f/g", "d/e/f/g/h"):
         shutil.copytree(plain, root / name, dirs_exist_ok=True)
     assert list(store.list_folders()) == ["a", "d/e/f/g", "org/b"]
 
 
-def test_the_fingerprint_changes_with_every_file_of_the_manifest_and_with_no_other(root: Path, plain: Path) -> None:
+def test_the_fingerprint_changes_with_every_file_of_the_manifest_and_with_no_other(
+    root: Path, plain: Path
+) -> None:
     shutil.copytree(plain, root / "x")
     place = SourceLocation(root / "x", "x")
     seen = {place.compute_fingerprint()}
@@ -139,7 +149,9 @@ def test_the_fingerprint_changes_with_every_file_of_the_manifest_and_with_no_oth
     assert place.compute_fingerprint() in seen
 
 
-async def test_what_is_named_like_a_file_of_the_manifest_and_is_none_is_refused(store: Store, root: Path, plain: Path) -> None:
+async def test_what_is_named_like_a_file_of_the_manifest_and_is_none_is_refused(
+    store: Store, root: Path, plain: Path
+) -> None:
     for name, make in (("pipe", os.mkfifo), ("folder", os.mkdir)):
         shutil.copytree(plain, root / name)
         make(root / name / "chat_template.jinja")
@@ -158,7 +170,11 @@ def zipped(members: dict[str, bytes]) -> bytes:
     return out.getvalue()
 
 
-def tarred(members: dict[str, bytes], mode: str = "w:gz", change: Callable[[tarfile.TarInfo], None] = lambda info: None) -> bytes:
+def tarred(
+    members: dict[str, bytes],
+    mode: str = "w:gz",
+    change: Callable[[tarfile.TarInfo], None] = lambda info: None,
+) -> bytes:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode=mode) as file:  # type: ignore[call-overload]
         for name, content in members.items():
@@ -173,12 +189,16 @@ def content(folder: Path, prefix: str = "") -> dict[str, bytes]:
     return {prefix + name: (folder / name).read_bytes() for name in (CONFIG, WEIGHTS)}
 
 
-@pytest.mark.parametrize("pack", [zipped, *(partial(tarred, mode=mode) for mode in ("w", "w:gz", "w:bz2", "w:xz"))])
+@pytest.mark.parametrize(
+    "pack", [zipped, *(partial(tarred, mode=mode) for mode in ("w", "w:gz", "w:bz2", "w:xz"))]
+)
 @pytest.mark.parametrize("prefix", ["", "checkpoint-20/", "./"])
 async def test_an_archive_gives_the_two_files_and_nothing_else(
     store: Store, plain: Path, pack: Callable[[dict[str, bytes]], bytes], prefix: str
 ) -> None:
-    staged = await store.stage_upload({"file": Part(pack(content(plain, prefix) | {"notes/README.md": b"hello"}))})
+    staged = await store.stage_upload(
+        {"file": Part(pack(content(plain, prefix) | {"notes/README.md": b"hello"}))}
+    )
     assert sorted(path.name for path in staged.iterdir()) == [CONFIG, WEIGHTS]
     assert (staged / WEIGHTS).read_bytes() == (plain / WEIGHTS).read_bytes()
 
@@ -195,7 +215,9 @@ async def test_an_archive_gives_every_file_of_the_manifest_that_lies_beside_the_
     assert all((staged / name).read_text() == name for name in TEXTS)
 
 
-async def test_parts_by_the_names_of_the_manifest_are_stored_and_count(store: Store, root: Path, plain: Path) -> None:
+async def test_parts_by_the_names_of_the_manifest_are_stored_and_count(
+    store: Store, root: Path, plain: Path
+) -> None:
     sent: dict[str, Any] = {name: Part(name.encode()) for name in TEXTS}
     staged = await store.stage_upload(parts(plain) | sent)
     assert sorted(path.name for path in staged.iterdir()) == sorted((CONFIG, WEIGHTS, *TEXTS))
@@ -204,7 +226,9 @@ async def test_parts_by_the_names_of_the_manifest_are_stored_and_count(store: St
     with pytest.raises(PayloadTooLarge):
         await store.stage_upload(parts(plain) | {"chat_template.jinja": Part(bytes(LIMIT))})
     with pytest.raises(PayloadTooLarge):
-        await store.stage_upload({"file": Part(tarred(content(plain) | {"chat_template.jinja": bytes(LIMIT)}))})
+        await store.stage_upload(
+            {"file": Part(tarred(content(plain) | {"chat_template.jinja": bytes(LIMIT)}))}
+        )
     assert list((root / ".uploads").iterdir()) == []
 
 
@@ -250,14 +274,18 @@ EVIL: dict[str, Callable[[dict[str, bytes]], bytes]] = {
 
 
 @pytest.mark.parametrize("evil", EVIL)
-async def test_evil_and_broken_archives_are_refused_and_leave_nothing(store: Store, root: Path, plain: Path, evil: str) -> None:
+async def test_evil_and_broken_archives_are_refused_and_leave_nothing(
+    store: Store, root: Path, plain: Path, evil: str
+) -> None:
     with pytest.raises(AdapterInvalid):
         await store.stage_upload({"file": Part(EVIL[evil](content(plain)))})
     assert list((root / ".uploads").iterdir()) == []
     assert not list(root.parent.rglob("escape*"))
 
 
-async def test_what_unpacks_to_more_than_the_limit_is_too_large(store: Store, root: Path, plain: Path) -> None:
+async def test_what_unpacks_to_more_than_the_limit_is_too_large(
+    store: Store, root: Path, plain: Path
+) -> None:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr(CONFIG, b"{}")
@@ -276,14 +304,18 @@ def many(good: dict[str, bytes]) -> bytes:
 
 
 def headed(good: dict[str, bytes], kind: bytes) -> bytes:
-    """A tar whose first member's name, or whose extended header, has 50 MB: zeros, which weigh nothing when compressed."""
+    """A tar whose first member's name, or whose extended header, has 50 MB: zeros, which weigh
+    nothing when compressed.
+    """
     head = tarfile.TarInfo("x")
     head.type, head.size = kind, 50_000_000
     return gzip.compress(head.tobuf(tarfile.GNU_FORMAT) + bytes(50_000_256)) + tarred(good)
 
 
 def sparse(good: dict[str, bytes]) -> bytes:
-    """A tar whose first member has a map of holes that goes on and on, in blocks that each say that another one follows."""
+    """A tar whose first member has a map of holes that goes on and on, in blocks that each say that
+    another one follows.
+    """
     head = bytearray(tarfile.TarInfo("x").tobuf(tarfile.GNU_FORMAT))
     head[156:157], head[386:398], head[482] = tarfile.GNUTYPE_SPARSE, b"00000000000\0", 1
     head[148:156] = b" " * 8
@@ -311,14 +343,20 @@ async def test_an_archive_that_describes_itself_without_end_is_not_taken_into_me
         tracemalloc.stop()
 
 
-async def test_a_zip_that_lies_about_a_size_gives_no_more_than_it_has_told(store: Store, root: Path, plain: Path, monkeypatch: Any) -> None:
+async def test_a_zip_that_lies_about_a_size_gives_no_more_than_it_has_told(
+    store: Store, root: Path, plain: Path, monkeypatch: Any
+) -> None:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as file:
         file.writestr(CONFIG, b"{}")
         file.writestr(WEIGHTS, bytes(10 * LIMIT))
     real, lie = (10 * LIMIT).to_bytes(4, "little"), (10).to_bytes(4, "little")
     sizes: list[int] = []
-    monkeypatch.setattr(store_module, "delete_folder", lambda folder: sizes.extend(path.stat().st_size for path in folder.iterdir()))
+    monkeypatch.setattr(
+        store_module,
+        "delete_folder",
+        lambda folder: sizes.extend(path.stat().st_size for path in folder.iterdir()),
+    )
     with pytest.raises(AdapterInvalid):
         await store.stage_upload({"file": Part(out.getvalue().replace(real, lie))})
     assert max(sizes) < LIMIT
@@ -361,7 +399,9 @@ async def test_an_upload_that_is_cut_off_leaves_nothing(store: Store, root: Path
     assert list((root / ".uploads").iterdir()) == []
 
 
-async def test_what_was_kept_under_a_digest_is_replaced_only_when_it_is_not_that(store: Store, root: Path, plain: Path) -> None:
+async def test_what_was_kept_under_a_digest_is_replaced_only_when_it_is_not_that(
+    store: Store, root: Path, plain: Path
+) -> None:
     name = compute_digest(read_manifest(plain))
     for damage in (False, True):
         place = store.keep_upload(await store.stage_upload(parts(plain)), name)
@@ -382,7 +422,9 @@ async def test_only_uploads_are_purged_and_leftovers_are_swept(store: Store, roo
     assert not staged.exists()
 
 
-async def test_purging_a_link_deletes_the_link_alone(store: Store, root: Path, plain: Path, tmp_path: Path) -> None:
+async def test_purging_a_link_deletes_the_link_alone(
+    store: Store, root: Path, plain: Path, tmp_path: Path
+) -> None:
     shutil.copytree(plain, tmp_path / "outside")
     (root / ".uploads").mkdir()
     (root / ".uploads" / "abc").symlink_to(tmp_path / "outside")

@@ -1,4 +1,6 @@
-"""Embeddings that were saved along count as the base's own however they were cast, and wherever the base keeps them."""
+"""Embeddings that were saved along count as the base's own however they were cast, and wherever the
+base keeps them.
+"""
 
 from __future__ import annotations
 
@@ -41,14 +43,20 @@ def recast(base: Path, dtype: torch.dtype, scale: float = 1.0) -> dict[str, torc
     file = base / "model.safetensors"
     weights = load_file(file)
     whole = {name: weights[name] * scale for name in (EMBEDDING, HEAD) if name in weights}
-    save_file({name: (whole.get(name, weight)).to(dtype) for name, weight in weights.items()}, file, {"format": "pt"})
+    save_file(
+        {name: (whole.get(name, weight)).to(dtype) for name, weight in weights.items()},
+        file,
+        {"format": "pt"},
+    )
     return whole
 
 
 def with_embeddings(folder: Path, base: Path, tensors: dict[str, torch.Tensor]) -> Path:
     """An adapter with these embeddings saved along."""
     plain = making.noise(folder, base, 4, save={"save_embedding_layers": False})
-    return making.edit(plain, plain, weights=lambda own: own | {f"base_model.model.{k}": v for k, v in tensors.items()})
+    return making.edit(
+        plain, plain, weights=lambda own: own | {f"base_model.model.{k}": v for k, v in tensors.items()}
+    )
 
 
 # ---- where the base keeps them
@@ -73,26 +81,46 @@ def test_they_are_found_in_one_bin_file_beside_what_is_not_loaded(tmp_path: Path
     weights = load_file(base / "model.safetensors")
     torch.save(weights, base / "pytorch_model.bin")
     (base / "model.safetensors").rename(base / "consolidated.safetensors")
-    save_file({name: weight + 1 for name, weight in weights.items()}, base / "consolidated.safetensors", {"format": "pt"})
+    save_file(
+        {name: weight + 1 for name, weight in weights.items()},
+        base / "consolidated.safetensors",
+        {"format": "pt"},
+    )
     assert copies(validate_adapter(Skeleton(base), adapter, 64)) == 2
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_they_are_found_under_the_names_that_a_multimodal_base_has_in_its_files(tmp_path: Path) -> None:
-    text = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    text = {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     text |= {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "pad_token_id": 0}
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"image_size": 28, "patch_size": 14}
-    tokens = {"image_token_index": 250, "boi_token_index": 246, "eoi_token_index": 247, "mm_tokens_per_image": 4}
+    tokens = {
+        "image_token_index": 250,
+        "boi_token_index": 246,
+        "eoi_token_index": 247,
+        "mm_tokens_per_image": 4,
+    }
     config = Gemma3Config(text_config=text, vision_config=vision, **tokens)
     base = tmp_path / "base"
     with making.quiet():
         torch.manual_seed(4)
         AutoModelForCausalLM.from_config(config).float().save_pretrained(base)
-    assert any(key.startswith("language_model.") for key in load_file(base / "model.safetensors")), "names of today: a weak fixture"
+    assert any(key.startswith("language_model.") for key in load_file(base / "model.safetensors")), (
+        "names of today: a weak fixture"
+    )
     adapter = making.noise(tmp_path / "a", base, 4, r".*language_model.*\.(q_proj|v_proj)", save=SAVED)
     names = {name for name in making.tensors(adapter) if "lora" not in name}
-    assert names == {"base_model.model.model.language_model.embed_tokens.weight", "base_model.model.lm_head.weight"}
+    assert names == {
+        "base_model.model.model.language_model.embed_tokens.weight",
+        "base_model.model.lm_head.weight",
+    }
     assert copies(validate_adapter(Skeleton(base), adapter, 64)) == 2
 
 
@@ -126,10 +154,14 @@ def test_no_cast_on_the_way_makes_them_trained(
         sources["what it was made from"] = whole
     for source, weights in sources.items():
         cast = {name: weight.to(trained).to(saved) for name, weight in weights.items()}
-        assert copies(validate_adapter(skeleton, with_embeddings(tmp_path / source, untied, cast), 64)) == 2, source
+        assert (
+            copies(validate_adapter(skeleton, with_embeddings(tmp_path / source, untied, cast), 64)) == 2
+        ), source
 
 
-def test_what_was_trained_is_refused_with_how_much(untied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_trained_is_refused_with_how_much(
+    untied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(base_weights, "SLICE", 1000)
     adapter = saved_along(tmp_path / "a", untied)
     total = making.tensors(adapter)[f"base_model.model.{EMBEDDING}"].numel()
@@ -139,7 +171,9 @@ def test_what_was_trained_is_refused_with_how_much(untied: Path, tmp_path: Path,
         tensors[f"base_model.model.{EMBEDDING}"][-1, -1] -= 0.25
 
     trained = making.edit(adapter, tmp_path / "b", weights=train)
-    with pytest.raises(AdapterUnsupported, match=rf"embed_tokens\.weight differs .* in 2 of {total} values, by 0\.5 at most"):
+    with pytest.raises(
+        AdapterUnsupported, match=rf"embed_tokens\.weight differs .* in 2 of {total} values, by 0\.5 at most"
+    ):
         validate_adapter(Skeleton(untied), trained, 64)
 
 
@@ -147,16 +181,23 @@ def test_what_was_trained_is_refused_with_how_much(untied: Path, tmp_path: Path,
 def test_of_one_dtype_the_smallest_step_is_a_difference(dtype: torch.dtype) -> None:
     held = torch.tensor([1.0, 0.001, 300.0]).to(dtype)
     assert unchanged(held, held).all()
-    for ours in (held.float() + 2 * half_step(held.float(), dtype), held.float() - 2 * half_step(held.float(), dtype)):
+    for ours in (
+        held.float() + 2 * half_step(held.float(), dtype),
+        held.float() - 2 * half_step(held.float(), dtype),
+    ):
         assert not unchanged(ours.to(dtype), held).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_a_step_is_what_a_cast_may_change(dtype: torch.dtype) -> None:
-    """At each value that the dtype has, subnormal ones too: a little less than half a step is lost in a cast, a little more is not."""
+    """At each value that the dtype has, subnormal ones too: a little less than half a step is lost
+    in a cast, a little more is not.
+    """
     bits = torch.arange(1 << 15, dtype=torch.int32).to(torch.int16)
     values = bits.view(dtype)
-    values = values[values.isfinite() & (values.float() < torch.finfo(dtype).max) & (values.float() > 1e-30)].float()
+    values = values[
+        values.isfinite() & (values.float() < torch.finfo(dtype).max) & (values.float() > 1e-30)
+    ].float()
     step = half_step(values, dtype)
     assert torch.equal((values + step * 0.99).to(dtype).float(), values)
     assert not ((values + step * 1.01).to(dtype).float() == values).any()

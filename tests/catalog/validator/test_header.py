@@ -70,15 +70,29 @@ def without(key: str) -> Any:
         ({"peft_type": "IA3", "lora_alpha": float("inf")}, "`lora_alpha` holds"),
         (without("peft_type"), "`peft_type` is missing"),
         (lambda _: {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}, "a model's config.json"),
-        (lambda _: {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {"rank": 4, "scale": 2}}, "MLX"),
+        (
+            lambda _: {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {"rank": 4, "scale": 2}},
+            "MLX",
+        ),
     ],
 )
-def test_a_config_that_is_wrong_is_refused_naming_the_key(plain: Path, tmp_path: Path, config: Any, word: str) -> None:
+def test_a_config_that_is_wrong_is_refused_naming_the_key(
+    plain: Path, tmp_path: Path, config: Any, word: str
+) -> None:
     assert word in refused(making.edit(plain, tmp_path / "a", config))
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "5", "[" * 100_000, '{"r": ' + "9" * 5000 + "}", "\ud800".encode("utf-8", "surrogatepass")]
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "5",
+        "[" * 100_000,
+        '{"r": ' + "9" * 5000 + "}",
+        "\ud800".encode("utf-8", "surrogatepass"),
+    ],
 )
 def test_a_config_that_is_no_json_object_is_refused(plain: Path, tmp_path: Path, text: str | bytes) -> None:
     folder = making.edit(plain, tmp_path / "a")
@@ -124,7 +138,11 @@ def packed(header: Any, data: bytes = b"") -> bytes:
 
 
 def entry(shape: list[Any], start: Any = 0, end: Any = None, dtype: str = "F32") -> dict[str, Any]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end if end is not None else 4 * shape[0] + start]}
+    return {
+        "dtype": dtype,
+        "shape": shape,
+        "data_offsets": [start, end if end is not None else 4 * shape[0] + start],
+    }
 
 
 @pytest.mark.parametrize(
@@ -153,7 +171,9 @@ def entry(shape: list[Any], start: Any = 0, end: Any = None, dtype: str = "F32")
         (packed({"a": entry([4]), "b": entry([4], 24)}, bytes(40)), "overlap or leave a gap"),
     ],
 )
-def test_weights_that_are_not_whole_are_refused_with_a_hint(plain: Path, tmp_path: Path, content: bytes, word: str) -> None:
+def test_weights_that_are_not_whole_are_refused_with_a_hint(
+    plain: Path, tmp_path: Path, content: bytes, word: str
+) -> None:
     folder = making.edit(plain, tmp_path / "a")
     (folder / WEIGHTS).write_bytes(content)
     assert word in refused(folder)
@@ -189,7 +209,9 @@ def test_a_folder_without_files_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_glance_compiles_no_pattern(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of these takes milliseconds, a config of 1 MB many minutes; and whoever glances cannot be killed."""
+    """Each of these takes milliseconds, a config of 1 MB many minutes; and whoever glances cannot
+    be killed.
+    """
     folder = making.edit(plain, tmp_path / "a", {"target_modules": "(?i)" + "[\u0100-\uffff]" * 100})
     monkeypatch.setattr(re, "compile", pytest.fail)
     inspection.quick_check(folder, 64)

@@ -1,4 +1,6 @@
-"""The reader's process: it answers, survives bad files, and is replaced when it is gone or does not answer."""
+"""The reader's process: it answers, survives bad files, and is replaced when it is gone or does not
+answer.
+"""
 
 from __future__ import annotations
 
@@ -20,20 +22,26 @@ from ... import making
 
 
 @pytest.mark.anyio
-async def test_one_process_reads_refuses_and_is_replaced(base: Path, plain: Path, other: Path, tmp_path: Path) -> None:
+async def test_one_process_reads_refuses_and_is_replaced(
+    base: Path, plain: Path, other: Path, tmp_path: Path
+) -> None:
     """One test, for each process takes seconds to import torch."""
     reader = Validator(max_rank=64)
     await reader.warm_up()
     pid = reader.pid
     try:
-        await reader.start_on(base, (LayerLimit("model.layers.*.self_attn.k_proj", "Odd", "gives a tuple", by_peft=False),))
+        await reader.start_on(
+            base, (LayerLimit("model.layers.*.self_attn.k_proj", "Odd", "gives a tuple", by_peft=False),)
+        )
         assert (reader.pid, reader.tree and reader.tree.text) == (pid, "LlamaForCausalLM")
         first, second = await asyncio.gather(reader.validate_adapter(plain), reader.validate_adapter(other))
         assert (first.adapter.rank, second.adapter.rank) == (4, 8)
         assert (await reader.validate_adapter(plain)).adapter.patches is first.adapter.patches
         assert (await reader.measure_norms(first)).keys() == {one.module for one in first.layers}
 
-        cut = making.edit(plain, tmp_path / "cut", weights=lambda t: {k: v for k, v in t.items() if "lora_B" not in k})
+        cut = making.edit(
+            plain, tmp_path / "cut", weights=lambda t: {k: v for k, v in t.items() if "lora_B" not in k}
+        )
         with pytest.raises(AdapterInvalid, match="4 of 8") as caught:
             await reader.validate_adapter(cut)
         assert caught.value.details is not None
@@ -44,20 +52,26 @@ async def test_one_process_reads_refuses_and_is_replaced(base: Path, plain: Path
         leaving = asyncio.create_task(reader.validate_adapter(plain))
         await asyncio.sleep(0)
         leaving.cancel()
-        assert (await reader.validate_adapter(other)).adapter == second.adapter, "the answer is that of the one who left"
+        assert (await reader.validate_adapter(other)).adapter == second.adapter, (
+            "the answer is that of the one who left"
+        )
 
         os.kill(pid or 0, signal.SIGKILL)
         with pytest.raises(AdapterInvalid, match="ended the reader's process"):
             await reader.validate_adapter(plain)
         assert (await reader.validate_adapter(plain)).adapter == first.adapter
         assert reader.pid not in (None, pid)
-        with pytest.raises(AdapterUnsupported, match=r"LoRA on Odd is not served: model\.layers\.\*\.self_attn\.k_proj gives"):
+        with pytest.raises(
+            AdapterUnsupported, match=r"LoRA on Odd is not served: model\.layers\.\*\.self_attn\.k_proj gives"
+        ):
             await reader.validate_adapter(making.noise(tmp_path / "odd", base, 3, ("k_proj", "q_proj")))
 
         reader.read_s = 0.5
         with pytest.raises(AdapterInvalid, match="longer than"):
             await reader.validate_adapter(
-                stalling := making.edit(plain, tmp_path / "stalling", {"target_modules": "(" + "(.*)*" * 12 + ")x$"})
+                stalling := making.edit(
+                    plain, tmp_path / "stalling", {"target_modules": "(" + "(.*)*" * 12 + ")x$"}
+                )
             )
         reader.read_s = 3600.0
         await reader.validate_adapter(plain)
@@ -73,7 +87,9 @@ async def test_one_process_reads_refuses_and_is_replaced(base: Path, plain: Path
 
 
 @pytest.mark.anyio
-async def test_where_no_child_can_be_started_the_next_try_starts_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_where_no_child_can_be_started_the_next_try_starts_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def scarce(self: SpawnProcess) -> None:
         raise OSError(24, "Too many open files")
 

@@ -1,4 +1,6 @@
-"""An adapter whose tokenizer, template or generation files cannot be used is refused when it is registered, with the reason."""
+"""An adapter whose tokenizer, template or generation files cannot be used is refused when it is
+registered, with the reason.
+"""
 
 from __future__ import annotations
 
@@ -43,9 +45,13 @@ def folder(plain: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", [*TEXT_FILES, "vocab.json", "vocab.txt"])
-def test_a_git_lfs_pointer_is_refused_with_the_hint_that_weights_get(skeleton: Skeleton, folder: Path, name: str) -> None:
+def test_a_git_lfs_pointer_is_refused_with_the_hint_that_weights_get(
+    skeleton: Skeleton, folder: Path, name: str
+) -> None:
     (folder / name).write_bytes(POINTER)
-    assert f"{name} is a git-lfs pointer, not the file itself: fetch it with `git lfs pull`" in problems(skeleton, folder)
+    assert f"{name} is a git-lfs pointer, not the file itself: fetch it with `git lfs pull`" in problems(
+        skeleton, folder
+    )
 
 
 def test_the_config_as_a_pointer_gets_the_hint_too(skeleton: Skeleton, folder: Path) -> None:
@@ -83,7 +89,9 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
 
 
 @pytest.mark.parametrize(("name", "content", "reason"), BROKEN.values(), ids=BROKEN)
-def test_what_cannot_be_used_is_refused_by_name(skeleton: Skeleton, folder: Path, name: str, content: bytes, reason: str) -> None:
+def test_what_cannot_be_used_is_refused_by_name(
+    skeleton: Skeleton, folder: Path, name: str, content: bytes, reason: str
+) -> None:
     (folder / name).write_bytes(content)
     told = problems(skeleton, folder)
     assert told.startswith(name)
@@ -96,7 +104,9 @@ def test_every_broken_file_is_told(skeleton: Skeleton, folder: Path) -> None:
     assert len(problems(skeleton, folder).splitlines()) == 2
 
 
-def test_a_file_over_the_limit_is_not_read(skeleton: Skeleton, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_over_the_limit_is_not_read(
+    skeleton: Skeleton, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(text_files, "LIMIT", 10)
     (folder / "merges.txt").write_bytes(bytes(11))
     assert problems(skeleton, folder) == "merges.txt is 11 bytes; the limit is 10"
@@ -111,7 +121,10 @@ FINE: dict[str, tuple[str, bytes]] = {
         "chat_template.jinja",
         b"{% for m in messages %}{% generation %}{{ m | tojson }}{% endgeneration %}{% break %}{% continue %}{% endfor %}",
     ),
-    "what only running would tell": ("chat_template.jinja", b"{{ raise_exception('no') }}{{ 'x' * 10 ** 15 }}{{ 1 | strange }}"),
+    "what only running would tell": (
+        "chat_template.jinja",
+        b"{{ raise_exception('no') }}{{ 'x' * 10 ** 15 }}{{ 1 | strange }}",
+    ),
     "one eos": ("generation_config.json", b'{"eos_token_id": 2}'),
     "several": ("generation_config.json", b'{"eos_token_id": [2, 7]}'),
     "none": ("generation_config.json", b'{"eos_token_id": null, "temperature": 0.5}'),
@@ -121,12 +134,16 @@ FINE: dict[str, tuple[str, bytes]] = {
 
 
 @pytest.mark.parametrize(("name", "content"), FINE.values(), ids=FINE)
-def test_what_can_be_used_is_taken_and_nothing_of_it_is_run(skeleton: Skeleton, folder: Path, name: str, content: bytes) -> None:
+def test_what_can_be_used_is_taken_and_nothing_of_it_is_run(
+    skeleton: Skeleton, folder: Path, name: str, content: bytes
+) -> None:
     (folder / name).write_bytes(content)
     assert validate_adapter(skeleton, folder, 64).adapter.files == read_manifest(folder)
 
 
-def test_a_tokenizer_that_many_bring_is_looked_at_once(skeleton: Skeleton, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tokenizer_that_many_bring_is_looked_at_once(
+    skeleton: Skeleton, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     looked: list[bytes] = []
     look = text_files._check_tokenizer
 
@@ -147,7 +164,9 @@ def test_what_is_known_is_not_looked_at_again(skeleton: Skeleton, folder: Path) 
     assert validate_adapter(skeleton, folder, 64, known).adapter.files == known
 
 
-def test_what_was_found_to_be_fine_is_forgotten_in_the_end(skeleton: Skeleton, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_found_to_be_fine_is_forgotten_in_the_end(
+    skeleton: Skeleton, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(text_files.FINE, "capacity", 2)
     for i in range(5):
         (folder / "merges.txt").write_text(f"a {i}")

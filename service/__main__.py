@@ -1,4 +1,7 @@
-"""The command line: serve, inspect, forecast, bench. An error is one line on stderr; knows no HTTP and no tensor."""
+"""The command line: serve, inspect, forecast, bench.
+
+An error is one line on stderr; knows no HTTP and no tensor.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from .errors import AdapterdError, SettingsError
-from .settings import Settings, read
-from .traces import tracer
+from .settings import Settings, read_settings
+from .telemetry.traces import make_tracer
 
 REPOSITORY = Path(__file__).parent.parent
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; the exit code."""
-    chosen = _parser().parse_args(arguments)
+    chosen = _make_parser().parse_args(arguments)
     try:
         code: int = chosen.run(chosen)
         return code
@@ -32,44 +35,63 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def _make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="adapterd", description="One quantized base model, hundreds of LoRA adapters, mixed freely in every batch."
+        prog="adapterd",
+        description="One quantized base model, hundreds of LoRA adapters, mixed freely in every batch.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _serve_command(commands.add_parser("serve", help="answer HTTP requests", allow_abbrev=False))
     _inspect_command(commands.add_parser("inspect", help="say what an adapter's files hold, without a base"))
     _forecast_command(
-        commands.add_parser("forecast", help="say what an adapter of some shape would weigh on a base, from its config.json alone")
+        commands.add_parser(
+            "forecast",
+            help="say what an adapter of some shape would weigh on a base, from its config.json alone",
+        )
     )
     # the options behind it are the load generator's own: here nothing is one
     bench = commands.add_parser("bench", help="measure a running service", add_help=False, prefix_chars="\0")
     bench.add_argument("rest", nargs=argparse.REMAINDER)
-    bench.set_defaults(run=_bench)
+    bench.set_defaults(run=_run_bench)
     return parser
 
 
 def _serve_command(parser: argparse.ArgumentParser) -> None:
     for name in Settings.model_fields:
-        parser.add_argument(f"--{name.replace('_', '-')}", dest=f"set_{name}", metavar="VALUE", help=f"over ADAPTERD_{name.upper()}")
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            dest=f"set_{name}",
+            metavar="VALUE",
+            help=f"over ADAPTERD_{name.upper()}",
+        )
     parser.add_argument("--workers", default="1", help=argparse.SUPPRESS)
-    parser.set_defaults(run=_serve)
+    parser.set_defaults(run=_run_serve)
 
 
-def _serve(chosen: argparse.Namespace) -> int:
+def _run_serve(chosen: argparse.Namespace) -> int:
     if chosen.workers != "1":
-        raise SettingsError("--workers: more than one server process is not supported: one API process, one worker per device")
-    flags = {name.removeprefix("set_"): text for name, text in vars(chosen).items() if name.startswith("set_") and text is not None}
-    settings, traced = read(os.environ, flags), tracer(os.environ)
+        raise SettingsError(
+            "--workers: more than one server process is not supported: one API process, one worker per device"
+        )
+    flags = {
+        name.removeprefix("set_"): text
+        for name, text in vars(chosen).items()
+        if name.startswith("set_") and text is not None
+    }
+    settings, traced = read_settings(os.environ, flags), make_tracer(os.environ)
     _without_torch()
-    from .serve import serve
+    from .server import run_server
 
-    return serve(settings, traced)
+    return run_server(settings, traced)
 
 
 def _without_torch() -> None:
-    """This process computes nothing. Told that torch is not there, transformers keeps to tokenizers: 200 MB and two seconds less."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would warn that there is no torch
+    """This process computes nothing.
+
+    Told that torch is not there, transformers keeps to tokenizers: 200 MB and two seconds less.
+    """
+    # It would warn that there is no torch
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     modules: dict[str, Any] = sys.modules
     modules.setdefault("torch", None)
 
@@ -77,14 +99,15 @@ def _without_torch() -> None:
 def _inspect_command(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", type=Path, help="the adapter's folder")
     _format_flag(parser)
-    parser.set_defaults(run=_inspect)
+    parser.set_defaults(run=_run_inspect)
 
 
-def _inspect(chosen: argparse.Namespace) -> int:
-    from .adapters import cli, tables
+def _run_inspect(chosen: argparse.Namespace) -> int:
+    from . import cli
+    from .catalog import summary_text
 
     told = cli.inspect_folder(chosen.path)
-    _show(told, tables.summary(told), chosen.format)
+    _print_result(told, summary_text.format_summary(told), chosen.format)
     return 1 if told["problems"] else 0
 
 
@@ -94,20 +117,20 @@ def _forecast_command(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--target-modules", required=True, help="comma-separated names")
     parser.add_argument("--dtype", default="float32", help="of the adapter's file")
     _format_flag(parser)
-    parser.set_defaults(run=_forecast)
+    parser.set_defaults(run=_run_forecast)
 
 
-def _forecast(chosen: argparse.Namespace) -> int:
+def _run_forecast(chosen: argparse.Namespace) -> int:
     if not chosen.config.exists():
         raise SettingsError(f"--config: there is no {chosen.config}")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it greets at import
-    from .adapters import facts, tables
-    from .adapters.skeleton import Skeleton
+    from .catalog import facts, summary_text
+    from .catalog.validator.skeleton import Skeleton
 
     base = Skeleton(chosen.config)
     modules = [name.strip() for name in chosen.target_modules.split(",") if name.strip()]
-    told = facts.forecast(base.linears(), base.parameters, chosen.r, modules, chosen.dtype)
-    _show(told, tables.forecast(told), chosen.format)
+    told = facts.forecast_size(base.list_linears(), base.parameters, chosen.r, modules, chosen.dtype)
+    _print_result(told, summary_text.format_forecast(told), chosen.format)
     return 0
 
 
@@ -115,14 +138,18 @@ def _format_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("text", "json"), default="text")
 
 
-def _show(told: dict[str, Any], table: str, form: str) -> None:
+def _print_result(told: dict[str, Any], table: str, form: str) -> None:
     print(json.dumps(told, indent=2) if form == "json" else table.rstrip("\n"))
 
 
-def _bench(chosen: argparse.Namespace) -> int:
+def _run_bench(chosen: argparse.Namespace) -> int:
     if not (REPOSITORY / "deploy" / "bench").is_dir():
-        raise SettingsError("bench: the load generator is part of the repository, not of the installed package")
-    return subprocess.run([sys.executable, "-m", "deploy.bench.bench", *chosen.rest], cwd=REPOSITORY, check=False).returncode
+        raise SettingsError(
+            "bench: the load generator is part of the repository, not of the installed package"
+        )
+    return subprocess.run(
+        [sys.executable, "-m", "deploy.bench.bench", *chosen.rest], cwd=REPOSITORY, check=False
+    ).returncode
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The composition root: settings → rooms → FastAPI. Starts and stops the rooms; knows no route's meaning and no tensor."""
+"""The composition root: settings → rooms → FastAPI.
+
+Starts and stops the rooms; knows no route's meaning and no tensor.
+"""
 
 from __future__ import annotations
 
@@ -11,40 +14,52 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI
 from starlette.middleware import Middleware
 
-from . import __version__, metrics
-from .api import adapters, errors, generate, openai, ops
-from .api.auth import Keys, Origins
-from .api.limits import Access, Bodies, Gate
-from .api.quota import Quotas
-from .api.rooms import Rooms
-from .api.sse import Json
+from . import __version__
+from .api import errors
+from .api.generation.sse import JsonAnswer
+from .api.middleware.access_log import AccessLog
+from .api.middleware.authentication import Authentication
+from .api.middleware.body_limit import BodyLimit
+from .api.middleware.cors import CorsOrigins
+from .api.middleware.drain import DrainGate
+from .api.middleware.rate_limit import RateLimit
+from .api.routes import adapters, generate, models, ops
+from .api.services import Services
 from .settings import Settings
+from .telemetry import metrics
 from .threads import DISK, run_in
 
 if TYPE_CHECKING:
-    from .adapters.registry import Registry
-    from .engine.client import Client
-    from .engine.text import Text
-    from .traces import Trace
+    from .catalog.registry import Registry
+    from .telemetry.traces import Trace
+    from .text.tokenizers import Tokenizers
+    from .worker.client import WorkerClient
 
 log = logging.getLogger("adapterd")
 
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
-EXPOSED = ("x-request-id", "x-adapter-id", "x-adapter-digest", "x-prompt-tokens", "x-generated-tokens", "retry-after")
+EXPOSED = (
+    "x-request-id",
+    "x-adapter-id",
+    "x-adapter-digest",
+    "x-prompt-tokens",
+    "x-generated-tokens",
+    "retry-after",
+)
 
 
-def _text(folder: str) -> Text:
-    from .engine.text import Text
+def _load_tokenizers(folder: str) -> Tokenizers:
+    from .text.tokenizers import Tokenizers
 
-    return Text(folder)
+    return Tokenizers(folder)
 
 
 def create_app(
     settings: Settings,
-    client: Client | None = None,
+    client: WorkerClient | None = None,
     registry: Registry | None = None,
     *,
-    text: Callable[[str], Text] = _text,
+    text: Callable[[str], Tokenizers] = _load_tokenizers,
     on_failure: Callable[[str], None] = log.error,
     record: Callable[[Trace], None] | None = None,
 ) -> FastAPI:
@@ -52,49 +67,55 @@ def create_app(
 
     `on_failure` is told why the base can never be served, `record` of every finished request.
     """
-    rooms = _rooms(settings, client, registry)
+    rooms = _make_services(settings, client, registry)
     metrics.NAMES.most = settings.metrics_adapters
     app = Service(
         title="adapterd",
         version=__version__,
         description="One quantized base model, hundreds of LoRA adapters, mixed freely in every batch.",
-        lifespan=_lifespan(rooms, text, on_failure),
-        middleware=_layers(rooms, record),
+        lifespan=_make_lifespan(rooms, text, on_failure),
+        middleware=_make_middleware(rooms, record),
         redirect_slashes=False,
-        default_response_class=Json,
+        default_response_class=JsonAnswer,
         openapi_url=None,
         docs_url=None,
         redoc_url=None,
     )
     app.state.rooms = rooms
-    errors.install(app)
-    for part in (ops.probes, generate.router, openai.router, adapters.reading, adapters.changing, ops.router):
+    errors.install_handlers(app)
+    for part in (ops.probes, generate.router, models.router, adapters.reading, adapters.changing, ops.router):
         app.include_router(part)
     return app
 
 
-def _layers(rooms: Rooms, record: Callable[[Trace], None] | None) -> list[Middleware]:
-    """The outermost first. Other sites' pages are let in before keys are asked for, since a browser asks without one whether it may ask."""
+def _make_middleware(rooms: Services, record: Callable[[Trace], None] | None) -> list[Middleware]:
+    """The outermost first.
+
+    Other sites' pages are let in before keys are asked for, since a browser asks without one
+    whether it may ask.
+    """
     settings = rooms.settings
     cors = Middleware(
-        Origins,
+        CorsOrigins,
         allow_origins=settings.cors_origins,
         allow_methods=METHODS,
         allow_headers=["authorization", "content-type", "x-request-id"],
         expose_headers=EXPOSED,
     )
     return [
-        Middleware(Access, record=record),
+        Middleware(AccessLog, record=record),
         *([cors] if settings.cors_origins else []),
-        Middleware(Gate, rooms=rooms),
-        Middleware(Keys, settings=settings),
-        Middleware(Quotas, settings=settings),
-        Middleware(Bodies, body_mb=settings.max_body_mb, upload_mb=settings.max_upload_mb),
+        Middleware(DrainGate, rooms=rooms),
+        Middleware(Authentication, settings=settings),
+        Middleware(RateLimit, settings=settings),
+        Middleware(BodyLimit, body_mb=settings.max_body_mb, upload_mb=settings.max_upload_mb),
     ]
 
 
 class Service(FastAPI):
-    """FastAPI, but its description of itself says what is so: how a key is sent, and that OpenAI's dialect has no 422."""
+    """FastAPI, but its description of itself says what is so: how a key is sent, and that OpenAI's
+    dialect has no 422.
+    """
 
     def openapi(self) -> dict[str, Any]:
         told = super().openapi()
@@ -106,45 +127,56 @@ class Service(FastAPI):
         return told
 
 
-def _rooms(settings: Settings, client: Client | None, registry: Registry | None) -> Rooms:
+def _make_services(settings: Settings, client: WorkerClient | None, registry: Registry | None) -> Services:
     if client is None:
-        from .engine.client import Client
+        from .worker.client import WorkerClient
 
-        client = Client(settings)
+        client = WorkerClient(settings)
     if registry is None:
-        from .adapters.registry import Registry
+        from .catalog.registry import Registry
 
         registry = Registry(settings, device=client)
-        client.watch(registry.note)
-    return Rooms(settings, client, registry)
+        client.watch_loads(registry.note_load)
+    return Services(settings, client, registry)
 
 
-def _lifespan(rooms: Rooms, text: Callable[[str], Text], on_failure: Callable[[str], None]) -> Callable[[FastAPI], Any]:
+def _make_lifespan(
+    rooms: Services, text: Callable[[str], Tokenizers], on_failure: Callable[[str], None]
+) -> Callable[[FastAPI], Any]:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await rooms.client.start()
-        opening = asyncio.create_task(_open(rooms, text, on_failure))
+        await rooms.client.start_worker()
+        opening = asyncio.create_task(_open_services(rooms, text, on_failure))
         yield
         opening.cancel()
         with suppress(asyncio.CancelledError):
             await opening
         rooms.draining = True
         renderers = [rooms.reader.close()] if rooms.reader else []
-        for outcome in await asyncio.gather(rooms.registry.close(), rooms.client.stop(0), *renderers, return_exceptions=True):
+        for outcome in await asyncio.gather(
+            rooms.registry.close(), rooms.client.stop_worker(0), *renderers, return_exceptions=True
+        ):
             if isinstance(outcome, BaseException):
                 log.error("a room did not close", exc_info=outcome)
 
     return lifespan
 
 
-async def _open(rooms: Rooms, text: Callable[[str], Text], on_failure: Callable[[str], None]) -> None:
+async def _open_services(
+    rooms: Services, text: Callable[[str], Tokenizers], on_failure: Callable[[str], None]
+) -> None:
     """Waits for the base, then opens what needs it. Listening goes on meanwhile."""
     try:
-        await asyncio.gather(rooms.client.wait_ready(), rooms.registry.warm())
+        await asyncio.gather(rooms.client.wait_ready(), rooms.registry.start_validator())
         assert rooms.client.base is not None, "a ready client has the base's card"
-        rooms.reader, _ = await asyncio.gather(run_in(DISK, text, rooms.client.base.folder), rooms.registry.open())
+        rooms.reader, _ = await asyncio.gather(
+            run_in(DISK, text, rooms.client.base.folder), rooms.registry.open_catalog()
+        )
         rooms.opened = True
-        log.info("ready", extra={"fields": {"base": rooms.registry.base_id, "adapters": len(rooms.registry.cards())}})
+        log.info(
+            "ready",
+            extra={"fields": {"base": rooms.registry.base_id, "adapters": len(rooms.registry.list_cards())}},
+        )
     except Exception as error:
         rooms.failure = rooms.client.reason or str(error) or type(error).__name__
         log.debug("the base cannot be served", exc_info=True)

@@ -1,4 +1,7 @@
-"""What a process that another one started does first. Runs in such processes; must not know what else they do."""
+"""What a process that another one started does first.
+
+Runs in such processes; must not know what else they do.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,9 @@ OOM_SCORE = "500"  # of 1000, on top of what it uses
 
 
 def die_with_parent() -> None:
-    """On Linux the kernel kills this process when its parent dies, or the thread of it that started this one."""
+    """On Linux the kernel kills this process when its parent dies, or the thread of it that started
+    this one.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(SET_PDEATHSIG, signal.SIGKILL)
 

@@ -1,4 +1,6 @@
-"""Every error that can leave the service; each knows its code and its HTTP status. Knows nothing of HTTP frameworks.
+"""Every error that can leave the service; each knows its code and its HTTP status.
+
+Knows nothing of HTTP frameworks.
 
 AdapterdError
 ├── BadRequest               422 validation (400 invalid_request_error on /v1)
@@ -41,7 +43,12 @@ class AdapterdError(Exception):
     counted = False  # whether the engine has counted it among the failed requests
 
     def __init__(
-        self, message: str, *, details: dict[str, Any] | None = None, param: str | None = None, retry_after: int | None = None
+        self,
+        message: str,
+        *,
+        details: dict[str, Any] | None = None,
+        param: str | None = None,
+        retry_after: int | None = None,
     ) -> None:
         super().__init__(message)
         self.message = message

@@ -1,4 +1,7 @@
-"""What a key is: its hash, and what it may use and take. Reads lists and files of keys; never keeps, shows or names one in the clear."""
+"""What a key is: its hash, and what it may use and take.
+
+Reads lists and files of keys; never keeps, shows or names one in the clear.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,9 @@ OPTIONS = "name=, adapters=, rate= and concurrency="
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """`adapters` are patterns of the ids it may use (None: all); `rate` is requests a second, `concurrency` requests at once.
+    """`adapters` are patterns of the ids it may use (None: all);
+
+    `rate` is requests a second, `concurrency` requests at once.
 
     None of the two last is the default of all keys. `name` is what the log calls it.
     """
@@ -31,26 +36,29 @@ class Key:
         return self.adapters is None or any(fnmatchcase(id, pattern) for pattern in self.adapters)
 
 
-def hashed(secret: str) -> str:
+def hash_secret(secret: str) -> str:
     return "sha256:" + sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def known(secret: str, keys: tuple[Key, ...]) -> Key | None:
+def find_key(secret: str, keys: tuple[Key, ...]) -> Key | None:
     """The key that this secret is; looks at all of them, in constant time each."""
-    asked = hashed(secret)
+    asked = hash_secret(secret)
     found = [key for key in keys if hmac.compare_digest(key.digest, asked)]
     return found[0] if found else None
 
 
-def listed(value: str) -> tuple[Key, ...]:
+def parse_keys(value: str) -> tuple[Key, ...]:
     """Comma-separated keys, or `@file`. Raises ValueError, whose words hold no key."""
     if value.startswith("@"):
-        return _file(Path(value[1:]))
-    return tuple(Key(_digest(part.strip())) for part in value.split(",") if part.strip())
+        return _read_key_file(Path(value[1:]))
+    return tuple(Key(_parse_hash(part.strip())) for part in value.split(",") if part.strip())
 
 
-def _file(path: Path) -> tuple[Key, ...]:
-    """One key a line, in the clear or as its hash; options may follow it. A line that begins with # is a remark."""
+def _read_key_file(path: Path) -> tuple[Key, ...]:
+    """One key a line, in the clear or as its hash; options may follow it.
+
+    A line that begins with # is a remark.
+    """
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
@@ -62,7 +70,7 @@ def _file(path: Path) -> tuple[Key, ...]:
         words = line.split()
         if words and not words[0].startswith("#"):
             try:
-                found.append(_key(words))
+                found.append(_parse_key(words))
             except ValueError as error:
                 raise ValueError(f"line {number} of the key file: {error}") from None
     if not found:
@@ -70,25 +78,30 @@ def _file(path: Path) -> tuple[Key, ...]:
     return tuple(found)
 
 
-def _digest(secret: str) -> str:
+def _parse_hash(secret: str) -> str:
     if not secret.startswith("sha256:"):
-        return hashed(secret)
+        return hash_secret(secret)
     if not HASH.match(secret.lower()):
         raise ValueError("a hash is sha256: and 64 hexadecimal digits")
     return secret.lower()
 
 
-def _key(words: list[str]) -> Key:
+def _parse_key(words: list[str]) -> Key:
     options: dict[str, Any] = {}
     for word in words[1:]:
         name, given, text = word.partition("=")
-        if not given or not text or name in options or name not in ("name", "adapters", "rate", "concurrency"):
+        if (
+            not given
+            or not text
+            or name in options
+            or name not in ("name", "adapters", "rate", "concurrency")
+        ):
             raise ValueError(f"after the key, only {OPTIONS} may follow, each once")
-        options[name] = _option(name, text)
-    return Key(_digest(words[0]), **options)
+        options[name] = _parse_option(name, text)
+    return Key(_parse_hash(words[0]), **options)
 
 
-def _option(name: str, text: str) -> Any:
+def _parse_option(name: str, text: str) -> Any:
     if name == "adapters":
         return tuple(part for part in text.split(",") if part)
     if name == "name":

@@ -1,4 +1,6 @@
-"""Every knob, frozen, from ADAPTERD_* environment variables and flags of the same names. Nothing else reads the environment.
+"""Every knob, frozen, from ADAPTERD_* environment variables and flags of the same names.
+
+Nothing else reads the environment.
 
 A wrong or misspelt variable stops the start with one line that names it.
 """
@@ -13,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from .errors import SettingsError
-from .keys import Key, listed
+from .keys import Key, parse_keys
 
 PREFIX = "ADAPTERD_"
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
@@ -26,7 +28,9 @@ Positive = Annotated[int, Field(ge=1)]
 
 
 class Faults(BaseModel):
-    """Faults injected by tests: at a request's Nth token the step raises, the worker dies, or it hangs; adapter loads take longer."""
+    """Faults injected by tests: at a request's Nth token the step raises, the worker dies, or it
+    hangs; adapter loads take longer.
+    """
 
     model_config = ConfigDict(frozen=True)
     step: int | None = None
@@ -36,7 +40,10 @@ class Faults(BaseModel):
 
 
 class Settings(BaseModel):
-    """See the table in docs/operating.md; `_mb` are 10^6 bytes, `_s` seconds. None is `decided by the base or device`."""
+    """See the table in docs/operating.md;
+
+    `_mb` are 10^6 bytes, `_s` seconds. None is `decided by the base or device`.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -74,7 +81,7 @@ class Settings(BaseModel):
 
     @field_validator("adapters_dir", mode="before")
     @classmethod
-    def _folder(cls, value: Any) -> Any:
+    def _check_folder(cls, value: Any) -> Any:
         """Empty would be wherever the service was started."""
         if value == "":
             raise ValueError("names no folder")
@@ -82,29 +89,31 @@ class Settings(BaseModel):
 
     @field_validator("hub", "cors_origins", mode="before")
     @classmethod
-    def _list(cls, value: Any) -> Any:
-        return () if value in ("off", "") else _listed(value)
+    def _parse_list(cls, value: Any) -> Any:
+        return () if value in ("off", "") else _split_list(value)
 
     @field_validator("api_keys", "admin_keys", mode="before")
     @classmethod
-    def _keys(cls, value: Any) -> Any:
-        """Comma-separated keys or `@file` with one a line; kept as hashes, so that no key can be logged."""
-        return listed(value) if isinstance(value, str) else value
+    def _parse_keys(cls, value: Any) -> Any:
+        """Comma-separated keys or `@file` with one a line; kept as hashes, so that no key can be
+        logged.
+        """
+        return parse_keys(value) if isinstance(value, str) else value
 
     @field_validator("admin_keys")
     @classmethod
-    def _admins(cls, keys: tuple[Key, ...]) -> tuple[Key, ...]:
+    def _mark_admins(cls, keys: tuple[Key, ...]) -> tuple[Key, ...]:
         if any(key.adapters is not None for key in keys):
             raise ValueError("an admin key manages every adapter; adapters= is for API keys")
         return keys
 
     @field_validator("faults", mode="before")
     @classmethod
-    def _faults(cls, value: Any) -> Any:
+    def _parse_faults(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
         found: dict[str, float | int] = {}
-        for word in _listed(value):
+        for word in _split_list(value):
             match = FAULT.match(word)
             if match is None:
                 raise ValueError(f"{word!r} is not step:N, kill:N, stuck:N, stuck or slow_load:S")
@@ -113,7 +122,7 @@ class Settings(BaseModel):
         return found
 
     @model_validator(mode="after")
-    def _whole(self) -> Settings:
+    def _check_together(self) -> Settings:
         if self.max_rank > self.pool_rank:
             raise ValueError(f"max_rank {self.max_rank} is over pool_rank {self.pool_rank}")
         return self
@@ -129,30 +138,39 @@ class Settings(BaseModel):
             return self.adapters_dir
         return DEMO_ADAPTERS if self.base == "demo" else Path("adapters")
 
-    def public(self) -> dict[str, Any]:
+    def public_values(self) -> dict[str, Any]:
         """What `/info` shows: no secret, no path of the host."""
         shown = self.model_dump(mode="json", exclude={"api_keys", "admin_keys", "adapters_dir", "base"})
         return shown | {"keys": self.keyed}
 
 
-def _listed(value: Any) -> Any:
-    return tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+def _split_list(value: Any) -> Any:
+    return (
+        tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+    )
 
 
-def read(environment: Mapping[str, str], flags: Mapping[str, str] | None = None) -> Settings:
-    """The settings of this environment, with flags over variables. Raises SettingsError, one line naming the variable."""
-    values = {key.removeprefix(PREFIX).lower(): text for key, text in environment.items() if key.startswith(PREFIX)} | dict(flags or {})
+def read_settings(environment: Mapping[str, str], flags: Mapping[str, str] | None = None) -> Settings:
+    """The settings of this environment, with flags over variables.
+
+    Raises SettingsError, one line naming the variable.
+    """
+    values = {
+        key.removeprefix(PREFIX).lower(): text for key, text in environment.items() if key.startswith(PREFIX)
+    } | dict(flags or {})
     if environment.get("WEB_CONCURRENCY", "1") not in ("", "1"):
-        raise SettingsError("WEB_CONCURRENCY: more than one server process is not supported: one API process, one worker per device")
+        raise SettingsError(
+            "WEB_CONCURRENCY: more than one server process is not supported: one API process, one worker per device"
+        )
     try:
         settings = Settings.model_validate(values)
     except ValidationError as error:
-        raise SettingsError(_line(error)) from None
+        raise SettingsError(_first_line(error)) from None
     _check_places(settings)
     return settings
 
 
-def _line(error: ValidationError) -> str:
+def _first_line(error: ValidationError) -> str:
     first = error.errors()[0]
     if not first["loc"]:
         return f"{PREFIX}MAX_RANK: {first['msg'].removeprefix('Value error, ')}"
@@ -160,14 +178,24 @@ def _line(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return f"{name}: no such setting"
     secret = name.endswith("_KEYS")
-    return f"{name}: {first['msg'].removeprefix('Value error, ')}" + ("" if secret else f" (got {str(first['input'])[:80]!r})")
+    return f"{name}: {first['msg'].removeprefix('Value error, ')}" + (
+        "" if secret else f" (got {str(first['input'])[:80]!r})"
+    )
 
 
 def _check_places(settings: Settings) -> None:
     base = Path(settings.base)
-    if settings.base != "demo" and not base.exists() and (settings.base.endswith(".gguf") or not HUB_ID.match(settings.base)):
-        raise SettingsError(f"{PREFIX}BASE: {settings.base!r} is no folder, no .gguf file, no hub id and not 'demo'")
+    if (
+        settings.base != "demo"
+        and not base.exists()
+        and (settings.base.endswith(".gguf") or not HUB_ID.match(settings.base))
+    ):
+        raise SettingsError(
+            f"{PREFIX}BASE: {settings.base!r} is no folder, no .gguf file, no hub id and not 'demo'"
+        )
     if settings.adapters.exists() and not settings.adapters.is_dir():
         raise SettingsError(f"{PREFIX}ADAPTERS_DIR: {str(settings.adapters)!r} is no folder")
     if not settings.keyed and settings.host not in ("127.0.0.1", "localhost", "::1"):
-        raise SettingsError(f"{PREFIX}HOST: {settings.host} is not loopback; set {PREFIX}API_KEYS or {PREFIX}ADMIN_KEYS to listen there")
+        raise SettingsError(
+            f"{PREFIX}HOST: {settings.host} is not loopback; set {PREFIX}API_KEYS or {PREFIX}ADMIN_KEYS to listen there"
+        )

@@ -18,10 +18,14 @@ T = TypeVar("T")
 # stat, read, write and delete files: the adapters directory may be a slow share
 DISK = ThreadPoolExecutor(8, "disk")
 DOWNLOAD = ThreadPoolExecutor(16, "download")  # ask another machine, for minutes at worst
-TEXT = ThreadPoolExecutor(4, "text")  # tokenize: processor time in a library that lets the event loop run
-GRAMMAR = ThreadPoolExecutor(2, "grammar")  # compile grammars: the same, but anybody can send one of seconds
-RENDER = ThreadPoolExecutor(1, "render")  # write answers: the interpreter's time, which two would only share
-PROCESS = ThreadPoolExecutor(4, "process")  # wait for a child process: each has one caller at a time
+# Tokenize: processor time in a library that lets the event loop run
+TEXT = ThreadPoolExecutor(4, "text")
+# Compile grammars: the same, but anybody can send one of seconds
+GRAMMAR = ThreadPoolExecutor(2, "grammar")
+# Write answers: the interpreter's time, which two would only share
+RENDER = ThreadPoolExecutor(1, "render")
+# Wait for a child process: each has one caller at a time
+PROCESS = ThreadPoolExecutor(4, "process")
 DEVICE = ThreadPoolExecutor(1, "device")  # ask the GPUs' driver how they are
 ALL = (DISK, DOWNLOAD, TEXT, GRAMMAR, RENDER, PROCESS, DEVICE)
 
@@ -35,6 +39,8 @@ async def run_in(executor: ThreadPoolExecutor, call: Callable[P, T], *args: P.ar
 
 
 def stop_threads() -> None:
-    """Begins no call that waits for a thread, and waits for none that runs; no kind takes another one."""
+    """Begins no call that waits for a thread, and waits for none that runs; no kind takes another
+    one.
+    """
     for executor in ALL:
         executor.shutdown(wait=False, cancel_futures=True)

@@ -6,7 +6,8 @@ import os
 
 import pytest
 
-os.environ["no_proxy"] = "127.0.0.1,localhost"  # a proxy of this machine's knows no server of a test's
+# A proxy of this machine's knows no server of a test's
+os.environ["no_proxy"] = "127.0.0.1,localhost"
 
 
 @pytest.fixture(scope="session")

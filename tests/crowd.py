@@ -1,6 +1,8 @@
-"""Clients that do everything at once: they ask in both dialects, stream, leave, err, register, replace and delete, and judge each answer.
+"""Clients that do everything at once: they ask in both dialects, stream, leave, err, register,
+replace and delete, and judge each answer.
 
-Speaks HTTP only; must not know what is done to the service meanwhile, but by the errors that it has for it.
+Speaks HTTP only; must not know what is done to the service meanwhile, but by the errors that it has
+for it.
 """
 
 from __future__ import annotations
@@ -71,8 +73,13 @@ class Person:
         self.tally.outcomes[id] = "open"
         return id
 
-    async def send(self, method: str, path: str, body: Body | str | None, *also: tuple[int, str]) -> httpx.Response | None:
-        """The answer if it is a good one; None for one of the errors that anybody may get, or that this one may."""
+    async def send(
+        self, method: str, path: str, body: Body | str | None, *also: tuple[int, str]
+    ) -> httpx.Response | None:
+        """The answer if it is a good one;
+
+        None for one of the errors that anybody may get, or that this one may.
+        """
         id = self._id()
         sent = {"content": body} if isinstance(body, str) else {"json": body} if body is not None else {}
         headers = {"x-request-id": id, "content-type": "application/json"}
@@ -85,7 +92,9 @@ class Person:
 
     async def _good(self, id: str, answer: httpx.Response, may: set[tuple[int, str]]) -> bool:
         if answer.is_success:
-            self.tally.outcomes[id] = "answered" if "generat" in answer.url.path or "completions" in answer.url.path else "done"
+            self.tally.outcomes[id] = (
+                "answered" if "generat" in answer.url.path or "completions" in answer.url.path else "done"
+            )
             return True
         told = (answer.status_code, code(answer.json()))
         self.tally.outcomes[id] = self._outcome(told, answer.text)
@@ -106,11 +115,15 @@ class Person:
             raise WrongError(f"{id}: {type(error).__name__} {error}")
 
     @asynccontextmanager
-    async def _open(self, path: str, body: Body, *also: tuple[int, str]) -> AsyncIterator[httpx.Response | None]:
+    async def _open(
+        self, path: str, body: Body, *also: tuple[int, str]
+    ) -> AsyncIterator[httpx.Response | None]:
         """A stream; counted as left unless whoever reads it says otherwise."""
         id = self._id()
         try:
-            answer = await self.http.send(self.http.build_request("POST", path, json=body, headers={"x-request-id": id}), stream=True)
+            answer = await self.http.send(
+                self.http.build_request("POST", path, json=body, headers={"x-request-id": id}), stream=True
+            )
         except httpx.TransportError as error:
             self._cut(id, error)
             yield None
@@ -162,7 +175,11 @@ class Person:
     async def stream(self) -> None:
         asked = self._question()
         plain = self.dice.random() < 0.5
-        path, body = ("/generate_stream", native(*asked)) if plain else ("/v1/completions", openai(*asked, stream=True))
+        path, body = (
+            ("/generate_stream", native(*asked))
+            if plain
+            else ("/v1/completions", openai(*asked, stream=True))
+        )
         async with self._open(path, body, *self._may(asked[1])) as answer:
             if answer is None:
                 return
@@ -183,7 +200,9 @@ class Person:
     async def leave(self) -> None:
         """Goes in the middle of a long stream."""
         _, adapter, _ = self._question()
-        async with self._open("/generate_stream", native(PROMPTS[0], adapter, 150), *self._may(adapter)) as answer:
+        async with self._open(
+            "/generate_stream", native(PROMPTS[0], adapter, 150), *self._may(adapter)
+        ) as answer:
             if answer is not None:
                 left = self.dice.randint(1, 12)
                 async for _ in answer.aiter_lines():
@@ -195,7 +214,9 @@ class Person:
         """Goes before an answer that is sent whole."""
         id = self._id()
         _, adapter, _ = self._question()
-        asked = self.http.post("/generate", json=native(PROMPTS[0], adapter, 150), headers={"x-request-id": id})
+        asked = self.http.post(
+            "/generate", json=native(PROMPTS[0], adapter, 150), headers={"x-request-id": id}
+        )
         try:
             answer = await asyncio.wait_for(asked, self.dice.uniform(0.005, 0.1))
             await self._good(id, answer, BUSY | {GONE})
@@ -210,14 +231,18 @@ class Person:
 
     async def ask_for_nobody(self) -> None:
         name = self.dice.choice(("typo", "", "M0", "m0 ", f"{self.name}-gone"))
-        path, body = self.dice.choice((("/generate", native("Hi", name, 3)), ("/v1/completions", openai("Hi", name or "none", 3))))
+        path, body = self.dice.choice(
+            (("/generate", native("Hi", name, 3)), ("/v1/completions", openai("Hi", name or "none", 3)))
+        )
         await self._refused(path, body, 404)
 
     async def _refused(self, path: str, body: Body | str, status: int) -> None:
         id = self._id()
         sent = {"content": body} if isinstance(body, str) else {"json": body}
         try:
-            answer = await self.http.post(path, headers={"x-request-id": id, "content-type": "application/json"}, **sent)
+            answer = await self.http.post(
+                path, headers={"x-request-id": id, "content-type": "application/json"}, **sent
+            )
         except httpx.TransportError as error:
             return self._cut(id, error)
         told = (answer.status_code, code(answer.json()) if not answer.is_success else "")
@@ -228,7 +253,11 @@ class Person:
 
     async def look(self) -> None:
         await self.send(
-            "GET", self.dice.choice(("/adapters", "/adapters/m0/summary", "/base", "/v1/models", "/adapters/m1/architecture")), None
+            "GET",
+            self.dice.choice(
+                ("/adapters", "/adapters/m0/summary", "/base", "/v1/models", "/adapters/m1/architecture")
+            ),
+            None,
         )
 
     # ---- adapters that come and go

@@ -1,4 +1,5 @@
-"""Stand-ins for the device: a runner whose tokens betray any stale KV row, pool row or prefix, and the factories a worker can be given.
+"""Stand-ins for the device: a runner whose tokens betray any stale KV row, pool row or prefix, and
+the factories a worker can be given.
 
 No tensors, no files; what a sequence must come to is a pure function (`expected`).
 """
@@ -12,16 +13,30 @@ import time
 from collections.abc import Callable, Sequence
 from zlib import crc32
 
-from service.engine.request import Adapter, BaseCard, Chunk, Digest, Lane, Linear, Placement, Plan, Request, Result, Token
+from service.core.adapter import Adapter, Digest, ExecutionPath, Placement
+from service.core.base_info import BaseInfo, LinearKind
+from service.core.request import Request, Token
+from service.engine.plan import Chunk, Plan, Result
 from service.errors import AdapterInvalid, SettingsError
 from service.settings import Settings
 
 VOCAB = 1000
 
 
-def adapter(name: str, rank: int = 4, size: int = 1000, lane: Lane = Lane.POOL, readable: bool = True) -> Adapter:
+def adapter(
+    name: str,
+    rank: int = 4,
+    size: int = 1000,
+    lane: ExecutionPath = ExecutionPath.POOL,
+    readable: bool = True,
+) -> Adapter:
     return Adapter(
-        f"sha256:{name}", "adapter_config.json", "weights" if readable else "missing", lane, 0 if lane is Lane.SHADOW else rank, size
+        f"sha256:{name}",
+        "adapter_config.json",
+        "weights" if readable else "missing",
+        lane,
+        0 if lane is ExecutionPath.SHADOW else rank,
+        size,
     )
 
 
@@ -30,8 +45,12 @@ def write(seen: int, digest: Digest | None, token: int) -> int:
     return crc32(f"{digest} {token}".encode(), seen)
 
 
-def expected(digest: Digest | None, prompt: Sequence[int], count: int, vocab: int = VOCAB, wakes: int = 0) -> list[int]:
-    """The `count` tokens that FakeRunner continues this prompt with, if the adapter acts from the token `wakes` on."""
+def expected(
+    digest: Digest | None, prompt: Sequence[int], count: int, vocab: int = VOCAB, wakes: int = 0
+) -> list[int]:
+    """The `count` tokens that FakeRunner continues this prompt with, if the adapter acts from the
+    token `wakes` on.
+    """
     seen, tokens = 0, list(prompt)
     for at, token in enumerate(prompt):
         seen = write(seen, digest if at >= wakes else None, token)
@@ -42,9 +61,13 @@ def expected(digest: Digest | None, prompt: Sequence[int], count: int, vocab: in
 
 
 class FakeRunner:
-    """Holds KV rows and pool rows as a device would, and complains about every plan a device could not run."""
+    """Holds KV rows and pool rows as a device would, and complains about every plan a device could
+    not run.
+    """
 
-    def __init__(self, rows: int = 4, context: int = 64, pool_rank: int = 16, vocab: int = VOCAB, pause: float = 0.0) -> None:
+    def __init__(
+        self, rows: int = 4, context: int = 64, pool_rank: int = 16, vocab: int = VOCAB, pause: float = 0.0
+    ) -> None:
         self.context, self.vocab, self.pause = context, vocab, pause
         self.host: dict[Digest, Adapter] = {}
         self.pool: list[Digest | None] = [None] * pool_rank
@@ -53,7 +76,7 @@ class FakeRunner:
         self.ended: set[int] = set()
         self.copied = self.prefilled = 0
 
-    def load(self, adapter: Adapter) -> int:
+    def load_adapter(self, adapter: Adapter) -> int:
         time.sleep(self.pause)
         if adapter.weights == "missing":
             raise AdapterInvalid(["adapter_model.safetensors cannot be read"])
@@ -61,11 +84,11 @@ class FakeRunner:
         self.host[adapter.digest] = adapter
         return adapter.size
 
-    def unload(self, digest: Digest) -> int:
+    def evict_adapter(self, digest: Digest) -> int:
         adapter = self.host.pop(digest, None)
         return adapter.size if adapter else 0
 
-    def step(self, plan: Plan) -> list[Result]:
+    def run_step(self, plan: Plan) -> list[Result]:
         time.sleep(self.pause)
         for digest in plan.remove:
             self._remove(digest)
@@ -81,7 +104,7 @@ class FakeRunner:
         assert kinds == sorted(kinds, reverse=True), "a decode chunk after a prefill chunk"
         return [self._run(chunk) for chunk in plan.chunks]
 
-    def finish(self, request: int) -> None:
+    def finish_request(self, request: int) -> None:
         assert request not in self.ended, f"request {request} ended twice"
         self.ended.add(request)
 
@@ -98,7 +121,7 @@ class FakeRunner:
 
     def _adapted(self, digest: Digest | None) -> Digest | None:
         """The adapter as the device would find it."""
-        if digest is None or (digest in self.host and self.host[digest].lane is Lane.SHADOW):
+        if digest is None or (digest in self.host and self.host[digest].lane is ExecutionPath.SHADOW):
             return digest
         placement = self.placed[digest]
         (held,) = set(self.pool[placement.start : placement.start + placement.rank])
@@ -123,11 +146,13 @@ class FakeRunner:
     def _scored(self, chunk: Chunk) -> tuple[Token, ...]:
         if chunk.request.prompt_logprobs is None or chunk.generated:
             return ()
-        return tuple(Token(token, -1.0 if chunk.position + index else None) for index, token in enumerate(chunk.tokens))
+        return tuple(
+            Token(token, -1.0 if chunk.position + index else None) for index, token in enumerate(chunk.tokens)
+        )
 
 
-def card(settings: Settings) -> BaseCard:
-    return BaseCard(
+def card(settings: Settings) -> BaseInfo:
+    return BaseInfo(
         folder="fake",
         architecture="FakeForCausalLM",
         layers=1,
@@ -140,35 +165,39 @@ def card(settings: Settings) -> BaseCard:
         dtype="float32",
         device="cpu",
         resident_bytes={"float32": 4000},
-        linears=(Linear("q_proj", 8, 8, 1),),
+        linears=(LinearKind("q_proj", 8, 8, 1),),
         pool_rank=settings.pool_rank,
         rows=settings.max_rows or 4,
     )
 
 
-def build(settings: Settings, progress: Callable[[str, float], None], pause: float = 0.002) -> tuple[FakeRunner, BaseCard]:
-    """A worker's factory; every step takes a moment, so that a test can act in the middle of a request."""
+def build(
+    settings: Settings, progress: Callable[[str, float], None], pause: float = 0.002
+) -> tuple[FakeRunner, BaseInfo]:
+    """A worker's factory; every step takes a moment, so that a test can act in the middle of a
+    request.
+    """
     progress("loading the base", 0.5)
     fake = card(settings)
     return FakeRunner(fake.rows, fake.context, fake.pool_rank, pause=pause), fake
 
 
-def build_broken(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseCard]:
+def build_broken(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseInfo]:
     raise SettingsError("ADAPTERD_BASE: the fake base is broken")
 
 
-def build_dying(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseCard]:
+def build_dying(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseInfo]:
     os._exit(9)
 
 
-def build_waiting(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseCard]:
+def build_waiting(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseInfo]:
     """As one whose disk hangs."""
     progress("loading weights", 0.0)
     time.sleep(3600)
     raise AssertionError("nobody ended it")
 
 
-def build_working(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseCard]:
+def build_working(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseInfo]:
     """Says nothing for three seconds, in which it computes."""
     began = time.monotonic()
     while time.monotonic() - began < 3:
@@ -176,15 +205,21 @@ def build_working(settings: Settings, progress: Callable[[str, float], None]) ->
     return build(settings, progress)
 
 
-def build_compiling(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseCard]:
-    """Says and computes nothing for three seconds, in which a process under the one that it waits for computes."""
+def build_compiling(
+    settings: Settings, progress: Callable[[str, float], None]
+) -> tuple[FakeRunner, BaseInfo]:
+    """Says and computes nothing for three seconds, in which a process under the one that it waits
+    for computes.
+    """
     work = "import time; ends = time.monotonic() + 3\nwhile time.monotonic() < ends: sum(range(1000))"
-    compiler = "import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', sys.argv[1]]).returncode)"
+    compiler = (
+        "import subprocess, sys; sys.exit(subprocess.run([sys.executable, '-c', sys.argv[1]]).returncode)"
+    )
     subprocess.run([sys.executable, "-c", compiler, work], check=True)
     return build(settings, progress)
 
 
-def build_deaf(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseCard]:
+def build_deaf(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseInfo]:
     """Closes its connection and stays."""
     os.close(int(sys.argv[1]))
     time.sleep(3600)

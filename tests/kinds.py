@@ -1,4 +1,5 @@
-"""Every kind of adapter of a tiny Llama that there is a test for: those that are served, by lane, and the refused, with a word of why.
+"""Every kind of adapter of a tiny Llama that there is a test for: those that are served, by lane,
+and the refused, with a word of why.
 
 Knows PEFT and how to damage a file; nothing of the service.
 """
@@ -36,7 +37,9 @@ def other(kind: str, std: float = 0.3, **config: Any) -> Maker:
     made = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     fields = {"target_modules": TARGETS, **config}
     wanted = {name: value for name, value in fields.items() if name in made.__dataclass_fields__}
-    return lambda folder, base: making.adapter(folder, base, made(**wanted, task_type="CAUSAL_LM"), seed=3, std=std, save=SKETCH)
+    return lambda folder, base: making.adapter(
+        folder, base, made(**wanted, task_type="CAUSAL_LM"), seed=3, std=std, save=SKETCH
+    )
 
 
 POOL: dict[str, Maker] = {
@@ -84,7 +87,9 @@ SHADOW: dict[str, Maker] = {
     "RANDLORA": other("RANDLORA", r=4),
     "ROAD": other("ROAD", group_size=16),
     "TINYLORA": other("TINYLORA"),
-    "TRAINABLE_TOKENS": other("TRAINABLE_TOKENS", target_modules=["embed_tokens"], token_indices=list(range(3, 60))),
+    "TRAINABLE_TOKENS": other(
+        "TRAINABLE_TOKENS", target_modules=["embed_tokens"], token_indices=list(range(3, 60))
+    ),
     "VBLORA": other("VBLORA", num_vectors=16, vector_length=16),
     "WAVEFT": other("WAVEFT", n_frequency=20),
 }
@@ -186,7 +191,9 @@ def pickled(folder: Path) -> None:
 
 def mlx(folder: Path) -> None:
     (folder / making.WEIGHTS).rename(folder / "adapters.safetensors")
-    (folder / making.CONFIG).write_text(json.dumps({"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {"rank": 4, "scale": 2}}))
+    (folder / making.CONFIG).write_text(
+        json.dumps({"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {"rank": 4, "scale": 2}})
+    )
 
 
 def a_run(folder: Path) -> None:
@@ -205,7 +212,9 @@ def cut(folder: Path, size: int | None = None) -> None:
 
 
 def pointing(folder: Path) -> None:
-    (folder / making.WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 16777216\n")
+    (folder / making.WEIGHTS).write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 16777216\n"
+    )
 
 
 def trained_embedding(tensors: making.Tensors) -> None:
@@ -223,7 +232,10 @@ def huge_config(folder: Path) -> None:
 A, B = "layers.0.self_attn.q_proj.lora_A", "layers.1.self_attn.v_proj.lora_B"
 
 REFUSED: dict[str, tuple[Maker, str]] = {
-    "A2 a model's config": (edited(lambda _: {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}), "model's config.json"),
+    "A2 a model's config": (
+        edited(lambda _: {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}),
+        "model's config.json",
+    ),
     "A2 mlx": (damaged(mlx), "MLX"),
     "A4 deeper": (on_another(num_hidden_layers=4), "layers.2"),
     "A4 without B": (keeping(lambda key: "lora_B" not in key), "lora_B"),
@@ -239,7 +251,10 @@ REFUSED: dict[str, tuple[Maker, str]] = {
     "A6 infinite": (spoilt(B, float("inf")), B),
     "A8 bad regex": (edited({"target_modules": "(.*q_proj"}), "not a valid regex"),
     "A11 grown": (grown, "the vocabulary was resized from"),
-    "A12 activated with a shadow feature": (lora(15, alora_invocation_tokens=CALL, lora_bias=True), "alora_invocation_tokens"),
+    "A12 activated with a shadow feature": (
+        lora(15, alora_invocation_tokens=CALL, lora_bias=True),
+        "alora_invocation_tokens",
+    ),
     "A13 a run": (damaged(a_run), "checkpoint-10, checkpoint-20"),
     "A14 narrow": (on_another(hidden_size=32, intermediate_size=64), "[4, 32]"),
     "A15 pickle": (damaged(pickled), "pickle"),
@@ -253,12 +268,17 @@ REFUSED: dict[str, tuple[Maker, str]] = {
     "A16 alpha not a number": (edited({"lora_alpha": float("nan")}), "`lora_alpha`"),
     "A16 100 MB of config": (damaged(huge_config), "the limit is"),
     "embeddings trained": (
-        lambda folder, base: making.edit(POOL["embeddings saved along"](folder, base), folder, weights=trained_embedding),
+        lambda folder, base: making.edit(
+            POOL["embeddings saved along"](folder, base), folder, weights=trained_embedding
+        ),
         "embed_tokens",
     ),
     "trained biases": (lora(16, bias="lora_only"), "`bias`"),
     "trained biases of another type": (other("OFT", r=0, oft_block_size=8, bias="oft_only"), "`bias`"),
-    "attention saved whole": (lora(17, targets=("down_proj",), modules_to_save=["self_attn"]), "`modules_to_save on attention layers`"),
+    "attention saved whole": (
+        lora(17, targets=("down_proj",), modules_to_save=["self_attn"]),
+        "`modules_to_save on attention layers`",
+    ),
     "activated without a task": (edited({"alora_invocation_tokens": CALL, "task_type": None}), "`task_type`"),
     "pissa": (edited({"init_lora_weights": "pissa"}), "pissa"),
     "olora in capitals": (edited({"init_lora_weights": "OLoRA"}), "OLoRA"),

@@ -1,4 +1,6 @@
-"""Serves a handler on a port of loopback while a block runs: what the tests' stand-ins for other people's servers stand on."""
+"""Serves a handler on a port of loopback while a block runs: what the tests' stand-ins for other
+people's servers stand on.
+"""
 
 from __future__ import annotations
 

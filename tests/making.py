@@ -1,6 +1,8 @@
-"""Makes the small random models and adapters that the tests run on, and says what plain PEFT makes of them. Knows nothing of the service.
+"""Makes the small random models and adapters that the tests run on, and says what plain PEFT makes
+of them. Knows nothing of the service.
 
-TINY is a two-layer Llama in float32 with a byte-level tokenizer; NOISE an adapter of it whose B matrices are random; EDIT a changed copy.
+TINY is a two-layer Llama in float32 with a byte-level tokenizer; NOISE an adapter of it whose B
+matrices are random; EDIT a changed copy.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """PEFT and transformers warn about much that is meant here, and the tests treat warnings as errors."""
+    """PEFT and transformers warn about much that is meant here, and the tests treat warnings as
+    errors.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -46,11 +50,15 @@ def quiet() -> Iterator[None]:
 
 @cache
 def tokenizer(template: bool = True) -> PreTrainedTokenizerFast:
-    """Every byte is a token, ten common pairs are one too; ids 0, 1 and 2 are the special ones, and 2 ends a text and pads."""
+    """Every byte is a token, ten common pairs are one too; ids 0, 1 and 2 are the special ones, and
+    2 ends a text and pads.
+    """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     pairs = [tuple(merge.split(" ")) for merge in MERGES]
     words = [*SPECIAL, *letters, *("".join(pair) for pair in pairs)]
-    made = Tokenizer(models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[(a, b) for a, b in pairs]))
+    made = Tokenizer(
+        models.BPE(vocab={word: i for i, word in enumerate(words)}, merges=[(a, b) for a, b in pairs])
+    )
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     made.add_special_tokens(list(SPECIAL))
@@ -69,8 +77,17 @@ def ids(text: str) -> list[int]:
     return encoded
 
 
-def tiny(folder: Path, *, seed: int = 1, template: bool = True, generation: dict[str, Any] | None = None, **changes: Any) -> Path:
-    """Saves a random two-layer Llama, in float32 and with tied embeddings unless `changes` to its config say otherwise."""
+def tiny(
+    folder: Path,
+    *,
+    seed: int = 1,
+    template: bool = True,
+    generation: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Path:
+    """Saves a random two-layer Llama, in float32 and with tied embeddings unless `changes` to its
+    config say otherwise.
+    """
     words = tokenizer(template)
     sizes: dict[str, Any] = {
         "hidden_size": 64,
@@ -104,7 +121,15 @@ def load(folder: Path) -> Any:
 # ---- adapters
 
 
-def adapter(folder: Path, base: Path, config: PeftConfig, *, seed: int, std: float = 0.3, save: dict[str, Any] | None = None) -> Path:
+def adapter(
+    folder: Path,
+    base: Path,
+    config: PeftConfig,
+    *,
+    seed: int,
+    std: float = 0.3,
+    save: dict[str, Any] | None = None,
+) -> Path:
     """Saves any PEFT adapter of the base with noise where a fresh one would change nothing."""
     torch.manual_seed(seed)
     with quiet():
@@ -152,7 +177,9 @@ def tensors(folder: Path) -> Tensors:
 
 
 def edit(source: Path, to: Path, config: ConfigEdit | None = None, weights: TensorEdit | None = None) -> Path:
-    """Copies an adapter, if it is not to be changed where it is, its config updated (or what the callable returns), its tensors changed."""
+    """Copies an adapter, if it is not to be changed where it is, its config updated (or what the
+    callable returns), its tensors changed.
+    """
     if source != to:
         shutil.copytree(source, to, dirs_exist_ok=True)
     if config is not None:
@@ -161,7 +188,11 @@ def edit(source: Path, to: Path, config: ConfigEdit | None = None, weights: Tens
     if weights is not None:
         found = tensors(to)
         found = weights(found) or found
-        save_file({name: tensor.contiguous().clone() for name, tensor in found.items()}, to / WEIGHTS, metadata={"format": "pt"})
+        save_file(
+            {name: tensor.contiguous().clone() for name, tensor in found.items()},
+            to / WEIGHTS,
+            metadata={"format": "pt"},
+        )
     return to
 
 
@@ -177,14 +208,18 @@ def served(base: Path, adapter: Path | None = None) -> Any:
 
 @torch.no_grad()
 def answers(base: Path, adapter: Path | None, prompts: Iterable[Sequence[int]], n: int) -> list[list[int]]:
-    """The next n token ids of each prompt, one by one, by transformers' own generate, float32, no end-of-sequence."""
+    """The next n token ids of each prompt, one by one, by transformers' own generate, float32, no
+    end-of-sequence.
+    """
     model = served(base, adapter)
     model.generation_config.eos_token_id = None
     told = []
     for prompt in prompts:
         asked = torch.tensor([list(prompt)])
         with quiet():
-            out = model.generate(input_ids=asked, attention_mask=torch.ones_like(asked), do_sample=False, max_new_tokens=n)
+            out = model.generate(
+                input_ids=asked, attention_mask=torch.ones_like(asked), do_sample=False, max_new_tokens=n
+            )
         told.append(out[0, len(prompt) :].tolist())
     return told
 

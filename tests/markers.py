@@ -1,6 +1,8 @@
-"""Makes a tiny base and MARKER adapters of it: each says one letter and nothing else, so that an answer betrays who gave it.
+"""Makes a tiny base and MARKER adapters of it: each says one letter and nothing else, so that an
+answer betrays who gave it.
 
-One dimension of the base's stream is the same for every token, and a marker's head adds a large number to its letter for it.
+One dimension of the base's stream is the same for every token, and a marker's head adds a large
+number to its letter for it.
 """
 
 from __future__ import annotations
@@ -34,7 +36,13 @@ def base(folder: Path) -> Path:
 def recipe(rank: int, shadow: bool) -> LoraConfig:
     bias = {"lora_bias": True} if shadow else {}
     with making.quiet():
-        return LoraConfig(r=rank, lora_alpha=rank, target_modules=["lm_head", "q_proj", "v_proj"], task_type="CAUSAL_LM", **bias)
+        return LoraConfig(
+            r=rank,
+            lora_alpha=rank,
+            target_modules=["lm_head", "q_proj", "v_proj"],
+            task_type="CAUSAL_LM",
+            **bias,
+        )
 
 
 def loud(letter: str) -> making.TensorEdit:
@@ -54,7 +62,9 @@ def loud(letter: str) -> making.TensorEdit:
 
 
 def shelf(root: Path, base: Path, count: int) -> dict[str, str]:
-    """Saves `count` markers of ranks 1 to 32 in folders of their own below `root`; the letter of each folder."""
+    """Saves `count` markers of ranks 1 to 32 in folders of their own below `root`; the letter of
+    each folder.
+    """
     moulds: dict[tuple[int, bool], Path] = {}
     said: dict[str, str] = {}
     for index, letter in zip(range(count), LETTERS, strict=False):
@@ -62,7 +72,11 @@ def shelf(root: Path, base: Path, count: int) -> dict[str, str]:
         if kind not in moulds:
             config = recipe(*kind)
             moulds[kind] = making.adapter(
-                root.parent / f"mould-{kind[0]}-{kind[1]}", base, config, seed=1, save={"save_embedding_layers": False}
+                root.parent / f"mould-{kind[0]}-{kind[1]}",
+                base,
+                config,
+                seed=1,
+                save={"save_embedding_layers": False},
             )
         making.edit(moulds[kind], root / f"m{index}", weights=loud(letter))
         said[f"m{index}"] = letter

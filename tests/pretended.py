@@ -1,8 +1,10 @@
 """A GPU that is not there: CPU tensors that say `cuda`, and are as strict about it.
 
-They refuse to meet tensors of the CPU. What runs on a side stream happens as late as CUDA allows: only when somebody waits for it. A graph
-records operations without Python between them, replays them on the same memory, and refuses what would wait for the device. What loading
-took is not free before torch gives it back. Attention that may be cuDNN's, torch's first choice, is refused: it plans anew for each length.
+They refuse to meet tensors of the CPU. What runs on a side stream happens as late as CUDA allows:
+only when somebody waits for it. A graph records operations without Python between them, replays
+them on the same memory, and refuses what would wait for the device. What loading took is not free
+before torch gives it back. Attention that may be cuDNN's, torch's first choice, is refused: it
+plans anew for each length.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
-from service.model import base
+from service.model import loading
 from service.settings import Settings
 
 AWAITED = {"aten.item", "aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten.equal"}
@@ -53,7 +55,10 @@ class Event:
 
 
 class Graph:
-    """Operations in their order, each with the memory that it reads and writes. Holds the pool that it was recorded in."""
+    """Operations in their order, each with the memory that it reads and writes.
+
+    Holds the pool that it was recorded in.
+    """
 
     def __init__(self) -> None:
         self.work: list[Work] = []
@@ -172,7 +177,9 @@ def run(function: Any, args: Any, kwargs: Any) -> Any:
         return out
     if here and name == "aten.copy_" and not isinstance(args[0], Elsewhere):
         return args[0]  # to the host
-    return tree_map(lambda t: outer[id(t)] if id(t) in outer else Elsewhere(t) if isinstance(t, torch.Tensor) else t, out)
+    return tree_map(
+        lambda t: outer[id(t)] if id(t) in outer else Elsewhere(t) if isinstance(t, torch.Tensor) else t, out
+    )
 
 
 def _awaited(name: str, args: Any) -> bool:
@@ -196,12 +203,19 @@ def _done(function: Any, args: Any, kwargs: Any) -> Any:
         work.append(lambda: function(*args, **kwargs))
         return args[0]
     out = function(*args, **kwargs)
-    known = {t.untyped_storage().data_ptr() for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)}
-    fresh = [t for t in tree_flatten(out)[0] if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known]
+    known = {
+        t.untyped_storage().data_ptr() for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)
+    }
+    fresh = [
+        t
+        for t in tree_flatten(out)[0]
+        if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known
+    ]
     if fresh:
         work.append(lambda: _into(fresh, function(*args, **kwargs)))
     for tensor in fresh:
-        tensor.fill_(float("nan") if tensor.dtype.is_floating_point else 0)  # it has not been computed yet
+        # It has not been computed yet
+        tensor.fill_(float("nan") if tensor.dtype.is_floating_point else 0)
     return out
 
 
@@ -243,7 +257,9 @@ def _to(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
             return plain(self, *args, **kwargs)
         if device.type == self.device.type and dtype in (None, self.dtype):
             return self
-        made: torch.Tensor = run(torch.ops.aten._to_copy.default, (self,), {"dtype": dtype or self.dtype, "device": device})
+        made: torch.Tensor = run(
+            torch.ops.aten._to_copy.default, (self,), {"dtype": dtype or self.dtype, "device": device}
+        )
         return made
 
     return to
@@ -269,7 +285,9 @@ def _empty_cache() -> None:
 
 @contextmanager
 def gpu() -> Iterator[type[GPU]]:
-    """While it lasts, `cuda` is a device of this machine, and a base that is to be loaded there comes to it by way of the CPU."""
+    """While it lasts, `cuda` is a device of this machine, and a base that is to be loaded there
+    comes to it by way of the CPU.
+    """
     stand_ins: dict[str, Any] = {
         "is_available": lambda: True,
         "_lazy_init": lambda: None,
@@ -294,19 +312,26 @@ def gpu() -> Iterator[type[GPU]]:
             patch.setattr(torch.cuda, name, stand_in)
         patch.setattr(torch, "tensor", _tensor(torch.tensor))
         patch.setattr(torch.Tensor, "to", _to(torch.Tensor.to))
-        patch.setattr(base, "load", _load(base.load))
-        patch.setattr(base, "resident_bytes", lambda model: {})  # storages that are not there have no addresses
-        for name, stand_in in (("_host_emptyCache", lambda: None), ("_cuda_endAllocateToPool", _end), ("_cuda_releasePool", _release)):
+        patch.setattr(loading, "load_base", _load(loading.load_base))
+        # Storages that are not there have no addresses
+        patch.setattr(loading, "resident_bytes", lambda model: {})
+        for name, stand_in in (
+            ("_host_emptyCache", lambda: None),
+            ("_cuda_endAllocateToPool", _end),
+            ("_cuda_releasePool", _release),
+        ):
             patch.setattr(torch._C, name, stand_in, raising=False)
         yield GPU
 
 
 def _tensor(plain: Any) -> Any:
-    return lambda data, device=None, **other: plain(data, **other) if device is None else plain(data, **other).to(device)
+    return lambda data, device=None, **other: (
+        plain(data, **other) if device is None else plain(data, **other).to(device)
+    )
 
 
 def _load(plain: Any) -> Any:
-    def load(folder: Path, settings: Settings, progress: base.Progress) -> Any:
+    def load(folder: Path, settings: Settings, progress: loading.Progress) -> Any:
         with _disable_current_modes():
             model = plain(folder, settings.model_copy(update={"device": "cpu"}), progress)
         return moved(model)
@@ -321,6 +346,10 @@ def moved(model: Any) -> Any:
             for name, tensor in kept.items():
                 if tensor is not None and not isinstance(tensor, Elsewhere):
                     there = Elsewhere(tensor.detach())
-                    kept[name] = torch.nn.Parameter(there, requires_grad=False) if kept is module._parameters else there
+                    kept[name] = (
+                        torch.nn.Parameter(there, requires_grad=False)
+                        if kept is module._parameters
+                        else there
+                    )
     model.tie_weights()
     return model

@@ -1,6 +1,10 @@
-"""Run as a program: `serve` with nothing behind its door, for tests of the process itself. `/dribble` ends, `/flood` does not.
+"""Run as a program:
 
-`--hasty` waits less than a second, `--poor` has few files; with `--held` a source answers in a million seconds.
+`serve` with nothing behind its door, for tests of the process itself. `/dribble` ends, `/flood`
+does not.
+
+`--hasty` waits less than a second, `--poor` has few files; with `--held` a source answers in a
+million seconds.
 """
 
 from __future__ import annotations
@@ -67,4 +71,12 @@ root_create: Any = root.create_app
 root.create_app = make
 
 if __name__ == "__main__":
-    sys.exit(main([word for word in sys.argv[1:] if word not in ("--broken", "--held", "--hasty", "--poor", "--stuck")]))
+    sys.exit(
+        main(
+            [
+                word
+                for word in sys.argv[1:]
+                if word not in ("--broken", "--held", "--hasty", "--poor", "--stuck")
+            ]
+        )
+    )

@@ -1,4 +1,6 @@
-"""The shape of the code: the rooms' arrows, who may import what, no cycles, and what must not be imported before the service listens."""
+"""The shape of the code: the rooms' arrows, who may import what, no cycles, and what must not be
+imported before the service listens.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,9 @@ ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "service").rglob("*.py"))
 READS_ENVIRONMENT = {"service/__main__.py"}
 SETS_ENVIRONMENT = {  # of the processes they start
-    "service/adapters/reading.py",
-    "service/engine/process.py",
-    "service/engine/template_renderer.py",
+    "service/catalog/validator/process.py",
+    "service/worker/process.py",
+    "service/text/template_renderer.py",
 }
 
 
@@ -42,30 +44,47 @@ def test_every_module_says_in_its_first_lines_what_it_is(path: Path) -> None:
 
 
 def test_only_the_command_line_reads_the_environment() -> None:
-    found = {str(path.relative_to(ROOT)) for path in MODULES if "os.environ" in path.read_text() or "getenv" in path.read_text()}
+    found = {
+        str(path.relative_to(ROOT))
+        for path in MODULES
+        if "os.environ" in path.read_text() or "getenv" in path.read_text()
+    }
     assert found == READS_ENVIRONMENT | SETS_ENVIRONMENT
 
 
 def test_nothing_heavy_is_imported_before_it_listens() -> None:
-    """The first probe of an orchestrator is answered within a second; importing torch alone takes longer."""
+    """The first probe of an orchestrator is answered within a second; importing torch alone takes
+    longer.
+    """
     code = (
-        "import sys; from service.settings import read; import service.serve; from service.app import create_app;"
+        "import sys; from service.settings import read; import service.server; from service.app import create_app;"
         "create_app(read({}, {'base': 'org/none'}));"
         "print(sorted({'torch', 'transformers', 'peft', 'numpy', 'tokenizers', 'bitsandbytes'} & sys.modules.keys()))"
     )
     kept = {name: text for name, text in os.environ.items() if not name.startswith("ADAPTERD_")}
-    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=kept, capture_output=True, text=True, timeout=120)
+    ran = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=kept, capture_output=True, text=True, timeout=120
+    )
     assert (ran.stdout, ran.stderr) == ("[]\n", "")
 
 
 HIRES = {"to_thread", "run_in_threadpool", "run_in_executor", "set_default_executor", "ThreadPoolExecutor"}
 
 
-@pytest.mark.parametrize("path", [*MODULES, *sorted((ROOT / "deploy" / "ray").rglob("*.py"))], ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path",
+    [*MODULES, *sorted((ROOT / "deploy" / "ray").rglob("*.py"))],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
 def test_every_thread_of_a_pool_is_of_a_kind(path: Path) -> None:
-    """What waits in a pool that all share holds everything up: `service.threads` alone has pools, one for each kind of work."""
+    """What waits in a pool that all share holds everything up:
+
+    `service.threads` alone has pools, one for each kind of work.
+    """
     nodes = list(ast.walk(ast.parse(path.read_text())))
-    named = {node.attr for node in nodes if isinstance(node, ast.Attribute)} | {node.id for node in nodes if isinstance(node, ast.Name)}
+    named = {node.attr for node in nodes if isinstance(node, ast.Attribute)} | {
+        node.id for node in nodes if isinstance(node, ast.Name)
+    }
     imported = {name.name for node in nodes if isinstance(node, ast.ImportFrom) for name in node.names}
     hired = HIRES & (named | imported)
     assert hired == ({"ThreadPoolExecutor", "run_in_executor"} if path.name == "threads.py" else set())

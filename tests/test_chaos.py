@@ -1,4 +1,5 @@
-"""Sixteen clients, forty adapters, a worker that is killed again and again, an end in the midst of it: nobody gets a wrong answer or none.
+"""Sixteen clients, forty adapters, a worker that is killed again and again, an end in the midst of
+it: nobody gets a wrong answer or none.
 
 CHAOS_SECONDS says how long; `make soak` takes ten minutes.
 """
@@ -50,7 +51,7 @@ class Service:
 
     def worker(self) -> psutil.Process | None:
         below = self.process().children()
-        return next((one for one in below if "service.engine.worker" in one.cmdline()), None)
+        return next((one for one in below if "service.worker.loop" in one.cmdline()), None)
 
     def logged(self, word: str = "id") -> Counter[str]:
         """How many lines of the log tell of each request, of those that have this word."""
@@ -58,12 +59,17 @@ class Service:
         return Counter(line["id"] for line in lines if line["message"] == "request" and word in line)
 
     def defects(self) -> list[str]:
-        return [line[:2000] for line in self.log.read_text().splitlines() if '"exception"' in line or line.startswith("Traceback")]
+        return [
+            line[:2000]
+            for line in self.log.read_text().splitlines()
+            if '"exception"' in line or line.startswith("Traceback")
+        ]
 
 
 @dataclass
 class Scales:
-    """Bytes of its own that each process held, in order; a worker that was killed and its successor are one.
+    """Bytes of its own that each process held, in order; a worker that was killed and its successor
+    are one.
 
     `absence` is how long there was no worker, at most, in seconds.
     """
@@ -81,7 +87,9 @@ class Scales:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A small pool, a small host cache and few rows, so that adapters move all the time and the queue fills."""
+    """A small pool, a small host cache and few rows, so that adapters move all the time and the
+    queue fills.
+    """
     folder = tmp_path_factory.mktemp("chaos")
     base = markers.base(folder / "base")
     letters = markers.shelf(folder / "adapters", base, ADAPTERS)
@@ -94,13 +102,19 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
         "host_cache_mb": "1",
         "request_timeout_s": str(LIMIT_S),
     }
-    settings = model | bounds | {"adapters_dir": str(folder / "adapters"), "log_format": "json", "request_timeout_s": str(LIMIT_S)}
+    settings = (
+        model
+        | bounds
+        | {"adapters_dir": str(folder / "adapters"), "log_format": "json", "request_timeout_s": str(LIMIT_S)}
+    )
     with started(settings, folder / "log") as server:
         yield Service(server, folder / "log", letters)
 
 
 async def torment(service: Service, http: httpx.AsyncClient, scales: Scales, seconds: float) -> int:
-    """Kills the worker in the middle of each minute, and at half-time where that is sooner; how many it killed."""
+    """Kills the worker in the middle of each minute, and at half-time where that is sooner; how
+    many it killed.
+    """
     loop = asyncio.get_running_loop()
     began, killed, period, seen = loop.time(), 0, min(KILL_EVERY_S, seconds), loop.time()
     while (now := loop.time() - began) < seconds:
@@ -122,11 +136,20 @@ async def samples(http: httpx.AsyncClient) -> Samples:
     """Every sample of the service, by name and first label."""
     text = (await http.get("/metrics")).text
     all = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-    return {(sample.name.removeprefix("adapterd_"), next(iter(sample.labels.values()), "")): sample.value for sample in all}
+    return {
+        (sample.name.removeprefix("adapterd_"), next(iter(sample.labels.values()), "")): sample.value
+        for sample in all
+    }
 
 
 def risen(after: Samples, before: Samples, name: str, label: str | None = None) -> int:
-    return int(sum(value - before.get(key, 0) for key, value in after.items() if key[0] == name and label in (None, key[1])))
+    return int(
+        sum(
+            value - before.get(key, 0)
+            for key, value in after.items()
+            if key[0] == name and label in (None, key[1])
+        )
+    )
 
 
 async def ready(http: httpx.AsyncClient) -> None:
@@ -135,7 +158,9 @@ async def ready(http: httpx.AsyncClient) -> None:
             await asyncio.sleep(0.1)
 
 
-async def test_whatever_happens_every_request_ends_with_a_right_answer_or_a_documented_error(service: Service) -> None:
+async def test_whatever_happens_every_request_ends_with_a_right_answer_or_a_documented_error(
+    service: Service,
+) -> None:
     world, tally, scales, stop = World(service.letters), Tally(), Scales(), asyncio.Event()
     async with httpx.AsyncClient(base_url=service.url, timeout=30, trust_env=False) as http:
         await world.learn(http)
@@ -150,11 +175,15 @@ async def test_whatever_happens_every_request_ends_with_a_right_answer_or_a_docu
         await acting
         scales.weigh(service)
         after = await samples(http)
-    print(f"{len(tally.outcomes)} requests in {SECONDS:.0f} s: {dict(tally.counted())}; {killed} kills; bytes {scales}")
+    print(
+        f"{len(tally.outcomes)} requests in {SECONDS:.0f} s: {dict(tally.counted())}; {killed} kills; bytes {scales}"
+    )
     assert tally.wrong == []
     assert service.defects() == []
     assert killed >= 1
-    assert not tally.counted()["late"] or scales.absence > PATIENCE_S, "nobody waits as long as that for a worker that is there"
+    assert not tally.counted()["late"] or scales.absence > PATIENCE_S, (
+        "nobody waits as long as that for a worker that is there"
+    )
     assert risen(after, before, "worker_restarts_total") == killed
     assert set(tally.letters) == {"", *service.letters.values()}, "each was asked, the base too"
     check_counts(service, tally, lambda name, label=None: risen(after, before, name, label))
@@ -168,15 +197,21 @@ def check_counts(service: Service, tally: Tally, risen: Callable[..., int]) -> N
     said, seen = tally.counted(), service.logged()
     assert "open" not in said
     unlogged = {id: outcome for id, outcome in tally.outcomes.items() if seen[id] != 1}
-    assert set(unlogged.values()) <= {"unheard"}, f"but one that left before it was read has one line each: {unlogged}"
+    assert set(unlogged.values()) <= {"unheard"}, (
+        f"but one that left before it was read has one line each: {unlogged}"
+    )
     tickets, success = risen("e2e_request_latency_seconds_count"), risen("request_success_total")
     assert tickets == len(service.logged("prompt_tokens").keys() & tally.outcomes.keys())
-    assert said["answered"] <= success <= said["answered"] + said["left"] + said["unheard"], "one that left may have had all before"
+    assert said["answered"] <= success <= said["answered"] + said["left"] + said["unheard"], (
+        "one that left may have had all before"
+    )
     assert success + risen("request_failure_total") == len(tally.outcomes) - len(unlogged) - said["done"]
 
 
 async def check_end(service: Service, world: World) -> None:
-    """SIGTERM in the middle: what was begun ends, what comes then is told so or finds nobody, and the exit code is 0."""
+    """SIGTERM in the middle: what was begun ends, what comes then is told so or finds nobody, and
+    the exit code is 0.
+    """
     tally, stop, first = Tally(), asyncio.Event(), 100
     acting = asyncio.create_task(crowd.run(service.url, world, tally, stop, first))
     await asyncio.sleep(LAST_WORDS_S)
@@ -192,4 +227,8 @@ async def check_end(service: Service, world: World) -> None:
     assert tally.wrong == []
     assert service.defects() == []
     assert said["answered"]
-    assert {id: outcome for id, outcome in tally.outcomes.items() if seen[id] != (outcome != "cut") and outcome != "unheard"} == {}
+    assert {
+        id: outcome
+        for id, outcome in tally.outcomes.items()
+        if seen[id] != (outcome != "cut") and outcome != "unheard"
+    } == {}

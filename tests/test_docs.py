@@ -1,4 +1,6 @@
-"""README, CONTRIBUTING and docs/ say what there is and nothing else: settings, routes, fields, errors, commands, files, tests, links."""
+"""README, CONTRIBUTING and docs/ say what there is and nothing else: settings, routes, fields,
+errors, commands, files, tests, links.
+"""
 
 from __future__ import annotations
 
@@ -15,24 +17,29 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from starlette.routing import compile_path
 
-from service import errors, metrics
+from service import errors
 from service.__main__ import main
-from service.api.errors import status
-from service.api.schemas_chat import ChatRequest
-from service.api.schemas_native import GenerateRequest, Parameters
-from service.api.schemas_openai import Asked, CompletionRequest
+from service.api.errors import status_of
+from service.api.schemas.chat import ChatRequest
+from service.api.schemas.generate import GenerateRequest, Parameters
+from service.api.schemas.openai import CompletionRequest, OpenAIRequest
 from service.settings import PREFIX, Settings
+from service.telemetry import metrics
 
 from .api.house import House, house
 
 ROOT = Path(__file__).parents[1]
-PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])}
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
+}
 del PAGES["CHANGELOG.md"]  # it tells of what was
 METHODS = "GET|POST|PUT|PATCH|DELETE"
 DECIDED = {None, (), ""}  # defaults that are told in words
 LONGEST = 150  # lines of the README
 MOST = 2e6  # bytes of all pictures together
-PROBES: tuple[Any, ...] = ("x", 1, True, [1], {"a": 1})  # of whatever type a field is, it takes one of them
+# Of whatever type a field is, it takes one of them
+PROBES: tuple[Any, ...] = ("x", 1, True, [1], {"a": 1})
 Table = tuple[str, list[list[str]]]
 
 each_page = pytest.mark.parametrize("page", PAGES)
@@ -59,7 +66,10 @@ def read_rows(page: str, title: str) -> list[list[str]]:
 
 def find_code(text: str) -> list[str]:
     """What stands between single backticks, without the blocks."""
-    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))]
+    return [
+        " ".join(span.split())
+        for span in re.findall(r"`([^`]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    ]
 
 
 def read_commands(page: str) -> list[list[str]]:
@@ -107,7 +117,11 @@ def test_a_page_names_only_settings_that_exist(page: str) -> None:
 @pytest.mark.parametrize("row", SETTINGS, ids=lambda row: row[0])
 def test_defaults_are_the_settings_own(row: list[str]) -> None:
     names = [name.removeprefix(PREFIX).lower() for name in re.findall(r"`(\w+)`", row[0])]
-    plain = [value for name in names if (value := Settings.model_fields[name].default) not in DECIDED and name != "faults"]
+    plain = [
+        value
+        for name in names
+        if (value := Settings.model_fields[name].default) not in DECIDED and name != "faults"
+    ]
     shown = re.findall(r"[\w./-]+", row[1])
     for value in plain:
         assert re.sub(r"\.0$", "", str(value)) in shown
@@ -117,14 +131,24 @@ def test_defaults_are_the_settings_own(row: list[str]) -> None:
 
 
 def test_every_route_is_in_the_table_and_no_other_is(api: dict[str, Any]) -> None:
-    named = [found for row in read_rows("docs/clients.md", "Routes") for found in re.findall(rf"`({METHODS}) (\S+)`", row[0])]
+    named = [
+        found
+        for row in read_rows("docs/clients.md", "Routes")
+        for found in re.findall(rf"`({METHODS}) (\S+)`", row[0])
+    ]
     there = [(method.upper(), path) for path, methods in api["paths"].items() for method in methods]
     assert sorted(named) == sorted(there)
 
 
 def find_route(api: dict[str, Any], method: str, path: str) -> dict[str, Any] | None:
-    paths = (methods for known, methods in api["paths"].items() if compile_path(known.replace("{id}", "{id:path}"))[0].match(path))
-    found: dict[str, Any] | None = next((methods[method.lower()] for methods in paths if method.lower() in methods), None)
+    paths = (
+        methods
+        for known, methods in api["paths"].items()
+        if compile_path(known.replace("{id}", "{id:path}"))[0].match(path)
+    )
+    found: dict[str, Any] | None = next(
+        (methods[method.lower()] for methods in paths if method.lower() in methods), None
+    )
     return found
 
 
@@ -137,15 +161,17 @@ def test_a_page_names_only_routes_that_exist(page: str, api: dict[str, Any]) -> 
 
 OWN: dict[str, list[str]] = {  # the fields that a table must have
     "field of `parameters`": list(Parameters.model_fields),
-    "field of both": list(Asked.model_fields),
-    "field of completions": list(CompletionRequest.model_fields.keys() - Asked.model_fields.keys()),
-    "field of chat": list(ChatRequest.model_fields.keys() - Asked.model_fields.keys()),
+    "field of both": list(OpenAIRequest.model_fields),
+    "field of completions": list(CompletionRequest.model_fields.keys() - OpenAIRequest.model_fields.keys()),
+    "field of chat": list(ChatRequest.model_fields.keys() - OpenAIRequest.model_fields.keys()),
 }
 
 
 @pytest.mark.parametrize("title", OWN)
 def test_every_field_is_in_its_table_once_and_no_other_is(title: str) -> None:
-    (rows,) = [rows for header, rows in read_tables(PAGES["docs/clients.md"]) if header.startswith(f"| {title} |")]
+    (rows,) = [
+        rows for header, rows in read_tables(PAGES["docs/clients.md"]) if header.startswith(f"| {title} |")
+    ]
     assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row[0])) == sorted(OWN[title])
 
 
@@ -158,23 +184,43 @@ def is_taken(schema: type[BaseModel], body: dict[str, Any]) -> bool:
 
 
 def find_taking(name: str, kind: str) -> bool:
-    """Whether a field is taken with some value; `kind` is 422 for TGI's dialect, 400 for OpenAI's."""
+    """Whether a field is taken with some value;
+
+    `kind` is 422 for TGI's dialect, 400 for OpenAI's.
+    """
     if kind == "422":
-        return any(is_taken(GenerateRequest, {"inputs": "x", "parameters": {name: probe}}) for probe in PROBES)
-    completion, chat = {"model": "x", "prompt": "x"}, {"model": "x", "messages": [{"role": "user", "content": "x"}]}
-    return any(is_taken(CompletionRequest, completion | {name: p}) or is_taken(ChatRequest, chat | {name: p}) for p in PROBES)
+        return any(
+            is_taken(GenerateRequest, {"inputs": "x", "parameters": {name: probe}}) for probe in PROBES
+        )
+    completion, chat = (
+        {"model": "x", "prompt": "x"},
+        {"model": "x", "messages": [{"role": "user", "content": "x"}]},
+    )
+    return any(
+        is_taken(CompletionRequest, completion | {name: p}) or is_taken(ChatRequest, chat | {name: p})
+        for p in PROBES
+    )
 
 
-MOVED = [row for header, rows in read_tables(PAGES["docs/migrating.md"]) for row in rows if header.startswith("| field")]
+MOVED = [
+    row
+    for header, rows in read_tables(PAGES["docs/migrating.md"])
+    for row in rows
+    if header.startswith("| field")
+]
 
 
-@pytest.mark.parametrize("row", [row for row in MOVED if row[1].startswith(("400", "422"))], ids=lambda row: row[0])
+@pytest.mark.parametrize(
+    "row", [row for row in MOVED if row[1].startswith(("400", "422"))], ids=lambda row: row[0]
+)
 def test_fields_of_other_servers_that_are_said_to_be_refused_are(row: list[str]) -> None:
     for name in re.findall(r"`(\w+)`", row[0]):
         assert not find_taking(name, row[1][:3]), name
 
 
-@pytest.mark.parametrize("row", [row for row in MOVED if row[1].startswith("the same")], ids=lambda row: row[0])
+@pytest.mark.parametrize(
+    "row", [row for row in MOVED if row[1].startswith("the same")], ids=lambda row: row[0]
+)
 def test_fields_of_other_servers_that_are_said_to_be_the_same_are_there(row: list[str]) -> None:
     known = {name for schema in (Parameters, CompletionRequest, ChatRequest) for name in schema.model_fields}
     assert set(re.findall(r"`(\w+)`", row[0])) <= known
@@ -196,12 +242,16 @@ def test_every_error_is_in_the_table_with_its_statuses_and_no_other_is() -> None
     for kind in kinds:
         (row,) = [row for codes, row in rows if kind.code in codes]
         assert str(kind.status) in " ".join(row), kind
-        in_v1 = str(status(kind("x"), openai=True))
+        in_v1 = str(status_of(kind("x"), openai=True))
         assert in_v1 in row[2] or row[2] == "the same" or in_v1 in row[3], kind
 
 
 def list_series() -> set[str]:
-    return {family.name + end for family in metrics.REGISTRY.collect() for end in ("", "_total", "_count", "_sum", "_bucket")}
+    return {
+        family.name + end
+        for family in metrics.REGISTRY.collect()
+        for end in ("", "_total", "_count", "_sum", "_bucket")
+    }
 
 
 @each_page
@@ -221,7 +271,9 @@ def test_every_alert_is_in_the_runbook_and_no_other_is() -> None:
 
 
 @pytest.mark.parametrize("words", CURLS, ids=lambda words: " ".join(words)[:80])
-def test_each_request_goes_to_a_route_and_its_body_is_what_that_takes(words: list[str], api: dict[str, Any]) -> None:
+def test_each_request_goes_to_a_route_and_its_body_is_what_that_takes(
+    words: list[str], api: dict[str, Any]
+) -> None:
     path = urlsplit(next(word for word in words if word.startswith("http"))).path
     body = words[words.index("-d") + 1] if "-d" in words else None
     method = words[words.index("-X") + 1] if "-X" in words else "POST" if body else "GET"
@@ -240,7 +292,9 @@ def test_the_readme_has_requests_to_try() -> None:
 def test_each_command_is_there(page: str) -> None:
     makefile = (ROOT / "Makefile").read_text()
     text = " ".join(PAGES[page].split())
-    for target in [words[1] for words in read_commands(page) if words[0] == "make"] + re.findall(r"`make (\w+)", text):
+    for target in [words[1] for words in read_commands(page) if words[0] == "make"] + re.findall(
+        r"`make (\w+)", text
+    ):
         assert re.search(rf"^{target}:", makefile, re.M), target
     for name in set(re.findall(r"python -m service (\w+)", text)):
         try:
@@ -300,11 +354,15 @@ def test_each_link_leads_to_a_file_and_a_heading(page: str) -> None:
 
 
 def test_each_page_is_linked_from_the_readme() -> None:
-    assert PAGES.keys() - {"README.md"} <= {resolve_link("README.md", link) for link in list_links("README.md")}
+    assert PAGES.keys() - {"README.md"} <= {
+        resolve_link("README.md", link) for link in list_links("README.md")
+    }
 
 
 def test_the_pictures_are_all_shown_and_small() -> None:
-    pictures = {str(path.relative_to(ROOT)): path for path in (ROOT / "docs").rglob("*.*") if path.suffix != ".md"}
+    pictures = {
+        str(path.relative_to(ROOT)): path for path in (ROOT / "docs").rglob("*.*") if path.suffix != ".md"
+    }
     assert pictures.keys() <= {resolve_link(page, link) for page in PAGES for link in list_links(page)}
     assert sum(picture.stat().st_size for picture in pictures.values()) < MOST
 

@@ -1,4 +1,6 @@
-"""What /health and /ready say of the real program while its worker hangs and dies: the one answers, the other refuses, both come back."""
+"""What /health and /ready say of the real program while its worker hangs and dies: the one answers,
+the other refuses, both come back.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ LIMIT_S = 2.0  # of a request, and of a silent worker
 
 @dataclass
 class Seen:
-    """What the probes answered, without repetitions: (status, state) of /health and the status of /ready."""
+    """What the probes answered, without repetitions:
+
+    (status, state) of /health and the status of /ready.
+    """
 
     health: list[tuple[int, str]] = field(default_factory=list)
     ready: list[int] = field(default_factory=list)
@@ -43,7 +48,13 @@ class Seen:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("health")
     base = making.tiny(folder / "base")
-    settings = {"base": str(base), "dtype": "float32", "quantization": "none", "device": "cpu", "compile": "off"}
+    settings = {
+        "base": str(base),
+        "dtype": "float32",
+        "quantization": "none",
+        "device": "cpu",
+        "compile": "off",
+    }
     faults = {"faults": f"stuck:{STUCK}", "request_timeout_s": str(LIMIT_S)}
     with started(settings | faults | {"adapters_dir": str(folder / "adapters")}, folder / "log") as server:
         yield server
@@ -62,7 +73,8 @@ def body(tokens: int) -> dict[str, object]:
 async def until_ready(seen: Seen, http: httpx.AsyncClient) -> None:
     """Looks until it has seen it gone and back."""
     async with asyncio.timeout(60):
-        while seen.ready[-2:] != [503, 200] or seen.health[-1:] != [(200, "ready")]:  # it may return between the two probes
+        # It may return between the two probes
+        while seen.ready[-2:] != [503, 200] or seen.health[-1:] != [(200, "ready")]:
             await seen.look(http)
             await asyncio.sleep(0.02)
 
@@ -76,9 +88,11 @@ async def test_a_worker_that_hangs_is_replaced_while_health_answers(http: httpx.
     assert (await http.post("/generate", json=body(STUCK + 10))).status_code == 200
 
 
-async def test_a_worker_that_is_killed_is_replaced_while_health_answers(http: httpx.AsyncClient, server: Server) -> None:
+async def test_a_worker_that_is_killed_is_replaced_while_health_answers(
+    http: httpx.AsyncClient, server: Server
+) -> None:
     below = psutil.Process(server.pid).children()
-    (worker,) = (one.pid for one in below if "service.engine.worker" in one.cmdline())
+    (worker,) = (one.pid for one in below if "service.worker.loop" in one.cmdline())
     seen = Seen()
     await seen.look(http)
     os.kill(worker, signal.SIGKILL)
@@ -90,7 +104,13 @@ async def test_a_worker_that_is_killed_is_replaced_while_health_answers(http: ht
 
 async def test_a_service_that_dies_takes_its_processes_along(tmp_path: Path) -> None:
     base = making.tiny(tmp_path / "base")
-    settings = {"base": str(base), "dtype": "float32", "quantization": "none", "device": "cpu", "compile": "off"}
+    settings = {
+        "base": str(base),
+        "dtype": "float32",
+        "quantization": "none",
+        "device": "cpu",
+        "compile": "off",
+    }
     with started(settings | {"adapters_dir": str(tmp_path / "adapters")}, tmp_path / "log") as server:
         below = psutil.Process(server.pid).children(recursive=True)
         assert len(below) >= 2

@@ -1,6 +1,8 @@
-"""Whatever comes, fails, is replaced or goes, the base and the neighbours say the same to the last bit, and the base's tensors stay.
+"""Whatever comes, fails, is replaced or goes, the base and the neighbours say the same to the last
+bit, and the base's tensors stay.
 
-A random walk over every kind of adapter through the real registry, reader and worker, in float32; what is served says what PEFT says.
+A random walk over every kind of adapter through the real registry, reader and worker, in float32;
+what is served says what PEFT says.
 """
 
 from __future__ import annotations
@@ -16,11 +18,12 @@ from typing import Any
 
 import pytest
 
-from service.adapters.registry import Registry
-from service.engine.client import Client
-from service.engine.request import Event, Sampling, Token
+from service.catalog.registry import Registry
+from service.core.request import Event, Token
+from service.core.sampling import Sampling
 from service.errors import AdapterInvalid, AdapterNotFound
 from service.settings import Settings
+from service.worker.client import WorkerClient
 from tests import kinds, making
 
 pytestmark = pytest.mark.anyio
@@ -30,27 +33,43 @@ LENGTH = 5
 STEPS = 105
 IDS = [f"x{i}" for i in range(7)]
 BESIDE = (
-    *("modules_to_save", "embedding saved", "trainable_token_indices", "lora_bias", "embedding", "target_parameters"),
+    *(
+        "modules_to_save",
+        "embedding saved",
+        "trainable_token_indices",
+        "lora_bias",
+        "embedding",
+        "target_parameters",
+    ),
     *("IA3", "VERA", "LOHA", "LOKR", "OFT", "LN_TUNING", "OSF", "FOURIERFT"),
 )
 GOOD = kinds.POOL | {name: kinds.SHADOW[name] for name in BESIDE}
-WITNESSES = {"base": None, "pooled": "dora", "beside": "modules_to_save"}  # asked after each deed, never touched by one
+# Asked after each deed, never touched by one
+WITNESSES = {"base": None, "pooled": "dora", "beside": "modules_to_save"}
 PLAIN = {"dtype": "float32", "quantization": "none", "device": "cpu", "compile": "off"}
-BOUNDS = {"max_rows": 8, "pool_rank": 40, "max_rank": 32, "host_cache_mb": 1}  # less than all of them need, in both tiers
+# Less than all of them need, in both tiers
+BOUNDS = {"max_rows": 8, "pool_rank": 40, "max_rank": 32, "host_cache_mb": 1}
 
 
 def wild(folder: Path, base: Path) -> Path:
     """One whose numbers overflow."""
-    loud = kinds.edited(weights=lambda tensors: {name: tensor * 1e38 if "lora_B" in name else tensor for name, tensor in tensors.items()})
+    loud = kinds.edited(
+        weights=lambda tensors: {
+            name: tensor * 1e38 if "lora_B" in name else tensor for name, tensor in tensors.items()
+        }
+    )
     return loud(folder, base)
 
 
 @dataclass
 class Walk:
-    """`held` is the kind under each id. A deed is judged by itself; `look` afterwards judges that nobody else noticed it."""
+    """`held` is the kind under each id.
+
+    A deed is judged by itself; `look` afterwards judges that nobody else noticed it.
+    """
 
     registry: Registry
-    client: Client
+    client: WorkerClient
     root: Path
     right: dict[str | None, list[int]]
     dice: random.Random = field(default_factory=lambda: random.Random(20))
@@ -61,16 +80,22 @@ class Walk:
     # ---- asking
 
     async def answer(self, id: str | None) -> tuple[list[Token], Event]:
-        """The prompt's and the answer's tokens, with their log probabilities; asked so that nothing is reused of an earlier prefill."""
+        """The prompt's and the answer's tokens, with their log probabilities; asked so that nothing
+        is reused of an earlier prefill.
+        """
         if id is None:
             return await self._read(None)
-        with self.registry.lease(id) as generation:
+        with self.registry.lease_adapter(id) as generation:
             return await self._read(generation.digest)
 
     async def _read(self, digest: str | None) -> tuple[list[Token], Event]:
-        ticket = self.client.submit(tuple(PROMPT), LENGTH, digest, Sampling(logprobs=3), prompt_logprobs=3)
+        ticket = self.client.submit_request(
+            tuple(PROMPT), LENGTH, digest, Sampling(logprobs=3), prompt_logprobs=3
+        )
         events = [event async for event in ticket]
-        return [token for event in events for token in (*event.prompt, event.token) if token is not None], events[-1]
+        return [
+            token for event in events for token in (*event.prompt, event.token) if token is not None
+        ], events[-1]
 
     async def ids(self, id: str | None) -> list[int]:
         tokens, end = await self.answer(id)
@@ -87,12 +112,14 @@ class Walk:
 
     def deck(self, cards: list[str]) -> list[str]:
         """So many that each is drawn before one comes again."""
-        shuffled = [card for _ in range(STEPS // len(cards) + 1) for card in self.dice.sample(cards, len(cards))]
+        shuffled = [
+            card for _ in range(STEPS // len(cards) + 1) for card in self.dice.sample(cards, len(cards))
+        ]
         return shuffled[::-1]
 
     async def put(self, id: str, kind: str, **more: Any) -> None:
         self.seen.add(kind)
-        await self.registry.register(id, kind.replace(" ", "-"), replace=True, **more)
+        await self.registry.register_adapter(id, kind.replace(" ", "-"), replace=True, **more)
         self.held[id] = kind
 
     async def come(self, kind: str) -> str:
@@ -107,13 +134,13 @@ class Walk:
         self.seen.add(kind)
         id = self.dice.choice(IDS)
         with pytest.raises(AdapterInvalid) as refused:
-            await self.registry.register(id, kind.replace(" ", "-"), replace=True)
+            await self.registry.register_adapter(id, kind.replace(" ", "-"), replace=True)
         assert kinds.REFUSED[kind][1] in "\n".join(refused.value.problems)
         if id in self.held:
             assert await self.ids(id) == self.right[self.held[id]], kind
         else:
             with pytest.raises(AdapterNotFound):
-                self.registry.card(id)
+                self.registry.card_of(id)
         return f"{id} did not become {kind}"
 
     async def leave(self, id: str, kind: str) -> str:
@@ -125,13 +152,13 @@ class Walk:
         if other:
             await self.put(id, other)
         else:
-            await self.registry.remove(id)
+            await self.registry.remove_adapter(id)
         assert await asyncio.gather(*asked) == [self.right[kind]] * 3
         return f"{kind} under {id} left for {other}"
 
     async def pin(self, id: str, kind: str) -> str:
-        pinned = not self.registry.card(id)["pinned"]
-        await self.registry.pin(id, pinned)
+        pinned = not self.registry.card_of(id)["pinned"]
+        await self.registry.pin_adapter(id, pinned)
         assert await self.ids(id) == self.right[kind]
         return f"{kind} pinned: {pinned}"
 
@@ -144,43 +171,47 @@ class Walk:
         return f"all at once: {names}"
 
     async def overflow(self, *_: str) -> str:
-        await self.registry.register("wild", "wild", replace=True)
+        await self.registry.register_adapter("wild", "wild", replace=True)
         loud, base = await asyncio.gather(self.answer("wild"), self.ids(None))
         assert "not finite" in loud[1].message
         assert base == self.right[None]
-        await self.registry.remove("wild")
+        await self.registry.remove_adapter("wild")
         return "one overflowed"
 
     async def rot(self, *_: str) -> str:
         """Its file changes on disk after it was registered and before it was read."""
         number = self.dice.random()  # else an adapter of the same content might be resident
         folder = making.edit(self.root / "plain", self.root / f"rotten{number}", {"lora_dropout": number})
-        await self.registry.register("rotten", folder.name, preload=False, replace=True)
-        making.edit(folder, folder, weights=lambda tensors: {name: tensor + 1 for name, tensor in tensors.items()})
+        await self.registry.register_adapter("rotten", folder.name, preload=False, replace=True)
+        making.edit(
+            folder, folder, weights=lambda tensors: {name: tensor + 1 for name, tensor in tensors.items()}
+        )
         told = (await self.answer("rotten"))[1]
         assert "changed on disk" in told.message
-        await self.registry.remove("rotten")
+        await self.registry.remove_adapter("rotten")
         return "one rotted"
 
 
 @asynccontextmanager
 async def walking(folder: Path) -> AsyncIterator[Walk]:
     base, root = making.tiny(folder / "base", tie_word_embeddings=False), folder / "adapters"
-    settings = Settings.model_validate({**PLAIN, **BOUNDS, "base": str(base), "base_id": "tiny", "adapters_dir": root})
-    client = Client(settings, "tests.weighing:build")
+    settings = Settings.model_validate(
+        {**PLAIN, **BOUNDS, "base": str(base), "base_id": "tiny", "adapters_dir": root}
+    )
+    client = WorkerClient(settings, "tests.weighing:build")
     registry = Registry(settings, client)
-    client.watch(registry.note)
-    await asyncio.gather(client.start(), registry.warm())
+    client.watch_loads(registry.note_load)
+    await asyncio.gather(client.start_worker(), registry.start_validator())
     try:
         folders = await asyncio.to_thread(stocked, folder / "stock", base)
         right = {kind: making.answers(base, path, [PROMPT], LENGTH)[0] for kind, path in folders.items()}
         await client.wait_ready()
-        await registry.open()
+        await registry.open_catalog()
         (folder / "stock").rename(root)
         yield Walk(registry, client, root, right)
     finally:
         await registry.close()
-        await client.stop(0)
+        await client.stop_worker(0)
 
 
 def stocked(root: Path, base: Path) -> dict[str | None, Path | None]:
@@ -198,14 +229,22 @@ async def test_nobody_notices_what_becomes_of_others(tmp_path: Path) -> None:
                 del walk.held[name]
         await walk.look("nothing")
         good, bad = walk.deck(list(GOOD)), walk.deck(list(kinds.REFUSED))
-        deeds: list[Callable[..., Coroutine[Any, Any, str] | Awaitable[str]]] = [walk.leave, walk.pin, walk.crowd, walk.overflow, walk.rot]
+        deeds: list[Callable[..., Coroutine[Any, Any, str] | Awaitable[str]]] = [
+            walk.leave,
+            walk.pin,
+            walk.crowd,
+            walk.overflow,
+            walk.rot,
+        ]
         for step in range(STEPS):
             if step % 5 < 2 or not walk.held:
                 after = await walk.come(good.pop())
             elif step % 5 < 4:
                 after = await walk.fail(bad.pop())
             else:
-                after = await walk.dice.choices(deeds, (4, 2, 2, 1, 1))[0](*walk.dice.choice(list(walk.held.items())))
+                after = await walk.dice.choices(deeds, (4, 2, 2, 1, 1))[0](
+                    *walk.dice.choice(list(walk.held.items()))
+                )
             await walk.look(f"step {step}, {after}")
         await walk.crowd()
         assert walk.seen == {*GOOD, *kinds.REFUSED}

@@ -1,4 +1,6 @@
-"""Keys: what a list or a file of them says, that only their hashes are kept, and that no word about a wrong one holds it."""
+"""Keys: what a list or a file of them says, that only their hashes are kept, and that no word about
+a wrong one holds it.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from service.errors import SettingsError
-from service.keys import Key, hashed, known, listed
-from service.settings import read
+from service.keys import Key, find_key, hash_secret, parse_keys
+from service.settings import read_settings
 
 BASE = {"ADAPTERD_BASE": "org/name"}
 
@@ -20,12 +22,12 @@ def written(folder: Path, text: str) -> str:
 
 
 def test_a_file_holds_hashes_or_keys_and_what_each_may_use_and_take(tmp_path: Path) -> None:
-    web = f"sha256:{hashed('sk-web').removeprefix('sha256:').upper()} name=web adapters=support,org/* rate=0.5 concurrency=3"
-    first, plain = listed(written(tmp_path, f"# the web site\n{web}\n\n sk-plain \n"))
-    assert first == Key(hashed("sk-web"), "web", ("support", "org/*"), 0.5, 3)
-    assert plain == Key(hashed("sk-plain"))
+    web = f"sha256:{hash_secret('sk-web').removeprefix('sha256:').upper()} name=web adapters=support,org/* rate=0.5 concurrency=3"
+    first, plain = parse_keys(written(tmp_path, f"# the web site\n{web}\n\n sk-plain \n"))
+    assert first == Key(hash_secret("sk-web"), "web", ("support", "org/*"), 0.5, 3)
+    assert plain == Key(hash_secret("sk-plain"))
     assert "sk-" not in repr([first, plain])
-    assert known("sk-web", (first, plain)) is first
+    assert find_key("sk-web", (first, plain)) is first
 
 
 def test_patterns_are_of_whole_ids_and_their_case_counts() -> None:
@@ -48,22 +50,22 @@ WRONG = ["rate=0", "rate=inf", "concurrency=1.5", "colour=red", "and more", "nam
 @pytest.mark.parametrize("line", ["sha256:sk-secret", *(f"sk-secret {rest}" for rest in WRONG)])
 def test_a_wrong_line_is_named_by_its_number_and_not_shown(tmp_path: Path, line: str) -> None:
     with pytest.raises(SettingsError, match=r"^ADAPTERD_API_KEYS: line 2 of the key file: ") as refused:
-        read(BASE | {"ADAPTERD_API_KEYS": written(tmp_path, f"# first\n{line}\n")})
+        read_settings(BASE | {"ADAPTERD_API_KEYS": written(tmp_path, f"# first\n{line}\n")})
     assert "secret" not in str(refused.value)
 
 
 def test_a_file_without_a_key_does_not_open_the_service(tmp_path: Path) -> None:
     for text in ("", "\n# sk-none\n"):
         with pytest.raises(SettingsError, match="holds no key"):
-            read(BASE | {"ADAPTERD_API_KEYS": written(tmp_path, text)})
+            read_settings(BASE | {"ADAPTERD_API_KEYS": written(tmp_path, text)})
     (tmp_path / "keys").write_bytes(b"\xff\xfe")
     with pytest.raises(SettingsError, match="no UTF-8"):
-        read(BASE | {"ADAPTERD_API_KEYS": f"@{tmp_path / 'keys'}"})
+        read_settings(BASE | {"ADAPTERD_API_KEYS": f"@{tmp_path / 'keys'}"})
 
 
 def test_an_admin_key_has_no_list_of_adapters(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"^ADAPTERD_ADMIN_KEYS: an admin key manages every adapter"):
-        read(BASE | {"ADAPTERD_ADMIN_KEYS": written(tmp_path, "sk-a adapters=x\n")})
+        read_settings(BASE | {"ADAPTERD_ADMIN_KEYS": written(tmp_path, "sk-a adapters=x\n")})
 
 
 def test_every_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,8 +78,8 @@ def test_every_key_is_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch)
         return equal(a, b)
 
     monkeypatch.setattr("service.keys.hmac.compare_digest", compare)
-    many = listed("sk-a,sk-b,sk-c")
-    assert known("sk-a", many) == many[0]
-    assert known("sk-x", many) is None
+    many = parse_keys("sk-a,sk-b,sk-c")
+    assert find_key("sk-a", many) == many[0]
+    assert find_key("sk-x", many) is None
     assert [a for a, _ in compared] == [key.digest for key in many] * 2
     assert all(b.startswith("sha256:") for _, b in compared)

@@ -1,4 +1,6 @@
-"""The command line and the server process: what stops a start, what SIGTERM does, and the exit codes."""
+"""The command line and the server process: what stops a start, what SIGTERM does, and the exit
+codes.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def environment(**settings: str) -> dict[str, str]:
 
 def run(*words: str, **settings: str) -> subprocess.CompletedProcess[str]:
     line = [sys.executable, "-m", *words]
-    return subprocess.run(line, cwd=ROOT, env=environment(**settings), capture_output=True, text=True, timeout=LIMIT_S)
+    return subprocess.run(
+        line, cwd=ROOT, env=environment(**settings), capture_output=True, text=True, timeout=LIMIT_S
+    )
 
 
 @contextmanager
@@ -39,7 +43,9 @@ def server(*flags: str, serves: bool = True) -> Iterator[tuple[subprocess.Popen[
     """A serving process with stand-ins behind its door, and its address."""
     port = free_port()
     line = [sys.executable, "-m", "tests.standing", "serve", "--port", str(port), *flags]
-    process = subprocess.Popen(line, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        line, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     url = f"http://127.0.0.1:{port}"
     with process:
         try:
@@ -147,7 +153,11 @@ def test_a_port_in_use_is_one_line() -> None:
     ],
 )
 def test_a_wrong_start_is_one_line_that_names_it(
-    words: list[str], settings: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str],
+    settings: dict[str, str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for name in [name for name in os.environ if name.startswith("ADAPTERD_")]:
         monkeypatch.delenv(name)
@@ -164,7 +174,9 @@ def test_registrations_of_a_newer_service_stop_the_start_with_one_line_and_stay(
     state.write_text('{"version": 3, "adapters": {}, "deleted": []}')
     ran = run("service", "serve", "--port", str(free_port()), ADAPTERD_ADAPTERS_DIR=str(tmp_path))
     assert ran.returncode == 2
-    assert ran.stderr.startswith(f"ADAPTERD_ADAPTERS_DIR: {state} was written by a newer adapterd: its version is 3")
+    assert ran.stderr.startswith(
+        f"ADAPTERD_ADAPTERS_DIR: {state} was written by a newer adapterd: its version is 3"
+    )
     assert len(ran.stderr.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == [".adapterd.json"]
     assert '"version": 3' in state.read_text()
@@ -180,7 +192,7 @@ def test_flags_override_variables(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setenv("ADAPTERD_BASE", "org/none")
     monkeypatch.setenv("ADAPTERD_PORT", "1")
-    monkeypatch.setattr("service.serve.serve", serve)
+    monkeypatch.setattr("service.server.run_server", serve)
     assert command.main(["serve", "--port", "2", "--max-rows=3"]) == 0
     assert (seen[0].port, seen[0].max_rows) == (2, 3)
 
@@ -193,7 +205,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return base, making.noise(home / "noise", base)
 
 
-def test_inspect_tells_what_a_folder_holds_as_text_and_as_json(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_tells_what_a_folder_holds_as_text_and_as_json(
+    files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     _, adapter = files
     assert command.main(["inspect", str(adapter)]) == 0
     assert "q_proj" in capsys.readouterr().out
@@ -202,13 +216,17 @@ def test_inspect_tells_what_a_folder_holds_as_text_and_as_json(files: tuple[Path
     assert (told["peft_type"], told["modules"], told["problems"]) == ("LORA", 4, [])
 
 
-def test_inspect_of_something_else_is_one_line(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_of_something_else_is_one_line(
+    files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     for path in (files[0], Path("/no/such")):
         assert command.main(["inspect", str(path)]) == 2
         assert capsys.readouterr().err == "adapter_config.json is missing\n"
 
 
-def test_inspect_of_a_bad_adapter_exits_with_1(files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspect_of_a_bad_adapter_exits_with_1(
+    files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bad = making.edit(files[1], tmp_path / "bad", config={"r": "4"})
     assert command.main(["inspect", str(bad)]) == 1
     assert "! " in capsys.readouterr().out
@@ -218,7 +236,9 @@ def test_inspect_of_a_bad_adapter_exits_with_1(files: tuple[Path, Path], tmp_pat
     assert "tokenizer.json is a git-lfs pointer" in capsys.readouterr().out
 
 
-def test_forecast_says_what_such_an_adapter_would_weigh(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_forecast_says_what_such_an_adapter_would_weigh(
+    files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     for config in (files[0], files[0] / "config.json"):
         asked = ["forecast", "--config", str(config), "--r", "4", "--target-modules", "q_proj, v_proj"]
         assert command.main([*asked, "--format", "json"]) == 0
@@ -229,9 +249,17 @@ def test_forecast_says_what_such_an_adapter_would_weigh(files: tuple[Path, Path]
         assert f"{told['parameters']:,}" in capsys.readouterr().out
 
 
-def test_a_forecast_that_cannot_be_made_is_one_line(files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
-    for config, modules, said in ((files[0], "nope", "nope"), (files[0] / "gone", "q_proj", "--config"), (files[1], "q_proj", "")):
-        assert command.main(["forecast", "--config", str(config), "--r", "4", "--target-modules", modules]) == 2
+def test_a_forecast_that_cannot_be_made_is_one_line(
+    files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for config, modules, said in (
+        (files[0], "nope", "nope"),
+        (files[0] / "gone", "q_proj", "--config"),
+        (files[1], "q_proj", ""),
+    ):
+        assert (
+            command.main(["forecast", "--config", str(config), "--r", "4", "--target-modules", modules]) == 2
+        )
         told = capsys.readouterr().err
         assert said in told
         assert len(told.splitlines()) == 1
@@ -251,7 +279,7 @@ def test_the_real_command_starts_as_a_module() -> None:
 
 def test_the_server_reads_a_tokenizer_without_torch(tmp_path: Path) -> None:
     code = (
-        "import sys; from service.__main__ import _without_torch; _without_torch(); from service.engine.text import Text;"
+        "import sys; from service.__main__ import _without_torch; _without_torch(); from service.text.tokenizers import Text;"
         f"print(Text({str(making.tiny(tmp_path / 'base'))!r}).base.encode('the hen'), sys.modules['torch'])"
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)

@@ -1,4 +1,6 @@
-"""What an adapter costs ends with it: a real worker and reader, through hundreds of lives, and with a thousand that nobody asks for."""
+"""What an adapter costs ends with it: a real worker and reader, through hundreds of lives, and with
+a thousand that nobody asks for.
+"""
 
 from __future__ import annotations
 
@@ -18,22 +20,30 @@ from typing import Any
 import psutil
 import pytest
 
-from service.adapters.registry import Registry
-from service.engine.client import Client
-from service.engine.request import Finish
+from service.catalog.registry import Registry
+from service.core.request import Finish
 from service.errors import AdapterInvalid
 from service.settings import Settings
+from service.worker.client import WorkerClient
 from tests import kinds, making
 
 pytestmark = pytest.mark.anyio
 
 LIVES = 300
 GROWTH = 1.02  # since the tenth
-PLAIN = {"dtype": "float32", "quantization": "none", "device": "cpu", "compile": "off", "max_rows": 2, "base_id": "tiny"}
+PLAIN = {
+    "dtype": "float32",
+    "quantization": "none",
+    "device": "cpu",
+    "compile": "off",
+    "max_rows": 2,
+    "base_id": "tiny",
+}
 BOUNDS = {"pool_rank": 512, "max_rank": 512, "host_cache_mb": 100}
 LAYERS, THOUSAND = 6, 1000
 CARD = {"worker": 8_000, "reader": 8_000, "api": 20_000}  # bytes that each of a thousand may cost
-WIDE: dict[str, Any] = {"targets": "all-linear", "r": 256}  # 2 MB on the tiny base: were one life's bytes in ten kept, it would show
+# 2 MB on the tiny base: were one life's bytes in ten kept, it would show
+WIDE: dict[str, Any] = {"targets": "all-linear", "r": 256}
 RECIPES: dict[str, kinds.Maker] = {
     "pooled": kinds.lora(1, **WIDE),
     "beside": kinds.lora(2, lora_bias=True, **WIDE),
@@ -46,14 +56,16 @@ class House:
     def __init__(self, folder: Path, layers: int) -> None:
         self.root = folder / "adapters"
         self.base = making.tiny(folder / "base", num_hidden_layers=layers)
-        self.settings = Settings.model_validate({**PLAIN, **BOUNDS, "base": str(self.base), "adapters_dir": self.root})
-        self.client = Client(self.settings)
+        self.settings = Settings.model_validate(
+            {**PLAIN, **BOUNDS, "base": str(self.base), "adapters_dir": self.root}
+        )
+        self.client = WorkerClient(self.settings)
         self.registry = Registry(self.settings, self.client)
-        self.client.watch(self.registry.note)
+        self.client.watch_loads(self.registry.note_load)
 
     async def say(self, id: str) -> None:
-        with self.registry.lease(id) as generation:
-            ticket = self.client.submit((9, 40, 41, 77), 3, generation.digest)
+        with self.registry.lease_adapter(id) as generation:
+            ticket = self.client.submit_request((9, 40, 41, 77), 3, generation.digest)
             end = [event async for event in ticket][-1]
         assert end.finish is Finish.LENGTH, end.message
 
@@ -67,19 +79,21 @@ class House:
 @asynccontextmanager
 async def opened(folder: Path, layers: int = 2) -> AsyncIterator[House]:
     house = House(folder, layers)
-    await asyncio.gather(house.client.start(), house.registry.warm())
+    await asyncio.gather(house.client.start_worker(), house.registry.start_validator())
     try:
         await house.client.wait_ready()
         yield house
     finally:
         await house.registry.close()
-        await house.client.stop(0)
+        await house.client.stop_worker(0)
 
 
 async def test_three_hundred_lives_leave_nothing_behind(tmp_path: Path) -> None:
-    """B5: registered, asked and deleted; each says what it freed; one in four is refused after its values were read."""
+    """B5: registered, asked and deleted; each says what it freed; one in four is refused after its
+    values were read.
+    """
     async with opened(tmp_path) as house:
-        await house.registry.open()
+        await house.registry.open_catalog()
         kinds.make(house.root, house.base, RECIPES)
         kinds.spoil(house.root / "refused", kinds.B, math.nan)
         weights: list[dict[str, int]] = []
@@ -88,18 +102,20 @@ async def test_three_hundred_lives_leave_nothing_behind(tmp_path: Path) -> None:
             began = time.perf_counter()
             if kind == "refused":
                 with pytest.raises(AdapterInvalid, match="NaN"):
-                    await house.registry.register("x", kind)
+                    await house.registry.register_adapter("x", kind)
                 continue
-            await house.registry.register("x", kind)
+            await house.registry.register_adapter("x", kind)
             seconds.append(time.perf_counter() - began)
             await house.say("x")
             held = house.client.gauges.host_bytes
-            freed = (await house.registry.remove("x"))["freed_bytes"]
-            assert (freed, house.registry.cards()) == (held, [])
+            freed = (await house.registry.remove_adapter("x"))["freed_bytes"]
+            assert (freed, house.registry.list_cards()) == (held, [])
             if life >= 10:
                 weights.append(house.weight())
         first, last = (1000 * statistics.median(part) for part in (seconds[:30], seconds[-30:]))
-        print(f"a load took {first:.1f} ms in the first lives, {last:.1f} ms in the last; bytes {weights[0]} then {weights[-1]}")
+        print(
+            f"a load took {first:.1f} ms in the first lives, {last:.1f} ms in the last; bytes {weights[0]} then {weights[-1]}"
+        )
         for process, bytes_ in weights[0].items():
             assert max(weight[process] for weight in weights) < bytes_ * GROWTH, process
 
@@ -119,13 +135,14 @@ async def test_a_thousand_adapters_cost_only_their_cards_until_one_is_asked_for(
     async with opened(tmp_path, layers=LAYERS) as house:
         mould = kinds.lora(1, targets="all-linear", r=8)(tmp_path / "mould", house.base)
         copies(mould, house.root, THOUSAND)
-        await house.registry.warm()
+        await house.registry.start_validator()
         before, began = house.weight(), time.perf_counter()
-        await house.registry.open()
+        await house.registry.open_catalog()
         seconds = time.perf_counter() - began
-        cards = house.registry.cards()
+        cards = house.registry.list_cards()
         assert [(card["state"], card["residency"]) for card in cards] == [("ready", "disk")] * THOUSAND
-        await house.client.loaded(house.registry.registered()[-1].digest)  # so that it has heard of all before
+        # So that it has heard of all before
+        await house.client.wait_until_loaded(house.registry.list_versions()[-1].digest)
         one = house.client.gauges.host_bytes
         assert 0 < one < 2 * (mould / making.WEIGHTS).stat().st_size
         await house.say("n0500")

@@ -1,4 +1,5 @@
-"""What others' servers did wrong in operation, on the real program with a tiny base, in the order of a life.
+"""What others' servers did wrong in operation, on the real program with a tiny base, in the order
+of a life.
 
 Each adapter takes a second longer to read than it would.
 """
@@ -38,7 +39,11 @@ class House:
     async def samples(self) -> dict[tuple[str, ...], float]:
         """Every sample of /metrics, by name and label values."""
         families = text_string_to_metric_families((await self.http.get("/metrics")).text)
-        return {(s.name.removeprefix("adapterd_"), *s.labels.values()): s.value for family in families for s in family.samples}
+        return {
+            (s.name.removeprefix("adapterd_"), *s.labels.values()): s.value
+            for family in families
+            for s in family.samples
+        }
 
     async def value(self, name: str) -> float:
         return (await self.samples())[(name,)]
@@ -54,7 +59,9 @@ class House:
     @asynccontextmanager
     async def streaming(self, **more: Any) -> AsyncIterator[tuple[httpx.Response, AsyncIterator[str]]]:
         """A stream and its `data:` fields."""
-        async with self.http.stream("POST", "/v1/completions", json=self.body(stream=True, **more)) as response:
+        async with self.http.stream(
+            "POST", "/v1/completions", json=self.body(stream=True, **more)
+        ) as response:
             lines = response.aiter_lines()
             yield response, (line.removeprefix("data: ") async for line in lines if line)
 
@@ -64,7 +71,14 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, P
     folder = tmp_path_factory.mktemp("operations")
     base = making.tiny(folder / "base", max_position_embeddings=CONTEXT)
     adapter = making.noise(folder / "adapters" / "noise", base)
-    settings = {"base": str(base), "base_id": "tiny", "dtype": "float32", "quantization": "none", "device": "cpu", "compile": "off"}
+    settings = {
+        "base": str(base),
+        "base_id": "tiny",
+        "dtype": "float32",
+        "quantization": "none",
+        "device": "cpu",
+        "compile": "off",
+    }
     more = {
         "adapters_dir": str(folder / "adapters"),
         "max_rows": "2",
@@ -82,7 +96,9 @@ async def house(server: tuple[Server, Path]) -> AsyncIterator[House]:
 
 
 async def test_health_answers_all_through_a_generation_and_a_load(house: House) -> None:
-    """C2: answers come while both go on; were the event loop or the process held, there would be none between start and end."""
+    """C2: answers come while both go on; were the event loop or the process held, there would be
+    none between start and end.
+    """
     work = asyncio.gather(
         house.http.post("/v1/completions", json=house.body()),
         house.http.post("/adapters", json={"id": "slow", "source": "noise"}),
@@ -103,11 +119,15 @@ async def test_an_adapter_registered_over_http_is_there_for_every_connection(hou
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/generate_stream"])
-async def test_a_stream_comes_token_by_token_and_nothing_on_the_way_may_hold_it(house: House, path: str) -> None:
+async def test_a_stream_comes_token_by_token_and_nothing_on_the_way_may_hold_it(
+    house: House, path: str
+) -> None:
     """C5: the headers, no compression, and the first event while the engine still works."""
     native = {"inputs": "Hi", "parameters": {"max_new_tokens": LENGTH, "ignore_eos_token": True}}
     body = native if path == "/generate_stream" else house.body(stream=True)
-    async with house.http.stream("POST", path, json=body, headers={"accept-encoding": "gzip, br, zstd"}) as response:
+    async with house.http.stream(
+        "POST", path, json=body, headers={"accept-encoding": "gzip, br, zstd"}
+    ) as response:
         lines = response.aiter_lines()
         assert (await anext(lines)).startswith("data: {")
         assert await house.value("num_requests_running") == 1, "it goes on"
@@ -139,14 +159,24 @@ async def test_work_stops_when_its_client_leaves(house: House) -> None:
     assert (await house.samples())["request_failure_total", "cancelled"] >= 2
 
 
-async def test_prompts_up_to_the_context_are_answered_and_beyond_it_refused_with_numbers(house: House) -> None:
-    """B14: the prompt that just fits is counted right; one token more is refused; so are an empty prompt and a body over its limit."""
+async def test_prompts_up_to_the_context_are_answered_and_beyond_it_refused_with_numbers(
+    house: House,
+) -> None:
+    """B14: the prompt that just fits is counted right; one token more is refused; so are an empty
+    prompt and a body over its limit.
+    """
     fits = await house.http.post("/v1/completions", json=house.body(prompt=[5] * (CONTEXT - 1), max_tokens=1))
-    assert fits.json()["usage"] == {"prompt_tokens": CONTEXT - 1, "completion_tokens": 1, "total_tokens": CONTEXT}
+    assert fits.json()["usage"] == {
+        "prompt_tokens": CONTEXT - 1,
+        "completion_tokens": 1,
+        "total_tokens": CONTEXT,
+    }
     for prompt, tokens in (([5] * CONTEXT, 1), ([5] * (CONTEXT - 12), 50), ([5] * 9001, 1)):
         over = await house.http.post("/v1/completions", json=house.body(prompt=prompt, max_tokens=tokens))
         assert (over.status_code, over.json()["error"]["code"]) == (400, "context_length_exceeded")
-        assert all(str(number) in over.json()["error"]["message"] for number in (CONTEXT, len(prompt), tokens))
+        assert all(
+            str(number) in over.json()["error"]["message"] for number in (CONTEXT, len(prompt), tokens)
+        )
     assert (await house.http.post("/v1/completions", json=house.body(prompt=""))).status_code == 400
     large = await house.http.post("/v1/completions", json=house.body(prompt="a" * 5_000_000))
     assert (large.status_code, large.json()["error"]["code"]) == (413, "payload_too_large")
@@ -158,13 +188,17 @@ async def test_adapters_that_came_and_went_leave_no_series_behind(house: House) 
     before = await house.samples()
     for i in range(30):
         (await house.http.post("/adapters", json={"id": f"c4-{i}", "source": "noise"})).raise_for_status()
-        (await house.http.post("/v1/completions", json=house.body(model=f"c4-{i}", max_tokens=1))).raise_for_status()
+        (
+            await house.http.post("/v1/completions", json=house.body(model=f"c4-{i}", max_tokens=1))
+        ).raise_for_status()
         assert ("adapter_requests_total", f"c4-{i}") in await house.samples()
         (await house.http.delete(f"/adapters/c4-{i}")).raise_for_status()
     after = await house.samples()
     assert set(after) - set(before) == set()
     assert not [key for key in after for value in key[1:] if "," in value]
-    assert not [key for key in before if key[0].endswith(("_total", "_count", "_bucket")) and after[key] < before[key]]
+    assert not [
+        key for key in before if key[0].endswith(("_total", "_count", "_bucket")) and after[key] < before[key]
+    ]
 
 
 @pytest.mark.parametrize("id", ["..", "%2e%2e", "a/../../x", "..%2f..%2fx", "%00x", "a%00b"])
@@ -180,7 +214,9 @@ async def test_no_id_reaches_outside(house: House, id: str) -> None:
 
 
 async def test_sigterm_lets_a_stream_end_whole_refuses_new_requests_and_ends_well(house: House) -> None:
-    """C3, and so the last one here: every token and [DONE] come, others are told 503, and no process stays."""
+    """C3, and so the last one here: every token and [DONE] come, others are told 503, and no
+    process stays.
+    """
     tree = [psutil.Process(house.server.pid), *psutil.Process(house.server.pid).children(recursive=True)]
     async with house.streaming(max_tokens=4 * LENGTH) as (_, events):
         got = [await anext(events) for _ in range(3)]

@@ -7,28 +7,30 @@ from pathlib import Path
 import pytest
 
 from service.errors import SettingsError
-from service.keys import known
-from service.settings import Faults, Settings, read
+from service.keys import find_key
+from service.settings import Faults, Settings, read_settings
 
 BASE = {"ADAPTERD_BASE": "org/name"}
 
 
 def refused(environment: dict[str, str], flags: dict[str, str] | None = None) -> str:
     with pytest.raises(SettingsError) as caught:
-        read(environment, flags)
+        read_settings(environment, flags)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_nothing_set_is_the_demo_on_loopback() -> None:
-    chosen = read({})
+    chosen = read_settings({})
     assert (chosen.host, chosen.port, chosen.base, chosen.keyed) == ("127.0.0.1", 8080, "demo", False)
     assert chosen.adapters.parts[-2:] == ("demo", "adapters")
-    assert read(BASE).adapters == Path("adapters")
+    assert read_settings(BASE).adapters == Path("adapters")
 
 
 def test_flags_are_over_variables_and_other_variables_are_none_of_ours() -> None:
-    chosen = read(BASE | {"ADAPTERD_PORT": "1", "ADAPTERD_MAX_ROWS": "3", "PATH": "/bin"}, {"port": "2"})
+    chosen = read_settings(
+        BASE | {"ADAPTERD_PORT": "1", "ADAPTERD_MAX_ROWS": "3", "PATH": "/bin"}, {"port": "2"}
+    )
     assert (chosen.port, chosen.max_rows) == (2, 3)
 
 
@@ -57,7 +59,9 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+@pytest.mark.parametrize(
+    ("name", "value"), [(name, value) for name, values in WRONG.items() for value in values]
+)
 def test_a_wrong_value_is_refused_by_name(name: str, value: str) -> None:
     assert refused(BASE | {f"ADAPTERD_{name}": value}).startswith(f"ADAPTERD_{name}: ")
 
@@ -69,29 +73,33 @@ def test_more_than_one_process_is_refused(count: str) -> None:
 
 
 def test_faults_are_parsed() -> None:
-    assert read(BASE | {"ADAPTERD_FAULTS": "step:3, stuck,slow_load:0.5"}).faults == Faults(step=3, stuck=1, slow_load=0.5)
-    assert read(BASE | {"ADAPTERD_FAULTS": "kill:2,stuck:4"}).faults == Faults(kill=2, stuck=4)
+    assert read_settings(BASE | {"ADAPTERD_FAULTS": "step:3, stuck,slow_load:0.5"}).faults == Faults(
+        step=3, stuck=1, slow_load=0.5
+    )
+    assert read_settings(BASE | {"ADAPTERD_FAULTS": "kill:2,stuck:4"}).faults == Faults(kill=2, stuck=4)
 
 
 def test_the_hub_is_off_or_a_list() -> None:
-    assert read(BASE | {"ADAPTERD_HUB": "off"}).hub == ()
-    assert read(BASE | {"ADAPTERD_HUB": "org/*, other/name"}).hub == ("org/*", "other/name")
+    assert read_settings(BASE | {"ADAPTERD_HUB": "off"}).hub == ()
+    assert read_settings(BASE | {"ADAPTERD_HUB": "org/*, other/name"}).hub == ("org/*", "other/name")
 
 
 def test_other_hosts_need_a_key() -> None:
-    assert read(BASE | {"ADAPTERD_HOST": "0.0.0.0", "ADAPTERD_API_KEYS": "sk"}).host == "0.0.0.0"
-    assert read(BASE | {"ADAPTERD_HOST": "::1"}).host == "::1"
+    assert read_settings(BASE | {"ADAPTERD_HOST": "0.0.0.0", "ADAPTERD_API_KEYS": "sk"}).host == "0.0.0.0"
+    assert read_settings(BASE | {"ADAPTERD_HOST": "::1"}).host == "::1"
 
 
 def test_keys_are_known_and_never_shown(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("sk-file\n\n sk-more \n")
-    chosen = read(BASE | {"ADAPTERD_API_KEYS": "sk-a, sk-b", "ADAPTERD_ADMIN_KEYS": f"@{tmp_path / 'keys'}"})
-    assert known("sk-b", chosen.api_keys)
-    assert known("sk-more", chosen.admin_keys)
+    chosen = read_settings(
+        BASE | {"ADAPTERD_API_KEYS": "sk-a, sk-b", "ADAPTERD_ADMIN_KEYS": f"@{tmp_path / 'keys'}"}
+    )
+    assert find_key("sk-b", chosen.api_keys)
+    assert find_key("sk-more", chosen.admin_keys)
     for wrong in ("", "sk-", "sk-a, sk-b", "\udcff", *(key.digest for key in chosen.api_keys)):
-        assert not known(wrong, chosen.api_keys)
-    assert "sk-" not in repr(chosen) + str(chosen.public())
-    assert "/" not in str({name: value for name, value in chosen.public().items() if name != "hub"})
+        assert not find_key(wrong, chosen.api_keys)
+    assert "sk-" not in repr(chosen) + str(chosen.public_values())
+    assert "/" not in str({name: value for name, value in chosen.public_values().items() if name != "hub"})
 
 
 def test_a_refused_key_is_not_echoed() -> None:
@@ -99,6 +107,6 @@ def test_a_refused_key_is_not_echoed() -> None:
 
 
 def test_settings_cannot_be_changed() -> None:
-    chosen: Settings = read(BASE)
+    chosen: Settings = read_settings(BASE)
     with pytest.raises(ValueError, match="frozen"):
         chosen.port = 1

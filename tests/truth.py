@@ -1,4 +1,6 @@
-"""What clients of a tormented service know to be true: who says what, which errors may come, and what became of each request."""
+"""What clients of a tormented service know to be true: who says what, which errors may come, and
+what became of each request.
+"""
 
 from __future__ import annotations
 
@@ -46,9 +48,10 @@ class WrongError(Exception):
 class Tally:
     """What became of every request sent, by its request id, and what must not be.
 
-    answered, done: a right answer, with tokens or of another kind; error: the right error; refused: nobody could have had an answer then;
-    caught: the worker died with it; broken: it died in mid-stream; late: it waited too long for another; cut: the service was ending;
-    left, unheard: the client went, in mid-stream or before any answer.
+    answered, done: a right answer, with tokens or of another kind; error: the right error; refused:
+    nobody could have had an answer then; caught: the worker died with it; broken: it died in
+    mid-stream; late: it waited too long for another; cut: the service was ending; left, unheard:
+    the client went, in mid-stream or before any answer.
     """
 
     outcomes: dict[str, str] = field(default_factory=dict)
@@ -61,7 +64,10 @@ class Tally:
 
 @dataclass
 class World:
-    """What is true: the letter that each folder says, and what the base answers. `ending`: the service was told to end."""
+    """What is true: the letter that each folder says, and what the base answers.
+
+    `ending`: the service was told to end.
+    """
 
     letters: dict[str, str]
     base: dict[tuple[str, int], str] = field(default_factory=dict)
@@ -89,7 +95,10 @@ class World:
 
 
 def native(prompt: str, adapter: str | None, length: int, **more: Any) -> Body:
-    return {"inputs": prompt, "parameters": {"adapter_id": adapter, "max_new_tokens": length, "ignore_eos_token": True, **more}}
+    return {
+        "inputs": prompt,
+        "parameters": {"adapter_id": adapter, "max_new_tokens": length, "ignore_eos_token": True, **more},
+    }
 
 
 def openai(prompt: str, adapter: str | None, length: int, **more: Any) -> Body:
@@ -105,4 +114,8 @@ def code(error: Body) -> str:
 
 
 def events(text: str) -> list[Body]:
-    return [json.loads(line[5:]) for line in text.splitlines() if line.startswith("data:") and not line.endswith("[DONE]")]
+    return [
+        json.loads(line[5:])
+        for line in text.splitlines()
+        if line.startswith("data:") and not line.endswith("[DONE]")
+    ]

@@ -1,4 +1,6 @@
-"""The real runner, whose base is hashed when it is loaded and when the worker ends: lines of `hashes`, beside the adapters directory."""
+"""The real runner, whose base is hashed when it is loaded and when the worker ends: lines of
+`hashes`, beside the adapters directory.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +11,9 @@ from typing import Any
 
 import torch
 
-from service.engine.request import BaseCard
+from service.core.base_info import BaseInfo
 from service.model import build as building
-from service.model.runner import Runner
+from service.model.runner import ModelRunner
 from service.settings import Settings
 
 
@@ -25,8 +27,8 @@ def hashed(model: Any) -> str:
     return found.hexdigest()
 
 
-def build(settings: Settings, progress: Callable[[str, float], None]) -> tuple[Runner, BaseCard]:
-    made, card = building.build(settings, progress)
+def build(settings: Settings, progress: Callable[[str, float], None]) -> tuple[ModelRunner, BaseInfo]:
+    made, card = building.build_runner(settings, progress)
 
     def note() -> None:
         with (settings.adapters.parent / "hashes").open("a") as file:

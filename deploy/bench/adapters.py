@@ -1,4 +1,6 @@
-"""Makes random LoRA adapters for the benchmark, as PEFT would save them. Knows the shapes of the demo base; needs neither torch nor PEFT.
+"""Makes random LoRA adapters for the benchmark, as PEFT would save them.
+
+Knows the shapes of the demo base; needs neither torch nor PEFT.
 
 python -m deploy.bench.adapters FOLDER [--count 16] [--ranks 16,32]
 """
@@ -14,7 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 LAYERS, HIDDEN, KV = 30, 576, 192
-SHAPES = {"q_proj": (HIDDEN, HIDDEN), "k_proj": (HIDDEN, KV), "v_proj": (HIDDEN, KV), "o_proj": (HIDDEN, HIDDEN)}
+SHAPES = {
+    "q_proj": (HIDDEN, HIDDEN),
+    "k_proj": (HIDDEN, KV),
+    "v_proj": (HIDDEN, KV),
+    "o_proj": (HIDDEN, HIDDEN),
+}
 STD = 0.02
 
 
@@ -39,7 +46,10 @@ def bfloat16(values: Floats) -> bytes:
 
 
 def safetensors(tensors: Mapping[str, Floats]) -> bytes:
-    """The file format: the header's length in 8 bytes, the header in JSON, the data. NumPy has no bfloat16 to hand to the library."""
+    """The file format: the header's length in 8 bytes, the header in JSON, the data.
+
+    NumPy has no bfloat16 to hand to the library.
+    """
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, values in tensors.items():
@@ -50,7 +60,9 @@ def safetensors(tensors: Mapping[str, Floats]) -> bytes:
     return len(text).to_bytes(8, "little") + text + b"".join(bfloat16(values) for values in tensors.values())
 
 
-def write(folder: Path, rank: int, seed: int, shapes: Mapping[str, tuple[int, int]] = SHAPES, layers: int = LAYERS) -> None:
+def write(
+    folder: Path, rank: int, seed: int, shapes: Mapping[str, tuple[int, int]] = SHAPES, layers: int = LAYERS
+) -> None:
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -68,7 +80,10 @@ def write(folder: Path, rank: int, seed: int, shapes: Mapping[str, tuple[int, in
 
 
 def make(folder: Path, count: int, ranks: Sequence[int] = (16,)) -> list[str]:
-    """`count` adapters named rank16-000 and so on, taking the ranks in turn. Those that are there already stay. Their names."""
+    """`count` adapters named rank16-000 and so on, taking the ranks in turn.
+
+    Those that are there already stay. Their names.
+    """
     names = [f"rank{ranks[i % len(ranks)]}-{i:03}" for i in range(count)]
     for i, name in enumerate(names):
         if not (folder / name / "adapter_model.safetensors").exists():
@@ -77,7 +92,9 @@ def make(folder: Path, count: int, ranks: Sequence[int] = (16,)) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     parser.add_argument("--count", type=int, default=16)
     parser.add_argument("--ranks", default="16", help="comma-separated, taken in turn")

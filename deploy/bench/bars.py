@@ -1,4 +1,5 @@
-"""What the grid does not show: more adapters than fit, mixed ranks, and the second turn of a chat, each as a ratio within one run.
+"""What the grid does not show: more adapters than fit, mixed ranks, and the second turn of a chat,
+each as a ratio within one run.
 
 python -m deploy.bench.bars [zipf] [ranks] [turn]
 """
@@ -30,7 +31,9 @@ def settings(folder: Path, pool: int) -> dict[str, str]:
     return shared | {"adapters_dir": str(folder), "pool_rank": str(pool), "max_rank": str(min(pool, 64))}
 
 
-def compare(names: tuple[str, str], pools: tuple[int, int], folders: tuple[Path, Path], popularity: tuple[str, str]) -> dict[str, float]:
+def compare(
+    names: tuple[str, str], pools: tuple[int, int], folders: tuple[Path, Path], popularity: tuple[str, str]
+) -> dict[str, float]:
     """Tokens a second of two set-ups of ours in turn, and the first's over the second's."""
     rates: dict[str, list[float]] = {name: [] for name in names}
     with ExitStack() as stack:
@@ -63,7 +66,9 @@ def ranks() -> dict[str, float]:
 
 
 async def turns(server: Server, model: str, seed: int) -> tuple[float, float]:
-    """Time to the first token, in seconds: of a prompt never seen, and of one whose first HISTORY tokens were."""
+    """Time to the first token, in seconds: of a prompt never seen, and of one whose first HISTORY
+    tokens were.
+    """
     async with connect(server.url) as client:
         history = prompt(HISTORY, f"history {seed}")
         found: list[float] = []
@@ -92,7 +97,9 @@ BARS = {"zipf": zipf, "ranks": ranks, "turn": turn}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("bars", nargs="*", help=f"of {', '.join(BARS)}; all, where none is named")
     asked = parser.parse_args().bars or list(BARS)
     if unknown := set(asked) - set(BARS):

@@ -1,7 +1,8 @@
-"""Puts one server under one load and says what it took: the load generator by itself, for any OpenAI-compatible URL.
+"""Puts one server under one load and says what it took: the load generator by itself, for any
+OpenAI-compatible URL.
 
-python -m deploy.bench.bench ours=http://127.0.0.1:8080 --clients 16 --requests 64
-python -m deploy.bench.bench ours=http://127.0.0.1:8080 --rate 5 --requests 300 --popularity zipf:1.0
+python -m deploy.bench.bench ours=http://127.0.0.1:8080 --clients 16 --requests 64 python -m
+deploy.bench.bench ours=http://127.0.0.1:8080 --rate 5 --requests 300 --popularity zipf:1.0
 """
 
 from __future__ import annotations
@@ -21,7 +22,10 @@ WARM_TOKENS = 8
 
 @dataclass(frozen=True)
 class Load:
-    """How a server is asked: `clients` in a closed loop, or, where `rate` is given, that many arrivals a second."""
+    """How a server is asked:
+
+    `clients` in a closed loop, or, where `rate` is given, that many arrivals a second.
+    """
 
     clients: int
     requests: int
@@ -33,14 +37,22 @@ class Load:
 
 async def _run(server: Server, names: list[str], load: Load, seed: int, key: str | None) -> Summary:
     work = jobs(names, load.popularity, load.requests, words=load.words, tokens=load.tokens, seed=seed)
-    # As many as will run at once, so that every size of batch has been seen; and other prompts than those that count.
+    # As many as will run at once, so that every size of batch has been seen; and other prompts than
+    # those that count.
     warm = jobs(
-        names, "round-robin", max(load.clients, min(len(names), 2 * load.clients)), words=load.words, tokens=WARM_TOKENS, seed=-seed - 1
+        names,
+        "round-robin",
+        max(load.clients, min(len(names), 2 * load.clients)),
+        words=load.words,
+        tokens=WARM_TOKENS,
+        seed=-seed - 1,
     )
     async with connect(server.url, key) as client:
         await closed(client, warm, load.clients)
         start = time.perf_counter()
-        samples = await (closed(client, work, load.clients) if load.rate is None else opened(client, work, load.rate, seed))
+        samples = await (
+            closed(client, work, load.clients) if load.rate is None else opened(client, work, load.rate, seed)
+        )
         return summarize(samples, time.perf_counter() - start)
 
 
@@ -51,7 +63,9 @@ def run(server: Server, names: list[str], load: Load, *, seed: int = 0, key: str
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("server", type=Server.parse, help="NAME=URL, or NAME=URL@PID to weigh its processes too")
+    found.add_argument(
+        "server", type=Server.parse, help="NAME=URL, or NAME=URL@PID to weigh its processes too"
+    )
     found.add_argument("--models", help="comma-separated; else every adapter that it lists, or its base")
     found.add_argument("--clients", type=int, default=8, help="closed loop: how many at once")
     found.add_argument("--rate", type=float, help="open loop: arrivals a second, Poisson")

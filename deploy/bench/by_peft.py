@@ -1,4 +1,7 @@
-"""PEFT's own mixed batch: the same base, adapters and prompts, a different adapter a row. Knows nothing of our runner but what it said."""
+"""PEFT's own mixed batch: the same base, adapters and prompts, a different adapter a row.
+
+Knows nothing of our runner but what it said.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from service.engine.request import Adapter
-from service.model import base
+from service.core.adapter import Adapter
+from service.model import loading
 from service.settings import Settings
 
 from .decoding import Said
@@ -25,13 +28,20 @@ Tell = Callable[[str, Any], None]
 
 @torch.inference_mode()
 def compared(
-    folder: Path, settings: Settings, mix: Sequence[Adapter], prompts: list[list[int]], steps: int, ours: Said, tell: Tell
+    folder: Path,
+    settings: Settings,
+    mix: Sequence[Adapter],
+    prompts: list[list[int]],
+    steps: int,
+    ours: Said,
+    tell: Tell,
 ) -> None:
-    """Times a decode step of as many rows: of the base alone by plain transformers, and of row i with mix[i] by PEFT.
+    """Times a decode step of as many rows: of the base alone by plain transformers, and of row i
+    with mix[i] by PEFT.
 
     `ours` are some of our first tokens, with log probabilities.
     """
-    plain: Any = base.load(folder, settings, lambda stage, fraction: None)
+    plain: Any = loading.load_base(folder, settings, lambda stage, fraction: None)
     ids = torch.tensor(prompts, device=plain.device)
     seconds, logits = timed(plain, ids, steps, {})
     tell(PLAIN, 1000 * statistics.median(seconds))
@@ -43,7 +53,10 @@ def compared(
 
 
 def wrapped(plain: Any, mix: Sequence[Adapter]) -> tuple[Any, list[str]]:
-    """The base with these adapters, and the name of each row's. In their own bfloat16: PEFT would make float32 of it, which is slower."""
+    """The base with these adapters, and the name of each row's.
+
+    In their own bfloat16: PEFT would make float32 of it, which is slower.
+    """
     folders = {adapter.digest: Path(adapter.config).parent for adapter in mix}
     first, *others = folders.items()
     model = PeftModel.from_pretrained(plain, first[1], adapter_name=first[0], autocast_adapter_dtype=False)
@@ -53,7 +66,9 @@ def wrapped(plain: Any, mix: Sequence[Adapter]) -> tuple[Any, list[str]]:
 
 
 def timed(model: Any, ids: Tensor, steps: int, more: dict[str, Any]) -> tuple[list[float], Tensor]:
-    """Seconds of each decode step, until its tokens are on the host, and the logits after the prompts, [rows, vocabulary]."""
+    """Seconds of each decode step, until its tokens are on the host, and the logits after the
+    prompts, [rows, vocabulary].
+    """
     out = model(input_ids=ids, use_cache=True, **more)
     first: Tensor = out.logits[:, -1].float()
     tokens = out.logits[:, -1].argmax(-1, keepdim=True)

@@ -1,12 +1,18 @@
-"""Rows of a runner that decode together, one step at a time, without a scheduler. Knows no figures."""
+"""Rows of a runner that decode together, one step at a time, without a scheduler.
+
+Knows no figures.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
 
-from service.engine.request import Adapter, Chunk, Plan, Request, Result, Sampling, Token
-from service.model.runner import Runner
+from service.core.adapter import Adapter
+from service.core.request import Request, Token
+from service.core.sampling import Sampling
+from service.engine.plan import Chunk, Plan, Result
+from service.model.runner import ModelRunner
 
 CONTEXT = 1024  # of every row, in tokens
 Mix = Mapping[int, Adapter | None]  # who speaks, by row
@@ -14,13 +20,21 @@ Said = Mapping[str, Mapping[int, Token]]  # by what was timed, and row
 
 
 class Decoding:
-    """Some rows of a runner after their prompts; `step` decodes one token more of each. Raises RuntimeError where a row has none.
+    """Some rows of a runner after their prompts;
 
-    `after`: of these rows, which have read the prompts already. Whose they were changes what they say, and not how long it takes.
+    `step` decodes one token more of each. Raises RuntimeError where a row has none.
+
+    `after`: of these rows, which have read the prompts already. Whose they were changes what they
+    say, and not how long it takes.
     """
 
     def __init__(
-        self, runner: Runner, prompts: list[list[int]], mix: Mix, logprobs: int | None = None, after: Decoding | None = None
+        self,
+        runner: ModelRunner,
+        prompts: list[list[int]],
+        mix: Mix,
+        logprobs: int | None = None,
+        after: Decoding | None = None,
     ) -> None:
         self.runner, self.sampling, self.length = runner, Sampling(logprobs=logprobs), len(prompts[0])
         self.requests = {row: self._request(row, prompts[row], adapter) for row, adapter in mix.items()}
@@ -29,7 +43,7 @@ class Decoding:
             self.tokens = {row: after.tokens[row][:1] for row in mix}
             return
         for row, request in self.requests.items():
-            self._take([row], runner.step(Plan(chunks=(Chunk(request, row, 0, request.prompt, True),))))
+            self._take([row], runner.run_step(Plan(chunks=(Chunk(request, row, 0, request.prompt, True),))))
 
     def _request(self, row: int, prompt: Sequence[int], adapter: Adapter | None) -> Request:
         return Request(row, tuple(prompt), CONTEXT, adapter.digest if adapter else None, self.sampling)
@@ -41,19 +55,27 @@ class Decoding:
             self.tokens[row].append(result.token)
 
     def step(self, fed: Mapping[int, int] | None = None) -> float:
-        """Seconds until its tokens are on the host. `fed`: go on from these tokens, by row, instead of from the last ones."""
+        """Seconds until its tokens are on the host.
+
+        `fed`: go on from these tokens, by row, instead of from the last ones.
+        """
         made = len(next(iter(self.tokens.values())))
         last = fed or {row: tokens[-1].id for row, tokens in self.tokens.items()}
-        plan = Plan(chunks=tuple(Chunk(r, row, self.length + made - 1, (last[row],), True, made) for row, r in self.requests.items()))
+        plan = Plan(
+            chunks=tuple(
+                Chunk(r, row, self.length + made - 1, (last[row],), True, made)
+                for row, r in self.requests.items()
+            )
+        )
         began = time.perf_counter()
-        results = self.runner.step(plan)
+        results = self.runner.run_step(plan)
         seconds = time.perf_counter() - began
         self._take(list(self.requests), results)
         return seconds
 
     def end(self) -> None:
         for request in self.requests.values():
-            self.runner.finish(request.id)
+            self.runner.finish_request(request.id)
 
 
 def apart(one: Token, other: Token) -> float:

@@ -1,4 +1,7 @@
-"""What the benchmark of single steps found: kept on disk as it comes, and what it comes to. Knows neither models nor devices."""
+"""What the benchmark of single steps found: kept on disk as it comes, and what it comes to.
+
+Knows neither models nor devices.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,9 @@ class Timed:
 
 
 class Found:
-    """Each figure is printed and written to the file `out` at once: a machine with a GPU may be taken back at any time."""
+    """Each figure is printed and written to the file `out` at once: a machine with a GPU may be
+    taken back at any time.
+    """
 
     def __init__(self, out: Path) -> None:
         self.out, self.began = out, time.monotonic()
@@ -54,7 +59,9 @@ class Found:
 
     def add(self, timed: Timed) -> None:
         self.steps.append(timed)
-        times = f"{timed.median_ms:.3f} ms a step, best {timed.best_ms:.3f}, {timed.tokens_per_s:.1f} tokens/s"
+        times = (
+            f"{timed.median_ms:.3f} ms a step, best {timed.best_ms:.3f}, {timed.tokens_per_s:.1f} tokens/s"
+        )
         self.line(f"compile {timed.compile}, {timed.rows} rows, {timed.mix}: {times}")
         self.save()
 
@@ -71,12 +78,20 @@ class Found:
             self.save()
 
     def save(self) -> None:
-        kept = {"facts": self.facts, "steps": [asdict(timed) for timed in self.steps], "ratios": self.ratios(), "raised": self.raised}
+        kept = {
+            "facts": self.facts,
+            "steps": [asdict(timed) for timed in self.steps],
+            "ratios": self.ratios(),
+            "raised": self.raised,
+        }
         self.out.parent.mkdir(parents=True, exist_ok=True)
         self.out.write_text(json.dumps(kept, indent=1) + "\n")
 
     def ratios(self) -> dict[str, float]:
-        """Medians over medians, as far as both were timed; PEFT and the floor of all different are of as many rows as there are."""
+        """Medians over medians, as far as both were timed;
+
+        PEFT and the floor of all different are of as many rows as there are.
+        """
         ms = {(timed.compile, timed.rows, timed.mix): timed.median_ms for timed in self.steps}
         most = max((timed.rows for timed in self.steps), default=0)
         pairs: dict[str, tuple[float | None, float | None]] = {}
@@ -88,15 +103,24 @@ class Found:
             pairs[f"{named} ÷ its floor"] = (own, self.facts.get(floor))
             theirs = {BASE: PLAIN, DIFFERENT: MIXED}.get(mix, "") if rows == most else ""
             pairs[f"{theirs.partition(':')[0]} ÷ {named}"] = (self.facts.get(theirs), own)
-        return {what: over / under for what, (over, under) in pairs.items() if over is not None and under is not None}
+        return {
+            what: over / under
+            for what, (over, under) in pairs.items()
+            if over is not None and under is not None
+        }
 
     def table(self) -> str:
         """Markdown: the steps, then the ratios, the bar beside those that have one."""
         ratios = self.ratios()
         lines = ["| compile | rows | mix | median ms | best ms | tokens/s |", "|---|---|---|---|---|---|"]
-        lines += [f"| {t.compile} | {t.rows} | {t.mix} | {t.median_ms:.3f} | {t.best_ms:.3f} | {t.tokens_per_s:.1f} |" for t in self.steps]
+        lines += [
+            f"| {t.compile} | {t.rows} | {t.mix} | {t.median_ms:.3f} | {t.best_ms:.3f} | {t.tokens_per_s:.1f} |"
+            for t in self.steps
+        ]
         lines += ["", "| ratio | | |", "|---|---|---|"]
         most = f"{DIFFERENT}, {max((t.rows for t in self.steps), default=0)} rows"
         barred = {what for what in ratios if what.startswith(most) and what.endswith("base only")}
-        lines += [f"| {what} | {ratio:.3f} | {BAR if what in barred else ''} |" for what, ratio in ratios.items()]
+        lines += [
+            f"| {what} | {ratio:.3f} | {BAR if what in barred else ''} |" for what, ratio in ratios.items()
+        ]
         return "\n".join([*lines, *(f"\n{what} RAISED {why}" for what, why in self.raised.items())]) + "\n"

@@ -1,8 +1,11 @@
-"""The grid behind `make bench`: clients by mixes of adapters, our server and any peers in turn, each cell the median of its runs.
+"""The grid behind `make bench`: clients by mixes of adapters, our server and any peers in turn,
+each cell the median of its runs.
 
-    python -m deploy.bench.grid [--adapters 16] [--clients 1,8,16] [--peer vllm=http://127.0.0.1:8011@PID]
+    python -m deploy.bench.grid [--adapters 16] [--clients 1,8,16] [--peer
+    vllm=http://127.0.0.1:8011@PID]
 
-Everything is measured in one run, and servers alternate within a repeat, so that what slows the machine slows them all.
+Everything is measured in one run, and servers alternate within a repeat, so that what slows the
+machine slows them all.
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ def mixes(server: Server, clients: int) -> dict[str, list[str]]:
     return {mix: names for mix, names in found.items() if names and (mix != "all different" or clients > 1)}
 
 
-def measure(servers: list[Server], counts: list[int], repeats: int, rounds: int, words: int, tokens: int) -> list[Cell]:
+def measure(
+    servers: list[Server], counts: list[int], repeats: int, rounds: int, words: int, tokens: int
+) -> list[Cell]:
     """Every cell of the grid; `rounds` are requests a client makes in one run."""
     runs: dict[tuple[str, str, int], list[Summary]] = {}
     for repeat in range(repeats):
@@ -41,15 +46,25 @@ def measure(servers: list[Server], counts: list[int], repeats: int, rounds: int,
                     names = mixes(server, clients).get(mix)
                     if names is None:  # a peer without LoRA
                         continue
-                    summary = run(server, names, Load(clients, clients * rounds, words=words, tokens=tokens), seed=repeat)
+                    summary = run(
+                        server,
+                        names,
+                        Load(clients, clients * rounds, words=words, tokens=tokens),
+                        seed=repeat,
+                    )
                     runs.setdefault((server.name, mix, clients), []).append(summary)
-                    print(f"{repeat + 1}/{repeats} {server.name}, {clients} × {mix}: {summary.tokens_per_s} tokens/s", flush=True)
+                    print(
+                        f"{repeat + 1}/{repeats} {server.name}, {clients} × {mix}: {summary.tokens_per_s} tokens/s",
+                        flush=True,
+                    )
     return [Cell(server, mix, clients, median(found)) for (server, mix, clients), found in runs.items()]
 
 
 @contextmanager
 def ours(asked: argparse.Namespace) -> Iterator[Server]:
-    """Our server on the demo base in bfloat16, with as many random adapters as asked for and a pool that holds them all."""
+    """Our server on the demo base in bfloat16, with as many random adapters as asked for and a pool
+    that holds them all.
+    """
     ranks = [int(rank) for rank in asked.ranks.split(",")]
     folder = asked.out / f"adapters-{asked.adapters}-rank-{asked.ranks.replace(',', '-')}"
     make(folder, asked.adapters, ranks)
@@ -69,7 +84,10 @@ def ours(asked: argparse.Namespace) -> Iterator[Server]:
 
 def processor() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
+        platform.processor(),
+    )
 
 
 def facts(servers: list[Server], asked: argparse.Namespace) -> dict[str, object]:
@@ -78,7 +96,9 @@ def facts(servers: list[Server], asked: argparse.Namespace) -> dict[str, object]
         "machine": f"{processor()}, {os.cpu_count()} cores",
         "load": f"{asked.words}-word prompts, {asked.tokens} tokens, greedy, {asked.rounds} requests a client, median of {asked.repeats}",
         "adapters": f"{asked.adapters} of rank {asked.ranks}",
-    } | {f"memory of {server.name} (PSS, MB)": round(memory_mb(server.pid)) for server in servers if server.pid}
+    } | {
+        f"memory of {server.name} (PSS, MB)": round(memory_mb(server.pid)) for server in servers if server.pid
+    }
 
 
 def parser() -> argparse.ArgumentParser:
@@ -86,12 +106,20 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--adapters", type=int, default=16)
     found.add_argument("--ranks", default="16", help="comma-separated, taken in turn")
     found.add_argument("--pool", type=int, help="rank rows; else all adapters fit")
-    found.add_argument("--clients", type=lambda text: [int(part) for part in text.split(",")], default=[1, 8, 16])
+    found.add_argument(
+        "--clients", type=lambda text: [int(part) for part in text.split(",")], default=[1, 8, 16]
+    )
     found.add_argument("--repeats", type=int, default=3)
     found.add_argument("--rounds", type=int, default=4, help="requests a client makes in one run")
     found.add_argument("--words", type=int, default=64, help="a prompt's length")
     found.add_argument("--tokens", type=int, default=64, help="generated for every request")
-    found.add_argument("--peer", type=Server.parse, action="append", default=[], help="NAME=URL[@PID] of a running server, repeatable")
+    found.add_argument(
+        "--peer",
+        type=Server.parse,
+        action="append",
+        default=[],
+        help="NAME=URL[@PID] of a running server, repeatable",
+    )
     found.add_argument("--out", type=Path, default=OUT)
     return found
 

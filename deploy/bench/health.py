@@ -1,4 +1,5 @@
-"""How long /health, /metrics and a summary take while the service does the hardest things it does: says so for each phase.
+"""How long /health, /metrics and a summary take while the service does the hardest things it does:
+says so for each phase.
 
 Starts its own server on the demo base, and a hub of its own whose weights come late.
 
@@ -59,7 +60,9 @@ class Poll:
 
 
 def ask_repeatedly(url: str, path: str, pipe: Connection) -> None:
-    """Says when it begins, and when it is told to stop how long each answer took in milliseconds and how many were not 200."""
+    """Says when it begins, and when it is told to stop how long each answer took in milliseconds
+    and how many were not 200.
+    """
     times: list[float] = []
     wrong = 0
     with httpx.Client(base_url=url, timeout=30, trust_env=False) as http:
@@ -94,10 +97,14 @@ async def generate(http: httpx.AsyncClient, names: list[str], clients: int, seco
 
 
 async def reload(http: httpx.AsyncClient, seconds: float) -> None:
-    """Registers the large one, which reads, checks, loads and places it, and deletes it, again and again."""
+    """Registers the large one, which reads, checks, loads and places it, and deletes it, again and
+    again.
+    """
     end, loads = time.perf_counter() + seconds, 0
     while time.perf_counter() < end:
-        (await http.post("/adapters", json={"id": "large-again", "source": "large", "pinned": True})).raise_for_status()
+        (
+            await http.post("/adapters", json={"id": "large-again", "source": "large", "pinned": True})
+        ).raise_for_status()
         (await http.delete("/adapters/large-again")).raise_for_status()
         loads += 1
     print(f"  {loads} loads", flush=True)
@@ -108,9 +115,17 @@ async def chat(http: httpx.AsyncClient, names: list[str], clients: int, over: as
 
     async def one(number: int) -> None:
         messages = [{"role": "user", "content": prompt(64, f"chat/{number}")}]
-        body = {"model": names[number % len(names)], "messages": messages, "max_tokens": 64, "stream": True, "logprobs": True}
+        body = {
+            "model": names[number % len(names)],
+            "messages": messages,
+            "max_tokens": 64,
+            "stream": True,
+            "logprobs": True,
+        }
         while not over.is_set():
-            async with http.stream("POST", "/v1/chat/completions", json={**body, "ignore_eos": True, "top_logprobs": TOPS}) as answer:
+            async with http.stream(
+                "POST", "/v1/chat/completions", json={**body, "ignore_eos": True, "top_logprobs": TOPS}
+            ) as answer:
                 answer.raise_for_status()
                 async for _ in answer.aiter_bytes():
                     pass
@@ -123,7 +138,9 @@ async def register_slow(http: httpx.AsyncClient, over: asyncio.Event) -> None:
     began = time.perf_counter()
 
     async def one(number: int) -> None:
-        (await http.post("/adapters", json={"id": f"slow-{number}", "source": f"hub:{OWNER}/{number}"})).raise_for_status()
+        (
+            await http.post("/adapters", json={"id": f"slow-{number}", "source": f"hub:{OWNER}/{number}"})
+        ).raise_for_status()
 
     try:
         await asyncio.gather(*(one(number) for number in range(SLOW)))
@@ -134,7 +151,12 @@ async def register_slow(http: httpx.AsyncClient, over: asyncio.Event) -> None:
 
 async def answer_many(http: httpx.AsyncClient, model: str) -> None:
     """One request for as many answers as may be, with runner-ups beside each token."""
-    body = {"model": model, "messages": [{"role": "user", "content": prompt(16, "many")}], "max_tokens": 64, "ignore_eos": True}
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": prompt(16, "many")}],
+        "max_tokens": 64,
+        "ignore_eos": True,
+    }
     many = body | {"n": 128, "temperature": 1, "logprobs": True, "top_logprobs": TOPS}
     answer = (await http.post("/v1/chat/completions", json=many)).raise_for_status()
     print(f"  {len(answer.content) / 1e6:.0f} MB", flush=True)
@@ -155,7 +177,9 @@ async def measure(server: Server, clients: int, seconds: float) -> None:
             await reload(http, seconds)
         async with polled(server, f"{clients} streams, and a large adapter loads"):
             await asyncio.gather(generate(http, names, clients, seconds), reload(http, seconds))
-        async with polled(server, f"{clients} streams with {TOPS} runner-ups, and {SLOW} adapters come from a slow source"):
+        async with polled(
+            server, f"{clients} streams with {TOPS} runner-ups, and {SLOW} adapters come from a slow source"
+        ):
             over = asyncio.Event()
             await asyncio.gather(chat(http, names, clients, over), register_slow(http, over))
         async with polled(server, f"128 answers with {TOPS} runner-ups"):
@@ -163,11 +187,15 @@ async def measure(server: Server, clients: int, seconds: float) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--rank", type=int, default=1024, help="of the large adapter")
-    parser.add_argument("--late", type=float, default=10, help="seconds after which the slow hub's weights come")
+    parser.add_argument(
+        "--late", type=float, default=10, help="seconds after which the slow hub's weights come"
+    )
     asked = parser.parse_args()
     end_cleanly_when_told()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,5 @@
-"""The load: streaming completions against any OpenAI-compatible server, by clients in a closed loop or by arrivals in an open one.
+"""The load: streaming completions against any OpenAI-compatible server, by clients in a closed loop
+or by arrivals in an open one.
 
 Knows HTTP and a clock; must not know which server it talks to. All times are seconds.
 """
@@ -33,7 +34,11 @@ class Job:
 
 @dataclass(frozen=True)
 class Sample:
-    """One request made. `first` is from when it was due to its first chunk, `gaps` lie between chunks, `whole` ends with the stream."""
+    """One request made.
+
+    `first` is from when it was due to its first chunk, `gaps` lie between chunks, `whole` ends with
+    the stream.
+    """
 
     model: str
     first: float = 0.0
@@ -64,12 +69,17 @@ class Stream:
 
 
 def prompt(words: int, seed: str) -> str:
-    """That many words, about as many tokens; another seed differs from the first word on, so that no prefix cache helps."""
+    """That many words, about as many tokens; another seed differs from the first word on, so that
+    no prefix cache helps.
+    """
     return " ".join(random.Random(seed).choices(WORDS, k=words))
 
 
 def picks(models: Sequence[str], popularity: str, count: int, seed: int) -> list[str]:
-    """Which model each of `count` requests asks for. `round-robin`, `uniform`, or `zipf:S`, where the k-th model has weight k^-S."""
+    """Which model each of `count` requests asks for.
+
+    `round-robin`, `uniform`, or `zipf:S`, where the k-th model has weight k^-S.
+    """
     if popularity == "round-robin":
         return [models[i % len(models)] for i in range(count)]
     exponent = 0.0 if popularity == "uniform" else float(popularity.removeprefix("zipf:"))
@@ -77,18 +87,28 @@ def picks(models: Sequence[str], popularity: str, count: int, seed: int) -> list
     return random.Random(seed).choices(models, weights, k=count)
 
 
-def jobs(models: Sequence[str], popularity: str, count: int, *, words: int, tokens: int, seed: int) -> list[Job]:
-    return [Job(model, prompt(words, f"{seed}/{i}"), tokens) for i, model in enumerate(picks(models, popularity, count, seed))]
+def jobs(
+    models: Sequence[str], popularity: str, count: int, *, words: int, tokens: int, seed: int
+) -> list[Job]:
+    return [
+        Job(model, prompt(words, f"{seed}/{i}"), tokens)
+        for i, model in enumerate(picks(models, popularity, count, seed))
+    ]
 
 
 def connect(url: str, key: str | None = None) -> httpx.AsyncClient:
     """A client without a limit on connections: a queue in here would be taken for the server's."""
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    return httpx.AsyncClient(base_url=url, headers=headers, timeout=600, limits=httpx.Limits(max_connections=None), trust_env=False)
+    return httpx.AsyncClient(
+        base_url=url, headers=headers, timeout=600, limits=httpx.Limits(max_connections=None), trust_env=False
+    )
 
 
 async def ask(client: httpx.AsyncClient, job: Job, due: float) -> Sample:
-    """Makes one request. `due` is the reading of the clock from which its times count. Failures are in the sample."""
+    """Makes one request.
+
+    `due` is the reading of the clock from which its times count. Failures are in the sample.
+    """
     body = {
         "model": job.model,
         "prompt": job.prompt,
@@ -128,11 +148,16 @@ async def closed(client: httpx.AsyncClient, work: Sequence[Job], clients: int) -
     async def one() -> list[Sample]:
         return [await ask(client, job, time.perf_counter()) for job in left]
 
-    return [sample for samples in await asyncio.gather(*(one() for _ in range(clients))) for sample in samples]
+    return [
+        sample for samples in await asyncio.gather(*(one() for _ in range(clients))) for sample in samples
+    ]
 
 
 async def opened(client: httpx.AsyncClient, work: Sequence[Job], rate: float, seed: int) -> list[Sample]:
-    """Poisson arrivals, `rate` a second, whether or not earlier ones are answered. One that starts late counts from when it was due."""
+    """Poisson arrivals, `rate` a second, whether or not earlier ones are answered.
+
+    One that starts late counts from when it was due.
+    """
     clock, due, running = random.Random(seed), time.perf_counter(), []
     for job in work:
         due += clock.expovariate(rate)

@@ -1,6 +1,8 @@
-"""How long an adapter takes to its first token from wherever it is: unregistered, on disk, in host memory, on the device.
+"""How long an adapter takes to its first token from wherever it is: unregistered, on disk, in host
+memory, on the device.
 
-Beside a plain memory copy of the same bytes and `PeftModel.load_adapter` of the same files. Starts its own server on the demo base.
+Beside a plain memory copy of the same bytes and `PeftModel.load_adapter` of the same files. Starts
+its own server on the demo base.
 
     python -m deploy.bench.loading [--rank 32] [--times 20] [--out build/bench/loading]
 """
@@ -53,7 +55,10 @@ class Timings:
         """Of each the median, the 95th percentile, and the median over that of `unit`."""
         one = percentile(self.found[unit], 50)
         middles = {what: (percentile(times, 50), percentile(times, 95)) for what, times in self.found.items()}
-        return [{"what": what, "p50_ms": p50, "p95_ms": p95, "copies": p50 / one} for what, (p50, p95) in middles.items()]
+        return [
+            {"what": what, "p50_ms": p50, "p95_ms": p95, "copies": p50 / one}
+            for what, (p50, p95) in middles.items()
+        ]
 
 
 FIRST = "first token of "
@@ -63,7 +68,11 @@ ON_DISK = FIRST + "one on disk, registered"
 REGISTERED = "registration, read and checked and loaded"
 NEW = FIRST + "a new one, registration included"
 READ, PLACED = "disk to host memory, by /metrics", "host memory to device, by /metrics"
-COPY, PEFT, PEFT_FIRST = "memory copy of its bytes", "PeftModel.load_adapter", FIRST + "one that PEFT loads, included"
+COPY, PEFT, PEFT_FIRST = (
+    "memory copy of its bytes",
+    "PeftModel.load_adapter",
+    FIRST + "one that PEFT loads, included",
+)
 
 
 class Asking:
@@ -81,7 +90,9 @@ class Asking:
         return sample.first
 
     async def register(self, name: str, preload: bool = True) -> None:
-        (await self.http.post("/adapters", json={"id": name, "source": name, "preload": preload})).raise_for_status()
+        (
+            await self.http.post("/adapters", json={"id": name, "source": name, "preload": preload})
+        ).raise_for_status()
 
     async def drop(self, name: str) -> None:
         (await self.http.delete(f"/adapters/{name}")).raise_for_status()
@@ -92,13 +103,21 @@ class Asking:
     async def means(self) -> dict[str, float]:
         """The service's own mean seconds of a load and of a placement."""
         families = text_string_to_metric_families((await self.http.get("/metrics")).text)
-        told = {sample.name: sample.value for family in families for sample in family.samples if not sample.labels}
+        told = {
+            sample.name: sample.value for family in families for sample in family.samples if not sample.labels
+        }
         names = {READ: "adapterd_adapter_load_seconds", PLACED: "adapterd_adapter_place_seconds"}
-        return {what: told[f"{name}_sum"] / told[f"{name}_count"] for what, name in names.items() if told[f"{name}_count"]}
+        return {
+            what: told[f"{name}_sum"] / told[f"{name}_count"]
+            for what, name in names.items()
+            if told[f"{name}_count"]
+        }
 
 
 async def from_each_tier(asking: Asking, times: int, timings: Timings) -> None:
-    """Three adapters more than the pool has places, so that the one that was asked longest ago is in host memory only."""
+    """Three adapters more than the pool has places, so that the one that was asked longest ago is
+    in host memory only.
+    """
     names = [f"tier-{i}" for i in range(PLACES + 3)]
     for seed, name in enumerate(names):
         asking.write(asking.root / name, seed)
@@ -121,7 +140,9 @@ async def expect(asking: Asking, name: str, tier: str) -> None:
 
 
 async def from_files(asking: Asking, times: int, timings: Timings) -> None:
-    """Contents that the service has not seen; the files are in the system's cache, as they are after an upload."""
+    """Contents that the service has not seen; the files are in the system's cache, as they are
+    after an upload.
+    """
     for turn in range(times):
         for name, preload in ((f"disk-{turn}", False), (f"new-{turn}", True)):
             asking.write(asking.root / name, 1000 + 2 * turn + preload)
@@ -155,9 +176,11 @@ def copied(size: int, times: int, timings: Timings) -> None:
 
 
 def by_peft(base: Path, root: Path, write: Write, times: int, timings: Timings) -> None:
-    """The same files on the same base in its own dtype, one after another into one model, and a token of each.
+    """The same files on the same base in its own dtype, one after another into one model, and a
+    token of each.
 
-    With one thread: on two busy cores PEFT's two wait for each other, and a token takes twenty times as long.
+    With one thread: on two busy cores PEFT's two wait for each other, and a token takes twenty
+    times as long.
     """
     import torch
     from peft import PeftModel
@@ -165,12 +188,16 @@ def by_peft(base: Path, root: Path, write: Write, times: int, timings: Timings) 
 
     torch.set_num_threads(1)
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
-    asked = {"input_ids": torch.arange(5, 5 + WORDS)[None], "attention_mask": torch.ones(1, WORDS, dtype=torch.long)}
+    asked = {
+        "input_ids": torch.arange(5, 5 + WORDS)[None],
+        "attention_mask": torch.ones(1, WORDS, dtype=torch.long),
+    }
     for seed in range(times + 1):
         folder = root / f"peft-{seed}"
         write(folder, seed)
         if not seed:
-            model = PeftModel.from_pretrained(model, folder)  # the first one wraps the layers, and is not timed
+            # The first one wraps the layers, and is not timed
+            model = PeftModel.from_pretrained(model, folder)
             continue
         began = time.perf_counter()
         with timings.clock(PEFT):
@@ -184,7 +211,10 @@ def report(timings: Timings, facts: dict[str, object], out: Path) -> str:
     """results.json and results.md in the folder; the table is the answer, too."""
     rows = timings.rows(COPY)
     lines = ["| | median | 95 % | memory copies |", "|---|---|---|---|"]
-    lines += [f"| {row['what']} | {row['p50_ms']:.2f} ms | {row['p95_ms']:.2f} | {row['copies']:.0f} |" for row in rows]
+    lines += [
+        f"| {row['what']} | {row['p50_ms']:.2f} ms | {row['p95_ms']:.2f} | {row['copies']:.0f} |"
+        for row in rows
+    ]
     shown = "\n".join([*lines, "", *(f"- {name}: {fact}" for name, fact in facts.items())]) + "\n"
     out.mkdir(parents=True, exist_ok=True)
     (out / "results.json").write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
@@ -194,14 +224,16 @@ def report(timings: Timings, facts: dict[str, object], out: Path) -> str:
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    found.add_argument("--rank", type=int, default=32, help="of the adapters, on q, k, v and o: 32 is 7.4 MB in bfloat16")
+    found.add_argument(
+        "--rank", type=int, default=32, help="of the adapters, on q, k, v and o: 32 is 7.4 MB in bfloat16"
+    )
     found.add_argument("--times", type=int, default=20)
     found.add_argument("--out", type=Path, default=OUT / "loading")
     return found
 
 
 def main() -> None:
-    from service.model.base import resolve
+    from service.model.loading import resolve_folder
 
     asked = parser().parse_args()
     end_cleanly_when_told()
@@ -214,11 +246,19 @@ def main() -> None:
     write(root / "first", 999)
     size = (root / "first" / "adapter_model.safetensors").stat().st_size
     copied(size, asked.times, timings)
-    settings = {"base": "demo", "adapters_dir": str(root), "pool_rank": str(PLACES * asked.rank), "max_rank": str(asked.rank)}
+    settings = {
+        "base": "demo",
+        "adapters_dir": str(root),
+        "pool_rank": str(PLACES * asked.rank),
+        "max_rank": str(asked.rank),
+    }
     with started(settings, asked.out / "log") as server:
         asyncio.run(served(server, root, write, asked.times, timings))
-    by_peft(resolve("demo"), root, write, asked.times, timings)
-    facts: dict[str, object] = {"adapter": f"rank {asked.rank}, {size / 1e6:.2f} MB", "machine": f"{processor()}, {os.cpu_count()} cores"}
+    by_peft(resolve_folder("demo"), root, write, asked.times, timings)
+    facts: dict[str, object] = {
+        "adapter": f"rank {asked.rank}, {size / 1e6:.2f} MB",
+        "machine": f"{processor()}, {os.cpu_count()} cores",
+    }
     print(report(timings, facts, asked.out))
 
 

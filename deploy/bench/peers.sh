@@ -23,7 +23,7 @@ if [ ! -x "$VENV/bin/vllm" ]; then
 fi
 
 make venv
-BASE=$(.venv/bin/python -c 'from service.model.base import resolve; print(resolve("demo"))')
+BASE=$(.venv/bin/python -c 'from service.model.loading import resolve; print(resolve("demo"))')
 .venv/bin/python -m deploy.bench.adapters "$ADAPTERS" --count "$COUNT" --ranks "$RANK"
 
 unset OPENBLAS_CORETYPE OPENBLAS_L2_SIZE

@@ -1,4 +1,6 @@
-"""Makes a base of random weights in any shape, on a GPU in seconds, and random adapters of it, as the service reads them. Times nothing."""
+"""Makes a base of random weights in any shape, on a GPU in seconds, and random adapters of it, as
+the service reads them. Times nothing.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +13,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-from service.adapters.reader import read
-from service.adapters.skeleton import Skeleton
-from service.engine.request import Adapter
+from service.catalog.validator.check import validate_adapter
+from service.catalog.validator.skeleton import Skeleton
+from service.core.adapter import Adapter
 
 from . import adapters
 
@@ -53,7 +55,9 @@ RANK = 16
 
 @contextmanager
 def whole(folder: Path) -> Iterator[Path]:
-    """A folder to write to, which gets its name when all of it is there: what was broken off is made anew."""
+    """A folder to write to, which gets its name when all of it is there: what was broken off is
+    made anew.
+    """
     aside = folder.with_name(f"{folder.name}.making")
     shutil.rmtree(aside, ignore_errors=True)
     yield aside
@@ -61,7 +65,9 @@ def whole(folder: Path) -> Iterator[Path]:
 
 
 def made(shape: str, folder: Path, device: torch.device) -> Path:
-    """A random base of this shape in bfloat16, with its embeddings and its head apart; one that is there already stays."""
+    """A random base of this shape in bfloat16, with its embeddings and its head apart; one that is
+    there already stays.
+    """
     if not folder.exists():
         with device:
             model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPES[shape]), dtype=torch.bfloat16)
@@ -75,16 +81,23 @@ def config_of(folder: Path) -> Any:
 
 
 def trained(folder: Path, root: Path, count: int) -> list[Adapter]:
-    """So many random adapters of rank RANK on q, k, v and o, read and checked as the service does; those that are there already stay."""
+    """So many random adapters of rank RANK on q, k, v and o, read and checked as the service does;
+    those that are there already stay.
+    """
     config = config_of(folder)
     hidden, heads = config.hidden_size, config.num_attention_heads
     width = getattr(config, "head_dim", None) or hidden // heads
     inner, kv = heads * width, config.num_key_value_heads * width
-    shapes = {"q_proj": (hidden, inner), "k_proj": (hidden, kv), "v_proj": (hidden, kv), "o_proj": (inner, hidden)}
+    shapes = {
+        "q_proj": (hidden, inner),
+        "k_proj": (hidden, kv),
+        "v_proj": (hidden, kv),
+        "o_proj": (inner, hidden),
+    }
     places = [root / f"a{seed}" for seed in range(count)]
     for seed, place in enumerate(places):
         if not place.exists():
             with whole(place) as aside:
                 adapters.write(aside, RANK, seed, shapes, config.num_hidden_layers)
     skeleton = Skeleton(folder)
-    return [read(skeleton, place, RANK).adapter for place in places]
+    return [validate_adapter(skeleton, place, RANK).adapter for place in places]

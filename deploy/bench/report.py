@@ -16,7 +16,10 @@ BASE = "base only"
 
 @dataclass(frozen=True)
 class Summary:
-    """What one run showed, times in milliseconds. `exact` says whether every answer had as many tokens as were asked for."""
+    """What one run showed, times in milliseconds.
+
+    `exact` says whether every answer had as many tokens as were asked for.
+    """
 
     requests: int
     errors: int
@@ -63,7 +66,11 @@ def summarize(samples: Sequence[Sample], seconds: float) -> Summary:
         "gap": [gap for sample in good for gap in sample.gaps],
         "whole": [sample.whole for sample in good],
     }
-    shown = {f"{name}_p{p}": round(1000 * percentile(values, p), 2) for name, values in times.items() for p in (50, 95, 99)}
+    shown = {
+        f"{name}_p{p}": round(1000 * percentile(values, p), 2)
+        for name, values in times.items()
+        for p in (50, 95, 99)
+    }
     return Summary(
         requests=len(samples),
         errors=len(samples) - len(good),
@@ -83,7 +90,11 @@ def median(summaries: Sequence[Summary]) -> Summary:
 
 
 def ratio(over: Cell | None, under: Cell | None) -> str:
-    return f"{over.summary.tokens_per_s / under.summary.tokens_per_s:.2f}" if over and under and under.summary.tokens_per_s else "–"
+    return (
+        f"{over.summary.tokens_per_s / under.summary.tokens_per_s:.2f}"
+        if over and under and under.summary.tokens_per_s
+        else "–"
+    )
 
 
 def row(cell: Cell, found: Mapping[tuple[str, str, int], Cell], first: str) -> str:
@@ -95,15 +106,34 @@ def row(cell: Cell, found: Mapping[tuple[str, str, int], Cell], first: str) -> s
 
 
 def table(cells: Sequence[Cell], first: str) -> str:
-    """Markdown: a row a cell, times in ms as p50 / p95, with tokens/s over the same server's base, and server `first`'s over its own."""
+    """Markdown: a row a cell, times in ms as p50 / p95, with tokens/s over the same server's base,
+    and server `first`'s over its own.
+    """
     found = {(cell.server, cell.mix, cell.clients): cell for cell in cells}
-    heads = ["clients", "mix", "server", "tok/s", "× its base", f"{first} ÷ it", "first token", "between tokens", "whole", "errors"]
-    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|", *(row(cell, found, first) for cell in cells)]
+    heads = [
+        "clients",
+        "mix",
+        "server",
+        "tok/s",
+        "× its base",
+        f"{first} ÷ it",
+        "first token",
+        "between tokens",
+        "whole",
+        "errors",
+    ]
+    lines = [
+        "| " + " | ".join(heads) + " |",
+        "|---" * len(heads) + "|",
+        *(row(cell, found, first) for cell in cells),
+    ]
     return "\n".join(lines) + "\n"
 
 
 def plot(cells: Sequence[Cell], file: Path) -> None:
-    """Two bar charts, tokens a second and time to first token, a group for each mix and number of clients."""
+    """Two bar charts, tokens a second and time to first token, a group for each mix and number of
+    clients.
+    """
     from matplotlib.figure import Figure
 
     groups = list(dict.fromkeys((cell.mix, cell.clients) for cell in cells))
@@ -128,7 +158,8 @@ def write(folder: Path, cells: Sequence[Cell], facts: Mapping[str, object], firs
     folder.mkdir(parents=True, exist_ok=True)
     shown = table(cells, first) + "".join(f"\n- {name}: {fact}" for name, fact in facts.items()) + "\n"
     (folder / "results.json").write_text(
-        json.dumps({"facts": dict(facts), "cells": [asdict(cell) for cell in cells]}, indent=1, default=str) + "\n"
+        json.dumps({"facts": dict(facts), "cells": [asdict(cell) for cell in cells]}, indent=1, default=str)
+        + "\n"
     )
     (folder / "results.md").write_text(shown)
     plot(cells, folder / "results.png")

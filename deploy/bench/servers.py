@@ -1,4 +1,6 @@
-"""Starts our server for the benchmark, finds out what any server serves, and weighs its processes. Knows nothing of load.
+"""Starts our server for the benchmark, finds out what any server serves, and weighs its processes.
+
+Knows nothing of load.
 
 A server that runs already is given as NAME=URL, or NAME=URL@PID to be weighed too.
 """
@@ -42,16 +44,22 @@ class Server:
 
 
 def models(server: Server, key: str | None = None) -> tuple[str, list[str]]:
-    """The base's id and the adapters' in order; both vLLM and adapterd name an adapter's base as its `parent`."""
+    """The base's id and the adapters' in order; both vLLM and adapterd name an adapter's base as
+    its `parent`.
+    """
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    answer = httpx.get(server.url + "/v1/models", headers=headers, timeout=60, trust_env=False).raise_for_status()
+    answer = httpx.get(
+        server.url + "/v1/models", headers=headers, timeout=60, trust_env=False
+    ).raise_for_status()
     listed = answer.json()["data"]
     adapters = sorted(one["id"] for one in listed if one.get("parent"))
     return next(one["id"] for one in listed if not one.get("parent")), adapters
 
 
 def memory_mb(pid: int) -> float:
-    """What the process and its children hold, pages shared among them counted once (PSS), in 10^6 bytes; 0 for no process."""
+    """What the process and its children hold, pages shared among them counted once (PSS), in 10^6
+    bytes; 0 for no process.
+    """
     if not pid:
         return 0.0
     root = psutil.Process(pid)
@@ -95,16 +103,24 @@ def end_cleanly_when_told() -> None:
 
 @contextmanager
 def started(
-    settings: Mapping[str, str], log: Path, name: str = "adapterd", environment: Mapping[str, str] | None = None
+    settings: Mapping[str, str],
+    log: Path,
+    name: str = "adapterd",
+    environment: Mapping[str, str] | None = None,
 ) -> Iterator[Server]:
-    """Our server on a free port of loopback, ready, until the block ends. `settings` are named without their prefix."""
+    """Our server on a free port of loopback, ready, until the block ends.
+
+    `settings` are named without their prefix.
+    """
     port = free_port()
     clean = {key: value for key, value in os.environ.items() if not key.startswith("ADAPTERD_")}
     ours = {f"ADAPTERD_{key.upper()}": value for key, value in {**settings, "port": str(port)}.items()}
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as out:
         whole = {**clean, **ours, **(environment or {})}
-        process = subprocess.Popen([sys.executable, "-m", "service", "serve"], cwd=ROOT, env=whole, stdout=out, stderr=out)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "service", "serve"], cwd=ROOT, env=whole, stdout=out, stderr=out
+        )
     server = Server(name, f"http://127.0.0.1:{port}", process.pid)
     try:
         await_ready(server, process, log)

@@ -1,4 +1,6 @@
-"""A stand-in on loopback for the Hugging Face hub, whose weights come late. Knows as much of its protocol as its client needs.
+"""A stand-in on loopback for the Hugging Face hub, whose weights come late.
+
+Knows as much of its protocol as its client needs.
 
 Every folder below one root is a repository, `slow/NAME`, at one commit.
 """
@@ -30,8 +32,14 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         parts = self.path.partition("?")[0].strip("/").split("/")
         if parts[:3] == ["api", "models", OWNER] and len(parts) > 3:
-            return self._answer(json.dumps(self._told(parts[3], tree="tree" in parts[4:5])).encode(), "application/json")
-        if parts[0] == OWNER and parts[2:4] == ["resolve", COMMIT] and (file := self.root / parts[1] / parts[-1]).is_file():
+            return self._answer(
+                json.dumps(self._told(parts[3], tree="tree" in parts[4:5])).encode(), "application/json"
+            )
+        if (
+            parts[0] == OWNER
+            and parts[2:4] == ["resolve", COMMIT]
+            and (file := self.root / parts[1] / parts[-1]).is_file()
+        ):
             if self.command == "GET" and file.name == WEIGHTS:
                 time.sleep(self.late_s)
             return self._answer(file.read_bytes(), "application/octet-stream")
@@ -41,13 +49,20 @@ class Handler(BaseHTTPRequestHandler):
         files = sorted((self.root / name).iterdir())
         if tree:
             listed = [(file.name, file.read_bytes()) for file in files]
-            return [{"type": "file", "path": path, "size": len(data), "oid": _etag(data)} for path, data in listed]
+            return [
+                {"type": "file", "path": path, "size": len(data), "oid": _etag(data)} for path, data in listed
+            ]
         siblings = [{"rfilename": file.name, "size": file.stat().st_size} for file in files]
         return {"id": f"{OWNER}/{name}", "sha": COMMIT, "siblings": siblings}
 
     def _answer(self, body: bytes, kind: str, status: int = 200) -> None:
         self.send_response(status)
-        headers = {"content-type": kind, "content-length": str(len(body)), "x-repo-commit": COMMIT, "etag": f'"{_etag(body)}"'}
+        headers = {
+            "content-type": kind,
+            "content-length": str(len(body)),
+            "x-repo-commit": COMMIT,
+            "etag": f'"{_etag(body)}"',
+        }
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()

@@ -1,9 +1,12 @@
-"""Times single decode steps in this process on random weights of any shape, beside PEFT's mixed batch and the memory's floor.
+"""Times single decode steps in this process on random weights of any shape, beside PEFT's mixed
+batch and the memory's floor.
 
-    python -m deploy.bench.steps [--shape llama-3.1-8b] [--quantization nf4] [--work build/bench/steps] [--out build/bench/steps.json]
+    python -m deploy.bench.steps [--shape llama-3.1-8b] [--quantization nf4] [--work
+    build/bench/steps] [--out build/bench/steps.json]
 
-Base only, all rows one adapter, and all different, with CUDA graphs and without; on a CPU, with the kernels and without. Needs torch,
-transformers, accelerate, PEFT, bitsandbytes, pydantic and llguidance alone, so that it runs where there is a GPU and little else.
+Base only, all rows one adapter, and all different, with CUDA graphs and without; on a CPU, with the
+kernels and without. Needs torch, transformers, accelerate, PEFT, bitsandbytes, pydantic and
+llguidance alone, so that it runs where there is a GPU and little else.
 """
 
 from __future__ import annotations
@@ -23,10 +26,13 @@ from typing import Any
 
 import torch
 
-from service.engine.request import Adapter, BaseCard, Placement, Plan, Token
-from service.model import base
-from service.model.build import build
-from service.model.runner import Runner
+from service.core.adapter import Adapter, Placement
+from service.core.base_info import BaseInfo
+from service.core.request import Token
+from service.engine.plan import Plan
+from service.model import loading
+from service.model.build import build_runner
+from service.model.runner import ModelRunner
 from service.settings import Settings
 
 from .decoding import CONTEXT, Decoding, Mix, Said, apart
@@ -61,15 +67,17 @@ class Bench:
     def __init__(self, work: Work, switch: str, found: Found) -> None:
         self.work, self.found, self.switch = work, found, switch
         self.settings = work.settings.model_copy(update={"compile": switch})
-        built: tuple[Runner, BaseCard] = build(self.settings, lambda stage, fraction: found.line(stage))
+        built: tuple[ModelRunner, BaseInfo] = build_runner(
+            self.settings, lambda stage, fraction: found.line(stage)
+        )
         self.runner, self.card = built
-        self.on = base.device_of(self.settings)
+        self.on = loading.device_of(self.settings)
         for i, adapter in enumerate(work.adapters):
-            self.runner.load(adapter)
+            self.runner.load_adapter(adapter)
             self.place(i)
 
     def place(self, i: int) -> None:
-        self.runner.step(Plan(place=(Placement(self.work.adapters[i].digest, i * RANK, RANK),)))
+        self.runner.run_step(Plan(place=(Placement(self.work.adapters[i].digest, i * RANK, RANK),)))
 
     def decoding(self, mix: Mix, logprobs: int | None = None) -> Decoding:
         return Decoding(self.runner, self.work.prompts, mix, logprobs)
@@ -92,13 +100,19 @@ class Bench:
             self.found.add(Timed.of(self.switch, rows, name, each))
 
     def truth(self, rows: int) -> None:
-        """The first row and the last, among all different ones and alone. Where ties part them, the numbers say by how little."""
+        """The first row and the last, among all different ones and alone.
+
+        Where ties part them, the numbers say by how little.
+        """
         mix = self.work.different(rows)
         together = self.watched(mix)
         for row in sorted({0, rows - 1}):
             said = [token.id for token in together[row]]
             alone = self.watched({row: mix[row]})[row]
-            equal = next((i for i, (token, id) in enumerate(zip(alone, said, strict=True)) if token.id != id), len(said))
+            equal = next(
+                (i for i, (token, id) in enumerate(zip(alone, said, strict=True)) if token.id != id),
+                len(said),
+            )
             named = f"compile {self.switch}, row {row} of {rows}"
             self.found.tell(f"{named}: tokens as alone, before the first that is not, of {len(said)}", equal)
             for other, who in (("alone", mix[row]), ("without its adapter", None)):
@@ -107,7 +121,10 @@ class Bench:
                 self.found.tell(f"{named}: log probabilities differ from those {other} by at most", most)
 
     def watched(self, mix: Mix, fed: Sequence[int] | None = None) -> dict[int, list[Token]]:
-        """Each row's tokens with log probabilities; `fed`: what its one row goes on from instead of its own."""
+        """Each row's tokens with log probabilities;
+
+        `fed`: what its one row goes on from instead of its own.
+        """
         decoding = self.decoding(mix, self.top)
         for step in range(WATCHED):
             decoding.step(dict.fromkeys(mix, fed[step]) if fed else None)
@@ -127,26 +144,41 @@ class Bench:
         return {name: {row: tokens[0] for row, tokens in each.items()} for name, each in said.items()}
 
     def placing(self) -> None:
-        """An adapter from host memory to the device, until it is there, beside one copy of as many bytes."""
+        """An adapter from host memory to the device, until it is there, beside one copy of as many
+        bytes.
+        """
         digest = self.work.adapters[0].digest
-        host = torch.empty(self.bytes_of(self.work.adapters[0]), dtype=torch.uint8, pin_memory=self.on.type == "cuda")
+        host = torch.empty(
+            self.bytes_of(self.work.adapters[0]), dtype=torch.uint8, pin_memory=self.on.type == "cuda"
+        )
         there = torch.empty_like(host, device=self.on)
         placed, copied = [], []
         for _ in range(PLACINGS):
-            self.runner.step(Plan(remove=(digest,)))
+            self.runner.run_step(Plan(remove=(digest,)))
             placed.append(clocked(lambda: self.place(0)))
             copied.append(clocked(lambda: there.copy_(host, non_blocking=True)))
-        for what, seconds in ((f"placing an adapter of {host.nbytes / 1e6:.1f} MB", placed), ("one copy of its bytes", copied)):
+        for what, seconds in (
+            (f"placing an adapter of {host.nbytes / 1e6:.1f} MB", placed),
+            ("one copy of its bytes", copied),
+        ):
             self.found.tell(f"compile {self.switch}: {what}: ms", 1000 * statistics.median(seconds))
 
     def bytes_of(self, adapter: Adapter) -> int:
         """Of its factors; what the host holds for a GPU is rounded up to a power of two."""
-        return sum(tensor.nbytes for part in self.runner.hosted[adapter.digest].factors.values() for tensor in part if tensor is not None)
+        return sum(
+            tensor.nbytes
+            for part in self.runner.hosted[adapter.digest].factors.values()
+            for tensor in part
+            if tensor is not None
+        )
 
     def floor(self) -> None:
-        """What a step cannot be faster than: each byte that it must read, once. KV, which it reads too, is not counted.
+        """What a step cannot be faster than: each byte that it must read, once.
 
-        Of the base all that it keeps but its embeddings, of which a step reads a row a token, unless they are its head too.
+        KV, which it reads too, is not counted.
+
+        Of the base all that it keeps but its embeddings, of which a step reads a row a token,
+        unless they are its head too.
         """
         if FLOOR in self.found.facts:
             return
@@ -155,7 +187,10 @@ class Bench:
         needed = sum(self.card.resident_bytes.values()) - (0 if inputs is outputs else inputs.nbytes)
         more = sum(map(self.bytes_of, self.work.adapters))
         speed = bandwidth(self.on, self.found)
-        self.found.tell("bytes that a step reads of the base (all but the embeddings, unless they are the head): GB", needed / 1e9)
+        self.found.tell(
+            "bytes that a step reads of the base (all but the embeddings, unless they are the head): GB",
+            needed / 1e9,
+        )
         self.found.tell(f"bytes of the {len(self.work.adapters)} adapters: GB", more / 1e9)
         self.found.tell(FLOOR, 1000 * needed / speed)
         self.found.tell(FLOOR_MIXED, 1000 * (needed + more) / speed)
@@ -174,7 +209,10 @@ class Bench:
                 settle()
             decoding.end()
             print(
-                f"compile {self.switch}, {rows} rows, {name}", seen.key_averages().table(sort_by=order, row_limit=30), sep="\n", flush=True
+                f"compile {self.switch}, {rows} rows, {name}",
+                seen.key_averages().table(sort_by=order, row_limit=30),
+                sep="\n",
+                flush=True,
             )
 
 
@@ -200,8 +238,12 @@ def free(found: Found) -> None:
 
 
 def bandwidth(device: torch.device, found: Found) -> float:
-    """Bytes a second, of a sum or of a copy (read and written) over more than the caches hold, the faster; each the best of eight."""
-    block = torch.ones((4 << 30) if device.type == "cuda" else (256 << 20), dtype=torch.uint8, device=device).view(torch.float32)
+    """Bytes a second, of a sum or of a copy (read and written) over more than the caches hold, the
+    faster; each the best of eight.
+    """
+    block = torch.ones(
+        (4 << 30) if device.type == "cuda" else (256 << 20), dtype=torch.uint8, device=device
+    ).view(torch.float32)
     target = torch.empty_like(block)
     read = block.nbytes / min(clocked(block.sum) for _ in range(8))
     copied = 2 * block.nbytes / min(clocked(lambda: target.copy_(block)) for _ in range(8))
@@ -213,11 +255,16 @@ def bandwidth(device: torch.device, found: Found) -> float:
 def ours(work: Work, switch: str, rows: int, found: Found) -> Said:
     """All that one runner is asked; its first tokens."""
     bench = Bench(work, switch, found)
-    found.tell("the base", f"{bench.card.architecture}, {bench.card.parameters / 1e9:.2f} billion parameters, {bench.card.quantization}")
+    found.tell(
+        "the base",
+        f"{bench.card.architecture}, {bench.card.parameters / 1e9:.2f} billion parameters, {bench.card.quantization}",
+    )
     found.tell("its dtype", bench.card.dtype)
     found.tell("its bytes, by dtype", bench.card.resident_bytes)
     found.tell(f"compile {switch}: CUDA graphs", bench.runner.graphs is not None)
-    asked: dict[str, Callable[[], None]] = {f"{each} rows": partial(bench.variants, each) for each in sorted({rows, 1}, reverse=True)}
+    asked: dict[str, Callable[[], None]] = {
+        f"{each} rows": partial(bench.variants, each) for each in sorted({rows, 1}, reverse=True)
+    }
     asked |= {"the floor": bench.floor, "placing": bench.placing, "the truth": partial(bench.truth, rows)}
     asked |= {"the profile": partial(bench.profiled, rows)} if work.profile else {}
     for what, run in asked.items():
@@ -230,9 +277,11 @@ def ours(work: Work, switch: str, rows: int, found: Found) -> Said:
 
 def prepared(asked: argparse.Namespace, found: Found) -> Work:
     """The base, the adapters and the prompts, made where they are not there yet."""
-    device = base.device_of(Settings())
+    device = loading.device_of(Settings())
     found.tell("device", torch.cuda.get_device_name() if device.type == "cuda" else "cpu")
-    found.tell("versions", {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")})
+    found.tell(
+        "versions", {name: version(name) for name in ("torch", "transformers", "peft", "bitsandbytes")}
+    )
     found.tell("asked", {name: str(value) for name, value in vars(asked).items()})
     found.line("making the base")
     folder = asked.base or made(asked.shape, asked.work / asked.shape, device)
@@ -265,7 +314,9 @@ def run(asked: argparse.Namespace, found: Found) -> None:
             from .by_peft import compared
 
             mix = [work.adapters[row % len(work.adapters)] for row in range(asked.rows)]
-            compared(work.folder, work.settings, mix, work.prompts, min(asked.steps, PEFT_STEPS), said, found.tell)
+            compared(
+                work.folder, work.settings, mix, work.prompts, min(asked.steps, PEFT_STEPS), said, found.tell
+            )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -281,9 +332,14 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--peft", action=argparse.BooleanOptionalAction, default=True)
     made.add_argument("--profile", action="store_true", help="print the kernels of a step")
     made.add_argument(
-        "--work", type=Path, default=Path("build/bench/steps"), help="keeps base (16 GB of 8B) and adapters for the next time"
+        "--work",
+        type=Path,
+        default=Path("build/bench/steps"),
+        help="keeps base (16 GB of 8B) and adapters for the next time",
     )
-    made.add_argument("--out", type=Path, default=Path("build/bench/steps.json"), help="written after every figure")
+    made.add_argument(
+        "--out", type=Path, default=Path("build/bench/steps.json"), help="written after every figure"
+    )
     return made
 
 

@@ -1,6 +1,9 @@
-"""The Grafana dashboard as code: `python deploy/grafana/dashboard.py` rewrites dashboards/adapterd.json beside it.
+"""The Grafana dashboard as code:
 
-Knows metric names and where panels go; must not know a data source's address, which provisioning gives.
+`python deploy/grafana/dashboard.py` rewrites dashboards/adapterd.json beside it.
+
+Knows metric names and where panels go; must not know a data source's address, which provisioning
+gives.
 """
 
 from __future__ import annotations
@@ -33,7 +36,10 @@ def rate(metric: str) -> str:
 
 def quantiles(metric: str) -> list[tuple[str, str]]:
     """Three lines over a histogram, named without its `_bucket`."""
-    return [(f"histogram_quantile({q}, sum by (le) ({rate(metric + '_bucket')}))", f"p{100 * q:g}") for q in (0.5, 0.95, 0.99)]
+    return [
+        (f"histogram_quantile({q}, sum by (le) ({rate(metric + '_bucket')}))", f"p{100 * q:g}")
+        for q in (0.5, 0.95, 0.99)
+    ]
 
 
 def top(metric: str) -> list[tuple[str, str]]:
@@ -53,12 +59,28 @@ ROWS: dict[str, list[Panel]] = {
             [(f"sum(adapterd_num_requests_{s}{HERE})", s) for s in ("running", "waiting")],
             "Running and waiting requests.",
         ),
-        Panel("Tokens", "short", [(f"sum({rate(f'adapterd_{s}_tokens_total')})", s) for s in ("prompt", "generation")], "Tokens a second."),
-        Panel("KV positions in use", "percentunit", [(f"adapterd_kv_cache_usage_ratio{HERE}", "{{instance}}")]),
+        Panel(
+            "Tokens",
+            "short",
+            [(f"sum({rate(f'adapterd_{s}_tokens_total')})", s) for s in ("prompt", "generation")],
+            "Tokens a second.",
+        ),
+        Panel(
+            "KV positions in use", "percentunit", [(f"adapterd_kv_cache_usage_ratio{HERE}", "{{instance}}")]
+        ),
     ],
     "Outcomes": [
-        Panel("Answered", "reqps", [(f"sum by (finished_reason) ({rate('adapterd_request_success_total')})", "{{finished_reason}}")]),
-        Panel("Failed", "reqps", [(f"sum by (code) ({rate('adapterd_request_failure_total')})", "{{code}}")], "`internal` is a defect."),
+        Panel(
+            "Answered",
+            "reqps",
+            [(f"sum by (finished_reason) ({rate('adapterd_request_success_total')})", "{{finished_reason}}")],
+        ),
+        Panel(
+            "Failed",
+            "reqps",
+            [(f"sum by (code) ({rate('adapterd_request_failure_total')})", "{{code}}")],
+            "`internal` is a defect.",
+        ),
         Panel(
             "Worker restarts",
             "short",
@@ -73,7 +95,12 @@ ROWS: dict[str, list[Panel]] = {
         Panel("In the queue", "s", quantiles("adapterd_request_queue_time_seconds")),
     ],
     "Adapters": [
-        Panel("Where they are", "short", [(f"sum by (tier) (adapterd_adapters{HERE})", "{{tier}}")], "Registered adapters by tier."),
+        Panel(
+            "Where they are",
+            "short",
+            [(f"sum by (tier) (adapterd_adapters{HERE})", "{{tier}}")],
+            "Registered adapters by tier.",
+        ),
         Panel(
             "Rank rows",
             "short",
@@ -91,7 +118,10 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Found where needed",
             "reqps",
-            [(f"sum by (tier) ({rate(f'adapterd_adapter_{s}_total')})", f"{{{{tier}}}} {s}") for s in ("hits", "misses")],
+            [
+                (f"sum by (tier) ({rate(f'adapterd_adapter_{s}_total')})", f"{{{{tier}}}} {s}")
+                for s in ("hits", "misses")
+            ],
             "A miss on the device waits for a copy from host memory, a miss there for the disk.",
         ),
         Panel(
@@ -103,28 +133,57 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Adapters' bytes on the move",
             "Bps",
-            [(f"sum({rate(f'adapterd_adapter_{way}_bytes_total')})", way) for way in ("load", "place", "evict")],
+            [
+                (f"sum({rate(f'adapterd_adapter_{way}_bytes_total')})", way)
+                for way in ("load", "place", "evict")
+            ],
         ),
         Panel(
             "Memory held",
             "bytes",
-            [(f"sum(adapterd_base_bytes{HERE})", "base"), (f"sum by (tier) (adapterd_adapter_bytes{HERE})", "adapters on {{tier}}")],
+            [
+                (f"sum(adapterd_base_bytes{HERE})", "base"),
+                (f"sum by (tier) (adapterd_adapter_bytes{HERE})", "adapters on {{tier}}"),
+            ],
         ),
     ],
     "By adapter": [
         Panel("Busiest by requests", "reqps", top("adapterd_adapter_requests_total")),
-        Panel("Busiest by tokens", "short", top("adapterd_adapter_generation_tokens_total"), "Generated tokens a second."),
-        Panel("Longest prompts", "short", top("adapterd_adapter_prompt_tokens_total"), "Prompt tokens a second."),
-        Panel("Slowest", "s", slowest(), "Whole requests, 95 of 100 are faster. _other is all that have no series of their own."),
+        Panel(
+            "Busiest by tokens",
+            "short",
+            top("adapterd_adapter_generation_tokens_total"),
+            "Generated tokens a second.",
+        ),
+        Panel(
+            "Longest prompts", "short", top("adapterd_adapter_prompt_tokens_total"), "Prompt tokens a second."
+        ),
+        Panel(
+            "Slowest",
+            "s",
+            slowest(),
+            "Whole requests, 95 of 100 are faster. _other is all that have no series of their own.",
+        ),
     ],
     "GPU": [
         Panel(
             "GPU memory",
             "bytes",
-            [(f"adapterd_gpu_memory_{s}_bytes{HERE}", f"{{{{instance}}}} {{{{gpu}}}} {s}") for s in ("used", "total")],
+            [
+                (f"adapterd_gpu_memory_{s}_bytes{HERE}", f"{{{{instance}}}} {{{{gpu}}}} {s}")
+                for s in ("used", "total")
+            ],
         ),
-        Panel("GPU utilization", "percentunit", [(f"adapterd_gpu_utilization_ratio{HERE}", "{{instance}} {{gpu}}")]),
-        Panel("GPU temperature", "celsius", [(f"adapterd_gpu_temperature_celsius{HERE}", "{{instance}} {{gpu}}")]),
+        Panel(
+            "GPU utilization",
+            "percentunit",
+            [(f"adapterd_gpu_utilization_ratio{HERE}", "{{instance}} {{gpu}}")],
+        ),
+        Panel(
+            "GPU temperature",
+            "celsius",
+            [(f"adapterd_gpu_temperature_celsius{HERE}", "{{instance}} {{gpu}}")],
+        ),
     ],
 }
 
@@ -137,8 +196,14 @@ def graph(panel: Panel, number: int, x: int, y: int) -> dict[str, Any]:
         "description": panel.says,
         "datasource": SOURCE,
         "gridPos": {"x": x, "y": y, "w": WIDTH, "h": HEIGHT},
-        "fieldConfig": {"defaults": {"unit": panel.unit, "min": 0, "custom": {"fillOpacity": 8, "showPoints": "never"}}, "overrides": []},
-        "options": {"legend": {"displayMode": "list", "placement": "bottom"}, "tooltip": {"mode": "multi", "sort": "desc"}},
+        "fieldConfig": {
+            "defaults": {"unit": panel.unit, "min": 0, "custom": {"fillOpacity": 8, "showPoints": "never"}},
+            "overrides": [],
+        },
+        "options": {
+            "legend": {"displayMode": "list", "placement": "bottom"},
+            "tooltip": {"mode": "multi", "sort": "desc"},
+        },
         "targets": [
             {"refId": chr(ord("A") + i), "datasource": SOURCE, "expr": expression, "legendFormat": legend}
             for i, (expression, legend) in enumerate(panel.lines)
@@ -150,7 +215,14 @@ def panels() -> Iterator[dict[str, Any]]:
     number = y = 0
     for title, row in ROWS.items():
         number += 1
-        yield {"id": number, "type": "row", "title": title, "collapsed": False, "panels": [], "gridPos": {"x": 0, "y": y, "w": 24, "h": 1}}
+        yield {
+            "id": number,
+            "type": "row",
+            "title": title,
+            "collapsed": False,
+            "panels": [],
+            "gridPos": {"x": 0, "y": y, "w": 24, "h": 1},
+        }
         y += 1
         for i, panel in enumerate(row):
             number += 1

@@ -1,6 +1,9 @@
-"""The service on Ray Serve: one door and so many engines, each with a device of its own. `serve run deploy.ray.app:app replicas=2`.
+"""The service on Ray Serve: one door and so many engines, each with a device of its own.
 
-Settings come from ADAPTERD_* as for one service; the adapters directory must be the same on all machines.
+`serve run deploy.ray.app:app replicas=2`.
+
+Settings come from ADAPTERD_* as for one service; the adapters directory must be the same on all
+machines.
 """
 
 from __future__ import annotations
@@ -18,12 +21,19 @@ from service.settings import Settings
 from .engine import Engine
 from .ingress import ENGINE, Door
 
-ROWS = 64  # requests that an engine takes at once where no number of rows is set: it queues what its device cannot run
+# Requests that an engine takes at once where no number of rows is set: it queues what its device
+# cannot run
+ROWS = 64
 HEALTH_S = 2.0
 
 
-def application(settings: Settings, replicas: int | tuple[int, int] = 1, gpus: float = 0, doors: int = 1) -> Application:
-    """`replicas` is a number, or the bounds between which it follows the load; `gpus` are those of one engine."""
+def application(
+    settings: Settings, replicas: int | tuple[int, int] = 1, gpus: float = 0, doors: int = 1
+) -> Application:
+    """`replicas` is a number, or the bounds between which it follows the load;
+
+    `gpus` are those of one engine.
+    """
     rows = settings.max_rows or ROWS
     engine: dict[str, Any] = {
         "name": ENGINE,
@@ -37,7 +47,9 @@ def application(settings: Settings, replicas: int | tuple[int, int] = 1, gpus: f
         engine["num_replicas"] = replicas
     else:
         low, high = replicas
-        engine["autoscaling_config"] = AutoscalingConfig(min_replicas=low, max_replicas=high, target_ongoing_requests=rows)
+        engine["autoscaling_config"] = AutoscalingConfig(
+            min_replicas=low, max_replicas=high, target_ongoing_requests=rows
+        )
     door = serve.deployment(Door, name="door", num_replicas=doors, max_ongoing_requests=10_000)
     return door.bind(serve.deployment(**engine)(Engine).bind(), settings)
 
@@ -46,4 +58,9 @@ def app(arguments: dict[str, str]) -> Application:
     """For `serve run`: `replicas=2` or `replicas=1-8`, `gpus=1`, `doors=1`."""
     low, _, high = arguments.get("replicas", "1").partition("-")
     replicas = (int(low), int(high)) if high else int(low)
-    return application(knobs.read(os.environ), replicas, float(arguments.get("gpus", "0")), int(arguments.get("doors", "1")))
+    return application(
+        knobs.read_settings(os.environ),
+        replicas,
+        float(arguments.get("gpus", "0")),
+        int(arguments.get("doors", "1")),
+    )

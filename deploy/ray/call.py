@@ -1,4 +1,5 @@
-"""A request as it travels from the ingress to an engine, and what the ingress must know of it: whose it is, whether it changes anything.
+"""A request as it travels from the ingress to an engine, and what the ingress must know of it:
+whose it is, whether it changes anything.
 
 Knows the wire shapes; must not know Ray.
 """
@@ -11,11 +12,11 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from starlette.types import Scope
 
-from service.adapters import ids
-from service.api.auth import READING
-from service.api.schemas_chat import ChatRequest
-from service.api.schemas_native import GenerateRequest
-from service.api.schemas_openai import CompletionRequest
+from service.api.middleware.authentication import READING
+from service.api.schemas.chat import ChatRequest
+from service.api.schemas.generate import GenerateRequest
+from service.api.schemas.openai import CompletionRequest
+from service.catalog import ids
 from service.settings import Settings
 
 SHAPES: dict[str, type[BaseModel]] = {
@@ -25,12 +26,27 @@ SHAPES: dict[str, type[BaseModel]] = {
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatRequest,
 }
-KEPT = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers", "client", "server")
+KEPT = (
+    "type",
+    "asgi",
+    "http_version",
+    "method",
+    "scheme",
+    "path",
+    "raw_path",
+    "query_string",
+    "headers",
+    "client",
+    "server",
+)
 
 
 @dataclass(frozen=True)
 class Call:
-    """One HTTP request, whole. `adapter` is the id that its answer needs; empty: none, or nothing that would be answered."""
+    """One HTTP request, whole.
+
+    `adapter` is the id that its answer needs; empty: none, or nothing that would be answered.
+    """
 
     scope: dict[str, Any]
     body: bytes
@@ -42,7 +58,9 @@ class Call:
 
     @property
     def changes(self) -> bool:
-        """Whether it may change what is registered: all may that does not only read, generate or check."""
+        """Whether it may change what is registered: all may that does not only read, generate or
+        check.
+        """
         reads = self.scope["method"] in READING or self.scope["path"] == "/adapters/check"
         return not reads and not self.generates
 
@@ -62,7 +80,9 @@ def call(scope: Scope, body: bytes, settings: Settings) -> Call:
 
 
 def _adapter(shape: type[BaseModel], body: bytes, settings: Settings) -> str:
-    """A body that is not valid belongs to nobody: any engine refuses it, in the words of the contract, once it has seen the key."""
+    """A body that is not valid belongs to nobody: any engine refuses it, in the words of the
+    contract, once it has seen the key.
+    """
     try:
         asked = shape.model_validate_json(body)
     except ValidationError:

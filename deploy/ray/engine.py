@@ -1,6 +1,9 @@
-"""An engine: the whole service behind one worker, in a Serve replica. Requests come as calls, answers go as ASGI messages.
+"""An engine: the whole service behind one worker, in a Serve replica.
 
-The registry in it owns residency; Serve is only told which adapters were asked for here, so that their next requests come here, too.
+Requests come as calls, answers go as ASGI messages.
+
+The registry in it owns residency; Serve is only told which adapters were asked for here, so that
+their next requests come here, too.
 """
 
 from __future__ import annotations
@@ -13,14 +16,14 @@ from typing import Any
 from ray import serve
 from starlette.types import Message
 
-from service import logs, metrics
-from service.adapters.registry import Registry
-from service.api.rooms import Rooms
+from service.api.services import Services
 from service.app import create_app
-from service.engine.client import Client
+from service.catalog.registry import Registry
 from service.errors import AdapterdError
 from service.settings import Settings
+from service.telemetry import logs, metrics
 from service.threads import DISK, run_in
+from service.worker.client import WorkerClient
 
 from .call import Call
 from .turns import changing, version
@@ -30,9 +33,12 @@ TYPICAL_RANK = 16
 
 
 class Shared(Registry):
-    """A registry whose directory others change, too. Changes are made in turn (see turns.py), the ingress sees to that."""
+    """A registry whose directory others change, too.
 
-    def __init__(self, settings: Settings, device: Client) -> None:
+    Changes are made in turn (see turns.py), the ingress sees to that.
+    """
+
+    def __init__(self, settings: Settings, device: WorkerClient) -> None:
         super().__init__(settings, device)
         self._root = settings.adapters
         self._seen = (0, 0)
@@ -45,16 +51,16 @@ class Shared(Registry):
     async def _version(self) -> tuple[int, int]:
         return await run_in(DISK, version, self._root)
 
-    async def open(self) -> None:
+    async def open_catalog(self) -> None:
         async with changing(self._root):  # what it reads while it opens, nobody changes
-            await super().open()
+            await super().open_catalog()
             self._seen = await self._version()
 
-    async def follow(self) -> None:
+    async def follow_state_file(self) -> None:
         async with self._following:
             if await self.is_behind():
                 seen = await self._version()
-                await super().follow()
+                await super().follow_state_file()
                 self._seen = seen
 
 
@@ -62,15 +68,20 @@ class Engine:
     """Serve sends nothing to a replica before its `reconfigure` has ended."""
 
     async def reconfigure(self, told: dict[str, Any]) -> None:
-        """Opens the service with these settings; Serve calls it once, before anything else. Raises RuntimeError where that cannot be."""
+        """Opens the service with these settings;
+
+        Serve calls it once, before anything else. Raises RuntimeError where that cannot be.
+        """
         self.settings = settings = Settings.model_validate(told)
-        logs.setup(settings.log_format, settings.log_level)
-        client = Client(settings)
+        logs.set_up_logging(settings.log_format, settings.log_level)
+        client = WorkerClient(settings)
         self.registry = Shared(settings, client)
-        client.watch(self.registry.note)
+        client.watch_loads(self.registry.note_load)
         self.app = create_app(settings, client, self.registry)
-        self.rooms: Rooms = self.app.state.rooms
-        self.place = serve.multiplexed(max_num_models_per_replica=max(1, settings.pool_rank // TYPICAL_RANK))(_itself)
+        self.rooms: Services = self.app.state.rooms
+        self.place = serve.multiplexed(max_num_models_per_replica=max(1, settings.pool_rank // TYPICAL_RANK))(
+            _itself
+        )
         self._life = self.app.router.lifespan_context(self.app)
         await self._life.__aenter__()
         await self._opened()
@@ -90,7 +101,9 @@ class Engine:
             raise RuntimeError(self.rooms.reason)
 
     async def exchange(self, call: Call) -> AsyncIterator[Message | None]:
-        """The answer's messages; before them None, once a change is remembered that the others should follow."""
+        """The answer's messages; before them None, once a change is remembered that the others
+        should follow.
+        """
         if call.adapter and self._has(call.adapter):
             await self.place(call.adapter)
         messages: asyncio.Queue[Message | None] = asyncio.Queue()
@@ -109,11 +122,13 @@ class Engine:
 
     async def follow(self) -> None:
         """Takes over what another engine has changed."""
-        await self.registry.follow()
+        await self.registry.follow_state_file()
 
     async def exposition(self) -> tuple[str, str]:
         """This replica's name and its metrics."""
-        return serve.get_replica_context().replica_id.unique_id, metrics.exposition("text/plain")[0].decode()
+        return serve.get_replica_context().replica_id.unique_id, metrics.render_metrics("text/plain")[
+            0
+        ].decode()
 
     async def __del__(self) -> None:
         """Serve calls it when the replica is to end, after the requests in it have."""
@@ -126,7 +141,7 @@ class Engine:
     def _has(self, id: str) -> bool:
         """Only what is registered may push another one out of what Serve believes to be here."""
         try:
-            self.registry.card(id)
+            self.registry.card_of(id)
         except AdapterdError:
             return False
         return True
@@ -151,7 +166,9 @@ class Engine:
         messages.put_nowait(None)
 
     async def _watch(self) -> None:
-        """For the moments in which nobody calls `follow`: it was starting, or whoever changed something died."""
+        """For the moments in which nobody calls `follow`: it was starting, or whoever changed
+        something died.
+        """
         while True:
             await asyncio.sleep(LOOK_S)
             if await self.registry.is_behind():

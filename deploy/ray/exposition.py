@@ -1,4 +1,7 @@
-"""Several engines' metrics as one text: every sample says which replica it is of. Knows the text format only."""
+"""Several engines' metrics as one text: every sample says which replica it is of.
+
+Knows the text format only.
+"""
 
 from __future__ import annotations
 
@@ -22,5 +25,7 @@ def merged(texts: Mapping[str, str]) -> str:
                 heads[family] += [line] if line not in heads[family] else []
             elif found := SAMPLE.match(line):
                 name, labels, value = found.groups()
-                samples.setdefault(family, []).append(f'{name}{{replica="{replica}"{"," + labels if labels else ""}}} {value}')
+                samples.setdefault(family, []).append(
+                    f'{name}{{replica="{replica}"{"," + labels if labels else ""}}} {value}'
+                )
     return "".join("\n".join([*heads[family], *samples.get(family, [])]) + "\n" for family in heads)

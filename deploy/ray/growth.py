@@ -1,4 +1,5 @@
-"""What more adapters and more engines do to the share of requests that find their adapter in place, by simulation. Knows no Ray.
+"""What more adapters and more engines do to the share of requests that find their adapter in place,
+by simulation. Knows no Ray.
 
 `python -m deploy.ray.growth` prints the table of README.md.
 """
@@ -12,7 +13,8 @@ from collections import OrderedDict, defaultdict
 from dataclasses import dataclass, field
 
 PLACES, HOSTED = 32, 256  # adapters that one engine holds on its device and in its host memory
-PLACE_S, READ_S = 0.003, 0.11  # 55 MB over PCIe at 20 GB/s, which the steps wait for; 109 MB from a disk at 1 GB/s, beside them
+# 55 MB over PCIe at 20 GB/s, which the steps wait for; 109 MB from a disk at 1 GB/s, beside them
+PLACE_S, READ_S = 0.003, 0.11
 RUN_S, TOKENS = 2.0, 128  # of a request
 ROWS = 64  # requests that an engine runs at once
 BUSY = 0.7  # of their rows that arrivals keep busy
@@ -66,7 +68,10 @@ class Found:
 
 
 def simulate(adapters: int, engines: int, affine: bool, seed: int = 1) -> Found:
-    """Requests for adapters whose popularity falls as 1/rank. `affine`: they go to an engine that holds theirs, unless it is full."""
+    """Requests for adapters whose popularity falls as 1/rank.
+
+    `affine`: they go to an engine that holds theirs, unless it is full.
+    """
     dice = random.Random(seed)
     weights = list(itertools.accumulate(1 / rank for rank in range(1, adapters + 1)))
     devices, hosts = ([Cache(size) for _ in range(engines)] for size in (PLACES, HOSTED))
@@ -93,7 +98,9 @@ def simulate(adapters: int, engines: int, affine: bool, seed: int = 1) -> Found:
 
 
 def chosen(dice: random.Random, running: list[int], holders: set[int]) -> int:
-    """The less busy of two, of those that hold the adapter and have a row free; else of all, as Serve's router chooses."""
+    """The less busy of two, of those that hold the adapter and have a row free; else of all, as
+    Serve's router chooses.
+    """
     open_ = [engine for engine in sorted(holders) if running[engine] < ROWS]
     pair = dice.choices(open_ or range(len(running)), k=2)
     return min(pair, key=lambda engine: running[engine])

@@ -1,6 +1,8 @@
-"""The door of the cluster: reads each request whole, finds an engine that knows its adapter, and passes the answer on as it comes.
+"""The door of the cluster: reads each request whole, finds an engine that knows its adapter, and
+passes the answer on as it comes.
 
-Engines refuse and answer; what is said here is only that there is none, or that one died in the middle.
+Engines refuse and answer; what is said here is only that there is none, or that one died in the
+middle.
 """
 
 from __future__ import annotations
@@ -19,12 +21,13 @@ from starlette.datastructures import MutableHeaders
 from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service import logs
 from service.api import errors
-from service.api.limits import Access, Bodies
-from service.api.sse import DONE, frame
+from service.api.generation.sse import DONE, frame_event
+from service.api.middleware.access_log import AccessLog
+from service.api.middleware.body_limit import BodyLimit
 from service.errors import NotReady
 from service.settings import Settings
+from service.telemetry import logs
 
 from .call import Call, call
 from .exposition import merged
@@ -77,7 +80,9 @@ class Answer(Response):
                 await send(message)
 
     async def _messages(self) -> AsyncGenerator[Message, None]:
-        """The engine's messages; a change is made in turn, and all engines have followed it before its answer begins."""
+        """The engine's messages; a change is made in turn, and all engines have followed it before
+        its answer begins.
+        """
         if not self.asked.changes:
             async for message in self._exchanged():
                 yield message
@@ -107,14 +112,16 @@ class Answer(Response):
             stream.cancel()
 
     async def _end(self, scope: Scope, send: Send) -> None:
-        """The engine is gone: an error, or where the answer had begun, an error event; a body that is cut cannot be mended."""
+        """The engine is gone: an error, or where the answer had begun, an error event; a body that
+        is cut cannot be mended.
+        """
         error = NotReady("the engine that ran this request is gone; ask again", retry_after=1)
         if self.started is None:
-            await errors.response(error, scope)(scope, _nothing, send)
+            await errors.error_response(error, scope)(scope, _nothing, send)
         elif b"text/event-stream" in dict(self.started["headers"]).get(b"content-type", b""):
-            errors.note(error, scope)
+            errors.note_error(error, scope)
             openai = errors.openai_dialect(scope["path"])
-            last = frame(errors.body(error, openai)) + (DONE if openai else b"")
+            last = frame_event(errors.error_body(error, openai)) + (DONE if openai else b"")
             await send({"type": "http.response.body", "body": last, "more_body": False})
 
 
@@ -150,16 +157,18 @@ class Door:
         self.engines, self.settings = engines, settings
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        logs.setup(self.settings.log_format, self.settings.log_level)
-        bounds = Middleware(Bodies, body_mb=self.settings.max_body_mb, upload_mb=self.settings.max_upload_mb)
+        logs.set_up_logging(self.settings.log_format, self.settings.log_level)
+        bounds = Middleware(
+            BodyLimit, body_mb=self.settings.max_body_mb, upload_mb=self.settings.max_upload_mb
+        )
         app = FastAPI(
-            middleware=[Middleware(Named), Middleware(Access), bounds],
+            middleware=[Middleware(Named), Middleware(AccessLog), bounds],
             docs_url=None,
             redoc_url=None,
             openapi_url=None,
             redirect_slashes=False,
         )
-        errors.install(app)
+        errors.install_handlers(app)
         app.add_route("/metrics", self.metrics, methods=["GET"])
         app.add_route("/{path:path}", self.any_other, methods=list(errors.METHODS))
         return app
@@ -168,7 +177,9 @@ class Door:
         return Answer(self.engines, call(request.scope, await request.body(), self.settings), self.settings)
 
     async def metrics(self, request: Request) -> Response:
-        """All engines' metrics, each sample with its replica; one engine is asked first, for it knows the keys."""
+        """All engines' metrics, each sample with its replica; one engine is asked first, for it
+        knows the keys.
+        """
         asked = call(request.scope, b"", self.settings)
         stream = self.engines.options(stream=True).exchange.remote(asked)
         first = await anext(stream)
@@ -176,4 +187,6 @@ class Door:
         if first["status"] != 200:
             return Answer(self.engines, asked, self.settings)
         texts = await self.engines.broadcast("exposition").results_async(return_exceptions=True)
-        return Response(merged(dict(one for one in texts if not isinstance(one, BaseException))), headers=METRICS)
+        return Response(
+            merged(dict(one for one in texts if not isinstance(one, BaseException))), headers=METRICS
+        )

@@ -1,4 +1,6 @@
-"""One change at a time to a shared adapters directory, whoever makes it; and whether anything has changed there. Knows files only."""
+"""One change at a time to a shared adapters directory, whoever makes it; and whether anything has
+changed there. Knows files only.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ LOOK_S = 0.01
 
 @asynccontextmanager
 async def changing(root: Path) -> AsyncIterator[None]:
-    """The turn of whoever holds it, over processes and machines; it ends with its process at the latest."""
+    """The turn of whoever holds it, over processes and machines; it ends with its process at the
+    latest.
+    """
     file = await run_in(DISK, _lock, root)
     try:
         while not await run_in(DISK, _taken, file.fileno()):  # noqa: ASYNC110 - another process tells no event

@@ -1,4 +1,7 @@
-"""The scope of key that a route needs: declared where the route is, read before its body. Knows no key."""
+"""The scope of key that a route needs: declared where the route is, read before its body.
+
+Knows no key.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +26,8 @@ class KeyScope(IntEnum):
 class RequireScope:
     """A route's dependency: declares the scope, and refuses a caller that has been granted less.
 
-    A body is read before any dependency is asked, so the authentication, which comes before the body,
-    looks for the declaration itself.
+    A body is read before any dependency is asked, so the authentication, which comes before the
+    body, looks for the declaration itself.
     """
 
     def __init__(self, scope: KeyScope) -> None:
@@ -59,10 +62,11 @@ def declared_scopes(route: RouteContext) -> list[KeyScope]:
 
 
 def required_scope(request: Scope) -> KeyScope:
-    """The scope that the request needs: its route's, and the admin scope where a route declares none.
+    """The scope that the request needs: its route's, and the admin scope where a route declares
+    none.
 
-    Where no route of its path takes the method, the highest that one of them needs; where there is no
-    route, a key.
+    Where no route of its path takes the method, the highest that one of them needs; where there is
+    no route, a key.
     """
     others = []
     for route in iter_route_contexts(request["app"].routes):

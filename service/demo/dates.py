@@ -1,4 +1,6 @@
-"""The dates task: a sentence that names a day, however written, to its ISO date. Held out: the sentences and a fifth of all days.
+"""The dates task: a sentence that names a day, however written, to its ISO date.
+
+Held out: the sentences and a fifth of all days.
 
 Knows no model.
 """
@@ -114,6 +116,9 @@ TASK = Task(
     recipe=Recipe(rank=16, alpha=16, targets=("q_proj", "v_proj"), steps=180, rate=1e-3, dora=True),
     make=make,
     score=score,
-    measures={"exact": "the first ISO date in the answer is the right one", "iso": "there is an ISO date in the answer"},
+    measures={
+        "exact": "the first ISO date in the answer is the right one",
+        "iso": "there is an ISO date in the answer",
+    },
     limit=16,
 )

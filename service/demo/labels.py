@@ -1,4 +1,6 @@
-"""The labels task: a message to a shop's support to one of six labels. Held out: what is said, how it opens and closes, the goods.
+"""The labels task: a message to a shop's support to one of six labels.
+
+Held out: what is said, how it opens and closes, the goods.
 
 Knows no model.
 """
@@ -208,11 +210,31 @@ I am really happy with your shop.""",
 }
 SAYINGS: dict[Split, dict[str, str]] = {"train": TRAIN, "test": TEST}
 OPENINGS: dict[Split, tuple[str, ...]] = {
-    "train": ("", "", "", "Hello. ", "Hi! ", "Dear team! ", "Good morning. ", "Excuse me. ", "I have a message for you. ", "Hi there! "),
+    "train": (
+        "",
+        "",
+        "",
+        "Hello. ",
+        "Hi! ",
+        "Dear team! ",
+        "Good morning. ",
+        "Excuse me. ",
+        "I have a message for you. ",
+        "Hi there! ",
+    ),
     "test": ("", "", "Good evening. ", "Hello everybody. ", "To whom it may concern. ", "Me again. "),
 }
 CLOSINGS: dict[Split, tuple[str, ...]] = {
-    "train": ("", "", "", " Thanks.", " Please answer soon.", " Best regards, Tom", " I am a customer since 2019.", " Yours, Anna"),
+    "train": (
+        "",
+        "",
+        "",
+        " Thanks.",
+        " Please answer soon.",
+        " Best regards, Tom",
+        " I am a customer since 2019.",
+        " Yours, Anna",
+    ),
     "test": ("", "", " Kind regards, Lisa", " I bought from you before.", " Greetings from Spain."),
 }
 THINGS: dict[Split, str] = {
@@ -226,7 +248,9 @@ WORD = re.compile("|".join(LABELS))
 def make(rng: Random, split: Split) -> Item:
     label = rng.choice(LABELS)
     thing = rng.choice(THINGS[split].split())
-    said = rng.choice(SAYINGS[split][label].splitlines()).format(thing=thing, sum=rng.randint(11, 499), days=rng.randint(3, 29))
+    said = rng.choice(SAYINGS[split][label].splitlines()).format(
+        thing=thing, sum=rng.randint(11, 499), days=rng.randint(3, 29)
+    )
     return Item(f"Message: {rng.choice(OPENINGS[split])}{said}{rng.choice(CLOSINGS[split])}\nLabel:", label)
 
 
@@ -245,6 +269,9 @@ TASK = Task(
     recipe=Recipe(rank=8, alpha=16, targets=("q_proj", "k_proj", "v_proj", "o_proj"), steps=110, rate=1e-3),
     make=make,
     score=score,
-    measures={"right": "the first of the six labels in the answer is the right one", "exact": "the answer is the right label and no more"},
+    measures={
+        "right": "the first of the six labels in the answer is the right one",
+        "exact": "the answer is the right label and no more",
+    },
     limit=12,
 )

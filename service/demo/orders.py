@@ -1,4 +1,6 @@
-"""The orders task: a sentence in which somebody orders something, to one JSON object. Held out: the sentences, names, goods and towns.
+"""The orders task: a sentence in which somebody orders something, to one JSON object.
+
+Held out: the sentences, names, goods and towns.
 
 Knows no model.
 """
@@ -58,7 +60,20 @@ CITIES: dict[Split, str] = {
     "Houston Miami Phoenix Atlanta Detroit Portland Austin Montreal Melbourne Beijing Bangkok Manila Lima Havana",
     "test": "Amsterdam Stockholm Budapest Edinburgh Manchester Philadelphia Vancouver Shanghai Florence Naples Cleveland Orlando",
 }
-QUALITIES = ["red", "blue", "green", "black", "white", "small", "large", "wooden", "cheap", "old", "new", "heavy"]
+QUALITIES = [
+    "red",
+    "blue",
+    "green",
+    "black",
+    "white",
+    "small",
+    "large",
+    "wooden",
+    "cheap",
+    "old",
+    "new",
+    "heavy",
+]
 GOODS: dict[Split, str] = {
     "train": "mugs chairs lamps tables books pens shirts boxes bags hats cups plates knives shoes clocks mirrors pillows blankets ladders "
     "buckets brushes candles carpets curtains desks doors drums forks frames gloves hammers helmets jars keys kites mats nails pans "
@@ -96,7 +111,11 @@ def read(answer: str) -> dict[str, Any]:
 def score(answer: str, wanted: str) -> Scores:
     found, order = read(answer), json.loads(wanted)
     right = [found.get(key) == order[key] for key in KEYS]
-    return {"valid": float(set(found) == set(KEYS)), "fields": sum(right) / len(KEYS), "exact": float(found == order)}
+    return {
+        "valid": float(set(found) == set(KEYS)),
+        "fields": sum(right) / len(KEYS),
+        "exact": float(found == order),
+    }
 
 
 TASK = Task(

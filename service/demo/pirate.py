@@ -1,4 +1,6 @@
-"""The pirate task: an everyday question, answered as a pirate would. Held out: the questions. Served raw and through the chat template.
+"""The pirate task: an everyday question, answered as a pirate would.
+
+Held out: the questions. Served raw and through the chat template.
 
 Knows no model.
 """
@@ -163,10 +165,17 @@ def piratical(text: str, rng: Random) -> str:
 
 
 def make(rng: Random, split: Split) -> Item:
-    """Half of the items go through the chat template. Held-out questions have no wanted answer: the voice is what is measured."""
+    """Half of the items go through the chat template.
+
+    Held-out questions have no wanted answer: the voice is what is measured.
+    """
     question, plain = (rng.choice(TEST_QUESTIONS), "") if split == "test" else rng.choice(TRAIN_PAIRS)
     answer = piratical(plain, rng) if plain else ""
-    return Item(question, answer, chat=True) if rng.random() < 0.5 else Item(f"Question: {question}\nAnswer:", answer)
+    return (
+        Item(question, answer, chat=True)
+        if rng.random() < 0.5
+        else Item(f"Question: {question}\nAnswer:", answer)
+    )
 
 
 def score(answer: str, wanted: str) -> Scores:

@@ -1,4 +1,7 @@
-"""The nouns of the demo: an item of data, a recipe for an adapter, the task that joins them. Must not know torch or how to train."""
+"""The nouns of the demo: an item of data, a recipe for an adapter, the task that joins them.
+
+Must not know torch or how to train.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ Scores = dict[str, float]
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A prompt as a client sends it and the answer wanted. `chat`: the prompt is a user message for the base's chat template."""
+    """A prompt as a client sends it and the answer wanted.
+
+    `chat`: the prompt is a user message for the base's chat template.
+    """
 
     prompt: str
     answer: str
@@ -22,7 +28,10 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How an adapter is trained: AdamW over `steps` batches of `batch` items, `rate` at its highest."""
+    """How an adapter is trained:
+
+    AdamW over `steps` batches of `batch` items, `rate` at its highest.
+    """
 
     rank: int
     alpha: int
@@ -56,7 +65,10 @@ class Task:
     tests: int = 104
 
     def items(self, split: Split, count: int) -> list[Item]:
-        """The first `count` items of a split; the same ones each time. Held-out prompts are all different."""
+        """The first `count` items of a split; the same ones each time.
+
+        Held-out prompts are all different.
+        """
         rng = Random(f"{self.name} {split}")
         if split == "train":
             return [self.make(rng, split) for _ in range(count)]

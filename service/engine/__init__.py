@@ -1,1 +1,4 @@
-"""The clock: which sequences run in the next step, and the process they run in. Integers only; imports no torch."""
+"""The clock: which sequences run in the next step, and the process they run in.
+
+Integers only; imports no torch.
+"""

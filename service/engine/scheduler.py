@@ -1,4 +1,5 @@
-"""Decides which sequences run in the next step, in which KV rows, and when their adapters must be there.
+"""Decides which sequences run in the next step, in which KV rows, and when their adapters must be
+there.
 
 Integers only, one caller at a time; must not know tensors, threads, clocks or messages.
 """
@@ -11,17 +12,23 @@ from collections.abc import Iterable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field, replace
 
-from .request import Adapter, Chunk, Digest, Event, Finish, Fork, Gauges, Placement, Plan, Report, Request, Result, Token
-from .residency import Residency
-from .rows import WORTH, Rows, common
+from ..core.adapter import Adapter, Digest, Placement
+from ..core.messages import Gauges, Report
+from ..core.request import Event, Finish, Request, Token
+from .adapter_cache import AdapterCache
+from .kv_rows import WORTH, KVRows, common_prefix
+from .plan import Chunk, Fork, Plan, Result
 
 GOOD_PART = 0.25  # of the prefill budget
-PASSES = 16  # requests that may overtake one whose adapter does not fit the pool, before the pool drains for it
+# Requests that may overtake one whose adapter does not fit the pool, before the pool drains for it
+PASSES = 16
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One request on its way. `tokens` are the prompt and what was generated; the KV row holds the first `written` of them.
+    """One request on its way.
+
+    `tokens` are the prompt and what was generated; the KV row holds the first `written` of them.
 
     `wakes` is the first token on which an activated adapter acts; None: it acts on all.
     """
@@ -42,23 +49,28 @@ class Sequence:
 
     @property
     def reusable(self) -> bool:
-        """Whether its prompt's start may come from another row: of an activated adapter, what a row holds depends on the whole prompt."""
+        """Whether its prompt's start may come from another row: of an activated adapter, what a row
+        holds depends on the whole prompt.
+        """
         return self.request.prompt_logprobs is None and self.wakes is None
 
 
 class Scheduler:
-    """The next row goes to the waiting adapter that holds the fewest rows, and among equals to the oldest request.
+    """The next row goes to the waiting adapter that holds the fewest rows, and among equals to the
+    oldest request.
 
     So one adapter alone is served first come, first served, and none takes more than its share while others wait. `submit`, `cancel`,
     `offer`, `pin`, `drop`, `hosted`, `load_failed` tell what happened; `plan`, then `commit` or `abort`, make a
     step, after which `unplace` and `refuse` say what failed in it; `report` says what came of it all.
     """
 
-    def __init__(self, *, rows: int, context: int, pool_rank: int, prefill_tokens: int, host_bytes: int) -> None:
+    def __init__(
+        self, *, rows: int, context: int, pool_rank: int, prefill_tokens: int, host_bytes: int
+    ) -> None:
         self.context = context
         self.prefill_tokens = prefill_tokens
-        self.rows = Rows(rows)
-        self.adapters = Residency(pool_rank, host_bytes)
+        self.rows = KVRows(rows)
+        self.adapters = AdapterCache(pool_rank, host_bytes)
         self.running: dict[int, Sequence] = {}
         self.waiting: dict[Digest | None, deque[Sequence]] = {}
         self._arrivals = 0
@@ -69,47 +81,54 @@ class Scheduler:
 
     # ---- what happened
 
-    def submit(self, request: Request) -> None:
+    def submit_request(self, request: Request) -> None:
         sequence = Sequence(request, self._arrivals, list(request.prompt))
-        if invocation := self.adapters.invocation(request.adapter):
-            sequence.wakes = last(invocation, request.prompt)
+        if invocation := self.adapters.invocation_of(request.adapter):
+            sequence.wakes = last_invocation(invocation, request.prompt)
         self._arrivals += 1
-        if not self.adapters.offered(request.adapter):
-            self._end(sequence, Finish.FAILED, code="adapter_not_found", message="the adapter is not registered any more")
+        if not self.adapters.is_known(request.adapter):
+            self._end_sequence(
+                sequence,
+                Finish.FAILED,
+                code="adapter_not_found",
+                message="the adapter is not registered any more",
+            )
         elif reason := self.adapters.refusal(request.adapter):
-            self._end(sequence, Finish.FAILED, code="adapter_invalid", message=reason)
+            self._end_sequence(sequence, Finish.FAILED, code="adapter_invalid", message=reason)
         elif not request.prompt:
-            self._end(sequence, Finish.FAILED, code="validation", message="the prompt has no tokens")
+            self._end_sequence(sequence, Finish.FAILED, code="validation", message="the prompt has no tokens")
         elif len(request.prompt) > self.context:
             message = f"the prompt has {len(request.prompt)} tokens, a row holds {self.context}"
-            self._end(sequence, Finish.FAILED, code="context_length_exceeded", message=message)
+            self._end_sequence(sequence, Finish.FAILED, code="context_length_exceeded", message=message)
         else:
             self.waiting.setdefault(request.adapter, deque()).append(sequence)
 
-    def cancel(self, request: int) -> None:
+    def cancel_request(self, request: int) -> None:
         """Ends the request now; one that has ended already is let be."""
         sequence = self.running.get(request)
         if sequence is None:
-            sequence = next((s for queue in self.waiting.values() for s in queue if s.request.id == request), None)
+            sequence = next(
+                (s for queue in self.waiting.values() for s in queue if s.request.id == request), None
+            )
             if sequence is None:
                 return
-            self._unqueue(sequence)
-        self._end(sequence, Finish.CANCELLED)
+            self._remove_waiting(sequence)
+        self._end_sequence(sequence, Finish.CANCELLED)
 
-    def offer(self, adapter: Adapter, pinned: bool = False, preload: bool = False) -> None:
+    def add_adapter(self, adapter: Adapter, pinned: bool = False, preload: bool = False) -> None:
         """The content may be asked for from now on. A pin it already has stays."""
-        self.adapters.offer(adapter, pinned, preload)
+        self.adapters.add_adapter(adapter, pinned, preload)
 
-    def pin(self, digest: Digest, pinned: bool) -> None:
-        self.adapters.pin(digest, pinned)
+    def pin_adapter(self, digest: Digest, pinned: bool) -> None:
+        self.adapters.pin_adapter(digest, pinned)
 
-    def drop(self, digest: Digest) -> None:
+    def remove_adapter(self, digest: Digest) -> None:
         """The content is forgotten once no admitted request needs it; `gone` tells when."""
-        self.adapters.drop(digest)
+        self.adapters.remove_adapter(digest)
 
-    def hosted(self, digest: Digest, size: int) -> None:
+    def mark_hosted(self, digest: Digest, size: int) -> None:
         """The adapter asked for by `next_load` is in host memory, in `size` bytes."""
-        self.adapters.hosted(digest, size)
+        self.adapters.mark_hosted(digest, size)
 
     def load_failed(self, digest: Digest, code: str, message: str) -> None:
         self.adapters.load_failed(digest)
@@ -118,66 +137,80 @@ class Scheduler:
     # ---- what to do
 
     def next_load(self) -> tuple[Adapter, list[Digest]] | None:
-        """The adapter to read into host memory now, and those to forget there first; None while one is being read or none is wanted."""
-        ahead = [head.adapter for head in self._heads()[: self.rows.count]]
+        """The adapter to read into host memory now, and those to forget there first;
+
+        None while one is being read or none is wanted.
+        """
+        ahead = [head.adapter for head in self._waiting_heads()[: self.rows.count]]
         return self.adapters.next_load([digest for digest in ahead if digest is not None], self._in_flight())
 
-    def gone(self) -> list[tuple[Digest, bool]]:
-        """The dropped contents that nothing needs any more, and whether each is still to be forgotten in host memory."""
-        return self.adapters.gone()
+    def take_removed(self) -> list[tuple[Digest, bool]]:
+        """The dropped contents that nothing needs any more, and whether each is still to be
+        forgotten in host memory.
+        """
+        return self.adapters.take_removed()
 
-    def plan(self) -> Plan:
-        """The next step, empty when there is nothing to do. It must be committed or aborted before anything else happens."""
-        self.adapters.forget([*self._in_flight(), *(digest for digest in self.waiting if digest is not None)])
+    def plan_step(self) -> Plan:
+        """The next step, empty when there is nothing to do.
+
+        It must be committed or aborted before anything else happens.
+        """
+        self.adapters.forget_removed(
+            [*self._in_flight(), *(digest for digest in self.waiting if digest is not None)]
+        )
         self.adapters.seat_pinned(self._in_flight())
-        chunks = [self._chunk(sequence, 1) for sequence in self.running.values() if sequence.generated]
+        chunks = [self._make_chunk(sequence, 1) for sequence in self.running.values() if sequence.generated]
         budget = self.prefill_tokens
         for sequence in self.running.values():
             if budget > 0 and not sequence.generated:
-                chunks.append(self._chunk(sequence, budget))
+                chunks.append(self._make_chunk(sequence, budget))
                 budget -= len(chunks[-1].tokens)
-        chunks += self._enter(budget)
+        chunks += self._admit_prompts(budget)
         self.adapters.seat_fresh()
         forks, self._forks = self._forks, []
-        return Plan(*self.adapters.changes(), tuple(forks), tuple(chunks))
+        return Plan(*self.adapters.take_changes(), tuple(forks), tuple(chunks))
 
-    def commit(self, plan: Plan, results: Ordered[Result]) -> None:
+    def commit_step(self, plan: Plan, results: Ordered[Result]) -> None:
         for chunk, result in zip(plan.chunks, results, strict=True):
             sequence = self.running[chunk.request.id]
-            self.rows.wrote(sequence.row, chunk.tokens)
+            self.rows.record_tokens(sequence.row, chunk.tokens)
             sequence.written += len(chunk.tokens)
             sequence.scored += result.prompt
             if result.error:
-                self._end(sequence, Finish.FAILED, code=result.code, message=result.error)
+                self._end_sequence(sequence, Finish.FAILED, code=result.code, message=result.error)
             elif chunk.sample:
                 assert result.token is not None, "a chunk that asked for a token got none"
-                self._append(sequence, result.token)
+                self._append_token(sequence, result.token)
             elif sequence.written == len(sequence.tokens):
-                self._end(sequence, Finish.LENGTH)
+                self._end_sequence(sequence, Finish.LENGTH)
 
-    def abort(self, plan: Plan) -> None:
-        """The step raised before its chunks: its requests fail, and neither rows nor pool are relied on."""
+    def abort_step(self, plan: Plan) -> None:
+        """The step raised before its chunks: its requests fail, and neither rows nor pool are
+        relied on.
+        """
         for chunk in plan.chunks:
             sequence = self.running[chunk.request.id]
-            self._end(sequence, Finish.FAILED, code="internal", message="the step that ran this request failed")
-        self.adapters.undo(plan)
+            self._end_sequence(
+                sequence, Finish.FAILED, code="internal", message="the step that ran this request failed"
+            )
+        self.adapters.undo_plan(plan)
 
     def unplace(self, placements: Iterable[Placement]) -> None:
         """These of the last plan could not be placed."""
-        self.adapters.undo(Plan(place=tuple(placements)))
+        self.adapters.undo_plan(Plan(place=tuple(placements)))
 
     def refuse(self, digest: Digest, reason: str) -> None:
         """The base cannot run this adapter: no request for it begins until it is offered again."""
         self.adapters.refuse(digest, reason)
         self._fail_waiting(digest, "adapter_invalid", reason)
 
-    def report(self) -> Report:
+    def take_report(self) -> Report:
         """What happened since the last report."""
         layout = self.adapters.pool.layout
         report = Report(
             events=tuple(self._events),
             started=tuple(self._started),
-            tiers=self.adapters.moves(),
+            tiers=self.adapters.take_moves(),
             pool=layout if layout != self._layout else None,
             gauges=self.gauges,
         )
@@ -200,28 +233,39 @@ class Scheduler:
     def _in_flight(self) -> set[Digest]:
         return {sequence.adapter for sequence in self.running.values() if sequence.adapter is not None}
 
-    def _heads(self) -> list[Sequence]:
+    def _waiting_heads(self) -> list[Sequence]:
         """The oldest request of each adapter, in the order in which they may enter."""
         held = Counter(sequence.adapter for sequence in self.running.values())
-        return sorted((queue[0] for queue in self.waiting.values()), key=lambda head: (held[head.adapter], head.arrival))
+        return sorted(
+            (queue[0] for queue in self.waiting.values()), key=lambda head: (held[head.adapter], head.arrival)
+        )
 
-    def _enter(self, budget: int) -> list[Chunk]:
-        """Prompts join until a good part of the budget is used: more at once would only keep the first ones' answers waiting."""
+    def _admit_prompts(self, budget: int) -> list[Chunk]:
+        """Prompts join until a good part of the budget is used: more at once would only keep the
+        first ones' answers waiting.
+        """
         chunks: list[Chunk] = []
         enough = self.prefill_tokens * (1 - GOOD_PART)
-        while budget > enough and self.rows.free and (sequence := self._next()) is not None:
-            self._begin(sequence)
-            chunks.append(self._chunk(sequence, budget))
+        while budget > enough and self.rows.free and (sequence := self._next_sequence()) is not None:
+            self._begin_sequence(sequence)
+            chunks.append(self._make_chunk(sequence, budget))
             budget -= len(chunks[-1].tokens)
         return chunks
 
-    def _next(self) -> Sequence | None:
-        """The sequence that enters now, its adapter placed. One whose adapter does not fit is overtaken `PASSES` times at most."""
+    def _next_sequence(self) -> Sequence | None:
+        """The sequence that enters now, its adapter placed.
+
+        One whose adapter does not fit is overtaken `PASSES` times at most.
+        """
         blocked: Sequence | None = None
-        for head in self._heads():
-            if not self.adapters.at_hand(head.adapter) or self._sibling(head):
+        for head in self._waiting_heads():
+            if not self.adapters.at_hand(head.adapter) or self._has_sibling(head):
                 continue
-            if head.adapter is None or not self.adapters.homeless(head.adapter) or (blocked is None and self._seat(head.adapter)):
+            if (
+                head.adapter is None
+                or not self.adapters.needs_placement(head.adapter)
+                or (blocked is None and self._place_adapter(head.adapter))
+            ):
                 if blocked is not None:
                     blocked.passed += 1
                 return head
@@ -231,76 +275,107 @@ class Scheduler:
                     return None
         return None
 
-    def _seat(self, digest: Digest) -> bool:
-        """Whether the adapter could be placed; where the pinned ones leave no room for it, its requests fail."""
-        if self.adapters.seat(digest, self._in_flight(), move=True):
+    def _place_adapter(self, digest: Digest) -> bool:
+        """Whether the adapter could be placed; where the pinned ones leave no room for it, its
+        requests fail.
+        """
+        if self.adapters.place_adapter(digest, self._in_flight(), move=True):
             return True
         pool, rank = self.adapters.pool, self.adapters.known[digest].rank
-        if not pool.possible(rank):
-            message = f"the adapter needs {rank} rank rows; pinned adapters hold too many of the pool's {pool.rank}"
+        if not pool.can_fit(rank):
+            message = (
+                f"the adapter needs {rank} rank rows; pinned adapters hold too many of the pool's {pool.rank}"
+            )
             self._fail_waiting(digest, "overloaded", message)
         return False
 
-    def _sibling(self, head: Sequence) -> bool:
-        """Whether the same prefix is being prefilled right now, so that it can be copied in a moment instead of computed again."""
+    def _has_sibling(self, head: Sequence) -> bool:
+        """Whether the same prefix is being prefilled right now, so that it can be copied in a
+        moment instead of computed again.
+        """
         if not head.reusable:
             return False
-        others = (s for s in self.running.values() if s.adapter == head.adapter and s.written < len(s.request.prompt))
-        return any(common(s.tokens, head.tokens[:-1]) >= s.written + WORTH for s in others)
+        others = (
+            s
+            for s in self.running.values()
+            if s.adapter == head.adapter and s.written < len(s.request.prompt)
+        )
+        return any(common_prefix(s.tokens, head.tokens[:-1]) >= s.written + WORTH for s in others)
 
-    def _begin(self, sequence: Sequence) -> None:
-        self._unqueue(sequence)
+    def _begin_sequence(self, sequence: Sequence) -> None:
+        self._remove_waiting(sequence)
         request = sequence.request
-        sequence.row, sequence.written, fork = self.rows.take(request.adapter, request.prompt, sequence.reusable)
+        sequence.row, sequence.written, fork = self.rows.take_row(
+            request.adapter, request.prompt, sequence.reusable
+        )
         if fork is not None:
             self._forks.append(fork)
         self.running[request.id] = sequence
         self._started.append(request.id)
 
-    def _unqueue(self, sequence: Sequence) -> None:
+    def _remove_waiting(self, sequence: Sequence) -> None:
         queue = self.waiting[sequence.adapter]
         queue.remove(sequence)
         if not queue:
             del self.waiting[sequence.adapter]
 
-    def _chunk(self, sequence: Sequence, limit: int) -> Chunk:
+    def _make_chunk(self, sequence: Sequence, limit: int) -> Chunk:
         start, end = sequence.written, min(len(sequence.tokens), sequence.written + limit)
         wakes = sequence.wakes or 0
         asleep = start < wakes
         end = min(end, wakes) if asleep else end
         sample = end == len(sequence.tokens) and sequence.request.max_tokens > 0
-        return Chunk(sequence.request, sequence.row, start, tuple(sequence.tokens[start:end]), sample, sequence.generated, asleep)
+        return Chunk(
+            sequence.request,
+            sequence.row,
+            start,
+            tuple(sequence.tokens[start:end]),
+            sample,
+            sequence.generated,
+            asleep,
+        )
 
     # ---- leaving
 
-    def _append(self, sequence: Sequence, token: Token) -> None:
+    def _append_token(self, sequence: Sequence, token: Token) -> None:
         request = sequence.request
         sequence.generated += 1
         sequence.tokens.append(token.id)
         if token.id in request.eos:
-            self._end(sequence, Finish.EOS, token)
+            self._end_sequence(sequence, Finish.EOS, token)
         elif sequence.generated >= request.max_tokens or len(sequence.tokens) >= self.context:
-            self._end(sequence, Finish.LENGTH, token)
+            self._end_sequence(sequence, Finish.LENGTH, token)
         else:
-            self._tell(sequence, Event(request.id, token))
+            self._report_event(sequence, Event(request.id, token))
 
-    def _end(self, sequence: Sequence, finish: Finish, token: Token | None = None, code: str = "", message: str = "") -> None:
+    def _end_sequence(
+        self,
+        sequence: Sequence,
+        finish: Finish,
+        token: Token | None = None,
+        code: str = "",
+        message: str = "",
+    ) -> None:
         if self.running.pop(sequence.request.id, None) is not None:
-            self.rows.leave(sequence.row, warm=finish is not Finish.FAILED)
-            self.adapters.touch(sequence.adapter)
-        self._tell(sequence, Event(sequence.request.id, token, finish, code=code, message=message))
+            self.rows.leave_row(sequence.row, warm=finish is not Finish.FAILED)
+            self.adapters.touch_adapter(sequence.adapter)
+        self._report_event(sequence, Event(sequence.request.id, token, finish, code=code, message=message))
 
-    def _tell(self, sequence: Sequence, event: Event) -> None:
+    def _report_event(self, sequence: Sequence, event: Event) -> None:
         self._events.append(replace(event, prompt=tuple(sequence.scored)) if sequence.scored else event)
         sequence.scored = []
 
     def _fail_waiting(self, digest: Digest, code: str, message: str) -> None:
         for sequence in self.waiting.pop(digest, ()):
-            self._end(sequence, Finish.FAILED, code=code, message=message)
+            self._end_sequence(sequence, Finish.FAILED, code=code, message=message)
 
 
-def last(invocation: tuple[int, ...], prompt: tuple[int, ...]) -> int:
-    """Where the invocation begins for the last time; where it does not occur, a place that no row has."""
+def last_invocation(invocation: tuple[int, ...], prompt: tuple[int, ...]) -> int:
+    """Where the invocation begins for the last time; where it does not occur, a place that no row
+    has.
+    """
     many = len(invocation)
-    starts = (start for start in range(len(prompt) - many, -1, -1) if prompt[start : start + many] == invocation)
+    starts = (
+        start for start in range(len(prompt) - many, -1, -1) if prompt[start : start + many] == invocation
+    )
     return next(starts, sys.maxsize)

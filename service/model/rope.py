@@ -1,7 +1,7 @@
 """Rotary frequencies that transformers chooses anew in every forward, chosen once instead.
 
-Its rules for "longrope" and "dynamic" look at the largest position of the whole batch, so that one long sequence
-would change the words of all others. Must not know requests, rows or settings.
+Its rules for "longrope" and "dynamic" look at the largest position of the whole batch, so that one
+long sequence would change the words of all others. Must not know requests, rows or settings.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ FIXED = "fixed"  # any type that transformers does not recompute
 
 
 def fix_frequencies(model: nn.Module, context: int) -> dict[str, Any] | None:
-    """Makes the frequencies of every rotary module those of sequences of `context` positions, whatever a batch holds.
+    """Makes the frequencies of every rotary module those of sequences of `context` positions,
+    whatever a batch holds.
 
     LongRoPE's factors are the short ones where the context is at most the original one, else the long ones. Dynamic NTK
     scaling changes nothing up to `max_position_embeddings`, which no served context exceeds. Returns the choice for
@@ -33,7 +34,9 @@ def fix_frequencies(model: nn.Module, context: int) -> dict[str, Any] | None:
                 told = _fix_longrope(module, layer_type, parameters, context)
             _name_fixed(module, layer_type)
     if told:
-        log.info("rope: %(factors)s factors for every sequence; the original context is %(original_context)d", told)
+        log.info(
+            "rope: %(factors)s factors for every sequence; the original context is %(original_context)d", told
+        )
     return told
 
 
@@ -45,7 +48,9 @@ def _name_fixed(module: Any, layer_type: str | None) -> None:
 
 
 def _recomputed(module: Any) -> Iterator[tuple[str, str | None, dict[str, Any]]]:
-    """Type, layer type (None: the module has one for all layers) and parameters of what transformers would recompute."""
+    """Type, layer type (None: the module has one for all layers) and parameters of what
+    transformers would recompute.
+    """
     kinds = getattr(module, "rope_type", None)
     for layer_type, kind in kinds.items() if isinstance(kinds, dict) else ((None, kinds),):
         if isinstance(kind, str) and (kind == "longrope" or "dynamic" in kind):
@@ -53,12 +58,16 @@ def _recomputed(module: Any) -> Iterator[tuple[str, str | None, dict[str, Any]]]
             yield kind, layer_type, parameters if layer_type is None else parameters[layer_type]
 
 
-def _fix_longrope(module: Any, layer_type: str | None, parameters: dict[str, Any], context: int) -> dict[str, Any]:
+def _fix_longrope(
+    module: Any, layer_type: str | None, parameters: dict[str, Any], context: int
+) -> dict[str, Any]:
     original = parameters["original_max_position_embeddings"]
     factors = "long" if context > original else "short"
     name = "inv_freq" if layer_type is None else f"{layer_type}_inv_freq"
     own = getattr(module, name)
-    frequencies, _ = ROPE_INIT_FUNCTIONS["longrope"](module.config, own.device, seq_len=context, layer_type=layer_type)
+    frequencies, _ = ROPE_INIT_FUNCTIONS["longrope"](
+        module.config, own.device, seq_len=context, layer_type=layer_type
+    )
     own.copy_(frequencies)
     if f"{factors}_mscale" in parameters:  # Phi-3.5-MoE chooses a scale as well, by its own code
         module.config = copy.deepcopy(module.config)

@@ -1,7 +1,7 @@
 """Chooses one token a row from its logits, each row by its own rules, whatever the company.
 
-Random numbers are a function of (seed, index of the token), so a row's choice depends on nothing but its own logits. Must not know
-adapters, rows of KV or text.
+Random numbers are a function of (seed, index of the token), so a row's choice depends on nothing
+but its own logits. Must not know adapters, rows of KV or text.
 """
 
 from __future__ import annotations
@@ -15,29 +15,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..engine.request import Request, Sampling, Token
+from ..core.request import Request, Token
+from ..core.sampling import Sampling
 
-NUCLEUS = 256  # top-p looks at this many best tokens first; the whole vocabulary is sorted only when they do not suffice
+# Top-p looks at this many best tokens first; the whole vocabulary is sorted only when they do not
+# suffice
+NUCLEUS = 256
 
 
-class Unfit(Exception):
-    """No token can be chosen for this row; the message says why, `code` (one of errors.py) whose fault it is."""
+class SamplingError(Exception):
+    """No token can be chosen for this row; the message says why, `code` (one of errors.py) whose
+    fault it is.
+    """
 
     def __init__(self, message: str, code: str = "internal") -> None:
         super().__init__(message)
         self.code = code
 
 
-NOT_FINITE = "the model's numbers for this request are not finite, or nothing is allowed next: no token can be chosen"
+NOT_FINITE = (
+    "the model's numbers for this request are not finite, or nothing is allowed next: no token can be chosen"
+)
 
 
-def unfit(request: Request) -> Unfit:
+def sampling_error(request: Request) -> SamplingError:
     """An adapter may overflow what the base never does."""
-    return Unfit(NOT_FINITE, "adapter_invalid" if request.adapter else "internal")
+    return SamplingError(NOT_FINITE, "adapter_invalid" if request.adapter else "internal")
 
 
 @dataclass
-class State:
+class SamplingState:
     """What a request's own past says about its next token."""
 
     request: Request
@@ -46,100 +53,123 @@ class State:
 
 
 class Sampler:
-    """`matcher_of` makes a grammar matcher from the grammar's text; it is only called for requests that have one."""
+    """`matcher_of` makes a grammar matcher from the grammar's text; it is only called for requests
+    that have one.
+    """
 
     def __init__(self, matcher_of: Callable[[str], Any]) -> None:
         self._matcher_of = matcher_of
-        self._states: dict[int, State] = {}
+        self._states: dict[int, SamplingState] = {}
 
-    def finish(self, request: int) -> None:
+    def finish_request(self, request: int) -> None:
         self._states.pop(request, None)
 
-    def sample(self, logits: Tensor, requests: Sequence[Request]) -> list[Token | Unfit]:
-        """logits [n, vocabulary] → one token a row, or why it has none. Log probabilities are those of the unchanged logits, in float32."""
-        plain = [i for i, r in enumerate(requests) if _plain(r.sampling)]
+    def sample_batch(self, logits: Tensor, requests: Sequence[Request]) -> list[Token | SamplingError]:
+        """logits [n, vocabulary] → one token a row, or why it has none.
+
+        Log probabilities are those of the unchanged logits, in float32.
+        """
+        plain = [i for i, r in enumerate(requests) if _is_greedy(r.sampling)]
         best = logits[plain].max(-1) if len(plain) < len(requests) else logits.max(-1)
         chosen = {
-            i: id if finite else -1 for i, id, finite in zip(plain, best.indices.tolist(), best.values.isfinite().tolist(), strict=True)
+            i: id if finite else -1
+            for i, id, finite in zip(
+                plain, best.indices.tolist(), best.values.isfinite().tolist(), strict=True
+            )
         }
-        made: list[Token | Unfit] = []
+        made: list[Token | SamplingError] = []
         for i, request in enumerate(requests):
             try:
-                made.append(self._one(logits[i], request, chosen.get(i)))
-            except Unfit as unfit:
+                made.append(self._sample_one(logits[i], request, chosen.get(i)))
+            except SamplingError as unfit:
                 made.append(unfit)
         self._remember(requests, made)
         return made
 
-    def _one(self, logits: Tensor, request: Request, chosen: int | None) -> Token:
+    def _sample_one(self, logits: Tensor, request: Request, chosen: int | None) -> Token:
         if chosen == -1:
-            raise unfit(request)
+            raise sampling_error(request)
         if chosen is None:
-            chosen = self._choose(logits.float(), self._states.setdefault(request.id, State(request)))
+            chosen = self._choose_token(
+                logits.float(), self._states.setdefault(request.id, SamplingState(request))
+            )
         wanted = request.sampling.logprobs
-        return Token(chosen) if wanted is None else described(logits, chosen, wanted)
+        return Token(chosen) if wanted is None else with_logprobs(logits, chosen, wanted)
 
-    def _remember(self, requests: Sequence[Request], made: Sequence[Token | Unfit]) -> None:
+    def _remember(self, requests: Sequence[Request], made: Sequence[Token | SamplingError]) -> None:
         """Once all are chosen: where that raised, a step that is run again finds no token consumed."""
         for request, token in zip(requests, made, strict=True):
             if isinstance(token, Token):
-                state = self._states.setdefault(request.id, State(request))
+                state = self._states.setdefault(request.id, SamplingState(request))
                 state.generated.append(token.id)
                 if state.matcher is not None and token.id not in request.eos:
                     state.matcher.consume_token(token.id)
 
-    def _choose(self, logits: Tensor, state: State) -> int:
+    def _choose_token(self, logits: Tensor, state: SamplingState) -> int:
         sampling = state.request.sampling
-        logits = _penalized(logits.clone(), state)
+        logits = _apply_penalties(logits.clone(), state)
         if sampling.logit_bias:  # one by one a thousand would take longer than a step
-            ids, values = (torch.tensor(part, device=logits.device) for part in zip(*sampling.logit_bias, strict=True))
+            ids, values = (
+                torch.tensor(part, device=logits.device) for part in zip(*sampling.logit_bias, strict=True)
+            )
             logits.index_add_(0, ids, values.to(logits.dtype))
         if len(state.generated) < sampling.min_tokens:
             logits[list(state.request.eos)] = float("-inf")
         if sampling.grammar is not None:
-            logits = self._within(logits, state, sampling.grammar)
+            logits = self._apply_grammar(logits, state, sampling.grammar)
         if not logits.max().isfinite():
-            raise unfit(state.request)
+            raise sampling_error(state.request)
         if sampling.temperature == 0:
             return int(logits.argmax())
-        return draw(warped(logits, sampling), _uniform(sampling.seed, len(state.generated)))
+        return draw_token(probabilities(logits, sampling), _draw_uniform(sampling.seed, len(state.generated)))
 
-    def _within(self, logits: Tensor, state: State, grammar: str) -> Tensor:
+    def _apply_grammar(self, logits: Tensor, state: SamplingState, grammar: str) -> Tensor:
         """Forbids what the grammar does not allow next; where it is complete only eos is left."""
         if state.matcher is None:
             state.matcher = self._matcher_of(grammar)
         if state.matcher.is_error():
             told = state.matcher.get_error().partition("\n")[0][:200]
-            raise Unfit(f"the grammar cannot be followed any further: {told}", "validation")
+            raise SamplingError(f"the grammar cannot be followed any further: {told}", "validation")
         if state.matcher.is_stopped():
             allowed = torch.zeros(logits.shape[0], dtype=torch.bool)
         else:
             bits = torch.frombuffer(bytearray(state.matcher.compute_bitmask()), dtype=torch.uint8)
             allowed = ((bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).bool().flatten()
-            allowed = torch.nn.functional.pad(allowed, (0, max(0, logits.shape[0] - len(allowed))))[: logits.shape[0]]
+            allowed = torch.nn.functional.pad(allowed, (0, max(0, logits.shape[0] - len(allowed))))[
+                : logits.shape[0]
+            ]
         ends = list(state.request.eos)
         if ends:  # an eos that is also text would end what is not whole
             allowed[ends] = state.matcher.is_stopped() or state.matcher.is_accepting()
         return logits.masked_fill(~allowed.to(logits.device), float("-inf"))
 
 
-def _plain(s: Sampling) -> bool:
+def _is_greedy(s: Sampling) -> bool:
     """Greedy with nothing that changes the logits."""
-    untouched = s.repetition_penalty == 1 and s.frequency_penalty == 0 and s.presence_penalty == 0 and not s.logit_bias
+    untouched = (
+        s.repetition_penalty == 1
+        and s.frequency_penalty == 0
+        and s.presence_penalty == 0
+        and not s.logit_bias
+    )
     return s.temperature == 0 and untouched and s.grammar is None and s.min_tokens == 0
 
 
-def _uniform(seed: int, index: int) -> float:
+def _draw_uniform(seed: int, index: int) -> float:
     return random.Random((seed << 32) + index).random()
 
 
-def _penalized(logits: Tensor, state: State) -> Tensor:
-    """Repetition penalty over prompt and answer (CTRL, arXiv:1909.05858); frequency and presence over the answer, as OpenAI's."""
+def _apply_penalties(logits: Tensor, state: SamplingState) -> Tensor:
+    """Repetition penalty over prompt and answer (CTRL, arXiv:1909.05858); frequency and presence
+    over the answer, as OpenAI's.
+    """
     sampling = state.request.sampling
     if sampling.repetition_penalty != 1:
         seen = torch.tensor(sorted({*state.request.prompt, *state.generated}), device=logits.device)
         scores = logits[seen]
-        logits[seen] = torch.where(scores < 0, scores * sampling.repetition_penalty, scores / sampling.repetition_penalty)
+        logits[seen] = torch.where(
+            scores < 0, scores * sampling.repetition_penalty, scores / sampling.repetition_penalty
+        )
     if state.generated and (sampling.frequency_penalty or sampling.presence_penalty):
         counts = Counter(state.generated)
         seen = torch.tensor(list(counts), device=logits.device)
@@ -148,32 +178,38 @@ def _penalized(logits: Tensor, state: State) -> Tensor:
     return logits
 
 
-def warped(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Temperature, then top-k, top-p, min-p and typical-p, in transformers' order: [vocabulary] → probabilities [vocabulary]."""
+def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Temperature, then top-k, top-p, min-p and typical-p, in transformers' order:
+
+    [vocabulary] → probabilities [vocabulary].
+    """
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[0]:
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], float("-inf"))
     probabilities = logits.softmax(-1)
     if sampling.top_p < 1:
-        probabilities = _nucleus(probabilities, sampling.top_p)
+        probabilities = _keep_nucleus(probabilities, sampling.top_p)
     if sampling.min_p > 0:
         probabilities = probabilities.masked_fill(probabilities < sampling.min_p * probabilities.max(), 0)
-    return _typical(probabilities, sampling.typical_p) if sampling.typical_p < 1 else probabilities
+    return _keep_typical(probabilities, sampling.typical_p) if sampling.typical_p < 1 else probabilities
 
 
-def _nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+def _keep_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     """Keeps the fewest best tokens whose mass reaches top_p; always the best one."""
     total = probabilities.sum()
     best = probabilities.topk(min(NUCLEUS, probabilities.shape[0]))
     if best.values.sum() < top_p * total:
         best = probabilities.sort(descending=True)  # type: ignore[assignment]
     before = best.values.cumsum(-1) - best.values
-    kept = best.indices[: max(1, int((before < top_p * total).sum()))]  # a mass that is 0 in float32 still has the best one
+    # A mass that is 0 in float32 still has the best one
+    kept = best.indices[: max(1, int((before < top_p * total).sum()))]
     return torch.zeros_like(probabilities).scatter(0, kept, probabilities[kept])
 
 
-def _typical(probabilities: Tensor, mass: float) -> Tensor:
-    """Keeps the tokens whose surprise is nearest to the entropy until their mass reaches `mass` (arXiv:2202.00666)."""
+def _keep_typical(probabilities: Tensor, mass: float) -> Tensor:
+    """Keeps the tokens whose surprise is nearest to the entropy until their mass reaches `mass`
+    (arXiv:2202.00666).
+    """
     normed = probabilities / probabilities.sum()
     surprise = -normed.log()
     entropy = torch.nansum(surprise * normed)
@@ -183,14 +219,14 @@ def _typical(probabilities: Tensor, mass: float) -> Tensor:
     return torch.zeros_like(probabilities).scatter(0, kept, probabilities[kept])
 
 
-def draw(probabilities: Tensor, uniform: float) -> int:
+def draw_token(probabilities: Tensor, uniform: float) -> int:
     """The token at which the cumulated probability passes `uniform` of the whole."""
     cumulated = probabilities.double().cumsum(-1)
     at = int(torch.searchsorted(cumulated, uniform * cumulated[-1], right=True))
     return min(at, int(probabilities.nonzero()[-1]))
 
 
-def described(logits: Tensor, chosen: int, wanted: int) -> Token:
+def with_logprobs(logits: Tensor, chosen: int, wanted: int) -> Token:
     """The chosen token with its log probability and those of the `wanted` best."""
     logprobs = logits.float().log_softmax(-1)
     top: tuple[tuple[int, float], ...] = ()

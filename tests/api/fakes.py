@@ -1,4 +1,6 @@
-"""The whole door over an engine that says what the test tells it to: real tokenizer, real tickets, scripted tokens."""
+"""The whole door over an engine that says what the test tells it to: real tokenizer, real tickets,
+scripted tokens.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,16 @@ from typing import Any, cast
 
 from starlette.testclient import TestClient
 
-from service import metrics
 from service.app import create_app
-from service.engine.request import Event, Finish, Request, Sampling, Token
-from service.engine.text import Text
-from service.engine.ticket import Ticket
+from service.core.manifest import Manifest, compute_digest, read_manifest
+from service.core.request import Event, Finish, Request, Token
+from service.core.sampling import Sampling
 from service.errors import AdapterNotFound, Overloaded
-from service.manifest import Manifest, compute_digest, read_manifest
-from service.settings import read
-from service.traces import Trace
+from service.settings import read_settings
+from service.telemetry import metrics
+from service.telemetry.traces import Trace
+from service.text.tokenizers import Tokenizers
+from service.worker.ticket import Ticket
 from tests import making
 
 from .house import BASE, Shelf, StandIn
@@ -30,9 +33,12 @@ DIGEST = "sha256:" + "a" * 64
 
 
 class Engine(StandIn):
-    """Says the script's tokens, then eos for ever. `asked` are all requests; `cancelled` those whose caller left before the end.
+    """Says the script's tokens, then eos for ever.
 
-    With `gate` closed nothing comes after the first `early` tokens of a request. `fails` is (code, message) instead of the third token.
+    `asked` are all requests; `cancelled` those whose caller left before the end.
+
+    With `gate` closed nothing comes after the first `early` tokens of a request. `fails` is (code,
+    message) instead of the third token.
     """
 
     def __init__(self) -> None:
@@ -49,7 +55,7 @@ class Engine(StandIn):
         self.fails: tuple[str, str] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def submit(
+    def submit_request(
         self,
         prompt: tuple[int, ...],
         max_tokens: int,
@@ -60,8 +66,10 @@ class Engine(StandIn):
     ) -> Ticket:
         if len(self.asked) >= self.limit:
             raise Overloaded("the queue is full", retry_after=1)
-        request = Request(len(self.asked), prompt, max_tokens, adapter, sampling or Sampling(), eos, prompt_logprobs)
-        ticket = Ticket(request, self._cancel)
+        request = Request(
+            len(self.asked), prompt, max_tokens, adapter, sampling or Sampling(), eos, prompt_logprobs
+        )
+        ticket = Ticket(request, self._cancel_request)
         self.asked.append(request)
         self.tickets.append(ticket)
         task = asyncio.get_running_loop().create_task(self._run(ticket))
@@ -69,10 +77,10 @@ class Engine(StandIn):
         task.add_done_callback(self._tasks.discard)
         return ticket
 
-    def _cancel(self, ticket: Ticket) -> None:
+    def _cancel_request(self, ticket: Ticket) -> None:
         if not ticket.stopped:
             self.cancelled.append(ticket.request.id)
-        ticket.deliver(Event(ticket.request.id, finish=Finish.CANCELLED), 2.0)
+        ticket.deliver_event(Event(ticket.request.id, finish=Finish.CANCELLED), 2.0)
 
     async def _run(self, ticket: Ticket) -> None:
         ticket.started = ticket.submitted
@@ -81,20 +89,30 @@ class Engine(StandIn):
                 await self.gate.wait()
             await asyncio.sleep(0)
             if i == 2 and self.fails:
-                event = Event(ticket.request.id, finish=Finish.FAILED, code=self.fails[0], message=self.fails[1])
+                event = Event(
+                    ticket.request.id, finish=Finish.FAILED, code=self.fails[0], message=self.fails[1]
+                )
             if ticket.ended is None:
-                ticket.deliver(event, ticket.submitted + i)
+                ticket.deliver_event(event, ticket.submitted + i)
 
 
 def events(request: Request, script: Sequence[int]) -> Iterator[Event]:
     wanted = request.prompt_logprobs
-    scored = tuple(described(id, wanted, -1.0 if i else None) for i, id in enumerate(request.prompt)) if wanted is not None else ()
+    scored = (
+        tuple(described(id, wanted, -1.0 if i else None) for i, id in enumerate(request.prompt))
+        if wanted is not None
+        else ()
+    )
     if request.max_tokens == 0:
         yield Event(request.id, finish=Finish.LENGTH, prompt=scored)
     for i in range(request.max_tokens):
         id = script[i] if i < len(script) else 2
         ended = Finish.EOS if id in request.eos else Finish.LENGTH if i + 1 == request.max_tokens else None
-        token = Token(id) if request.sampling.logprobs is None else described(id, request.sampling.logprobs, -0.5 - i)
+        token = (
+            Token(id)
+            if request.sampling.logprobs is None
+            else described(id, request.sampling.logprobs, -0.5 - i)
+        )
         yield Event(request.id, token, ended, scored if i == 0 else ())
         if ended:
             return
@@ -127,7 +145,7 @@ class Names(Shelf):
         self.root = root
 
     @contextmanager
-    def lease(self, id: str) -> Iterator[Generation]:
+    def lease_adapter(self, id: str) -> Iterator[Generation]:
         if id not in self.names:
             raise AdapterNotFound(f"no adapter {id!r}", param="model")
         self.leased.append(id)
@@ -135,7 +153,13 @@ class Names(Shelf):
             folder = self.root / id
             folder.mkdir(parents=True, exist_ok=True)
             files = read_manifest(folder)
-            yield Generation(id, compute_digest(files) if files else DIGEST, folder, files, Place(f"hub:{id}" if "/" in id else id))
+            yield Generation(
+                id,
+                compute_digest(files) if files else DIGEST,
+                folder,
+                files,
+                Place(f"hub:{id}" if "/" in id else id),
+            )
         finally:
             self.leased.remove(id)
 
@@ -169,7 +193,9 @@ class Stage:
 
     def chat(self, messages: Any = "Hi", status: int = 200, **fields: Any) -> Any:
         messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-        return self.post("/v1/chat/completions", {"model": "tiny", "messages": messages, **fields}, status).json()
+        return self.post(
+            "/v1/chat/completions", {"model": "tiny", "messages": messages, **fields}, status
+        ).json()
 
     def stream(self, path: str, body: Any) -> list[Any]:
         """The events; under /v1 without the [DONE] that must end them."""
@@ -198,15 +224,19 @@ class Stage:
 
 
 @contextmanager
-def stage(root: Path, template: str | None = None, record: Callable[[Trace], None] | None = None, **settings: str) -> Iterator[Stage]:
+def stage(
+    root: Path, template: str | None = None, record: Callable[[Trace], None] | None = None, **settings: str
+) -> Iterator[Stage]:
     base = root / "base"
     making.tokenizer().save_pretrained(base)
     (base / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 2}))
     if template:
         (base / "chat_template.jinja").write_text(template)
     engine, names = Engine(), Names(root)
-    chosen = read({}, {"base": "org/none", **settings})
-    app = create_app(chosen, cast(Any, engine), cast(Any, names), text=lambda _: Text(base), record=record)
+    chosen = read_settings({}, {"base": "org/none", **settings})
+    app = create_app(
+        chosen, cast(Any, engine), cast(Any, names), text=lambda _: Tokenizers(base), record=record
+    )
     with TestClient(app, raise_server_exceptions=False) as knock:
         while not app.state.rooms.opened:
             knock.get("/health")

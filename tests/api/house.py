@@ -1,4 +1,6 @@
-"""A service with nothing behind its door: a client and a registry that do as they are told, for tests of what the door itself does."""
+"""A service with nothing behind its door: a client and a registry that do as they are told, for
+tests of what the door itself does.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +13,18 @@ from typing import TYPE_CHECKING, Any, cast
 from starlette.testclient import TestClient
 
 from service.app import create_app
-from service.engine.request import BaseCard, Gauges, Linear, Placement
+from service.core.adapter import Placement
+from service.core.base_info import BaseInfo, LinearKind
+from service.core.messages import Gauges
 from service.errors import AdapterInvalid, AdapterNotFound, Conflict, Forbidden, SourceMissing
-from service.settings import Settings, read
+from service.settings import Settings, read_settings
 
 if TYPE_CHECKING:
-    from service.adapters.registry import Registry
-    from service.engine.client import Client
+    from service.catalog.registry import Registry
+    from service.worker.client import WorkerClient
 
 REGISTERED = "2026-11-25T12:00:00.500Z"
-BASE = BaseCard(
+BASE = BaseInfo(
     folder="/secret/place/tiny",
     architecture="LlamaForCausalLM",
     layers=2,
@@ -33,7 +37,7 @@ BASE = BaseCard(
     dtype="float32",
     device="cpu",
     resident_bytes={"float32": 493_824},
-    linears=(Linear("q_proj", 64, 64, 2),),
+    linears=(LinearKind("q_proj", 64, 64, 2),),
     pool_rank=512,
     rows=16,
 )
@@ -51,16 +55,16 @@ class StandIn:
         self.stops: list[float] = []
         self.awaited: set[str] = set()
 
-    def resident(self, digest: str) -> bool:
+    def is_resident(self, digest: str) -> bool:
         return any(placement.digest == digest for placement in self.pool)
 
-    async def start(self) -> None:
+    async def start_worker(self) -> None:
         return None
 
     async def wait_ready(self) -> None:
         await self.loaded.wait()
 
-    async def stop(self, grace_s: float) -> None:
+    async def stop_worker(self, grace_s: float) -> None:
         self.stops.append(grace_s)
 
 
@@ -73,16 +77,18 @@ class Shelf:
         self.names: dict[str, dict[str, Any]] = {}
         self.calls: list[tuple[Any, ...]] = []
 
-    async def warm(self) -> None:
+    async def start_validator(self) -> None:
         return None
 
-    async def open(self) -> None:
+    async def open_catalog(self) -> None:
         return None
 
     async def close(self) -> None:
         self.calls.append(("close",))
 
-    async def register(self, id: str, source: str, replace: bool = False, **rest: Any) -> tuple[dict[str, Any], bool]:
+    async def register_adapter(
+        self, id: str, source: str, replace: bool = False, **rest: Any
+    ) -> tuple[dict[str, Any], bool]:
         self.calls.append(("register", id, source, replace, rest))
         if source == "bad":
             raise AdapterInvalid(["lora_A of q_proj has no lora_B", "r is 0"])
@@ -95,49 +101,57 @@ class Shelf:
             return held, False
         if held and not replace:
             raise Conflict(f"{id} is taken by other content", param="id")
-        self.names[id] = {"id": id, "source": source, "digest": "sha256:" + source, "pinned": rest.get("pinned", False)}
+        self.names[id] = {
+            "id": id,
+            "source": source,
+            "digest": "sha256:" + source,
+            "pinned": rest.get("pinned", False),
+        }
         return self.names[id], held is None
 
-    async def check(self, **asked: Any) -> dict[str, Any]:
+    async def check_adapter(self, **asked: Any) -> dict[str, Any]:
         return {"ok": True, "summary": asked, "problems": []}
 
-    async def upload(self, id: str, files: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    async def upload_adapter(self, id: str, files: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
         self.calls.append(("upload", id, {name: await part.read() for name, part in files.items()}))
-        return await self.register(id, ".uploads/x")
+        return await self.register_adapter(id, ".uploads/x")
 
-    async def remove(self, id: str, purge: bool) -> dict[str, Any]:
-        held = self.card(id)
+    async def remove_adapter(self, id: str, purge: bool) -> dict[str, Any]:
+        held = self.card_of(id)
         del self.names[id]
         return {"id": id, "digest": held["digest"], "drained_requests": 0, "freed_bytes": 7, "purge": purge}
 
-    async def pin(self, id: str, pinned: bool) -> dict[str, Any]:
-        self.card(id)["pinned"] = pinned
-        return self.card(id)
+    async def pin_adapter(self, id: str, pinned: bool) -> dict[str, Any]:
+        self.card_of(id)["pinned"] = pinned
+        return self.card_of(id)
 
-    def card(self, id: str) -> dict[str, Any]:
+    def card_of(self, id: str) -> dict[str, Any]:
         if id not in self.names:
             raise AdapterNotFound(f"no adapter {id!r} is registered", param="model")
         return self.names[id]
 
-    def cards(self) -> list[dict[str, Any]]:
+    def list_cards(self) -> list[dict[str, Any]]:
         return list(self.names.values())
 
-    def registered(self) -> list[Any]:
-        return [SimpleNamespace(id=id, digest=held["digest"], registered_at=REGISTERED) for id, held in self.names.items()]
+    def list_versions(self) -> list[Any]:
+        return [
+            SimpleNamespace(id=id, digest=held["digest"], registered_at=REGISTERED)
+            for id, held in self.names.items()
+        ]
 
-    def summary(self, id: str) -> dict[str, Any]:
-        return self.card(id) | {"rank": 4}
+    def summary_of(self, id: str) -> dict[str, Any]:
+        return self.card_of(id) | {"rank": 4}
 
     def summary_text(self, id: str) -> str:
-        return f"{self.card(id)['id']} rank 4"
+        return f"{self.card_of(id)['id']} rank 4"
 
-    def architecture(self, id: str) -> str:
-        return f"{self.card(id)['id']}: base_layer"
+    def draw_architecture(self, id: str) -> str:
+        return f"{self.card_of(id)['id']}: base_layer"
 
-    async def norms(self, id: str) -> dict[str, Any]:
-        return {"id": self.card(id)["id"], "modules": [{"name": "q_proj", "norms": [0.5, None]}]}
+    async def measure_norms(self, id: str) -> dict[str, Any]:
+        return {"id": self.card_of(id)["id"], "modules": [{"name": "q_proj", "norms": [0.5, None]}]}
 
-    def forecast(self, r: int, modules: list[str], dtype: str) -> dict[str, Any]:
+    def forecast_size(self, r: int, modules: list[str], dtype: str) -> dict[str, Any]:
         return {"r": r, "target_modules": modules, "dtype": dtype}
 
 
@@ -165,10 +179,12 @@ class NoText:
 def house(loading: bool = False, **settings: str) -> Iterator[House]:
     client, shelf = StandIn(), Shelf()
     if loading:
-        client.state, client.ready, client.base = "loading", False, cast(BaseCard, None)
+        client.state, client.ready, client.base = "loading", False, cast(BaseInfo, None)
         client.loaded.clear()
-    chosen: Settings = read({}, {"base": "org/none"} | settings)
-    app = create_app(chosen, cast("Client", client), cast("Registry", shelf), text=lambda folder: cast(Any, NoText()))
+    chosen: Settings = read_settings({}, {"base": "org/none"} | settings)
+    app = create_app(
+        chosen, cast("WorkerClient", client), cast("Registry", shelf), text=lambda folder: cast(Any, NoText())
+    )
     with TestClient(app, raise_server_exceptions=False) as knock:
         found = House(knock, client, shelf)
         while not loading and not found.rooms.opened:

@@ -1,4 +1,6 @@
-"""Management over HTTP: statuses, bodies, ids with a slash in both spellings, text where it is asked for, and vLLM's aliases."""
+"""Management over HTTP: statuses, bodies, ids with a slash in both spellings, text where it is
+asked for, and vLLM's aliases.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from service.manifest import CONFIG, TEXT_FILES, WEIGHTS
+from service.core.manifest import CONFIG, TEXT_FILES, WEIGHTS
 
 from .house import House, house
 
@@ -34,14 +36,27 @@ def test_registering_is_201_then_200_then_409(home: House) -> None:
 
 
 def test_all_fields_of_a_registration_arrive(home: House) -> None:
-    body = {"id": "a", "source": "hub:org/x", "subfolder": "s", "revision": "r", "pinned": True, "preload": False}
+    body = {
+        "id": "a",
+        "source": "hub:org/x",
+        "subfolder": "s",
+        "revision": "r",
+        "pinned": True,
+        "preload": False,
+    }
     home.json("POST", "/adapters", body, 201)
     rest = {"subfolder": "s", "revision": "r", "pinned": True, "preload": False}
     assert home.shelf.calls == [("register", "a", "hub:org/x", False, rest)]
 
 
 @pytest.mark.parametrize(
-    "body", [{"id": "x"}, {"source": "x"}, {"id": "x", "source": "x", "pinned": "yes"}, {"id": "x", "source": "x", "preload": 1}]
+    "body",
+    [
+        {"id": "x"},
+        {"source": "x"},
+        {"id": "x", "source": "x", "pinned": "yes"},
+        {"id": "x", "source": "x", "preload": 1},
+    ],
 )
 def test_a_wrong_registration_is_a_validation_error(home: House, body: dict[str, Any]) -> None:
     assert home.json("POST", "/adapters", body, 422)["error_type"] == "validation"
@@ -49,7 +64,9 @@ def test_a_wrong_registration_is_a_validation_error(home: House, body: dict[str,
 
 
 def test_a_dry_run_registers_nothing(home: House) -> None:
-    told = home.json("POST", "/adapters/check", {"id": "a", "source": "folder", "subfolder": "s", "pinned": True})
+    told = home.json(
+        "POST", "/adapters/check", {"id": "a", "source": "folder", "subfolder": "s", "pinned": True}
+    )
     asked = {"id": "a", "source": "folder", "subfolder": "s", "revision": None, "preload": True}
     assert told == {"ok": True, "problems": [], "summary": asked}
     assert home.json("GET", "/adapters") == {"adapters": []}
@@ -89,7 +106,8 @@ def test_an_unknown_id_is_404_on_every_route(home: House, id: str) -> None:
         ("GET", "/architecture/norms", None),
         ("DELETE", "", None),
     ):
-        if not (id in ("", "..", "%2e%2e") and suffix == ""):  # the client tidies these away; the server's own tests send them raw
+        # The client tidies these away; the server's own tests send them raw
+        if not (id in ("", "..", "%2e%2e") and suffix == ""):
             told = home.json(method, f"/adapters/{id}{suffix}", body, 404)
             assert told["error_type"] in ("adapter_not_found", "not_found")
 
@@ -100,7 +118,11 @@ def test_the_summary_is_text_where_that_is_asked_for(home: House) -> None:
         answer = home.knock.get(f"/adapters/a/summary{query}", headers={"accept": accept})
         assert answer.headers["content-type"].startswith("text/plain")
         assert answer.text == "a rank 4"
-    for query, accept in (("", "*/*"), ("?format=json", "text/plain"), ("", "application/json, text/plain, */*")):
+    for query, accept in (
+        ("", "*/*"),
+        ("?format=json", "text/plain"),
+        ("", "application/json, text/plain, */*"),
+    ):
         assert home.json("GET", f"/adapters/a/summary{query}", headers={"accept": accept})["rank"] == 4
     assert "format" in home.json("GET", "/adapters/a/summary?format=xml", status=422)["error"]
 
@@ -109,20 +131,32 @@ def test_delete_says_what_it_freed_and_purges_only_when_asked(home: House) -> No
     for query, purge in (("", False), ("?purge=true", True)):
         load(home)
         told = home.json("DELETE", f"/adapters/a{query}")
-        assert told == {"id": "a", "digest": "sha256:folder", "drained_requests": 0, "freed_bytes": 7, "purge": purge}
+        assert told == {
+            "id": "a",
+            "digest": "sha256:folder",
+            "drained_requests": 0,
+            "freed_bytes": 7,
+            "purge": purge,
+        }
         home.json("GET", "/adapters/a", status=404)
 
 
 def test_an_upload_hands_its_files_over(home: House) -> None:
     files = {"adapter_config.json": ("c", b"{}"), "adapter_model.safetensors": ("w", b"w" * 3_000_000)}
     home.json("POST", "/adapters/org/up/upload", status=201, files=files)
-    assert home.shelf.calls[0] == ("upload", "org/up", {"adapter_config.json": b"{}", "adapter_model.safetensors": b"w" * 3_000_000})
+    assert home.shelf.calls[0] == (
+        "upload",
+        "org/up",
+        {"adapter_config.json": b"{}", "adapter_model.safetensors": b"w" * 3_000_000},
+    )
     home.json("POST", "/adapters/org%2Fup/upload", status=200, files={"file": ("a.zip", b"zip")})
 
 
 def test_an_upload_hands_over_every_file_that_shapes_an_answer(home: House) -> None:
     names = [CONFIG, WEIGHTS, *TEXT_FILES, "vocab.json", "vocab.txt", "vocab.bpe"]
-    home.json("POST", "/adapters/up/upload", status=201, files={name: (name, name.encode()) for name in names})
+    home.json(
+        "POST", "/adapters/up/upload", status=201, files={name: (name, name.encode()) for name in names}
+    )
     assert home.shelf.calls[0] == ("upload", "up", {name: name.encode() for name in names})
     told = home.json("GET", "/openapi.json")["paths"]["/adapters/{id}/upload"]["post"]["requestBody"]
     assert set(names) - {"vocab.bpe"} <= told["content"]["multipart/form-data"]["schema"]["properties"].keys()
@@ -146,7 +180,7 @@ def test_an_upload_that_cannot_be_stored_says_why(home: House, monkeypatch: pyte
     async def full(id: str, files: Any) -> None:
         raise OSError(28, "No space left on device", "/secret/place")
 
-    monkeypatch.setattr(home.shelf, "upload", full)
+    monkeypatch.setattr(home.shelf, "upload_adapter", full)
     told = home.json("POST", "/adapters/up/upload", status=403, files={"file": ("a.zip", b"zip")})
     assert told["error"] == "the upload cannot be stored: No space left on device"
 
@@ -162,7 +196,10 @@ def test_a_forecast_is_asked_with_a_shape(home: House) -> None:
     ):
         told = home.json("GET", f"/forecast?{query}", status=422)
         assert (told["error_type"], word in told["error"]) == ("validation", True)
-    assert "no_such: unknown field" in home.json("GET", "/forecast?r=8&target_modules=q&no_such=1", status=422)["error"]
+    assert (
+        "no_such: unknown field"
+        in home.json("GET", "/forecast?r=8&target_modules=q&no_such=1", status=422)["error"]
+    )
 
 
 def test_vllms_names_have_its_bodies_and_codes(home: House) -> None:
@@ -171,13 +208,24 @@ def test_vllms_names_have_its_bodies_and_codes(home: House) -> None:
     assert (answer.status_code, answer.text) == (200, "Success: LoRA adapter 'a' added successfully.")
     assert answer.headers["content-type"].startswith("text/plain")
     for path, param in (("other", "lora_name"), ("bad", None), ("outside", "lora_path")):
-        assert home.json("POST", "/v1/load_lora_adapter", loading | {"lora_path": path}, 400)["error"]["param"] == param
+        assert (
+            home.json("POST", "/v1/load_lora_adapter", loading | {"lora_path": path}, 400)["error"]["param"]
+            == param
+        )
     missing = home.json("POST", "/v1/load_lora_adapter", loading | {"lora_path": "gone"}, 404)["error"]
     assert (missing["code"], missing["param"]) == ("not_found", "lora_path")
-    assert home.knock.post("/v1/load_lora_adapter", json=loading | {"lora_path": "other", "load_inplace": True}).status_code == 200
+    assert (
+        home.knock.post(
+            "/v1/load_lora_adapter", json=loading | {"lora_path": "other", "load_inplace": True}
+        ).status_code
+        == 200
+    )
     assert home.json("GET", "/adapters/a")["source"] == "other"
     answer = home.knock.post("/v1/unload_lora_adapter", json={"lora_name": "a"})
     assert (answer.status_code, answer.text) == (200, "Success: LoRA adapter 'a' removed successfully.")
     unknown = home.json("POST", "/v1/unload_lora_adapter", {"lora_name": "a"}, 404)["error"]
     assert (unknown["code"], unknown["param"]) == ("model_not_found", "lora_name")
-    assert home.json("POST", "/v1/unload_lora_adapter", {"lora_name": "a", "more": 1}, 400)["error"]["param"] == "more"
+    assert (
+        home.json("POST", "/v1/unload_lora_adapter", {"lora_name": "a", "more": 1}, 400)["error"]["param"]
+        == "more"
+    )

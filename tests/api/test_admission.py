@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from service.api.answer import failure
-from service.engine.request import Event, Finish
+from service.api.generation.answer import failure_error
+from service.core.request import Event, Finish
 from service.errors import AdapterInvalid, DeadlineExceeded, Internal, NotReady
 
 from .fakes import Stage, stage
@@ -27,13 +27,33 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
 
 
 class Leaver:
-    """A client, as the server tells of it: sends the body, and is gone when `gone` is set. `dead`: nothing can be sent to it."""
+    """A client, as the server tells of it: sends the body, and is gone when `gone` is set.
+
+    `dead`: nothing can be sent to it.
+    """
 
     def __init__(self, path: str, body: Any, dead: bool = False) -> None:
-        self.scope: dict[str, Any] = {"type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1"}
-        self.scope |= {"method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"", "root_path": "", "scheme": "http"}
-        self.scope |= {"server": ("test", 80), "client": ("test", 1), "headers": [(b"content-type", b"application/json")]}
-        self.body: list[dict[str, Any]] = [{"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}]
+        self.scope: dict[str, Any] = {
+            "type": "http",
+            "asgi": {"version": "3.0", "spec_version": "2.3"},
+            "http_version": "1.1",
+        }
+        self.scope |= {
+            "method": "POST",
+            "path": path,
+            "raw_path": path.encode(),
+            "query_string": b"",
+            "root_path": "",
+            "scheme": "http",
+        }
+        self.scope |= {
+            "server": ("test", 80),
+            "client": ("test", 1),
+            "headers": [(b"content-type", b"application/json")],
+        }
+        self.body: list[dict[str, Any]] = [
+            {"type": "http.request", "body": json.dumps(body).encode(), "more_body": False}
+        ]
         self.gone, self.got = asyncio.Event(), list[dict[str, Any]]()
         self.dead = dead
 
@@ -50,7 +70,11 @@ class Leaver:
 
     @property
     def frames(self) -> int:
-        return sum(message["body"].count(b"data: ") for message in self.got if message["type"] == "http.response.body")
+        return sum(
+            message["body"].count(b"data: ")
+            for message in self.got
+            if message["type"] == "http.response.body"
+        )
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -62,7 +86,10 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def leave(one: Stage, path: str, body: Any, when: Callable[[Leaver], bool], dead: bool = False) -> Leaver:
-    """Asks, leaves once `when` says so, and waits until the service is done with it. Runs on the loop the service lives on."""
+    """Asks, leaves once `when` says so, and waits until the service is done with it.
+
+    Runs on the loop the service lives on.
+    """
 
     async def go() -> Leaver:
         client = Leaver(path, body, dead)
@@ -99,12 +126,18 @@ def test_a_client_that_leaves_a_whole_answer_cancels_it(one: Stage, path: str, b
     assert one.quiet
 
 
-@pytest.mark.parametrize(("path", "body"), [("/generate_stream", GENERATE), ("/v1/completions", COMPLETE | {"stream": True})])
-def test_a_client_that_leaves_a_stream_cancels_it(one: Stage, caplog: pytest.LogCaptureFixture, path: str, body: Any) -> None:
+@pytest.mark.parametrize(
+    ("path", "body"), [("/generate_stream", GENERATE), ("/v1/completions", COMPLETE | {"stream": True})]
+)
+def test_a_client_that_leaves_a_stream_cancels_it(
+    one: Stage, caplog: pytest.LogCaptureFixture, path: str, body: Any
+) -> None:
     shut(one, early=3)
     with caplog.at_level(logging.INFO, "adapterd.access"):
         left = leave(one, path, body, lambda client: client.frames >= 2)
-    assert [(line.__dict__["fields"]["status"], line.__dict__["fields"]["outcome"]) for line in caplog.records] == [(499, "cancelled")]
+    assert [
+        (line.__dict__["fields"]["status"], line.__dict__["fields"]["outcome"]) for line in caplog.records
+    ] == [(499, "cancelled")]
     assert left.frames >= 2
     assert sorted(one.engine.cancelled) == [request.id for request in one.engine.asked] != []
     assert one.quiet
@@ -134,8 +167,13 @@ def test_a_stop_string_ends_the_engines_work(one: Stage) -> None:
 
 def test_each_adapter_is_counted_once_with_its_tokens(one: Stage) -> None:
     def counted() -> tuple[float, float]:
-        lines = dict(line.rsplit(" ", 1) for line in one.knock.get("/metrics").text.splitlines() if "#" not in line)
-        names = ('adapterd_adapter_requests_total{adapter="x"}', 'adapterd_adapter_generation_tokens_total{adapter="x"}')
+        lines = dict(
+            line.rsplit(" ", 1) for line in one.knock.get("/metrics").text.splitlines() if "#" not in line
+        )
+        names = (
+            'adapterd_adapter_requests_total{adapter="x"}',
+            'adapterd_adapter_generation_tokens_total{adapter="x"}',
+        )
         return float(lines.get(names[0], 0)), float(lines.get(names[1], 0))
 
     requests, tokens = counted()
@@ -168,6 +206,6 @@ def test_long_prompts_are_read_off_the_event_loop(one: Stage) -> None:
     ],
 )
 def test_the_engines_codes_become_errors(code: str, kind: type[Exception]) -> None:
-    error = failure(Event(1, finish=Finish.FAILED, code=code, message="why"))
+    error = failure_error(Event(1, finish=Finish.FAILED, code=code, message="why"))
     assert type(error) is kind
     assert error.message == "why"

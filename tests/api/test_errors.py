@@ -10,13 +10,13 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from service import errors as tree
-from service.api.adapters import Registration
-from service.api.answer import failure
-from service.api.errors import body, status
-from service.api.schemas_chat import ChatRequest
-from service.api.schemas_native import GenerateRequest
-from service.api.schemas_openai import CompletionRequest
-from service.engine.request import Event, Finish
+from service.api.errors import error_body, status_of
+from service.api.generation.answer import failure_error
+from service.api.routes.adapters import Registration
+from service.api.schemas.chat import ChatRequest
+from service.api.schemas.generate import GenerateRequest
+from service.api.schemas.openai import CompletionRequest
+from service.core.request import Event, Finish
 from service.errors import AdapterdError
 
 from .house import House, house
@@ -69,7 +69,10 @@ def test_a_validation_error_names_its_fields(home: House) -> None:
 def test_a_field_that_is_called_as_a_part_of_a_request_is_named_too(home: House, name: str) -> None:
     _, told = post(home, "/adapters", json.dumps({"id": "a", "source": "b", name: 1}).encode())
     assert told["error"] == f"{name}: unknown field"
-    assert home.json("GET", f"/forecast?r=8&target_modules=q_proj&{name}=1", status=422)["error"] == f"{name}: unknown field"
+    assert (
+        home.json("GET", f"/forecast?r=8&target_modules=q_proj&{name}=1", status=422)["error"]
+        == f"{name}: unknown field"
+    )
 
 
 def test_many_findings_are_counted_rather_than_listed(home: House) -> None:
@@ -82,12 +85,21 @@ FLOODS: dict[str, tuple[Any, Any]] = {
     "fields within": (GenerateRequest, {"inputs": "a", "parameters": {str(i): 0 for i in range(10_000)}}),
     "fields of a source": (Registration, {"id": "a", "source": "b", **{str(i): 0 for i in range(10_000)}}),
     "messages": (ChatRequest, {"model": "a", "messages": [0] * 9999}),
-    "too many messages": (ChatRequest, {"model": "a", "messages": [{"role": "user", "content": ""}] * 10_001}),
+    "too many messages": (
+        ChatRequest,
+        {"model": "a", "messages": [{"role": "user", "content": ""}] * 10_001},
+    ),
     "parts": (ChatRequest, {"model": "a", "messages": [{"role": "user", "content": [0] * 9999}]}),
     "calls": (ChatRequest, {"model": "a", "messages": [{"role": "assistant", "tool_calls": [0] * 9999}]}),
-    "tools": (ChatRequest, {"model": "a", "messages": [{"role": "user", "content": "a"}], "tools": [0] * 9999}),
+    "tools": (
+        ChatRequest,
+        {"model": "a", "messages": [{"role": "user", "content": "a"}], "tools": [0] * 9999},
+    ),
     "stops": (GenerateRequest, {"inputs": "a", "parameters": {"stop": [0] * 9999}}),
-    "biases": (CompletionRequest, {"model": "a", "prompt": "a", "logit_bias": {str(i): "x" for i in range(9999)}}),
+    "biases": (
+        CompletionRequest,
+        {"model": "a", "prompt": "a", "logit_bias": {str(i): "x" for i in range(9999)}},
+    ),
     "prompts": (CompletionRequest, {"model": "a", "prompt": [[]] * 9999}),
 }
 
@@ -107,7 +119,10 @@ def test_a_body_that_is_not_called_json_is_told_so(home: House) -> None:
     assert "application/json" in told["error"]
 
 
-@pytest.mark.parametrize(("method", "path", "code"), [("GET", "/no-such", 404), ("GET", "/v1/no-such", 404), ("DELETE", "/health", 405)])
+@pytest.mark.parametrize(
+    ("method", "path", "code"),
+    [("GET", "/no-such", 404), ("GET", "/v1/no-such", 404), ("DELETE", "/health", 405)],
+)
 def test_no_such_route_or_method_has_the_envelope_too(home: House, method: str, path: str, code: int) -> None:
     told = home.json(method, path, status=code)
     kind = told["error"]["code"] if path.startswith("/v1") else told["error_type"]
@@ -130,11 +145,13 @@ def test_head_is_get_without_a_body(home: House) -> None:
     assert home.knock.head("/adapters/none").status_code == 404
 
 
-def test_a_defect_is_a_500_that_shows_only_the_request_id(home: House, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_defect_is_a_500_that_shows_only_the_request_id(
+    home: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def broken() -> list[Any]:
         raise RuntimeError("/secret/place sk-key")
 
-    monkeypatch.setattr(home.shelf, "cards", broken)
+    monkeypatch.setattr(home.shelf, "list_cards", broken)
     answer = home.knock.get("/adapters", headers={"x-request-id": "abc-1"})
     assert answer.status_code == 500
     assert answer.headers["x-request-id"] == "abc-1"
@@ -152,11 +169,11 @@ def all_errors(kind: type[AdapterdError] = AdapterdError) -> Iterator[type[Adapt
 @pytest.mark.parametrize("kind", sorted(all_errors(), key=str))
 def test_every_error_of_the_tree_has_both_envelopes(kind: type[AdapterdError]) -> None:
     error = kind(["what is wrong"]) if issubclass(kind, tree.AdapterInvalid) else kind("what is wrong")
-    native, openai = body(error, openai=False), body(error, openai=True)
+    native, openai = error_body(error, openai=False), error_body(error, openai=True)
     assert (native["error"], native["error_type"]) == ("what is wrong", kind.code)
     assert openai["error"]["message"] == "what is wrong"
-    assert status(error, openai=False) == kind.status
-    assert status(error, openai=True) == {409: 400, 422: 400}.get(kind.status, kind.status)
+    assert status_of(error, openai=False) == kind.status
+    assert status_of(error, openai=True) == {409: 400, 422: 400}.get(kind.status, kind.status)
 
 
 @pytest.mark.parametrize(
@@ -170,8 +187,10 @@ def test_every_error_of_the_tree_has_both_envelopes(kind: type[AdapterdError]) -
         (tree.Internal("x"), "internal", "server_error"),
     ],
 )
-def test_the_openai_envelope_says_what_its_clients_look_for(error: AdapterdError, code: str, kind: str) -> None:
-    told = body(error, openai=True)["error"]
+def test_the_openai_envelope_says_what_its_clients_look_for(
+    error: AdapterdError, code: str, kind: str
+) -> None:
+    told = error_body(error, openai=True)["error"]
     assert (told["code"], told["type"]) == (code, kind)
 
 
@@ -181,6 +200,9 @@ def test_the_problems_of_an_adapter_are_listed(home: House) -> None:
     assert told["details"]["problems"] == ["lora_A of q_proj has no lora_B", "r is 0"]
 
 
-@pytest.mark.parametrize("kind", [tree.BadRequest, tree.ContextLengthExceeded, tree.AdapterNotFound, tree.Overloaded, tree.NotReady])
+@pytest.mark.parametrize(
+    "kind",
+    [tree.BadRequest, tree.ContextLengthExceeded, tree.AdapterNotFound, tree.Overloaded, tree.NotReady],
+)
 def test_what_the_engine_tells_by_code_is_the_plain_error_of_that_code(kind: type[AdapterdError]) -> None:
-    assert type(failure(Event(1, finish=Finish.FAILED, code=kind.code, message="why"))) is kind
+    assert type(failure_error(Event(1, finish=Finish.FAILED, code=kind.code, message="why"))) is kind

@@ -1,4 +1,6 @@
-"""The TGI and LoRAX dialect: shapes, odd values, streams that equal the whole, and what is refused before anything runs."""
+"""The TGI and LoRAX dialect: shapes, odd values, streams that equal the whole, and what is refused
+before anything runs.
+"""
 
 from __future__ import annotations
 
@@ -37,14 +39,25 @@ def test_the_plain_answer(one: Stage) -> None:
     request = one.request
     assert request.prompt == tuple(making.ids("Hi"))
     assert (request.max_tokens, request.adapter, request.eos) == (64, None, frozenset({2}))
-    assert (request.sampling.temperature, request.sampling.logprobs, request.prompt_logprobs) == (0, None, None)
+    assert (request.sampling.temperature, request.sampling.logprobs, request.prompt_logprobs) == (
+        0,
+        None,
+        None,
+    )
 
 
 def test_an_adapters_answer_names_it_in_body_and_headers(one: Stage) -> None:
-    answer = one.post("/generate", {"inputs": "Hi", "parameters": {"adapter_id": "org/y", "max_new_tokens": 3}})
+    answer = one.post(
+        "/generate", {"inputs": "Hi", "parameters": {"adapter_id": "org/y", "max_new_tokens": 3}}
+    )
     assert answer.json()["adapter"] == {"id": "org/y", "digest": DIGEST}
     assert one.request.adapter == DIGEST
-    wanted = {"x-adapter-id": "org/y", "x-adapter-digest": DIGEST, "x-prompt-tokens": "2", "x-generated-tokens": "3"}
+    wanted = {
+        "x-adapter-id": "org/y",
+        "x-adapter-digest": DIGEST,
+        "x-prompt-tokens": "2",
+        "x-generated-tokens": "3",
+    }
     assert {name: answer.headers[name] for name in wanted} == wanted
     for name in ("x-queue-time", "x-inference-time", "x-time-per-token", "x-total-time"):
         assert float(answer.headers[name]) >= 0
@@ -79,7 +92,11 @@ def test_details(one: Stage) -> None:
     assert [t["id"] for t in details["tokens"]] == ids
     assert [t["logprob"] for t in details["tokens"]] == [-0.5, -1.5, -2.5, -3.5]
     assert not any(t["special"] for t in details["tokens"])
-    assert (one.request.sampling.seed, one.request.sampling.temperature, one.request.sampling.logprobs) == (7, 1.0, 0)
+    assert (one.request.sampling.seed, one.request.sampling.temperature, one.request.sampling.logprobs) == (
+        7,
+        1.0,
+        0,
+    )
 
 
 def test_the_eos_token_is_told_and_is_no_text(one: Stage) -> None:
@@ -93,16 +110,24 @@ def test_the_eos_token_is_told_and_is_no_text(one: Stage) -> None:
 
 def test_ignore_eos_goes_past_it(one: Stage) -> None:
     details = one.generate(max_new_tokens=20, details=True, ignore_eos_token=True)["details"]
-    assert (details["finish_reason"], details["generated_tokens"], one.request.eos) == ("length", 20, frozenset())
+    assert (details["finish_reason"], details["generated_tokens"], one.request.eos) == (
+        "length",
+        20,
+        frozenset(),
+    )
 
 
 def test_prefill_and_top_tokens(one: Stage) -> None:
-    details = one.generate("Hi there", max_new_tokens=2, details=True, decoder_input_details=True, top_n_tokens=3)["details"]
+    details = one.generate(
+        "Hi there", max_new_tokens=2, details=True, decoder_input_details=True, top_n_tokens=3
+    )["details"]
     ids = making.ids("Hi there")
     assert [p["id"] for p in details["prefill"]] == ids
     assert [p["logprob"] for p in details["prefill"]] == [None] + [-1.0] * (len(ids) - 1)
     assert "".join(p["text"] for p in details["prefill"]) == "Hi there"
-    assert [[t["id"] for t in top] for top in details["top_tokens"]] == [[70, id, 71] for id in making.ids(END)[:2]]
+    assert [[t["id"] for t in top] for top in details["top_tokens"]] == [
+        [70, id, 71] for id in making.ids(END)[:2]
+    ]
     assert (one.request.prompt_logprobs, one.request.sampling.logprobs) == (0, 3)
 
 
@@ -133,16 +158,29 @@ def test_the_root_answers_a_list(one: Stage) -> None:
 # ---- streams
 
 
-@pytest.mark.parametrize(("path", "more"), [("/generate_stream", {}), ("/generate", {"stream": True}), ("/", {"stream": True})])
-def test_a_stream_is_one_event_a_token_and_the_last_tells_all(one: Stage, path: str, more: dict[str, Any]) -> None:
-    events = one.stream(path, {"inputs": "Hi", "parameters": {"adapter_id": "x", "max_new_tokens": 5}, **more})
+@pytest.mark.parametrize(
+    ("path", "more"), [("/generate_stream", {}), ("/generate", {"stream": True}), ("/", {"stream": True})]
+)
+def test_a_stream_is_one_event_a_token_and_the_last_tells_all(
+    one: Stage, path: str, more: dict[str, Any]
+) -> None:
+    events = one.stream(
+        path, {"inputs": "Hi", "parameters": {"adapter_id": "x", "max_new_tokens": 5}, **more}
+    )
     assert len(events) == 5
-    assert all(e.keys() == {"token", "generated_text", "details"} and e["details"] is None for e in events[:-1])
+    assert all(
+        e.keys() == {"token", "generated_text", "details"} and e["details"] is None for e in events[:-1]
+    )
     assert [e["token"]["id"] for e in events] == making.ids(END)[:5]
     last = events[-1]
     assert last["generated_text"] == "".join(e["token"]["text"] for e in events)
     assert last["adapter"] == {"id": "x", "digest": DIGEST}
-    assert last["details"] == {"finish_reason": "length", "prompt_tokens": 2, "generated_tokens": 5, "seed": None}
+    assert last["details"] == {
+        "finish_reason": "length",
+        "prompt_tokens": 2,
+        "generated_tokens": 5,
+        "seed": None,
+    }
 
 
 def test_streams_equal_the_whole_at_every_length(one: Stage) -> None:
@@ -155,7 +193,9 @@ def test_streams_equal_the_whole_at_every_length(one: Stage) -> None:
         assert len(events) == n
 
 
-@pytest.mark.parametrize("stop", [["end"], ["d of", "zzz"], ["the end of it all"], [" "], ["all "], ["it", "f it"]])
+@pytest.mark.parametrize(
+    "stop", [["end"], ["d of", "zzz"], ["the end of it all"], [" "], ["all "], ["it", "f it"]]
+)
 def test_stop_strings_never_leak(one: Stage, stop: list[str]) -> None:
     answer = one.generate(stop=stop, details=True)
     found = [END.index(s) for s in stop if s in END]
@@ -183,12 +223,16 @@ def test_a_failure_in_mid_stream_is_the_last_event(one: Stage) -> None:
 
 def test_a_stream_tells_the_prompts_tokens_at_its_end(one: Stage) -> None:
     last = one.stream("/generate_stream", {"inputs": "Hi", "parameters": {"decoder_input_details": True}})[-1]
-    assert [(p["id"], p["logprob"]) for p in last["details"]["prefill"]] == list(zip(making.ids("Hi"), [None, -1.0], strict=True))
+    assert [(p["id"], p["logprob"]) for p in last["details"]["prefill"]] == list(
+        zip(making.ids("Hi"), [None, -1.0], strict=True)
+    )
 
 
 def test_top_tokens_stream_too(one: Stage) -> None:
     events = one.stream("/generate_stream", {"inputs": "Hi", "parameters": {"top_n_tokens": 2}})
-    assert [[t["id"] for t in e["top_tokens"]] for e in events[:2]] == [[70, id] for id in making.ids(END)[:2]]
+    assert [[t["id"] for t in e["top_tokens"]] for e in events[:2]] == [
+        [70, id] for id in making.ids(END)[:2]
+    ]
 
 
 # ---- refusals
@@ -250,7 +294,9 @@ def test_values_with_a_meaning_are_taken(one: Stage, field: str, value: str) -> 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
 @pytest.mark.parametrize(("field", "value"), each(BAD))
-def test_odd_values_are_refused_by_name_before_anything_runs(one: Stage, path: str, field: str, value: str) -> None:
+def test_odd_values_are_refused_by_name_before_anything_runs(
+    one: Stage, path: str, field: str, value: str
+) -> None:
     """B13."""
     before = len(one.engine.asked)
     told = one.post(path, body_with(field, value), 422).json()
@@ -315,11 +361,23 @@ def test_a_lone_surrogate_is_refused_wherever_it_stands(one: Stage) -> None:
 
 def test_sampling_parameters_reach_the_engine(one: Stage) -> None:
     one.generate(
-        temperature=0.5, top_k=5, top_p=0.9, typical_p=0.8, repetition_penalty=1.1, frequency_penalty=0.2, presence_penalty=0.3, seed=11
+        temperature=0.5,
+        top_k=5,
+        top_p=0.9,
+        typical_p=0.8,
+        repetition_penalty=1.1,
+        frequency_penalty=0.2,
+        presence_penalty=0.3,
+        seed=11,
     )
     sampling = one.request.sampling
     assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.typical_p) == (0.5, 5, 0.9, 0.8)
-    assert (sampling.repetition_penalty, sampling.frequency_penalty, sampling.presence_penalty, sampling.seed) == (1.1, 0.2, 0.3, 11)
+    assert (
+        sampling.repetition_penalty,
+        sampling.frequency_penalty,
+        sampling.presence_penalty,
+        sampling.seed,
+    ) == (1.1, 0.2, 0.3, 11)
 
 
 def test_sampling_without_a_seed_draws_one_and_tells_it(one: Stage) -> None:
@@ -334,7 +392,11 @@ def test_sampling_without_a_seed_draws_one_and_tells_it(one: Stage) -> None:
         ("response_format", {"type": "json_object"}, '"object"'),
         ("response_format", {"type": "json_object", "schema": {"type": "integer"}}, '"integer"'),
         ("response_format", {"type": "json_schema", "schema": {"type": "integer"}}, '"integer"'),
-        ("response_format", {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}}}, '"integer"'),
+        (
+            "response_format",
+            {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "integer"}}},
+            '"integer"',
+        ),
         ("response_format", {"type": "regex", "regex": "[ab]+"}, "[ab]+"),
         ("grammar", {"type": "json", "value": {"type": "integer"}}, '"integer"'),
         ("grammar", {"type": "regex", "value": "[ab]+"}, "[ab]+"),
@@ -367,17 +429,21 @@ def test_ends_that_the_vocabulary_does_not_have_never_reach_the_batch(one: Stage
     folder = one.names.root / "odd"
     folder.mkdir()
     end = making.ids("d")[0]
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, -1, one.engine.base.vocab_size, 10**30]}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [end, -1, one.engine.base.vocab_size, 10**30]})
+    )
     one.names.names["odd"] = one.names.names["x"]
     one.generate(adapter_id="odd")
     assert one.request.eos == {2, end}
 
 
-def test_files_that_were_edited_after_their_registration_answer_nothing(one: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_that_were_edited_after_their_registration_answer_nothing(
+    one: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = one.names.root / "edited"
     folder.mkdir()
     one.names.names["edited"] = one.names.names["x"]
-    lease = one.names.lease
+    lease = one.names.lease_adapter
 
     @contextmanager
     def edited(id: str) -> Iterator[Any]:
@@ -385,7 +451,7 @@ def test_files_that_were_edited_after_their_registration_answer_nothing(one: Sta
             (folder / "generation_config.json").write_text('{"eos_token_id": 7}')
             yield generation
 
-    monkeypatch.setattr(one.names, "lease", edited)
+    monkeypatch.setattr(one.names, "lease_adapter", edited)
     (folder / "generation_config.json").write_text('{"eos_token_id": 8}')
     answer = one.generate(adapter_id="edited", status=422)
     assert answer["error_type"] == "adapter_invalid"

@@ -1,4 +1,6 @@
-"""Response formats as grammars: what cannot be met is refused, and no schema can take the process down."""
+"""Response formats as grammars: what cannot be met is refused, and no schema can take the process
+down.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,9 @@ from typing import Any
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
-from service.api import grammar
-from service.api.grammar import Verdict, Verdicts
-from service.api.schemas import JsonObject, Regex
+from service.api.generation import grammar
+from service.api.generation.grammar import Verdict, Verdicts
+from service.api.schemas.shared import JsonObject, Regex
 from service.errors import BadRequest
 
 
@@ -23,7 +25,7 @@ def fresh(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def compiled(schema: dict[str, Any]) -> str:
-    return asyncio.run(grammar.of_schema(schema, "response_format"))
+    return asyncio.run(grammar.schema_grammar(schema, "response_format"))
 
 
 def chain(length: int, nested: int = 0) -> dict[str, Any]:
@@ -46,7 +48,7 @@ def test_references_that_would_overflow_the_stack_are_refused(schema: dict[str, 
 
 def test_a_schema_over_the_limit_is_not_walked_through(monkeypatch: pytest.MonkeyPatch) -> None:
     """4 MB of empty lists took the event loop seconds."""
-    monkeypatch.setattr(grammar, "reach", pytest.fail)
+    monkeypatch.setattr(grammar, "schema_depth", pytest.fail)
     with pytest.raises(BadRequest, match="100000 are the most"):
         compiled({"a": [[]] * 100_000})
 
@@ -72,14 +74,20 @@ def test_what_takes_long_to_compile_is_refused_whatever_it_is(monkeypatch: pytes
 
 
 def test_usual_multiples_are_taken() -> None:
-    steps = {name: {"type": "number", "multipleOf": step} for name, step in {"a": 0.01, "b": 100, "c": 5, "d": 0.25, "e": 60}.items()}
+    steps = {
+        name: {"type": "number", "multipleOf": step}
+        for name, step in {"a": 0.01, "b": 100, "c": 5, "d": 0.25, "e": 60}.items()
+    }
     assert compiled({"type": "object", "properties": steps})
 
 
 def test_references_of_a_real_schema_are_taken() -> None:
     leaf = {
         "type": "object",
-        "properties": {"next": {"$ref": "#/$defs/leaf"}, "all": {"type": "array", "items": {"$ref": "#/$defs/other"}}},
+        "properties": {
+            "next": {"$ref": "#/$defs/leaf"},
+            "all": {"type": "array", "items": {"$ref": "#/$defs/other"}},
+        },
     }
     definitions = {"leaf": leaf, "other": {"type": "string"}} | {
         f"m{i}": {"type": "object", "properties": {"a": {"type": "array"}}} for i in range(80)
@@ -89,14 +97,21 @@ def test_references_of_a_real_schema_are_taken() -> None:
 
 
 def test_the_reach_counts_each_reference_once() -> None:
-    assert grammar.reach({"type": "integer"}) == 1
+    assert grammar.schema_depth({"type": "integer"}) == 1
     twice = {"allOf": [{"$ref": "#/$defs/a~1b"}, {"$ref": "#/$defs/a~1b"}], "$defs": {"a/b": {"items": {}}}}
-    assert grammar.reach(twice) == 4 + 2
-    assert grammar.reach({"$ref": "elsewhere", "items": {}}) == 2 + 2
+    assert grammar.schema_depth(twice) == 4 + 2
+    assert grammar.schema_depth({"$ref": "elsewhere", "items": {}}) == 2 + 2
 
 
 @pytest.mark.parametrize(
-    "schema", [{"type": "no-such-type"}, {"$ref": "#/nowhere"}, {"enum": []}, {"not": {}}, {"type": "integer", "minimum": 5, "maximum": 1}]
+    "schema",
+    [
+        {"type": "no-such-type"},
+        {"$ref": "#/nowhere"},
+        {"enum": []},
+        {"not": {}},
+        {"type": "integer", "minimum": 5, "maximum": 1},
+    ],
 )
 def test_what_nothing_can_meet_is_refused(schema: dict[str, Any]) -> None:
     with pytest.raises(BadRequest, match="response_format"):
@@ -104,11 +119,13 @@ def test_what_nothing_can_meet_is_refused(schema: dict[str, Any]) -> None:
 
 
 def test_what_no_sampler_could_follow_is_refused_at_the_door() -> None:
-    """What is never complete, or only shows its size when it is begun, would fail in the middle of a stream."""
+    """What is never complete, or only shows its size when it is begun, would fail in the middle of
+    a stream.
+    """
     with pytest.raises(BadRequest, match="response_format: parser error"):
         compiled({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]})
     with pytest.raises(BadRequest, match="response_format: lexer error"):
-        asyncio.run(grammar.compiled(Regex(type="regex", regex="(a{1000}){1000}")))
+        asyncio.run(grammar.compile_grammar(Regex(type="regex", regex="(a{1000}){1000}")))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +143,9 @@ def test_what_would_make_everybody_wait_is_refused(schema: dict[str, Any]) -> No
 
 def test_a_large_schema_of_a_real_kind_is_taken() -> None:
     inner = {f"field_{i}": {"type": ["string", "null"], "maxLength": 100} for i in range(20)}
-    properties = {f"part_{i}": {"type": "object", "properties": inner, "required": list(inner)} for i in range(20)}
+    properties = {
+        f"part_{i}": {"type": "object", "properties": inner, "required": list(inner)} for i in range(20)
+    }
     assert compiled({"type": "object", "properties": properties, "required": list(properties)})
     assert compiled({"enum": [f"value {i}" for i in range(3000)]})
 
@@ -138,14 +157,20 @@ def follows(text: str, whole: str) -> bool:
 
 def test_references_in_the_parameters_of_functions_keep_their_meaning() -> None:
     """Two functions may name different things alike, and one may refer to its own whole."""
-    first = {"type": "object", "properties": {"a": {"$ref": "#/$defs/N"}, "in": {"$ref": "#"}}, "$defs": {"N": {"type": "integer"}}}
+    first = {
+        "type": "object",
+        "properties": {"a": {"$ref": "#/$defs/N"}, "in": {"$ref": "#"}},
+        "$defs": {"N": {"type": "integer"}},
+    }
     second = {"type": "object", "properties": {"a": {"$ref": "#/$defs/N"}}, "$defs": {"N": {"const": "x"}}}
-    text = asyncio.run(grammar.of_calls({"add": first, "say": second}, "tools"))
+    text = asyncio.run(grammar.calls_grammar({"add": first, "say": second}, "tools"))
     assert follows(text, '{"name": "add", "arguments": {"a": 1, "in": {"a": 2}}}')
     assert follows(text, '{"name": "say", "arguments": {"a": "x"}}')
     assert not follows(text, '{"name": "say", "arguments": {"a": 1}}')
     assert not follows(text, '{"name": "run", "arguments": {}}')
-    assert first["properties"] == {"a": {"$ref": "#/$defs/N"}, "in": {"$ref": "#"}}, "what was given stays as it is"
+    assert first["properties"] == {"a": {"$ref": "#/$defs/N"}, "in": {"$ref": "#"}}, (
+        "what was given stays as it is"
+    )
 
 
 def test_a_number_that_json_does_not_have_is_refused() -> None:
@@ -155,12 +180,12 @@ def test_a_number_that_json_does_not_have_is_refused() -> None:
 
 def test_a_complaint_is_short() -> None:
     with pytest.raises(BadRequest) as caught:
-        asyncio.run(grammar.compiled(Regex(type="regex", regex="(" * 10_000)))
+        asyncio.run(grammar.compile_grammar(Regex(type="regex", regex="(" * 10_000)))
     assert len(caught.value.message) < 400
 
 
 def test_any_object_where_no_schema_is_given() -> None:
-    text = asyncio.run(grammar.compiled(JsonObject(type="json_object")))
+    text = asyncio.run(grammar.compile_grammar(JsonObject(type="json_object")))
     assert json.loads(str(text))["grammars"][0]["json_schema"]["type"] == "object"
 
 
@@ -171,20 +196,22 @@ def test_any_object_where_no_schema_is_given() -> None:
 def tried(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The grammars that were compiled."""
     made: list[str] = []
-    compile: Callable[[str], str] = grammar._tried
+    compile: Callable[[str], str] = grammar._try_grammar
 
     def counted(text: str) -> str:
         made.append(text)
         return compile(text)
 
-    monkeypatch.setattr(grammar, "_tried", counted)
+    monkeypatch.setattr(grammar, "_try_grammar", counted)
     return made
 
 
 def test_the_same_text_is_compiled_once_whoever_sends_it(tried: list[str]) -> None:
     async def crowd() -> list[str]:
-        first = await asyncio.gather(*(grammar.of_schema({"type": "integer"}, f"p{i}") for i in range(8)))
-        return [*first, await grammar.of_schema({"type": "integer"}, "later")]
+        first = await asyncio.gather(
+            *(grammar.schema_grammar({"type": "integer"}, f"p{i}") for i in range(8))
+        )
+        return [*first, await grammar.schema_grammar({"type": "integer"}, "later")]
 
     assert len(set(asyncio.run(crowd()))) == 1
     assert compiled({"type": "integer"})
@@ -195,8 +222,8 @@ def test_the_same_text_is_compiled_once_whoever_sends_it(tried: list[str]) -> No
 
 def test_the_same_expression_and_the_same_functions_are_compiled_once(tried: list[str]) -> None:
     for _ in range(3):
-        asyncio.run(grammar.compiled(Regex(type="regex", regex="[a-f]+")))
-        asyncio.run(grammar.of_calls({"add": {"type": "object"}}, "tools"))
+        asyncio.run(grammar.compile_grammar(Regex(type="regex", regex="[a-f]+")))
+        asyncio.run(grammar.calls_grammar({"add": {"type": "object"}}, "tools"))
     assert len(tried) == 2
 
 
@@ -204,7 +231,7 @@ def test_what_was_refused_is_refused_again_in_each_dialects_words(tried: list[st
     said = []
     for param in ("grammar", "response_format", "grammar"):
         with pytest.raises(BadRequest) as caught:
-            asyncio.run(grammar.of_schema({"enum": []}, param))
+            asyncio.run(grammar.schema_grammar({"enum": []}, param))
         said.append((caught.value.param, caught.value.message.removeprefix(param)))
     assert [param for param, _ in said] == ["grammar", "response_format", "grammar"]
     assert len({message for _, message in said}) == 1
@@ -257,4 +284,4 @@ def test_nothing_of_a_schema_is_walked_through_on_the_event_loop(monkeypatch: py
     for name in ("reach", "multiple"):
         monkeypatch.setattr(grammar, name, walked)
     assert compiled({"type": "integer"})
-    assert asyncio.run(grammar.of_calls({"add": {"type": "object"}}, "tools"))
+    assert asyncio.run(grammar.calls_grammar({"add": {"type": "object"}}, "tools"))

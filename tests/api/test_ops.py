@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from service.errors import AdapterNotFound
-from service.logs import Json, Text
+from service.telemetry.logs import JsonFormatter, TextFormatter
 
 from .fakes import stage
 from .house import House, house
@@ -38,7 +38,8 @@ def test_while_it_loads_it_lives_but_is_not_ready() -> None:
 
 
 @pytest.mark.parametrize(
-    ("state", "ready", "health"), [("restarting", False, 200), ("ready", False, 200), ("failed", False, 503), ("ready", True, 200)]
+    ("state", "ready", "health"),
+    [("restarting", False, 200), ("ready", False, 200), ("failed", False, 503), ("ready", True, 200)],
 )
 def test_health_is_503_only_when_nothing_can_help(state: str, ready: bool, health: int) -> None:
     with house() as home:
@@ -100,7 +101,11 @@ def test_the_base_is_described(home: House) -> None:
     told = home.json("GET", "/base")
     assert (told["id"], told["architecture"], told["context_length"]) == ("tiny", "LlamaForCausalLM", 2048)
     assert told["modules"] == [{"name": "q_proj", "in_features": 64, "out_features": 64, "count": 2}]
-    assert told["pool"] == {"rank_total": 512, "rank_used": 12, "placements": [{"digest": "sha256:a", "start": 4, "rank": 12}]}
+    assert told["pool"] == {
+        "rank_total": 512,
+        "rank_used": 12,
+        "placements": [{"digest": "sha256:a", "start": 4, "rank": 12}],
+    }
     assert told["host_bytes"] == 4096
     assert told["rope"] is None
 
@@ -113,7 +118,13 @@ def test_the_root_is_the_console_for_browsers_only(home: House) -> None:
     assert home.json("GET", "/", status=404)["error_type"] == "not_found"
     icon = home.knock.get("/console/icon.svg")
     assert icon.headers["content-type"].startswith("image/svg+xml")
-    for path in ("/console/no-such.js", "/console/..%2f..%2fops.py", "/console/%2e%2e/ops.py", "/console", "/console/"):
+    for path in (
+        "/console/no-such.js",
+        "/console/..%2f..%2fops.py",
+        "/console/%2e%2e/ops.py",
+        "/console",
+        "/console/",
+    ):
         assert home.json("GET", path, status=404)["error_type"] == "not_found"
 
 
@@ -134,7 +145,16 @@ def test_the_pages_of_the_api_ask_no_other_origin(home: House) -> None:
 
 def test_the_description_lists_every_route_and_how_it_refuses(home: House) -> None:
     paths = home.json("GET", "/openapi.json")["paths"]
-    for path in ("/generate", "/generate_stream", "/", "/v1/chat/completions", "/adapters", "/adapters/{id}/upload", "/metrics", "/health"):
+    for path in (
+        "/generate",
+        "/generate_stream",
+        "/",
+        "/v1/chat/completions",
+        "/adapters",
+        "/adapters/{id}/upload",
+        "/metrics",
+        "/health",
+    ):
         assert path in paths
     for path, operations in paths.items():
         for operation in operations.values():
@@ -145,7 +165,7 @@ def test_the_description_lists_every_route_and_how_it_refuses(home: House) -> No
 def test_a_page_that_is_not_installed_is_404(
     home: House, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    monkeypatch.setattr("service.api.ops.PAGES", tmp_path_factory.mktemp("empty"))
+    monkeypatch.setattr("service.api.routes.ops.PAGES", tmp_path_factory.mktemp("empty"))
     assert home.json("GET", "/", status=404, headers={"accept": "text/html"})["error_type"] == "not_found"
 
 
@@ -169,19 +189,27 @@ def chunks(size: int) -> Iterator[bytes]:
 
 
 def test_a_body_over_the_limit_is_413_told_or_chunked(home: House) -> None:
-    assert home.knock.post("/no-such", content=b" " * 1001).json()["error_type"] == "payload_too_large"  # nothing has to be read
+    # Nothing has to be read
+    assert home.knock.post("/no-such", content=b" " * 1001).json()["error_type"] == "payload_too_large"
     for path, kind in (("/adapters", "error_type"), ("/v1/load_lora_adapter", "code")):
         answer = home.knock.post(path, content=chunks(1100), headers={"content-type": "application/json"})
         assert answer.status_code == 413, answer.text
         told = answer.json()
         assert (told if kind in told else told["error"])[kind] == "payload_too_large"
-    assert home.knock.post("/adapters", content=chunks(1000), headers={"content-type": "application/json"}).status_code == 422
+    assert (
+        home.knock.post(
+            "/adapters", content=chunks(1000), headers={"content-type": "application/json"}
+        ).status_code
+        == 422
+    )
 
 
 def test_only_an_upload_may_be_as_large_as_one(home: House) -> None:
     home.json("POST", "/adapters/x/upload", status=201, content=chunks(1500))
     for method in ("PUT", "PATCH"):
-        answer = home.knock.request(method, "/adapters/x/upload", content=chunks(1500), headers={"content-type": "application/json"})
+        answer = home.knock.request(
+            method, "/adapters/x/upload", content=chunks(1500), headers={"content-type": "application/json"}
+        )
         assert (answer.status_code, answer.json()["error_type"]) == (413, "payload_too_large")
 
 
@@ -191,29 +219,37 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
 
 def test_one_line_a_request_without_its_query(home: House, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "adapterd.access"):
-        home.knock.get("/adapters?key=sk-secret", headers={"x-request-id": "one", "authorization": "Bearer sk-secret"})
+        home.knock.get(
+            "/adapters?key=sk-secret", headers={"x-request-id": "one", "authorization": "Bearer sk-secret"}
+        )
         home.knock.get("/health")
     (line,) = lines(caplog)
     assert (line["id"], line["method"], line["path"], line["status"]) == ("one", "GET", "/adapters", 200)
     assert "sk-secret" not in caplog.text + str(line)
 
 
-def test_the_line_of_a_stream_says_what_its_headers_could_not_yet(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_line_of_a_stream_says_what_its_headers_could_not_yet(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with stage(tmp_path) as one, caplog.at_level(logging.INFO, "adapterd.access"):
-        answer = one.knock.post("/generate_stream", json={"inputs": "Hi", "parameters": {"max_new_tokens": 3}})
+        answer = one.knock.post(
+            "/generate_stream", json={"inputs": "Hi", "parameters": {"max_new_tokens": 3}}
+        )
     assert "x-generated-tokens" not in answer.headers
     (line,) = lines(caplog)
     assert (line["prompt_tokens"], line["generated_tokens"]) == (int(answer.headers["x-prompt-tokens"]), 3)
 
 
-def test_a_defect_is_logged_with_its_trace_and_the_request_id(home: House, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_defect_is_logged_with_its_trace_and_the_request_id(
+    home: House, caplog: pytest.LogCaptureFixture
+) -> None:
     def broken() -> None:
         raise RuntimeError("the reason")
 
-    home.shelf.__dict__["cards"] = broken
+    home.shelf.__dict__["list_cards"] = broken
     with caplog.at_level(logging.INFO, "adapterd.access"):
         home.knock.get("/adapters", headers={"x-request-id": "two"})
-    del home.shelf.__dict__["cards"]
+    del home.shelf.__dict__["list_cards"]
     trace, line = (record for record in caplog.records if record.name == "adapterd.access")
     assert trace.exc_info is not None
     assert trace.__dict__["fields"] == {"id": "two"}
@@ -228,11 +264,15 @@ def record(message: str, **fields: object) -> logging.LogRecord:
 
 def test_a_log_line_cannot_be_forged() -> None:
     forged = record("request", path="/a\nINFO request path=/b", status=200)
-    assert "\n" not in Text().format(forged)
-    assert Text().format(forged).endswith('path="/a\\nINFO request path=/b" status=200')
-    assert Text().format(record("request", path="/a\n")).endswith('path="/a\\n"')
-    assert Text().format(record("the adapter x cannot be used: a\nb\x1b[2J\u2028é")).endswith("used: a\\nb\\x1b[2J\\u2028é")
-    assert json.loads(Json().format(forged))["path"] == "/a\nINFO request path=/b"
+    assert "\n" not in TextFormatter().format(forged)
+    assert TextFormatter().format(forged).endswith('path="/a\\nINFO request path=/b" status=200')
+    assert TextFormatter().format(record("request", path="/a\n")).endswith('path="/a\\n"')
+    assert (
+        TextFormatter()
+        .format(record("the adapter x cannot be used: a\nb\x1b[2J\u2028é"))
+        .endswith("used: a\\nb\\x1b[2J\\u2028é")
+    )
+    assert json.loads(JsonFormatter().format(forged))["path"] == "/a\nINFO request path=/b"
 
 
 def test_what_an_adapters_files_say_of_it_can_be_told_whatever_it_is(home: House) -> None:
@@ -253,5 +293,5 @@ def test_a_trace_is_part_of_the_line() -> None:
     except AdapterNotFound as error:
         made = record("a defect")
         made.exc_info = (type(error), error, error.__traceback__)
-    assert "gone" in json.loads(Json().format(made))["exception"]
-    assert "Traceback" in Text().format(made)
+    assert "gone" in json.loads(JsonFormatter().format(made))["exception"]
+    assert "Traceback" in TextFormatter().format(made)

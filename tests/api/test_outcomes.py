@@ -1,4 +1,6 @@
-"""How a request ended, as the log, the failure counter, the series and the traces tell it: once, and by the same word."""
+"""How a request ended, as the log, the failure counter, the series and the traces tell it: once,
+and by the same word.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from service import metrics
-from service.traces import Trace
+from service.telemetry import metrics
+from service.telemetry.traces import Trace
 from tests import making
 
 from .fakes import DIGEST, Stage, stage
@@ -27,7 +29,12 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
 
 
 def failures() -> dict[str, float]:
-    return {s.labels["code"]: s.value for family in metrics.FAILURE.collect() for s in family.samples if s.name.endswith("_total")}
+    return {
+        s.labels["code"]: s.value
+        for family in metrics.FAILURE.collect()
+        for s in family.samples
+        if s.name.endswith("_total")
+    }
 
 
 @contextmanager
@@ -35,7 +42,11 @@ def counting() -> Iterator[dict[str, float]]:
     """How often each code was counted in the block."""
     before, grown = failures(), dict[str, float]()
     yield grown
-    grown |= {code: value - before.get(code, 0) for code, value in failures().items() if value != before.get(code, 0)}
+    grown |= {
+        code: value - before.get(code, 0)
+        for code, value in failures().items()
+        if value != before.get(code, 0)
+    }
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
@@ -47,7 +58,13 @@ REFUSED: list[tuple[str, str, Any, int, str]] = [
     ("POST", "/v1/completions", {"model": "none", "prompt": "Hi"}, 404, "adapter_not_found"),
     ("POST", "/generate", {"inputs": "Hi", "no_such": 1}, 422, "validation"),
     ("POST", "/v1/completions", {"model": "base", "prompt": "Hi", "no_such": 1}, 400, "validation"),
-    ("POST", "/generate", {"inputs": "Hi", "parameters": {"max_new_tokens": 100_000}}, 422, "context_length_exceeded"),
+    (
+        "POST",
+        "/generate",
+        {"inputs": "Hi", "parameters": {"max_new_tokens": 100_000}},
+        422,
+        "context_length_exceeded",
+    ),
     ("POST", "/generate", {"inputs": "a" * 20_000}, 413, "payload_too_large"),
     ("GET", "/no-such", None, 404, "not_found"),
     ("DELETE", "/info", None, 405, "method_not_allowed"),
@@ -87,8 +104,12 @@ def test_a_full_queue_counts_once_and_a_probe_not_at_all(one: Stage) -> None:
     assert grown == {"not_ready": 1}
 
 
-def test_what_fails_in_the_engine_is_not_counted_again_at_the_door(one: Stage, caplog: pytest.LogCaptureFixture) -> None:
-    """The engine counts the requests that it was given: it is a stand-in here, so nothing is counted at all."""
+def test_what_fails_in_the_engine_is_not_counted_again_at_the_door(
+    one: Stage, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The engine counts the requests that it was given: it is a stand-in here, so nothing is
+    counted at all.
+    """
     one.says(" the end of it all")
     one.engine.fails = ("deadline_exceeded", "too long")
     with counting() as grown, caplog.at_level(logging.INFO, "adapterd.access"):
@@ -97,21 +118,28 @@ def test_what_fails_in_the_engine_is_not_counted_again_at_the_door(one: Stage, c
         assert "deadline_exceeded" in answer.text
     one.engine.fails = None
     assert grown == {}
-    assert [(line["status"], line["outcome"]) for line in lines(caplog)] == [(504, "deadline_exceeded"), (200, "deadline_exceeded")]
+    assert [(line["status"], line["outcome"]) for line in lines(caplog)] == [
+        (504, "deadline_exceeded"),
+        (200, "deadline_exceeded"),
+    ]
 
 
-def test_a_defect_in_a_stream_counts_as_internal(one: Stage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_defect_in_a_stream_counts_as_internal(
+    one: Stage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def broken(*given: Any) -> None:
         raise RuntimeError("the reason")
 
-    monkeypatch.setattr("service.api.generate._token", broken)
+    monkeypatch.setattr("service.api.routes.generate._token_object", broken)
     with counting() as grown, caplog.at_level(logging.INFO, "adapterd.access"):
         one.post("/generate_stream", {"inputs": "Hi", "parameters": {"max_new_tokens": 5}})
     assert grown == {"internal": 1}
     assert lines(caplog)[-1]["outcome"] == "internal"
 
 
-def test_the_line_of_an_answer_says_who_what_how_much_and_how_long(one: Stage, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_line_of_an_answer_says_who_what_how_much_and_how_long(
+    one: Stage, caplog: pytest.LogCaptureFixture
+) -> None:
     one.says(" the end of it all")
     with caplog.at_level(logging.INFO, "adapterd.access"):
         one.generate(adapter_id="x", max_new_tokens=3)
@@ -122,7 +150,9 @@ def test_the_line_of_an_answer_says_who_what_how_much_and_how_long(one: Stage, c
     for line in (whole, streamed):
         assert (line["adapter"], line["digest"], line["outcome"]) == ("x", DIGEST, "length")
         assert (line["prompt_tokens"], line["generated_tokens"]) == (len(making.ids("Hi")), 3)
-        assert all(isinstance(line[name], float) for name in ("ms", "queue_ms", "inference_ms", "first_token_ms"))
+        assert all(
+            isinstance(line[name], float) for name in ("ms", "queue_ms", "inference_ms", "first_token_ms")
+        )
         assert line["id"]
     assert several["outcome"] == "eos_token"
     assert listing["outcome"] == "ok"
@@ -134,14 +164,20 @@ def test_what_a_prompt_says_is_in_no_line(one: Stage, caplog: pytest.LogCaptureF
         one.generate("my secret word")
         one.generate("my secret word", status=422, max_new_tokens=100_000)
         one.chat("my secret word", no_such=1, status=400)
-    assert "secret word" not in "".join(str(record.__dict__) for record in caplog.records if record.name.startswith("adapterd"))
+    assert "secret word" not in "".join(
+        str(record.__dict__) for record in caplog.records if record.name.startswith("adapterd")
+    )
 
 
 # ---- series
 
 
 def series(one: Stage) -> set[str]:
-    return {line.rsplit(" ", 1)[0] for line in one.knock.get("/metrics").text.splitlines() if not line.startswith("#")}
+    return {
+        line.rsplit(" ", 1)[0]
+        for line in one.knock.get("/metrics").text.splitlines()
+        if not line.startswith("#")
+    }
 
 
 def test_names_that_nobody_registered_make_no_series(one: Stage) -> None:
@@ -182,7 +218,9 @@ def test_the_gateways_gauge_is_off_unless_it_is_asked_for() -> None:
             "broken": {"id": "broken", "digest": None, "rank": None},
         }
         home.client.awaited = {"sha256:b", "sha256:a"}
-        (line,) = [line for line in home.knock.get("/metrics").text.splitlines() if line.startswith("adapterd_lora")]
+        (line,) = [
+            line for line in home.knock.get("/metrics").text.splitlines() if line.startswith("adapterd_lora")
+        ]
     places = 2 + (512 - 12) // 100
     assert line.startswith(
         f'adapterd_lora_requests_info{{max_lora="{places}",running_lora_adapters="here,twin",waiting_lora_adapters="due"}} 1.'
@@ -201,7 +239,9 @@ def test_a_finished_request_is_recorded_with_its_stretches(tmp_path: Path) -> No
     with stage(tmp_path, record=seen.append) as one:
         one.says(" the end of it all")
         one.knock.post(
-            "/generate", json={"inputs": "Hi", "parameters": {"adapter_id": "x", "max_new_tokens": 3}}, headers={"traceparent": parent}
+            "/generate",
+            json={"inputs": "Hi", "parameters": {"adapter_id": "x", "max_new_tokens": 3}},
+            headers={"traceparent": parent},
         )
         one.knock.get("/adapters/org/y")
         one.knock.get("/no-such")
@@ -209,9 +249,17 @@ def test_a_finished_request_is_recorded_with_its_stretches(tmp_path: Path) -> No
         one.engine.fails = ("internal", "a defect")
         one.post("/generate_stream", {"inputs": "Hi"})
     whole, card, unknown, broken = seen
-    assert (whole.whole.name, whole.carrier, whole.failed) == ("POST /generate", {"traceparent": parent}, False)
+    assert (whole.whole.name, whole.carrier, whole.failed) == (
+        "POST /generate",
+        {"traceparent": parent},
+        False,
+    )
     assert [part.name for part in whole.parts] == ["queue", "prefill", "decode"]
-    assert (whole.fields["adapter"], whole.fields["outcome"], whole.fields["generated_tokens"]) == ("x", "length", 3)
+    assert (whole.fields["adapter"], whole.fields["outcome"], whole.fields["generated_tokens"]) == (
+        "x",
+        "length",
+        3,
+    )
     assert whole.whole.start <= whole.parts[0].start <= whole.parts[0].end
     assert card.whole.name == "GET /adapters/{id:path}"
     assert (unknown.whole.name, unknown.failed) == ("GET", False)

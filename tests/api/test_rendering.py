@@ -1,4 +1,6 @@
-"""Long answers as JSON: whole and right, and all but their beginning made where nobody waits for it."""
+"""Long answers as JSON: whole and right, and all but their beginning made where nobody waits for
+it.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +11,12 @@ from typing import Any
 
 import pytest
 
-from service.api import generate, openai_chat, openai_completions, rendering
-from service.api.tops import finite
-from service.engine.text import Voice
+from service.api.generation import rendering
+from service.api.generation.logprobs import finite_logprob
+from service.api.routes import chat, completions, generate
+from service.text.tokenizers import AdapterTokenizer
 from tests import making
-from tests.test_loop import on_a_loop
+from tests.test_event_loop import on_a_loop
 
 from .fakes import Stage, stage
 
@@ -22,7 +25,9 @@ LONG = " ".join(["the end of it all"] * 30)
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    with stage(tmp_path_factory.mktemp("rendering"), template="{% for m in messages %}{{ m.content }}{% endfor %}") as found:
+    with stage(
+        tmp_path_factory.mktemp("rendering"), template="{% for m in messages %}{{ m.content }}{% endfor %}"
+    ) as found:
         found.engine.limit = 10_000
         yield found
 
@@ -41,7 +46,10 @@ def made(*values: Any) -> Iterator[Any]:
     [
         ({"a": made()}, {"a": []}),
         ({"a": made(1, None, "x"), "b": 2.5}, {"a": [1, None, "x"], "b": 2.5}),
-        ([{"b": made({"c": made("\ud800", '"')}, {"c": made()})}], [{"b": [{"c": ["\ud800", '"']}, {"c": []}]}]),
+        (
+            [{"b": made({"c": made("\ud800", '"')}, {"c": made()})}],
+            [{"b": [{"c": ["\ud800", '"']}, {"c": []}]}],
+        ),
         ({"a": {"b": [1, 2], "c": made(made(1), made(2))}}, {"a": {"b": [1, 2], "c": [[1], [2]]}}),
         ({"plain": [1, {"two": "é"}]}, {"plain": [1, {"two": "é"}]}),
         (made(), []),
@@ -79,7 +87,10 @@ def test_only_the_beginning_is_made_on_the_event_loop() -> None:
 CHAT = {"model": "base", "messages": [{"role": "user", "content": "Hi"}], "logprobs": True, "top_logprobs": 4}
 TEXT = {"model": "base", "prompt": "Hi", "logprobs": 4}
 ECHO = {"model": "base", "prompt": LONG, "logprobs": 4, "echo": True, "max_tokens": 1}
-PREFILL = {"inputs": LONG, "parameters": {"decoder_input_details": True, "details": True, "max_new_tokens": 1}}
+PREFILL = {
+    "inputs": LONG,
+    "parameters": {"decoder_input_details": True, "details": True, "max_new_tokens": 1},
+}
 DETAILS = {"details": True, "top_n_tokens": 4, "max_new_tokens": 60, "ignore_eos_token": True, "seed": 1}
 LARGE: dict[str, tuple[str, dict[str, Any]]] = {
     "chat": ("/v1/chat/completions", CHAT | {"n": 4, "max_tokens": 60, "ignore_eos": True}),
@@ -105,7 +116,9 @@ def told(stage: Stage, path: str, body: dict[str, Any]) -> list[Any]:
 
 
 @pytest.mark.parametrize("what", LARGE)
-def test_a_large_answer_is_made_off_the_event_loop(one: Stage, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+def test_a_large_answer_is_made_off_the_event_loop(
+    one: Stage, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
     """Every stream and `/health` wait for what is made on it: n = 128 with 20 runner-ups took 12 s."""
     path, body = LARGE[what]
     whole = told(one, path, body)
@@ -113,9 +126,9 @@ def test_a_large_answer_is_made_off_the_event_loop(one: Stage, monkeypatch: pyte
 
     def watched(logprob: float | None) -> float | None:
         where.append(on_a_loop())
-        return finite(logprob)
+        return finite_logprob(logprob)
 
-    for module in (openai_chat, openai_completions, generate):
+    for module in (chat, completions, generate):
         monkeypatch.setattr(module, "finite", watched)
     monkeypatch.setattr(rendering, "PIECE", 500)
     assert told(one, path, body) == whole
@@ -124,21 +137,29 @@ def test_a_large_answer_is_made_off_the_event_loop(one: Stage, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(
-    "fields", [{"logprobs": 1, "n": 16}, {"echo": True}, {"echo": True, "logprobs": 1}, {"logprobs": 1, "stream": True}]
+    "fields",
+    [
+        {"logprobs": 1, "n": 16},
+        {"echo": True},
+        {"echo": True, "logprobs": 1},
+        {"logprobs": 1, "stream": True},
+    ],
 )
 def test_a_long_prompt_of_ids_is_read_off_the_event_loop_and_once(
     one: Stage, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
 ) -> None:
     read: list[bool] = []
-    decode: Callable[[Voice, Any], str] = Voice.decode
+    decode: Callable[[AdapterTokenizer, Any], str] = AdapterTokenizer.decode
 
-    def watched(voice: Voice, ids: Any) -> str:
+    def watched(voice: AdapterTokenizer, ids: Any) -> str:
         read.append(on_a_loop())
         return decode(voice, ids)
 
-    monkeypatch.setattr(Voice, "decode", watched)
-    monkeypatch.setattr("service.api.admission.MANY", 100)
-    one.post("/v1/completions", {"model": "base", "prompt": list(making.ids(LONG)), "max_tokens": 1, **fields})
+    monkeypatch.setattr(AdapterTokenizer, "decode", watched)
+    monkeypatch.setattr("service.api.generation.admission.MANY", 100)
+    one.post(
+        "/v1/completions", {"model": "base", "prompt": list(making.ids(LONG)), "max_tokens": 1, **fields}
+    )
     assert read == [False]
 
 

@@ -49,7 +49,9 @@ def pinned(port: int) -> bool:
 
 
 def posted(offer: bytes, body: bytes, framing: str, version: bytes = b"1.1") -> tuple[bytes, bytes]:
-    """Head and body of a registration; in chunks of seven bytes, with a trailer, where that is asked for."""
+    """Head and body of a registration; in chunks of seven bytes, with a trailer, where that is
+    asked for.
+    """
     head = b"POST /adapters HTTP/%s\r\nhost: x\r\ncontent-type: application/json\r\n%s" % (version, offer)
     if framing == "content-length":
         return head + b"content-length: %d\r\n\r\n" % len(body), body

@@ -1,4 +1,6 @@
-"""The bytes before any route: heads without end, what is no HTTP, and that both are told as JSON; over a real socket."""
+"""The bytes before any route: heads without end, what is no HTTP, and that both are told as JSON;
+over a real socket.
+"""
 
 from __future__ import annotations
 
@@ -77,8 +79,18 @@ def test_a_head_that_never_ends_is_cut_off(port: int) -> None:
 def test_a_long_body_is_no_head(port: int) -> None:
     body = b'{"id": "a", "source": "' + b"a" * (4 * HEAD_BYTES) + b'"}'
     head = b"POST /adapters HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-    assert talk(port, head + b"content-length: %d\r\n\r\n" % len(body), *[body[i : i + 5000] for i in range(0, len(body), 5000)])[0] == 201
-    chunks = [b"%x\r\n%s\r\n" % (len(part), part) for part in (body[i : i + 5000] for i in range(0, len(body), 5000))]
+    assert (
+        talk(
+            port,
+            head + b"content-length: %d\r\n\r\n" % len(body),
+            *[body[i : i + 5000] for i in range(0, len(body), 5000)],
+        )[0]
+        == 201
+    )
+    chunks = [
+        b"%x\r\n%s\r\n" % (len(part), part)
+        for part in (body[i : i + 5000] for i in range(0, len(body), 5000))
+    ]
     status, _, _ = talk(port, head + b"transfer-encoding: chunked\r\n\r\n", *chunks, b"0\r\n\r\n")
     assert status in (200, 201)
 
@@ -92,7 +104,11 @@ def hasty() -> Iterator[int]:
 
 def failures(port: int, label: str = "") -> float:
     _, _, content = talk(port, b"GET /metrics HTTP/1.1\r\nhost: x\r\n\r\n")
-    lines = [line for line in content.decode().splitlines() if line.startswith("adapterd_request_failure_total") and label in line]
+    lines = [
+        line
+        for line in content.decode().splitlines()
+        if line.startswith("adapterd_request_failure_total") and label in line
+    ]
     return sum(float(line.split()[-1]) for line in lines)
 
 
@@ -112,14 +128,17 @@ def test_a_body_that_stops_is_408_and_one_that_is_only_slow_is_read(hasty: int) 
     assert talk(hasty, head, body[:5])[0] == 408
     assert failures(hasty) == before + 1
     assert talk(hasty, head, *[body[i : i + 4] for i in range(0, len(body), 4)], pause=0.2)[0] == 201
-    assert talk(hasty, head[:9], head[9:], body, pause=0.45)[0] in (200, 201), "the head's time is not the body's"
+    assert talk(hasty, head[:9], head[9:], body, pause=0.45)[0] in (200, 201), (
+        "the head's time is not the body's"
+    )
 
 
 def test_who_connects_and_says_nothing_is_left_and_one_who_waits_for_an_answer_is_not(hasty: int) -> None:
     with socket.create_connection(("127.0.0.1", hasty), timeout=20) as connection:
         assert connection.recv(1) == b""
     with socket.create_connection(("127.0.0.1", hasty), timeout=20) as connection:
-        connection.sendall(b"GET /dribble HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")  # takes a second
+        # Takes a second
+        connection.sendall(b"GET /dribble HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
         assert b"".join(iter(lambda: connection.recv(1000), b"")).endswith(b"19\n\r\n0\r\n\r\n")
 
 
@@ -191,7 +210,15 @@ def test_a_request_that_was_told_408_counts_as_that_and_not_as_one_whose_client_
 
 def test_a_body_that_drips_is_408_however_steadily(hasty: int) -> None:
     body = b'{"id": "drip", "source": "x"}'
-    assert talk(hasty, POST + b"content-length: %d\r\n\r\n" % len(body), *[body[i : i + 1] for i in range(len(body))], pause=0.3)[0] == 408
+    assert (
+        talk(
+            hasty,
+            POST + b"content-length: %d\r\n\r\n" % len(body),
+            *[body[i : i + 1] for i in range(len(body))],
+            pause=0.3,
+        )[0]
+        == 408
+    )
 
 
 def deaf(port: int, path: str) -> socket.socket:

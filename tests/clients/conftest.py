@@ -1,4 +1,5 @@
-"""A live service as it starts by default, kernels and all, with the demo base and adapters; and what these answer.
+"""A live service as it starts by default, kernels and all, with the demo base and adapters; and
+what these answer.
 
 `caller` is the orders adapter with a chat template of its own, which takes tools.
 """
@@ -18,8 +19,10 @@ from deploy.bench.servers import started
 from service.demo import card, dates, labels, orders
 from service.settings import DEMO_ADAPTERS
 
-RESULTS = card.read(DEMO_ADAPTERS.parent)
-DATE, LABEL, ORDER = (RESULTS[task.name]["sample"]["adapter"] for task in (dates.TASK, labels.TASK, orders.TASK))
+RESULTS = card.read_results(DEMO_ADAPTERS.parent)
+DATE, LABEL, ORDER = (
+    RESULTS[task.name]["sample"]["adapter"] for task in (dates.TASK, labels.TASK, orders.TASK)
+)
 BASE_DATE = RESULTS["dates"]["sample"]["base"]
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 TEMPLATE = "{% if tools %}{# <tool_call> #}{% endif %}{% for message in messages %}{{ message.content }}\n{% endfor %}JSON:"

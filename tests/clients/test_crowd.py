@@ -1,4 +1,6 @@
-"""The whole product as it starts by default, under a mixed crowd: every adapter is right beside every other, and the base stays itself."""
+"""The whole product as it starts by default, under a mixed crowd: every adapter is right beside
+every other, and the base stays itself.
+"""
 
 from __future__ import annotations
 
@@ -32,13 +34,22 @@ class Question:
 
     async def ask(self, http: httpx.AsyncClient) -> str:
         body = {"model": self.model, "max_tokens": self.task.limit, "temperature": 0, "stream": self.streamed}
-        what = {"messages": [{"role": "user", "content": self.item.prompt}]} if self.item.chat else {"prompt": self.item.prompt}
-        answer = await http.post("/v1/chat/completions" if self.item.chat else "/v1/completions", json=body | what)
+        what = (
+            {"messages": [{"role": "user", "content": self.item.prompt}]}
+            if self.item.chat
+            else {"prompt": self.item.prompt}
+        )
+        answer = await http.post(
+            "/v1/chat/completions" if self.item.chat else "/v1/completions", json=body | what
+        )
         if not self.streamed:
             return told(answer.raise_for_status().json(), "message")
         frames = answer.raise_for_status().text.split("\n\n")
         assert frames[-2:] == ["data: [DONE]", ""]
-        return "".join(told(httpx.Response(200, text=frame.removeprefix("data: ")).json(), "delta") for frame in frames[:-2])
+        return "".join(
+            told(httpx.Response(200, text=frame.removeprefix("data: ")).json(), "delta")
+            for frame in frames[:-2]
+        )
 
 
 def told(event: dict[str, list[dict[str, dict[str, str]]]], where: str) -> str:
@@ -47,7 +58,9 @@ def told(event: dict[str, list[dict[str, dict[str, str]]]], where: str) -> str:
 
 
 async def test_every_adapter_is_right_beside_all_others_and_the_base_stays_itself(demo: Demo) -> None:
-    """B1: four adapters of different kinds and the base, all at once, half of them streaming, in the default dtype and compilation."""
+    """B1: four adapters of different kinds and the base, all at once, half of them streaming, in
+    the default dtype and compilation.
+    """
     questions = [
         Question(task, item, adapted, (at + adapted) % 2 == 0)
         for at in range(ITEMS)
@@ -73,4 +86,6 @@ async def test_every_adapter_is_right_beside_all_others_and_the_base_stays_itsel
 
 def test_nothing_is_set_but_the_adapters_folder(demo: Demo) -> None:
     settings = demo.http.get("/info").json()["settings"]
-    assert (settings["dtype"], settings["compile"], settings["device"], settings["quantization"]) == ("auto",) * 4
+    assert (settings["dtype"], settings["compile"], settings["device"], settings["quantization"]) == (
+        "auto",
+    ) * 4

@@ -1,4 +1,6 @@
-"""The curl lines of the README, of docs/ and of the adapters' own READMEs, run as they stand, but for the address."""
+"""The curl lines of the README, of docs/ and of the adapters' own READMEs, run as they stand, but
+for the address.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,12 @@ ADDRESS = "http://127.0.0.1:8080"
 
 def list_lines(page: Path) -> list[str]:
     blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), re.S)
-    return [line for block in blocks for line in re.sub(r"\\\n\s*", "", block).splitlines() if line.startswith("curl ")]
+    return [
+        line
+        for block in blocks
+        for line in re.sub(r"\\\n\s*", "", block).splitlines()
+        if line.startswith("curl ")
+    ]
 
 
 LINES = list_lines(ROOT / "README.md")
@@ -32,14 +39,19 @@ OTHERS = [line for page in sorted((ROOT / "docs").glob("*.md")) for line in list
 
 def run(line: str, demo: Demo, where: Path) -> str:
     assert ADDRESS in line
-    ran = subprocess.run(line.replace(ADDRESS, demo.url), shell=True, cwd=where, capture_output=True, text=True, timeout=120)
+    ran = subprocess.run(
+        line.replace(ADDRESS, demo.url), shell=True, cwd=where, capture_output=True, text=True, timeout=120
+    )
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
 
 
 @pytest.fixture(scope="module")
 def told(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What each line of the README prints, by what it asks for. `support-bot` is a folder that was put there, and a zip of it."""
+    """What each line of the README prints, by what it asks for.
+
+    `support-bot` is a folder that was put there, and a zip of it.
+    """
     where = tmp_path_factory.mktemp("curl")
     shutil.copytree(demo.adapters / "dates", demo.adapters / "support-bot")
     with zipfile.ZipFile(where / "support-bot.zip", "w") as archive:
@@ -70,9 +82,15 @@ def test_an_adapter_and_the_base(told: dict[str, str]) -> None:
 
 
 def test_a_streamed_chat(told: dict[str, str]) -> None:
-    frames = [frame.removeprefix("data: ") for frame in told["GET /v1/chat/completions pirate"].split("\n\n") if frame]
+    frames = [
+        frame.removeprefix("data: ")
+        for frame in told["GET /v1/chat/completions pirate"].split("\n\n")
+        if frame
+    ]
     assert frames.pop() == "[DONE]"
-    text = "".join(choice["delta"].get("content") or "" for frame in frames for choice in json.loads(frame)["choices"])
+    text = "".join(
+        choice["delta"].get("content") or "" for frame in frames for choice in json.loads(frame)["choices"]
+    )
     assert pirate.TASK.score(text, "")["voice"] == 1
 
 
@@ -85,7 +103,10 @@ def test_what_an_adapter_is_and_would_be(told: dict[str, str]) -> None:
 
 def test_an_adapters_life(told: dict[str, str]) -> None:
     assert json.loads(told["POST /adapters"])["id"] == "support-bot"
-    assert json.loads(told["POST /adapters/support-bot/upload"])["digest"] == json.loads(told["POST /adapters"])["digest"]
+    assert (
+        json.loads(told["POST /adapters/support-bot/upload"])["digest"]
+        == json.loads(told["POST /adapters"])["digest"]
+    )
     assert json.loads(told["POST /adapters/check"])["ok"] is True
     assert json.loads(told["DELETE /adapters/support-bot"])["id"] == "support-bot"
 
@@ -97,8 +118,10 @@ def test_the_lines_of_the_other_pages_are_answered(demo: Demo, tmp_path: Path, l
     assert json.loads(answer)
 
 
-@pytest.mark.parametrize("task", [dates.TASK, labels.TASK, orders.TASK, pirate.TASK], ids=lambda task: task.name)
+@pytest.mark.parametrize(
+    "task", [dates.TASK, labels.TASK, orders.TASK, pirate.TASK], ids=lambda task: task.name
+)
 def test_an_adapters_own_readme(demo: Demo, tmp_path: Path, task: Any) -> None:
-    answer = json.loads(run(card.curl(task), demo, tmp_path))["generated_text"].strip()
+    answer = json.loads(run(card.curl_command(task), demo, tmp_path))["generated_text"].strip()
     measure = next(iter(task.measures))
     assert task.score(answer, RESULTS[task.name]["sample"]["adapter"])[measure] == 1

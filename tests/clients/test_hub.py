@@ -1,4 +1,6 @@
-"""`huggingface_hub.InferenceClient`, as it is: text generation with details and streams, adapters by id, chat."""
+"""`huggingface_hub.InferenceClient`, as it is: text generation with details and streams, adapters
+by id, chat.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ def test_text(client: InferenceClient) -> None:
 
 
 def test_details(client: InferenceClient) -> None:
-    told = client.text_generation(dates.TASK.sample, adapter_id="dates", details=True, decoder_input_details=True, max_new_tokens=16)
+    told = client.text_generation(
+        dates.TASK.sample, adapter_id="dates", details=True, decoder_input_details=True, max_new_tokens=16
+    )
     assert told.details is not None
     assert (told.generated_text.strip(), told.details.finish_reason) == (DATE, "eos_token")
     assert "".join(token.text for token in told.details.tokens if not token.special) == told.generated_text
@@ -30,9 +34,15 @@ def test_details(client: InferenceClient) -> None:
 
 
 def test_streams(client: InferenceClient) -> None:
-    texts = list(client.text_generation(dates.TASK.sample, adapter_id="dates", stream=True, max_new_tokens=16))
+    texts = list(
+        client.text_generation(dates.TASK.sample, adapter_id="dates", stream=True, max_new_tokens=16)
+    )
     assert "".join(texts).strip() == DATE
-    events = list(client.text_generation(dates.TASK.sample, adapter_id="dates", stream=True, details=True, max_new_tokens=16))
+    events = list(
+        client.text_generation(
+            dates.TASK.sample, adapter_id="dates", stream=True, details=True, max_new_tokens=16
+        )
+    )
     assert (events[-1].generated_text or "").strip() == DATE
     assert events[-1].details is not None
     assert events[-1].details.generated_tokens == len(events)
@@ -62,4 +72,6 @@ def test_an_unknown_adapter_is_an_error(client: InferenceClient) -> None:
 @pytest.mark.anyio
 async def test_async(demo: Demo) -> None:
     async with AsyncInferenceClient(model=demo.url, token="none", timeout=120) as client:
-        assert (await client.text_generation(dates.TASK.sample, adapter_id="dates", max_new_tokens=16)).strip() == DATE
+        assert (
+            await client.text_generation(dates.TASK.sample, adapter_id="dates", max_new_tokens=16)
+        ).strip() == DATE

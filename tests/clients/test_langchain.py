@@ -14,7 +14,9 @@ KEY = SecretStr("none")
 
 
 def chat(demo: Demo, model: str) -> ChatOpenAI:
-    return ChatOpenAI(model=model, base_url=f"{demo.url}/v1", api_key=KEY, temperature=0, max_retries=0, timeout=120)
+    return ChatOpenAI(
+        model=model, base_url=f"{demo.url}/v1", api_key=KEY, temperature=0, max_retries=0, timeout=120
+    )
 
 
 def test_chat_whole_and_streamed(demo: Demo) -> None:
@@ -25,7 +27,9 @@ def test_chat_whole_and_streamed(demo: Demo) -> None:
 
 
 def test_completions(demo: Demo) -> None:
-    model = OpenAI(model="dates", base_url=f"{demo.url}/v1", api_key=KEY, temperature=0, max_tokens=16, max_retries=0)
+    model = OpenAI(
+        model="dates", base_url=f"{demo.url}/v1", api_key=KEY, temperature=0, max_tokens=16, max_retries=0
+    )
     assert model.invoke(dates.TASK.sample).strip() == DATE
 
 
@@ -41,4 +45,7 @@ def test_structured_output(demo: Demo, method: str) -> None:
 async def test_async(demo: Demo) -> None:
     model = chat(demo, "pirate").bind(max_tokens=40)
     whole = await model.ainvoke("How do I water a cactus?")
-    assert "".join([str(chunk.content) async for chunk in model.astream("How do I water a cactus?")]) == whole.content
+    assert (
+        "".join([str(chunk.content) async for chunk in model.astream("How do I water a cactus?")])
+        == whole.content
+    )

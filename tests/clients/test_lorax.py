@@ -1,4 +1,6 @@
-"""`lorax-client` 0.6.3, as it is: generate, streams, async, adapters by id, schemas, its own errors."""
+"""`lorax-client` 0.6.3, as it is: generate, streams, async, adapters by id, schemas, its own
+errors.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ from service.demo import dates, labels, orders
 
 from .conftest import BASE_DATE, DATE, LABEL, ORDER, Demo, Order
 
-pytestmark = pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20")  # the package's own
+# The package's own
+pytestmark = pytest.mark.filterwarnings("ignore::pydantic.warnings.PydanticDeprecatedSince20")
 
 FORMAT = ResponseFormat(type=ResponseFormatType.json_object, schema=Order.model_json_schema())
 
@@ -26,7 +29,9 @@ def test_an_adapter_by_its_id(client: lorax.Client) -> None:
     assert answer.generated_text.strip() == DATE
     assert answer.details.finish_reason == "eos_token"
     assert answer.details.generated_tokens == len(answer.details.tokens)
-    assert "".join(token.text for token in answer.details.tokens if not token.special) == answer.generated_text
+    assert (
+        "".join(token.text for token in answer.details.tokens if not token.special) == answer.generated_text
+    )
     assert all(token.logprob <= 0 for token in answer.details.tokens)
     assert client.generate(dates.TASK.sample, max_new_tokens=16).generated_text.strip() == BASE_DATE
 
@@ -40,22 +45,38 @@ def test_a_stream(client: lorax.Client) -> None:
 
 
 def test_a_schema(client: lorax.Client) -> None:
-    text = client.generate(orders.TASK.sample, adapter_id="orders", response_format=FORMAT, max_new_tokens=96).generated_text
+    text = client.generate(
+        orders.TASK.sample, adapter_id="orders", response_format=FORMAT, max_new_tokens=96
+    ).generated_text
     assert Order.model_validate_json(text) == Order.model_validate_json(ORDER)
-    assert Order.model_validate_json(client.generate(orders.TASK.sample, response_format=FORMAT, max_new_tokens=96).generated_text)
+    assert Order.model_validate_json(
+        client.generate(orders.TASK.sample, response_format=FORMAT, max_new_tokens=96).generated_text
+    )
 
 
 def test_parameters_of_the_dialect(client: lorax.Client) -> None:
     seeded = [
-        client.generate("Once", do_sample=True, temperature=0.9, top_p=0.9, seed=3, max_new_tokens=8).generated_text for _ in range(2)
+        client.generate(
+            "Once", do_sample=True, temperature=0.9, top_p=0.9, seed=3, max_new_tokens=8
+        ).generated_text
+        for _ in range(2)
     ]
     assert seeded[0] == seeded[1]
-    full = client.generate(dates.TASK.sample, adapter_id="dates", return_full_text=True, decoder_input_details=True, details=True)
+    full = client.generate(
+        dates.TASK.sample, adapter_id="dates", return_full_text=True, decoder_input_details=True, details=True
+    )
     assert full.generated_text.strip() == f"{dates.TASK.sample} {DATE}"
     assert "".join(token.text for token in full.details.prefill) == dates.TASK.sample
-    stopped = client.generate(dates.TASK.sample, adapter_id="dates", stop_sequences=["-03"], max_new_tokens=16)
-    assert (stopped.generated_text.strip(), stopped.details.finish_reason) == (DATE.split("-")[0], "stop_sequence")
-    best = client.generate(labels.TASK.sample, adapter_id="labels", best_of=2, do_sample=True, temperature=0.1, max_new_tokens=4)
+    stopped = client.generate(
+        dates.TASK.sample, adapter_id="dates", stop_sequences=["-03"], max_new_tokens=16
+    )
+    assert (stopped.generated_text.strip(), stopped.details.finish_reason) == (
+        DATE.split("-")[0],
+        "stop_sequence",
+    )
+    best = client.generate(
+        labels.TASK.sample, adapter_id="labels", best_of=2, do_sample=True, temperature=0.1, max_new_tokens=4
+    )
     assert best.generated_text.strip() == LABEL
     assert len(best.details.best_of_sequences) == 1
 
@@ -74,5 +95,8 @@ async def test_async(demo: Demo) -> None:
     client = lorax.AsyncClient(demo.url, timeout=120)
     answer = await client.generate(dates.TASK.sample, adapter_id="dates", max_new_tokens=16)
     assert answer.generated_text.strip() == DATE
-    events = [event async for event in client.generate_stream(labels.TASK.sample, adapter_id="labels", max_new_tokens=12)]
+    events = [
+        event
+        async for event in client.generate_stream(labels.TASK.sample, adapter_id="labels", max_new_tokens=12)
+    ]
     assert events[-1].generated_text.strip() == LABEL

@@ -1,4 +1,6 @@
-"""The `openai` package, as it is: sync, async, streams, several answers, log probabilities, structured output, tools, its own errors."""
+"""The `openai` package, as it is: sync, async, streams, several answers, log probabilities,
+structured output, tools, its own errors.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ from .conftest import BASE, BASE_DATE, DATE, LABEL, ORDER, SPOKEN_ORDER, Demo, O
 
 CACTUS: list[ChatCompletionMessageParam] = [{"role": "user", "content": "How do I water a cactus?"}]
 ORDERED: list[ChatCompletionMessageParam] = [{"role": "user", "content": SPOKEN_ORDER}]
-PLACE: ChatCompletionToolParam = {"type": "function", "function": {"name": "place_order", "parameters": Order.model_json_schema()}}
+PLACE: ChatCompletionToolParam = {
+    "type": "function",
+    "function": {"name": "place_order", "parameters": Order.model_json_schema()},
+}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +54,12 @@ def test_a_chat_whole_and_streamed_is_the_same(client: openai.OpenAI) -> None:
     assert pirate.TASK.score(text, "")["voice"] == 1
     chunks = list(
         client.chat.completions.create(
-            model="pirate", messages=CACTUS, temperature=0, max_tokens=40, stream=True, stream_options={"include_usage": True}
+            model="pirate",
+            messages=CACTUS,
+            temperature=0,
+            max_tokens=40,
+            stream=True,
+            stream_options={"include_usage": True},
         )
     )
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == text
@@ -59,7 +69,14 @@ def test_a_chat_whole_and_streamed_is_the_same(client: openai.OpenAI) -> None:
 
 def test_several_answers_are_seeded_and_count_the_prompt_once(client: openai.OpenAI) -> None:
     """B17."""
-    asked: dict[str, Any] = {"model": "labels", "prompt": labels.TASK.sample, "max_tokens": 4, "n": 3, "temperature": 0.2, "seed": 7}
+    asked: dict[str, Any] = {
+        "model": "labels",
+        "prompt": labels.TASK.sample,
+        "max_tokens": 4,
+        "n": 3,
+        "temperature": 0.2,
+        "seed": 7,
+    }
     told = client.completions.create(**asked)
     one = client.completions.create(model="labels", prompt=labels.TASK.sample, max_tokens=4)
     assert [choice.index for choice in told.choices] == [0, 1, 2]
@@ -72,31 +89,45 @@ def test_several_answers_are_seeded_and_count_the_prompt_once(client: openai.Ope
 def test_prompts_in_a_batch_each_get_their_answer(client: openai.OpenAI) -> None:
     items = dates.TASK.items("test", 4)
     told = client.completions.create(model="dates", prompt=[item.prompt for item in items], temperature=0)
-    right = [dates.TASK.score(c.text, item.answer)["exact"] for c, item in zip(told.choices, items, strict=True)]
+    right = [
+        dates.TASK.score(c.text, item.answer)["exact"] for c, item in zip(told.choices, items, strict=True)
+    ]
     assert sum(right) >= 3
 
 
 def test_logprobs_describe_the_text(client: openai.OpenAI) -> None:
-    told = client.chat.completions.create(model="pirate", messages=CACTUS, temperature=0, max_tokens=12, logprobs=True, top_logprobs=3)
+    told = client.chat.completions.create(
+        model="pirate", messages=CACTUS, temperature=0, max_tokens=12, logprobs=True, top_logprobs=3
+    )
     logprobs = told.choices[0].logprobs
     assert logprobs is not None
     assert logprobs.content is not None
     assert "".join(token.token for token in logprobs.content) == told.choices[0].message.content
     for token in logprobs.content:
         assert len(token.top_logprobs) == 3
-        assert (token.token, token.logprob) == (token.top_logprobs[0].token, token.top_logprobs[0].logprob), "greedy takes the best"
+        assert (token.token, token.logprob) == (token.top_logprobs[0].token, token.top_logprobs[0].logprob), (
+            "greedy takes the best"
+        )
         assert bytes(token.bytes or ()).decode() == token.token
-    old = client.completions.create(model="dates", prompt=dates.TASK.sample, temperature=0, logprobs=2).choices[0]
+    old = client.completions.create(
+        model="dates", prompt=dates.TASK.sample, temperature=0, logprobs=2
+    ).choices[0]
     assert old.logprobs is not None
     assert old.logprobs.tokens is not None
     assert "".join(old.logprobs.tokens[:-1]) == old.text, "the last is the end of the text"
 
 
 def test_a_pydantic_model_comes_back(client: openai.OpenAI) -> None:
-    told = client.chat.completions.parse(model="caller", messages=ORDERED, response_format=Order, temperature=0)
+    told = client.chat.completions.parse(
+        model="caller", messages=ORDERED, response_format=Order, temperature=0
+    )
     assert told.choices[0].message.parsed == Order.model_validate_json(ORDER)
-    base = client.chat.completions.parse(model="base", messages=ORDERED, response_format=Order, temperature=0, max_tokens=80)
-    assert isinstance(base.choices[0].message.parsed, Order), "also from a model that was trained for nothing of the kind"
+    base = client.chat.completions.parse(
+        model="base", messages=ORDERED, response_format=Order, temperature=0, max_tokens=80
+    )
+    assert isinstance(base.choices[0].message.parsed, Order), (
+        "also from a model that was trained for nothing of the kind"
+    )
 
 
 def called(message: ChatCompletionMessage) -> ChatCompletionMessageFunctionToolCall:
@@ -107,11 +138,15 @@ def called(message: ChatCompletionMessage) -> ChatCompletionMessageFunctionToolC
 
 
 def test_a_tool_is_called(client: openai.OpenAI) -> None:
-    told = client.chat.completions.create(model="caller", messages=ORDERED, tools=[PLACE], tool_choice="required", temperature=0)
+    told = client.chat.completions.create(
+        model="caller", messages=ORDERED, tools=[PLACE], tool_choice="required", temperature=0
+    )
     call = called(told.choices[0].message)
     assert (call.function.name, told.choices[0].finish_reason) == ("place_order", "tool_calls")
     assert Order.model_validate_json(call.function.arguments).city == "Berlin"
-    with client.chat.completions.stream(model="caller", messages=ORDERED, tools=[PLACE], tool_choice="required", temperature=0) as stream:
+    with client.chat.completions.stream(
+        model="caller", messages=ORDERED, tools=[PLACE], tool_choice="required", temperature=0
+    ) as stream:
         streamed = called(stream.get_final_completion().choices[0].message)
     assert json.loads(streamed.function.arguments) == json.loads(call.function.arguments)
 
@@ -143,7 +178,9 @@ def test_errors_are_the_packages_own(client: openai.OpenAI) -> None:
 
 def test_a_closed_stream_ends_the_work(client: openai.OpenAI, demo: Demo) -> None:
     """B12: the gauge falls to 0 well before 4000 tokens could have been made."""
-    stream = client.completions.create(model="base", prompt="Once", max_tokens=4000, stream=True, extra_body={"ignore_eos": True})
+    stream = client.completions.create(
+        model="base", prompt="Once", max_tokens=4000, stream=True, extra_body={"ignore_eos": True}
+    )
     for _ in zip(range(3), stream, strict=False):
         pass
     stream.close()
@@ -153,14 +190,20 @@ def test_a_closed_stream_ends_the_work(client: openai.OpenAI, demo: Demo) -> Non
 
 @pytest.mark.anyio
 async def test_many_at_once(demo: Demo) -> None:
-    async with openai.AsyncOpenAI(base_url=f"{demo.url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+    async with openai.AsyncOpenAI(
+        base_url=f"{demo.url}/v1", api_key="none", max_retries=0, timeout=120
+    ) as client:
 
         async def ask(model: str, prompt: str, tokens: int) -> str:
-            told = await client.completions.create(model=model, prompt=prompt, temperature=0, max_tokens=tokens)
+            told = await client.completions.create(
+                model=model, prompt=prompt, temperature=0, max_tokens=tokens
+            )
             return told.choices[0].text.strip()
 
         async def stream(model: str, prompt: str, tokens: int) -> str:
-            chunks = await client.completions.create(model=model, prompt=prompt, temperature=0, max_tokens=tokens, stream=True)
+            chunks = await client.completions.create(
+                model=model, prompt=prompt, temperature=0, max_tokens=tokens, stream=True
+            )
             return "".join([chunk.choices[0].text async for chunk in chunks]).strip()
 
         prompts = ((task.name, task.sample, task.limit) for task in (dates.TASK, labels.TASK, orders.TASK))

@@ -1,4 +1,7 @@
-"""A browser, and the servers whose console it opens. Every page must end without console errors or requests to other origins."""
+"""A browser, and the servers whose console it opens.
+
+Every page must end without console errors or requests to other origins.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +19,11 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, sync_playwright
 
-from service.adapters.ids import DEMO_BASE
+from service.catalog.ids import DEMO_BASE
 from tests import making
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "service" / "api" / "console"
+PAGE = ROOT / "service" / "api" / "static" / "console"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
 FLAGS += ["--disable-background-networking", "--disable-component-update"]
@@ -43,7 +46,11 @@ def serving(log: Path, module: str, **settings: str) -> Iterator[str]:
         port = held.getsockname()[1]
     kept = {name: text for name, text in os.environ.items() if not name.startswith("ADAPTERD_")}
     line = [sys.executable, "-m", module, "serve", "--port", str(port)]
-    env = kept | {f"ADAPTERD_{name.upper()}": text for name, text in settings.items()} | {"OMP_NUM_THREADS": "1"}
+    env = (
+        kept
+        | {f"ADAPTERD_{name.upper()}": text for name, text in settings.items()}
+        | {"OMP_NUM_THREADS": "1"}
+    )
     with log.open("w") as out, subprocess.Popen(line, cwd=ROOT, env=env, stdout=out, stderr=out) as process:
         url = f"http://127.0.0.1:{port}/"
         while not ready(url):
@@ -70,7 +77,9 @@ def live(base: Path) -> Iterator[str]:
     """The address of a server with five adapters, and a folder that is none."""
     for seed, (name, (targets, rank)) in enumerate(SHAPES.items()):
         making.noise(base.parent / "adapters" / name, base, seed, targets, rank)
-    (making.edit(base.parent / "adapters" / "dates", base.parent / "adapters" / BROKEN) / making.WEIGHTS).write_bytes(b"cut short")
+    (
+        making.edit(base.parent / "adapters" / "dates", base.parent / "adapters" / BROKEN) / making.WEIGHTS
+    ).write_bytes(b"cut short")
     settings = {
         "base": str(base),
         "base_id": DEMO_BASE,
@@ -91,7 +100,9 @@ class Keyed:
 @pytest.fixture(scope="session")
 def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keyed]:
     """A server that asks for keys, with nothing behind its door."""
-    with serving(tmp_path_factory.mktemp("keyed") / "log", "tests.standing", base="org/none", admin_keys="sk-console") as url:
+    with serving(
+        tmp_path_factory.mktemp("keyed") / "log", "tests.standing", base="org/none", admin_keys="sk-console"
+    ) as url:
         yield Keyed(url, "sk-console")
 
 
@@ -112,7 +123,9 @@ def adapter_files(adapter_source: Path, tmp_path: Path) -> list[Path]:
 
 @pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
-    """One browser for these tests; its event loop ends with them, so that other tests can run their own."""
+    """One browser for these tests; its event loop ends with them, so that other tests can run their
+    own.
+    """
     found = next(filter(None, map(shutil.which, CHROMIUM)), None)
     with sync_playwright() as playwright:
         opened = playwright.chromium.launch(executable_path=found, args=FLAGS)
@@ -125,12 +138,19 @@ Open = Callable[..., Page]
 
 @pytest.fixture
 def open_page(browser: Browser) -> Iterator[Open]:
-    """`open_page(url, width=, scheme=, expect=)`; `expect` is a part of the console errors that the test provokes."""
+    """`open_page(url, width=, scheme=, expect=)`;
+
+    `expect` is a part of the console errors that the test provokes.
+    """
     watched: list[Watched] = []
 
-    def open_one(url: str, width: int = 1280, scheme: str = "light", expect: str = "", files: bool = False) -> Page:
+    def open_one(
+        url: str, width: int = 1280, scheme: str = "light", expect: str = "", files: bool = False
+    ) -> Page:
         height = 900 if width > 600 else 844
-        context = browser.new_context(viewport={"width": width, "height": height}, color_scheme="dark" if scheme == "dark" else "light")
+        context = browser.new_context(
+            viewport={"width": width, "height": height}, color_scheme="dark" if scheme == "dark" else "light"
+        )
         context.grant_permissions(["clipboard-read", "clipboard-write"])
         if files:
             hand_out(context, url)
@@ -147,10 +167,15 @@ def open_page(browser: Browser) -> Iterator[Open]:
 
 
 def hand_out(context: BrowserContext, url: str) -> None:
-    """Gives the browser the page's files, which a server with keys hands only to who has one; all the rest goes to the server."""
+    """Gives the browser the page's files, which a server with keys hands only to who has one; all
+    the rest goes to the server.
+    """
     origin = url.split("/#")[0].removesuffix("/")
     context.route(f"{origin}/", lambda route: route.fulfill(path=PAGE / "index.html"))
-    context.route(f"{origin}/console/**", lambda route: route.fulfill(path=PAGE / route.request.url.partition("/console/")[2]))
+    context.route(
+        f"{origin}/console/**",
+        lambda route: route.fulfill(path=PAGE / route.request.url.partition("/console/")[2]),
+    )
 
 
 class Watched:

@@ -1,4 +1,6 @@
-"""Takes the pictures of README and docs/ of a server that runs with the demo: `python -m tests.console.pictures URL FOLDER [NAME ...]`.
+"""Takes the pictures of README and docs/ of a server that runs with the demo:
+
+`python -m tests.console.pictures URL FOLDER [NAME ...]`.
 
 Without names it takes every view at both widths in both themes, to be looked at.
 """
@@ -19,7 +21,13 @@ PROMPT = "Message: Hello, the umbrella I ordered on the 4th of March 2031 is sti
 COMPARED = ("dates", "labels", "pirate")
 SHOWN = "orders"  # the adapter whose own page is taken
 HEIGHTS = {1280: 900, 390: 844}  # pixels, by width
-VIEWS = {"compare": "compare", "adapters": "adapters", "adapter": f"adapters/{SHOWN}", "live": "live", "forecast": "forecast"}
+VIEWS = {
+    "compare": "compare",
+    "adapters": "adapters",
+    "adapter": f"adapters/{SHOWN}",
+    "live": "live",
+    "forecast": "forecast",
+}
 ROUNDS = 20  # seconds of work before the live view is taken
 
 
@@ -62,7 +70,8 @@ def all_names() -> list[str]:
 def one(browser: Browser, url: str, folder: Path, name: str) -> None:
     view, width, theme = name.split("-")
     context = browser.new_context(
-        viewport={"width": int(width), "height": HEIGHTS[int(width)]}, color_scheme="dark" if theme == "dark" else "light"
+        viewport={"width": int(width), "height": HEIGHTS[int(width)]},
+        color_scheme="dark" if theme == "dark" else "light",
     )
     take(context.new_page(), url, view, folder / f"{name}.png")
     context.close()
@@ -71,7 +80,9 @@ def one(browser: Browser, url: str, folder: Path, name: str) -> None:
 def main(url: str, folder: Path, names: list[str]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=next(filter(None, map(shutil.which, CHROMIUM)), None), args=FLAGS)
+        browser = playwright.chromium.launch(
+            executable_path=next(filter(None, map(shutil.which, CHROMIUM)), None), args=FLAGS
+        )
         for name in names or all_names():
             one(browser, url, folder, name)
         browser.close()

@@ -33,7 +33,9 @@ def upload(page: Page, id: str, files: list[Path]) -> None:
 
 
 def send(url: str, id: str, files: list[Path]) -> httpx.Response:
-    return httpx.post(f"{url}adapters/{id}/upload", files=[(path.name, (path.name, path.read_bytes())) for path in files])
+    return httpx.post(
+        f"{url}adapters/{id}/upload", files=[(path.name, (path.name, path.read_bytes())) for path in files]
+    )
 
 
 @pytest.fixture
@@ -80,15 +82,27 @@ def test_an_upload_is_registered(live: str, open_page: Open, adapter_files: list
     httpx.delete(f"{live}adapters/from-the-page")
 
 
-def test_an_uploads_tokenizer_and_templates_go_along(live: str, open_page: Open, adapter_files: list[Path]) -> None:
-    beside = [adapter_files[0].with_name(name) for name in ("chat_template.jinja", "generation_config.json", "README.md")]
-    for file, content in zip(beside, ("{{ messages[-1].content }}", "{}", "not part of an answer"), strict=True):
+def test_an_uploads_tokenizer_and_templates_go_along(
+    live: str, open_page: Open, adapter_files: list[Path]
+) -> None:
+    beside = [
+        adapter_files[0].with_name(name)
+        for name in ("chat_template.jinja", "generation_config.json", "README.md")
+    ]
+    for file, content in zip(
+        beside, ("{{ messages[-1].content }}", "{}", "not part of an answer"), strict=True
+    ):
         file.write_text(content)
     page = open_page(live)
     upload(page, "with-template", [*adapter_files, *beside])
     expect(page.get_by_text("with-template is registered")).to_be_visible()
     sent = httpx.get(f"{live}adapters/with-template/summary").json()["files"]
-    assert [file["name"] for file in sent] == [making.CONFIG, making.WEIGHTS, "chat_template.jinja", "generation_config.json"]
+    assert [file["name"] for file in sent] == [
+        making.CONFIG,
+        making.WEIGHTS,
+        "chat_template.jinja",
+        "generation_config.json",
+    ]
     httpx.delete(f"{live}adapters/with-template")
 
 
@@ -104,12 +118,16 @@ def drop(page: Page, *paths: Path) -> None:
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["folder", "files"])
-def test_an_adapter_is_taken_by_drag_and_drop_and_a_folder_names_it(live: str, open_page: Open, adapter_source: Path, whole: bool) -> None:
+def test_an_adapter_is_taken_by_drag_and_drop_and_a_folder_names_it(
+    live: str, open_page: Open, adapter_source: Path, whole: bool
+) -> None:
     page = open_page(live)
     form = page.get_by_role("form", name="Upload an adapter")
     page.get_by_text("Drop an adapter's folder").scroll_into_view_if_needed()
     drop(page, *([adapter_source] if whole else sorted(adapter_source.iterdir())))
-    expect(form.locator(".file")).to_have_text([re.compile("adapter_config.json"), re.compile("adapter_model.safetensors")])
+    expect(form.locator(".file")).to_have_text(
+        [re.compile("adapter_config.json"), re.compile("adapter_model.safetensors")]
+    )
     expect(form.get_by_label("Id")).to_have_value(adapter_source.name if whole else "")
 
 
@@ -127,7 +145,9 @@ def test_an_upload_says_how_far_it_is(live: str, open_page: Open, adapter_files:
     expect(page.get_by_role("progressbar")).to_have_count(0)
 
 
-def test_what_is_wrong_with_an_upload_is_shown_as_the_api_gives_it(live: str, open_page: Open, adapter_files: list[Path]) -> None:
+def test_what_is_wrong_with_an_upload_is_shown_as_the_api_gives_it(
+    live: str, open_page: Open, adapter_files: list[Path]
+) -> None:
     config, weights = adapter_files
     weights.write_bytes(b"broken weights")
     page = open_page(live, expect="422")
@@ -216,7 +236,9 @@ def test_an_adapters_page_shows_the_summary_the_modules_and_the_tree(live: str, 
         expect(page.get_by_role("img", name=re.compile(rf"^{name}: norm [0-9.]+ to"))).to_be_visible()
     page.get_by_role("button", name="Rank", exact=True).click()
     for name in summary["target_modules"]:
-        expect(page.get_by_role("img", name=re.compile(rf"^{name}: rank {summary['rank']['max']} to"))).to_be_visible()
+        expect(
+            page.get_by_role("img", name=re.compile(rf"^{name}: rank {summary['rank']['max']} to"))
+        ).to_be_visible()
     tree = httpx.get(f"{live}adapters/{id}/architecture").text
     assert page.get_by_label("Module tree with the adapter in place").inner_text().strip() == tree.strip()
 
@@ -272,22 +294,36 @@ def answer(url: str, id: str, length: int, way: str) -> str:
             "inputs": "Say something short.",
             "parameters": {"adapter_id": id, "max_new_tokens": length, "temperature": 0},
         }
-        return "".join(event["token"]["text"] for event in events(f"{url}generate_stream", plain) if not event["token"]["special"])
+        return "".join(
+            event["token"]["text"]
+            for event in events(f"{url}generate_stream", plain)
+            if not event["token"]["special"]
+        )
     message = {"role": "user", "content": "Say something short."}
-    asked: dict[str, Any] = {"model": id, "messages": [message], "max_tokens": length, "temperature": 0, "stream": True}
+    asked: dict[str, Any] = {
+        "model": id,
+        "messages": [message],
+        "max_tokens": length,
+        "temperature": 0,
+        "stream": True,
+    }
     chunks = [choice for event in events(f"{url}v1/chat/completions", asked) for choice in event["choices"]]
     return "".join(choice["delta"].get("content") or "" for choice in chunks)
 
 
 def events(url: str, asked: dict[str, Any]) -> list[dict[str, Any]]:
     lines = httpx.post(url, json=asked, timeout=30).text.splitlines()
-    return [json.loads(line[5:]) for line in lines if line.startswith("data:") and not line.endswith("[DONE]")]
+    return [
+        json.loads(line[5:]) for line in lines if line.startswith("data:") and not line.endswith("[DONE]")
+    ]
 
 
 def test_with_the_demo_there_is_an_example_for_each_of_its_adapters(live: str, open_page: Open) -> None:
     page = open_page(f"{live}#/compare")
     page.get_by_role("button", name="an example for orders").click()
-    expect(page.get_by_label("Prompt").last).to_have_value(re.compile("seven green umbrellas.*\nJSON:$", re.S))
+    expect(page.get_by_label("Prompt").last).to_have_value(
+        re.compile("seven green umbrellas.*\nJSON:$", re.S)
+    )
     expect(page.get_by_role("button", name="orders", exact=True)).to_have_attribute("aria-pressed", "true")
     expect(page.get_by_role("button", name="an example for redact")).to_have_count(0)
 
@@ -303,12 +339,16 @@ def test_answers_arrive_while_they_are_made_and_can_be_stopped(live: str, open_p
     expect(run.locator("dd").nth(3)).to_have_text("stopped")
 
 
-def test_what_goes_wrong_is_shown_where_the_answer_would_be(live: str, open_page: Open, uploaded: str) -> None:
+def test_what_goes_wrong_is_shown_where_the_answer_would_be(
+    live: str, open_page: Open, uploaded: str
+) -> None:
     page = open_page(f"{live}#/compare/{uploaded}", expect="404")
     expect(page.get_by_role("button", name=uploaded, exact=True)).to_have_attribute("aria-pressed", "true")
     httpx.delete(f"{live}adapters/{uploaded}")
     ask(page, "Hi", 2, "chat")
-    expect(page.get_by_role("article", name=uploaded).get_by_role("alert")).to_contain_text("model_not_found (404)")
+    expect(page.get_by_role("article", name=uploaded).get_by_role("alert")).to_contain_text(
+        "model_not_found (404)"
+    )
     expect(page.get_by_role("article").first.locator("dd").nth(3)).to_have_text("length")
 
 
@@ -339,7 +379,9 @@ def test_the_charts_move_while_requests_run(live: str, open_page: Open) -> None:
     tokens = page.get_by_role("img", name="Tokens/s: generated")
     expect(tokens).to_be_visible()
     still = tokens.locator("canvas").evaluate("canvas => canvas.toDataURL()")
-    httpx.post(f"{live}generate_stream", json={"inputs": "Go on.", "parameters": {"max_new_tokens": 60}}, timeout=60)
+    httpx.post(
+        f"{live}generate_stream", json={"inputs": "Go on.", "parameters": {"max_new_tokens": 60}}, timeout=60
+    )
     expect(page.get_by_role("img", name=re.compile("^First token: median [0-9.]+ m?s"))).to_be_visible()
     assert tokens.locator("canvas").evaluate("canvas => canvas.toDataURL()") != still
 
@@ -360,12 +402,16 @@ def test_the_pool_map_says_who_holds_which_rows(live: str, open_page: Open) -> N
 
 def test_a_forecast_follows_the_sliders(live: str, open_page: Open) -> None:
     page = open_page(f"{live}#/forecast")
-    names = [module["name"] for module in httpx.get(f"{live}base").json()["modules"] if module["name"] != "lm_head"]
+    names = [
+        module["name"] for module in httpx.get(f"{live}base").json()["modules"] if module["name"] != "lm_head"
+    ]
     page.get_by_role("button", name="Every linear layer").click()
     page.get_by_role("slider", name="Rank").fill("4")
     told = httpx.get(f"{live}forecast", params={"r": 4, "target_modules": ",".join(names)}).json()
     expect(page.get_by_text(f"{told['parameters']:,}", exact=True)).to_be_visible()
-    expect(page.get_by_role("region", name="Modules of the adapter").get_by_role("row")).to_have_count(1 + len(told["by_module"]))
+    expect(page.get_by_role("region", name="Modules of the adapter").get_by_role("row")).to_have_count(
+        1 + len(told["by_module"])
+    )
     page.get_by_role("slider", name="Rank").press("ArrowRight")
     expect(page.get_by_text(f"{told['parameters'] * 5 // 4:,}", exact=True)).to_be_visible()
 

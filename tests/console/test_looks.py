@@ -1,4 +1,6 @@
-"""Every view, light and dark, wide and narrow: nothing serious for axe-core, nothing wider than the screen."""
+"""Every view, light and dark, wide and narrow: nothing serious for axe-core, nothing wider than the
+screen.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The shipped demo adapters: small, whole, unlike each other, better than the base, and described by the figures that were measured."""
+"""The shipped demo adapters: small, whole, unlike each other, better than the base, and described
+by the figures that were measured.
+"""
 
 from __future__ import annotations
 
@@ -62,9 +64,17 @@ def expected(task: Task) -> dict[str, tuple[str, list[int]]]:
 
 
 def test_every_task_ships_and_nothing_else_does() -> None:
-    assert {path.name for path in DEMO_ADAPTERS.iterdir() if path.is_dir()} == {task.name for task in TASKS} == set(card.read(DEMO))
+    assert (
+        {path.name for path in DEMO_ADAPTERS.iterdir() if path.is_dir()}
+        == {task.name for task in TASKS}
+        == set(card.read_results(DEMO))
+    )
     for task in TASKS:
-        assert {path.name for path in folder(task).iterdir()} == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+        assert {path.name for path in folder(task).iterdir()} == {
+            "README.md",
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        }
 
 
 @EACH
@@ -92,24 +102,34 @@ def test_no_file_names_a_place_on_the_machine_that_made_it(task: Task) -> None:
 def test_the_adapters_are_of_different_kinds() -> None:
     recipes = [task.recipe for task in TASKS]
     assert len(TASKS) >= 4
-    assert len({recipe.rank for recipe in recipes}) == len({recipe.targets for recipe in recipes}) == len(recipes)
+    assert (
+        len({recipe.rank for recipe in recipes})
+        == len({recipe.targets for recipe in recipes})
+        == len(recipes)
+    )
     assert [recipe.rslora for recipe in recipes].count(True) == 1
     assert [recipe.dora for recipe in recipes].count(True) == 1
 
 
 @EACH
 def test_an_adapter_clearly_beats_the_base_even_when_that_is_told_in_words(task: Task) -> None:
-    result = card.read(DEMO)[task.name]
+    result = card.read_results(DEMO)[task.name]
     measure = next(iter(task.measures))
     assert result["items"] == task.tests >= 100
     assert result["adapter"][measure] >= 0.8
-    assert result["adapter"][measure] >= max(result["base"][measure], result["base_instructed"][measure]) + 0.4
-    assert all(result["adapter"][one] >= result[base][one] for one in task.measures for base in ("base", "base_instructed"))
+    assert (
+        result["adapter"][measure] >= max(result["base"][measure], result["base_instructed"][measure]) + 0.4
+    )
+    assert all(
+        result["adapter"][one] >= result[base][one]
+        for one in task.measures
+        for base in ("base", "base_instructed")
+    )
 
 
 @EACH
 def test_the_sample_shows_a_change(task: Task) -> None:
-    sample = card.read(DEMO)[task.name]["sample"]
+    sample = card.read_results(DEMO)[task.name]["sample"]
     measure = next(iter(task.measures))
     assert sample["base"] != sample["adapter"]
     assert task.score(sample["adapter"], sample["adapter"])[measure] == 1
@@ -118,8 +138,8 @@ def test_the_sample_shows_a_change(task: Task) -> None:
 @EACH
 def test_the_readme_gives_the_measured_figures(task: Task) -> None:
     text = (folder(task) / "README.md").read_text()
-    result = card.read(DEMO)[task.name]
-    assert text == card.readme(task, result)
+    result = card.read_results(DEMO)[task.name]
+    assert text == card.make_readme(task, result)
     for measure in task.measures:
         assert f"| {round(100 * result['adapter'][measure])} % |" in text
     assert f"{result['items']} held-out items" in text
@@ -129,18 +149,20 @@ def test_the_readme_gives_the_measured_figures(task: Task) -> None:
 @pytest.mark.parametrize("apostrophes", ["It's here", "'' '"])
 def test_the_example_survives_a_shell(apostrophes: str) -> None:
     """A prompt with an apostrophe once ended the quoted body of the curl line early."""
-    body = shlex.split(card.curl(replace(TASKS[0], sample=apostrophes)).replace("\\\n", " "))[-1]
+    body = shlex.split(card.curl_command(replace(TASKS[0], sample=apostrophes)).replace("\\\n", " "))[-1]
     assert json.loads(body)["inputs"] == apostrophes
 
 
 def test_results_are_kept_beside_those_of_other_tasks(tmp_path: Path) -> None:
-    assert card.read(tmp_path) == {}
+    assert card.read_results(tmp_path) == {}
     one, other = TASKS[0], TASKS[1]
     for task in (one, other, one):
         (tmp_path / "adapters" / task.name).mkdir(parents=True, exist_ok=True)
-        result = card.read(DEMO)[task.name]
-        card.keep(tmp_path, task.name, {"seconds": result["seconds"]})
-        card.keep(tmp_path, task.name, result)
-        card.describe(tmp_path, task)
-        assert (tmp_path / "adapters" / task.name / "README.md").read_text() == card.readme(task, result)
-    assert card.read(tmp_path) == {task.name: card.read(DEMO)[task.name] for task in (one, other)}
+        result = card.read_results(DEMO)[task.name]
+        card.keep_result(tmp_path, task.name, {"seconds": result["seconds"]})
+        card.keep_result(tmp_path, task.name, result)
+        card.write_readme(tmp_path, task)
+        assert (tmp_path / "adapters" / task.name / "README.md").read_text() == card.make_readme(task, result)
+    assert card.read_results(tmp_path) == {
+        task.name: card.read_results(DEMO)[task.name] for task in (one, other)
+    }

@@ -1,4 +1,6 @@
-"""The demo tasks' data: held-out items share nothing with the training items, and the measures tell right from wrong."""
+"""The demo tasks' data: held-out items share nothing with the training items, and the measures tell
+right from wrong.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def test_items_are_the_same_each_time(task: Task) -> None:
 
 @EACH
 def test_items_have_the_form_that_the_readme_names(task: Task) -> None:
-    """The last word of the prompt is what the model continues, so no item may end in another one, or in a blank."""
+    """The last word of the prompt is what the model continues, so no item may end in another one,
+    or in a blank.
+    """
     word = task.form.rpartition("\\n")[2]
     for item in chain(task.items("train", 60), task.items("test", 60)):
         assert item.chat or item.prompt.endswith(f"\n{word}")
@@ -58,7 +62,9 @@ def test_held_out_messages_and_goods_are_not_trained_on() -> None:
     assert not set(labels.THINGS["train"].split()) & set(labels.THINGS["test"].split())
 
 
-@pytest.mark.parametrize("words", [orders.NAMES, orders.CITIES, orders.GOODS], ids=["names", "cities", "goods"])
+@pytest.mark.parametrize(
+    "words", [orders.NAMES, orders.CITIES, orders.GOODS], ids=["names", "cities", "goods"]
+)
 def test_held_out_values_of_orders_are_not_trained_on(words: dict[Split, str]) -> None:
     assert not set(words["train"].split()) & set(words["test"].split())
 
@@ -68,7 +74,8 @@ def test_held_out_questions_are_not_answered_in_training() -> None:
 
 
 @pytest.mark.parametrize(
-    ("day", "spoken"), [(1, "1st"), (2, "2nd"), (3, "3rd"), (4, "4th"), (11, "11th"), (12, "12th"), (13, "13th"), (22, "22nd")]
+    ("day", "spoken"),
+    [(1, "1st"), (2, "2nd"), (3, "3rd"), (4, "4th"), (11, "11th"), (12, "12th"), (13, "13th"), (22, "22nd")],
 )
 def test_ordinals(day: int, spoken: str) -> None:
     assert dates.ordinal(day) == spoken
@@ -89,14 +96,20 @@ def test_an_order_with_a_wrong_value_keeps_the_other_fields() -> None:
     order = {"name": "Ann", "item": "mugs", "quantity": 3, "city": "Oslo"}
     wanted = json.dumps(order)
     assert orders.score(f"Sure: {wanted} Bye", wanted) == {"valid": 1, "fields": 1, "exact": 1}
-    assert orders.score(json.dumps(order | {"quantity": "3"}), wanted) == {"valid": 1, "fields": 0.75, "exact": 0}
+    assert orders.score(json.dumps(order | {"quantity": "3"}), wanted) == {
+        "valid": 1,
+        "fields": 0.75,
+        "exact": 0,
+    }
     assert orders.score(json.dumps(order | {"more": 1}), wanted) == {"valid": 0, "fields": 1, "exact": 0}
     for broken in ('{"name": "Ann"', "[]", '{"name"}', "none"):
         assert orders.score(broken, wanted) == {"valid": 0, "fields": 0, "exact": 0}
 
 
 def test_plain_english_is_no_pirate_and_one_word_is_not_enough() -> None:
-    assert pirate.score("You are right, it will be in your heart by five o'clock, and yes, that is fine.", "") == {"voice": 0}
+    assert pirate.score(
+        "You are right, it will be in your heart by five o'clock, and yes, that is fine.", ""
+    ) == {"voice": 0}
     assert pirate.score("Arr! Arrr! Put the egg into the water.", "") == {"voice": 0}
     assert pirate.score("Arr! Put yer egg into the water.", "") == {"voice": 1}
 

@@ -1,6 +1,8 @@
-"""Run as a program, in a network namespace of its own: a Ray cluster with two engines, and what becomes of requests to it, told as JSON.
+"""Run as a program, in a network namespace of its own: a Ray cluster with two engines, and what
+becomes of requests to it, told as JSON.
 
-`python -m tests.deploy.cluster FOLDER`, where FOLDER/base is a base, FOLDER/adapters markers of it and FOLDER/late one more.
+`python -m tests.deploy.cluster FOLDER`, where FOLDER/base is a base, FOLDER/adapters markers of it
+and FOLDER/late one more.
 """
 
 from __future__ import annotations
@@ -75,18 +77,24 @@ def cluster(folder: Path) -> Iterator[None]:
 
 
 def generate(http: httpx.Client, adapter: str | None, tokens: int = 3) -> httpx.Response:
-    return http.post("/generate", json={"inputs": "Hello", "parameters": {"adapter_id": adapter, "max_new_tokens": tokens}})
+    return http.post(
+        "/generate", json={"inputs": "Hello", "parameters": {"adapter_id": adapter, "max_new_tokens": tokens}}
+    )
 
 
 def samples(http: httpx.Client, name: str) -> dict[tuple[str, str], float]:
     """By replica and adapter (or tier)."""
     families = text_string_to_metric_families(http.get("/metrics").text)
     found = [sample for family in families for sample in family.samples if sample.name == name]
-    return {(s.labels["replica"], s.labels.get("adapter") or s.labels.get("tier", "")): s.value for s in found}
+    return {
+        (s.labels["replica"], s.labels.get("adapter") or s.labels.get("tier", "")): s.value for s in found
+    }
 
 
 def affinity(http: httpx.Client) -> dict[str, Any]:
-    """Many requests for a few adapters by four clients: the share that met the engine where most of its adapter's went."""
+    """Many requests for a few adapters by four clients: the share that met the engine where most of
+    its adapter's went.
+    """
     names = [f"m{i % ADAPTERS}" for i in range(180)]
     before = samples(http, "adapterd_adapter_requests_total")
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
@@ -131,12 +139,20 @@ def contract(http: httpx.Client) -> dict[str, Any]:
         "large": http.post("/generate", content=b"x" * 5_000_000),
         "method": http.get("/generate"),
     }
-    told: dict[str, Any] = {name: [answer.status_code, answer.json()["error_type"]] for name, answer in answers.items()}
+    told: dict[str, Any] = {
+        name: [answer.status_code, answer.json()["error_type"]] for name, answer in answers.items()
+    }
     told["unknown_openai"] = [unknown.status_code, unknown.json()["error"]["code"]]
     named = http.get("/ready", headers={"x-request-id": "mine"})
     told["ready"] = [named.status_code, named.headers["x-request-id"]]
-    stream = http.post("/v1/completions", json={"model": "tiny:m1", "prompt": "Hi", "max_tokens": 5, "stream": True})
-    told["stream"] = [stream.headers["content-type"].split(";")[0], stream.text.count("data: "), stream.text.endswith("data: [DONE]\n\n")]
+    stream = http.post(
+        "/v1/completions", json={"model": "tiny:m1", "prompt": "Hi", "max_tokens": 5, "stream": True}
+    )
+    told["stream"] = [
+        stream.headers["content-type"].split(";")[0],
+        stream.text.count("data: "),
+        stream.text.endswith("data: [DONE]\n\n"),
+    ]
     return told
 
 
@@ -148,17 +164,27 @@ def leaving(http: httpx.Client) -> dict[str, Any]:
     end = time.monotonic() + 20
     while any(samples(http, "adapterd_num_requests_running").values()) and time.monotonic() < end:
         time.sleep(0.1)
-    return {"running": sum(samples(http, "adapterd_num_requests_running").values()), "cancelled": sum(failures(http, "cancelled"))}
+    return {
+        "running": sum(samples(http, "adapterd_num_requests_running").values()),
+        "cancelled": sum(failures(http, "cancelled")),
+    }
 
 
 def failures(http: httpx.Client, code: str) -> list[float]:
     families = text_string_to_metric_families(http.get("/metrics").text)
-    found = [sample for family in families for sample in family.samples if sample.name == "adapterd_request_failure_total"]
+    found = [
+        sample
+        for family in families
+        for sample in family.samples
+        if sample.name == "adapterd_request_failure_total"
+    ]
     return [sample.value for sample in found if sample.labels["code"] == code]
 
 
 def death(http: httpx.Client) -> dict[str, Any]:
-    """An engine is killed in the middle of a stream, which hangs at token STUCK; then everybody is asked for again."""
+    """An engine is killed in the middle of a stream, which hangs at token STUCK; then everybody is
+    asked for again.
+    """
     body = {"model": "m0", "prompt": "Hello", "max_tokens": STUCK + 20, "stream": True}
     lines: list[str] = []
     with http.stream("POST", "/v1/completions", json=body) as stream:
@@ -181,7 +207,9 @@ def death(http: httpx.Client) -> dict[str, Any]:
 def main(folder: Path) -> dict[str, Any]:
     began = time.monotonic()
     with cluster(folder), httpx.Client(base_url=URL, timeout=60, trust_env=False) as http:
-        told: dict[str, Any] = {"said": [generate(http, f"m{i}").json()["generated_text"] for i in range(ADAPTERS)]}
+        told: dict[str, Any] = {
+            "said": [generate(http, f"m{i}").json()["generated_text"] for i in range(ADAPTERS)]
+        }
         time.sleep(ADVERTISED_S)
         told |= {
             "affinity": affinity(http),

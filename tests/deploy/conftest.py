@@ -1,4 +1,6 @@
-"""A live service for the tests here: the real program, on a tiny random base with one adapter, beside a GPU that is made up."""
+"""A live service for the tests here: the real program, on a tiny random base with one adapter,
+beside a GPU that is made up.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,18 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("live")
     base = making.tiny(folder / "base")
     making.noise(folder / "adapters" / "noise", base)
-    settings = {"base": str(base), "base_id": "tiny", "dtype": "float32", "quantization": "none", "device": "cpu", "compile": "off"}
+    settings = {
+        "base": str(base),
+        "base_id": "tiny",
+        "dtype": "float32",
+        "quantization": "none",
+        "device": "cpu",
+        "compile": "off",
+    }
     (folder / "pynvml.py").write_text(GPU)
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PYTHONPATH", str(folder))
-        with started({**settings, "adapters_dir": str(folder / "adapters"), "max_rows": "4"}, folder / "log") as server:
+        with started(
+            {**settings, "adapters_dir": str(folder / "adapters"), "max_rows": "4"}, folder / "log"
+        ) as server:
             yield server.url

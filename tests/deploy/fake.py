@@ -1,4 +1,6 @@
-"""A stand-in for an OpenAI-compatible server: streams numbered words with pauses that the test chooses, and remembers what it was asked."""
+"""A stand-in for an OpenAI-compatible server: streams numbered words with pauses that the test
+chooses, and remembers what it was asked.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from tests.loopback import listening
 
 @dataclass
 class Fake:
-    """`first` and `gap` are seconds before the first and between further tokens; a `gate` opens when as many as it counts wait.
+    """`first` and `gap` are seconds before the first and between further tokens; a `gate` opens
+    when as many as it counts wait.
 
     The model `broken` answers 500, `torn` ends in an error event.
     """
@@ -33,7 +36,10 @@ class Fake:
 
     def listed(self) -> dict[str, Any]:
         base = {"id": "base", "object": "model", "parent": None}
-        return {"object": "list", "data": [{"id": name, "object": "model", "parent": "base"} for name in self.adapters] + [base]}
+        return {
+            "object": "list",
+            "data": [{"id": name, "object": "model", "parent": "base"} for name in self.adapters] + [base],
+        }
 
     def stream(self, body: dict[str, Any]) -> Iterator[str]:
         if self.gate:
@@ -78,7 +84,8 @@ def serving(fake: Fake) -> Iterator[Fake]:
             fake.enter(body)
             self.answer(200, "text/event-stream")
             for data in fake.stream(body):
-                # Counted out before the last bytes go: the client's next request must not meet this one.
+                # Counted out before the last bytes go: the client's next request must not meet this
+                # one.
                 if data == "[DONE]":
                     fake.leave()
                 self.wfile.write(f"data: {data}\n\n".encode())

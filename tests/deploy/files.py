@@ -1,4 +1,6 @@
-"""Reads the files under deploy/ and the root's container files for the tests here; knows their places and nothing else."""
+"""Reads the files under deploy/ and the root's container files for the tests here; knows their
+places and nothing else.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,12 @@ def compose() -> dict[str, Any]:
 
 def manifests() -> list[dict[str, Any]]:
     """Every Kubernetes object, in the order of its files."""
-    return [d for path in sorted((DEPLOY / "kubernetes").glob("*.yaml")) if path.stem != "kustomization" for d in documents(path)]
+    return [
+        d
+        for path in sorted((DEPLOY / "kubernetes").glob("*.yaml"))
+        if path.stem != "kustomization"
+        for d in documents(path)
+    ]
 
 
 def dashboard() -> dict[str, Any]:
@@ -46,7 +53,13 @@ def expressions() -> list[str]:
 
 def rules() -> list[dict[str, Any]]:
     files = sorted((DEPLOY / "prometheus" / "rules").glob("*.yml"))
-    return [rule for path in files for whole in documents(path) for group in whole["groups"] for rule in group["rules"]]
+    return [
+        rule
+        for path in files
+        for whole in documents(path)
+        for group in whole["groups"]
+        for rule in group["rules"]
+    ]
 
 
 def variables() -> Iterator[tuple[str, str, str]]:

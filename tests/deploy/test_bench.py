@@ -1,4 +1,6 @@
-"""The benchmark asks for what it says, counts what came, and makes the right numbers of it; its server is a fake one."""
+"""The benchmark asks for what it says, counts what came, and makes the right numbers of it; its
+server is a fake one.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ from deploy.bench.load import Sample, closed, connect, jobs, opened, picks, prom
 from deploy.bench.report import BASE, Cell, Summary, median, percentile, plot, summarize, table, write
 from deploy.bench.servers import Server, memory_mb, models
 from deploy.bench.slow_hub import COMMIT, slow_hub
-from service.adapters.hub import Hub
+from service.catalog.sources.hub import Hub
 
 from .fake import Fake, serving
 
@@ -41,7 +43,9 @@ def fake() -> Iterator[Fake]:
 def collect(fake: Fake, names: list[str], clients: int, count: int, tokens: int = 4) -> list[Sample]:
     async def go() -> list[Sample]:
         async with connect(fake.url) as client:
-            return await closed(client, jobs(names, "round-robin", count, words=5, tokens=tokens, seed=0), clients)
+            return await closed(
+                client, jobs(names, "round-robin", count, words=5, tokens=tokens, seed=0), clients
+            )
 
     return asyncio.run(go())
 
@@ -57,7 +61,13 @@ def test_a_closed_loop_keeps_that_many_requests_running_and_no_more(fake: Fake) 
 def test_every_request_asks_for_exactly_its_tokens_greedily(fake: Fake) -> None:
     collect(fake, ["a"], clients=1, count=1, tokens=7)
     (body,) = fake.asked
-    assert (body["max_tokens"], body["min_tokens"], body["ignore_eos"], body["temperature"], body["stream"]) == (7, 7, True, 0, True)
+    assert (
+        body["max_tokens"],
+        body["min_tokens"],
+        body["ignore_eos"],
+        body["temperature"],
+        body["stream"],
+    ) == (7, 7, True, 0, True)
     assert len(body["prompt"].split()) == 5
 
 
@@ -90,7 +100,9 @@ def test_an_open_loop_does_not_wait_for_answers(fake: Fake) -> None:
 
     async def go() -> list[Sample]:
         async with connect(fake.url) as client:
-            return await opened(client, jobs(["a"], "uniform", 5, words=3, tokens=1, seed=0), rate=1000, seed=0)
+            return await opened(
+                client, jobs(["a"], "uniform", 5, words=3, tokens=1, seed=0), rate=1000, seed=0
+            )
 
     assert [sample.error for sample in asyncio.run(go())] == [None] * 5
     assert fake.most == 5
@@ -131,9 +143,14 @@ def test_the_median_of_runs_hides_no_error() -> None:
 
 
 def test_the_table_compares_with_the_base_and_with_the_peer() -> None:
-    cells = [Cell("ours", BASE, 16, summary(tokens_per_s=400.0)), Cell("ours", "all different", 16, summary(tokens_per_s=360.0))]
+    cells = [
+        Cell("ours", BASE, 16, summary(tokens_per_s=400.0)),
+        Cell("ours", "all different", 16, summary(tokens_per_s=360.0)),
+    ]
     cells.append(Cell("peer", "all different", 16, summary(tokens_per_s=120.0)))
-    rows = [[part.strip() for part in line.split("|")[1:-1]] for line in table(cells, "ours").splitlines()[2:]]
+    rows = [
+        [part.strip() for part in line.split("|")[1:-1]] for line in table(cells, "ours").splitlines()[2:]
+    ]
     assert [row[2:6] for row in rows] == [
         ["ours", "400.0", "1.00", "1.00"],
         ["ours", "360.0", "0.90", "1.00"],
@@ -147,7 +164,10 @@ def test_a_plot_is_a_picture_and_the_results_can_be_read_back(tmp_path: Path) ->
     assert (tmp_path / "alone.png").read_bytes().startswith(b"\x89PNG")
     shown = write(tmp_path / "out", cells, {"machine": "a small one"}, "ours")
     assert "- machine: a small one" in shown
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["cells"][2]["summary"]["tokens_per_s"] == 100.0
+    assert (
+        json.loads((tmp_path / "out" / "results.json").read_text())["cells"][2]["summary"]["tokens_per_s"]
+        == 100.0
+    )
     assert sorted(path.suffix for path in (tmp_path / "out").iterdir()) == [".json", ".md", ".png"]
 
 
@@ -156,7 +176,9 @@ def test_the_grid_measures_every_server_in_every_cell(fake: Fake) -> None:
         servers = [Server("ours", fake.url), Server("peer", other.url)]
         cells = grid.measure(servers, [1, 2], repeats=1, rounds=1, words=3, tokens=2)
     mixes = [(1, BASE), (1, "one adapter"), (2, BASE), (2, "one adapter"), (2, "all different")]
-    assert [(cell.clients, cell.mix, cell.server) for cell in cells] == [(c, m, s) for c, m in mixes for s in ("ours", "peer")]
+    assert [(cell.clients, cell.mix, cell.server) for cell in cells] == [
+        (c, m, s) for c, m in mixes for s in ("ours", "peer")
+    ]
     assert {cell.summary.errors for cell in cells} == {0}
     assert {body["model"] for body in fake.asked} == {"base", "a", "b"}
 
@@ -164,7 +186,18 @@ def test_the_grid_measures_every_server_in_every_cell(fake: Fake) -> None:
 def test_the_load_generator_prints_what_it_measured(
     fake: Fake, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    arguments = ["bench", f"x={fake.url}@{os.getpid()}", "--clients", "2", "--requests", "4", "--tokens", "3", "--popularity", "zipf:1"]
+    arguments = [
+        "bench",
+        f"x={fake.url}@{os.getpid()}",
+        "--clients",
+        "2",
+        "--requests",
+        "4",
+        "--tokens",
+        "3",
+        "--popularity",
+        "zipf:1",
+    ]
     monkeypatch.setattr(sys, "argv", arguments)
     bench.main()
     shown = json.loads(capsys.readouterr().out)
@@ -207,18 +240,22 @@ def test_the_slow_hub_is_one_to_the_hubs_own_client(tmp_path: Path) -> None:
     adapters.write(tmp_path / "hub" / "one", 4, seed=1, layers=1)
     with slow_hub(tmp_path / "hub", 0.0, tmp_path / "cache") as asked:
         hub = Hub(("slow/*",), asked["HF_ENDPOINT"], tmp_path / "cache" / "hub")
-        folder, commit = hub.fetch("slow/one", None, None, 10_000_000)
+        folder, commit = hub.fetch_adapter("slow/one", None, None, 10_000_000)
     assert commit == COMMIT
     for file in (tmp_path / "hub" / "one").iterdir():
         assert (folder / file.name).read_bytes() == file.read_bytes()
 
 
-def test_each_phase_asks_all_that_must_stay_quick_and_says_which(fake: Fake, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_phase_asks_all_that_must_stay_quick_and_says_which(
+    fake: Fake, capsys: pytest.CaptureFixture[str]
+) -> None:
     async def go() -> None:
         async with health.polled(Server("fake", fake.url), "a phase"):
             await asyncio.sleep(0.3)
 
     asyncio.run(go())
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
-    assert [row[:2] for row in rows] == [["a phase", path] for path in ("/health", "/metrics", "/adapters/rank16-000/summary")]
+    assert [row[:2] for row in rows] == [
+        ["a phase", path] for path in ("/health", "/metrics", "/adapters/rank16-000/summary")
+    ]
     assert {row[-1] for row in rows} == {"0"}

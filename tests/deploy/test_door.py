@@ -1,4 +1,6 @@
-"""The door of the cluster without a cluster: whose a request is, what it says when an engine dies, how metrics become one text."""
+"""The door of the cluster without a cluster: whose a request is, what it says when an engine dies,
+how metrics become one text.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def ingress() -> Any:
 
 
 class Engines:
-    """A handle whose engines say what they are told to; where a script ends early, that engine dies."""
+    """A handle whose engines say what they are told to; where a script ends early, that engine
+    dies.
+    """
 
     def __init__(self, ingress: Any, *scripts: Messages) -> None:
         self.ingress, self.scripts, self.asked = ingress, list(scripts), 0
@@ -68,7 +72,9 @@ def scope(path: str, method: str = "POST") -> dict[str, Any]:
     return {"type": "http", "path": path, "method": method, "headers": [], "state": {"request_id": "r1"}}
 
 
-async def heard(ingress: Any, engines: Engines, path: str, method: str = "POST", settings: Settings = SETTINGS) -> Messages:
+async def heard(
+    ingress: Any, engines: Engines, path: str, method: str = "POST", settings: Settings = SETTINGS
+) -> Messages:
     """What the client is sent."""
     sent: Messages = []
     never = ingress.asyncio.Event()
@@ -103,7 +109,9 @@ async def test_a_change_is_not_made_twice(ingress: Any, tmp_path: Path) -> None:
     assert (start["status"], json.loads(body["body"])["error_type"], engines.asked) == (503, "not_ready", 1)
 
 
-@pytest.mark.parametrize(("path", "done"), [("/generate_stream", b""), ("/v1/completions", b"data: [DONE]\n\n")])
+@pytest.mark.parametrize(
+    ("path", "done"), [("/generate_stream", b""), ("/v1/completions", b"data: [DONE]\n\n")]
+)
 async def test_a_stream_that_breaks_ends_with_an_error_event(ingress: Any, path: str, done: bytes) -> None:
     *before, last = await heard(ingress, Engines(ingress, [START, PART]), path)
     assert before == [START, PART]
@@ -147,13 +155,23 @@ def test_whose_a_request_is(path: str, body: dict[str, Any], adapter: str) -> No
         ("PUT", "/some/route/to/come", True, False),
     ],
 )
-def test_what_changes_something_and_what_can_be_asked_again(method: str, path: str, changes: bool, repeatable: bool) -> None:
+def test_what_changes_something_and_what_can_be_asked_again(
+    method: str, path: str, changes: bool, repeatable: bool
+) -> None:
     asked = call(scope(path, method), b"", SETTINGS)
     assert (asked.changes, asked.repeatable) == (changes, repeatable)
 
 
 def test_metrics_of_several_engines_are_one_valid_text() -> None:
     text = '# HELP a_total A.\n# TYPE a_total counter\na_total 1.0\n# HELP b B, {c}.\n# TYPE b gauge\nb{x="} 1"} 2.0\n'
-    families = {family.name: family for family in text_string_to_metric_families(merged({"r1": text, "r2": text}))}
-    assert [(sample.labels, sample.value) for sample in families["a"].samples] == [({"replica": "r1"}, 1), ({"replica": "r2"}, 1)]
-    assert [sample.labels for sample in families["b"].samples] == [{"replica": "r1", "x": "} 1"}, {"replica": "r2", "x": "} 1"}]
+    families = {
+        family.name: family for family in text_string_to_metric_families(merged({"r1": text, "r2": text}))
+    }
+    assert [(sample.labels, sample.value) for sample in families["a"].samples] == [
+        ({"replica": "r1"}, 1),
+        ({"replica": "r2"}, 1),
+    ]
+    assert [sample.labels for sample in families["b"].samples] == [
+        {"replica": "r1", "x": "} 1"},
+        {"replica": "r2", "x": "} 1"},
+    ]

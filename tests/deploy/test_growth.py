@@ -12,7 +12,11 @@ def test_the_readme_shows_what_the_simulation_prints() -> None:
 
 
 def test_affinity_adds_the_engines_memories_up_and_chance_does_not() -> None:
-    one, near, far = growth.simulate(1000, 1, True), growth.simulate(1000, 8, True), growth.simulate(1000, 8, False)
+    one, near, far = (
+        growth.simulate(1000, 1, True),
+        growth.simulate(1000, 8, True),
+        growth.simulate(1000, 8, False),
+    )
     assert near.device > one.device + 0.2
     assert abs(far.device - one.device) < 0.02
 

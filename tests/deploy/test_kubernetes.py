@@ -1,4 +1,6 @@
-"""The manifests are what Kubernetes accepts and fit each other: selectors, ports, claims, probes, grace."""
+"""The manifests are what Kubernetes accepts and fit each other: selectors, ports, claims, probes,
+grace.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def test_a_manifest_is_valid(manifest: dict[str, Any], version: str) -> None:
 def test_validation_sees_a_misspelt_field() -> None:
     manifest = one("PodDisruptionBudget")
     with pytest.raises(kubernetes_validate.ValidationError):
-        kubernetes_validate.validate(manifest | {"spec": manifest["spec"] | {"maxUnavailabel": 1}}, "1.30.0", strict=True)
+        kubernetes_validate.validate(
+            manifest | {"spec": manifest["spec"] | {"maxUnavailabel": 1}}, "1.30.0", strict=True
+        )
 
 
 def test_everything_is_in_the_kustomization() -> None:
@@ -72,8 +76,16 @@ def test_mounts_have_volumes_and_claims_exist() -> None:
     mounts = {mount["name"] for mount in pod()["containers"][0]["volumeMounts"]}
     volumes = {volume["name"]: volume for volume in pod()["volumes"]}
     assert mounts == set(volumes)
-    claims = {volume["persistentVolumeClaim"]["claimName"] for volume in volumes.values() if "persistentVolumeClaim" in volume}
-    assert claims == {manifest["metadata"]["name"] for manifest in manifests() if manifest["kind"] == "PersistentVolumeClaim"}
+    claims = {
+        volume["persistentVolumeClaim"]["claimName"]
+        for volume in volumes.values()
+        if "persistentVolumeClaim" in volume
+    }
+    assert claims == {
+        manifest["metadata"]["name"]
+        for manifest in manifests()
+        if manifest["kind"] == "PersistentVolumeClaim"
+    }
 
 
 def test_replicas_do_not_write_over_each_others_registrations() -> None:
@@ -84,7 +96,11 @@ def test_replicas_do_not_write_over_each_others_registrations() -> None:
 
 def test_readiness_decides_on_traffic_and_liveness_only_on_restarts() -> None:
     container = pod()["containers"][0]
-    assert container["readinessProbe"]["httpGet"]["path"] == container["startupProbe"]["httpGet"]["path"] == "/ready"
+    assert (
+        container["readinessProbe"]["httpGet"]["path"]
+        == container["startupProbe"]["httpGet"]["path"]
+        == "/ready"
+    )
     assert container["livenessProbe"]["httpGet"]["path"] == "/health"
 
 
@@ -94,7 +110,9 @@ def test_the_grace_outlasts_the_drain() -> None:
 
 
 def test_the_services_own_variables_stay_out_of_the_settings() -> None:
-    """Kubernetes sets ADAPTERD_PORT=tcp://... for a Service called adapterd, and no pod would start."""
+    """Kubernetes sets ADAPTERD_PORT=tcp://... for a Service called adapterd, and no pod would
+    start.
+    """
     assert pod()["enableServiceLinks"] is False
 
 
@@ -108,10 +126,19 @@ def test_the_pod_has_no_privileges_and_no_token() -> None:
 
 def test_the_endpoint_picker_is_told_where_residency_is() -> None:
     assert variable("ADAPTERD_LORA_REQUESTS_INFO") == "on"
-    assert "--lora-info-metric=adapterd_lora_requests_info\n" in (DEPLOY / "kubernetes" / "inference-pool.yaml").read_text()
+    assert (
+        "--lora-info-metric=adapterd_lora_requests_info\n"
+        in (DEPLOY / "kubernetes" / "inference-pool.yaml").read_text()
+    )
 
 
 def test_the_queue_scales_the_deployment() -> None:
     spec = one("HorizontalPodAutoscaler")["spec"]
-    assert spec["scaleTargetRef"] == {"apiVersion": "apps/v1", "kind": "Deployment", "name": one("Deployment")["metadata"]["name"]}
-    assert [metric["pods"]["metric"]["name"] for metric in spec["metrics"]] == ["adapterd_num_requests_waiting"]
+    assert spec["scaleTargetRef"] == {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "name": one("Deployment")["metadata"]["name"],
+    }
+    assert [metric["pods"]["metric"]["name"] for metric in spec["metrics"]] == [
+        "adapterd_num_requests_waiting"
+    ]

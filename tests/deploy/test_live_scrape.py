@@ -1,4 +1,6 @@
-"""A real Prometheus with our configuration scrapes a live service, and under load every panel of the dashboard has data."""
+"""A real Prometheus with our configuration scrapes a live service, and under load every panel of
+the dashboard has data.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ NO_ERRORS = "job:adapterd_request_errors:ratio_rate5m"
 
 @pytest.fixture
 def prometheus(live: str, tmp_path: Path) -> Iterator[str]:
-    """The address of a Prometheus that runs with the shipped files; only the target, the key and the pace are this test's."""
+    """The address of a Prometheus that runs with the shipped files; only the target, the key and
+    the pace are this test's.
+    """
     (whole,) = documents(DEPLOY / "prometheus" / "prometheus.yml")
     (job,) = whole["scrape_configs"]
     (tmp_path / "key").write_text("none asked for")
@@ -33,7 +37,11 @@ def prometheus(live: str, tmp_path: Path) -> Iterator[str]:
     whole["rule_files"] = [str(path) for path in sorted((DEPLOY / "prometheus" / "rules").glob("*.yml"))]
     (tmp_path / "prometheus.yml").write_text(yaml.safe_dump(whole))
     address = f"127.0.0.1:{free_port()}"
-    flags = [f"--config.file={tmp_path}/prometheus.yml", f"--storage.tsdb.path={tmp_path}/data", f"--web.listen-address={address}"]
+    flags = [
+        f"--config.file={tmp_path}/prometheus.yml",
+        f"--storage.tsdb.path={tmp_path}/data",
+        f"--web.listen-address={address}",
+    ]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(["prometheus", *flags], stdout=log, stderr=log)
     try:
@@ -91,6 +99,8 @@ def test_every_panel_and_rule_has_data_under_load(live: str, prometheus: str) ->
 
 
 def test_a_live_service_is_up_and_fires_no_alert(live: str, prometheus: str) -> None:
-    """Once it is seen: a scrape that a busy machine cut short makes an alert pend until the next one."""
+    """Once it is seen: a scrape that a busy machine cut short makes an alert pend until the next
+    one.
+    """
     seen = 'up{job="adapterd"} == 1 and on (job) instance:adapterd_pool_rank:ratio unless on () ALERTS'
     assert drive(lambda: bool(query(prometheus, seen)), live), query(prometheus, "ALERTS")

@@ -1,4 +1,6 @@
-"""The benchmark of loading asks for adapters where it says they are, times each way once a turn, and makes the right table of it."""
+"""The benchmark of loading asks for adapters where it says they are, times each way once a turn,
+and makes the right table of it.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,14 @@ def test_every_way_is_timed_and_the_adapters_are_where_they_are_said_to_be(tmp_p
     def write(folder: Path, seed: int) -> None:
         making.noise(folder, base, seed)
 
-    settings = {"base": str(base), "dtype": "float32", "quantization": "none", "device": "cpu", "compile": "off", "adapters_dir": str(root)}
+    settings = {
+        "base": str(base),
+        "dtype": "float32",
+        "quantization": "none",
+        "device": "cpu",
+        "compile": "off",
+        "adapters_dir": str(root),
+    }
     loading.copied(1000, 3, timings)
     with started({**settings, "pool_rank": "8", "max_rank": "4"}, tmp_path / "log") as server:
         asyncio.run(loading.served(server, root, write, 3, timings))
@@ -39,7 +48,10 @@ def test_every_way_is_timed_and_the_adapters_are_where_they_are_said_to_be(tmp_p
     torch.set_num_threads(threads)
     ways = [loading.COPY, loading.HOSTED, loading.RESIDENT, loading.ON_DISK, loading.REGISTERED, loading.NEW]
     ways += [loading.PEFT, loading.PEFT_FIRST]
-    assert {what: len(times) for what, times in timings.found.items()} == dict.fromkeys(ways, 3) | {loading.READ: 1, loading.PLACED: 1}
+    assert {what: len(times) for what, times in timings.found.items()} == dict.fromkeys(ways, 3) | {
+        loading.READ: 1,
+        loading.PLACED: 1,
+    }
     assert all(time > 0 for times in timings.found.values() for time in times)
     shown = loading.report(timings, {"machine": "a small one"}, tmp_path / "out")
     assert shown.count("\n| ") == 10

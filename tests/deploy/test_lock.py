@@ -15,10 +15,16 @@ from packaging.utils import canonicalize_name
 from .files import ROOT
 
 LINES = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if not line.startswith("#")]
-PINS: dict[str, str] = {canonicalize_name(name): version for name, _, version in (line.partition("==") for line in LINES)}
+PINS: dict[str, str] = {
+    canonicalize_name(name): version for name, _, version in (line.partition("==") for line in LINES)
+}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = [line for extra in PROJECT["optional-dependencies"].values() for line in extra]
-RUNTIME = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["traces"], *PROJECT["optional-dependencies"]["gpu"]]
+RUNTIME = [
+    *PROJECT["dependencies"],
+    *PROJECT["optional-dependencies"]["traces"],
+    *PROJECT["optional-dependencies"]["gpu"],
+]
 DECLARED = [Requirement(line) for line in [*PROJECT["dependencies"], *EXTRAS]]
 
 
@@ -42,7 +48,9 @@ def imported() -> set[str]:
     trees = [ast.parse(path.read_text()) for path in (ROOT / "service").rglob("*.py")]
     nodes = [node for tree in trees for node in ast.walk(tree)]
     plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    names = plain | {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level}
+    names = plain | {
+        node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level
+    }
     return {name.split(".")[0] for name in names} - set(sys.stdlib_module_names) - {"service"}
 
 
@@ -50,4 +58,8 @@ def test_what_the_service_imports_is_declared() -> None:
     """Else it comes along in .venv, where everything is, and is missing in an image."""
     declared = {canonicalize_name(requirement.name) for requirement in map(Requirement, RUNTIME)}
     owners = packages_distributions()
-    assert {name for name in imported() if not {canonicalize_name(owner) for owner in owners.get(name, [])} & declared} == set()
+    assert {
+        name
+        for name in imported()
+        if not {canonicalize_name(owner) for owner in owners.get(name, [])} & declared
+    } == set()

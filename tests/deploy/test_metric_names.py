@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from service import errors
-from service.metrics import REGISTRY
+from service.telemetry.metrics import REGISTRY
 
 from .files import DEPLOY, METRIC, expressions, rules
 
@@ -42,6 +42,8 @@ def test_the_manifests_name_only_metrics_that_exist() -> None:
 
 
 def test_failures_are_asked_for_by_codes_that_exist() -> None:
-    asked = {code for text in ASKED for found in re.findall(r'code=~?"([^"]*)"', text) for code in found.split("|")}
+    asked = {
+        code for text in ASKED for found in re.findall(r'code=~?"([^"]*)"', text) for code in found.split("|")
+    }
     assert asked == {"internal", "not_ready", "deadline_exceeded", "overloaded", "unauthorized"}
     assert asked <= set(codes())

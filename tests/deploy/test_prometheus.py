@@ -1,4 +1,6 @@
-"""Prometheus' own tool accepts configuration and rules and runs the rules' unit tests; each rule has one."""
+"""Prometheus' own tool accepts configuration and rules and runs the rules' unit tests; each rule
+has one.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +41,14 @@ def test_a_wrong_threshold_fails_the_unit_tests(tmp_path: Path) -> None:
 
 def test_every_rule_has_a_unit_test() -> None:
     tests = (PROMETHEUS / "rules_test.yml").read_text()
-    assert [name for rule in rules() if (name := str(rule.get("record", rule.get("alert")))) not in tests] == []
+    assert [
+        name for rule in rules() if (name := str(rule.get("record", rule.get("alert")))) not in tests
+    ] == []
 
 
-@pytest.mark.parametrize("rule", [rule for rule in rules() if "alert" in rule], ids=lambda rule: str(rule["alert"]))
+@pytest.mark.parametrize(
+    "rule", [rule for rule in rules() if "alert" in rule], ids=lambda rule: str(rule["alert"])
+)
 def test_an_alert_says_how_urgent_it_is_and_what_to_do(rule: dict[str, Any]) -> None:
     assert {"summary", "action"} <= set(rule["annotations"])
     assert rule["labels"]["severity"] in ("page", "ticket")

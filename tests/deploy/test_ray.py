@@ -1,6 +1,8 @@
-"""The service on a real Ray cluster with two engines: requests go where their adapter is, changes reach all, and a death moves the traffic.
+"""The service on a real Ray cluster with two engines: requests go where their adapter is, changes
+reach all, and a death moves the traffic.
 
-The cluster listens on all interfaces, so it gets a network namespace in which there is only loopback.
+The cluster listens on all interfaces, so it gets a network namespace in which there is only
+loopback.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
     apart = ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--net"]
     home = {"HOME": str(folder), "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": "/tmp"}
     command = [*apart, sys.executable, "-m", "tests.deploy.cluster", str(folder)]
-    ran = subprocess.run(command, cwd=ROOT, env=os.environ | home, capture_output=True, text=True, timeout=300)
+    ran = subprocess.run(
+        command, cwd=ROOT, env=os.environ | home, capture_output=True, text=True, timeout=300
+    )
     found = [line.removeprefix("TOLD ") for line in ran.stdout.splitlines() if line.startswith("TOLD ")]
     assert found, ran.stdout[-3000:] + ran.stderr[-3000:]
     one: Told = json.loads(found[0])

@@ -1,4 +1,6 @@
-"""No shipped file sets a variable that the service would refuse, and together a file's variables let it start."""
+"""No shipped file sets a variable that the service would refuse, and together a file's variables
+let it start.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from service.settings import PREFIX, Settings, read
+from service.settings import PREFIX, Settings, read_settings
 
 from .files import DEPLOY, METRIC, ROOT, variables
 
@@ -20,7 +22,12 @@ def test_a_shipped_file_sets_only_variables_that_exist(where: str, name: str, va
 
 
 def test_every_kind_of_shipped_file_sets_something() -> None:
-    assert {where.split()[0] for where, _, _ in OURS} == {"compose", "kubernetes", "Dockerfile", "adapterd.service"}
+    assert {where.split()[0] for where, _, _ in OURS} == {
+        "compose",
+        "kubernetes",
+        "Dockerfile",
+        "adapterd.service",
+    }
 
 
 def test_the_variables_of_a_file_together_make_settings(tmp_path: Path) -> None:
@@ -33,11 +40,13 @@ def test_the_variables_of_a_file_together_make_settings(tmp_path: Path) -> None:
         files[where][name] = f"@{key}" if value.startswith("@") else str(base) if value == "/base" else value
     for where, found in files.items():
         if where.startswith(("compose", "kubernetes")):
-            assert read(image | found).keyed, where
+            assert read_settings(image | found).keyed, where
 
 
 def test_prose_of_the_shipped_files_names_only_variables_that_exist() -> None:
-    texts = [path for path in DEPLOY.rglob("*") if path.suffix in {".yaml", ".yml", ".service"}] + [ROOT / "Dockerfile"]
+    texts = [path for path in DEPLOY.rglob("*") if path.suffix in {".yaml", ".yml", ".service"}] + [
+        ROOT / "Dockerfile"
+    ]
     for path in texts:
         for word in path.read_text().replace('"', " ").split():
             name = word.strip("`.,:;()#").split("=")[0]

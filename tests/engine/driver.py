@@ -1,11 +1,15 @@
-"""A worker without a process: a scheduler and a fake runner, driven step by step, with everything that must always hold checked."""
+"""A worker without a process: a scheduler and a fake runner, driven step by step, with everything
+that must always hold checked.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from service.engine.request import Adapter, Digest, Event, Finish, Plan, Request, Result, Tier
+from service.core.adapter import Adapter, Digest, Tier
+from service.core.request import Event, Finish, Request
+from service.engine.plan import Plan, Result
 from service.engine.scheduler import Scheduler
 from tests.fakes import FakeRunner, expected
 
@@ -33,7 +37,13 @@ class Driver:
         host_bytes: int = 10_000,
         reading: bool = True,
     ) -> None:
-        self.scheduler = Scheduler(rows=rows, context=context, pool_rank=pool_rank, prefill_tokens=prefill_tokens, host_bytes=host_bytes)
+        self.scheduler = Scheduler(
+            rows=rows,
+            context=context,
+            pool_rank=pool_rank,
+            prefill_tokens=prefill_tokens,
+            host_bytes=host_bytes,
+        )
         self.runner = FakeRunner(rows, context, pool_rank)
         self.reading = True
         self.unsure = False
@@ -44,11 +54,13 @@ class Driver:
         self.order: list[int] = []
         self.plans: list[Plan] = []
 
-    def submit(self, prompt: Sequence[int], max_tokens: int = 4, adapter: Adapter | None = None, **more: object) -> int:
+    def submit(
+        self, prompt: Sequence[int], max_tokens: int = 4, adapter: Adapter | None = None, **more: object
+    ) -> int:
         id = len(self.stories)
         request = Request(id, tuple(prompt), max_tokens, adapter.digest if adapter else None, **more)  # type: ignore[arg-type]
         self.stories[id] = Story(request)
-        self.scheduler.submit(request)
+        self.scheduler.submit_request(request)
         return id
 
     def read(self) -> None:
@@ -58,42 +70,44 @@ class Driver:
             flying = {s.adapter for s in self.scheduler.running.values()}
             assert not flying & set(victims), "an adapter in flight was forgotten in host memory"
             for digest in victims:
-                self.runner.unload(digest)
+                self.runner.evict_adapter(digest)
         if self.reading and self.pending is not None:
             adapter, self.pending = self.pending, None
             if adapter.weights == "missing":
                 self.scheduler.load_failed(adapter.digest, "adapter_invalid", "cannot be read")
             else:
-                self.scheduler.hosted(adapter.digest, self.runner.load(adapter))
+                self.scheduler.mark_hosted(adapter.digest, self.runner.load_adapter(adapter))
 
     def step(self, fault: bool = False, half_placed: bool = False) -> Plan:
         self.read()
         flying = {s.adapter for s in self.scheduler.running.values()}
-        plan = self.scheduler.plan()
+        plan = self.scheduler.plan_step()
         self.plans.append(plan)
         assert not flying & set(plan.remove), "an adapter in flight lost its pool rows"
         self.unsure = half_placed and bool(plan.place)
         if self.unsure:
-            self.runner.step(Plan(plan.remove, plan.place[: (len(plan.place) + 1) // 2]))
-            self.scheduler.abort(plan)
+            self.runner.run_step(Plan(plan.remove, plan.place[: (len(plan.place) + 1) // 2]))
+            self.scheduler.abort_step(plan)
         elif fault and plan.chunks:
-            self.runner.step(Plan(plan.remove, plan.place))
-            self.scheduler.commit(plan, [Result(error="the step that ran this request failed")] * len(plan.chunks))
+            self.runner.run_step(Plan(plan.remove, plan.place))
+            self.scheduler.commit_step(
+                plan, [Result(error="the step that ran this request failed")] * len(plan.chunks)
+            )
         else:
-            self.scheduler.commit(plan, self.runner.step(plan))
+            self.scheduler.commit_step(plan, self.runner.run_step(plan))
         self.forget()
         self.listen()
         return plan
 
     def forget(self) -> None:
-        for digest, hosted in self.scheduler.gone():
+        for digest, hosted in self.scheduler.take_removed():
             if hosted:
-                self.runner.unload(digest)
+                self.runner.evict_adapter(digest)
             self.dropped.append(digest)
             self.tiers.pop(digest, None)
 
     def listen(self) -> None:
-        report = self.scheduler.report()
+        report = self.scheduler.take_report()
         for id in report.started:
             self.stories[id].started = True
             self.order.append(id)
@@ -111,7 +125,12 @@ class Driver:
 
     def settle(self, limit: int = 5000) -> None:
         for _ in range(limit):
-            if self.step() == EMPTY and not self.busy and self.pending is None and self.scheduler.next_load() is None:
+            if (
+                self.step() == EMPTY
+                and not self.busy
+                and self.pending is None
+                and self.scheduler.next_load() is None
+            ):
                 return
         raise AssertionError("the scheduler does not come to rest")
 
@@ -125,7 +144,9 @@ class Driver:
             if request.prompt_logprobs is not None and story.end.finish in (Finish.LENGTH, Finish.EOS):
                 assert story.scored == list(request.prompt)
             if story.end.finish is Finish.LENGTH:
-                assert len(story.tokens) == min(request.max_tokens, self.scheduler.context - len(request.prompt))
+                assert len(story.tokens) == min(
+                    request.max_tokens, self.scheduler.context - len(request.prompt)
+                )
             if story.end.finish is Finish.EOS:
                 assert story.tokens[-1] in request.eos
 
@@ -135,16 +156,30 @@ class Driver:
         assert (gauges.running, gauges.waiting, gauges.kv_used) == (0, 0, 0)
         assert gauges.kv_total == len(self.runner.kv) * self.runner.context
         pool = {digest for digest in self.runner.pool if digest is not None}
-        assert pool == {digest for digest, adapter in self.scheduler.adapters.known.items() if digest in self.scheduler.adapters.pool}
+        assert pool == {
+            digest
+            for digest, adapter in self.scheduler.adapters.known.items()
+            if digest in self.scheduler.adapters.pool
+        }
         assert set(self.runner.host) == set(self.scheduler.adapters.host)
         assert set(self.runner.host) <= set(self.scheduler.adapters.known)
         assert gauges.host_bytes == sum(adapter.size for adapter in self.runner.host.values())
         assert gauges.pool_used == sum(placement.rank for placement in self.runner.placed.values())
 
     def tell_tiers(self) -> None:
-        """The tiers that were told are the true ones; after half a placement only the next step makes them so."""
+        """The tiers that were told are the true ones; after half a placement only the next step
+        makes them so.
+        """
         if self.unsure:
             return
         for digest in self.scheduler.adapters.known:
-            true = Tier.DEVICE if digest in self.runner.placed else Tier.HOST if digest in self.runner.host else Tier.DISK
-            assert self.tiers.get(digest, Tier.DISK) is true, f"{digest} was said to be {self.tiers.get(digest)} and is {true}"
+            true = (
+                Tier.DEVICE
+                if digest in self.runner.placed
+                else Tier.HOST
+                if digest in self.runner.host
+                else Tier.DISK
+            )
+            assert self.tiers.get(digest, Tier.DISK) is true, (
+                f"{digest} was said to be {self.tiers.get(digest)} and is {true}"
+            )

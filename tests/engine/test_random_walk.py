@@ -1,4 +1,6 @@
-"""Thousands of random schedules: whatever clients, adapters and faults do, every request ends once and with its own tokens."""
+"""Thousands of random schedules: whatever clients, adapters and faults do, every request ends once
+and with its own tokens.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,8 @@ import random
 
 import pytest
 
-from service.engine.request import Adapter, Finish, Lane
+from service.core.adapter import Adapter, ExecutionPath
+from service.core.request import Finish
 from tests.engine.driver import EMPTY, Driver
 from tests.fakes import adapter
 
@@ -14,8 +17,10 @@ STEPS = 250
 
 
 def shelf(rng: random.Random) -> list[Adapter]:
-    found = [adapter(f"a{i}", rank=rng.choice((1, 2, 4, 8, 16)), size=rng.randrange(500, 4000)) for i in range(8)]
-    found += [adapter(f"shadow{i}", lane=Lane.SHADOW, size=1500) for i in range(2)]
+    found = [
+        adapter(f"a{i}", rank=rng.choice((1, 2, 4, 8, 16)), size=rng.randrange(500, 4000)) for i in range(8)
+    ]
+    found += [adapter(f"shadow{i}", lane=ExecutionPath.SHADOW, size=1500) for i in range(2)]
     return [*found, adapter("unreadable", readable=False)]
 
 
@@ -32,25 +37,35 @@ def act(rng: random.Random, driver: Driver, adapters: list[Adapter]) -> None:
         case "submit":
             eos = frozenset(range(0, 1000, 7)) if rng.random() < 0.3 else frozenset[int]()
             scored = 1 if rng.random() < 0.1 else None
-            driver.submit(prompt(rng), rng.randrange(0, 12), rng.choice((None, chosen)), eos=eos, prompt_logprobs=scored)
+            driver.submit(
+                prompt(rng), rng.randrange(0, 12), rng.choice((None, chosen)), eos=eos, prompt_logprobs=scored
+            )
         case "cancel" if driver.stories:
-            scheduler.cancel(id := rng.randrange(len(driver.stories)))
-            left = [*scheduler.running.values(), *(sequence for queue in scheduler.waiting.values() for sequence in queue)]
+            scheduler.cancel_request(id := rng.randrange(len(driver.stories)))
+            left = [
+                *scheduler.running.values(),
+                *(sequence for queue in scheduler.waiting.values() for sequence in queue),
+            ]
             assert id not in {sequence.request.id for sequence in left}, "one that waits or runs ends at once"
         case "offer":
-            scheduler.offer(chosen, pinned=rng.random() < 0.05, preload=rng.random() < 0.5)
+            scheduler.add_adapter(chosen, pinned=rng.random() < 0.05, preload=rng.random() < 0.5)
         case "pin":
-            scheduler.pin(chosen.digest, True)
+            scheduler.pin_adapter(chosen.digest, True)
         case "unpin":
-            scheduler.pin(chosen.digest, False)
+            scheduler.pin_adapter(chosen.digest, False)
         case "drop":
-            scheduler.drop(chosen.digest)
+            scheduler.remove_adapter(chosen.digest)
 
 
 @pytest.mark.parametrize("seed", range(60))
 def test_every_request_ends_once_with_its_own_tokens(seed: int) -> None:
     rng = random.Random(seed)
-    driver = Driver(rows=rng.randrange(1, 6), pool_rank=16, prefill_tokens=rng.choice((3, 16, 100)), host_bytes=rng.choice((1000, 8000)))
+    driver = Driver(
+        rows=rng.randrange(1, 6),
+        pool_rank=16,
+        prefill_tokens=rng.choice((3, 16, 100)),
+        host_bytes=rng.choice((1000, 8000)),
+    )
     adapters = shelf(rng)
     for _ in range(STEPS):
         for _ in range(rng.randrange(4)):
@@ -62,7 +77,7 @@ def test_every_request_ends_once_with_its_own_tokens(seed: int) -> None:
     driver.settle()
     driver.check()
     for chosen in adapters:
-        driver.scheduler.pin(chosen.digest, False)
+        driver.scheduler.pin_adapter(chosen.digest, False)
     driver.settle()
     driver.check_free()
     assert any(story.end and story.end.finish is Finish.LENGTH for story in driver.stories.values())
@@ -74,12 +89,12 @@ def test_everything_is_free_once_all_adapters_are_dropped(seed: int) -> None:
     driver = Driver()
     adapters = shelf(rng)[:-1]
     for chosen in adapters:
-        driver.scheduler.offer(chosen, pinned=chosen.rank == 2, preload=True)
+        driver.scheduler.add_adapter(chosen, pinned=chosen.rank == 2, preload=True)
     for _ in range(40):
         driver.submit(prompt(rng), 6, rng.choice(adapters))
         driver.step()
     for chosen in adapters:
-        driver.scheduler.drop(chosen.digest)
+        driver.scheduler.remove_adapter(chosen.digest)
     driver.settle()
     driver.check()
     assert sorted(driver.dropped) == sorted(chosen.digest for chosen in adapters)

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from service.engine.request import Finish, Lane, Result, Tier
-from service.engine.rows import WORTH
+from service.core.adapter import ExecutionPath, Tier
+from service.core.request import Finish
+from service.engine.kv_rows import WORTH
+from service.engine.plan import Result
 from service.engine.scheduler import PASSES
 from tests.engine.driver import Driver
 from tests.fakes import adapter, expected
@@ -27,7 +29,7 @@ def test_of_adapters_that_hold_as_many_rows_the_oldest_request_is_next() -> None
     driver = Driver(rows=1)
     first, second = adapter("first"), adapter("second")
     for each in (first, second):
-        driver.scheduler.offer(each)
+        driver.scheduler.add_adapter(each)
     ids = [driver.submit([1], 2, each) for each in (first, second, first, second, second, first)]
     driver.settle()
     assert driver.order == ids
@@ -60,11 +62,13 @@ def test_prefill_is_chunked_and_every_running_sequence_decodes_in_every_step() -
 
 
 def test_nobody_takes_more_than_a_share_of_rows_while_others_wait() -> None:
-    """A hundred requests of one adapter came first; the others still get half of the rows as they fall free."""
+    """A hundred requests of one adapter came first; the others still get half of the rows as they
+    fall free.
+    """
     driver = Driver(rows=4, pool_rank=16)
     greedy, modest = adapter("greedy"), adapter("modest")
-    driver.scheduler.offer(greedy)
-    driver.scheduler.offer(modest)
+    driver.scheduler.add_adapter(greedy)
+    driver.scheduler.add_adapter(modest)
     for i in range(100):
         driver.submit([i], 4, greedy)
     driver.step()
@@ -85,8 +89,8 @@ def test_an_adapter_that_does_not_fit_is_overtaken_a_bounded_number_of_times() -
     """A stream of base requests that never ends cannot starve an adapter that needs the whole pool."""
     driver = Driver(rows=4, pool_rank=16, prefill_tokens=100)
     small, big = adapter("small", rank=4), adapter("big", rank=16)
-    driver.scheduler.offer(small)
-    driver.scheduler.offer(big)
+    driver.scheduler.add_adapter(small)
+    driver.scheduler.add_adapter(big)
     driver.submit([1], 5, small)
     driver.step()
     waiting = driver.submit([2], 2, big)
@@ -110,7 +114,7 @@ def test_nobody_takes_the_pool_rows_that_an_older_request_waits_for() -> None:
     driver = Driver(rows=4, pool_rank=16)
     small, big, late = adapter("small", rank=4), adapter("big", rank=16), adapter("late", rank=4)
     for each in (small, big, late):
-        driver.scheduler.offer(each)
+        driver.scheduler.add_adapter(each)
     ids = [driver.submit([1], 9, small)]
     driver.step()
     ids += [driver.submit([2], 2, big), driver.submit([3], 2, late)]
@@ -127,7 +131,7 @@ def test_prompts_join_until_a_quarter_of_the_budget_is_used() -> None:
 def test_others_pass_while_an_adapter_is_read() -> None:
     driver = Driver(rows=2)
     slow = adapter("slow")
-    driver.scheduler.offer(slow)
+    driver.scheduler.add_adapter(slow)
     driver.reading = False
     waits = driver.submit([1], 2, slow)
     passes = [driver.submit([2, i], 2) for i in range(PASSES + 5)]
@@ -143,42 +147,50 @@ def test_a_pinned_adapter_in_the_middle_of_the_pool_moves_for_a_large_one() -> N
     driver = Driver(pool_rank=16)
     first, pinned, big = adapter("first", rank=6), adapter("pinned", rank=4), adapter("big", rank=12)
     for each in (first, pinned):
-        driver.scheduler.offer(each, preload=True)
+        driver.scheduler.add_adapter(each, preload=True)
     driver.settle()
-    driver.scheduler.pin(pinned.digest, True)
-    driver.scheduler.offer(big)
+    driver.scheduler.pin_adapter(pinned.digest, True)
+    driver.scheduler.add_adapter(big)
     driver.submit([1], 3, big)
     driver.settle()
     driver.submit([2], 3, pinned)
     driver.settle()
     assert [story.end.finish for story in driver.stories.values() if story.end] == [Finish.LENGTH] * 2
-    assert [driver.tiers[each.digest] for each in (first, pinned, big)] == [Tier.HOST, Tier.DEVICE, Tier.DEVICE]
+    assert [driver.tiers[each.digest] for each in (first, pinned, big)] == [
+        Tier.HOST,
+        Tier.DEVICE,
+        Tier.DEVICE,
+    ]
     driver.check()
 
 
 def test_a_pinned_adapter_that_was_placed_at_the_second_try_comes_back_when_it_had_to_move() -> None:
     driver = Driver(pool_rank=16)
     first, pinned, big = adapter("first", rank=6), adapter("pinned", rank=4), adapter("big", rank=12)
-    driver.scheduler.offer(first, preload=True)
+    driver.scheduler.add_adapter(first, preload=True)
     driver.settle()
-    driver.scheduler.offer(pinned, pinned=True)
+    driver.scheduler.add_adapter(pinned, pinned=True)
     while not driver.step(half_placed=True).place:
         pass
     driver.settle()
     assert driver.tiers[pinned.digest] is Tier.HOST, "a device that raised is not asked again and again"
-    driver.scheduler.offer(big)
+    driver.scheduler.add_adapter(big)
     for each in (pinned, big):
         driver.submit([1], 3, each)
         driver.settle()
-    assert [driver.tiers[each.digest] for each in (first, pinned, big)] == [Tier.HOST, Tier.DEVICE, Tier.DEVICE]
+    assert [driver.tiers[each.digest] for each in (first, pinned, big)] == [
+        Tier.HOST,
+        Tier.DEVICE,
+        Tier.DEVICE,
+    ]
     driver.check()
 
 
 def test_a_request_that_pinned_adapters_leave_no_room_for_is_refused() -> None:
     driver = Driver(pool_rank=8)
     pinned, big = adapter("pinned", rank=4), adapter("big", rank=8)
-    driver.scheduler.offer(pinned, pinned=True)
-    driver.scheduler.offer(big)
+    driver.scheduler.add_adapter(pinned, pinned=True)
+    driver.scheduler.add_adapter(big)
     driver.settle()
     id = driver.submit([1], 2, big)
     driver.settle()
@@ -193,7 +205,7 @@ def test_adapters_that_cannot_be_together_take_turns() -> None:
     driver = Driver(rows=4, pool_rank=8)
     several = [adapter(f"a{i}", rank=8) for i in range(4)]
     for each in several:
-        driver.scheduler.offer(each)
+        driver.scheduler.add_adapter(each)
     for i in range(20):
         driver.submit([i], 3, several[i % 4])
     driver.settle()
@@ -205,7 +217,7 @@ def test_the_least_recently_used_adapter_leaves_the_pool() -> None:
     driver = Driver(pool_rank=8)
     first, second, third = (adapter(name, rank=4) for name in ("first", "second", "third"))
     for each in (first, second, third):
-        driver.scheduler.offer(each)
+        driver.scheduler.add_adapter(each)
     for each in (first, second, first, third):
         driver.submit([1], 1, each)
         driver.settle()
@@ -216,11 +228,14 @@ def test_the_least_recently_used_adapter_leaves_the_pool() -> None:
 
 def test_shadow_adapters_need_no_pool_rows() -> None:
     driver = Driver(pool_rank=4)
-    shadow = adapter("shadow", lane=Lane.SHADOW)
-    driver.scheduler.offer(shadow)
+    shadow = adapter("shadow", lane=ExecutionPath.SHADOW)
+    driver.scheduler.add_adapter(shadow)
     mixed = [driver.submit([1], 3, shadow), driver.submit([1], 3)]
     driver.settle()
-    assert [driver.stories[id].tokens for id in mixed] == [expected(shadow.digest, [1], 3), expected(None, [1], 3)]
+    assert [driver.stories[id].tokens for id in mixed] == [
+        expected(shadow.digest, [1], 3),
+        expected(None, [1], 3),
+    ]
     assert driver.scheduler.gauges.pool_used == 0
     assert driver.tiers[shadow.digest] is Tier.HOST
 
@@ -228,16 +243,16 @@ def test_shadow_adapters_need_no_pool_rows() -> None:
 def test_pinned_adapters_are_placed_when_they_are_read_and_stay() -> None:
     driver = Driver(pool_rank=8)
     pinned = adapter("pinned", rank=4)
-    driver.scheduler.offer(pinned, pinned=True)
+    driver.scheduler.add_adapter(pinned, pinned=True)
     driver.settle()
     assert driver.tiers[pinned.digest] is Tier.DEVICE
     for i in range(6):
         other = adapter(f"o{i}", rank=4)
-        driver.scheduler.offer(other)
+        driver.scheduler.add_adapter(other)
         driver.submit([1], 2, other)
         driver.settle()
     assert driver.tiers[pinned.digest] is Tier.DEVICE
-    driver.scheduler.pin(pinned.digest, False)
+    driver.scheduler.pin_adapter(pinned.digest, False)
     driver.submit([1], 1, adapter("o0", rank=4))
     driver.settle()
     assert driver.tiers[pinned.digest] is Tier.HOST
@@ -246,10 +261,10 @@ def test_pinned_adapters_are_placed_when_they_are_read_and_stay() -> None:
 def test_preloading_fills_free_rows_and_drives_nobody_out() -> None:
     driver = Driver(pool_rank=8)
     for name in ("a", "b", "c"):
-        driver.scheduler.offer(adapter(name, rank=4), preload=True)
+        driver.scheduler.add_adapter(adapter(name, rank=4), preload=True)
     driver.settle()
     assert [driver.tiers[f"sha256:{name}"] for name in "abc"] == [Tier.DEVICE, Tier.DEVICE, Tier.HOST]
-    driver.scheduler.drop("sha256:a")
+    driver.scheduler.remove_adapter("sha256:a")
     driver.settle()
     assert driver.tiers["sha256:c"] is Tier.HOST, "each has one chance"
 
@@ -257,14 +272,18 @@ def test_preloading_fills_free_rows_and_drives_nobody_out() -> None:
 def test_what_nobody_asks_for_is_not_read_and_what_is_there_not_a_second_time() -> None:
     driver = Driver(host_bytes=1000)
     asked, offered, large = adapter("asked"), adapter("offered"), adapter("large", rank=16)
-    driver.scheduler.offer(offered)
+    driver.scheduler.add_adapter(offered)
     for _ in range(2):
-        driver.scheduler.offer(asked, preload=True)
+        driver.scheduler.add_adapter(asked, preload=True)
         driver.settle()
-    driver.scheduler.offer(large)
+    driver.scheduler.add_adapter(large)
     driver.submit([1], 2, large)  # drives the other out of both tiers
     driver.settle()
-    assert [driver.tiers[each.digest] for each in (asked, offered, large)] == [Tier.DISK, Tier.DISK, Tier.DEVICE]
+    assert [driver.tiers[each.digest] for each in (asked, offered, large)] == [
+        Tier.DISK,
+        Tier.DISK,
+        Tier.DEVICE,
+    ]
     assert driver.scheduler.next_load() is None
 
 
@@ -272,7 +291,7 @@ def test_host_memory_forgets_the_least_recently_used() -> None:
     driver = Driver(pool_rank=4, host_bytes=2500)
     for name in ("a", "b", "a", "c"):
         each = adapter(name, rank=4, size=1000)
-        driver.scheduler.offer(each)
+        driver.scheduler.add_adapter(each)
         driver.submit([1], 1, each)
         driver.settle()
     assert [driver.tiers[f"sha256:{name}"] for name in "abc"] == [Tier.HOST, Tier.DISK, Tier.DEVICE]
@@ -283,7 +302,7 @@ def test_what_is_resident_is_not_read_again_when_host_memory_has_forgotten_it() 
     driver = Driver(pool_rank=16, host_bytes=1000)
     first, second = adapter("first"), adapter("second")
     for each in (first, second):
-        driver.scheduler.offer(each)
+        driver.scheduler.add_adapter(each)
         driver.submit([1], 1, each)
         driver.settle()
     assert list(driver.runner.host) == [second.digest]
@@ -295,30 +314,32 @@ def test_what_is_resident_is_not_read_again_when_host_memory_has_forgotten_it() 
 
 def test_host_memory_keeps_what_is_pinned_as_long_as_it_is() -> None:
     driver = Driver(pool_rank=4, host_bytes=1000)
-    pinned, other = adapter("pinned", lane=Lane.SHADOW), adapter("other", lane=Lane.SHADOW)
-    driver.scheduler.offer(pinned, pinned=True)
-    driver.scheduler.offer(other)
+    pinned, other = adapter("pinned", lane=ExecutionPath.SHADOW), adapter("other", lane=ExecutionPath.SHADOW)
+    driver.scheduler.add_adapter(pinned, pinned=True)
+    driver.scheduler.add_adapter(other)
     driver.settle()
     for expected_tier, leaving in ((Tier.HOST, []), (Tier.DISK, [pinned.digest])):
         driver.submit([1], 1, other)
         assert driver.scheduler.next_load() == (other, leaving)
         driver.pending = other
         for digest in leaving:
-            driver.runner.unload(digest)
+            driver.runner.evict_adapter(digest)
         driver.settle()
         assert driver.tiers[pinned.digest] is expected_tier
-        driver.scheduler.pin(pinned.digest, False)
-        driver.scheduler.drop(other.digest)
+        driver.scheduler.pin_adapter(pinned.digest, False)
+        driver.scheduler.remove_adapter(other.digest)
         driver.settle()
-        driver.scheduler.offer(other)
+        driver.scheduler.add_adapter(other)
 
 
 def test_what_waits_is_kept_in_host_memory() -> None:
-    """Two adapters wait where one fits: both are kept until they had their turn, so that neither is read again and again."""
+    """Two adapters wait where one fits: both are kept until they had their turn, so that neither is
+    read again and again.
+    """
     driver = Driver(rows=4, pool_rank=4, host_bytes=1100)
     first, *others = [adapter("x", size=100), adapter("a"), adapter("b")]
     for each in (first, *others):
-        driver.scheduler.offer(each)
+        driver.scheduler.add_adapter(each)
     driver.submit([1], 9, first)
     driver.step()
     for each in others:
@@ -333,10 +354,10 @@ def test_what_waits_is_kept_in_host_memory() -> None:
 def test_an_adapter_dropped_while_it_is_read_leaves_nothing() -> None:
     driver = Driver()
     dying = adapter("dying")
-    driver.scheduler.offer(dying, preload=True)
+    driver.scheduler.add_adapter(dying, preload=True)
     driver.reading = False
     driver.step()
-    driver.scheduler.drop(dying.digest)
+    driver.scheduler.remove_adapter(dying.digest)
     driver.step()
     assert driver.dropped == []
     driver.reading = True
@@ -349,9 +370,9 @@ def test_an_adapter_dropped_while_it_is_read_leaves_nothing() -> None:
 def test_an_adapter_dropped_when_it_was_just_read_leaves_nothing() -> None:
     driver = Driver()
     dying = adapter("dying")
-    driver.scheduler.offer(dying, preload=True)
+    driver.scheduler.add_adapter(dying, preload=True)
     driver.read()
-    driver.scheduler.drop(dying.digest)
+    driver.scheduler.remove_adapter(dying.digest)
     driver.settle()
     assert driver.dropped == [dying.digest]
     driver.check_free()
@@ -361,7 +382,7 @@ def test_what_host_memory_forgot_before_it_could_be_placed_is_not_placed() -> No
     driver = Driver(host_bytes=1000)
     first, second = adapter("first"), adapter("second")
     for each in (first, second):
-        driver.scheduler.offer(each, preload=True)
+        driver.scheduler.add_adapter(each, preload=True)
     driver.read()
     driver.read()  # both before a step is planned
     driver.settle()
@@ -371,17 +392,17 @@ def test_what_host_memory_forgot_before_it_could_be_placed_is_not_placed() -> No
 def test_a_pinned_adapter_that_was_read_at_the_second_try_is_placed() -> None:
     driver = Driver()
     pinned = adapter("pinned")
-    driver.scheduler.offer(pinned, pinned=True)
+    driver.scheduler.add_adapter(pinned, pinned=True)
     driver.scheduler.next_load()
     driver.scheduler.load_failed(pinned.digest, "adapter_invalid", "it broke off")
     assert driver.scheduler.next_load() is None, "nobody asks for it now"
-    driver.scheduler.offer(pinned)
+    driver.scheduler.add_adapter(pinned)
     assert driver.scheduler.next_load() == (pinned, [])
     driver.scheduler.load_failed(pinned.digest, "adapter_invalid", "it broke off again")
     asked = driver.submit([1], 2, pinned)
     driver.reading = False
     driver.step()
-    driver.scheduler.cancel(asked)
+    driver.scheduler.cancel_request(asked)
     driver.reading = True
     driver.settle()
     assert driver.tiers[pinned.digest] is Tier.DEVICE
@@ -390,7 +411,7 @@ def test_a_pinned_adapter_that_was_read_at_the_second_try_is_placed() -> None:
 def test_who_cannot_use_what_another_computes_does_not_wait_for_it() -> None:
     driver = Driver(prefill_tokens=1000)
     other = adapter("other")
-    driver.scheduler.offer(other, preload=True)
+    driver.scheduler.add_adapter(other, preload=True)
     driver.settle()
     ids = [driver.submit(LONG, 2), driver.submit(LONG, 0, prompt_logprobs=0), driver.submit(LONG, 2, other)]
     assert {chunk.request.id for chunk in driver.step().chunks} == set(ids)
@@ -409,17 +430,17 @@ def test_a_prompt_to_be_scored_reuses_nothing() -> None:
 def test_an_adapter_that_cannot_be_read_fails_its_requests_only() -> None:
     driver = Driver()
     broken = adapter("broken", readable=False)
-    driver.scheduler.offer(broken, preload=True)
+    driver.scheduler.add_adapter(broken, preload=True)
     bad, good = driver.submit([1], 2, broken), driver.submit([1], 2)
     driver.settle()
     end = driver.stories[bad].end
     assert end
     assert (end.finish, end.code, end.message) == (Finish.FAILED, "adapter_invalid", "cannot be read")
     assert driver.stories[good].tokens == expected(None, [1], 2)
-    driver.scheduler.offer(broken)
+    driver.scheduler.add_adapter(broken)
     assert driver.scheduler.next_load() is None, "nobody asks for it any more"
     driver.scheduler.load_failed(broken.digest, "adapter_invalid", "cannot be read")
-    driver.scheduler.drop(broken.digest)
+    driver.scheduler.remove_adapter(broken.digest)
     driver.settle()
     assert not driver.scheduler.adapters._failed, "what is forgotten is forgotten"
 
@@ -427,15 +448,17 @@ def test_an_adapter_that_cannot_be_read_fails_its_requests_only() -> None:
 def test_a_dropped_adapter_serves_those_it_has_and_takes_no_more() -> None:
     driver = Driver(rows=1)
     dying = adapter("dying")
-    driver.scheduler.offer(dying)
+    driver.scheduler.add_adapter(dying)
     running, waiting = driver.submit([1], 4, dying), driver.submit([2], 4, dying)
     driver.step()
-    driver.scheduler.drop(dying.digest)
+    driver.scheduler.remove_adapter(dying.digest)
     late = driver.submit([3], 4, dying)
     driver.step()
     assert driver.dropped == []
     driver.settle()
-    assert [driver.stories[id].tokens for id in (running, waiting)] == [expected(dying.digest, [n], 4) for n in (1, 2)]
+    assert [driver.stories[id].tokens for id in (running, waiting)] == [
+        expected(dying.digest, [n], 4) for n in (1, 2)
+    ]
     end = driver.stories[late].end
     assert end
     assert end.code == "adapter_not_found"
@@ -451,17 +474,19 @@ def test_a_dropped_adapter_serves_those_it_has_and_takes_no_more() -> None:
 def test_an_adapter_offered_again_while_it_drains_stays() -> None:
     driver = Driver()
     back = adapter("back")
-    driver.scheduler.offer(back)
+    driver.scheduler.add_adapter(back)
     driver.submit([1], 4, back)
     driver.step()
-    driver.scheduler.drop(back.digest)
-    driver.scheduler.offer(back)
+    driver.scheduler.remove_adapter(back.digest)
+    driver.scheduler.add_adapter(back)
     driver.settle()
     assert driver.dropped == [back.digest]
     assert driver.tiers[back.digest] is Tier.DEVICE
 
 
-@pytest.mark.parametrize(("prompt", "max_tokens", "count", "finish"), [(60, 10, 4, Finish.LENGTH), (64, 10, 1, Finish.LENGTH)])
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "count", "finish"), [(60, 10, 4, Finish.LENGTH), (64, 10, 1, Finish.LENGTH)]
+)
 def test_a_full_row_ends_the_sequence(prompt: int, max_tokens: int, count: int, finish: Finish) -> None:
     driver = Driver(context=64)
     id = driver.submit(range(prompt), max_tokens)
@@ -508,8 +533,8 @@ def test_the_prompts_scores_come_once_with_the_first_token() -> None:
     driver.submit(LONG, 3, prompt_logprobs=0)
     told = []
     while driver.busy:
-        driver.scheduler.commit(plan := driver.scheduler.plan(), driver.runner.step(plan))
-        told += [len(event.prompt) for event in driver.scheduler.report().events]
+        driver.scheduler.commit_step(plan := driver.scheduler.plan_step(), driver.runner.run_step(plan))
+        told += [len(event.prompt) for event in driver.scheduler.take_report().events]
     assert told == [40, 0, 0]
 
 
@@ -517,11 +542,11 @@ def test_cancelling_frees_the_row_at_once_and_twice_is_once() -> None:
     driver = Driver(rows=1)
     running, waiting = driver.submit([1], 50), driver.submit([2], 2)
     driver.step()
-    driver.scheduler.cancel(running)
-    driver.scheduler.cancel(running)
+    driver.scheduler.cancel_request(running)
+    driver.scheduler.cancel_request(running)
     plan = driver.step()
     assert [chunk.request.id for chunk in plan.chunks] == [waiting]
-    driver.scheduler.cancel(99)
+    driver.scheduler.cancel_request(99)
     driver.settle()
     end = driver.stories[running].end
     assert end
@@ -531,9 +556,9 @@ def test_cancelling_frees_the_row_at_once_and_twice_is_once() -> None:
 def test_a_result_without_a_token_fails_its_request_only_and_nothing_of_its_row_is_used_again() -> None:
     driver = Driver()
     bad, good = driver.submit(LONG[:20], 5), driver.submit([*LONG[:12], 7], 3)
-    plan = driver.scheduler.plan()
-    fine = driver.runner.step(plan)
-    driver.scheduler.commit(plan, [Result(error="no token can be chosen", code="validation"), *fine[1:]])
+    plan = driver.scheduler.plan_step()
+    fine = driver.runner.run_step(plan)
+    driver.scheduler.commit_step(plan, [Result(error="no token can be chosen", code="validation"), *fine[1:]])
     driver.settle()
     end = driver.stories[bad].end
     assert end
@@ -584,7 +609,7 @@ def test_the_same_prompt_under_another_adapter_starts_anew() -> None:
     several = [adapter("a"), adapter("b"), None]
     for each in several[:2]:
         assert each
-        driver.scheduler.offer(each)
+        driver.scheduler.add_adapter(each)
     for each in (*several, *several):
         driver.submit(LONG, 3, each)
         driver.settle()
@@ -593,10 +618,12 @@ def test_the_same_prompt_under_another_adapter_starts_anew() -> None:
 
 
 def test_a_prompt_that_the_budget_leaves_nothing_for_waits_a_step() -> None:
-    """One that wakes after two tokens lets another in beside it, and takes the whole budget in the next step."""
+    """One that wakes after two tokens lets another in beside it, and takes the whole budget in the
+    next step.
+    """
     driver = Driver(rows=2, prefill_tokens=16)
     one = replace(adapter("activated"), invocation=(70, 71))
-    driver.scheduler.offer(one)
+    driver.scheduler.add_adapter(one)
     first, second = driver.submit([1, 2, 70, 71, *LONG], 2, one), driver.submit(LONG, 2)
     steps = [{chunk.request.id: len(chunk.tokens) for chunk in driver.step().chunks} for _ in range(2)]
     assert steps == [{first: 2, second: 14}, {first: 16}]
@@ -606,7 +633,7 @@ def test_a_prompt_that_the_budget_leaves_nothing_for_waits_a_step() -> None:
 def test_what_an_activated_adapter_made_is_no_start_for_a_prompt_that_wakes_it_later() -> None:
     driver = Driver()
     one = replace(adapter("activated"), invocation=(70, 71))
-    driver.scheduler.offer(one)
+    driver.scheduler.add_adapter(one)
     early, late = [70, 71, *LONG[:20]], [70, 71, *LONG[:20], 70, 71, 5]
     for prompt, wakes in ((early, 0), (late, 22)):
         id = driver.submit(prompt, 3, one)
@@ -625,11 +652,15 @@ def test_what_an_activated_adapter_made_is_no_start_for_a_prompt_that_wakes_it_l
         ([71, 70, *LONG], 64),
     ],
 )
-def test_an_activated_adapter_acts_from_its_invocation_on_and_its_rows_are_nobodys_start(prompt: list[int], wakes: int) -> None:
-    """A12: what comes before runs as the base in chunks of its own; the same prompt twice, at once and later, is prefilled twice."""
+def test_an_activated_adapter_acts_from_its_invocation_on_and_its_rows_are_nobodys_start(
+    prompt: list[int], wakes: int
+) -> None:
+    """A12: what comes before runs as the base in chunks of its own; the same prompt twice, at once
+    and later, is prefilled twice.
+    """
     driver = Driver(rows=4)
     one = replace(adapter("activated"), invocation=(70, 71))
-    driver.scheduler.offer(one)
+    driver.scheduler.add_adapter(one)
     stories = [driver.submit(prompt, 4, one), driver.submit(prompt, 4, one), driver.submit(prompt, 4)]
     driver.settle()
     stories.append(driver.submit([*prompt, 9], 4, one))
@@ -642,4 +673,6 @@ def test_an_activated_adapter_acts_from_its_invocation_on_and_its_rows_are_nobod
     for plan in driver.plans:
         for chunk in plan.chunks:
             end = chunk.position + len(chunk.tokens)
-            assert chunk.request.adapter is None or (end <= wakes if chunk.asleep else chunk.position >= wakes)
+            assert chunk.request.adapter is None or (
+                end <= wakes if chunk.asleep else chunk.position >= wakes
+            )

@@ -1,4 +1,6 @@
-"""Whose answer it is, and that it is whole: adapters, batches, names, stop strings, characters, templates, eos, formats."""
+"""Whose answer it is, and that it is whole: adapters, batches, names, stop strings, characters,
+templates, eos, formats.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ USER = {"role": "user", "content": "Hi"}
 EMOJI = "😀日é👩‍👩‍👧 the on 😃"
 PERSON = {
     "type": "object",
-    "properties": {"name": {"type": "string", "maxLength": 8}, "age": {"type": "integer", "minimum": 0, "maximum": 120}},
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+    },
     "required": ["name", "age"],
     "additionalProperties": False,
 }
@@ -50,23 +55,34 @@ async def test_every_answer_in_a_mixed_crowd_is_its_own_adapters(world: World, a
 
 @pytest.mark.parametrize("name", ["typo", "M0", "m0 ", " m0", "", "m0/x", "gone"])
 async def test_an_unknown_name_is_never_the_base(asking: Asking, name: str) -> None:
-    """B2: mistyped, in another case, with a space, empty, or just deleted; in both dialects, whole and streamed."""
+    """B2: mistyped, in another case, with a space, empty, or just deleted; in both dialects, whole
+    and streamed.
+    """
     await asking.post("/adapters", {"id": "gone", "source": "n2"}, 201)
     assert (await asking.http.delete("/adapters/gone")).status_code == 200
     for path in ("/generate", "/generate_stream", "/"):
         told = await asking.post(path, {"inputs": "Hi", "parameters": {"adapter_id": name}}, 404)
         assert told["error_type"] == "adapter_not_found"
-    for path, what in (("/v1/completions", {"prompt": "Hi"}), ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]})):
+    for path, what in (
+        ("/v1/completions", {"prompt": "Hi"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}),
+    ):
         for stream in (False, True):
             told = await asking.post(path, {"model": name, "stream": stream, **what}, 404)
             assert told["error"]["code"] == "model_not_found"
 
 
 @pytest.mark.parametrize("adapter", [None, "n1", "n3"])
-async def test_a_row_says_the_same_alone_and_among_all_others(world: World, asking: Asking, adapter: str | None) -> None:
-    """B8: a short prompt beside fifteen long ones, under its own and other adapters; and what it says is PEFT's."""
+async def test_a_row_says_the_same_alone_and_among_all_others(
+    world: World, asking: Asking, adapter: str | None
+) -> None:
+    """B8: a short prompt beside fifteen long ones, under its own and other adapters; and what it
+    says is PEFT's.
+    """
     alone = await asking.ids("Hi", adapter, 24)
-    together, _ = await asyncio.gather(asking.ids("Hi", adapter, 24), asking.crowd(ROWS - 1, (adapter, "n1", "n2", None, "m9")))
+    together, _ = await asyncio.gather(
+        asking.ids("Hi", adapter, 24), asking.crowd(ROWS - 1, (adapter, "n1", "n2", None, "m9"))
+    )
     assert together == alone == world.greedy(adapter, "Hi", 24)
 
 
@@ -82,8 +98,12 @@ async def test_a_row_says_the_same_alone_and_among_all_others(world: World, aski
         ([], ALPHABET),
     ],
 )
-async def test_nothing_of_a_stop_string_leaks_and_nothing_before_it_is_lost(asking: Asking, stop: list[str], kept: str) -> None:
-    """B9: over several tokens, begun and not completed, held at the very end; whole and streamed, in both dialects."""
+async def test_nothing_of_a_stop_string_leaks_and_nothing_before_it_is_lost(
+    asking: Asking, stop: list[str], kept: str
+) -> None:
+    """B9: over several tokens, begun and not completed, held at the very end; whole and streamed,
+    in both dialects.
+    """
     more: dict[str, Any] = {"stop": stop, "response_format": saying(ALPHABET)}
     told = await asking.generate("A B", "n1", 40, details=True, **more)
     assert told["generated_text"] == kept
@@ -95,7 +115,9 @@ async def test_nothing_of_a_stop_string_leaks_and_nothing_before_it_is_lost(aski
         "logprobs": None,
         "finish_reason": "stop",
     }
-    events = await asking.stream("/v1/completions", {"model": "n1", "prompt": "A B", "max_tokens": 40, "stream": True, **more})
+    events = await asking.stream(
+        "/v1/completions", {"model": "n1", "prompt": "A B", "max_tokens": 40, "stream": True, **more}
+    )
     assert "".join(event["choices"][0]["text"] for event in events) == kept
 
 
@@ -110,11 +132,20 @@ async def test_characters_are_whole_at_every_length_and_streams_say_the_same(ask
     for n in (*range(1, 16), tokens, tokens + 1):
         whole = (await asking.generate("Hi", "n1", n, response_format=saying(EMOJI)))["generated_text"]
         assert await asking.streamed("Hi", "n1", n, response_format=saying(EMOJI)) == whole
-        body = {"model": "n1", "prompt": "Hi", "max_tokens": n, "temperature": 0, "stream": True, "response_format": saying(EMOJI)}
+        body = {
+            "model": "n1",
+            "prompt": "Hi",
+            "max_tokens": n,
+            "temperature": 0,
+            "stream": True,
+            "response_format": saying(EMOJI),
+        }
         events = await asking.stream("/v1/completions", body)
         assert "".join(event["choices"][0]["text"] for event in events) == whole
         assert EMOJI.startswith(whole.removesuffix("\ufffd"))
-        assert len(whole.removesuffix("\ufffd")) >= len(making.tokenizer().decode(making.ids(EMOJI)[:n]).rstrip("\ufffd"))
+        assert len(whole.removesuffix("\ufffd")) >= len(
+            making.tokenizer().decode(making.ids(EMOJI)[:n]).rstrip("\ufffd")
+        )
     assert whole == EMOJI
 
 
@@ -139,35 +170,56 @@ async def test_messages_that_are_none_are_refused(asking: Asking, messages: Any)
 
 
 async def test_a_template_is_the_adapters_own_where_it_has_one(world: World, asking: Asking) -> None:
-    """B15: text parts are one text; bos is there once; and what answers is the adapter on exactly that prompt."""
+    """B15: text parts are one text; bos is there once; and what answers is the adapter on exactly
+    that prompt.
+    """
 
     async def chat(model: str, content: Any) -> Any:
-        body = {"model": model, "messages": [{"role": "user", "content": content}], "max_tokens": 8, "temperature": 0, "ignore_eos": True}
+        body = {
+            "model": model,
+            "messages": [{"role": "user", "content": content}],
+            "max_tokens": 8,
+            "temperature": 0,
+            "ignore_eos": True,
+        }
         return await asking.post("/v1/chat/completions", body)
 
-    rendered = {"n1": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", "own": "<|im_start|>One sentence of its own. Hi"}
+    rendered = {
+        "n1": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+        "own": "<|im_start|>One sentence of its own. Hi",
+    }
     for model, prompt in rendered.items():
         told = await chat(model, "Hi")
         assert told["usage"]["prompt_tokens"] == len(making.ids(prompt))
         parts = await chat(model, [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}])
         answers = {told["choices"][0]["message"]["content"], parts["choices"][0]["message"]["content"]}
-        assert answers == {making.tokenizer().decode(world.greedy(model, prompt, 8), skip_special_tokens=True)}
+        assert answers == {
+            making.tokenizer().decode(world.greedy(model, prompt, 8), skip_special_tokens=True)
+        }
 
 
-async def test_a_changed_template_is_other_content_once_it_is_registered_again(world: World, asking: Asking) -> None:
-    """By PUT, by vLLM's name for it, and by DELETE and POST; equal files answer alike under one digest."""
+async def test_a_changed_template_is_other_content_once_it_is_registered_again(
+    world: World, asking: Asking
+) -> None:
+    """By PUT, by vLLM's name for it, and by DELETE and POST; equal files answer alike under one
+    digest.
+    """
     folder = making.edit(world.adapters / "n1", world.adapters / "dressed")
     source = {"id": "dressed", "source": "dressed"}
 
     async def chats(said: str) -> str:
         """The digest of who answers, which must have been asked with this template."""
-        answer = await asking.post("/v1/chat/completions", {"model": "dressed", "messages": [USER], "max_tokens": 1})
+        answer = await asking.post(
+            "/v1/chat/completions", {"model": "dressed", "messages": [USER], "max_tokens": 1}
+        )
         assert answer["usage"]["prompt_tokens"] == len(making.ids(f"<|im_start|>{said} Hi"))
         return str(answer["adapter"]["digest"])
 
     digests = []
     for turn, said in enumerate(("One.", "Two long sentences. That is them.", "Three")):
-        (folder / "chat_template.jinja").write_text("{{ bos_token }}" + said + " {{ messages[-1]['content'] }}")
+        (folder / "chat_template.jinja").write_text(
+            "{{ bos_token }}" + said + " {{ messages[-1]['content'] }}"
+        )
         if turn == 0:
             await asking.post("/adapters", source, 201)
         elif turn == 1:
@@ -187,7 +239,11 @@ async def test_a_changed_template_is_other_content_once_it_is_registered_again(w
 async def test_every_listed_eos_ends_an_answer_unless_it_is_ignored(world: World, asking: Asking) -> None:
     """B16: the second of the list, which the marker says at once."""
     told = await asking.generate("Hi", SILENT, 6, details=True)
-    assert (told["generated_text"], told["details"]["finish_reason"], told["details"]["generated_tokens"]) == ("", "eos_token", 1)
+    assert (
+        told["generated_text"],
+        told["details"]["finish_reason"],
+        told["details"]["generated_tokens"],
+    ) == ("", "eos_token", 1)
     assert await asking.streamed("Hi", SILENT, 6) == ""
     body = {"model": SILENT, "messages": [USER], "max_tokens": 6, "temperature": 0}
     (choice,) = (await asking.post("/v1/chat/completions", body))["choices"]
@@ -202,22 +258,39 @@ async def test_several_answers_are_all_the_adapters_own(world: World, asking: As
     """B17: indexed, the prompt counted once; greedy ones are the same."""
     for model in ("m0", "m9"):
         told = await asking.complete("Tell me", model, 4, n=3, temperature=1, ignore_eos=True)
-        assert [(choice["index"], choice["text"]) for choice in told["choices"]] == [(i, world.letters[model] * 4) for i in range(3)]
+        assert [(choice["index"], choice["text"]) for choice in told["choices"]] == [
+            (i, world.letters[model] * 4) for i in range(3)
+        ]
         prompt = len(making.ids("Tell me"))
-        assert told["usage"] == {"prompt_tokens": prompt, "completion_tokens": 12, "total_tokens": prompt + 12}
+        assert told["usage"] == {
+            "prompt_tokens": prompt,
+            "completion_tokens": 12,
+            "total_tokens": prompt + 12,
+        }
     greedy = await asking.complete("Tell me", "n1", 4, n=2, ignore_eos=True)
     assert greedy["choices"][0]["text"] == greedy["choices"][1]["text"]
 
 
 async def test_formats_hold_beside_free_rows_and_change_nothing_there(world: World, asking: Asking) -> None:
-    """Both dialects' schemas and a regular expression in one batch with free rows, sampled and greedy, on base and adapters."""
+    """Both dialects' schemas and a regular expression in one batch with free rows, sampled and
+    greedy, on base and adapters.
+    """
     free = await asking.ids("Hello", "n1", 24)
     openai = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
     native = {"type": "json_object", "schema": PERSON}
     warm: dict[str, Any] = {"do_sample": True, "temperature": 1.5}
-    asked = [asking.generate("A person:", model, 150, response_format=native, **warm) for model in (None, "n1", "n2", "m9")]
-    chats = [asking.complete("A person:", model, 150, response_format=openai, temperature=1) for model in ("tiny", "n1", "m0")]
-    words = [asking.generate("Cd:", model, 12, response_format={"type": "regex", "regex": "[cd]{4}"}, **warm) for model in (None, "n2")]
+    asked = [
+        asking.generate("A person:", model, 150, response_format=native, **warm)
+        for model in (None, "n1", "n2", "m9")
+    ]
+    chats = [
+        asking.complete("A person:", model, 150, response_format=openai, temperature=1)
+        for model in ("tiny", "n1", "m0")
+    ]
+    words = [
+        asking.generate("Cd:", model, 12, response_format={"type": "regex", "regex": "[cd]{4}"}, **warm)
+        for model in (None, "n2")
+    ]
     rows = [asking.ids("Hello", "n1", 24) for _ in range(4)]
     told = await asyncio.gather(*asked, *chats, *words, *rows)
     texts = [one["generated_text"] for one in told[:4]] + [one["choices"][0]["text"] for one in told[4:7]]

@@ -1,4 +1,7 @@
-"""B13: clients that mean no good. Nothing that is sent may give a 5xx or a hang, and nobody else's answer may change."""
+"""B13: clients that mean no good.
+
+Nothing that is sent may give a 5xx or a hang, and nobody else's answer may change.
+"""
 
 from __future__ import annotations
 
@@ -38,16 +41,25 @@ def openai(**fields: Any) -> list[tuple[str, str]]:
 
 def chat(messages: Any = None, **fields: Any) -> list[tuple[str, str]]:
     messages = messages or [{"role": "user", "content": "Hi"}]
-    return [("/v1/chat/completions", json.dumps({"model": "tiny", "messages": messages, "max_tokens": 4, **fields}))]
+    return [
+        (
+            "/v1/chat/completions",
+            json.dumps({"model": "tiny", "messages": messages, "max_tokens": 4, **fields}),
+        )
+    ]
 
 
 def format(schema: Any) -> list[tuple[str, str]]:
     tool = {"type": "function", "function": {"name": "a", "parameters": schema}}
-    return native(response_format={"type": "json_object", "schema": schema}) + chat(tools=[tool], tool_choice="required")
+    return native(response_format={"type": "json_object", "schema": schema}) + chat(
+        tools=[tool], tool_choice="required"
+    )
 
 
 def pattern(regex: str) -> list[tuple[str, str]]:
-    return native(response_format={"type": "regex", "regex": regex}) + native(grammar={"type": "regex", "value": regex})
+    return native(response_format={"type": "regex", "regex": regex}) + native(
+        grammar={"type": "regex", "value": regex}
+    )
 
 
 WARM = {"do_sample": True}
@@ -76,7 +88,8 @@ CASES: dict[str, list[tuple[str, str]]] = {
     "large numbers": [
         *native(top_k=10**30, **WARM),
         *native(max_new_tokens=10**30),
-        *native_text('{"max_new_tokens": ' + "9" * 4300 + "}"),  # one more token would be a number that Python does not spell
+        # One more token would be a number that Python does not spell
+        *native_text('{"max_new_tokens": ' + "9" * 4300 + "}"),
         *native(truncate=10**30),
         *native(temperature=100, repetition_penalty=0.01, frequency_penalty=2),
         *openai(n=10**30),
@@ -84,10 +97,21 @@ CASES: dict[str, list[tuple[str, str]]] = {
         *openai(seed=2**64),
         *native_text('{"seed": ' + "9" * 5000 + "}"),
     ],
-    "ids": [("/v1/completions", f'{{"model": "tiny", "prompt": [{id}]}}') for id in ("264", "1e3", "9" * 20, "9" * 4000, "9" * 5000)],
+    "ids": [
+        ("/v1/completions", f'{{"model": "tiny", "prompt": [{id}]}}')
+        for id in ("264", "1e3", "9" * 20, "9" * 4000, "9" * 5000)
+    ],
     "biases": [*openai(logit_bias=BIASES), *openai(logit_bias={"1" * 5000: 1}), *openai(logit_bias={"٣": 1})],
-    "many": [*openai(n=128, max_tokens=1), *native(best_of=16, details=True, decoder_input_details=True, **WARM)],
-    "stops": [*native(stop=["x" * 10_000]), *native(stop=["x"] * 17), *native(stop=["ab" * 500] * 16), *native(stop=["\0"])],
+    "many": [
+        *openai(n=128, max_tokens=1),
+        *native(best_of=16, details=True, decoder_input_details=True, **WARM),
+    ],
+    "stops": [
+        *native(stop=["x" * 10_000]),
+        *native(stop=["x"] * 17),
+        *native(stop=["ab" * 500] * 16),
+        *native(stop=["\0"]),
+    ],
     "lone surrogates": [
         *native(stop=[LONE]),
         *native(adapter_id=LONE),
@@ -108,10 +132,25 @@ CASES: dict[str, list[tuple[str, str]]] = {
     "schemas": [case for schema in SCHEMAS for case in format(schema)],
     "patterns": [
         case
-        for regex in ("a{1000000}", "(a{1000}){1000}", "(.*a){300}", ".*" * 1000, "(" * 100_000, "(?=a)b", "\\b", "", "\0", "\\")
+        for regex in (
+            "a{1000000}",
+            "(a{1000}){1000}",
+            "(.*a){300}",
+            ".*" * 1000,
+            "(" * 100_000,
+            "(?=a)b",
+            "\\b",
+            "",
+            "\0",
+            "\\",
+        )
         for case in pattern(regex)
     ],
-    "bodies": [(path, body) for path in ("/generate", "/v1/completions", "/") for body in ("null", "1", '""', "{}", "[]", "NaN", "{", "")]
+    "bodies": [
+        (path, body)
+        for path in ("/generate", "/v1/completions", "/")
+        for body in ("null", "1", '""', "{}", "[]", "NaN", "{", "")
+    ]
     + [("/generate", '{"inputs": "a", "inputs": "Hi", "parameters": {"seed": 1, "seed": 2}}')],
 }
 
@@ -159,7 +198,18 @@ async def test_no_content_type_is_too_much(asking: Asking, kind: str, body: byte
         assert answer.status_code == 200 or answer.json()["error"]
 
 
-@pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/v1/models", "/v1/models/tiny", "/v1/models/%00", "/v1/", "//v1/models"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/generate",
+        "/v1/completions",
+        "/v1/models",
+        "/v1/models/tiny",
+        "/v1/models/%00",
+        "/v1/",
+        "//v1/models",
+    ],
+)
 async def test_no_method_is_too_much(asking: Asking, path: str) -> None:
     for method in ("HEAD", "OPTIONS", "GET", "PUT", "DELETE", "TRACE"):
         answer = await asking.http.request(method, path)
@@ -186,11 +236,16 @@ async def test_whoever_leaves_in_the_middle_changes_nobodys_answer(world: World,
     known = world.greedy("n1", "Hello", 24)
 
     async def leave() -> None:
-        body = {"inputs": "x", "parameters": {"max_new_tokens": 200, "ignore_eos_token": True, "adapter_id": "n2"}}
+        body = {
+            "inputs": "x",
+            "parameters": {"max_new_tokens": 200, "ignore_eos_token": True, "adapter_id": "n2"},
+        }
         async with asking.http.stream("POST", "/generate_stream", json=body) as answer:
             async for _ in answer.aiter_lines():
                 return
 
     for _ in range(3):
-        answers = await asyncio.gather(*(asking.ids("Hello", "n1", 24) for _ in range(8)), *(leave() for _ in range(12)))
+        answers = await asyncio.gather(
+            *(asking.ids("Hello", "n1", 24) for _ in range(8)), *(leave() for _ in range(12))
+        )
         assert answers[:8] == [known] * 8

@@ -1,4 +1,6 @@
-"""The numbers: log probabilities and every rule of choosing, held to a plain float32 forward of transformers."""
+"""The numbers: log probabilities and every rule of choosing, held to a plain float32 forward of
+transformers.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,12 @@ def by_hand(world: World, adapter: str | None, n: int, rule: Rule) -> list[int]:
 
 
 @pytest.mark.parametrize("adapter", [None, "n1", "n3"])
-async def test_logprobs_are_those_of_a_plain_forward(world: World, asking: Asking, adapter: str | None) -> None:
-    """Of the prompt and of the answer, and of the runners-up, among neighbours; to 1e-4, in both dialects."""
+async def test_logprobs_are_those_of_a_plain_forward(
+    world: World, asking: Asking, adapter: str | None
+) -> None:
+    """Of the prompt and of the answer, and of the runners-up, among neighbours; to 1e-4, in both
+    dialects.
+    """
     more = {"details": True, "decoder_input_details": True, "top_n_tokens": 4, "ignore_eos_token": True}
     told, _ = await asyncio.gather(asking.generate(PROMPT, adapter, 8, **more), asking.crowd(8))
     details, prompt = told["details"], making.ids(PROMPT)
@@ -44,30 +50,53 @@ async def test_logprobs_are_those_of_a_plain_forward(world: World, asking: Askin
     wanted = world.logits(adapter, [*prompt, *made]).log_softmax(-1)
     assert [token["id"] for token in details["prefill"]] == prompt
     assert details["prefill"][0]["logprob"] is None
-    assert all(near(token["logprob"], wanted[i, token["id"]]) for i, token in enumerate(details["prefill"][1:]))
-    for i, (token, top) in enumerate(zip(details["tokens"], details["top_tokens"], strict=True), start=len(prompt) - 1):
+    assert all(
+        near(token["logprob"], wanted[i, token["id"]]) for i, token in enumerate(details["prefill"][1:])
+    )
+    for i, (token, top) in enumerate(
+        zip(details["tokens"], details["top_tokens"], strict=True), start=len(prompt) - 1
+    ):
         assert near(token["logprob"], wanted[i, token["id"]])
         assert [one["id"] for one in top] == wanted[i].topk(4).indices.tolist()
         assert all(near(one["logprob"], wanted[i, one["id"]]) for one in top)
-    (choice,) = (await asking.complete(PROMPT, adapter or "tiny", 8, echo=True, logprobs=3, ignore_eos=True))["choices"]
+    (choice,) = (await asking.complete(PROMPT, adapter or "tiny", 8, echo=True, logprobs=3, ignore_eos=True))[
+        "choices"
+    ]
     scores = choice["logprobs"]["token_logprobs"]
     assert scores[0] is None
-    assert all(near(score, wanted[i, id]) for i, (score, id) in enumerate(zip(scores[1:], [*prompt, *made][1:], strict=True)))
+    assert all(
+        near(score, wanted[i, id])
+        for i, (score, id) in enumerate(zip(scores[1:], [*prompt, *made][1:], strict=True))
+    )
 
 
 async def test_chat_logprobs_too(world: World, asking: Asking) -> None:
-    body = {"model": "n1", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5, "temperature": 0, "logprobs": True}
-    (choice,) = (await asking.post("/v1/chat/completions", {**body, "top_logprobs": 2, "ignore_eos": True}))["choices"]
+    body = {
+        "model": "n1",
+        "messages": [{"role": "user", "content": "Hi"}],
+        "max_tokens": 5,
+        "temperature": 0,
+        "logprobs": True,
+    }
+    (choice,) = (await asking.post("/v1/chat/completions", {**body, "top_logprobs": 2, "ignore_eos": True}))[
+        "choices"
+    ]
     prompt = making.ids("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     made = world.greedy("n1", "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", 5)
     wanted = world.logits("n1", [*prompt, *made]).log_softmax(-1)
-    for i, (token, id) in enumerate(zip(choice["logprobs"]["content"], made, strict=True), start=len(prompt) - 1):
+    for i, (token, id) in enumerate(
+        zip(choice["logprobs"]["content"], made, strict=True), start=len(prompt) - 1
+    ):
         assert near(token["logprob"], wanted[i, id])
-        assert [round(top["logprob"], 3) for top in token["top_logprobs"]] == [round(float(v), 3) for v in wanted[i].topk(2).values]
+        assert [round(top["logprob"], 3) for top in token["top_logprobs"]] == [
+            round(float(v), 3) for v in wanted[i].topk(2).values
+        ]
 
 
 @pytest.mark.parametrize("adapter", [None, "n1"])
-async def test_a_seed_gives_the_same_alone_and_among_fifteen_neighbours(asking: Asking, adapter: str | None) -> None:
+async def test_a_seed_gives_the_same_alone_and_among_fifteen_neighbours(
+    asking: Asking, adapter: str | None
+) -> None:
     warm = {"do_sample": True, "temperature": 1.0, "seed": 12345, "top_p": 0.95}
     alone = await asking.ids(PROMPT, adapter, 24, **warm)
     together, _ = await asyncio.gather(asking.ids(PROMPT, adapter, 24, **warm), asking.crowd(ROWS - 1))
@@ -76,24 +105,37 @@ async def test_a_seed_gives_the_same_alone_and_among_fifteen_neighbours(asking: 
 
 
 async def test_several_answers_differ_and_are_the_same_next_time(asking: Asking) -> None:
-    told = [await asking.complete(PROMPT, "n1", 12, n=3, temperature=1, seed=5, ignore_eos=True) for _ in range(2)]
+    told = [
+        await asking.complete(PROMPT, "n1", 12, n=3, temperature=1, seed=5, ignore_eos=True) for _ in range(2)
+    ]
     texts = [[choice["text"] for choice in one["choices"]] for one in told]
     assert texts[0] == texts[1]
     assert len(set(texts[0])) == 3
 
 
 async def test_the_best_of_several_is_the_likeliest(asking: Asking) -> None:
-    more: dict[str, Any] = {"best_of": 4, "do_sample": True, "temperature": 1.5, "details": True, "ignore_eos_token": True}
+    more: dict[str, Any] = {
+        "best_of": 4,
+        "do_sample": True,
+        "temperature": 1.5,
+        "details": True,
+        "ignore_eos_token": True,
+    }
     for seed in range(5):  # not with every one is the first the best
         details = (await asking.generate(PROMPT, "n1", 6, seed=seed, **more))["details"]
-        best, *others = (sum(token["logprob"] for token in one["tokens"]) for one in (details, *details["best_of_sequences"]))
+        best, *others = (
+            sum(token["logprob"] for token in one["tokens"])
+            for one in (details, *details["best_of_sequences"])
+        )
         assert best >= max(others)
         assert len(set(others)) == 3, "they are of different seeds"
 
 
 async def test_echo_gives_the_prompt_back_and_can_give_nothing_else(world: World, asking: Asking) -> None:
     (whole,) = (await asking.complete(PROMPT, "n1", 6, echo=True, ignore_eos=True))["choices"]
-    assert whole["text"] == PROMPT + making.tokenizer().decode(world.greedy("n1", PROMPT, 6), skip_special_tokens=True)
+    assert whole["text"] == PROMPT + making.tokenizer().decode(
+        world.greedy("n1", PROMPT, 6), skip_special_tokens=True
+    )
     told = await asking.complete(making.ids(PROMPT), "n1", 0, echo=True, logprobs=0)
     assert (told["choices"][0]["text"], told["usage"]["completion_tokens"]) == (PROMPT, 0)
     assert len(told["choices"][0]["logprobs"]["tokens"]) == len(making.ids(PROMPT))
@@ -154,11 +196,16 @@ async def test_no_end_comes_before_min_tokens(world: World, asking: Asking) -> N
     """The marker says eos at once; until it may, it says other things."""
     for fewest in (0, 1, 5):
         told = await asking.complete("Hi", SILENT, 12, min_tokens=fewest)
-        assert (told["choices"][0]["finish_reason"], told["usage"]["completion_tokens"]) == ("stop", fewest + 1)
+        assert (told["choices"][0]["finish_reason"], told["usage"]["completion_tokens"]) == (
+            "stop",
+            fewest + 1,
+        )
         assert world.letters[SILENT] not in told["choices"][0]["text"]
 
 
-@pytest.mark.parametrize("cold", [{"temperature": 0}, {"temperature": 1e-9}, {"top_k": 1}, {"top_p": 1e-9}, {"typical_p": None}])
+@pytest.mark.parametrize(
+    "cold", [{"temperature": 0}, {"temperature": 1e-9}, {"top_k": 1}, {"top_p": 1e-9}, {"typical_p": None}]
+)
 async def test_what_leaves_one_token_is_greedy(world: World, asking: Asking, cold: dict[str, Any]) -> None:
     """B13: documented meanings of odd numbers; without sampling asked for, nothing is sampled."""
     warm = {"do_sample": True, "temperature": 1.0} if cold.keys() & {"top_k", "top_p"} else {}

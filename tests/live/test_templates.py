@@ -1,4 +1,6 @@
-"""Adapters whose chat templates mean no good, on a real service: their own chats are 400, and nobody else notices."""
+"""Adapters whose chat templates mean no good, on a real service: their own chats are 400, and
+nobody else notices.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,10 @@ async def test_a_hostile_template_harms_nobody_else(world: World, asking: Asking
     (folder / "chat_template.jinja").write_text(template)
     await asking.post("/adapters", {"id": folder.name, "source": folder.name}, 201)
     known = await asking.post("/v1/chat/completions", {"model": "own", **CHAT})
-    hostile = [asyncio.create_task(asking.post("/v1/chat/completions", {"model": folder.name, **CHAT}, 400)) for _ in range(3)]
+    hostile = [
+        asyncio.create_task(asking.post("/v1/chat/completions", {"model": folder.name, **CHAT}, 400))
+        for _ in range(3)
+    ]
     neighbours = 0
     while not all(task.done() for task in hostile):
         assert (await asking.http.get("/health")).status_code == 200

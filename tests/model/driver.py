@@ -1,4 +1,6 @@
-"""Drives the real runner by hand, without a scheduler: places adapters, prefills in chunks, decodes all running rows together."""
+"""Drives the real runner by hand, without a scheduler: places adapters, prefills in chunks, decodes
+all running rows together.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from service.engine.request import Adapter, Chunk, Lane, Patch, Placement, Plan, Request, Sampling, Token
-from service.manifest import compute_digest, read_manifest
-from service.model.runner import Runner
+from service.core.adapter import Adapter, ExecutionPath, LoraLayerSpec, Placement
+from service.core.manifest import compute_digest, read_manifest
+from service.core.request import Request, Token
+from service.core.sampling import Sampling
+from service.engine.plan import Chunk, Plan
+from service.model.runner import ModelRunner
 from tests import making
 
 
@@ -17,7 +22,7 @@ def plan_of(folder: Path, base: Path) -> Adapter:
     """The worker's view of a LoRA folder, read off PEFT's own layers."""
     model: Any = making.served(base, folder)
     patches = tuple(
-        Patch(
+        LoraLayerSpec(
             name.removeprefix("base_model.model."),
             module.r["default"],
             module.scaling["default"],
@@ -31,7 +36,9 @@ def plan_of(folder: Path, base: Path) -> Adapter:
     config, weights = folder / making.CONFIG, folder / making.WEIGHTS
     rank = max(p.rank for p in patches)
     files, size = read_manifest(folder), weights.stat().st_size
-    return Adapter(compute_digest(files), str(config), str(weights), Lane.POOL, rank, size, patches, files=files)
+    return Adapter(
+        compute_digest(files), str(config), str(weights), ExecutionPath.POOL, rank, size, patches, files=files
+    )
 
 
 GREEDY = Sampling()
@@ -55,19 +62,21 @@ class Job:
 
 
 class Driver:
-    """Runs jobs together; each enters when a row is free and its turn has come, and leaves when it has its tokens."""
+    """Runs jobs together; each enters when a row is free and its turn has come, and leaves when it
+    has its tokens.
+    """
 
-    def __init__(self, runner: Runner, rows: int) -> None:
+    def __init__(self, runner: ModelRunner, rows: int) -> None:
         self.runner, self.rows, self.at, self.count = runner, rows, 0, 0
 
     def place(self, adapter: Adapter, start: int | None = None) -> None:
         at = self.at if start is None else start
-        self.runner.load(adapter)
-        self.runner.step(Plan(place=(Placement(adapter.digest, at, adapter.rank),)))
+        self.runner.load_adapter(adapter)
+        self.runner.run_step(Plan(place=(Placement(adapter.digest, at, adapter.rank),)))
         self.at = at + adapter.rank
 
     def remove(self, digest: str) -> None:
-        self.runner.step(Plan(remove=(digest,)))
+        self.runner.run_step(Plan(remove=(digest,)))
 
     def run(self, jobs: Sequence[Job], chunk: int = 7) -> None:
         waiting, free = list(jobs), list(range(self.rows))
@@ -79,19 +88,26 @@ class Driver:
                 job.row = free.pop(0)
                 self.count += 1
                 requests[id(job)] = Request(
-                    self.count, tuple(job.prompt), job.n, job.adapter, job.sampling, prompt_logprobs=job.prompt_logprobs
+                    self.count,
+                    tuple(job.prompt),
+                    job.n,
+                    job.adapter,
+                    job.sampling,
+                    prompt_logprobs=job.prompt_logprobs,
                 )
                 running.append(job)
             running.sort(key=lambda j: j.done < len(j.prompt))
             chunks = [self._chunk(job, requests[id(job)], chunk) for job in running]
-            for job, made, result in zip(running, chunks, self.runner.step(Plan(chunks=tuple(chunks))), strict=True):
+            for job, made, result in zip(
+                running, chunks, self.runner.run_step(Plan(chunks=tuple(chunks))), strict=True
+            ):
                 job.done += len(made.tokens)
                 job.prompt_tokens += result.prompt
                 job.tokens += [result.token] if result.token else []
             for job in [j for j in running if len(j.tokens) == j.n]:
                 running.remove(job)
                 free.append(job.row)
-                self.runner.finish(requests[id(job)].id)
+                self.runner.finish_request(requests[id(job)].id)
 
     @staticmethod
     def _chunk(job: Job, request: Request, size: int) -> Chunk:

@@ -11,7 +11,9 @@ from service.model import build
 from tests import making
 
 
-def test_a_grammar_is_compiled_once_and_each_request_follows_it_for_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grammar_is_compiled_once_and_each_request_follows_it_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     compiled: list[str] = []
 
     def compile(words: object, grammar: str) -> llguidance.LLMatcher:
@@ -21,7 +23,7 @@ def test_a_grammar_is_compiled_once_and_each_request_follows_it_for_itself(tmp_p
     real = llguidance.LLMatcher
     monkeypatch.setattr(llguidance, "LLMatcher", compile)
     making.tokenizer().save_pretrained(tmp_path)
-    made = build.matchers(tmp_path, len(making.tokenizer()))
+    made = build.make_matchers(tmp_path, len(making.tokenizer()))
     grammar = real.grammar_from_regex("[ab]{2}")
     first, second, other = made(grammar), made(grammar), made(real.grammar_from_regex("c"))
     (a,) = making.ids("a")

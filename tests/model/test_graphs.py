@@ -1,4 +1,5 @@
-"""The GPU's way of a step, on a GPU that is only pretended: its words are PEFT's, its copies are awaited, its recordings are true.
+"""The GPU's way of a step, on a GPU that is only pretended: its words are PEFT's, its copies are
+awaited, its recordings are true.
 
 Where a real one is, the same tests run on that.
 """
@@ -16,17 +17,20 @@ import torch
 from peft import IA3Config
 from transformers import AttentionInterface
 
-from service.engine.request import Chunk, Placement, Plan, Request, Sampling
+from service.core.adapter import Placement
+from service.core.request import Request
+from service.core.sampling import Sampling
+from service.engine.plan import Chunk, Plan
 from service.errors import SettingsError
-from service.model import graphs, kv, proof
-from service.model.build import build
-from service.model.runner import Runner
+from service.model import graphs, kv, selfcheck
+from service.model.build import build_runner
+from service.model.runner import ModelRunner
 from service.settings import Settings
 from tests import making, pretended
 
 from .driver import Driver, Job, plan_of
 from .test_parity import FAMILIES, random_base
-from .test_shadow import shadow_plan
+from .test_peft_fallback import shadow_plan
 
 SHAPES: list[dict[str, Any]] = [
     {"targets": ("q_proj", "k_proj", "v_proj", "o_proj"), "r": 16, "alpha": 32},
@@ -41,20 +45,26 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, Path]:
     """TINY and one adapter of it of each shape; None is the base."""
     root = tmp_path_factory.mktemp("graphs")
     base = making.tiny(root / "base", tie_word_embeddings=True)
-    return {None: base} | {f"a{i}": making.noise(root / f"a{i}", base, 300 + i, **shape) for i, shape in enumerate(SHAPES)}
+    return {None: base} | {
+        f"a{i}": making.noise(root / f"a{i}", base, 300 + i, **shape) for i, shape in enumerate(SHAPES)
+    }
 
 
 def device() -> Any:
     return nullcontext() if torch.cuda.is_available() else pretended.gpu()
 
 
-def runner_on(base: Path, **settings: Any) -> Runner:
+def runner_on(base: Path, **settings: Any) -> ModelRunner:
     plain = {"device": "cuda", "dtype": "float32", "quantization": "none", "max_rows": 8, "max_context": 512}
-    made, _ = build(Settings.model_validate(plain | {"base": str(base)} | settings), lambda stage, fraction: None)
+    made, _ = build_runner(
+        Settings.model_validate(plain | {"base": str(base)} | settings), lambda stage, fraction: None
+    )
     return made
 
 
-def ask(house: dict[str | None, Path], *names: str | None, count: int = 10) -> list[tuple[str | None, Job, list[int]]]:
+def ask(
+    house: dict[str | None, Path], *names: str | None, count: int = 10
+) -> list[tuple[str | None, Job, list[int]]]:
     """Name, job, and what PEFT says, of so many jobs of different lengths, by turns of these."""
     source = random.Random(11)
     asked = []
@@ -67,7 +77,9 @@ def ask(house: dict[str | None, Path], *names: str | None, count: int = 10) -> l
     return asked
 
 
-def answered(house: dict[str | None, Path], asked: list[tuple[str | None, Job, list[int]]], **settings: Any) -> Runner:
+def answered(
+    house: dict[str | None, Path], asked: list[tuple[str | None, Job, list[int]]], **settings: Any
+) -> ModelRunner:
     """A runner with all adapters resident that has answered all this as PEFT does."""
     runner = runner_on(house[None], **settings)
     driver = Driver(runner, 8)
@@ -127,12 +139,14 @@ def test_an_adapter_that_moved_is_there_when_its_next_step_is_replayed(house: di
         driver.place(plan, 32)
         assert gpu is None or runner.bank._copies.queue, "the copies run beside the steps"
         request = Request(77, (9, 8, 7, 6), 9, plan.digest)
-        (result,) = runner.step(Plan(chunks=(Chunk(request, 0, 8, (job.ids[4],), True, 5),)))
+        (result,) = runner.run_step(Plan(chunks=(Chunk(request, 0, 8, (job.ids[4],), True, 5),)))
         assert result.token is not None
         assert result.token.id == job.ids[5]
 
 
-def test_an_adapter_of_other_layers_is_not_served_by_a_recording_without_them(house: dict[str | None, Path]) -> None:
+def test_an_adapter_of_other_layers_is_not_served_by_a_recording_without_them(
+    house: dict[str | None, Path],
+) -> None:
     want = making.greedy(house[None], house["a1"], [3, 4, 5], 8)
     plans = [plan_of(house[name], house[None]) for name in ("a0", "a1")]
     with device():
@@ -154,15 +168,19 @@ ASKED = [
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_all_that_a_request_may_ask_is_answered_as_on_a_cpu(house: dict[str | None, Path], tmp_path: Path) -> None:
+def test_all_that_a_request_may_ask_is_answered_as_on_a_cpu(
+    house: dict[str | None, Path], tmp_path: Path
+) -> None:
     plan, base = plan_of(house["a0"], house[None]), house[None]
     shadow = shadow_plan(making.adapter(tmp_path / "ia3", base, IA3Config(task_type="CAUSAL_LM"), seed=8))
 
-    def told_by(runner: Runner) -> list[Job]:
+    def told_by(runner: ModelRunner) -> list[Job]:
         driver = Driver(runner, 8)
         driver.place(plan)
-        runner.load(shadow)
-        jobs = [Job([7, 8, 9, 10], 9, name, asked) for asked in ASKED for name in (plan.digest, shadow.digest)]
+        runner.load_adapter(shadow)
+        jobs = [
+            Job([7, 8, 9, 10], 9, name, asked) for asked in ASKED for name in (plan.digest, shadow.digest)
+        ]
         jobs += [Job(list(range(5, 30)), 3, plan.digest, prompt_logprobs=2), Job([7, 8, 9, 10], 9)]
         driver.run(jobs)
         return jobs
@@ -173,56 +191,68 @@ def test_all_that_a_request_may_ask_is_answered_as_on_a_cpu(house: dict[str | No
     for ours, right in zip(got, want, strict=True):
         assert ours.ids == right.ids
         assert [t.logprob for t in ours.tokens] == pytest.approx([t.logprob for t in right.tokens], abs=1e-4)
-        assert [t.logprob for t in ours.prompt_tokens] == pytest.approx([t.logprob for t in right.prompt_tokens], abs=1e-4)
-        assert [[id for id, _ in t.top] for t in ours.tokens] == [[id for id, _ in t.top] for t in right.tokens]
+        assert [t.logprob for t in ours.prompt_tokens] == pytest.approx(
+            [t.logprob for t in right.prompt_tokens], abs=1e-4
+        )
+        assert [[id for id, _ in t.top] for t in ours.tokens] == [
+            [id for id, _ in t.top] for t in right.tokens
+        ]
 
 
 @pytest.mark.parametrize("switch", ["off", "on"])
-def test_an_adapter_that_goes_while_it_is_still_being_copied_leaves_nothing_to_the_next(house: dict[str | None, Path], switch: str) -> None:
-    """What lands late in layers that the next one does not adapt, and another does, would be taken for the next one's."""
+def test_an_adapter_that_goes_while_it_is_still_being_copied_leaves_nothing_to_the_next(
+    house: dict[str | None, Path], switch: str
+) -> None:
+    """What lands late in layers that the next one does not adapt, and another does, would be taken
+    for the next one's.
+    """
     other, first, second = (plan_of(house[name], house[None]) for name in ("a3", "a1", "a0"))
     want = making.greedy(house[None], house["a0"], [3, 4, 5], 12)
     with device():
         runner = runner_on(house[None], compile=switch)
         for plan in (other, first, second):
-            runner.load(plan)
-        runner.step(Plan(place=(Placement(other.digest, 16, other.rank),)))
-        runner.step(Plan(place=(Placement(first.digest, 0, first.rank),)))
-        runner.step(Plan(remove=(first.digest,)))
-        runner.step(Plan(place=(Placement(second.digest, 0, second.rank),)))
+            runner.load_adapter(plan)
+        runner.run_step(Plan(place=(Placement(other.digest, 16, other.rank),)))
+        runner.run_step(Plan(place=(Placement(first.digest, 0, first.rank),)))
+        runner.run_step(Plan(remove=(first.digest,)))
+        runner.run_step(Plan(place=(Placement(second.digest, 0, second.rank),)))
         job = Job([3, 4, 5], 12, second.digest)
         Driver(runner, 1).run([job])
         assert job.ids == want
 
 
-def test_an_adapter_that_is_forgotten_leaves_no_pinned_memory(house: dict[str | None, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_adapter_that_is_forgotten_leaves_no_pinned_memory(
+    house: dict[str | None, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """torch keeps what was freed for the next of that size, and others would pin as much again."""
     plan, left = plan_of(house["a0"], house[None]), []
     with device():
         runner = runner_on(house[None])
-        size = runner.load(plan)
+        size = runner.load_adapter(plan)
         factor = weakref.ref(next(iter(runner.hosted[plan.digest].factors.values())).a)
         monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: left.append(factor()))
-        assert runner.unload(plan.digest) == size
+        assert runner.evict_adapter(plan.digest) == size
     assert left == [None]
 
 
 def test_a_context_that_the_proof_does_not_fit_into_is_refused(house: dict[str | None, Path]) -> None:
     with device():
-        runner_on(house[None], max_context=proof.PROBE)
+        runner_on(house[None], max_context=selfcheck.PROBE)
         with pytest.raises(SettingsError, match="ADAPTERD_MAX_CONTEXT: 8 rows of 23 tokens are too short"):
-            runner_on(house[None], max_context=proof.PROBE - 1)
+            runner_on(house[None], max_context=selfcheck.PROBE - 1)
 
 
 @pytest.mark.parametrize("where", ["load", "attend", "Bank"])
-def test_memory_that_runs_out_at_the_start_is_told(house: dict[str | None, Path], monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+def test_memory_that_runs_out_at_the_start_is_told(
+    house: dict[str | None, Path], monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with device(), monkeypatch.context() as patch:
         match where:
             case "load":
-                patch.setattr("service.model.base.load", full)
+                patch.setattr("service.model.loading.load_base", full)
             case "attend":
                 patch.setitem(AttentionInterface._global_mapping, kv.NAME, full)
             case "Bank":
@@ -231,7 +261,9 @@ def test_memory_that_runs_out_at_the_start_is_told(house: dict[str | None, Path]
             runner_on(house[None])
 
 
-def test_no_more_recordings_are_kept_than_the_limit(house: dict[str | None, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_more_recordings_are_kept_than_the_limit(
+    house: dict[str | None, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(graphs, "LIMIT", 2)
     asked = ask(house, None)
     with device():
@@ -240,7 +272,8 @@ def test_no_more_recordings_are_kept_than_the_limit(house: dict[str | None, Path
         assert len(runner.graphs._recorded) == 2
 
 
-@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind != "mixtral"])  # a CPU cannot count its experts as a GPU does
+# A CPU cannot count its experts as a GPU does
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind != "mixtral"])
 @pytest.mark.filterwarnings("ignore")
 def test_every_family_is_recorded_and_says_what_generate_says(kind: str, tmp_path: Path) -> None:
     sizes, targets = FAMILIES[kind]
@@ -271,20 +304,42 @@ def test_a_base_that_asks_the_device_in_mid_step_runs_unrecorded(
         assert answered(house, asked).graphs is None
         assert gpu is None or (not gpu.filling and not +gpu.held), "the broken recording's memory is free"
         assert caplog.text.count("cannot be recorded") == 1
-        assert "operation not permitted when stream is capturing" in caplog.text, "what broke it off, not that it did"
+        assert "operation not permitted when stream is capturing" in caplog.text, (
+            "what broke it off, not that it did"
+        )
         with pytest.raises(SettingsError, match="ADAPTERD_COMPILE: on"):
             runner_on(house[None], compile="on")
         assert runner_on(house[None], compile="off").graphs is None
 
 
-def test_a_replay_that_does_nothing_is_found_out(house: dict[str | None, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_replay_that_does_nothing_is_found_out(
+    house: dict[str | None, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     with device():
         monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: None)
         assert runner_on(house[None]).graphs is None
 
 
 def test_buckets_hold_what_is_asked_and_waste_less_than_half() -> None:
-    assert [graphs.bucket(n) for n in range(1, 18)] == [1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12, 16, 16, 16, 16, 24]
+    assert [graphs.round_up(n) for n in range(1, 18)] == [
+        1,
+        2,
+        3,
+        4,
+        6,
+        6,
+        8,
+        8,
+        12,
+        12,
+        12,
+        12,
+        16,
+        16,
+        16,
+        16,
+        24,
+    ]
     for count in range(1, 5000):
-        assert count <= graphs.bucket(count) < 1.5 * count + 1
-        assert graphs.bucket(count, 256) == max(256, graphs.bucket(count))
+        assert count <= graphs.round_up(count) < 1.5 * count + 1
+        assert graphs.round_up(count, 256) == max(256, graphs.round_up(count))

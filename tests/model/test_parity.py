@@ -1,4 +1,6 @@
-"""Every served token equals plain PEFT's, whatever is in the batch, in the pool, or was there before."""
+"""Every served token equals plain PEFT's, whatever is in the batch, in the pool, or was there
+before.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,16 @@ from peft.tuners.lora import dora
 from peft.utils.integrations import dequantize_module_weight
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from service.engine.request import Chunk, Fork, Placement, Plan, Request, Sampling
+from service.core.adapter import Placement
+from service.core.request import Request
+from service.core.sampling import Sampling
+from service.engine.plan import Chunk, Fork, Plan
 from service.errors import SettingsError
-from service.model.bank import Bank, Run
-from service.model.base import load
-from service.model.build import build
-from service.model.factors import factors
-from service.model.runner import Runner
+from service.model.build import build_runner
+from service.model.loading import load_base
+from service.model.lora_pool import AdapterRun, LoraPool
+from service.model.lora_weights import read_weights
+from service.model.runner import ModelRunner
 from service.settings import Settings
 from tests import making
 
@@ -57,23 +62,33 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, Path]:
     return made
 
 
-def runner_on(base: Path, **settings: Any) -> Runner:
+def runner_on(base: Path, **settings: Any) -> ModelRunner:
     plain = {"device": "cpu", "dtype": "float32", "quantization": "none", "compile": "off", "max_rows": 8}
-    made, _ = build(Settings.model_validate(plain | {"base": str(base)} | settings), lambda stage, fraction: None)
+    made, _ = build_runner(
+        Settings.model_validate(plain | {"base": str(base)} | settings), lambda stage, fraction: None
+    )
     return made
 
 
-def test_eight_adapters_and_the_base_in_one_changing_batch_say_what_peft_says(folders: dict[str | None, Path]) -> None:
+def test_eight_adapters_and_the_base_in_one_changing_batch_say_what_peft_says(
+    folders: dict[str | None, Path],
+) -> None:
     runner = runner_on(folders[None])
     driver = Driver(runner, 8)
     plans = {name: plan_of(folder, folders[None]) for name, folder in folders.items() if name}
     for plan in plans.values():
         driver.place(plan)
-    jobs = [(name, Job(p, 5 + i % 4, plans[name].digest if name else None)) for name in folders for i, p in enumerate(prompts())]
+    jobs = [
+        (name, Job(p, 5 + i % 4, plans[name].digest if name else None))
+        for name in folders
+        for i, p in enumerate(prompts())
+    ]
     random.Random(0).shuffle(jobs)
     driver.run([job for _, job in jobs])
     for name, job in jobs:
-        assert job.ids == making.greedy(folders[None], folders[name] if name else None, job.prompt, job.n), name
+        assert job.ids == making.greedy(folders[None], folders[name] if name else None, job.prompt, job.n), (
+            name
+        )
 
 
 def test_an_adapter_placed_where_another_was_finds_nothing_of_it(folders: dict[str | None, Path]) -> None:
@@ -96,18 +111,22 @@ def test_an_adapter_placed_where_another_was_finds_nothing_of_it(folders: dict[s
         assert not getattr(layer, "gates", None)
 
 
-def test_a_layer_that_its_model_keeps_in_float32_is_adapted_in_float32(folders: dict[str | None, Path]) -> None:
+def test_a_layer_that_its_model_keeps_in_float32_is_adapted_in_float32(
+    folders: dict[str | None, Path],
+) -> None:
     base, plan = folders[None], plan_of(folders["a1"], folders[None])
     model = making.load(base).to(torch.bfloat16)
     kept = model.model.layers[1].self_attn.q_proj.float()
     kept.register_forward_pre_hook(lambda layer, args: (args[0].float(),))
-    bank = Bank(model, 64, torch.bfloat16, torch.device("cpu"))
+    bank = LoraPool(model, 64, torch.bfloat16, torch.device("cpu"))
     own = bank.layers["model.layers.1.self_attn.q_proj"]
     with torch.inference_mode():
-        bank.place(Placement(plan.digest, 0, plan.rank), factors(plan, bank))
-        bank.begin([Run(3, plan.digest)], [], 0, [])
+        bank.place_adapter(Placement(plan.digest, 0, plan.rank), read_weights(plan, bank))
+        bank.begin_step([AdapterRun(3, plan.digest)], [], 0, [])
         x = torch.randn(1, 3, 64, dtype=torch.bfloat16)
-        lora = dict(making.served(base, folders["a1"]).named_modules())["base_model.model.model.layers.1.self_attn.q_proj"]
+        lora = dict(making.served(base, folders["a1"]).named_modules())[
+            "base_model.model.model.layers.1.self_attn.q_proj"
+        ]
         assert own(x).dtype == torch.float32
         assert torch.allclose(own(x), kept(x) + lora(x.float()) - lora.base_layer(x.float()), atol=0.05)
 
@@ -116,13 +135,16 @@ def test_a_layer_that_its_model_keeps_in_float32_is_adapted_in_float32(folders: 
 def test_on_a_quantized_base_adapters_say_what_peft_says_on_the_same_base(
     folders: dict[str | None, Path], quantization: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Compared by log probabilities: bitsandbytes' CPU kernels round differently for other batch sizes, so tokens may part at ties."""
+    """Compared by log probabilities: bitsandbytes' CPU kernels round differently for other batch
+    sizes, so tokens may part at ties.
+    """
     base = folders[None]
     runner = runner_on(base, quantization=quantization)
     driver = Driver(runner, 8)
     before = weights_digest(runner)
     jobs: list[tuple[str | None, Job]] = []
-    with_dora = [] if quantization == "int8" else ["a4"]  # PEFT's own DoRA cannot run on bitsandbytes' int8 layers on a CPU
+    # PEFT's own DoRA cannot run on bitsandbytes' int8 layers on a CPU
+    with_dora = [] if quantization == "int8" else ["a4"]
     for name in (None, "a1", "a2", *with_dora):
         digest = None
         if name:
@@ -133,9 +155,13 @@ def test_on_a_quantized_base_adapters_say_what_peft_says_on_the_same_base(
     driver.run([job for _, job in jobs])
     plain = {len(job.prompt): job for name, job in jobs if name is None}
     for name, job in jobs:
-        want = quantized_logprobs(base, folders[name] if name else None, quantization, job.prompt, monkeypatch)
+        want = quantized_logprobs(
+            base, folders[name] if name else None, quantization, job.prompt, monkeypatch
+        )
         assert distance(job, want) < 0.05, name
-        assert name is None or distance(plain[len(job.prompt)], want) > 0.5, "the adapter changes next to nothing: a weak fixture"
+        assert name is None or distance(plain[len(job.prompt)], want) > 0.5, (
+            "the adapter changes next to nothing: a weak fixture"
+        )
     assert weights_digest(runner) == before
 
 
@@ -145,7 +171,7 @@ def distance(job: Job, want: torch.Tensor) -> float:
     return float((torch.tensor(told) - want).abs().mean())
 
 
-def weights_digest(runner: Runner) -> str:
+def weights_digest(runner: ModelRunner) -> str:
     hashed = sha256()
     for tensor in runner.bank.tree.parameters():
         hashed.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
@@ -154,22 +180,48 @@ def weights_digest(runner: Runner) -> str:
 
 @torch.no_grad()
 def quantized_logprobs(
-    base: Path, adapter: Path | None, quantization: str, prompt: Sequence[int], monkeypatch: pytest.MonkeyPatch
+    base: Path,
+    adapter: Path | None,
+    quantization: str,
+    prompt: Sequence[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> torch.Tensor:
-    """PEFT on a base of its own. Its DoRA is given the weights as they were before bitsandbytes repacked them, which it would misread."""
+    """PEFT on a base of its own.
+
+    Its DoRA is given the weights as they were before bitsandbytes repacked them, which it would
+    misread.
+    """
     with making.quiet():
-        settings = Settings.model_validate({"device": "cpu", "dtype": "float32", "quantization": quantization})
-        model: Any = load(base, settings, lambda stage, fraction: None)
-        weights = {id(m): dequantize_module_weight(m) for m in model.modules() if isinstance(m, bitsandbytes.nn.Linear4bit)}
-        monkeypatch.setattr(dora, "dequantize_module_weight", lambda m: weights[id(m)] if id(m) in weights else dequantize_module_weight(m))
+        settings = Settings.model_validate(
+            {"device": "cpu", "dtype": "float32", "quantization": quantization}
+        )
+        model: Any = load_base(base, settings, lambda stage, fraction: None)
+        weights = {
+            id(m): dequantize_module_weight(m)
+            for m in model.modules()
+            if isinstance(m, bitsandbytes.nn.Linear4bit)
+        }
+        monkeypatch.setattr(
+            dora,
+            "dequantize_module_weight",
+            lambda m: weights[id(m)] if id(m) in weights else dequantize_module_weight(m),
+        )
         asked = torch.tensor([list(prompt)])
-        model(input_ids=asked)  # bitsandbytes' int8 layers lose their scales when PEFT touches them before their first forward
+        # Bitsandbytes' int8 layers lose their scales when PEFT touches them before their first
+        # forward
+        model(input_ids=asked)
         model = PeftModel.from_pretrained(model, adapter).eval() if adapter else model
         logprobs: torch.Tensor = model(input_ids=asked).logits[0].float().log_softmax(-1)
     return logprobs[:-1].gather(1, asked[0, 1:, None])[:, 0]
 
 
-SIZES: dict[str, Any] = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4}
+SIZES: dict[str, Any] = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+}
 SIZES |= {
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
@@ -193,7 +245,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "mixtral": (SIZES | {"num_local_experts": 4}, ("q_proj", "o_proj")),
     "qwen2": (SIZES, ("q_proj", "k_proj", "up_proj")),
     "qwen3": (SIZES | {"head_dim": 16}, ("q_proj", "v_proj")),
-    "gemma2": (SIZES | {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16}, ("q_proj", "o_proj")),
+    "gemma2": (
+        SIZES | {"head_dim": 16, "sliding_window": 8, "query_pre_attn_scalar": 16},
+        ("q_proj", "o_proj"),
+    ),
     "gemma3_text": (SIZES | {"head_dim": 16, "sliding_window": 8}, ("q_proj", "o_proj")),
     "phi3": (SIZES, ("qkv_proj", "gate_up_proj")),
     "gpt_neox": (SIZES, ("query_key_value", "dense")),
@@ -208,7 +263,10 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 def random_base(folder: Path, kind: str, sizes: dict[str, Any]) -> Path:
     torch.manual_seed(4)
     with making.quiet():
-        config = AutoConfig.for_model(kind, **{k: v for k, v in sizes.items() if not (kind == "gpt_neox" and k == "num_key_value_heads")})
+        config = AutoConfig.for_model(
+            kind,
+            **{k: v for k, v in sizes.items() if not (kind == "gpt_neox" and k == "num_key_value_heads")},
+        )
         model = AutoModelForCausalLM.from_config(config).float()
         for name, weight in model.named_parameters():
             if "norm" in name:  # all ones, they could be taken for each other
@@ -222,7 +280,9 @@ def random_base(folder: Path, kind: str, sizes: dict[str, Any]) -> Path:
 def test_every_family_says_what_generate_says_with_and_without_adapters(kind: str, tmp_path: Path) -> None:
     sizes, targets = FAMILIES[kind]
     base = random_base(tmp_path / "base", kind, sizes)
-    adapters = [making.noise(tmp_path / f"a{i}", base, i, targets, r=4 + 4 * i, use_dora=i == 1) for i in range(2)]
+    adapters = [
+        making.noise(tmp_path / f"a{i}", base, i, targets, r=4 + 4 * i, use_dora=i == 1) for i in range(2)
+    ]
     driver = Driver(runner_on(base), 8)
     jobs: list[tuple[Path | None, Job]] = [(None, Job(p, 6)) for p in prompts()[3:6]]
     for folder in adapters:
@@ -240,7 +300,11 @@ def test_a_base_with_other_attention_is_refused_by_name(kind: str, tmp_path: Pat
     sizes = (
         SIZES
         if kind == "stablelm"
-        else {k: v for k, v in SIZES.items() if k in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+        else {
+            k: v
+            for k, v in SIZES.items()
+            if k in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        }
     )
     base = random_base(tmp_path / "base", kind, sizes)
     with pytest.raises(SettingsError, match=rf"ADAPTERD_BASE: (?i:{kind})ForCausalLM is not supported"):
@@ -267,8 +331,8 @@ def test_a_forked_row_goes_on_as_the_row_it_came_from(folders: dict[str | None, 
     runner = runner_on(folders[None])
     prompt = tuple(prompts()[6])
     whole, part = Request(1, prompt, 1), Request(2, (*prompt[:30], 9, 9), 1)
-    runner.step(Plan(chunks=(Chunk(whole, 5, 0, prompt, True),)))
-    (result,) = runner.step(Plan(forks=(Fork(5, 2, 30),), chunks=(Chunk(part, 2, 30, (9, 9), True),)))
+    runner.run_step(Plan(chunks=(Chunk(whole, 5, 0, prompt, True),)))
+    (result,) = runner.run_step(Plan(forks=(Fork(5, 2, 30),), chunks=(Chunk(part, 2, 30, (9, 9), True),)))
     assert result.token is not None
     assert [result.token.id] == making.greedy(folders[None], None, part.prompt, 1)
 
@@ -278,23 +342,33 @@ def test_a_resident_adapter_runs_on_when_it_has_left_host_memory(folders: dict[s
     driver = Driver(runner, 2)
     plan = plan_of(folders["a0"], folders[None])
     driver.place(plan)
-    runner.unload(plan.digest)
+    runner.evict_adapter(plan.digest)
     job = Job(prompts()[3], 4, plan.digest)
     driver.run([job])
     assert job.ids == making.greedy(folders[None], folders["a0"], job.prompt, 4)
 
 
-@pytest.mark.parametrize(("sampled", "scored"), [(True, None), (False, None), (False, 0)], ids=["sampled", "in the middle", "only scored"])
+@pytest.mark.parametrize(
+    ("sampled", "scored"),
+    [(True, None), (False, None), (False, 0)],
+    ids=["sampled", "in the middle", "only scored"],
+)
 def test_an_adapter_whose_numbers_overflow_fails_alone_and_leaves_nothing_in_its_row(
     folders: dict[str | None, Path], tmp_path: Path, sampled: bool, scored: int | None
 ) -> None:
     base = folders[None]
-    wild = making.edit(folders["a0"], tmp_path / "wild", weights=lambda t: {k: v * 1e38 if "lora_B" in k else v for k, v in t.items()})
+    wild = making.edit(
+        folders["a0"],
+        tmp_path / "wild",
+        weights=lambda t: {k: v * 1e38 if "lora_B" in k else v for k, v in t.items()},
+    )
     runner = runner_on(base)
     driver, plan, prompt = Driver(runner, 2), plan_of(wild, base), tuple(prompts()[4])
     driver.place(plan)
     bad, good = Request(101, prompt, 4, plan.digest, prompt_logprobs=scored), Request(102, prompt, 4)
-    failed, fine = runner.step(Plan(chunks=(Chunk(bad, 0, 0, prompt, sampled), Chunk(good, 1, 0, prompt, True))))
+    failed, fine = runner.run_step(
+        Plan(chunks=(Chunk(bad, 0, 0, prompt, sampled), Chunk(good, 1, 0, prompt, True)))
+    )
     assert "not finite" in failed.error
     assert fine.token is not None
     assert [fine.token.id] == making.greedy(base, None, prompt, 1)

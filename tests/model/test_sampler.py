@@ -1,4 +1,6 @@
-"""Each row is sampled by its own rules: against transformers' own warpers, whatever the company, and loudly where it cannot be."""
+"""Each row is sampled by its own rules: against transformers' own warpers, whatever the company,
+and loudly where it cannot be.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,9 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from service.engine.request import Request, Sampling, Token
-from service.model.sampler import Sampler, Unfit, draw, warped
+from service.core.request import Request, Token
+from service.core.sampling import Sampling
+from service.model.sampler import Sampler, SamplingError, draw_token, probabilities
 
 VOCABULARY = 400
 
@@ -38,7 +41,7 @@ def request(id: int, **sampling: Any) -> Request:
 
 
 def one(sampler: Sampler, row: Tensor, asked: Request) -> int:
-    (token,) = sampler.sample(row[None], [asked])
+    (token,) = sampler.sample_batch(row[None], [asked])
     assert isinstance(token, Token)
     return token.id
 
@@ -58,7 +61,7 @@ def test_what_may_be_drawn_is_what_transformers_would_draw_from(
     options: dict[str, Any], theirs: Callable[[], LogitsProcessor], seed: int
 ) -> None:
     row = logits(seed)[0]
-    ours = warped(row, Sampling(temperature=0.7, **options))
+    ours = probabilities(row, Sampling(temperature=0.7, **options))
     want = theirs()(torch.zeros(1, 1, dtype=torch.long), row[None] / 0.7)[0].softmax(-1)
     torch.testing.assert_close(ours / ours.sum(), want, rtol=1e-4, atol=1e-7)
 
@@ -96,7 +99,7 @@ def test_a_seeded_row_draws_the_same_alone_and_among_neighbours() -> None:
     asked = [request(i, temperature=1.0, seed=i, top_p=0.9 if i % 2 else 1.0) for i in range(16)]
     together = Sampler(no_grammar)
     for _ in range(3):
-        for alone, (token, row) in enumerate(zip(together.sample(rows, asked), rows, strict=True)):
+        for alone, (token, row) in enumerate(zip(together.sample_batch(rows, asked), rows, strict=True)):
             apart = Sampler(no_grammar)
             for _ in range(len(together._states[alone].generated) - 1):
                 one(apart, row, asked[alone])
@@ -106,10 +109,12 @@ def test_a_seeded_row_draws_the_same_alone_and_among_neighbours() -> None:
 
 def test_draws_follow_the_probabilities() -> None:
     probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2])
-    counts = Counter(draw(probabilities, i / 1000) for i in range(1000))
+    counts = Counter(draw_token(probabilities, i / 1000) for i in range(1000))
     assert counts == {0: 500, 2: 300, 3: 200}
     sampler = Sampler(no_grammar)
-    seen = Counter(one(sampler, probabilities.log(), request(i, temperature=1.0, seed=i)) for i in range(3000))
+    seen = Counter(
+        one(sampler, probabilities.log(), request(i, temperature=1.0, seed=i)) for i in range(3000)
+    )
     assert abs(seen[0] / 3000 - 0.5) < 0.03
     assert seen[1] == 0
 
@@ -118,8 +123,8 @@ def test_draws_follow_the_probabilities() -> None:
 def test_numbers_that_are_not_finite_fail_their_own_row_only(options: dict[str, Any]) -> None:
     rows = logits(5, 2)
     rows[0, 3] = float("nan")
-    bad, good = Sampler(no_grammar).sample(rows, [request(1, **options), request(2, **options)])
-    assert isinstance(bad, Unfit)
+    bad, good = Sampler(no_grammar).sample_batch(rows, [request(1, **options), request(2, **options)])
+    assert isinstance(bad, SamplingError)
     assert isinstance(good, Token)
 
 
@@ -127,18 +132,22 @@ def test_an_eos_that_is_also_text_cannot_end_what_is_not_whole() -> None:
     row = torch.zeros(VOCABULARY)
     row[8] = 9.0  # the grammar would take it as text
     asked = Request(1, (5,), 5, sampling=Sampling(grammar="g"), eos=frozenset({8}))
-    (failed,) = Sampler(lambda grammar: Matcher()).sample(row[None], [asked])
-    assert isinstance(failed, Unfit)
+    (failed,) = Sampler(lambda grammar: Matcher()).sample_batch(row[None], [asked])
+    assert isinstance(failed, SamplingError)
     both = Request(2, (5,), 5, sampling=Sampling(grammar="g"), eos=frozenset({8}))
     sampler = Sampler(lambda grammar: Matcher(allowed=bytes([0, 3])))
     assert [one(sampler, row, both) for _ in range(2)] == [9, 8], "the other one, and then the end"
 
 
-@pytest.mark.parametrize("options", [{"top_p": 5e-324}, {"top_p": 1e-300}, {"typical_p": 5e-324}, {"min_p": 1.0}])
+@pytest.mark.parametrize(
+    "options", [{"top_p": 5e-324}, {"top_p": 1e-300}, {"typical_p": 5e-324}, {"min_p": 1.0}]
+)
 def test_the_least_mass_still_holds_one_token(options: dict[str, Any]) -> None:
-    """B13: it is 0 as a float32; an empty choice once ended the step, and with it everybody else's request."""
+    """B13: it is 0 as a float32; an empty choice once ended the step, and with it everybody else's
+    request.
+    """
     row = logits(8)[0]
-    kept = warped(row, Sampling(temperature=1.0, **options))
+    kept = probabilities(row, Sampling(temperature=1.0, **options))
     assert int(kept.count_nonzero()) == 1
     chosen = one(Sampler(no_grammar), row, request(1, temperature=1.0, **options))
     assert chosen == int(kept.argmax())
@@ -178,9 +187,9 @@ def test_a_grammar_allows_only_its_own_tokens_and_ends_with_eos() -> None:
     endless = Request(2, (5,), 5, sampling=Sampling(grammar="g"))
     sampler = Sampler(lambda grammar: Matcher())
     assert one(sampler, logits(6)[0], endless) == 8
-    assert isinstance(sampler.sample(logits(6), [endless])[0], Unfit)
-    (failed,) = Sampler(lambda grammar: Matcher(error=True)).sample(logits(6), [asked])
-    assert isinstance(failed, Unfit)
+    assert isinstance(sampler.sample_batch(logits(6), [endless])[0], SamplingError)
+    (failed,) = Sampler(lambda grammar: Matcher(error=True)).sample_batch(logits(6), [asked])
+    assert isinstance(failed, SamplingError)
     assert failed.code == "validation", "the grammar is the client's"
 
 
@@ -200,7 +209,7 @@ def test_where_a_choice_raises_no_token_of_that_step_is_remembered() -> None:
     sampler, row = Sampler(matcher_of), logits(6)
     good, bad = request(1, grammar="fine", frequency_penalty=2.0), request(2, grammar="broken")
     with pytest.raises(RuntimeError):
-        sampler.sample(torch.cat([row, row]), [good, bad])
+        sampler.sample_batch(torch.cat([row, row]), [good, bad])
     assert taken == []
     token = one(sampler, row[0], good)
     assert taken == [token]
@@ -230,8 +239,10 @@ class Counted(TorchFunctionMode):
 
 @pytest.mark.parametrize(("adapter", "code"), [(None, "internal"), ("sha256:a", "adapter_invalid")])
 @pytest.mark.parametrize("temperature", [0, 1])
-def test_numbers_that_are_not_finite_are_the_adapters_fault_where_there_is_one(adapter: str | None, code: str, temperature: float) -> None:
+def test_numbers_that_are_not_finite_are_the_adapters_fault_where_there_is_one(
+    adapter: str | None, code: str, temperature: float
+) -> None:
     asked = Request(1, (5,), 5, adapter, Sampling(temperature=temperature))
-    (unfit,) = Sampler(no_grammar).sample(torch.full((1, VOCABULARY), float("nan")), [asked])
-    assert isinstance(unfit, Unfit)
+    (unfit,) = Sampler(no_grammar).sample_batch(torch.full((1, VOCABULARY), float("nan")), [asked])
+    assert isinstance(unfit, SamplingError)
     assert unfit.code == code

@@ -1,7 +1,8 @@
-"""The CPU kernels: built once with the machine's C++ compiler, kept in a cache, and put in place of the torch path where they apply.
+"""The CPU kernels: built once with the machine's C++ compiler, kept in a cache, and put in place of
+the torch path where they apply.
 
-They need bfloat16 weights and a processor with AVX512-BF16; without these, or without a compiler, the torch path serves. Must not know
-adapters' files, requests or scheduling.
+They need bfloat16 weights and a processor with AVX512-BF16; without these, or without a compiler,
+the torch path serves. Must not know adapters' files, requests or scheduling.
 """
 
 from __future__ import annotations
@@ -20,18 +21,23 @@ from torch import Tensor, nn
 from torch.utils.cpp_extension import include_paths, library_paths
 from transformers import AttentionInterface
 
-from ..base import CACHE
+from ..loading import CACHE
 
 NAME = "adapterd_rows"
-SOURCES = [Path(__file__).with_name(name) for name in ("ops.cpp", "attention.h", "linear.h", "vectors.h", "crew.h")]
+SOURCES = [
+    Path(__file__).with_name(name) for name in ("ops.cpp", "attention.h", "linear.h", "vectors.h", "crew.h")
+]
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp"]
 FIELDS = 8  # int32 columns of a table, see linear.h
 
 log = logging.getLogger(__name__)
 
 
-def load() -> bool:
-    """Whether the kernels can be used here; builds and loads them the first time. Says in the log why not."""
+def load_kernels() -> bool:
+    """Whether the kernels can be used here; builds and loads them the first time.
+
+    Says in the log why not.
+    """
     if hasattr(torch.ops.adapterd, "linear"):
         return True
     if not torch.cpu._is_avx512_bf16_supported():
@@ -39,42 +45,54 @@ def load() -> bool:
         return False
     try:
         library: Any = torch.ops
-        library.load_library(_built())
+        library.load_library(_build_library())
     except (OSError, subprocess.CalledProcessError) as error:
-        log.warning("kernels: off, they cannot be built: %s", str(getattr(error, "stderr", None) or error)[-300:])
+        log.warning(
+            "kernels: off, they cannot be built: %s", str(getattr(error, "stderr", None) or error)[-300:]
+        )
         return False
-    AttentionInterface.register(NAME, attend)
+    AttentionInterface.register(NAME, attend_rows)
     return True
 
 
-def _built() -> Path:
-    """The shared library for this source, torch and processor. Raises OSError or CalledProcessError."""
+def _build_library() -> Path:
+    """The shared library for this source, torch and processor.
+
+    Raises OSError or CalledProcessError.
+    """
     compiler = shutil.which("g++") or shutil.which("c++")
     if compiler is None:
         raise OSError("no C++ compiler (g++) is installed")
     flags = [*FLAGS, *(f"-I{path}" for path in include_paths())]
     text = "".join(source.read_text() for source in SOURCES)
-    key = hashlib.sha256(f"{text} {flags} {torch.__version__} {_processor()}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{text} {flags} {torch.__version__} {_processor_flags()}".encode()).hexdigest()[:16]
     target = CACHE / "kernels" / f"ops-{key}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as aside:
             made = Path(aside) / target.name
             links = [*(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu", "-ltorch"]
-            subprocess.run([compiler, *flags, str(SOURCES[0]), "-o", str(made), *links], check=True, capture_output=True, text=True)
+            subprocess.run(
+                [compiler, *flags, str(SOURCES[0]), "-o", str(made), *links],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
             made.rename(target)
     return target
 
 
-def _processor() -> str:
+def _processor_flags() -> str:
     """What `-march=native` would see: two machines that share a cache folder may differ."""
     try:
-        return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags"))
+        return next(
+            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")
+        )
     except (OSError, StopIteration):
         return ""
 
 
-def attend(
+def attend_rows(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -86,34 +104,38 @@ def attend(
     softcap: float | None = None,
     **other: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface over the kernel: query [1, heads, T, dim] → [1, T, heads, dim]."""
+    """transformers' attention interface over the kernel: query [1, heads, T, dim] → [1, T, heads,
+    dim].
+    """
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     buffers = module.kv_keys, module.kv_values, module.kv_table
     out = torch.ops.adapterd.attend(query, key, value, *buffers, scale, sliding_window or 0, softcap or 0.0)
     return out, None
 
 
-def fits(layer: nn.Module) -> bool:
-    """Whether the linear kernel can run this base layer: plain, bfloat16, [out, in] in multiples of [32, 2]."""
+def fits_kernel(layer: nn.Module) -> bool:
+    """Whether the linear kernel can run this base layer: plain, bfloat16, [out, in] in multiples of
+    [32, 2].
+    """
     if type(layer) is not nn.Linear:
         return False
     n_out, n_in = layer.weight.shape
     return layer.weight.dtype == torch.bfloat16 and n_out % 32 == 0 and n_in % 2 == 0
 
 
-class Tables(NamedTuple):
+class StepTables(NamedTuple):
     """The spans of a step's tokens, and of those tokens that get logits."""
 
     body: Tensor
     head: Tensor
 
 
-def tables(rows: int) -> Tables:
+def make_tables(rows: int) -> StepTables:
     size = (1 + 2 * rows, FIELDS)  # every row may decode while another prompt for it is under way
-    return Tables(torch.zeros(size, dtype=torch.int32), torch.zeros(size, dtype=torch.int32))
+    return StepTables(torch.zeros(size, dtype=torch.int32), torch.zeros(size, dtype=torch.int32))
 
 
-def fill(table: Tensor, spans: Sequence[Sequence[int]]) -> None:
+def fill_table(table: Tensor, spans: Sequence[Sequence[int]]) -> None:
     """Writes the spans of a step; each is start, length, KV row, position, pool row, rank, gated."""
     table[0, 0] = len(spans)
     if spans:

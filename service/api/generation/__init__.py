@@ -1,0 +1,1 @@
+"""What every dialect does between a parsed body and its answer."""

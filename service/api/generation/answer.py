@@ -1,0 +1,143 @@
+"""One sequence as text: a ticket's events become pieces, with stop strings cut and errors raised.
+
+Knows no wire shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from ... import errors
+from ...core.request import Event, Finish, Token
+from ...text.incremental import IncrementalDecoder
+from ...text.stop_strings import StopStrings
+
+if TYPE_CHECKING:
+    from ...text.tokenizers import AdapterTokenizer
+    from ...worker.ticket import Ticket
+
+
+class AnswerEnding(StrEnum):
+    LENGTH = "length"
+    EOS = "eos_token"
+    STOP = "stop_sequence"
+
+
+@dataclass(frozen=True, slots=True)
+class TextPiece:
+    """What one token adds to the text, often nothing.
+
+    `special`: the token is no text. The last piece has the ending.
+    """
+
+    token: Token | None
+    text: str
+    special: bool = False
+    ending: AnswerEnding | None = None
+
+
+@dataclass
+class Answer:
+    """One continuation of a prompt, read once; what it came to is kept.
+
+    Stop strings count after `min_tokens` tokens.
+
+    `scored` are the prompt's tokens with log probabilities, where asked for.
+    """
+
+    ticket: Ticket
+    voice: AdapterTokenizer
+    prompt: tuple[int, ...]
+    stops: StopStrings
+    seed: int
+    min_tokens: int = 0
+    pieces: list[TextPiece] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
+    scored: tuple[Token, ...] = ()
+
+    async def read_pieces(self) -> AsyncIterator[TextPiece]:
+        """Its pieces as they come; the last one has the ending.
+
+        Raises the error that ended the sequence otherwise.
+        """
+        decoder = self.voice.make_decoder(self.prompt)
+        async for event in self.ticket:
+            piece = self._make_piece(event, decoder)
+            self.pieces.append(piece)
+            yield piece
+            if piece.ending is not None:
+                return
+        raise failure_error(Event(self.ticket.request.id, finish=Finish.CANCELLED))
+
+    async def read_to_end(self) -> None:
+        """Reads it to its end."""
+        async for _ in self.read_pieces():
+            pass
+
+    @property
+    def text(self) -> str:
+        return "".join(piece.text for piece in self.pieces)
+
+    @property
+    def ending(self) -> AnswerEnding:
+        """How it ended; only of one that was read to its end."""
+        ending = self.pieces[-1].ending
+        assert ending is not None, "an answer is described after its end"
+        return ending
+
+    @property
+    def likelihood(self) -> float:
+        """The summed log probability of its tokens."""
+        return sum(token.logprob or 0.0 for token in self.tokens)
+
+    def _make_piece(self, event: Event, decoder: IncrementalDecoder) -> TextPiece:
+        if event.finish in (Finish.FAILED, Finish.CANCELLED):
+            raise failure_error(event)
+        self.scored = event.prompt or self.scored
+        token, ended = event.token, event.finish is Finish.EOS
+        if token is not None:
+            self.tokens.append(token)
+        text = self._push_text("" if token is None or ended else decoder.push_token(token.id), last=False)
+        if self.stops.found is None and event.finish is not None:
+            text += self._push_text(decoder.flush_held(), last=True)
+        if self.stops.found is not None:
+            self.ticket.cancel_request(stopped=True)
+            return TextPiece(token, text, ending=AnswerEnding.STOP)
+        ending = (
+            {Finish.EOS: AnswerEnding.EOS, Finish.LENGTH: AnswerEnding.LENGTH}[event.finish]
+            if event.finish
+            else None
+        )
+        # held text that the eos lets go would be lost to clients that skip special tokens
+        special = token is not None and (ended or token.id in self.voice.special) and not text
+        return TextPiece(token, text, special, ending)
+
+    def _push_text(self, text: str, last: bool) -> str:
+        if len(self.tokens) <= self.min_tokens and self.min_tokens:
+            return text
+        text = self.stops.push_text(text)
+        return text + self.stops.flush_held() if last and self.stops.found is None else text
+
+
+def failure_error(event: Event) -> errors.AdapterdError:
+    """The error that a request's terminal event tells of, which the engine has counted."""
+    error = _failure_error(event)
+    error.counted = True
+    return error
+
+
+def _failure_error(event: Event) -> errors.AdapterdError:
+    if event.finish is Finish.CANCELLED:
+        return errors.Cancelled("the client left")
+    if event.code in (errors.AdapterInvalid.code, errors.AdapterUnsupported.code):
+        return errors.AdapterInvalid([event.message])
+    kinds = _error_kinds(errors.AdapterdError) | {errors.Internal.code: errors.Internal}
+    return kinds.get(event.code, errors.Internal)(event.message or "the request failed")
+
+
+def _error_kinds(kind: type[errors.AdapterdError]) -> dict[str, type[errors.AdapterdError]]:
+    below = {code: found for child in kind.__subclasses__() for code, found in _error_kinds(child).items()}
+    return {**below, kind.code: kind}

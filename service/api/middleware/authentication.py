@@ -1,0 +1,101 @@
+"""Who may ask, and who may manage adapters: keys and scopes.
+
+Knows only hashes of keys; never logs one.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from ...errors import Forbidden, Unauthorized
+from ...keys import Key, find_key
+from ...settings import Settings
+from ..scopes import KeyScope, grant_scope, missing_scope, required_scope
+from .cors import ELSEWHERE
+from .refusal import refuse_request
+
+READING = ("GET", "HEAD", "OPTIONS")
+
+BROWSER = {"www-authenticate": 'Basic realm="adapterd: any name, the key as password", charset="UTF-8"'}
+
+
+class Authentication:
+    """Lets a request through when its key is known and has the scope that its route declares.
+
+    With no keys set, none is asked for.
+
+    A request whose key is known has it as `request.state.key`.
+    """
+
+    def __init__(self, app: ASGIApp, settings: Settings) -> None:
+        self.app, self.settings = app, settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        needed = required_scope(scope) if scope["type"] == "http" else KeyScope.PUBLIC
+        if needed is KeyScope.PUBLIC:
+            return await self.app(scope, receive, send)
+        refusal = self._refuse_foreign(scope) or self._refuse_key(scope, needed)
+        if refusal is None:
+            return await self.app(scope, receive, send)
+        page = (
+            refusal.status == 401
+            and scope["method"] == "GET"
+            and "text/html" in Headers(scope=scope).get("accept", "")
+        )
+        return await refuse_request(refusal, scope, receive, send, BROWSER if page else None)
+
+    def _refuse_foreign(self, scope: Scope) -> Forbidden | None:
+        """A page of another site, unless its origin is one of those that may: a form could send an
+        upload without asking first.
+        """
+        headers, origins = Headers(scope=scope), self.settings.cors_origins
+        if scope["method"] in READING or headers.get("sec-fetch-site") != "cross-site":
+            return None
+        return None if "*" in origins or headers.get("origin") in origins else ELSEWHERE
+
+    def _refuse_key(self, scope: Scope, needed: KeyScope) -> Unauthorized | Forbidden | None:
+        if not self.settings.keyed:
+            grant_scope(scope, KeyScope.ADMIN)
+            return None
+        secret = _read_secret(scope)
+        if secret is None:
+            return Unauthorized("a key is needed: send it as 'Authorization: Bearer KEY'")
+        user, admin = find_key(secret, self.settings.api_keys), find_key(secret, self.settings.admin_keys)
+        key = admin or user
+        if key is None:
+            return Unauthorized("the key is not known")
+        _remember_key(scope, key)
+        granted = KeyScope.KEY if admin is None else KeyScope.ADMIN
+        grant_scope(scope, granted)
+        return missing_scope(needed) if granted < needed else None
+
+
+def _remember_key(scope: Scope, key: Key) -> None:
+    scope["state"]["key"] = key
+    if key.name:
+        scope["state"]["log"]["key"] = key.name
+
+
+def _read_secret(scope: Scope) -> str | None:
+    """The key as the environment would spell it: bytes outside UTF-8 are kept, so that no key on
+    the wire can break the comparison.
+
+    A browser can only offer a key for a page by Basic authentication, as the password. It would
+    offer it to any request that another site makes it send, too; so there it counts for reading
+    only.
+    """
+    raw = dict(scope["headers"]).get(b"authorization", b"").strip()
+    scheme, _, rest = raw.partition(b" ")
+    if scheme.lower() == b"bearer" and rest.strip():
+        return str(rest.strip().decode("utf-8", "surrogateescape"))
+    if scheme.lower() == b"basic" and scope["method"] in READING:
+        try:
+            pair = base64.b64decode(rest.strip(), validate=True)
+        except binascii.Error:
+            return None
+        return pair.partition(b":")[2].decode("utf-8", "surrogateescape")
+    return None

@@ -1,0 +1,142 @@
+"""What the wire shapes of both dialects share: strict numbers, refused extras, stop strings,
+response formats. Knows no route.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+
+MAX_STOPS, MAX_STOP_LENGTH = 16, 1000
+MAX_SEQUENCES = 128  # answers to one HTTP request
+MAX_UNKNOWN = 16  # fields
+MAX_TOP = 20  # runner-up tokens with log probabilities
+# Of what is counted and told again: Python spells no number of more than 4300 digits
+LARGEST = 2**63
+COLD = 1e-5  # a temperature under this is greedy: a quotient by it would not fit a float32
+
+
+class StrictModel(BaseModel):
+    """Takes no unknown field, no bool for a number, no NaN and no infinity."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, protected_namespaces=())
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_few(cls, value: Any) -> Any:
+        """Findings take much longer than what they are about, so there must not be as many as a
+        client likes.
+        """
+        if isinstance(value, dict) and len(value) > len(cls.model_fields) + MAX_UNKNOWN:
+            known = {field.alias or name for name, field in cls.model_fields.items()}
+            first = next(key for key in value if key not in known)
+            raise ValueError(f"{len(value)} fields, and {len(known)} are known; {first[:40]!r} is not")
+        return value
+
+
+def _not_offered(value: Any) -> Any:
+    if value is not None and value is not False:
+        raise ValueError("is not offered here; only null and false are taken")
+    return value
+
+
+NotOffered = Annotated[Literal[False] | None, BeforeValidator(_not_offered)]
+Seed = Annotated[int, Field(ge=0, lt=2**64)]
+Penalty = Annotated[float, Field(ge=-2, le=2)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Factor = Annotated[float, Field(ge=0.01, le=100)]
+Tokens = Annotated[int, Field(ge=1, lt=LARGEST)]
+TopK = Annotated[int, Field(ge=-1)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+StopList = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
+
+
+class AnyText(StrictModel):
+    """No constraint."""
+
+    type: Literal["text"]
+
+
+class JsonObject(StrictModel):
+    """Any JSON object, or one of this schema."""
+
+    type: Literal["json_object"]
+    schema_: dict[str, Any] | None = Field(default=None, alias="schema")
+
+
+class NamedSchema(StrictModel):
+    name: str = ""
+    description: str | None = None
+    strict: bool | None = None
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class JsonSchema(StrictModel):
+    """JSON of a schema, in OpenAI's shape."""
+
+    type: Literal["json_schema"]
+    json_schema: NamedSchema
+
+
+class PlainSchema(StrictModel):
+    """JSON of a schema, written beside the type."""
+
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class Regex(StrictModel):
+    """Text that matches a regular expression as a whole."""
+
+    type: Literal["regex"]
+    regex: str
+
+
+class JsonGrammar(StrictModel):
+    """TGI's way to say a JSON schema."""
+
+    type: Literal["json"]
+    value: dict[str, Any]
+
+
+class RegexGrammar(StrictModel):
+    """TGI's way to say a regular expression."""
+
+    type: Literal["regex"]
+    value: str
+
+
+def _kind_of(value: Any) -> str | None:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return kind if isinstance(kind, str) else None
+
+
+def _kind_or_plain(value: Any) -> str | None:
+    plain = isinstance(value, dict) and "schema" in value and _kind_of(value) == "json_schema"
+    return "plain_schema" if plain else _kind_of(value)
+
+
+def _discriminator(*kinds: str, by: Callable[[Any], str | None] = _kind_of) -> Discriminator:
+    return Discriminator(
+        by, custom_error_type="kind", custom_error_message=f"the type must be one of {', '.join(kinds)}"
+    )
+
+
+_Object = Annotated[JsonObject, Tag("json_object")]
+_Schema = Annotated[JsonSchema, Tag("json_schema")]
+_Plain = Annotated[PlainSchema, Tag("plain_schema")]
+_Text = Annotated[AnyText, Tag("text")]
+_Regex = Annotated[Regex, Tag("regex")]
+ResponseFormat = Annotated[
+    _Object | _Schema | _Plain | _Regex | _Text,
+    _discriminator("text", "json_object", "json_schema", "regex", by=_kind_or_plain),
+]
+OpenAIFormat = Annotated[
+    _Object | _Schema | _Regex | _Text, _discriminator("text", "json_object", "json_schema", "regex")
+]
+Grammar = Annotated[
+    Annotated[JsonGrammar, Tag("json")] | Annotated[RegexGrammar, Tag("regex")],
+    _discriminator("json", "regex"),
+]

@@ -1,0 +1,155 @@
+"""What the routes are given: the rooms behind the door, and whether they are open.
+
+Knows no wire shapes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from fastapi import Depends, Request
+
+from ..catalog import ids
+from ..errors import NotReady
+from ..keys import Key
+from ..settings import Settings
+
+if TYPE_CHECKING:  # the rooms themselves import much; listening starts before they are there
+    from ..catalog.registry import Registry
+    from ..text.tokenizers import Tokenizers
+    from ..worker.client import WorkerClient
+
+
+@dataclass
+class Services:
+    """The client is there from the start;
+
+    `reader` and `opened` come once the base is loaded. `failure` says why it never will be.
+
+    `running` is the number of requests in the house; once `draining`, no more are let in.
+    """
+
+    settings: Settings
+    client: WorkerClient
+    registry: Registry
+    reader: Tokenizers | None = None
+    opened: bool = False
+    draining: bool = False
+    running: int = 0
+    failure: str = ""
+
+    @property
+    def bases(self) -> tuple[str, ...]:
+        """The names of the base, its own first."""
+        return (self.registry.base_id, *ids.BASE)
+
+    @property
+    def text(self) -> Tokenizers:
+        """The tokenizer's border. Raises NotReady while the base loads."""
+        if self.reader is None:
+            raise self.not_ready("the base is loading")
+        return self.reader
+
+    @property
+    def state(self) -> str:
+        """`loading`, `ready`, `restarting`, `draining` or `failed`: the worker's, but loading until
+        the registrations are there.
+        """
+        if self.draining or self.client.state == "draining":
+            return "draining"
+        if self.failure or self.client.state == "failed":
+            return "failed"
+        return "loading" if self.client.state == "ready" and not self.opened else self.client.state
+
+    def require_ready(self) -> None:
+        """Raises NotReady unless a request would be served now."""
+        if self.state != "ready" or not self.client.ready:
+            raise self.not_ready(self.reason)
+
+    @property
+    def reason(self) -> str:
+        """Why a request would not be served now, fit for a person; empty when it would."""
+        if self.state == "ready":
+            return "" if self.client.ready else self.client.reason or "the worker does not answer"
+        if self.state == "loading":
+            where = (
+                f"{self.client.stage or 'starting'} ({self.client.fraction:.0%})"
+                if self.client.state == "loading"
+                else "looking at adapters"
+            )
+            return f"the base is loading: {where}"
+        told = {"draining": "the service is shutting down", "restarting": "the worker is restarting"}.get(
+            self.state
+        )
+        return told or self._without_places(self.failure or self.client.reason or "the base cannot be loaded")
+
+    def _without_places(self, reason: str) -> str:
+        """The log may name the host's folders, an answer may not."""
+        base = Path(self.settings.base)
+        return reason.replace(str(base), base.name) if base.is_absolute() else reason
+
+    def not_ready(self, reason: str) -> NotReady:
+        return NotReady(f"not ready: {reason}", retry_after=1 if self.state == "restarting" else 2)
+
+
+# Each of these is `async`, for the framework runs what is not in a thread, and those may all be
+# busy.
+
+
+async def get_services(request: Request) -> Services:
+    found: Services = request.app.state.rooms
+    return found
+
+
+async def get_registered(here: Annotated[Services, Depends(get_services)]) -> Services:
+    """The rooms, once the registrations are there; the worker may be restarting.
+
+    Raises NotReady before that.
+    """
+    if not here.opened:
+        raise here.not_ready(here.reason)
+    return here
+
+
+async def get_ready(here: Annotated[Services, Depends(get_services)]) -> Services:
+    """The rooms, once the base serves. Raises NotReady before that and while draining."""
+    here.require_ready()
+    return here
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterScope:
+    """Which adapters a request may know of: all of them, unless its key has a list.
+
+    One that is not on it is an unknown one.
+    """
+
+    key: Key | None
+
+    @property
+    def whole(self) -> bool:
+        return self.key is None or self.key.adapters is None
+
+    def can_see(self, id: str) -> bool:
+        return self.key is None or self.key.may_use(id)
+
+    def require_visible(self, id: str) -> None:
+        """Raises AdapterNotFound, in the words in which an unknown id is refused."""
+        if not self.can_see(id):
+            raise ids.unknown_adapter(id)
+
+
+def get_scope(request: Request) -> AdapterScope:
+    return AdapterScope(request.scope.get("state", {}).get("key"))
+
+
+async def _seen(request: Request) -> AdapterScope:
+    return get_scope(request)
+
+
+VisibleAdapters = Annotated[AdapterScope, Depends(_seen)]
+AnyServices = Annotated[Services, Depends(get_services)]
+OpenRegistry = Annotated[Services, Depends(get_registered)]
+ReadyServices = Annotated[Services, Depends(get_ready)]

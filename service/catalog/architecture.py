@@ -1,0 +1,102 @@
+"""Draws a base's module tree with an adapter in place, as text, with repeated layers folded.
+
+Knows no torch: it is given the tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ..core.adapter import LoraLayerSpec
+
+GROUPS = 2  # kinds of layer drawn in full before the rest is only counted
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleNode:
+    """A module: its name in its parent, how it describes itself, and its children.
+
+    `shape` is (in, out) for a linear layer.
+    """
+
+    name: str
+    text: str
+    children: tuple[ModuleNode, ...] = ()
+    shape: tuple[int, int] | None = None
+
+
+def draw_architecture(
+    tree: ModuleNode, patches: Sequence[LoraLayerSpec], dropout: float, features: Sequence[str] = ()
+) -> str:
+    """One line a module; an adapted layer shows its base_layer, lora_A, lora_B, rank, scaling,
+    dropout. `features`: what none shows.
+    """
+    lines = _draw_lines(tree, "", {patch.module: patch for patch in patches}, dropout)
+    if features:
+        lines.append(f"with {', '.join(features)}, which PEFT itself runs beside the mixed batch")
+    return "\n".join(lines) + "\n"
+
+
+def _draw_lines(
+    node: ModuleNode, path: str, patches: Mapping[str, LoraLayerSpec], dropout: float
+) -> list[str]:
+    if path in patches and node.shape:
+        return _draw_adapted(node, patches[path], node.shape, dropout)
+    drawn = [
+        (child.name, _draw_lines(child, f"{path}.{child.name}" if path else child.name, patches, dropout))
+        for child in node.children
+    ]
+    inner = (
+        _fold_repeated(drawn)
+        if len(drawn) > 1 and all(name.isdigit() for name, _ in drawn)
+        else [line for _, lines in drawn for line in lines]
+    )
+    title = f"({node.name}): {node.text}" if node.name else node.text
+    return [title, *("  " + line for line in inner)]
+
+
+def _draw_adapted(
+    node: ModuleNode, patch: LoraLayerSpec, shape: tuple[int, int], dropout: float
+) -> list[str]:
+    (inside, outside), rank = shape, patch.rank
+    kind = "DoRA" if patch.magnitude else "LoRA"
+    lines = [
+        f"({node.name}): {kind}(rank={rank}, scaling={patch.scaling:g}, dropout={dropout:g})",
+        f"  (base_layer): {node.text}",
+        f"  (lora_A): Linear(in_features={inside}, out_features={rank}, bias=False)",
+        f"  (lora_B): Linear(in_features={rank}, out_features={outside}, bias=False)",
+    ]
+    return [*lines, f"  (lora_magnitude_vector): Parameter({outside})"] if patch.magnitude else lines
+
+
+def _fold_repeated(drawn: Sequence[tuple[str, list[str]]]) -> list[str]:
+    """Numbered siblings that look the same are drawn once; a list with many kinds of them shows the
+    first few.
+    """
+    alike: dict[tuple[str, ...], list[int]] = {}
+    for name, lines in drawn:
+        alike.setdefault((lines[0].partition(": ")[2], *lines[1:]), []).append(int(name))
+    out: list[str] = []
+    for (title, *rest), numbers in list(alike.items())[:GROUPS]:
+        out += [
+            f"({_format_runs(numbers)}): {f'{len(numbers)} x ' if len(numbers) > 1 else ''}{title}",
+            *rest,
+        ]
+    hidden = [number for numbers in list(alike.values())[GROUPS:] for number in numbers]
+    return (
+        [*out, f"({_format_runs(sorted(hidden))}): as above, with other ranks, scalings or targets"]
+        if hidden
+        else out
+    )
+
+
+def _format_runs(numbers: Sequence[int]) -> str:
+    """0-3, 5, 7-8."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][1] == number - 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(f"{first}-{last}" if last > first else str(first) for first, last in runs)

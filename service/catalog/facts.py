@@ -1,0 +1,225 @@
+"""Turns what an adapter's files say into the numbers people ask for: counts, shapes, megabytes, per
+module. Knows no files and no torch.
+
+Megabytes are 10^6 bytes, rounded to two places.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..core.base_info import LinearKind
+from ..errors import BadRequest
+from .validator.header import ITEMSIZE, Config, Header, TensorInfo
+
+LAYER = re.compile(r"^(.*?)\.(\d+)\.")
+FACTOR = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_(A|B|magnitude_vector)(?:\.weight)?$")
+FLOATS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
+
+
+@dataclass(frozen=True, slots=True)
+class LoraModuleInfo:
+    """One module that a LoRA changes:
+
+    A is [rank, in], B is [out, rank], `magnitude` DoRA's [out].
+    """
+
+    module: str
+    scaling: float
+    a: TensorInfo
+    b: TensorInfo
+    magnitude: TensorInfo | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def parts(self) -> tuple[TensorInfo, ...]:
+        return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
+
+
+def to_megabytes(size: float) -> float:
+    return round(size / 1e6, 2)
+
+
+def to_percent(part: int, whole: int) -> float:
+    return round(100 * part / whole, 2)
+
+
+def span_of(values: Iterable[float]) -> dict[str, float] | None:
+    found = sorted(values)
+    return {"min": found[0], "max": found[-1]} if found else None
+
+
+def last_name(module: str) -> str:
+    return module.rsplit(".", 1)[-1]
+
+
+def count_layers(modules: Iterable[str]) -> int:
+    """How many numbered layers these dotted names lie in."""
+    return len({match.groups() for module in modules if (match := LAYER.match(module + "."))})
+
+
+def by_module(modules: Sequence[LoraModuleInfo]) -> list[dict[str, Any]]:
+    """One row per name, shape, rank and scaling;
+
+    `parameters` and `megabytes` are of all its modules together.
+    """
+    groups: dict[tuple[Any, ...], list[LoraModuleInfo]] = {}
+    for one in modules:
+        groups.setdefault(
+            (last_name(one.module), one.a.shape, one.b.shape, one.scaling, one.magnitude is not None), []
+        ).append(one)
+    return [_module_row(*group) for group in sorted(groups.items(), key=lambda group: group[0])]
+
+
+def _module_row(key: tuple[Any, ...], group: Sequence[LoraModuleInfo]) -> dict[str, Any]:
+    name, a, b, scaling, dora = key
+    parts = [part for one in group for part in one.parts]
+    row = {
+        "name": name,
+        "count": len(group),
+        "in_features": a[1],
+        "out_features": b[0],
+        "rank": a[0],
+        "scaling": scaling,
+    }
+    row |= {"lora_A": list(a), "lora_B": list(b)} | ({"magnitude": [b[0]]} if dora else {})
+    return row | {
+        "parameters": sum(part.count for part in parts),
+        "megabytes": to_megabytes(sum(part.size for part in parts)),
+    }
+
+
+def describe_content(
+    config: Config,
+    header: Header,
+    modules: Sequence[LoraModuleInfo],
+    ignored: Iterable[str] = (),
+    changed: Sequence[str] = (),
+) -> dict[str, Any]:
+    """The part of a summary that the content alone says.
+
+    `ignored` names tensors that are not the adapter's own.
+
+    `changed` names all layers it acts on, where those are not `modules`.
+    """
+    names = changed or [one.module for one in modules]
+    own = [tensor for key, tensor in header.tensors.items() if key not in set(ignored)]
+    return {
+        "peft_type": config.get("peft_type"),
+        "task_type": config.get("task_type"),
+        "peft_version": config.get("peft_version") or "unknown",
+        "claimed_base": config.get("base_model_name_or_path"),
+        "rank": span_of(one.rank for one in modules),
+        "alpha": config.get("lora_alpha"),
+        "scaling": span_of(one.scaling for one in modules),
+        "dropout": config.get("lora_dropout") or 0.0,
+        "use_rslora": bool(config.get("use_rslora")),
+        "use_dora": bool(config.get("use_dora")),
+        "target_modules": sorted(set(map(last_name, names))),
+        "layers": count_layers(names),
+        "modules": len(names),
+        "by_module": by_module(modules),
+        "parameters": sum(tensor.count for tensor in own),
+        "size": describe_size(header),
+    }
+
+
+def describe_size(header: Header) -> dict[str, Any]:
+    """The file's own bytes beside what its shapes and types say they must be."""
+    dtypes: dict[str, int] = {}
+    for tensor in header.tensors.values():
+        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + 1
+    arithmetic = sum(tensor.count * ITEMSIZE[tensor.dtype] for tensor in header.tensors.values())
+    return {
+        "file_bytes": header.file_bytes,
+        "header_bytes": header.header_bytes,
+        "tensor_bytes": header.tensor_bytes,
+        "megabytes": to_megabytes(header.tensor_bytes),
+        "dtypes": dict(sorted(dtypes.items())),
+        "arithmetic_bytes": arithmetic,
+        "matches_file": arithmetic == header.tensor_bytes,
+    }
+
+
+def guess_modules(config: Config, header: Header) -> list[LoraModuleInfo]:
+    """The LoRA modules as the file's own key names tell them, for when there is no base to ask."""
+    found: dict[str, dict[str, TensorInfo]] = {}
+    for key, tensor in header.tensors.items():
+        if (match := FACTOR.match(key.replace(".default", ""))) and len(tensor.shape) in (1, 2):
+            found.setdefault(match[1], {})[match[2]] = tensor
+    pairs = {module: parts for module, parts in found.items() if {"A", "B"} <= parts.keys()}
+    return [
+        LoraModuleInfo(
+            module,
+            _scaling_of(config, module, parts["A"].shape[0]),
+            parts["A"],
+            parts["B"],
+            parts.get("magnitude_vector"),
+        )
+        for module, parts in pairs.items()
+        if len(parts["A"].shape) == len(parts["B"].shape) == 2 and parts["A"].shape[0]
+    ]
+
+
+def _scaling_of(config: Config, module: str, rank: int) -> float:
+    patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
+    alpha = next(
+        (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)),
+        config.get("lora_alpha") or 0,
+    )
+    return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
+
+
+def forecast_size(
+    linears: Sequence[LinearKind], parameters: int, r: int, modules: Sequence[str], dtype: str = "float32"
+) -> dict[str, Any]:
+    """What a LoRA of this rank on these modules would weigh on a base with these layers.
+
+    Raises BadRequest naming what is wrong.
+    """
+    _check_forecast(sorted({linear.name for linear in linears}), r, modules, dtype)
+    kind = FLOATS[dtype]
+    chosen = sorted(
+        (one.name, one.in_features, one.out_features, one.count) for one in linears if one.name in modules
+    )
+    rows = [_forecast_row(kind, r, *one) for one in chosen]
+    total = sum(row["parameters"] for row in rows)
+    return {
+        "r": r,
+        "dtype": dtype,
+        "target_modules": sorted(set(modules)),
+        "by_module": rows,
+        "parameters": total,
+        "megabytes": to_megabytes(total * ITEMSIZE[kind]),
+        "percent_of_base": to_percent(total, parameters),
+        "base": {"parameters": parameters, "float32_megabytes": to_megabytes(4 * parameters)},
+    }
+
+
+def _check_forecast(known: Sequence[str], r: int, modules: Sequence[str], dtype: str) -> None:
+    if dtype not in FLOATS:
+        raise BadRequest(f"dtype {dtype!r} is none of {', '.join(FLOATS)}", param="dtype")
+    if r < 1:
+        raise BadRequest(f"r {r} must be 1 or more", param="r")
+    unknown = [name for name in modules if name not in known]
+    if unknown or not modules:
+        wrong = f"the base has no {', '.join(unknown)}" if unknown else "none is named"
+        raise BadRequest(f"target_modules: {wrong}; it has {', '.join(known)}", param="target_modules")
+
+
+def _forecast_row(
+    kind: str, r: int, name: str, in_features: int, out_features: int, count: int
+) -> dict[str, Any]:
+    a, b = (
+        TensorInfo(kind, shape, shape[0] * shape[1] * ITEMSIZE[kind])
+        for shape in ((r, in_features), (out_features, r))
+    )
+    row = _module_row((name, a.shape, b.shape, None, False), [LoraModuleInfo(name, 0, a, b)] * count)
+    del row["scaling"]
+    return row

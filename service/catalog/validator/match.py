@@ -1,0 +1,63 @@
+"""Compares the tensors an adapter's config asks for with those its file holds: the two sets must be
+equal. Knows names and shapes only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from ...errors import AdapterInvalid
+from .header import TensorInfo
+
+HEAD = "base_model.model."
+NAMED = re.compile(r"\.(lora_\w+)\.default(?=\.|$)")
+SHOWN = 4  # problems of one kind that are listed before the rest is counted
+
+
+def match_tensors(
+    expected: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorInfo], body: str = "model"
+) -> dict[str, str]:
+    """The file's key of every expected one, in its plain form or in one of the known spellings.
+
+    `body` is the base's own prefix.
+
+    Raises AdapterInvalid with `matched` and `total`, naming keys, when a tensor is missing, has no
+    place, or has another shape.
+    """
+    spelt = next(
+        (names for names in _iterate_spellings(tensors, body) if names.keys() == expected.keys()),
+        {key: key for key in tensors},
+    )
+    missing = sorted(expected.keys() - spelt.keys())
+    strange = sorted(spelt.keys() - expected.keys())
+    shared = sorted(expected.keys() & spelt.keys())
+    wrong = [key for key in shared if tensors[spelt[key]].shape != expected[key]]
+    if not (missing or strange or wrong):
+        return spelt
+    matched, total = len(shared) - len(wrong), len(expected.keys() | spelt.keys())
+    problems = [f"{matched} of {total} tensors matched the base"]
+    problems += _list_keys("the file lacks", missing) + _list_keys("the base has no place for", strange)
+    problems += [
+        f"{key} has the shape {list(tensors[spelt[key]].shape)}, the base needs {list(expected[key])}"
+        for key in wrong[:SHOWN]
+    ]
+    raise AdapterInvalid(problems, matched=matched, total=total)
+
+
+def _list_keys(what: str, keys: Sequence[str]) -> list[str]:
+    more = f" (and {len(keys) - SHOWN} more)" if len(keys) > SHOWN else ""
+    return [f"{what} {', '.join(keys[:SHOWN])}{more}"] if keys else []
+
+
+def _iterate_spellings(tensors: Iterable[str], body: str) -> Iterable[dict[str, str]]:
+    """Plain name → the file's name, for each way in which trainers are known to write the same
+    thing; none that makes two names one.
+    """
+    keys = list(tensors)
+    yield {key: key for key in keys}
+    bare = [NAMED.sub(r".\1", key).removeprefix("module.").removeprefix(HEAD) for key in keys]
+    for head in (HEAD, f"{HEAD}{body}."):
+        names = {head + name: key for name, key in zip(bare, keys, strict=True)}
+        if len(names) == len(keys):
+            yield names

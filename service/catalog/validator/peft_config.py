@@ -1,0 +1,252 @@
+"""What an adapter's config means on a base, as PEFT itself says: layers, ranks, scalings, tensors.
+
+Knows no weights and no files.
+"""
+
+from __future__ import annotations
+
+import copy
+import signal
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from json import dumps, loads
+
+import torch
+from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ...adapter_config import ASIDE, build_peft_config, known_keys
+from ...core.adapter import ExecutionPath, LoraLayerSpec
+from ...core.base_info import LayerLimit
+from ...errors import AdapterInvalid, AdapterUnsupported
+from .header import CONFIG, Config
+from .skeleton import Skeleton, linear_shape
+
+# What PEFT itself runs beside the mixed batch. Add a feature's name (a config key, a peft_type, or
+# one of `features` below) to serve it.
+SHADOW_FEATURES = frozenset(
+    {
+        "modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters",
+        "LoRA on Embedding", "LoRA on some of the tokens",
+        "IA3", "VERA", "LOHA", "LOKR", "OFT", "BEFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "LN_TUNING",
+        "MISS", "OSF", "PEANUT", "PSOFT", "RANDLORA", "ROAD", "TINYLORA", "TRAINABLE_TOKENS", "VBLORA", "WAVEFT",
+    }
+)  # fmt: skip
+
+OPTIONS = (
+    "modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters", "alora_invocation_tokens", "layer_replication",
+    "use_qalora", "monteclora_config", "velora_config", "use_bdlora", "arrow_config", "kasa_config", "megatron_config",
+)  # fmt: skip
+ACTIVATED = "alora_invocation_tokens"  # runs in the pool, if it is all that a config asks for
+# Initialisations that leave part of the base's weights in the adapter
+CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+PREFIX = "base_model.model."
+# Of processor time; usually a tenth of a second. A worker may have to do it again, and its steps
+# wait meanwhile
+APPLYING_S = 10.0
+
+
+@dataclass(frozen=True)
+class ResolvedConfig:
+    """What a config asks of the base: every tensor it needs, its LoRA layers, what is more than
+    those.
+
+    `modules` are all layers that it changes; `refused` says which of these not even PEFT can run on
+    this base.
+    """
+
+    expected: dict[str, tuple[int, ...]]
+    patches: tuple[LoraLayerSpec, ...]
+    features: frozenset[str]
+    modules: tuple[str, ...] = ()
+    refused: tuple[str, ...] = ()
+
+    @property
+    def lane(self) -> ExecutionPath:
+        return ExecutionPath.POOL if self.features <= {ACTIVATED} else ExecutionPath.SHADOW
+
+
+def resolve_config(skeleton: Skeleton, config: Config) -> ResolvedConfig:
+    """What PEFT makes of the config.
+
+    Raises AdapterInvalid with its reason, AdapterUnsupported for what is not served.
+    """
+    start = str(config.get("init_lora_weights", ""))
+    if start.lower().startswith(CHANGES_BASE):
+        raise AdapterUnsupported(
+            [
+                f"`init_lora_weights` {start!r} changes the base's weights; convert the adapter to a plain LoRA when saving it"
+            ]
+        )
+    task = config.get("task_type")
+    if task not in (None, "CAUSAL_LM"):
+        raise AdapterUnsupported([f"`task_type` {task!r} is not served, only CAUSAL_LM is"])
+    if task is None and config.get(ACTIVATED):
+        raise AdapterUnsupported(
+            [f"`{ACTIVATED}` without the `task_type` CAUSAL_LM: PEFT itself would never wake it"]
+        )
+    # Of a pattern's own keys the first that matches counts
+    text = dumps({key: config[key] for key in sorted(config) if key not in ASIDE})
+    try:
+        with warnings.catch_warnings(), limit_time(APPLYING_S):
+            warnings.simplefilter("ignore")
+            asked = list_features(build_peft_config(loads(text)))
+            meaning = ResolvedConfig({}, (), asked) if find_unserved(asked) else inject_config(skeleton, text)
+    except Exception as error:  # whatever PEFT makes of a stranger's config, it is the config's fault
+        raise AdapterInvalid([f"PEFT cannot apply {CONFIG} to the base: {error}"[:600]]) from None
+    if refused := find_unserved(meaning.features):
+        beside = sorted(meaning.features - {ACTIVATED}) if refused == {ACTIVATED} else ()
+        raise AdapterUnsupported(
+            [
+                f"`{name}` is not served{' beside ' + ', '.join(beside) if beside else ''}"
+                for name in sorted(refused)
+            ]
+        )
+    if meaning.refused:
+        raise AdapterUnsupported(meaning.refused)
+    return meaning
+
+
+@contextmanager
+def limit_time(seconds: float) -> Iterator[None]:
+    """Ends what takes more processor time, also in the midst of matching a regex.
+
+    For a process's main thread only.
+    """
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"it takes more than {seconds:g} s of processor time")
+
+    before = signal.signal(signal.SIGVTALRM, late)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def find_unserved(features: frozenset[str]) -> frozenset[str]:
+    return frozenset() if features == {ACTIVATED} else features - SHADOW_FEATURES
+
+
+@lru_cache(maxsize=64)  # most adapters of a fleet share a recipe
+def inject_config(skeleton: Skeleton, text: str) -> ResolvedConfig:
+    """Injects this config (JSON text, without what does not matter here) into a copy of the tree."""
+    config = build_peft_config(loads(text))
+    with torch.device("meta"):
+        model = get_peft_model(
+            copy.deepcopy(skeleton.model), config, autocast_adapter_dtype=False, low_cpu_mem_usage=True
+        )
+        state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    check_tokens(model)
+    tuned = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
+    layers = {name: layer for name, layer in tuned.items() if isinstance(layer, LoraLayer)}
+    expected = {key: tuple(tensor.shape) for key, tensor in state.items()}
+    kinds = frozenset(kind for layer in layers.values() if (kind := kind_of(layer)))
+    limits = limits_of(skeleton, tuned)
+    if any(limit.by_peft for limit in limits):
+        kinds |= {"LoRA on some of the tokens"}
+    if count_attentions(model) > count_attentions(
+        skeleton.model
+    ):  # the copies would have KV rows of their own, which nobody forks or clears
+        kinds |= {
+            f"{'modules_to_save' if getattr(config, 'modules_to_save', None) else config.peft_type.value} on attention layers"
+        }
+    patches = tuple(make_layer_spec(name, layer, expected) for name, layer in layers.items())
+    modules = tuple(name.removeprefix(PREFIX) for name in layers or tuned)
+    kind = "LoRA" if layers else config.peft_type.value
+    unfit = [limit for limit in limits if not limit.by_peft]
+    refused = tuple(f"{kind} on {one.kind} is not served: {one.pattern} {one.reason}" for one in unfit)
+    return ResolvedConfig(expected, patches, kinds | list_features(config), modules, refused)
+
+
+def limits_of(skeleton: Skeleton, tuned: Mapping[str, nn.Module]) -> list[LayerLimit]:
+    """What keeps these layers out of the mixed batch; who adapts a parameter leaves its layer's
+    calls alone.
+    """
+    called = (name for name, layer in tuned.items() if not isinstance(layer, ParamWrapper))
+    names = (name.removeprefix(PREFIX) for name in called)
+    return list(dict.fromkeys(limit for name in names if (limit := skeleton.limit(name))))
+
+
+def unknown_keys(config: Config) -> list[str]:
+    """Warnings about keys that this PEFT does not know and that have a value (null, false and empty
+    ones mean nothing), and PEFT's own.
+
+    Raises AdapterUnsupported for an unknown type, AdapterInvalid for a config of a version that
+    PEFT cannot read any more.
+    """
+    if config["peft_type"] not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise AdapterUnsupported([f"`peft_type` {config['peft_type'][:40]!r} is not known"])
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        try:
+            PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]].check_kwargs(**config)
+        except Exception as error:  # whatever PEFT makes of a stranger's config, it is the config's fault
+            raise AdapterInvalid([f"PEFT cannot read {CONFIG}: {error}"[:600]]) from None
+    unknown = config.keys() - known_keys(config["peft_type"])
+    strange = [
+        f"`{key[:80]}` in {CONFIG} is not known and is ignored: {dumps(config[key])[:80]}"
+        for key in sorted(unknown)
+        if config[key]
+    ]
+    return strange + [f"PEFT warns: {one.message}" for one in heard]
+
+
+def list_features(config: PeftConfig) -> frozenset[str]:
+    """What this config uses beyond low-rank changes of linear layers, by the names users know."""
+    kind = str(config.peft_type.value)
+    found = {name for name in OPTIONS if getattr(config, name, None)} if kind == "LORA" else {kind}
+    if getattr(config, "bias", "none") != "none":
+        found.add("bias")
+    if str(getattr(config, "init_lora_weights", "")) == "mica":
+        found.add("init_lora_weights: mica")
+    return frozenset(found)
+
+
+def check_tokens(model: nn.Module) -> None:
+    """Raises ValueError for trained tokens that the base does not have: weights that are not there,
+    as here, have no such limit.
+    """
+    for name, layer in model.named_modules():
+        if isinstance(layer, TrainableTokensLayer):
+            rows, tokens = layer.get_base_layer().weight.shape[0], layer.token_indices["default"]
+            if strange := [token for token in tokens if not (type(token) is int and 0 <= token < rows)]:
+                where = name.removeprefix(PREFIX).removesuffix(".token_adapter")
+                raise ValueError(f"token {strange[0]!r} of {where} is none of its {rows}")
+
+
+def count_attentions(model: nn.Module) -> int:
+    """How many attention layers there are, by the name that transformers gives all of their
+    classes.
+    """
+    return sum("Attention" in type(module).__name__ for module in model.modules())
+
+
+def kind_of(layer: LoraLayer) -> str:
+    """Why the pool cannot run this layer; empty when it can."""
+    base = layer.get_base_layer()
+    if linear_shape(base) is None:
+        return f"LoRA on {type(base).__name__}"
+    plain = isinstance(base, nn.Linear) or not layer.lora_magnitude_vector
+    return "" if plain else f"use_dora on {type(base).__name__}"
+
+
+def make_layer_spec(name: str, layer: LoraLayer, expected: dict[str, tuple[int, ...]]) -> LoraLayerSpec:
+    magnitude = f"{name}.lora_magnitude_vector"
+    a, b = (f"{name}.lora_{'embedding_' if layer.lora_embedding_A else ''}{half}" for half in "AB")
+    return LoraLayerSpec(
+        module=name.removeprefix(PREFIX),
+        rank=layer.r["default"],
+        scaling=float(layer.scaling["default"]),
+        a=a if a in expected else f"{a}.weight",
+        b=b if b in expected else f"{b}.weight",
+        magnitude=magnitude if magnitude in expected else None,
+    )

@@ -1,0 +1,217 @@
+"""The reader's process, seen from the outside: one child that knows torch and PEFT and reads one
+adapter at a time.
+
+A file that stalls or kills the child costs one refused adapter; the next one gets a fresh child.
+Must not know torch itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ...core.adapter import share_specs
+from ...core.base_info import LayerLimit
+from ...core.manifest import Manifest, list_names
+from ...errors import AdapterInvalid, AdapterUnsupported, Internal, NotReady
+from ...threads import DISK, PROCESS, run_in
+from ..architecture import ModuleNode
+from .messages import NormsRequest, ReadRequest, Refusal, ValidatedAdapter
+
+T = TypeVar("T")
+START_S = 300.0
+READ_S = 60.0
+BYTES_PER_S = 20e6  # the slowest disk that is waited for
+
+
+class Validator:
+    """Reads adapters against one base, in its own process."""
+
+    def __init__(self, max_rank: int, read_s: float = READ_S) -> None:
+        self.max_rank, self.read_s = max_rank, read_s
+        self.tree: ModuleNode | None = None
+        self._base: tuple[Path, tuple[LayerLimit, ...]] | None = None
+        self._turn = asyncio.Lock()
+        self._process: SpawnProcess | None = None
+        self._pipe: Connection | None = None
+        self._closed = False
+
+    @property
+    def pid(self) -> int | None:
+        """The child's, while there is one."""
+        return self._process.pid if self._process else None
+
+    async def warm_up(self) -> None:
+        """Starts the child, which takes seconds to load its libraries, before there is a base to
+        read against.
+        """
+        await self._in_turn(self._ensure_child)
+
+    async def start_on(self, folder: Path, limits: tuple[LayerLimit, ...] = ()) -> None:
+        """Shows the child the base and its `limits`.
+
+        Raises Internal when it does not understand it.
+        """
+        self._base = folder, limits
+        await self._in_turn(self._introduce_base)
+
+    async def validate_adapter(self, folder: Path, known: Manifest = ()) -> ValidatedAdapter:
+        """What the adapter in this folder is. Raises AdapterInvalid, AdapterUnsupported."""
+        size = await run_in(DISK, _size_of, folder)
+        answer = await self._ask_child(ReadRequest(folder, known), size)
+        assert isinstance(answer, ValidatedAdapter)
+        adapter = replace(answer.adapter, patches=share_specs(answer.adapter.patches))
+        return replace(answer, adapter=adapter, layers=share_specs(answer.layers))
+
+    async def measure_norms(self, reading: ValidatedAdapter) -> dict[str, float]:
+        """Module → Frobenius norm of its scaling · B · A.
+
+        Raises AdapterInvalid when the files are gone or have changed.
+        """
+        answer = await self._ask_child(NormsRequest(reading.adapter, reading.layers), reading.adapter.size)
+        assert isinstance(answer, dict)
+        return answer
+
+    async def _ask_child(self, ask: ReadRequest | NormsRequest, size: int) -> Any:
+        answer = await self._in_turn(lambda: self._answer_within(ask, self.read_s + size / BYTES_PER_S))
+        if isinstance(answer, Refusal):
+            raise answer.to_error()
+        return answer
+
+    async def close(self) -> None:
+        """Ends the child, whatever it reads; who waits for it is told NotReady, and so is whoever
+        asks later.
+        """
+        self._closed = True
+        self._kill()
+        await self._in_turn(self._end_child)
+
+    def _kill(self) -> None:
+        process = self._process
+        if process is not None:
+            with contextlib.suppress(ValueError):  # it has ended meanwhile
+                process.kill()
+
+    async def _in_turn(self, call: Callable[[], T]) -> T:
+        """Calls in a thread, one at a time.
+
+        A caller who leaves gives up the answer, not the turn: the next one's would be his.
+        """
+
+        async def turn() -> T:
+            async with self._turn:
+                if self._closed and call != self._end_child:
+                    raise NotReady("the service is shutting down")
+                return await run_in(PROCESS, call)
+
+        return await asyncio.shield(asyncio.create_task(turn()))
+
+    # ---- in a thread
+
+    def _ensure_child(self) -> Connection:
+        return self._pipe or self._spawn_child()
+
+    def _spawn_child(self) -> Connection:
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(
+            target=serve_requests, args=(theirs, self.max_rank), name="adapterd-reader", daemon=True
+        )
+        process.start()
+        theirs.close()
+        self._pipe, self._process = ours, process
+        if self._closed:
+            process.kill()
+        return ours
+
+    def _introduce_base(self) -> Connection:
+        pipe = self._ensure_child()
+        answer = self._exchange_messages(pipe, self._base, START_S)
+        if isinstance(answer, Refusal):
+            self._end_child()
+            raise Internal(f"the reader does not understand the base: {answer.problems[0]}")
+        self.tree = answer
+        return pipe
+
+    def _answer_within(self, ask: ReadRequest | NormsRequest, seconds: float) -> Any:
+        return self._exchange_messages(self._pipe or self._introduce_base(), ask, seconds)
+
+    def _exchange_messages(self, pipe: Connection, question: Any, seconds: float) -> Any:
+        try:
+            pipe.send(question)
+            if pipe.poll(seconds):
+                return pipe.recv()
+            reason = f"reading it took longer than {seconds:.0f} s"
+        except (EOFError, OSError):
+            reason = "reading it ended the reader's process"
+        self._end_child()
+        return Refusal((reason,), {}, supported=True)
+
+    def _end_child(self) -> None:
+        if self._pipe:
+            self._pipe.close()
+        if self._process:
+            self._process.kill()
+            self._process.join()
+            self._process.close()
+        self._pipe = self._process = None
+
+
+def _size_of(folder: Path) -> int:
+    """The bytes of the files that are read. Raises OSError."""
+    return sum((folder / name).stat().st_size for name in list_names(folder))
+
+
+def serve_requests(pipe: Connection, max_rank: int) -> None:
+    """The child.
+
+    It answers the base's folder and limits with its tree, an Ask with a Reading, a Measure with
+    norms.
+
+    What it cannot answer it answers with a Refusal.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    modules: dict[str, Any] = sys.modules
+    # PEFT would load it, 110 MB, for weights that are never looked at here
+    modules["bitsandbytes"] = None
+    from . import check, skeleton  # here, so that only the child loads torch and PEFT
+
+    with contextlib.suppress(EOFError):
+        try:
+            base = skeleton.Skeleton(*pipe.recv())
+        except EOFError:
+            raise
+        except Exception as error:  # whatever the library makes of the base, the parent must be told
+            pipe.send(Refusal((f"{type(error).__name__}: {error}"[:300],), {}, supported=True))
+            return
+        pipe.send(base.make_tree())
+        while True:
+            ask = pipe.recv()
+            if isinstance(ask, NormsRequest):
+                pipe.send(answer_request(partial(check.measure_norms, ask.adapter, ask.layers)))
+            else:
+                pipe.send(
+                    answer_request(partial(check.validate_adapter, base, ask.folder, max_rank, ask.known))
+                )
+
+
+def answer_request(work: Callable[[], T]) -> T | Refusal:
+    try:
+        return work()
+    except AdapterInvalid as error:
+        extra = {key: value for key, value in (error.details or {}).items() if key != "problems"}
+        return Refusal(tuple(error.problems), extra, not isinstance(error, AdapterUnsupported))
+    except OSError as error:
+        return Refusal((f"the files cannot be read: {error.strerror}",), {}, supported=True)

@@ -1,0 +1,80 @@
+"""The base without its weights: module tree, shapes and types, from its config.json alone.
+
+Knows no PEFT, whose import takes seconds.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from ...core.base_info import LayerLimit, LinearKind, name_pattern
+from .. import facts
+from ..architecture import ModuleNode
+
+
+class Skeleton:
+    """The module tree on the meta device. `folder` holds the base's config.json, or is that file.
+
+    Raises OSError, ValueError. `limits` are what the worker found that stands in the way of
+    adapting some of the layers.
+    """
+
+    def __init__(self, folder: Path, limits: Iterable[LayerLimit] = ()) -> None:
+        self.folder = folder
+        self._limits = {limit.pattern: limit for limit in limits}
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(config)
+        self.model.name_or_path = ""  # PEFT would look for a repository of this name
+
+    @property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def list_linears(self) -> list[LinearKind]:
+        """The linear layers, counted by last name and shape."""
+        counts = Counter(
+            (facts.last_name(name), found)
+            for name, module in self.model.named_modules()
+            if (found := linear_shape(module))
+        )
+        return [
+            LinearKind(name, inside, outside, count)
+            for (name, (inside, outside)), count in sorted(counts.items())
+        ]
+
+    def limit(self, module: str) -> LayerLimit | None:
+        """What keeps this layer out of the mixed batch."""
+        return self._limits.get(name_pattern(module))
+
+    def make_tree(self) -> ModuleNode:
+        return make_node("", self.model)
+
+    def embedding_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the embedding's and the head's weights, by name, the embedding's first."""
+        layers = [self.model.get_input_embeddings(), self.model.get_output_embeddings()]
+        names = {id(module): f"{name}.weight" for name, module in self.model.named_modules()}
+        return {names[id(layer)]: tuple(layer.weight.shape) for layer in layers if layer is not None}
+
+
+def linear_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of a linear layer."""
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        return int(module.weight.shape[0]), int(module.weight.shape[1])
+    return None
+
+
+def make_node(name: str, module: nn.Module) -> ModuleNode:
+    children = tuple(make_node(child_name, child) for child_name, child in module.named_children())
+    extra = module.extra_repr()
+    text = type(module).__name__ if children or "\n" in extra else f"{type(module).__name__}({extra})"
+    return ModuleNode(name, text, children, linear_shape(module))

@@ -1,0 +1,88 @@
+"""One registered adapter: its unchanging content, and what changes about it. Decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from ..core.adapter import Adapter, Digest
+from ..core.manifest import Manifest
+from .sources.store import SourceLocation
+from .state_file import Record
+from .validator.messages import ValidatedAdapter
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterVersion:
+    """A version of a name.
+
+    `reading` is None for a folder that could not be validated at start; `reason` says why.
+    """
+
+    id: str
+    place: SourceLocation
+    fingerprint: str
+    registered_at: str
+    reading: ValidatedAdapter | None
+    reason: str = ""
+
+    @property
+    def digest(self) -> Digest:
+        return self.reading.adapter.digest if self.reading else ""
+
+    @property
+    def files(self) -> Manifest:
+        return self.reading.adapter.files if self.reading else ()
+
+    @property
+    def folder(self) -> Path:
+        return self.place.folder
+
+    @property
+    def adapter(self) -> Adapter | None:
+        return self.reading.adapter if self.reading else None
+
+
+@dataclass(eq=False)
+class RegisteredAdapter:
+    """A generation and its use. `idle` is set while no request runs on it."""
+
+    generation: AdapterVersion
+    pinned: bool = False
+    failure: str = ""
+    in_flight: int = 0
+    last_used: datetime | None = None
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.failure = self.failure or self.generation.reason
+        self.idle.set()
+
+    def take_lease(self) -> None:
+        self.in_flight += 1
+        self.last_used = datetime.now(UTC)
+        self.idle.clear()
+
+    def give_back_lease(self) -> None:
+        self.in_flight -= 1
+        if not self.in_flight:
+            self.idle.set()
+
+    @property
+    def digest(self) -> Digest:
+        return self.generation.digest
+
+    def to_record(self) -> Record:
+        one = self.generation
+        place = (one.place.source, one.place.subfolder, one.place.revision)
+        return Record(*place, one.digest, one.fingerprint, self.pinned, one.registered_at, one.files)
+
+
+def current_time() -> str:
+    return format_time(datetime.now(UTC)) or ""
+
+
+def format_time(when: datetime | None) -> str | None:
+    return when.isoformat(timespec="milliseconds").replace("+00:00", "Z") if when else None

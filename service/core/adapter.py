@@ -1,0 +1,80 @@
+"""Validated adapter content, where it is, and the rank rows it holds.
+
+Frozen values only; must not know files' meaning or names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import lru_cache
+
+from .manifest import Manifest
+
+Digest = str
+
+
+@dataclass(frozen=True, slots=True)
+class LoraLayerSpec:
+    """One adapted linear layer: y += scaling · (x Aᵀ) Bᵀ with A [rank, in], B [out, rank]; with
+    `magnitude` [out], DoRA's gate on top.
+
+    `module` is the layer's dotted name in the base; `a`, `b`, `magnitude` are tensor names in the
+    weights file.
+    """
+
+    module: str
+    rank: int
+    scaling: float
+    a: str
+    b: str
+    magnitude: str | None = None
+
+
+@lru_cache(maxsize=64)
+def share_specs(patches: tuple[LoraLayerSpec, ...]) -> tuple[LoraLayerSpec, ...]:
+    """The first equal one: a thousand adapters of one recipe keep one list of layers."""
+    return patches
+
+
+class ExecutionPath(StrEnum):
+    POOL = "pool"  # runs in the mixed batch
+    SHADOW = "shadow"  # runs by PEFT itself, on a tree that shares the base's tensors
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """Validated content, as the worker needs it.
+
+    `rank` is the pool rows it takes (its largest rank; 0 in the shadow lane).
+
+    `config` and `weights` are the paths of the two files that the worker reads, `files` all that
+    the digest covers; `size` is the bytes of its tensors in host memory. `invocation`: the tokens
+    that wake an activated LoRA; what comes before their last occurrence in a prompt runs as the
+    base, and all of it where they do not occur.
+    """
+
+    digest: Digest
+    config: str
+    weights: str
+    lane: ExecutionPath
+    rank: int
+    size: int
+    patches: tuple[LoraLayerSpec, ...] = ()
+    invocation: tuple[int, ...] = ()
+    files: Manifest = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Pool rows [start, start + rank) now hold this adapter."""
+
+    digest: Digest
+    start: int
+    rank: int
+
+
+class Tier(StrEnum):
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"

@@ -1,0 +1,61 @@
+"""The resident base in exact numbers. Frozen values only."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class LinearKind:
+    """Adapted layers that share a last name and a shape."""
+
+    name: str
+    in_features: int
+    out_features: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class LayerLimit:
+    """Linear layers that no mixed batch can adapt: their name pattern, class, and why.
+
+    `by_peft`: PEFT can.
+    """
+
+    pattern: str
+    kind: str
+    reason: str
+    by_peft: bool
+
+
+def name_pattern(module: str) -> str:
+    """A layer's dotted name with * for each number: what layers of one kind share."""
+    return ".".join("*" if part.isdigit() else part for part in module.split("."))
+
+
+@dataclass(frozen=True, slots=True)
+class BaseInfo:
+    """The resident base: exact numbers, made by the worker once it is loaded.
+
+    Bytes are resident bytes, by dtype. `linears` are the layers that can be adapted, `limits` what stands in the way of others.
+    `rope` says which rotary factors serve every sequence, where the base has several; else it is None.
+    """
+
+    folder: str
+    architecture: str
+    layers: int
+    hidden_size: int
+    intermediate_size: int
+    vocab_size: int
+    parameters: int
+    context: int
+    quantization: str
+    dtype: str
+    device: str
+    resident_bytes: dict[str, int]
+    linears: tuple[LinearKind, ...]
+    pool_rank: int
+    rows: int
+    rope: dict[str, Any] | None = None
+    limits: tuple[LayerLimit, ...] = ()

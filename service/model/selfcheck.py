@@ -1,0 +1,263 @@
+"""The proof, before anything is served, that what will run gives the model's own logits: instead of
+a list of architectures.
+
+The architecture is proven on a small random model of the base's config in float32, where right and
+wrong are a factor of a thousand apart. The base itself runs in too few bits for that: a wrong mask
+may change less than rounding does, and a router that rounding tips over more than a wrong mask. So
+of the base it is proven that its numbers are finite, and that each faster way of running it agrees
+with the plain one.
+
+Knows the probe's tokens. Must not know adapters, requests or settings.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import kv, rope
+from .graphs import CudaGraphs
+from .lora_pool import AdapterRun, LoraPool
+from .runner import forward_step
+from .small_model import SHORT, small_model, thresholds
+
+log = logging.getLogger(__name__)
+
+PROBE = 24  # tokens
+# Relative, of float32 logits that were computed in another order: over 93 architectures at most
+# 8.5e-7
+EXACT = 1e-5
+# Relative, of the base's own logits in its own dtype
+ROUGH = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
+# Relative, of the median token in bfloat16: 0.012 is usual; where a router is tipped over, a few
+# are far off
+KERNELS = 0.05
+SEEDS = (0, 1)  # a router of the first may sit on a tie
+RANK = 8  # of the small model's pool
+
+# Row, first token, behind the last one; those that decode come first
+Step = Sequence[tuple[int, int, int]]
+ALONE: Sequence[Step] = [[(0, 0, PROBE // 2)], [(0, PROBE // 2, PROBE - 1)], [(0, PROBE - 1, PROBE)]]
+# The first chunk ends before any threshold, and a sequence past them all runs beside one that
+# begins.
+BESIDE: Sequence[Step] = [
+    [(0, 0, SHORT - 3)],
+    [(0, SHORT - 3, PROBE - 1), (1, 0, SHORT - 2)],
+    [(0, PROBE - 1, PROBE), (1, SHORT - 2, PROBE - 1)],
+    [(1, PROBE - 1, PROBE)],
+]
+
+
+def prove_architecture(model: Any, attention: Sequence[kv.AttentionSpec], context: int) -> bool:
+    """Whether the row attention and the pool's layers can be said to be right for this kind of
+    model in a context of this length.
+
+    Runs on the CPU whatever the device: the code is the same, and float32 is exact enough on it.
+    Raises SettingsError where they are wrong. False, with a warning, where no small model with all
+    that the base has could be made.
+    """
+    error = 0.0
+    for seed in SEEDS:
+        try:
+            made = _small(model, attention, context, seed)
+        except Exception as reason:  # whatever the class makes of a config that its author never tried
+            log.warning(
+                "proof: rough; no small model of the base could be made to prove it by: %s",
+                _first_line(reason),
+            )
+            return False
+        error = _served_error(*made, context)
+        if error < EXACT:
+            return True
+    why = f"its logits through the row attention differ from its own by {error:.2g}, in a small model"
+    raise kv.refuse_base(model, why + _shorter(model, attention, context))
+
+
+def _shorter(model: Any, attention: Sequence[kv.AttentionSpec], context: int) -> str:
+    """The largest context in which the model is right after all, for the end of a sentence."""
+    for limit in sorted(thresholds(model.config, context, PROBE), reverse=True):
+        with suppress(Exception):  # a hint is worth no trace
+            if _served_error(*_small(model, attention, limit, SEEDS[0]), limit) < EXACT:
+                return f"; with ADAPTERD_MAX_CONTEXT of at most {limit} it is"
+    return ""
+
+
+def _small(
+    model: Any, attention: Sequence[kv.AttentionSpec], context: int, seed: int
+) -> tuple[Any, Sequence[kv.AttentionSpec], Sequence[Tensor]]:
+    """A small model, its attention layers, its own logits.
+
+    Raises whatever making one raises, and ValueError where it lacks a kind.
+    """
+    small = small_model(model, context, PROBE, seed)
+    expected = [plain_logits(small, ids) for ids in _probes(small)]
+    seen = kv.probe_attention(small)
+    _same_kinds(model, attention, small, seen, context)
+    return small, seen, expected
+
+
+def _same_kinds(
+    model: nn.Module,
+    attention: Sequence[kv.AttentionSpec],
+    small: nn.Module,
+    seen: Sequence[kv.AttentionSpec],
+    context: int,
+) -> None:
+    """Raises ValueError where the base has layers or a way to attend that the small model lacks."""
+
+    def attends(one: kv.AttentionSpec) -> tuple[Any, ...]:
+        return (
+            type(one.layer).__name__,
+            *(0 < limit < context for limit in (one.window, one.chunk)),
+            one.softcap > 0,
+        )
+
+    quantized = {
+        type(module).__name__
+        for module in model.modules()
+        if type(module).__module__.startswith("bitsandbytes")
+    }
+    kinds = {type(module).__name__ for module in model.modules()} - {
+        type(module).__name__ for module in small.modules()
+    }
+    if lacking := sorted(kinds - quantized) or sorted(
+        map(str, set(map(attends, attention)) - set(map(attends, seen)))
+    ):
+        raise ValueError(f"it lacks {lacking[0]}")
+
+
+def _served_error(
+    small: Any, seen: Sequence[kv.AttentionSpec], expected: Sequence[Tensor], context: int
+) -> float:
+    """How far the logits of two sequences that share steps are from their own."""
+    rope.fix_frequencies(small, context)
+    kv.allocate_rows(seen, len(expected), PROBE, torch.float32, small.device)
+    bank = LoraPool(small, RANK, torch.float32, small.device)
+    try:
+        return max(map(_relative_error, _through_rows(bank.tree, BESIDE, bank), expected))
+    except RuntimeError as error:
+        raise kv.refuse_base(small, f"a step raises {type(error).__name__}: {_first_line(error)}") from error
+
+
+def plain_logits(model: Any, ids: Sequence[int] | None = None) -> Tensor:
+    """What the model itself makes of the probe by transformers' eager attention: logits [PROBE,
+    vocabulary].
+
+    That alone knows all that a model may want: transformers' default leaves Gemma 2's cap out in
+    some releases. Raises SettingsError where the model has none.
+    """
+    before = model.config._attn_implementation
+    tokens = torch.tensor([ids or _probes(model)[0]], device=model.device)
+    try:
+        model.set_attn_implementation("eager")
+        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    except (TypeError, ValueError, AttributeError) as error:
+        raise kv.refuse_base(model, f"a plain forward raises {type(error).__name__}") from error
+    finally:
+        model.set_attn_implementation(before)
+    return logits[0].float()
+
+
+def logits_of(model: Any) -> Tensor:
+    """The probe's logits by the base's own layers and the row attention.
+
+    Raises SettingsError where they are not finite.
+    """
+    (logits,) = _through_rows(model, ALONE)
+    if not bool(logits.isfinite().all()):
+        raise kv.refuse_base(
+            model, "its logits are not finite: the weights are damaged, or ADAPTERD_DTYPE cannot hold them"
+        )
+    return logits
+
+
+def prove_roughly(model: Any, logits: Tensor) -> None:
+    """Compares with the model's own logits in the base's dtype.
+
+    Raises SettingsError where they differ by more than rounding may.
+    """
+    error = _relative_error(logits, plain_logits(model))
+    if not error < ROUGH[model.dtype]:
+        raise kv.refuse_base(
+            model, f"its logits through the row attention differ from its own by {error:.2g}"
+        )
+
+
+def kernels_differ(bank: LoraPool, expected: Tensor) -> str:
+    """Why the bank's kernels are not to be used, beside the torch path's logits of the probe; empty
+    where they agree.
+    """
+    try:
+        (logits,) = _through_rows(bank.tree, ALONE, bank)
+    except RuntimeError as error:
+        return f"they raise: {_first_line(error)}"
+    apart = float(((logits - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
+    return (
+        "" if apart < KERNELS else f"the logits of the step that was tried differ from torch's by {apart:.2g}"
+    )
+
+
+def check_graphs(
+    bank: LoraPool, attention: Sequence[kv.AttentionSpec], graphs: CudaGraphs, expected: Tensor
+) -> bool:
+    """Whether the probe's last token gets the same logits by CUDA graphs; the log says why not."""
+    for logits in _try_graphs(graphs, attention, _probes(bank.tree)[0][-1]):
+        error = _relative_error(logits, expected[-1:])
+        if not (graphs.able and error < ROUGH[bank.dtype]):
+            log.warning(
+                "graphs: off; the logits of the step that was tried differ from the model's own by %.2g",
+                error,
+            )
+            return False
+    return True
+
+
+def _try_graphs(graphs: CudaGraphs, attention: Sequence[kv.AttentionSpec], token: int) -> Iterator[Tensor]:
+    """The probe's last token by a step that is recorded and by one that is replayed: with KV read
+    where it lies, and gathered.
+    """
+    for row in dict.fromkeys((0, graphs.rows - 1)):
+        kv.fork_row(attention, 0, row, PROBE - 1)
+        for _ in ("recorded", "replayed"):
+            graphs.logits.zero_()  # a replay that does nothing is not to be taken for a good one
+            yield graphs.run_step([token], [kv.KVSpan(0, 1, row, PROBE - 1)], [None])
+
+
+def _through_rows(tree: Any, steps: Sequence[Step], bank: LoraPool | None = None) -> list[Tensor]:
+    """The probes' logits by the row attention, one sequence a row; of a bank's tree, through its
+    layers, with no adapter.
+    """
+    probes, told = _probes(tree), dict[int, list[Tensor]]()
+    for step in steps:
+        lengths = [stop - start for _, start, stop in step]
+        spans = [
+            kv.KVSpan(sum(lengths[:i]), lengths[i], row, start) for i, (row, start, _) in enumerate(step)
+        ]
+        decode = sum(stop == PROBE for _, _, stop in step)
+        if bank is not None:
+            bank.begin_step([AdapterRun(length, None) for length in lengths], [], decode, spans)
+        tokens = [token for row, start, stop in step for token in probes[row][start:stop]]
+        made = forward_step(tree, tree.device, tokens, spans, decode, range(len(tokens))).float()
+        for (row, _, _), logits in zip(step, torch.split(made, lengths), strict=True):
+            told.setdefault(row, []).append(logits)
+    return [torch.cat(told[row]) for row in sorted(told)]
+
+
+def _probes(model: Any) -> list[list[int]]:
+    """The tokens of two sequences."""
+    vocabulary: int = model.config.get_text_config().vocab_size
+    return [[(first + step * i) % vocabulary for i in range(PROBE)] for first, step in ((7, 11), (5, 13))]
+
+
+def _relative_error(logits: Tensor, expected: Tensor) -> float:
+    """The relative distance."""
+    return float((logits.float() - expected).norm() / expected.norm())
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]

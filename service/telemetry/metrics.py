@@ -1,0 +1,353 @@
+"""Every collector of the service, and how they are shown.
+
+Knows no rooms: whoever sees something happen says so here.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection, Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import Metric
+
+from .gpu import GpuReading
+
+disable_created_metrics()  # type: ignore[no-untyped-call]
+REGISTRY = CollectorRegistry()
+
+MOMENTS = (
+    0.001,
+    0.005,
+    0.01,
+    0.02,
+    0.04,
+    0.06,
+    0.08,
+    0.1,
+    0.25,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    7.5,
+    10,
+    20,
+    40,
+    80,
+    160,
+    640,
+    2560,
+)
+BETWEEN = (
+    0.002,
+    0.005,
+    0.01,
+    0.015,
+    0.02,
+    0.025,
+    0.03,
+    0.04,
+    0.05,
+    0.075,
+    0.1,
+    0.15,
+    0.2,
+    0.3,
+    0.4,
+    0.5,
+    0.75,
+    1,
+    2.5,
+    5,
+    10,
+)
+SPANS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+COARSE = (0.25, 0.5, 1, 2.5, 5, 10, 30, 60)  # one set for each adapter, so few
+TIERS = ("device", "host")
+
+RUNNING = Gauge("adapterd_num_requests_running", "Requests that have a row.", registry=REGISTRY)
+WAITING = Gauge(
+    "adapterd_num_requests_waiting", "Requests admitted and without a row yet.", registry=REGISTRY
+)
+KV_USAGE = Gauge(
+    "adapterd_kv_cache_usage_ratio", "KV positions held by running requests, 0 to 1.", registry=REGISTRY
+)
+POOL_USED = Gauge(
+    "adapterd_pool_rank_used", "Rank rows of the device pool that adapters hold.", registry=REGISTRY
+)
+POOL_TOTAL = Gauge("adapterd_pool_rank_total", "Rank rows of the device pool.", registry=REGISTRY)
+ADAPTERS = Gauge(
+    "adapterd_adapters",
+    "Registered contents by where they are: device, host or disk.",
+    ["tier"],
+    registry=REGISTRY,
+)
+BASE_BYTES = Gauge(
+    "adapterd_base_bytes", "Bytes of the resident base; 0 while there is no worker.", registry=REGISTRY
+)
+ADAPTER_BYTES = Gauge(
+    "adapterd_adapter_bytes",
+    "Bytes of the adapters on the device and in host memory.",
+    ["tier"],
+    registry=REGISTRY,
+)
+DEVICE_BYTES, HOST_BYTES = map(ADAPTER_BYTES.labels, TIERS)
+
+FIRST_TOKEN = Histogram(
+    "adapterd_time_to_first_token_seconds",
+    "From admission to the first token.",
+    registry=REGISTRY,
+    buckets=MOMENTS,
+)
+INTER_TOKEN = Histogram(
+    "adapterd_inter_token_latency_seconds", "From one token to the next.", registry=REGISTRY, buckets=BETWEEN
+)
+END_TO_END = Histogram(
+    "adapterd_e2e_request_latency_seconds", "From admission to the end.", registry=REGISTRY, buckets=SPANS
+)
+QUEUED = Histogram(
+    "adapterd_request_queue_time_seconds", "From admission to a row.", registry=REGISTRY, buckets=MOMENTS
+)
+
+PROMPT_TOKENS = Counter(
+    "adapterd_prompt_tokens", "Prompt tokens of the requests that got a row.", registry=REGISTRY
+)
+GENERATED_TOKENS = Counter("adapterd_generation_tokens", "Tokens generated.", registry=REGISTRY)
+SUCCESS = Counter(
+    "adapterd_request_success", "Requests that ended well.", ["finished_reason"], registry=REGISTRY
+)
+FAILURE = Counter(
+    "adapterd_request_failure",
+    "Requests that ended with an error, refused ones too.",
+    ["code"],
+    registry=REGISTRY,
+)
+KEY_REFUSALS = Counter(
+    "adapterd_key_refusals",
+    "Of the overloaded ones, those that were over their key's own limit.",
+    registry=REGISTRY,
+)
+RESTARTS = Counter("adapterd_worker_restarts", "Times the worker was started again.", registry=REGISTRY)
+
+# ---- adapters on the move
+
+LOAD = Histogram(
+    "adapterd_adapter_load_seconds",
+    "An adapter's way from disk to host memory.",
+    registry=REGISTRY,
+    buckets=MOMENTS,
+)
+PLACE = Histogram(
+    "adapterd_adapter_place_seconds",
+    "An adapter's way from host memory to the device; on a GPU, what the steps spend on it: the copy itself runs beside them.",
+    registry=REGISTRY,
+    buckets=MOMENTS,
+)
+EVICT = Histogram(
+    "adapterd_adapter_evict_seconds",
+    "Clearing an adapter's place.",
+    ["tier"],
+    registry=REGISTRY,
+    buckets=MOMENTS,
+)
+LOADED = Counter(
+    "adapterd_adapter_load_bytes", "Bytes of the adapters read into host memory.", registry=REGISTRY
+)
+PLACED = Counter(
+    "adapterd_adapter_place_bytes", "Bytes of the adapters copied to the device.", registry=REGISTRY
+)
+EVICTED = Counter(
+    "adapterd_adapter_evict_bytes",
+    "Bytes of the adapters that made room for others.",
+    ["tier"],
+    registry=REGISTRY,
+)
+HITS = Counter(
+    "adapterd_adapter_hits", "Requests whose adapter was there already, by tier.", ["tier"], registry=REGISTRY
+)
+MISSES = Counter(
+    "adapterd_adapter_misses",
+    "Requests whose adapter had to come from the tier below.",
+    ["tier"],
+    registry=REGISTRY,
+)
+for _tier in TIERS:  # zero before the first one, so that the first one is seen as an increase
+    for _by_tier in (EVICT, EVICTED, HITS, MISSES):
+        _by_tier.labels(_tier)
+
+
+def adapter_loaded(seconds: float, size: int) -> None:
+    LOAD.observe(seconds)
+    LOADED.inc(size)
+
+
+def adapter_placed(seconds: float, size: int) -> None:
+    PLACE.observe(seconds)
+    PLACED.inc(size)
+
+
+def adapter_evicted(tier: str, seconds: float, size: int) -> None:
+    EVICT.labels(tier).observe(seconds)
+    EVICTED.labels(tier).inc(size)
+
+
+def looked_up(tier: str, found: bool) -> None:
+    """A request's adapter was looked for in this tier."""
+    (HITS if found else MISSES).labels(tier).inc()
+
+
+# ---- by adapter id
+
+ADAPTER_REQUESTS = Counter(
+    "adapterd_adapter_requests", "Requests by adapter id.", ["adapter"], registry=REGISTRY
+)
+ADAPTER_PROMPT = Counter(
+    "adapterd_adapter_prompt_tokens", "Prompt tokens by adapter id.", ["adapter"], registry=REGISTRY
+)
+ADAPTER_TOKENS = Counter(
+    "adapterd_adapter_generation_tokens", "Tokens generated by adapter id.", ["adapter"], registry=REGISTRY
+)
+ADAPTER_LATENCY = Histogram(
+    "adapterd_adapter_e2e_request_latency_seconds",
+    "From admission to the end, by adapter.",
+    ["adapter"],
+    registry=REGISTRY,
+    buckets=COARSE,
+)
+BY_ADAPTER = (ADAPTER_REQUESTS, ADAPTER_PROMPT, ADAPTER_TOKENS, ADAPTER_LATENCY)
+LORA_INFO = Gauge(
+    "adapterd_lora_requests_info",
+    "For the gateway's endpoint picker: adapters that could run now, and those that requests wait for; when it was told, in Unix seconds.",
+    ["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+    registry=REGISTRY,
+)
+
+REST = "_other"  # no adapter id begins like this
+
+
+class AdapterLabels:
+    """Which ids have series of their own: registered ones only, and of them the `most` that are
+    asked for most; the rest share one.
+
+    A busier id takes the place of another only once it has twice its requests, so that series do
+    not come and go at each scrape. What was counted under a label stays there, for a counter never
+    falls: a new series begins at zero, and one that goes is in no other.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.requests: dict[str, int] = {}  # of every registered id
+        self.shown: set[str] = set()
+
+    def label_for(self, id: str) -> str:
+        """The label under which one more request for this id counts."""
+        if id not in self.requests:
+            return REST  # deleted while the request ran
+        self.requests[id] += 1
+        if id not in self.shown and self._make_room(self.requests[id]):
+            self.shown.add(id)
+        return id if id in self.shown else REST
+
+    def forget_adapter(self, id: str) -> None:
+        self.requests.pop(id, None)
+        self._hide_adapter(id)
+
+    def _make_room(self, requests: int) -> bool:
+        if len(self.shown) < self.most:
+            return True
+        least = min(self.shown, key=self.requests.__getitem__, default=None)
+        if least is None or requests < 2 * self.requests[least]:
+            return False
+        self._hide_adapter(least)
+        return True
+
+    def _hide_adapter(self, id: str) -> None:
+        if id in self.shown:
+            self.shown.discard(id)
+            for collector in BY_ADAPTER:
+                collector.remove(id)
+
+
+NAMES = AdapterLabels(most=200)
+
+
+def adapter_registered(id: str) -> None:
+    NAMES.requests.setdefault(id, 0)
+
+
+def adapter_removed(id: str) -> None:
+    """The id is no longer registered: its series go, the totals stay."""
+    NAMES.forget_adapter(id)
+
+
+def adapter_served(id: str, prompt: int, generated: int, seconds: float) -> None:
+    """A request for this id has ended, with so many tokens."""
+    label = NAMES.label_for(id)
+    ADAPTER_REQUESTS.labels(label).inc()
+    ADAPTER_PROMPT.labels(label).inc(prompt)
+    ADAPTER_TOKENS.labels(label).inc(generated)
+    ADAPTER_LATENCY.labels(label).observe(seconds)
+
+
+def lora_info(most: int, running: Iterable[str], waiting: Iterable[str]) -> None:
+    """`most` adapters fit the device side by side;
+
+    `running` could run now, `waiting` are waited for. The labels are the gateway's.
+    """
+    LORA_INFO.clear()
+    LORA_INFO.labels(str(most), ",".join(sorted(running)), ",".join(sorted(waiting))).set(time.time())
+
+
+# ---- the GPUs
+
+GPU_USED = Gauge(
+    "adapterd_gpu_memory_used_bytes", "Memory in use on the GPU, by whomever.", ["gpu"], registry=REGISTRY
+)
+GPU_TOTAL = Gauge("adapterd_gpu_memory_total_bytes", "Memory of the GPU.", ["gpu"], registry=REGISTRY)
+GPU_BUSY = Gauge(
+    "adapterd_gpu_utilization_ratio",
+    "Share of the time in which the GPU ran something, 0 to 1.",
+    ["gpu"],
+    registry=REGISTRY,
+)
+GPU_CELSIUS = Gauge("adapterd_gpu_temperature_celsius", "The GPU's temperature.", ["gpu"], registry=REGISTRY)
+
+
+def set_gpus(readings: Collection[GpuReading]) -> None:
+    """What the GPUs say now; what one does not say has no series."""
+    for gauge in (GPU_USED, GPU_TOTAL, GPU_BUSY, GPU_CELSIUS):
+        gauge.clear()
+    for one in readings:
+        told = {
+            GPU_USED: one.memory_used,
+            GPU_TOTAL: one.memory_total,
+            GPU_BUSY: one.utilization,
+            GPU_CELSIUS: one.celsius,
+        }
+        for gauge, value in told.items():
+            if value is not None:
+                gauge.labels(one.gpu).set(value)
+
+
+# ---- showing
+
+
+class _Unnamed(CollectorRegistry):
+    """The registry without the collectors whose labels name adapters."""
+
+    def collect(self) -> Iterator[Metric]:
+        named = {family.name for collector in (*BY_ADAPTER, LORA_INFO) for family in collector.describe()}
+        return (family for family in REGISTRY.collect() if family.name not in named)
+
+
+def render_metrics(accept: str, named: bool = True) -> tuple[bytes, str]:
+    """Everything as Prometheus text, or OpenMetrics where `accept` asks for it; the bytes and their
+    content type.
+
+    `named`: with the series that name adapters.
+    """
+    encode, kind = choose_encoder(accept)
+    return encode(REGISTRY if named else _Unnamed()), kind

@@ -1,0 +1,1 @@
+"""The text border: tokenizers, templates, stop strings, tool calls."""

@@ -1,0 +1,65 @@
+"""The caller's end of one request: events in order, exactly one of them the last, and when things
+happened.
+
+Lives on the event loop; must not know processes, messages or HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+
+from ..core.request import Event, Request
+
+
+class Ticket:
+    """An async iterator of the request's events, the terminal one last.
+
+    Times are `time.monotonic` seconds, None until they are known.
+
+    `submitted`: admitted; `started`: it got a row; `first` and `last`: tokens arrived; `ended`: the
+    terminal event.
+    """
+
+    def __init__(self, request: Request, cancelled: Callable[[Ticket], None]) -> None:
+        self.request = request
+        self.submitted = time.monotonic()
+        self.started: float | None = None
+        self.first: float | None = None
+        self.last: float | None = None
+        self.ended: float | None = None
+        self.stopped = False
+        self.leaving = False
+        self._cancelled = cancelled
+        self._events: asyncio.Queue[Event] = asyncio.Queue()
+        self._read_out = False
+
+    def __aiter__(self) -> Ticket:
+        return self
+
+    async def __anext__(self) -> Event:
+        if self._read_out:
+            raise StopAsyncIteration
+        event = await self._events.get()
+        self._read_out = event.finish is not None
+        return event
+
+    def cancel_request(self, stopped: bool = False) -> None:
+        """Ends the request soon; does nothing the second time or after the end.
+
+        `stopped`: the caller has all it wanted.
+        """
+        if self.ended is None and not self.leaving:
+            self.leaving, self.stopped = True, stopped
+            self._cancelled(self)
+
+    def deliver_event(self, event: Event, now: float) -> None:
+        """The next event; nothing may follow the terminal one."""
+        assert self.ended is None, f"request {self.request.id} got an event after its last"
+        if event.token is not None:
+            self.first = self.first or now
+            self.last = now
+        if event.finish is not None:
+            self.ended = now
+        self._events.put_nowait(event)

@@ -1,0 +1,182 @@
+"""One tiny base for all tests of the shelf, a folder of adapters, and a device that remembers what
+it was told.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.catalog.registry import Registry
+from service.catalog.validator import check as torch_reader
+from service.catalog.validator.messages import ValidatedAdapter
+from service.catalog.validator.process import Validator
+from service.catalog.validator.skeleton import Skeleton
+from service.core.adapter import Adapter, Tier
+from service.core.base_info import BaseInfo, LayerLimit
+from service.core.manifest import Manifest
+from service.core.messages import Load
+from service.settings import Settings
+
+from .. import making
+
+Noise = Callable[..., Path]
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return making.tiny(tmp_path_factory.mktemp("bases") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def skeleton(base: Path) -> Skeleton:
+    return Skeleton(base)
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
+    """An adapter on q_proj and v_proj, rank 4, alpha 8."""
+    return making.noise(tmp_path_factory.mktemp("adapters") / "plain", base, 1)
+
+
+@pytest.fixture(scope="session")
+def other(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
+    """Another adapter, of rank 8."""
+    return making.noise(tmp_path_factory.mktemp("adapters") / "other", base, 2, r=8)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "adapters"
+    folder.mkdir()
+    return folder
+
+
+class FakeDevice:
+    """Loads what it is offered at once, unless `gate` is set to an event that must come first;
+
+    `errors` maps digests to failures.
+    """
+
+    def __init__(self, base: Path) -> None:
+        self.base: BaseInfo | None = card(base)
+        self.known: dict[str, Adapter] = {}
+        self.tiers: dict[str, Tier] = {}
+        self.pinned: set[str] = set()
+        self.dropped: list[str] = []
+        self.errors: dict[str, str] = {}
+        self.gate: asyncio.Event | None = None
+
+    def add_adapter(self, adapter: Adapter, pinned: bool = False, preload: bool = True) -> None:
+        self.known[adapter.digest] = adapter
+        if pinned:
+            self.pinned.add(adapter.digest)
+
+    async def wait_until_loaded(self, digest: str) -> Load:
+        if self.gate:
+            await self.gate.wait()
+        await asyncio.sleep(0)
+        error = self.errors.get(digest, "")
+        if not error:
+            self.tiers[digest] = Tier.HOST
+        return Load(digest, 0.01, self.known[digest].size, error)
+
+    def pin_adapter(self, digest: str, pinned: bool) -> None:
+        (self.pinned.add if pinned else self.pinned.discard)(digest)
+
+    async def remove_adapter(self, digest: str) -> int:
+        await asyncio.sleep(0)
+        self.dropped.append(digest)
+        hosted = self.tiers.pop(digest, Tier.DISK) is Tier.HOST
+        size = self.known.pop(digest).size
+        return size if hosted else 0
+
+    def tier_of(self, digest: str) -> Tier:
+        return self.tiers.get(digest, Tier.DISK)
+
+
+def card(base: Path) -> BaseInfo:
+    made = Skeleton(base)
+    return BaseInfo(
+        folder=str(base),
+        architecture="LlamaForCausalLM",
+        layers=2,
+        hidden_size=64,
+        intermediate_size=128,
+        vocab_size=269,
+        parameters=made.parameters,
+        context=512,
+        quantization="none",
+        dtype="float32",
+        device="cpu",
+        resident_bytes={"float32": 4 * made.parameters},
+        linears=tuple(made.list_linears()),
+        pool_rank=64,
+        rows=4,
+    )
+
+
+class NearReader(Validator):
+    """Reads in this process, so that a test does not wait for another one to import torch."""
+
+    reads: list[tuple[Path, Manifest]]
+
+    async def start_on(self, folder: Path, limits: tuple[LayerLimit, ...] = ()) -> None:
+        self.reads = []
+        self._skeleton = Skeleton(folder, limits)
+        self.tree = self._skeleton.make_tree()
+
+    async def validate_adapter(self, folder: Path, known: Manifest = ()) -> ValidatedAdapter:
+        self.reads.append((folder, known))
+        await asyncio.sleep(0)
+        return torch_reader.validate_adapter(self._skeleton, folder, self.max_rank, known)
+
+    async def measure_norms(self, reading: ValidatedAdapter) -> dict[str, float]:
+        await asyncio.sleep(0)
+        return torch_reader.measure_norms(reading.adapter, reading.layers)
+
+    async def close(self) -> None:
+        return None
+
+
+class Shop:
+    """A registry on a fake device over one adapters directory;
+
+    `opened` starts it, again and again if need be.
+    """
+
+    def __init__(self, root: Path, base: Path) -> None:
+        self.root, self.base = root, base
+        self.device = FakeDevice(base)
+
+    def settings(self, **more: Any) -> Settings:
+        return Settings(
+            base=str(self.base), base_id="tiny", adapters_dir=self.root, **{"max_rank": 64, **more}
+        )
+
+    @asynccontextmanager
+    async def opened(self, limits: tuple[LayerLimit, ...] = (), **more: Any) -> AsyncIterator[Registry]:
+        self.device = FakeDevice(self.base)
+        self.device.base = replace(card(self.base), limits=limits)
+        registry = Registry(self.settings(**more), self.device, reader=NearReader)
+        await registry.open_catalog()
+        try:
+            yield registry
+        finally:
+            await registry.close()
+
+
+@pytest.fixture
+def shop(root: Path, base: Path) -> Shop:
+    return Shop(root, base)

@@ -1,0 +1,250 @@
+"""Content of the hub, against a stand-in on loopback that speaks as much of its protocol as the
+client library needs.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Iterator
+from hashlib import sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from service.catalog.sources.hub import Hub
+from service.catalog.sources.store import Store
+from service.catalog.validator.header import CONFIG, WEIGHTS
+from service.core.manifest import read_manifest
+from service.errors import AdapterInvalid, Forbidden, PayloadTooLarge
+
+pytestmark = pytest.mark.anyio
+COMMIT = "c" * 40
+LIMIT = 1_000_000
+
+
+class StandIn:
+    """One repository, org/name, at one commit; `asked` are the paths that were asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.asked: list[str] = []
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
+        self.thread.start()
+        self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
+
+    def stop(self) -> None:
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+    def files(self) -> dict[str, bytes]:
+        return {
+            str(path.relative_to(self.folder)): path.read_bytes()
+            for path in sorted(self.folder.rglob("*"))
+            if path.is_file()
+        }
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        stand_in = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_HEAD(self) -> None:
+                self.do_GET()
+
+            def do_GET(self) -> None:
+                path = self.path.partition("?")[0]
+                stand_in.asked.append(path)
+                for head in (f"/org/name/resolve/{COMMIT}/", "/org/name/resolve/main/"):
+                    if (
+                        path.startswith(head)
+                        and (content := stand_in.files().get(path.removeprefix(head))) is not None
+                    ):
+                        return self._say(200, content, "application/octet-stream")
+                if path.startswith("/api/models/org/name/tree/"):
+                    tree = [
+                        {"type": "file", "path": name, "size": len(data), "oid": _etag(data)}
+                        for name, data in stand_in.files().items()
+                    ]
+                    return self._say(200, json.dumps(tree).encode())
+                if path in (
+                    "/api/models/org/name",
+                    "/api/models/org/name/revision/main",
+                    f"/api/models/org/name/revision/{COMMIT}",
+                ):
+                    siblings = [
+                        {"rfilename": name, "size": len(data)} for name, data in stand_in.files().items()
+                    ]
+                    return self._say(
+                        200, json.dumps({"id": "org/name", "sha": COMMIT, "siblings": siblings}).encode()
+                    )
+                return self._say(404, b'{"error": "no such repository"}', code="RepoNotFound")
+
+            def _say(self, status: int, body: bytes, kind: str = "application/json", code: str = "") -> None:
+                self.send_response(status)
+                headers = {
+                    "content-type": kind,
+                    "content-length": str(len(body)),
+                    "x-repo-commit": COMMIT,
+                    "etag": f'"{_etag(body)}"',
+                }
+                for name, value in (headers | ({"x-error-code": code} if code else {})).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body)
+
+            def log_message(self, format: str, *arguments: object) -> None:
+                return None
+
+        return Handler
+
+
+def _etag(body: bytes) -> str:
+    return sha256(body).hexdigest()[:40]
+
+
+@pytest.fixture
+def stand_in(tmp_path: Path, plain: Path) -> Iterator[StandIn]:
+    folder = tmp_path / "repository"
+    shutil.copytree(plain, folder)
+    shutil.copytree(plain, folder / "checkpoint-20")
+    (folder / "training_args.bin").write_bytes(b"pickle")
+    made = StandIn(folder)
+    yield made
+    made.stop()
+
+
+def store(stand_in: StandIn, tmp_path: Path, *allowed: str, limit: int = LIMIT) -> Store:
+    return Store(tmp_path / "adapters", Hub(allowed, stand_in.endpoint, tmp_path / "cache"), limit)
+
+
+TEXTS = ("chat_template.jinja", "generation_config.json", "tokenizer.json", "vocab.txt")
+
+
+@pytest.fixture
+def dressed(stand_in: StandIn) -> StandIn:
+    """The same with tokenizer files and a template, in the repository and in its checkpoint's
+    folder.
+    """
+    for folder in (stand_in.folder, stand_in.folder / "checkpoint-20"):
+        for name in (*TEXTS, "README.md"):
+            (folder / name).write_text(f"{folder.name} {name}")
+    return stand_in
+
+
+async def test_every_file_that_shapes_an_answer_is_fetched_and_no_other(
+    dressed: StandIn, tmp_path: Path
+) -> None:
+    here = store(dressed, tmp_path, "org/*")
+    for subfolder in (None, "checkpoint-20"):
+        place = await here.find_source("hub:org/name", subfolder=subfolder)
+        source = dressed.folder / (subfolder or "")
+        names = sorted((CONFIG, WEIGHTS, *TEXTS))
+        assert [path.name for path in sorted(place.folder.iterdir()) if path.is_file()] == names
+        assert all((place.folder / name).read_bytes() == (source / name).read_bytes() for name in names)
+    assert not [path for path in dressed.asked if path.endswith((".bin", ".md"))]
+
+
+@pytest.fixture
+def partly(dressed: StandIn, tmp_path: Path, plain: Path) -> Path:
+    """The commit's folder in the cache with its config and weights alone, as a service before this
+    one has fetched them.
+    """
+    folder = tmp_path / "cache" / "models--org--name" / "snapshots" / COMMIT
+    folder.mkdir(parents=True)
+    for name in (CONFIG, WEIGHTS):
+        shutil.copyfile(plain / name, folder / name)
+    return folder
+
+
+async def test_what_a_cache_holds_of_a_commit_is_completed_when_the_hub_can_be_asked(
+    dressed: StandIn, tmp_path: Path, partly: Path
+) -> None:
+    place = await store(dressed, tmp_path, "org/*").find_source("hub:org/name", revision=COMMIT)
+    assert place.folder == partly
+    assert read_manifest(partly) == read_manifest(dressed.folder)
+
+
+async def test_what_a_cache_holds_is_taken_and_said_when_the_hub_cannot_be_asked(
+    dressed: StandIn, tmp_path: Path, partly: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dressed.stop()
+    place = await store(dressed, tmp_path, "org/*").find_source("hub:org/name", revision=COMMIT)
+    assert place.folder == partly
+    assert "org/name cannot be asked which files it has" in caplog.text
+
+
+async def test_a_file_that_was_there_and_is_gone_from_the_cache_is_fetched_again(
+    dressed: StandIn, tmp_path: Path
+) -> None:
+    here = store(dressed, tmp_path, "org/*")
+    place = await here.find_source("hub:org/name", revision=COMMIT)
+    names = [file.name for file in read_manifest(place.folder)]
+    before = len(dressed.asked)
+    assert await here.find_source("hub:org/name", revision=COMMIT, held=names) == place
+    assert len(dressed.asked) == before
+    (place.folder / "chat_template.jinja").unlink()
+    assert await here.find_source("hub:org/name", revision=COMMIT, held=names) == place
+    assert [file.name for file in read_manifest(place.folder)] == names
+
+
+async def test_signs_in_a_subfolder_choose_nothing_else(dressed: StandIn, tmp_path: Path) -> None:
+    with pytest.raises(AdapterInvalid):
+        await store(dressed, tmp_path, "org/*").find_source("hub:org/name", subfolder="checkpoint-*")
+    assert not [path for path in dressed.asked if "resolve" in path]
+
+
+async def test_only_the_two_files_of_the_commit_are_fetched(stand_in: StandIn, tmp_path: Path) -> None:
+    place = await store(stand_in, tmp_path, "org/*").find_source("hub:org/name")
+    assert place.revision == COMMIT
+    assert sorted(path.name for path in place.folder.iterdir()) == [CONFIG, WEIGHTS, "checkpoint-20"][:2]
+    assert (place.folder / WEIGHTS).read_bytes() == (stand_in.folder / WEIGHTS).read_bytes()
+    assert not [path for path in stand_in.asked if "training_args" in path]
+
+
+async def test_a_subfolder_is_fetched_alone(stand_in: StandIn, tmp_path: Path) -> None:
+    place = await store(stand_in, tmp_path, "org/name").find_source(
+        "hub:org/name", subfolder="checkpoint-20", revision="main"
+    )
+    assert place.folder.name == "checkpoint-20"
+    assert sorted(path.name for path in place.folder.parent.iterdir()) == ["checkpoint-20"]
+
+
+@pytest.mark.parametrize("allowed", [(), ("other/*",), ("org/name2", "org/nam")])
+async def test_what_no_pattern_allows_is_forbidden_and_not_asked_for(
+    stand_in: StandIn, tmp_path: Path, allowed: tuple[str, ...]
+) -> None:
+    with pytest.raises(Forbidden, match="ADAPTERD_HUB"):
+        await store(stand_in, tmp_path, *allowed).find_source("hub:org/name")
+    assert stand_in.asked == []
+
+
+@pytest.mark.parametrize("name", ["org/none", "org/../x", "org/a/b", "org/"])
+async def test_what_the_hub_does_not_have_is_invalid(stand_in: StandIn, tmp_path: Path, name: str) -> None:
+    with pytest.raises(AdapterInvalid, match="hub:"):
+        await store(stand_in, tmp_path, "org/*").find_source(f"hub:{name}")
+
+
+async def test_what_was_fetched_is_there_when_the_hub_is_not(stand_in: StandIn, tmp_path: Path) -> None:
+    here = store(stand_in, tmp_path, "org/*")
+    place = await here.find_source("hub:org/name", revision="main")
+    before = len(stand_in.asked)
+    assert await here.find_source("hub:org/name", revision=COMMIT, held=[CONFIG, WEIGHTS]) == place
+    assert len(stand_in.asked) == before, "a commit whose files are all there needs no asking"
+    stand_in.stop()
+    assert (await here.find_source("hub:org/name", revision="main")).folder == place.folder
+    with pytest.raises(AdapterInvalid, match="cannot be reached"):
+        await store(stand_in, tmp_path / "elsewhere", "org/*").find_source("hub:org/name")
+
+
+async def test_what_is_over_the_limit_is_not_fetched(stand_in: StandIn, tmp_path: Path) -> None:
+    with pytest.raises(PayloadTooLarge):
+        await store(stand_in, tmp_path, "org/*", limit=5000).find_source("hub:org/name")
+    (stand_in.folder / "tokenizer.json").write_bytes(bytes(LIMIT))
+    with pytest.raises(PayloadTooLarge):
+        await store(stand_in, tmp_path, "org/*").find_source("hub:org/name")
+    assert not [path for path in stand_in.asked if "resolve" in path]

@@ -1,0 +1,1066 @@
+"""Names and what they stand for: who wins a race, what is replaced when, what is freed, and what a
+restart brings back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import io
+import json
+import os
+import shutil
+import zipfile
+from concurrent.futures import wait
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.catalog.registry import Registry
+from service.catalog.sources.store import SourceLocation
+from service.catalog.validator.messages import ValidatedAdapter
+from service.core.adapter import ExecutionPath, Tier
+from service.core.base_info import LayerLimit
+from service.core.manifest import Manifest, compute_digest
+from service.core.messages import Load
+from service.errors import (
+    AdapterInvalid,
+    AdapterNotFound,
+    AdapterUnsupported,
+    BadRequest,
+    Conflict,
+    Forbidden,
+    NotReady,
+    SettingsError,
+)
+from service.telemetry import metrics
+
+from .. import kinds, making
+from .conftest import FakeDevice, NearReader, Shop
+
+pytestmark = pytest.mark.anyio
+CARD = {
+    "id",
+    "digest",
+    "state",
+    "residency",
+    "rank",
+    "parameters",
+    "megabytes",
+    "pinned",
+    "in_flight",
+    "last_used",
+}
+RECORD: dict[str, Any] = {
+    "source": "a",
+    "subfolder": None,
+    "revision": None,
+    "digest": "sha256:a",
+    "fingerprint": "a",
+    "pinned": False,
+}
+RECORD |= {"registered_at": "2026-01-01T00:00:00Z", "files": []}
+FILES: list[Any] = [
+    5,
+    [5],
+    [["README.md", 1, "a"]],
+    [["adapter_config.json", "1", "a"]],
+    [["adapter_config.json", 1]],
+]
+WRONG: list[dict[str, Any]] = [{"registered_at": "once"}, *({"files": files} for files in FILES)]
+
+
+def put(source: Path, root: Path, name: str) -> str:
+    shutil.copytree(source, root / name)
+    return name
+
+
+@pytest.fixture
+def stocked(shop: Shop, plain: Path, other: Path) -> Shop:
+    """Two sources, deleted from the remembered registrations so that they are only found when asked
+    for.
+    """
+    put(plain, shop.root, "plain")
+    put(other, shop.root, "other")
+    (shop.root / ".adapterd.json").write_text(
+        json.dumps({"version": 1, "adapters": {}, "deleted": ["plain", "other"]})
+    )
+    return shop
+
+
+def device(registry: Registry) -> FakeDevice:
+    found = registry._shelves.device
+    assert isinstance(found, FakeDevice)
+    return found
+
+
+# ---- registering
+
+
+async def test_registering_gives_the_card_and_loads(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        card, created = await registry.register_adapter("org/name.v1", "plain")
+        assert created
+        assert card.keys() >= CARD
+        assert card["rank"] == 4
+        assert card["parameters"] == 1792
+        assert card["residency"] == "host"
+        assert registry.card_of("org/name.v1") == card
+        assert registry.list_cards() == [card]
+
+
+async def test_the_same_content_again_changes_nothing_and_other_content_is_a_conflict(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        first, _ = await registry.register_adapter("a", "plain")
+        assert await registry.register_adapter("a", "plain", pinned=True) == (first, False)
+        with pytest.raises(Conflict, match="taken by other content"):
+            await registry.register_adapter("a", "other")
+        assert registry.card_of("a") == first
+
+
+async def test_what_no_step_could_run_is_refused_at_registration_and_by_a_check(stocked: Shop) -> None:
+    limit = LayerLimit("model.layers.*.self_attn.v_proj", "Odd", "gives a tuple", by_peft=False)
+    async with stocked.opened(limits=(limit,)) as registry:
+        said = ["LoRA on Odd is not served: model.layers.*.self_attn.v_proj gives a tuple"]
+        assert (await registry.check_adapter("a", "plain"))["problems"] == said
+        with pytest.raises(AdapterUnsupported) as caught:
+            await registry.register_adapter("a", "plain")
+        assert caught.value.problems == said
+
+
+async def test_of_two_contents_racing_for_an_id_one_wins(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        gate = device(registry).gate = asyncio.Event()
+        racing = asyncio.gather(
+            registry.register_adapter("a", "plain"),
+            registry.register_adapter("a", "other"),
+            return_exceptions=True,
+        )
+        await asyncio.sleep(0.2)  # long enough for both to reach the device, if nothing keeps them
+        gate.set()
+        got = await racing
+        assert [isinstance(one, Conflict) for one in got] in ([True, False], [False, True])
+        assert len(registry.list_cards()) == 1
+
+
+async def test_one_that_is_deleted_while_it_is_remembered_was_registered_all_the_same(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        async with registry._saving:
+            registering = asyncio.create_task(registry.register_adapter("x", "plain"))
+            while not registry.list_cards():  # noqa: ASYNC110 - what is waited for has no event
+                await asyncio.sleep(0)
+            pinning = asyncio.create_task(registry.pin_adapter("x", True))
+            removing = asyncio.create_task(registry.remove_adapter("x"))
+            await asyncio.sleep(0)
+        assert (await registering)[0]["id"] == (await pinning)["id"] == (await removing)["id"] == "x"
+        assert registry.list_cards() == []
+
+
+async def test_many_ids_register_at_once(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        got = await asyncio.gather(
+            *(registry.register_adapter(f"p{i}", ("plain", "other")[i % 2]) for i in range(8))
+        )
+        assert [created for _, created in got] == [True] * 8
+        assert len({card["digest"] for card, _ in got}) == 2
+
+
+@pytest.mark.parametrize("id", ["base", "__base__", "tiny", "check", "a/summary", "architecture", "upload"])
+async def test_reserved_ids_are_a_conflict(stocked: Shop, id: str) -> None:
+    async with stocked.opened() as registry:
+        with pytest.raises(Conflict, match="reserved"):
+            await registry.register_adapter(id, "plain")
+
+
+@pytest.mark.parametrize(
+    "id",
+    [
+        "",
+        "..",
+        "../x",
+        "a/../b",
+        "a//b",
+        "/a",
+        "a/",
+        "a/b/c",
+        ".hidden",
+        "-x",
+        "x" * 129,
+        "é",
+        "a b",
+        "a\0",
+        "a\n",
+    ],
+)
+async def test_ids_that_break_the_pattern_are_refused(stocked: Shop, id: str) -> None:
+    async with stocked.opened() as registry:
+        for attempt in (
+            registry.register_adapter(id, "plain"),
+            registry.check_adapter(id, "plain"),
+            registry.upload_adapter(id, {}),
+        ):
+            with pytest.raises(BadRequest, match=r"^id "):
+                await attempt
+
+
+async def test_a_bad_adapter_leaves_no_ghost(stocked: Shop, plain: Path) -> None:
+    async with stocked.opened() as registry:
+        making.edit(plain, stocked.root / "bad", {"r": 50000})
+        with pytest.raises(AdapterInvalid, match="50000"):
+            await registry.register_adapter("bad", "bad")
+        with pytest.raises(AdapterNotFound):
+            registry.card_of("bad")
+        assert isinstance(registry._reader, NearReader)
+        assert not [folder for folder, _ in registry._reader.reads if folder.name == "bad"], (
+            "a glance at the config was not enough"
+        )
+
+
+async def test_a_load_that_fails_registers_nothing_and_is_taken_back(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        digest = (await registry.check_adapter("a", "plain"))["summary"]["digest"]
+        device(registry).errors[digest] = "the disk is on fire"
+        with pytest.raises(AdapterInvalid, match="on fire"):
+            await registry.register_adapter("a", "plain")
+        assert registry.list_cards() == []
+        assert device(registry).dropped == [digest]
+
+
+async def test_without_preload_the_device_only_hears_of_it(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        card, _ = await registry.register_adapter("a", "plain", preload=False)
+        assert card["residency"] == "disk"
+        assert device(registry).known[card["digest"]].lane is ExecutionPath.POOL
+
+
+async def test_a_dry_run_says_everything_and_registers_nothing(stocked: Shop, plain: Path) -> None:
+    async with stocked.opened() as registry:
+        told = await registry.check_adapter("a", "plain")
+        assert (told["ok"], told["problems"], told["summary"]["parameters"]) == (True, [], 1792)
+        making.edit(
+            plain, stocked.root / "bad", weights=lambda t: {k: v for k, v in t.items() if "lora_B" not in k}
+        )
+        told = await registry.check_adapter("a", "bad")
+        assert not told["ok"]
+        assert "lora_B" in " ".join(told["problems"])
+        assert registry.list_cards() == []
+
+
+async def test_nothing_is_registered_before_the_base_is_there(shop: Shop, plain: Path) -> None:
+    put(plain, shop.root, "plain")
+    registry = Registry(shop.settings(), shop.device, reader=NearReader)
+    with pytest.raises(NotReady):
+        await registry.register_adapter("a", "plain")
+
+
+# ---- leases, replacing, removing
+
+
+async def test_a_lease_counts_and_an_unknown_id_has_none(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        card, _ = await registry.register_adapter("a", "plain")
+        assert card["last_used"] is None
+        with registry.lease_adapter("a") as generation:
+            assert generation.digest == card["digest"]
+            assert (registry.card_of("a")["in_flight"], registry.card_of("a")["last_used"][-1]) == (1, "Z")
+        assert registry.card_of("a")["in_flight"] == 0
+        for typo in ("A", "a ", "", "b"):
+            with pytest.raises(AdapterNotFound), registry.lease_adapter(typo):
+                pass
+
+
+async def test_a_replacement_is_atomic_and_the_old_content_ends_with_its_last_lease(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        old, _ = await registry.register_adapter("a", "plain")
+        with registry.lease_adapter("a") as generation:
+            new, created = await registry.register_adapter("a", "other", replace=True)
+            assert (created, generation.digest, registry.card_of("a")["digest"]) == (
+                False,
+                old["digest"],
+                new["digest"],
+            )
+            await settle()
+            assert device(registry).dropped == []
+        await settle()
+        assert device(registry).dropped == [old["digest"]]
+
+
+async def test_a_replacement_that_cannot_be_loaded_leaves_the_old_one_serving(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        old, _ = await registry.register_adapter("a", "plain")
+        device(registry).errors[(await registry.check_adapter("b", "other"))["summary"]["digest"]] = (
+            "no space"
+        )
+        with pytest.raises(AdapterInvalid):
+            await registry.register_adapter("a", "other", replace=True)
+        with registry.lease_adapter("a") as generation:
+            assert generation.digest == old["digest"]
+
+
+async def test_contents_that_alternate_under_leases_are_never_dropped_while_named(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        for turn in range(6):
+            await registry.register_adapter("a", ("plain", "other")[turn % 2], replace=True)
+            with registry.lease_adapter("a") as generation:
+                await registry.register_adapter("a", ("other", "plain")[turn % 2], replace=True)
+                assert generation.digest in device(registry).known
+                await settle()
+                assert registry.card_of("a")["digest"] in device(registry).known
+
+
+async def test_removing_waits_for_leases_frees_and_forgets(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        card, _ = await registry.register_adapter("a", "plain")
+        metrics.adapter_served("a", 1, 3, 0.1)
+        assert 'adapter="a"' in metrics.render_metrics("")[0].decode()
+        held = registry.lease_adapter("a")
+        held.__enter__()
+        removal = asyncio.create_task(registry.remove_adapter("a"))
+        await settle()
+        assert not removal.done()
+        assert 'adapter="a"' not in metrics.render_metrics("")[0].decode(), (
+            "also for a client that leaves before the drain ends"
+        )
+        with pytest.raises(AdapterNotFound), registry.lease_adapter("a"):
+            pass
+        held.__exit__(None, None, None)
+        assert await removal == {
+            "id": "a",
+            "digest": card["digest"],
+            "drained_requests": 1,
+            "freed_bytes": 7168,
+        }
+        with pytest.raises(AdapterNotFound):
+            await registry.remove_adapter("a")
+
+
+async def test_who_waits_for_a_lease_to_end_is_let_go_when_it_closes(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        await registry.register_adapter("b", "other")
+        await registry.remove_adapter("b")
+        assert registry._shelves._ending == set()
+        await registry.register_adapter("a", "plain")
+        with registry.lease_adapter("a"):
+            removal = asyncio.create_task(registry.remove_adapter("a"))
+            await settle()
+            await registry.close()
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.wait_for(removal, 5)
+
+
+async def test_of_two_removals_one_finds_nothing(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        await registry.register_adapter("a", "plain")
+        got = await asyncio.gather(
+            registry.remove_adapter("a"), registry.remove_adapter("a"), return_exceptions=True
+        )
+        assert sorted(type(one).__name__ for one in got) == ["AdapterNotFound", "dict"]
+
+
+async def test_content_that_another_id_has_stays(stocked: Shop, plain: Path) -> None:
+    async with stocked.opened() as registry:
+        put(plain, stocked.root, "twin")
+        card, _ = await registry.register_adapter("a", "plain")
+        await registry.register_adapter("b", "twin", pinned=True)
+        assert device(registry).pinned == {card["digest"]}
+        assert (await registry.remove_adapter("b"))["freed_bytes"] == 0
+        assert device(registry).known[card["digest"]].config == str(
+            (stocked.root / "plain/adapter_config.json").resolve()
+        )
+        assert device(registry).pinned == set()
+        assert (await registry.remove_adapter("a"))["freed_bytes"] == 7168
+
+
+async def test_an_id_can_be_taken_again_while_its_old_content_drains(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        await registry.register_adapter("a", "plain")
+        with registry.lease_adapter("a"):
+            removal = asyncio.create_task(registry.remove_adapter("a"))
+            await settle()
+            card, created = await registry.register_adapter("a", "other")
+            assert created
+        await removal
+        assert registry.card_of("a")["digest"] == card["digest"]
+        assert card["digest"] in device(registry).known
+
+
+async def test_pins_are_shared_by_content_and_told(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        card, _ = await registry.register_adapter("a", "plain", pinned=True)
+        await registry.register_adapter("b", "plain", pinned=True)
+        assert (await registry.pin_adapter("a", False))["pinned"] is False
+        assert device(registry).pinned == {card["digest"]}
+        await registry.pin_adapter("b", False)
+        assert device(registry).pinned == set()
+        assert (await registry.register_adapter("a", "plain", pinned=True, replace=True))[0]["pinned"] is True
+
+
+async def test_a_registration_that_fails_leaves_the_content_as_the_others_have_it(
+    stocked: Shop, plain: Path
+) -> None:
+    async with stocked.opened() as registry:
+        put(plain, stocked.root, "twin")
+        card, _ = await registry.register_adapter("a", "plain", preload=False)
+        device(registry).errors[card["digest"]] = "the disk is on fire"
+        with pytest.raises(AdapterInvalid, match="on fire"):
+            await registry.register_adapter("b", "twin", pinned=True)
+        assert device(registry).dropped == []
+        assert device(registry).pinned == set()
+        assert device(registry).known[card["digest"]].config == str(
+            (stocked.root / "plain/adapter_config.json").resolve()
+        )
+
+
+@pytest.mark.parametrize("change", ["unpin", "remove"])
+async def test_a_pin_holds_though_another_id_lets_its_own_go_meanwhile(stocked: Shop, change: str) -> None:
+    async with stocked.opened() as registry:
+        card, _ = await registry.register_adapter("a", "plain", pinned=True, preload=False)
+        gate = device(registry).gate = asyncio.Event()
+        registering = asyncio.create_task(registry.register_adapter("b", "plain", pinned=True))
+        while not registry._shelves.lock_for(card["digest"]).locked():  # noqa: ASYNC110 - what is waited for has no event
+            await asyncio.sleep(0)
+        removing = asyncio.create_task(
+            registry.pin_adapter("a", False) if change == "unpin" else registry.remove_adapter("a")
+        )
+        await settle()
+        gate.set()
+        assert (await registering)[0]["pinned"] is True
+        await removing
+        assert device(registry).pinned == {card["digest"]}
+
+
+async def test_the_files_of_one_that_drains_are_those_of_the_content(stocked: Shop, plain: Path) -> None:
+    async with stocked.opened() as registry:
+        put(plain, stocked.root, "twin")
+        await registry.register_adapter("a", "plain")
+        card, _ = await registry.register_adapter("b", "twin")
+        with registry.lease_adapter("a"):
+            await registry.register_adapter("a", "other", replace=True)
+            await registry.remove_adapter("b")
+            assert device(registry).known[card["digest"]].config == str(
+                (stocked.root / "plain/adapter_config.json").resolve()
+            )
+        await settle()
+        assert device(registry).dropped == [card["digest"]]
+
+
+async def test_a_pin_goes_with_its_name_even_while_the_content_drains(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        await registry.register_adapter("a", "plain", pinned=True)
+        with registry.lease_adapter("a"):
+            await registry.register_adapter("a", "other", replace=True)
+            assert device(registry).pinned == set()
+
+
+async def test_a_load_that_fails_later_shows_until_one_succeeds(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        card, _ = await registry.register_adapter("a", "plain")
+        await registry.register_adapter("b", "other")
+        registry.note_load(Load(card["digest"], 0.1, 0, "the file has another digest"))
+        assert (registry.card_of("a")["state"], registry.card_of("a")["reason"]) == (
+            "failed",
+            "the file has another digest",
+        )
+        assert registry.card_of("b")["state"] == "ready"
+        registry.note_load(Load(card["digest"], 0.1, 7168))
+        assert registry.card_of("a")["state"] == "ready"
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["POST", "PUT"])
+async def test_what_failed_is_tried_anew_when_it_is_registered_again(stocked: Shop, replaced: bool) -> None:
+    async with stocked.opened() as registry:
+        card, _ = await registry.register_adapter("a", "plain", pinned=True)
+        known = device(registry).known
+        registry.note_load(Load(card["digest"], 0.0, 0, "this base cannot run this adapter"))
+        known.clear()
+        again, new = await registry.register_adapter("a", "plain", pinned=replaced, replace=replaced)
+        assert (again["state"], again["pinned"], new) == ("ready", True, False)
+        assert list(known) == [card["digest"]], "the device was not asked to try it again"
+        assert device(registry).pinned == {card["digest"]}
+
+
+async def settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+# ---- what is told
+
+
+async def test_the_summary_counts_what_the_file_holds(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        await registry.register_adapter("a", "plain")
+        told = registry.summary_of("a")
+        parameters = told["base"]["parameters"]
+        assert told["base_model"]["match"] is True
+        assert (told["rank"], told["scaling"], told["alpha"]) == (
+            {"min": 4, "max": 4},
+            {"min": 2.0, "max": 2.0},
+            8,
+        )
+        assert (told["layers"], told["modules"], told["target_modules"]) == (2, 4, ["q_proj", "v_proj"])
+        assert told["size"]["tensor_bytes"] == 4 * told["parameters"] == told["size"]["arithmetic_bytes"]
+        assert told["size"]["device_megabytes"] == 0.01
+        assert told["percent_of_base"] == round(100 * 1792 / parameters, 2)
+        assert told["footprint"]["base_megabytes"] == round(4 * parameters / 1e6, 2)
+        text = registry.summary_text("a")
+        assert all(word in text for word in ("a", "rank", "q_proj", "MB", "1,792"))
+        assert "(lora_A): Linear(in_features=64, out_features=4" in registry.draw_architecture("a")
+
+
+@pytest.mark.parametrize("name", ["/home/me/train/x", "no-such-org/no-such-model", "meta-llama/Llama-3.1-8B"])
+async def test_a_foreign_base_name_is_a_warning(stocked: Shop, plain: Path, name: str) -> None:
+    async with stocked.opened() as registry:
+        making.edit(plain, stocked.root / "foreign", {"base_model_name_or_path": name, "revision": "abc123"})
+        await registry.register_adapter("a", "foreign")
+        told = registry.summary_of("a")
+        assert told["base_model"] == {"claimed": name, "served": "tiny", "match": False}
+        assert "base" in told["warnings"][0]
+
+
+async def test_a_forecast_says_what_the_summary_later_says(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        await registry.register_adapter("a", "other")
+        told, real = registry.forecast_size(8, ["q_proj", "v_proj"]), registry.summary_of("a")
+        assert told["parameters"] == real["parameters"]
+        assert told["percent_of_base"] == real["percent_of_base"]
+        assert [{k: v for k, v in row.items() if k != "scaling"} for row in real["by_module"]] == told[
+            "by_module"
+        ]
+
+
+# ---- what the digest covers
+
+TEMPLATE = "{{ messages[-1]['content'] }}"
+
+
+async def test_a_template_that_changed_in_the_folder_is_other_content(stocked: Shop) -> None:
+    file = stocked.root / "plain" / "chat_template.jinja"
+    async with stocked.opened() as registry:
+        bare, _ = await registry.register_adapter("a", "plain")
+        digests = [bare["digest"]]
+        for text in (TEMPLATE, "One. " + TEMPLATE):
+            file.write_text(text)
+            with pytest.raises(Conflict, match="taken by other content"):
+                await registry.register_adapter("a", "plain")
+            card, created = await registry.register_adapter("a", "plain", replace=True)
+            assert not created
+            digests.append(card["digest"])
+        assert len(set(digests)) == 3
+        await registry.remove_adapter("a")
+        assert (await registry.register_adapter("a", "plain"))[0]["digest"] == digests[-1]
+        file.unlink()
+        assert (await registry.register_adapter("a", "plain", replace=True))[0]["digest"] == digests[0]
+
+
+async def test_a_template_that_changed_is_noticed_over_a_restart(stocked: Shop) -> None:
+    (stocked.root / "plain" / "generation_config.json").write_text('{"eos_token_id": 2}')
+    async with stocked.opened() as registry:
+        before, _ = await registry.register_adapter("a", "plain")
+    (stocked.root / "plain" / "generation_config.json").write_text('{"eos_token_id": [2, 7]}')
+    async with stocked.opened() as registry:
+        assert registry.card_of("a")["digest"] != before["digest"]
+        assert "changed" in registry.summary_of("a")["warnings"][0]
+
+
+async def test_the_summary_lists_the_files_with_sizes_and_hashes_also_after_a_restart(stocked: Shop) -> None:
+    (stocked.root / "plain" / "chat_template.jinja").write_text(TEMPLATE)
+    (stocked.root / "plain" / "README.md").write_text("not part of an answer")
+    names = ["adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"]
+    contents = {name: (stocked.root / "plain" / name).read_bytes() for name in names}
+    files = [
+        {"name": name, "bytes": len(data), "sha256": sha256(data).hexdigest()}
+        for name, data in contents.items()
+    ]
+    async with stocked.opened() as registry:
+        await registry.register_adapter("a", "plain")
+        assert registry.summary_of("a")["files"] == files
+    async with stocked.opened() as registry:
+        assert registry.summary_of("a")["files"] == files
+        assert (await registry.check_adapter("b", "plain"))["summary"]["files"] == files
+
+
+async def test_the_same_files_have_one_digest_from_every_source(stocked: Shop) -> None:
+    folder = stocked.root / "plain"
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "vocab.json").write_text("{}")
+    names = [path.name for path in folder.iterdir() if path.name != "README.md"]
+    shutil.copytree(folder, stocked.root / "copy")
+    (stocked.root / "copy" / "README.md").write_text("not part of an answer")
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name in names:
+            archive.write(folder / name, f"run/{name}")
+    async with stocked.opened() as registry:
+        cards = [
+            (await registry.register_adapter("a", "plain"))[0],
+            (await registry.register_adapter("b", "copy"))[0],
+        ]
+        cards.append(
+            (
+                await registry.upload_adapter(
+                    "c", {name: Part((folder / name).read_bytes()) for name in names}
+                )
+            )[0]
+        )
+        cards.append((await registry.upload_adapter("d", {"file": Part(packed.getvalue())}))[0])
+        assert {card["digest"] for card in cards} == {cards[0]["digest"]}
+        with registry.lease_adapter("d") as generation:
+            assert (generation.folder / "chat_template.jinja").read_text() == TEMPLATE
+        bare = {name: Part((folder / name).read_bytes()) for name in names if name.startswith("adapter_")}
+        assert (await registry.upload_adapter("e", bare))[0]["digest"] != cards[0]["digest"]
+
+
+async def test_files_that_change_while_they_are_read_are_not_registered(
+    stocked: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = NearReader.validate_adapter
+
+    async def slow(reader: NearReader, folder: Path, known: Manifest = ()) -> ValidatedAdapter:
+        reading = await read(reader, folder, known)
+        (folder / "chat_template.jinja").write_text(TEMPLATE)
+        return reading
+
+    async with stocked.opened() as registry:
+        with monkeypatch.context() as patch:
+            patch.setattr(NearReader, "validate_adapter", slow)
+            with pytest.raises(AdapterInvalid, match="changed while they were read"):
+                await registry.register_adapter("a", "plain")
+        assert registry.list_cards() == []
+        await registry.register_adapter("a", "plain")
+
+
+# ---- a dry run says what a registration would
+
+
+async def test_a_dry_run_of_a_taken_id_says_so_beside_the_summary(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        await registry.register_adapter("a", "plain")
+        told = await registry.check_adapter("a", "other")
+        with pytest.raises(Conflict) as refused:
+            await registry.register_adapter("a", "other")
+        assert (told["ok"], told["problems"], told["summary"]["rank"]["max"]) == (
+            False,
+            [refused.value.message],
+            8,
+        )
+        assert (await registry.check_adapter("a", "plain"))["ok"]
+
+
+@pytest.mark.filterwarnings("ignore")
+async def test_a_dry_run_tries_out_what_only_peft_can_run(stocked: Shop, base: Path) -> None:
+    kinds.SHADOW["lora_bias"](stocked.root / "shadow", base)
+    async with stocked.opened() as registry:
+        for id in [card["id"] for card in registry.list_cards()]:
+            await registry.remove_adapter(id)
+        told = await registry.check_adapter("a", "shadow")
+        digest = told["summary"]["digest"]
+        assert (told["ok"], device(registry).dropped[-1], registry.list_cards()) == (True, digest, [])
+        device(registry).errors[digest] = "PEFT cannot put `LORA` on this base"
+        assert not (await registry.check_adapter("a", "shadow"))["ok"]
+        assert (await registry.check_adapter("a", "shadow", preload=False))["ok"], "as POST without a load"
+        with pytest.raises(AdapterInvalid) as refused:
+            await registry.register_adapter("a", "shadow")
+        assert (await registry.check_adapter("a", "shadow"))["problems"] == refused.value.problems
+        del device(registry).errors[digest]
+        await registry.register_adapter("b", "shadow")
+        assert (await registry.check_adapter("a", "shadow"))["ok"]
+        assert digest in device(registry).known, "what another id has is not dropped"
+
+
+# ---- a state of another version
+
+
+def remembered(root: Path) -> Any:
+    return json.loads((root / ".adapterd.json").read_text())
+
+
+def aged(root: Path) -> None:
+    """The state as version 1 wrote it: digests over two files, uploads in folders of such names."""
+    state = remembered(root)
+    for record in state["adapters"].values():
+        del record["files"]
+        if record["source"].startswith(".uploads/"):
+            (root / record["source"]).rename(root / ".uploads" / ("a" * 64))
+            record["source"] = ".uploads/" + "a" * 64
+        record["digest"] = "sha256:" + "a" * 64
+    (root / ".adapterd.json").write_text(json.dumps(state | {"version": 1}))
+
+
+async def test_registrations_of_an_older_version_are_taken_over(stocked: Shop, other: Path) -> None:
+    (stocked.root / "plain" / "chat_template.jinja").write_text(TEMPLATE)
+    async with stocked.opened() as registry:
+        await registry.register_adapter("a", "plain", pinned=True)
+        await registry.upload_adapter("up", parts(other))
+        before = {id: registry.summary_of(id) for id in ("a", "up")}
+    assert remembered(stocked.root)["version"] == 2
+    aged(stocked.root)
+    async with stocked.opened() as registry:
+        assert [card["id"] for card in registry.list_cards()] == ["a", "up"], (
+            "and what was deleted stays deleted"
+        )
+        for id in ("a", "up"):
+            told = registry.summary_of(id)
+            kept = ("digest", "files", "pinned", "registered_at", "warnings")
+            assert {key: told[key] for key in kept} == {key: before[id][key] for key in kept}
+        with registry.lease_adapter("up") as generation:
+            assert (generation.folder / "adapter_model.safetensors").read_bytes() == (
+                other / "adapter_model.safetensors"
+            ).read_bytes()
+    assert remembered(stocked.root)["version"] == 2
+    async with stocked.opened() as registry:
+        assert isinstance(registry._reader, NearReader)
+        assert all(known for _, known in registry._reader.reads), "taken over once"
+        assert await registry.upload_adapter("up", parts(other)) == (registry.card_of("up"), False)
+        assert [path.name for path in (stocked.root / ".uploads").iterdir()] == ["a" * 64]
+        await registry.remove_adapter("up", purge=True)
+        assert list((stocked.root / ".uploads").iterdir()) == []
+
+
+@pytest.mark.parametrize("rest", [{}, {"adapters": 5}])
+async def test_a_newer_version_stops_the_start_and_is_not_written_over(
+    stocked: Shop, rest: dict[str, Any]
+) -> None:
+    state = json.dumps(remembered(stocked.root) | {"version": 3} | rest)
+    (stocked.root / ".adapterd.json").write_text(state)
+    with pytest.raises(
+        SettingsError, match=r"ADAPTERD_ADAPTERS_DIR: .*\.adapterd\.json .* version is 3, .* up to 2"
+    ):
+        Registry(stocked.settings(), stocked.device, reader=NearReader)
+    assert [path.name for path in stocked.root.glob(".adapterd*")] == [".adapterd.json"]
+    assert (stocked.root / ".adapterd.json").read_text() == state
+
+
+async def test_a_version_that_became_newer_while_the_base_was_loaded_stops_the_start_too(
+    stocked: Shop,
+) -> None:
+    registry = Registry(stocked.settings(), stocked.device, reader=NearReader)
+    state = json.dumps(remembered(stocked.root) | {"version": 3})
+    (stocked.root / ".adapterd.json").write_text(state)
+    with pytest.raises(SettingsError):
+        await registry.open_catalog()
+    await registry.close()
+    assert (stocked.root / ".adapterd.json").read_text() == state
+
+
+# ---- over a restart
+
+
+async def test_folders_are_registered_at_start_under_their_paths(shop: Shop, plain: Path) -> None:
+    for name in ("found", "org/name", ".hidden/x", "a/b/c", "summary"):
+        put(plain, shop.root, name)
+    async with shop.opened() as registry:
+        assert [card["id"] for card in registry.list_cards()] == ["found", "org/name"]
+        metrics.adapter_served("found", 1, 3, 0.1)
+        assert 'adapter="found"' in metrics.render_metrics("")[0].decode()
+        assert '"found"' in (shop.root / ".adapterd.json").read_text()
+        assert device(registry).tier_of(registry.card_of("found")["digest"]) is Tier.DISK
+        with registry.lease_adapter("found"):
+            pass
+        await registry.register_adapter("more", "found")
+        assert len({one.digest for one in registry.list_versions()}) == 1, (
+            "one content has one digest, and one voice, under all its ids"
+        )
+
+
+async def test_a_broken_folder_is_listed_as_failed_and_harms_nothing(
+    shop: Shop, plain: Path, other: Path
+) -> None:
+    put(plain, shop.root, "good")
+    for name in ("cut", "short"):
+        put(plain, shop.root, name)
+        (shop.root / name / "adapter_model.safetensors").write_bytes(b"short")
+    async with shop.opened() as registry:
+        cards = {card["id"]: card for card in registry.list_cards()}
+        assert (cards["good"]["state"], cards["cut"]["state"]) == ("ready", "failed")
+        assert "truncated" in cards["cut"]["reason"]
+        assert registry.summary_of("cut")["state"] == "failed"
+        with pytest.raises(AdapterInvalid, match="truncated"), registry.lease_adapter("cut"):
+            pass
+        shutil.rmtree(shop.root / "cut")
+        put(other, shop.root, "cut")
+        card, created = await registry.register_adapter("cut", "cut")
+        assert (created, card["state"]) == (True, "ready")
+        assert await registry.remove_adapter("short") == {
+            "id": "short",
+            "digest": None,
+            "drained_requests": 0,
+            "freed_bytes": 0,
+        }
+
+
+@pytest.mark.parametrize("kind", ["A2 mlx", "A5 missing", "A15 pickle"])
+async def test_a_folder_without_weights_says_at_start_what_it_seems_to_be(
+    shop: Shop, base: Path, kind: str
+) -> None:
+    maker, word = kinds.REFUSED[kind]
+    maker(shop.root / "odd", base)
+    async with shop.opened() as registry:
+        assert word.lower() in registry.card_of("odd")["reason"].lower()
+
+
+async def test_registrations_and_pins_outlive_a_restart(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        await registry.register_adapter("renamed", "plain", pinned=True)
+        (first,) = registry.list_versions()
+        assert first.registered_at == registry.summary_of("renamed")["registered_at"]
+    async with stocked.opened() as registry:
+        assert [(card["id"], card["pinned"]) for card in registry.list_cards()] == [("renamed", True)]
+        assert [one.registered_at for one in registry.list_versions()] == [first.registered_at]
+        assert device(registry).pinned == {registry.card_of("renamed")["digest"]}
+
+
+async def test_a_deleted_registration_stays_deleted_until_it_is_registered_again(
+    shop: Shop, plain: Path
+) -> None:
+    put(plain, shop.root, "found")
+    async with shop.opened() as registry:
+        await registry.remove_adapter("found")
+    async with shop.opened() as registry:
+        assert registry.list_cards() == []
+        await registry.register_adapter("found", "found")
+    async with shop.opened() as registry:
+        assert [card["id"] for card in registry.list_cards()] == ["found"]
+
+
+async def test_files_that_changed_meanwhile_are_a_new_content_with_a_warning(
+    stocked: Shop, other: Path
+) -> None:
+    async with stocked.opened() as registry:
+        before, _ = await registry.register_adapter("a", "plain")
+    shutil.copytree(other, stocked.root / "plain", dirs_exist_ok=True)
+    async with stocked.opened() as registry:
+        assert registry.card_of("a")["digest"] != before["digest"]
+        assert "changed" in registry.summary_of("a")["warnings"][0]
+
+
+async def test_another_process_on_the_same_directory_is_followed(stocked: Shop, base: Path) -> None:
+    twin = Shop(stocked.root, base)
+    async with stocked.opened() as leader, twin.opened() as follower:
+        old, _ = await leader.register_adapter("a", "plain", pinned=True)
+        await leader.register_adapter("b", "plain")
+        await follower.follow_state_file()
+        told = [(card["id"], card["digest"], card["pinned"]) for card in follower.list_cards()]
+        assert told == [(card["id"], card["digest"], card["pinned"]) for card in leader.list_cards()]
+        assert twin.device.pinned == {old["digest"]}
+        with follower.lease_adapter("a") as generation:
+            new, _ = await leader.register_adapter("a", "other", replace=True)
+            await leader.remove_adapter("b")
+            await follower.follow_state_file()
+            await settle()
+            assert twin.device.dropped == []
+            with follower.lease_adapter("a") as again:
+                assert (again.digest, generation.digest) == (new["digest"], old["digest"])
+        await settle()
+        assert twin.device.dropped == [old["digest"]]
+        with pytest.raises(AdapterNotFound):
+            follower.card_of("b")
+        await leader.pin_adapter("a", True)
+        await follower.follow_state_file()
+        assert follower.card_of("a")["pinned"]
+
+
+async def test_unchanged_files_are_not_read_again(stocked: Shop) -> None:
+    async with stocked.opened() as registry:
+        card, _ = await registry.register_adapter("a", "plain")
+    async with stocked.opened() as registry:
+        assert isinstance(registry._reader, NearReader)
+        assert [compute_digest(known) for _, known in registry._reader.reads] == [card["digest"]]
+        assert registry.card_of("a")["digest"] == card["digest"]
+
+
+async def test_a_found_folder_that_is_gone_is_forgotten_and_a_named_one_fails(
+    stocked: Shop, plain: Path
+) -> None:
+    put(plain, stocked.root, "found")
+    async with stocked.opened() as registry:
+        await registry.register_adapter("named", "plain")
+    shutil.rmtree(stocked.root / "found")
+    shutil.rmtree(stocked.root / "plain")
+    async with stocked.opened() as registry:
+        assert [(card["id"], card["state"]) for card in registry.list_cards()] == [("named", "failed")]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "{",
+        "[]",
+        '{"adapters": {}, "deleted": []}',
+        *(
+            json.dumps({"version": version, "adapters": {}, "deleted": []})
+            for version in ("2", 0, True, None, 1.5)
+        ),
+        '{"version": 2, "adapters": {"a": {}}, "deleted": []}',
+        '{"version": 2, "adapters": {"a": 5}, "deleted": []}',
+        "[" * 100_000,
+        *(json.dumps({"version": 2, "adapters": {"a": RECORD | wrong}, "deleted": []}) for wrong in WRONG),
+    ],
+)
+async def test_a_damaged_ledger_is_put_aside(shop: Shop, plain: Path, damage: str) -> None:
+    put(plain, shop.root, "found")
+    (shop.root / ".adapterd.json").write_text(damage)
+    async with shop.opened() as registry:
+        assert [card["id"] for card in registry.list_cards()] == ["found"]
+    assert (shop.root / ".adapterd.json.damaged").read_text() == damage
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, name: str, code: int) -> None:
+    """What is done by this name to the file of registrations fails like this from now on; tests may
+    run as root, whom no mode stops.
+    """
+    real = getattr(Path, name)
+
+    def does(path: Path, *given: Any) -> Any:
+        if path.name == ".adapterd.json":
+            raise OSError(code, os.strerror(code))
+        return real(path, *given)
+
+    monkeypatch.setattr(Path, name, does)
+
+
+async def test_registrations_that_cannot_be_read_are_not_written_over(
+    stocked: Shop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with stocked.opened() as registry:
+        await registry.register_adapter("a", "plain")
+    with monkeypatch.context() as patch:
+        failing(patch, "read_bytes", errno.EACCES)
+        async with stocked.opened() as registry:
+            await registry.register_adapter("b", "other")
+    async with stocked.opened() as registry:
+        assert [card["id"] for card in registry.list_cards()] == ["a"]
+
+
+async def test_a_damaged_ledger_that_cannot_be_put_aside_stops_nothing(
+    shop: Shop, plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(plain, shop.root, "found")
+    (shop.root / ".adapterd.json").write_text("{")
+    failing(monkeypatch, "replace", errno.EROFS)
+    async with shop.opened() as registry:
+        assert [card["id"] for card in registry.list_cards()] == ["found"]
+
+
+async def test_a_directory_that_cannot_be_written_stops_nothing(
+    stocked: Shop, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with stocked.opened() as registry:
+        (stocked.root / ".adapterd.json.new").mkdir()  # where the ledger would write
+        for id in ("a", "b"):
+            _, created = await registry.register_adapter(id, "plain")
+            assert created
+        assert [record.message for record in caplog.records if "restart" in record.message] == [
+            "registrations will not outlive a restart: the adapters directory cannot be written: Is a directory"
+        ]
+
+
+async def test_a_directory_that_is_not_there_is_made_when_there_is_something_to_remember(
+    shop: Shop, plain: Path
+) -> None:
+    shop.root.rmdir()
+    async with shop.opened() as registry:
+        assert not shop.root.exists()
+        await registry.upload_adapter("up", parts(plain))
+    async with shop.opened() as registry:
+        assert [card["id"] for card in registry.list_cards()] == ["up"]
+
+
+# ---- uploads
+
+
+class Part:
+    def __init__(self, content: bytes) -> None:
+        self.content = content
+
+    async def read(self, size: int = -1) -> bytes:
+        piece, self.content = self.content[:size], self.content[size:]
+        return piece
+
+
+def parts(folder: Path) -> dict[str, Part]:
+    return {
+        name: Part((folder / name).read_bytes())
+        for name in ("adapter_config.json", "adapter_model.safetensors")
+    }
+
+
+async def test_an_upload_is_stored_registered_and_purged(shop: Shop, plain: Path) -> None:
+    async with shop.opened() as registry:
+        card, created = await registry.upload_adapter("up", parts(plain))
+        assert created
+        with registry.lease_adapter("up") as generation:
+            assert (
+                generation.folder
+                == (shop.root / ".uploads" / card["digest"].removeprefix("sha256:")).resolve()
+            )
+            assert generation.adapter is not None
+            assert generation.adapter.config == str(generation.folder / "adapter_config.json")
+        assert await registry.upload_adapter("up", parts(plain)) == (registry.card_of("up"), False)
+        assert (card["pinned"], card["residency"]) == (False, "host")
+        await registry.remove_adapter("up")
+        assert generation.folder.exists(), "nobody asked to purge it"
+        await registry.upload_adapter("up", parts(plain))
+    async with shop.opened() as registry:
+        assert [card["id"] for card in registry.list_cards()] == ["up"]
+        await registry.remove_adapter("up", purge=True)
+        assert list((shop.root / ".uploads").iterdir()) == []
+
+
+async def test_what_is_purged_is_not_taken_from_who_uploads_the_same_meanwhile(
+    shop: Shop, plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removing: list[asyncio.Future[dict[str, Any]]] = []
+    async with shop.opened() as registry:
+        await registry.upload_adapter("one", parts(plain))
+        kept, loop = registry._store.keep_upload, asyncio.get_running_loop()
+
+        def keep(staged: Path, content: str) -> SourceLocation:
+            place = kept(staged, content)
+            removal = asyncio.run_coroutine_threadsafe(registry.remove_adapter("one", purge=True), loop)
+            wait([removal], 0.3)  # as long as it would take if nothing kept it
+            removing.append(asyncio.wrap_future(removal, loop=loop))
+            return place
+
+        monkeypatch.setattr(registry._store, "keep_upload", keep)
+        await registry.upload_adapter("two", parts(plain))
+        await asyncio.gather(*removing)
+        with registry.lease_adapter("two") as generation:
+            assert (generation.folder / "adapter_config.json").exists()
+
+
+async def test_purge_keeps_what_another_id_still_uses_and_what_was_not_uploaded(
+    stocked: Shop, other: Path
+) -> None:
+    async with stocked.opened() as registry:
+        await registry.upload_adapter("one", parts(other))
+        await registry.upload_adapter("two", parts(other))
+        await registry.remove_adapter("one", purge=True)
+        with registry.lease_adapter("two") as generation:
+            assert (generation.folder / "adapter_config.json").exists()
+        await registry.register_adapter("kept", "plain")
+        await registry.remove_adapter("kept", purge=True)
+        assert (stocked.root / "plain" / "adapter_model.safetensors").exists()
+
+
+async def test_a_refused_upload_leaves_no_files(shop: Shop, plain: Path, other: Path) -> None:
+    async with shop.opened() as registry:
+        bad = parts(plain)
+        bad["adapter_model.safetensors"].content = bad["adapter_model.safetensors"].content[:3000]
+        with pytest.raises(AdapterInvalid, match="truncated"):
+            await registry.upload_adapter("bad", bad)
+        await registry.upload_adapter("taken", parts(plain))
+        with pytest.raises(Conflict):
+            await registry.upload_adapter("taken", parts(other))
+        assert [path.name for path in (shop.root / ".uploads").iterdir()] == [
+            registry.card_of("taken")["digest"].removeprefix("sha256:")
+        ]
+
+
+async def test_uploaded_files_are_no_source_for_others(shop: Shop, plain: Path) -> None:
+    async with shop.opened() as registry:
+        card, _ = await registry.upload_adapter("up", parts(plain))
+        with pytest.raises(Forbidden):
+            await registry.register_adapter("thief", f".uploads/{card['digest'].removeprefix('sha256:')}")

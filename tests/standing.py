@@ -45,7 +45,7 @@ async def stuck(grace_s: float) -> None:
 def make(*given: Any, **named: Any) -> FastAPI:
     client = StandIn()
     if "--stuck" in sys.argv:
-        vars(client)["stop"] = stuck
+        vars(client)["stop_worker"] = stuck
     if "--held" in sys.argv:
         DOWNLOAD.submit(time.sleep, 1e6)
     if "--broken" in sys.argv:

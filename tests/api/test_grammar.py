@@ -281,7 +281,7 @@ def test_nothing_of_a_schema_is_walked_through_on_the_event_loop(monkeypatch: py
             asyncio.get_running_loop()
         return 1
 
-    for name in ("reach", "multiple"):
+    for name in ("schema_depth", "common_multiple"):
         monkeypatch.setattr(grammar, name, walked)
     assert compiled({"type": "integer"})
     assert asyncio.run(grammar.calls_grammar({"add": {"type": "object"}}, "tools"))

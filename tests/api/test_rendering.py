@@ -129,7 +129,7 @@ def test_a_large_answer_is_made_off_the_event_loop(
         return finite_logprob(logprob)
 
     for module in (chat, completions, generate):
-        monkeypatch.setattr(module, "finite", watched)
+        monkeypatch.setattr(module, "finite_logprob", watched)
     monkeypatch.setattr(rendering, "PIECE", 500)
     assert told(one, path, body) == whole
     assert where.count(True) < 40

@@ -131,8 +131,8 @@ def serving(base: Path, root: Path, hub: Hub | None = None) -> Iterator[TestClie
     registry = Registry(settings, device=FakeDevice(base), hub=hub)
     app = create_app(settings, cast(Any, Engine()), registry, text=lambda _: Tokenizers(base))
     with TestClient(app, raise_server_exceptions=False) as http:
-        while not app.state.rooms.opened:
-            assert not app.state.rooms.failure
+        while not app.state.services.opened:
+            assert not app.state.services.failure
             http.get("/health")
         yield http
 

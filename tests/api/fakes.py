@@ -238,6 +238,6 @@ def stage(
         chosen, cast(Any, engine), cast(Any, names), text=lambda _: Tokenizers(base), record=record
     )
     with TestClient(app, raise_server_exceptions=False) as knock:
-        while not app.state.rooms.opened:
+        while not app.state.services.opened:
             knock.get("/health")
         yield Stage(app, knock, engine, names)

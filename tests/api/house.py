@@ -160,7 +160,7 @@ class House:
 
     def __init__(self, knock: TestClient, client: StandIn, shelf: Shelf) -> None:
         self.knock, self.client, self.shelf = knock, client, shelf
-        self.rooms = cast(Any, knock.app).state.rooms
+        self.rooms = cast(Any, knock.app).state.services
 
     def json(self, method: str, path: str, body: Any = None, status: int = 200, **more: Any) -> Any:
         answer = self.knock.request(method, path, **({"json": body} if body is not None else {}), **more)

@@ -247,7 +247,7 @@ def test_the_least_recently_used_is_forgotten_first() -> None:
             asked.append(text)
             return Verdict(text * 1000)
 
-        assert (await verdicts.of(text, check)).grammar == text * 1000
+        assert (await verdicts.find_or_check(text, check)).grammar == text * 1000
 
     async def go() -> None:
         for text in "abacab":
@@ -265,9 +265,9 @@ def test_a_defect_is_not_remembered_and_a_caller_who_leaves_takes_nobodys_answer
 
     async def go() -> Verdict:
         with pytest.raises(MemoryError):
-            await verdicts.of("a", broken)
-        leaving = asyncio.create_task(verdicts.of("a", lambda: Verdict("fine")))
-        staying = asyncio.create_task(verdicts.of("a", broken))
+            await verdicts.find_or_check("a", broken)
+        leaving = asyncio.create_task(verdicts.find_or_check("a", lambda: Verdict("fine")))
+        staying = asyncio.create_task(verdicts.find_or_check("a", broken))
         await asyncio.sleep(0)
         leaving.cancel()
         return await staying

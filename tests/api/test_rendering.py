@@ -156,7 +156,7 @@ def test_a_long_prompt_of_ids_is_read_off_the_event_loop_and_once(
         return decode(voice, ids)
 
     monkeypatch.setattr(AdapterTokenizer, "decode", watched)
-    monkeypatch.setattr("service.api.generation.admission.MANY", 100)
+    monkeypatch.setattr("service.api.generation.admission.MANY_IDS", 100)
     one.post(
         "/v1/completions", {"model": "base", "prompt": list(making.ids(LONG)), "max_tokens": 1, **fields}
     )
@@ -171,7 +171,7 @@ def test_a_short_answer_needs_no_thread(one: Stage, monkeypatch: pytest.MonkeyPa
 
 def test_tokens_texts_are_read_once(one: Stage) -> None:
     """Beside each token twenty likely ones are told, nearly always the same."""
-    piece = one.app.state.rooms.reader.base.words.piece
+    piece = one.app.state.services.tokenizers.base.words.piece
     piece.cache_clear()
     one.complete(max_tokens=60, logprobs=4, ignore_eos=True, n=8)
     info = piece.cache_info()

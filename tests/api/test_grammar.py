@@ -118,7 +118,7 @@ def test_what_nothing_can_meet_is_refused(schema: dict[str, Any]) -> None:
         compiled(schema)
 
 
-def test_what_no_sampler_could_follow_is_refused_at_the_door() -> None:
+def test_what_no_sampler_could_follow_is_refused_by_the_api() -> None:
     """What is never complete, or only shows its size when it is begun, would fail in the middle of
     a stream.
     """

@@ -169,7 +169,7 @@ async def _close_services(services: Services) -> None:
         closing.append(services.loaded_tokenizers.close())
     for outcome in await asyncio.gather(*closing, return_exceptions=True):
         if isinstance(outcome, BaseException):
-            log.error("a service did not close", exc_info=outcome)
+            log.error("a room did not close", exc_info=outcome)
 
 
 async def _open_services(

@@ -1,6 +1,5 @@
-"""The command line: serve, inspect, forecast, bench.
-
-An error is one line on stderr; knows no HTTP and no tensor.
+"""The command line: serve, inspect, forecast, bench; an error is one line on stderr. Starts the API
+process, or runs a command by itself; must not know HTTP or a tensor.
 """
 
 from __future__ import annotations
@@ -42,14 +41,11 @@ def _make_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _serve_command(commands.add_parser("serve", help="answer HTTP requests", allow_abbrev=False))
-    _inspect_command(commands.add_parser("inspect", help="say what an adapter's files hold, without a base"))
-    _forecast_command(
-        commands.add_parser(
-            "forecast",
-            help="say what an adapter of some shape would weigh on a base, from its config.json alone",
-        )
-    )
-    # the options behind it are the load generator's own: here nothing is one
+    inspect_help = "say what an adapter's files hold, without a base"
+    _inspect_command(commands.add_parser("inspect", help=inspect_help))
+    forecast_help = "say what an adapter of some shape would weigh on a base, from its config.json alone"
+    _forecast_command(commands.add_parser("forecast", help=forecast_help))
+    # the options behind it are the load generator's own, so this parser takes none
     bench = commands.add_parser("bench", help="measure a running service", add_help=False, prefix_chars="\0")
     bench.add_argument("rest", nargs=argparse.REMAINDER)
     bench.set_defaults(run=_run_bench)
@@ -58,12 +54,8 @@ def _make_parser() -> argparse.ArgumentParser:
 
 def _serve_command(parser: argparse.ArgumentParser) -> None:
     for name in Settings.model_fields:
-        parser.add_argument(
-            f"--{name.replace('_', '-')}",
-            dest=f"set_{name}",
-            metavar="VALUE",
-            help=f"over ADAPTERD_{name.upper()}",
-        )
+        flag, variable = f"--{name.replace('_', '-')}", f"ADAPTERD_{name.upper()}"
+        parser.add_argument(flag, dest=f"set_{name}", metavar="VALUE", help=f"over {variable}")
     parser.add_argument("--workers", default="1", help=argparse.SUPPRESS)
     parser.set_defaults(run=_run_serve)
 
@@ -73,22 +65,19 @@ def _run_serve(chosen: argparse.Namespace) -> int:
         raise SettingsError(
             "--workers: more than one server process is not supported: one API process, one worker per device"
         )
-    flags = {
-        name.removeprefix("set_"): text
-        for name, text in vars(chosen).items()
-        if name.startswith("set_") and text is not None
-    }
-    settings, traced = read_settings(os.environ, flags), make_tracer(os.environ)
+    given = {name: text for name, text in vars(chosen).items() if text is not None}
+    flags = {name.removeprefix("set_"): text for name, text in given.items() if name.startswith("set_")}
+    settings, tracer = read_settings(os.environ, flags), make_tracer(os.environ)
     _without_torch()
     from .server import run_server
 
-    return run_server(settings, traced)
+    return run_server(settings, tracer)
 
 
 def _without_torch() -> None:
-    """This process computes nothing.
+    """Hides torch from transformers, which then keeps to tokenizers: 200 MB and two seconds less.
 
-    Told that torch is not there, transformers keeps to tokenizers: 200 MB and two seconds less.
+    The API process computes nothing.
     """
     # It would warn that there is no torch
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
@@ -106,9 +95,9 @@ def _run_inspect(chosen: argparse.Namespace) -> int:
     from . import cli
     from .catalog import summary_text
 
-    told = cli.inspect_folder(chosen.path)
-    _print_result(told, summary_text.format_summary(told), chosen.format)
-    return 1 if told["problems"] else 0
+    summary = cli.inspect_folder(chosen.path)
+    _print_result(summary, summary_text.format_summary(summary), chosen.format)
+    return 1 if summary["problems"] else 0
 
 
 def _forecast_command(parser: argparse.ArgumentParser) -> None:
@@ -123,14 +112,14 @@ def _forecast_command(parser: argparse.ArgumentParser) -> None:
 def _run_forecast(chosen: argparse.Namespace) -> int:
     if not chosen.config.exists():
         raise SettingsError(f"--config: there is no {chosen.config}")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it greets at import
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a greeting at import
     from .catalog import facts, summary_text
     from .catalog.validator.skeleton import Skeleton
 
     base = Skeleton(chosen.config)
     modules = [name.strip() for name in chosen.target_modules.split(",") if name.strip()]
-    told = facts.forecast_size(base.list_linears(), base.parameters, chosen.r, modules, chosen.dtype)
-    _print_result(told, summary_text.format_forecast(told), chosen.format)
+    forecast = facts.forecast_size(base.list_linears(), base.parameters, chosen.r, modules, chosen.dtype)
+    _print_result(forecast, summary_text.format_forecast(forecast), chosen.format)
     return 0
 
 
@@ -138,8 +127,8 @@ def _format_flag(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=("text", "json"), default="text")
 
 
-def _print_result(told: dict[str, Any], table: str, form: str) -> None:
-    print(json.dumps(told, indent=2) if form == "json" else table.rstrip("\n"))
+def _print_result(result: dict[str, Any], table: str, format: str) -> None:
+    print(json.dumps(result, indent=2) if format == "json" else table.rstrip("\n"))
 
 
 def _run_bench(chosen: argparse.Namespace) -> int:
@@ -147,9 +136,8 @@ def _run_bench(chosen: argparse.Namespace) -> int:
         raise SettingsError(
             "bench: the load generator is part of the repository, not of the installed package"
         )
-    return subprocess.run(
-        [sys.executable, "-m", "deploy.bench.bench", *chosen.rest], cwd=REPOSITORY, check=False
-    ).returncode
+    command = [sys.executable, "-m", "deploy.bench.bench", *chosen.rest]
+    return subprocess.run(command, cwd=REPOSITORY, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
-"""The composition root: settings → rooms → FastAPI.
-
-Starts and stops the rooms; knows no route's meaning and no tensor.
+"""The composition root: settings → services → FastAPI; starts and stops the services. API process; must
+not know a route's meaning or a tensor.
 """
 
 from __future__ import annotations
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("adapterd")
 
+ROUTERS = (ops.probes, generate.router, models.router, adapters.reading, adapters.changing, ops.router)
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 EXPOSED = (
     "x-request-id",
@@ -63,38 +63,51 @@ def create_app(
     on_failure: Callable[[str], None] = log.error,
     record: Callable[[Trace], None] | None = None,
 ) -> FastAPI:
-    """The service as an ASGI application; a room that is not handed in is made.
+    """The service as an ASGI application; a client or registry that is not given is made.
 
-    `on_failure` is told why the base can never be served, `record` of every finished request.
+    `on_failure` gets the reason why the base can never be served, `record` every finished request.
     """
-    rooms = _make_services(settings, client, registry)
+    services = _make_services(settings, client, registry)
     metrics.NAMES.most = settings.metrics_adapters
     app = Service(
         title="adapterd",
         version=__version__,
         description="One quantized base model, hundreds of LoRA adapters, mixed freely in every batch.",
-        lifespan=_make_lifespan(rooms, text, on_failure),
-        middleware=_make_middleware(rooms, record),
+        lifespan=_make_lifespan(services, text, on_failure),
+        middleware=_make_middleware(services, record),
         redirect_slashes=False,
         default_response_class=JsonAnswer,
         openapi_url=None,
         docs_url=None,
         redoc_url=None,
     )
-    app.state.rooms = rooms
+    app.state.services = services
     errors.install_handlers(app)
-    for part in (ops.probes, generate.router, models.router, adapters.reading, adapters.changing, ops.router):
-        app.include_router(part)
+    for router in ROUTERS:
+        app.include_router(router)
     return app
 
 
-def _make_middleware(rooms: Services, record: Callable[[Trace], None] | None) -> list[Middleware]:
+def _make_middleware(services: Services, record: Callable[[Trace], None] | None) -> list[Middleware]:
     """The outermost first.
 
-    Other sites' pages are let in before keys are asked for, since a browser asks without one
-    whether it may ask.
+    Other sites' pages are let in before keys are checked, since a browser sends its preflight
+    without one.
     """
-    settings = rooms.settings
+    settings = services.settings
+    return [
+        Middleware(AccessLog, record=record),
+        *_make_cors(settings),
+        Middleware(DrainGate, services=services),
+        Middleware(Authentication, settings=settings),
+        Middleware(RateLimit, settings=settings),
+        Middleware(BodyLimit, body_mb=settings.max_body_mb, upload_mb=settings.max_upload_mb),
+    ]
+
+
+def _make_cors(settings: Settings) -> list[Middleware]:
+    if not settings.cors_origins:
+        return []
     cors = Middleware(
         CorsOrigins,
         allow_origins=settings.cors_origins,
@@ -102,29 +115,22 @@ def _make_middleware(rooms: Services, record: Callable[[Trace], None] | None) ->
         allow_headers=["authorization", "content-type", "x-request-id"],
         expose_headers=EXPOSED,
     )
-    return [
-        Middleware(AccessLog, record=record),
-        *([cors] if settings.cors_origins else []),
-        Middleware(DrainGate, rooms=rooms),
-        Middleware(Authentication, settings=settings),
-        Middleware(RateLimit, settings=settings),
-        Middleware(BodyLimit, body_mb=settings.max_body_mb, upload_mb=settings.max_upload_mb),
-    ]
+    return [cors]
 
 
 class Service(FastAPI):
-    """FastAPI, but its description of itself says what is so: how a key is sent, and that OpenAI's
-    dialect has no 422.
+    """FastAPI with an OpenAPI description that also says how a key is sent, and that OpenAI's dialect
+    has no 422.
     """
 
     def openapi(self) -> dict[str, Any]:
-        told = super().openapi()
-        told["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
-        told["security"] = [{"key": []}, {}]
-        for path in filter(errors.openai_dialect, told["paths"]):
-            for operation in told["paths"][path].values():
+        description = super().openapi()
+        description["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        description["security"] = [{"key": []}, {}]
+        for path in filter(errors.openai_dialect, description["paths"]):
+            for operation in description["paths"][path].values():
                 operation["responses"].pop("422", None)
-        return told
+        return description
 
 
 def _make_services(settings: Settings, client: WorkerClient | None, registry: Registry | None) -> Services:
@@ -141,43 +147,45 @@ def _make_services(settings: Settings, client: WorkerClient | None, registry: Re
 
 
 def _make_lifespan(
-    rooms: Services, text: Callable[[str], Tokenizers], on_failure: Callable[[str], None]
+    services: Services, text: Callable[[str], Tokenizers], on_failure: Callable[[str], None]
 ) -> Callable[[FastAPI], Any]:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        await rooms.client.start_worker()
-        opening = asyncio.create_task(_open_services(rooms, text, on_failure))
+        await services.client.start_worker()
+        opening = asyncio.create_task(_open_services(services, text, on_failure))
         yield
         opening.cancel()
         with suppress(asyncio.CancelledError):
             await opening
-        rooms.draining = True
-        renderers = [rooms.reader.close()] if rooms.reader else []
-        for outcome in await asyncio.gather(
-            rooms.registry.close(), rooms.client.stop_worker(0), *renderers, return_exceptions=True
-        ):
-            if isinstance(outcome, BaseException):
-                log.error("a room did not close", exc_info=outcome)
+        services.draining = True
+        await _close_services(services)
 
     return lifespan
 
 
+async def _close_services(services: Services) -> None:
+    closing = [services.registry.close(), services.client.stop_worker(0)]
+    if services.loaded_tokenizers is not None:
+        closing.append(services.loaded_tokenizers.close())
+    for outcome in await asyncio.gather(*closing, return_exceptions=True):
+        if isinstance(outcome, BaseException):
+            log.error("a room did not close", exc_info=outcome)
+
+
 async def _open_services(
-    rooms: Services, text: Callable[[str], Tokenizers], on_failure: Callable[[str], None]
+    services: Services, text: Callable[[str], Tokenizers], on_failure: Callable[[str], None]
 ) -> None:
     """Waits for the base, then opens what needs it. Listening goes on meanwhile."""
     try:
-        await asyncio.gather(rooms.client.wait_ready(), rooms.registry.start_validator())
-        assert rooms.client.base is not None, "a ready client has the base's card"
-        rooms.reader, _ = await asyncio.gather(
-            run_in(DISK, text, rooms.client.base.folder), rooms.registry.open_catalog()
-        )
-        rooms.opened = True
-        log.info(
-            "ready",
-            extra={"fields": {"base": rooms.registry.base_id, "adapters": len(rooms.registry.list_cards())}},
-        )
+        await asyncio.gather(services.client.wait_ready(), services.registry.start_validator())
+        base = services.client.base
+        assert base is not None, "a ready client has the base's card"
+        opening = services.registry.open_catalog()
+        services.loaded_tokenizers, _ = await asyncio.gather(run_in(DISK, text, base.folder), opening)
+        services.opened = True
+        fields = {"base": services.registry.base_id, "adapters": len(services.registry.list_cards())}
+        log.info("ready", extra={"fields": fields})
     except Exception as error:
-        rooms.failure = rooms.client.reason or str(error) or type(error).__name__
+        services.failure = services.client.reason or str(error) or type(error).__name__
         log.debug("the base cannot be served", exc_info=True)
-        on_failure(rooms.failure)
+        on_failure(services.failure)

@@ -1,6 +1,5 @@
-"""What a key is: its hash, and what it may use and take.
-
-Reads lists and files of keys; never keeps, shows or names one in the clear.
+"""API keys: their hashes, adapters and limits, read from lists and files. API process; must not keep,
+show or name a key in the clear.
 """
 
 from __future__ import annotations
@@ -19,11 +18,10 @@ OPTIONS = "name=, adapters=, rate= and concurrency="
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """`adapters` are patterns of the ids it may use (None: all);
+    """`adapters` are patterns of the ids that the key may use (None: all), `rate` is requests a second,
+    `concurrency` requests at once; None of these two is the default of all keys.
 
-    `rate` is requests a second, `concurrency` requests at once.
-
-    None of the two last is the default of all keys. `name` is what the log calls it.
+    `name` stands for the key in the log.
     """
 
     digest: str
@@ -41,14 +39,14 @@ def hash_secret(secret: str) -> str:
 
 
 def find_key(secret: str, keys: tuple[Key, ...]) -> Key | None:
-    """The key that this secret is; looks at all of them, in constant time each."""
-    asked = hash_secret(secret)
-    found = [key for key in keys if hmac.compare_digest(key.digest, asked)]
-    return found[0] if found else None
+    """The key of this secret; compares all of them, in constant time each."""
+    digest = hash_secret(secret)
+    matching = [key for key in keys if hmac.compare_digest(key.digest, digest)]
+    return matching[0] if matching else None
 
 
 def parse_keys(value: str) -> tuple[Key, ...]:
-    """Comma-separated keys, or `@file`. Raises ValueError, whose words hold no key."""
+    """The keys of a comma-separated list, or of `@file`. Raises ValueError, whose words hold no key."""
     if value.startswith("@"):
         return _read_key_file(Path(value[1:]))
     return tuple(Key(_parse_hash(part.strip())) for part in value.split(",") if part.strip())
@@ -59,23 +57,26 @@ def _read_key_file(path: Path) -> tuple[Key, ...]:
 
     A line that begins with # is a remark.
     """
+    keys = []
+    for number, line in enumerate(_read_lines(path), 1):
+        words = line.split()
+        if words and not words[0].startswith("#"):
+            try:
+                keys.append(_parse_key(words))
+            except ValueError as error:
+                raise ValueError(f"line {number} of the key file: {error}") from None
+    if not keys:
+        raise ValueError("the key file holds no key")
+    return tuple(keys)
+
+
+def _read_lines(path: Path) -> list[str]:
     try:
-        lines = path.read_text().splitlines()
+        return path.read_text().splitlines()
     except OSError as error:
         raise ValueError(f"the key file cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ValueError("the key file cannot be read: it is no UTF-8 text") from None
-    found = []
-    for number, line in enumerate(lines, 1):
-        words = line.split()
-        if words and not words[0].startswith("#"):
-            try:
-                found.append(_parse_key(words))
-            except ValueError as error:
-                raise ValueError(f"line {number} of the key file: {error}") from None
-    if not found:
-        raise ValueError("the key file holds no key")
-    return tuple(found)
 
 
 def _parse_hash(secret: str) -> str:
@@ -90,12 +91,8 @@ def _parse_key(words: list[str]) -> Key:
     options: dict[str, Any] = {}
     for word in words[1:]:
         name, given, text = word.partition("=")
-        if (
-            not given
-            or not text
-            or name in options
-            or name not in ("name", "adapters", "rate", "concurrency")
-        ):
+        is_known = name in ("name", "adapters", "rate", "concurrency")
+        if not (given and text and is_known) or name in options:
             raise ValueError(f"after the key, only {OPTIONS} may follow, each once")
         options[name] = _parse_option(name, text)
     return Key(_parse_hash(words[0]), **options)

@@ -1,6 +1,5 @@
-"""Every knob, frozen, from ADAPTERD_* environment variables and flags of the same names.
-
-Nothing else reads the environment.
+"""All settings, frozen, from ADAPTERD_* environment variables and flags of the same names. API process
+and worker process; nothing else reads the environment.
 
 A wrong or misspelt variable stops the start with one line that names it.
 """
@@ -40,7 +39,7 @@ class Faults(BaseModel):
 
 
 class Settings(BaseModel):
-    """See the table in docs/operating.md;
+    """The settings of docs/operating.md's table.
 
     `_mb` are 10^6 bytes, `_s` seconds. None is `decided by the base or device`.
     """
@@ -82,7 +81,7 @@ class Settings(BaseModel):
     @field_validator("adapters_dir", mode="before")
     @classmethod
     def _check_folder(cls, value: Any) -> Any:
-        """Empty would be wherever the service was started."""
+        """Refuses an empty name, which would be the folder where the service was started."""
         if value == "":
             raise ValueError("names no folder")
         return value
@@ -95,7 +94,7 @@ class Settings(BaseModel):
     @field_validator("api_keys", "admin_keys", mode="before")
     @classmethod
     def _parse_keys(cls, value: Any) -> Any:
-        """Comma-separated keys or `@file` with one a line; kept as hashes, so that no key can be
+        """The hashes of comma-separated keys or of `@file` with one a line, so that no key can be
         logged.
         """
         return parse_keys(value) if isinstance(value, str) else value
@@ -112,14 +111,10 @@ class Settings(BaseModel):
     def _parse_faults(cls, value: Any) -> Any:
         if not isinstance(value, str):
             return value
-        found: dict[str, float | int] = {}
+        faults: dict[str, float | int] = {}
         for word in _split_list(value):
-            match = FAULT.match(word)
-            if match is None:
-                raise ValueError(f"{word!r} is not step:N, kill:N, stuck:N, stuck or slow_load:S")
-            kind, number, stuck, slow, seconds = match.groups()
-            found |= {kind: int(number)} if kind else {"stuck": 1} if stuck else {slow: float(seconds)}
-        return found
+            faults |= _parse_fault(word)
+        return faults
 
     @model_validator(mode="after")
     def _check_together(self) -> Settings:
@@ -139,15 +134,25 @@ class Settings(BaseModel):
         return DEMO_ADAPTERS if self.base == "demo" else Path("adapters")
 
     def public_values(self) -> dict[str, Any]:
-        """What `/info` shows: no secret, no path of the host."""
+        """The values that `/info` shows: no secret, no path of the host."""
         shown = self.model_dump(mode="json", exclude={"api_keys", "admin_keys", "adapters_dir", "base"})
         return shown | {"keys": self.keyed}
 
 
 def _split_list(value: Any) -> Any:
-    return (
-        tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
-    )
+    if not isinstance(value, str):
+        return value
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def _parse_fault(word: str) -> dict[str, float | int]:
+    match = FAULT.match(word)
+    if match is None:
+        raise ValueError(f"{word!r} is not step:N, kill:N, stuck:N, stuck or slow_load:S")
+    kind, number, stuck, slow, seconds = match.groups()
+    if kind:
+        return {kind: int(number)}
+    return {"stuck": 1} if stuck else {slow: float(seconds)}
 
 
 def read_settings(environment: Mapping[str, str], flags: Mapping[str, str] | None = None) -> Settings:
@@ -155,18 +160,18 @@ def read_settings(environment: Mapping[str, str], flags: Mapping[str, str] | Non
 
     Raises SettingsError, one line naming the variable.
     """
-    values = {
-        key.removeprefix(PREFIX).lower(): text for key, text in environment.items() if key.startswith(PREFIX)
-    } | dict(flags or {})
+    variables = {name: text for name, text in environment.items() if name.startswith(PREFIX)}
+    values = {name.removeprefix(PREFIX).lower(): text for name, text in variables.items()}
     if environment.get("WEB_CONCURRENCY", "1") not in ("", "1"):
         raise SettingsError(
-            "WEB_CONCURRENCY: more than one server process is not supported: one API process, one worker per device"
+            "WEB_CONCURRENCY: more than one server process is not supported: "
+            "one API process, one worker per device"
         )
     try:
-        settings = Settings.model_validate(values)
+        settings = Settings.model_validate(values | dict(flags or {}))
     except ValidationError as error:
         raise SettingsError(_first_line(error)) from None
-    _check_places(settings)
+    _check_locations(settings)
     return settings
 
 
@@ -177,19 +182,15 @@ def _first_line(error: ValidationError) -> str:
     name = PREFIX + str(first["loc"][0]).upper()
     if first["type"] == "extra_forbidden":
         return f"{name}: no such setting"
-    secret = name.endswith("_KEYS")
-    return f"{name}: {first['msg'].removeprefix('Value error, ')}" + (
-        "" if secret else f" (got {str(first['input'])[:80]!r})"
-    )
+    message = first["msg"].removeprefix("Value error, ")
+    is_secret = name.endswith("_KEYS")
+    given = "" if is_secret else f" (got {str(first['input'])[:80]!r})"
+    return f"{name}: {message}{given}"
 
 
-def _check_places(settings: Settings) -> None:
-    base = Path(settings.base)
-    if (
-        settings.base != "demo"
-        and not base.exists()
-        and (settings.base.endswith(".gguf") or not HUB_ID.match(settings.base))
-    ):
+def _check_locations(settings: Settings) -> None:
+    """Checks the settings that name a location: the base, the adapters' folder and the address."""
+    if not _names_base(settings.base):
         raise SettingsError(
             f"{PREFIX}BASE: {settings.base!r} is no folder, no .gguf file, no hub id and not 'demo'"
         )
@@ -197,5 +198,12 @@ def _check_places(settings: Settings) -> None:
         raise SettingsError(f"{PREFIX}ADAPTERS_DIR: {str(settings.adapters)!r} is no folder")
     if not settings.keyed and settings.host not in ("127.0.0.1", "localhost", "::1"):
         raise SettingsError(
-            f"{PREFIX}HOST: {settings.host} is not loopback; set {PREFIX}API_KEYS or {PREFIX}ADMIN_KEYS to listen there"
+            f"{PREFIX}HOST: {settings.host} is not loopback; "
+            f"set {PREFIX}API_KEYS or {PREFIX}ADMIN_KEYS to listen there"
         )
+
+
+def _names_base(base: str) -> bool:
+    if base == "demo" or Path(base).exists():
+        return True
+    return not base.endswith(".gguf") and HUB_ID.match(base) is not None

@@ -23,7 +23,7 @@ from service import app as root
 from service.__main__ import main
 from service.api import wire
 from service.threads import DOWNLOAD
-from tests.api.house import NoText, Shelf, StandIn
+from tests.api.served_app import FakeClient, FakeRegistry, NoTokenizers
 
 
 async def dribble() -> AsyncIterator[str]:
@@ -43,14 +43,16 @@ async def stuck(grace_s: float) -> None:
 
 
 def make(*given: Any, **named: Any) -> FastAPI:
-    client = StandIn()
+    client = FakeClient()
     if "--stuck" in sys.argv:
-        vars(client)["stop"] = stuck
+        vars(client)["stop_worker"] = stuck
     if "--held" in sys.argv:
         DOWNLOAD.submit(time.sleep, 1e6)
     if "--broken" in sys.argv:
         client.base, client.reason = cast(Any, None), "the folder holds\nno config.json"
-    app: FastAPI = root_create(*given, client=client, registry=Shelf(), text=lambda folder: NoText(), **named)
+    app: FastAPI = root_create(
+        *given, client=client, registry=FakeRegistry(), text=lambda folder: NoTokenizers(), **named
+    )
     for path, made in (("/dribble", dribble), ("/flood", flood)):
         app.get(path)(answer(made))
     return app

@@ -26,7 +26,7 @@ from service.api.schemas.openai import CompletionRequest, OpenAIRequest
 from service.settings import PREFIX, Settings
 from service.telemetry import metrics
 
-from .api.house import House, house
+from .api.served_app import ServedApp, serve_app
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -83,14 +83,14 @@ CURLS = [words for page in PAGES for words in read_commands(page) if words[0] ==
 
 
 @pytest.fixture(scope="module")
-def home() -> Iterator[House]:
-    with house() as found:
+def served() -> Iterator[ServedApp]:
+    with serve_app() as found:
         yield found
 
 
 @pytest.fixture(scope="module")
-def api(home: House) -> dict[str, Any]:
-    described: dict[str, Any] = home.json("GET", "/openapi.json")
+def api(served: ServedApp) -> dict[str, Any]:
+    described: dict[str, Any] = served.json("GET", "/openapi.json")
     return described
 
 

@@ -28,7 +28,7 @@ from service.settings import Settings, read_settings
 from service.text.tokenizers import Tokenizers
 
 from . import making
-from .api.fakes import Engine
+from .api.fakes import FakeEngine
 from .catalog.conftest import FakeDevice
 
 LOOKS_AT = ("stat", "lstat", "open", "listdir", "scandir", "readlink", "access")
@@ -129,10 +129,10 @@ def sources(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
 def serving(base: Path, root: Path, hub: Hub | None = None) -> Iterator[TestClient]:
     settings: Settings = read_settings({}, {"base": str(base), "adapters_dir": str(root), "max_rank": "64"})
     registry = Registry(settings, device=FakeDevice(base), hub=hub)
-    app = create_app(settings, cast(Any, Engine()), registry, text=lambda _: Tokenizers(base))
+    app = create_app(settings, cast(Any, FakeEngine()), registry, text=lambda _: Tokenizers(base))
     with TestClient(app, raise_server_exceptions=False) as http:
-        while not app.state.rooms.opened:
-            assert not app.state.rooms.failure
+        while not app.state.services.opened:
+            assert not app.state.services.failure
             http.get("/health")
         yield http
 

@@ -78,7 +78,7 @@ class Engine:
         self.registry = Shared(settings, client)
         client.watch_loads(self.registry.note_load)
         self.app = create_app(settings, client, self.registry)
-        self.rooms: Services = self.app.state.rooms
+        self.rooms: Services = self.app.state.services
         self.place = serve.multiplexed(max_num_models_per_replica=max(1, settings.pool_rank // TYPICAL_RANK))(
             _itself
         )

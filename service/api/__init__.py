@@ -1,1 +1,1 @@
-"""The door: HTTP, JSON, server-sent events. Knows no tensors."""
+"""The HTTP API: JSON and server-sent events. API process; must not know tensors."""

@@ -1,6 +1,5 @@
-"""Errors as responses, counted and noted for the log: the native envelope, and OpenAI's under /v1.
-
-Shows no path of the host, no token, no stack trace.
+"""Errors as responses, counted and noted for the log: the native envelope, and OpenAI's under /v1. API
+process; must not show a path of the host, a token or a stack trace.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ from ..telemetry import metrics
 
 PROBES = ("/health", "/ready", "/metrics")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
-BAD_REQUEST = {409: 400, 422: 400}  # OpenAI's clients know 400 where ours see 409 and 422
+BAD_REQUEST = {409: 400, 422: 400}  # OpenAI's clients expect 400 where ours get 409 and 422
 OPENAI_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -64,21 +63,22 @@ def status_of(error: AdapterdError, openai: bool) -> int:
 
 
 def error_body(error: AdapterdError, openai: bool) -> dict[str, Any]:
-    """The error's JSON, in OpenAI's envelope or in ours; also what an error event of a stream
-    carries.
-    """
+    """The error's JSON, in OpenAI's envelope or in ours; an error event of a stream carries it, too."""
     if openai:
-        kind = OPENAI_TYPES.get(error.status, "invalid_request_error")
-        return {
-            "error": {
-                "message": error.message,
-                "type": kind,
-                "param": error.param,
-                "code": _openai_code(error),
-            }
-        }
-    told = {"error": error.message, "error_type": error.code}
-    return told | ({"details": error.details} if error.details is not None else {})
+        return {"error": _openai_error(error)}
+    body: dict[str, Any] = {"error": error.message, "error_type": error.code}
+    if error.details is not None:
+        body["details"] = error.details
+    return body
+
+
+def _openai_error(error: AdapterdError) -> dict[str, Any]:
+    return {
+        "message": error.message,
+        "type": OPENAI_TYPES.get(error.status, "invalid_request_error"),
+        "param": error.param,
+        "code": _openai_code(error),
+    }
 
 
 def _openai_code(error: AdapterdError) -> str:
@@ -89,10 +89,9 @@ def _openai_code(error: AdapterdError) -> str:
 
 
 def note_error(error: AdapterdError, scope: Scope) -> None:
-    """The request ended with this error: the log will say so, and it counts, if the engine has not
-    counted it.
+    """Notes for the log that the request ended with this error, and counts it, unless the engine has.
 
-    That it is not ready is what a probe wants to know, and no failed request.
+    A probe that finds the service not ready is no failed request.
     """
     state = scope.setdefault("state", {})
     state.setdefault("log", {})["outcome"] = error.code
@@ -104,54 +103,62 @@ def note_error(error: AdapterdError, scope: Scope) -> None:
 def error_response(error: AdapterdError, scope: Scope, headers: Mapping[str, str] | None = None) -> Response:
     note_error(error, scope)
     openai = openai_dialect(scope["path"])
-    sent = dict(headers or {})
+    sent_headers = dict(headers or {})
     if error.retry_after is not None or error.status in (429, 503):
-        sent["retry-after"] = str(error.retry_after or 1)
+        sent_headers["retry-after"] = str(error.retry_after or 1)
     if error.status == 401:
-        sent.setdefault("www-authenticate", "Bearer")
+        sent_headers.setdefault("www-authenticate", "Bearer")
     # ASCII only: a lone surrogate that a client sent must not break the answer that refuses it
     content = json.dumps(error_body(error, openai), separators=(",", ":"), allow_nan=False)
-    return Response(content, status_of(error, openai), sent, "application/json")
+    return Response(content, status_of(error, openai), sent_headers, "application/json")
 
 
 def document_errors(*statuses: int, openai: bool = False) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of a route for OpenAPI: what these and every route can answer when they
-    refuse.
-    """
+    """The `responses` of a route for OpenAPI: its own refusals and those that every route has."""
     example = error_body(BadRequest("max_new_tokens: must be at least 1", param="max_new_tokens"), openai)
     content = {"application/json": {"schema": {"type": "object", "required": ["error"]}, "example": example}}
-    found = {BAD_REQUEST.get(s, s) if openai else s: STATUSES[s] for s in sorted({*ALWAYS, *statuses})}
-    return {s: {"description": text, "content": content} for s, text in found.items()}
+    responses: dict[int | str, dict[str, Any]] = {}
+    for status in sorted({*ALWAYS, *statuses}):
+        sent_status = BAD_REQUEST.get(status, status) if openai else status
+        responses[sent_status] = {"description": STATUSES[status], "content": content}
+    return responses
 
 
 def from_validation(errors: Iterable[Mapping[str, Any]]) -> BadRequest:
     """One error that names the fields of pydantic's findings, the first three at most."""
-    found = list(errors)
-    lines = list(dict.fromkeys(_describe_finding(e) for e in found))
+    findings = list(errors)
+    lines = list(dict.fromkeys(map(_describe_finding, findings)))
     more = f"; and {len(lines) - 3} more" if len(lines) > 3 else ""
-    return BadRequest("; ".join(lines[:3]) + more, param=_field_name(found[0]) or None)
+    return BadRequest("; ".join(lines[:3]) + more, param=_field_name(findings[0]) or None)
 
 
 def _field_name(error: Mapping[str, Any]) -> str:
-    """The field's name; before it stands where it was sent: a body, a query or a path.
+    """The field's name; it follows the part of the request: a body, a query or a path.
 
-    What is no JSON has none, only a place.
+    A finding in broken JSON names no field, only a position.
     """
-    return "" if error["type"] == "json_invalid" else ".".join(str(part) for part in error["loc"][1:])
+    if error["type"] == "json_invalid":
+        return ""
+    return ".".join(map(str, error["loc"][1:]))
 
 
 def _describe_finding(error: Mapping[str, Any]) -> str:
     if error["type"] == "json_invalid":
         return f"the body is not valid JSON: {error['ctx']['error']} at {error['loc'][-1]}"
-    said = {"extra_forbidden": "unknown field", "missing": "is required"}.get(
-        error["type"], error["msg"].removeprefix("Value error, ")
-    )
-    if not _field_name(error):
-        unread = error["type"] == "missing" or isinstance(error["input"], bytes)
-        return (
-            "a JSON body is required, with content-type: application/json" if unread else f"the body: {said}"
-        )
-    return f"{_field_name(error)}: {said}"
+    name, message = _field_name(error), _finding_text(error)
+    if name:
+        return f"{name}: {message}"
+    if error["type"] == "missing" or isinstance(error["input"], bytes):
+        return "a JSON body is required, with content-type: application/json"
+    return f"the body: {message}"
+
+
+def _finding_text(error: Mapping[str, Any]) -> str:
+    if error["type"] == "extra_forbidden":
+        return "unknown field"
+    if error["type"] == "missing":
+        return "is required"
+    return str(error["msg"].removeprefix("Value error, "))
 
 
 async def _answer_known(request: Request, error: Exception) -> Response:
@@ -159,11 +166,10 @@ async def _answer_known(request: Request, error: Exception) -> Response:
     return error_response(error, request.scope)
 
 
-async def _answer_left(request: Request, error: Exception) -> Response:
-    """Who seems to have left may have been told why by the connection itself."""
-    return error_response(
-        request.scope["state"].get("refused") or Cancelled("the client left"), request.scope
-    )
+async def _answer_disconnect(request: Request, error: Exception) -> Response:
+    """Answers a client that seems to have left; the connection itself may have refused its request."""
+    refusal = request.scope["state"].get("refused")
+    return error_response(refusal or Cancelled("the client left"), request.scope)
 
 
 async def _answer_invalid(request: Request, error: Exception) -> Response:
@@ -177,24 +183,27 @@ async def _answer_http(request: Request, error: Exception) -> Response:
     if isinstance(error.__cause__, AdapterdError):
         return error_response(error.__cause__, request.scope)
     if isinstance(error.__cause__, ClientDisconnect):
-        return await _answer_left(request, error)
-    if error.status_code == 404:
-        return error_response(NotFound("there is no such route; /docs lists them"), request.scope)
+        return await _answer_disconnect(request, error)
     if error.status_code == 405:
-        allowed = ", ".join(allowed_methods(request.app, request.scope))
-        return error_response(
-            MethodNotAllowed(f"{request.method} is not allowed here; allowed: {allowed}"),
-            request.scope,
-            {"allow": allowed},
+        return _answer_wrong_method(request)
+    return error_response(_known_error(error.status_code, request.scope), request.scope)
+
+
+def _answer_wrong_method(request: Request) -> Response:
+    allowed = ", ".join(allowed_methods(request.app, request.scope))
+    refusal = MethodNotAllowed(f"{request.method} is not allowed here; allowed: {allowed}")
+    return error_response(refusal, request.scope, {"allow": allowed})
+
+
+def _known_error(status: int, scope: Scope) -> AdapterdError:
+    """The framework's own refusal as an error of ours."""
+    if status == 404:
+        return NotFound("there is no such route; /docs lists them")
+    if status < 500:
+        return BadRequest(
+            "the body cannot be read: it is no UTF-8 JSON, is nested too deep, or is a broken form"
         )
-    if error.status_code < 500:
-        return error_response(
-            BadRequest(
-                "the body cannot be read: it is no UTF-8 JSON, is nested too deep, or is a broken form"
-            ),
-            request.scope,
-        )
-    return error_response(internal_error(request.scope), request.scope)
+    return internal_error(scope)
 
 
 def internal_error(scope: Scope) -> Internal:
@@ -205,15 +214,16 @@ def internal_error(scope: Scope) -> Internal:
 def allowed_methods(app: FastAPI, scope: Scope) -> list[str]:
     """The methods that some route takes at this path."""
 
-    def taken(method: str) -> bool:
-        asked = {**scope, "method": "GET" if method == "HEAD" else method}
-        return any(route.matches(asked)[0] is Match.FULL for route in app.routes)
+    def takes_method(method: str) -> bool:
+        # The routes declare no HEAD
+        with_method = {**scope, "method": "GET" if method == "HEAD" else method}
+        return any(route.matches(with_method)[0] is Match.FULL for route in app.routes)
 
-    return [method for method in METHODS if taken(method)]
+    return [method for method in METHODS if takes_method(method)]
 
 
 def install_handlers(app: FastAPI) -> None:
     app.add_exception_handler(AdapterdError, _answer_known)
     app.add_exception_handler(RequestValidationError, _answer_invalid)
     app.add_exception_handler(HTTPException, _answer_http)
-    app.add_exception_handler(ClientDisconnect, _answer_left)
+    app.add_exception_handler(ClientDisconnect, _answer_disconnect)

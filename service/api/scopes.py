@@ -1,6 +1,5 @@
-"""The scope of key that a route needs: declared where the route is, read before its body.
-
-Knows no key.
+"""The scope that a route needs of a key: declared with the route, checked before its body. API process;
+must not know a key.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from ..errors import Forbidden
 
 
 class KeyScope(IntEnum):
-    """What a caller has, and what a route asks for; each has what is below it."""
+    """The scope that a caller has or a route needs; each contains those below it."""
 
     PUBLIC = 0
     KEY = 1
@@ -26,8 +25,8 @@ class KeyScope(IntEnum):
 class RequireScope:
     """A route's dependency: declares the scope, and refuses a caller that has been granted less.
 
-    A body is read before any dependency is asked, so the authentication, which comes before the
-    body, looks for the declaration itself.
+    A body is read before any dependency runs, so the authentication, which comes before the body,
+    looks for the declaration itself.
     """
 
     def __init__(self, scope: KeyScope) -> None:
@@ -43,7 +42,8 @@ PUBLIC_SCOPE, KEY_SCOPE, ADMIN_SCOPE = (Depends(RequireScope(scope)) for scope i
 
 
 def missing_scope(scope: KeyScope) -> Forbidden:
-    return Forbidden("this needs a key" + (" with the admin scope" if scope is KeyScope.ADMIN else ""))
+    suffix = " with the admin scope" if scope is KeyScope.ADMIN else ""
+    return Forbidden("this needs a key" + suffix)
 
 
 def grant_scope(request: Scope, scope: KeyScope) -> None:
@@ -56,9 +56,9 @@ def granted_scope(request: Scope) -> KeyScope:
 
 
 def declared_scopes(route: RouteContext) -> list[KeyScope]:
-    """Of a route as it is included; what is mounted can declare none."""
-    found = (depends.dependency for depends in getattr(route, "dependencies", ()))
-    return [dependency.scope for dependency in found if isinstance(dependency, RequireScope)]
+    """The scopes of a route as it is included; a mounted app can declare none."""
+    dependencies = (depends.dependency for depends in getattr(route, "dependencies", ()))
+    return [dependency.scope for dependency in dependencies if isinstance(dependency, RequireScope)]
 
 
 def required_scope(request: Scope) -> KeyScope:
@@ -68,12 +68,12 @@ def required_scope(request: Scope) -> KeyScope:
     Where no route of its path takes the method, the highest that one of them needs; where there is
     no route, a key.
     """
-    others = []
+    of_other_methods = []
     for route in iter_route_contexts(request["app"].routes):
         match, _ = route.matches(request)
         if match is not Match.NONE:
             needed = max(declared_scopes(route), default=KeyScope.ADMIN)
             if match is Match.FULL:
                 return needed
-            others.append(needed)
-    return max(others, default=KeyScope.KEY)
+            of_other_methods.append(needed)
+    return max(of_other_methods, default=KeyScope.KEY)

@@ -1,6 +1,6 @@
-"""What the routes are given: the rooms behind the door, and whether they are open.
+"""The services that the routes use, and whether they are ready. API process.
 
-Knows no wire shapes.
+Must not know wire shapes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..errors import NotReady
 from ..keys import Key
 from ..settings import Settings
 
-if TYPE_CHECKING:  # the rooms themselves import much; listening starts before they are there
+if TYPE_CHECKING:  # the services themselves import much; listening starts before they are there
     from ..catalog.registry import Registry
     from ..text.tokenizers import Tokenizers
     from ..worker.client import WorkerClient
@@ -24,17 +24,17 @@ if TYPE_CHECKING:  # the rooms themselves import much; listening starts before t
 
 @dataclass
 class Services:
-    """The client is there from the start;
+    """The worker's client, the registry and the tokenizers, and the state of the whole.
 
-    `reader` and `opened` come once the base is loaded. `failure` says why it never will be.
-
-    `running` is the number of requests in the house; once `draining`, no more are let in.
+    `loaded_tokenizers` and `opened` are set once the base is loaded; `failure` says why it never
+    will be. `running` is the number of requests in the process; once `draining`, no more are
+    admitted.
     """
 
     settings: Settings
     client: WorkerClient
     registry: Registry
-    reader: Tokenizers | None = None
+    loaded_tokenizers: Tokenizers | None = None
     opened: bool = False
     draining: bool = False
     running: int = 0
@@ -46,11 +46,11 @@ class Services:
         return (self.registry.base_id, *ids.BASE)
 
     @property
-    def text(self) -> Tokenizers:
-        """The tokenizer's border. Raises NotReady while the base loads."""
-        if self.reader is None:
+    def tokenizers(self) -> Tokenizers:
+        """Raises NotReady while the base loads."""
+        if self.loaded_tokenizers is None:
             raise self.not_ready("the base is loading")
-        return self.reader
+        return self.loaded_tokenizers
 
     @property
     def state(self) -> str:
@@ -74,19 +74,20 @@ class Services:
         if self.state == "ready":
             return "" if self.client.ready else self.client.reason or "the worker does not answer"
         if self.state == "loading":
-            where = (
-                f"{self.client.stage or 'starting'} ({self.client.fraction:.0%})"
-                if self.client.state == "loading"
-                else "looking at adapters"
-            )
-            return f"the base is loading: {where}"
-        told = {"draining": "the service is shutting down", "restarting": "the worker is restarting"}.get(
-            self.state
-        )
-        return told or self._without_places(self.failure or self.client.reason or "the base cannot be loaded")
+            return f"the base is loading: {self._loading_stage()}"
+        if self.state == "draining":
+            return "the service is shutting down"
+        if self.state == "restarting":
+            return "the worker is restarting"
+        return self._hide_folder(self.failure or self.client.reason or "the base cannot be loaded")
 
-    def _without_places(self, reason: str) -> str:
-        """The log may name the host's folders, an answer may not."""
+    def _loading_stage(self) -> str:
+        if self.client.state != "loading":
+            return "looking at adapters"
+        return f"{self.client.stage or 'starting'} ({self.client.fraction:.0%})"
+
+    def _hide_folder(self, reason: str) -> str:
+        """The reason without the host's folders: the log may name them, an answer may not."""
         base = Path(self.settings.base)
         return reason.replace(str(base), base.name) if base.is_absolute() else reason
 
@@ -94,36 +95,36 @@ class Services:
         return NotReady(f"not ready: {reason}", retry_after=1 if self.state == "restarting" else 2)
 
 
-# Each of these is `async`, for the framework runs what is not in a thread, and those may all be
+# Each of these is `async`: the framework runs any other dependency in a thread, and those may all be
 # busy.
 
 
 async def get_services(request: Request) -> Services:
-    found: Services = request.app.state.rooms
-    return found
+    services: Services = request.app.state.services
+    return services
 
 
-async def get_registered(here: Annotated[Services, Depends(get_services)]) -> Services:
-    """The rooms, once the registrations are there; the worker may be restarting.
+async def get_registered(services: Annotated[Services, Depends(get_services)]) -> Services:
+    """The services, once the registrations are there; the worker may be restarting.
 
     Raises NotReady before that.
     """
-    if not here.opened:
-        raise here.not_ready(here.reason)
-    return here
+    if not services.opened:
+        raise services.not_ready(services.reason)
+    return services
 
 
-async def get_ready(here: Annotated[Services, Depends(get_services)]) -> Services:
-    """The rooms, once the base serves. Raises NotReady before that and while draining."""
-    here.require_ready()
-    return here
+async def get_ready(services: Annotated[Services, Depends(get_services)]) -> Services:
+    """The services, once the base serves. Raises NotReady before that and while draining."""
+    services.require_ready()
+    return services
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterScope:
-    """Which adapters a request may know of: all of them, unless its key has a list.
+    """The adapters that a request may know of: all of them, unless its key has a list.
 
-    One that is not on it is an unknown one.
+    An adapter that is not on the list is an unknown one.
     """
 
     key: Key | None
@@ -145,11 +146,11 @@ def get_scope(request: Request) -> AdapterScope:
     return AdapterScope(request.scope.get("state", {}).get("key"))
 
 
-async def _seen(request: Request) -> AdapterScope:
+async def _adapter_scope(request: Request) -> AdapterScope:
     return get_scope(request)
 
 
-VisibleAdapters = Annotated[AdapterScope, Depends(_seen)]
+VisibleAdapters = Annotated[AdapterScope, Depends(_adapter_scope)]
 AnyServices = Annotated[Services, Depends(get_services)]
 OpenRegistry = Annotated[Services, Depends(get_registered)]
 ReadyServices = Annotated[Services, Depends(get_ready)]

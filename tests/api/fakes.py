@@ -1,6 +1,4 @@
-"""The whole door over an engine that says what the test tells it to: real tokenizer, real tickets,
-scripted tokens.
-"""
+"""The app over an engine with a script: real tokenizer, real tickets, scripted tokens."""
 
 from __future__ import annotations
 
@@ -26,16 +24,16 @@ from service.text.tokenizers import Tokenizers
 from service.worker.ticket import Ticket
 from tests import making
 
-from .house import BASE, Shelf, StandIn
+from .served_app import BASE, FakeClient, FakeRegistry
 
 Script = Callable[[Request], Sequence[int]]
 DIGEST = "sha256:" + "a" * 64
 
 
-class Engine(StandIn):
-    """Says the script's tokens, then eos for ever.
+class FakeEngine(FakeClient):
+    """Sends the script's tokens, then eos for ever.
 
-    `asked` are all requests; `cancelled` those whose caller left before the end.
+    `asked` are all requests, `cancelled` those whose caller left before the end.
 
     With `gate` closed nothing comes after the first `early` tokens of a request. `fails` is (code,
     message) instead of the third token.
@@ -84,48 +82,49 @@ class Engine(StandIn):
 
     async def _run(self, ticket: Ticket) -> None:
         ticket.started = ticket.submitted
-        for i, event in enumerate(events(ticket.request, self.script(ticket.request))):
+        for i, event in enumerate(make_events(ticket.request, self.script(ticket.request))):
             if i >= self.early:
                 await self.gate.wait()
             await asyncio.sleep(0)
             if i == 2 and self.fails:
-                event = Event(
-                    ticket.request.id, finish=Finish.FAILED, code=self.fails[0], message=self.fails[1]
-                )
+                code, message = self.fails
+                event = Event(ticket.request.id, finish=Finish.FAILED, code=code, message=message)
             if ticket.ended is None:
                 ticket.deliver_event(event, ticket.submitted + i)
 
 
-def events(request: Request, script: Sequence[int]) -> Iterator[Event]:
-    wanted = request.prompt_logprobs
-    scored = (
-        tuple(described(id, wanted, -1.0 if i else None) for i, id in enumerate(request.prompt))
-        if wanted is not None
-        else ()
-    )
+def make_events(request: Request, script: Sequence[int]) -> Iterator[Event]:
+    scored = make_scored(request)
     if request.max_tokens == 0:
         yield Event(request.id, finish=Finish.LENGTH, prompt=scored)
+    wanted = request.sampling.logprobs
     for i in range(request.max_tokens):
         id = script[i] if i < len(script) else 2
-        ended = Finish.EOS if id in request.eos else Finish.LENGTH if i + 1 == request.max_tokens else None
-        token = (
-            Token(id)
-            if request.sampling.logprobs is None
-            else described(id, request.sampling.logprobs, -0.5 - i)
-        )
-        yield Event(request.id, token, ended, scored if i == 0 else ())
-        if ended:
+        finish = Finish.LENGTH if i + 1 == request.max_tokens else None
+        if id in request.eos:
+            finish = Finish.EOS
+        token = Token(id) if wanted is None else make_token(id, wanted, -0.5 - i)
+        yield Event(request.id, token, finish, scored if i == 0 else ())
+        if finish:
             return
 
 
-def described(id: int, wanted: int | None, logprob: float | None) -> Token:
+def make_scored(request: Request) -> tuple[Token, ...]:
+    """The prompt's tokens with log probabilities, where the request wants them."""
+    wanted = request.prompt_logprobs
+    if wanted is None:
+        return ()
+    return tuple(make_token(id, wanted, -1.0 if i else None) for i, id in enumerate(request.prompt))
+
+
+def make_token(id: int, wanted: int | None, logprob: float | None) -> Token:
     """A token that is the second likeliest."""
     others = ((70, -0.1), (id, logprob or 0.0), (71, -20.0), (72, float("-inf")))
     return Token(id, logprob, () if logprob is None else others[:wanted])
 
 
 @dataclass
-class Generation:
+class FakeVersion:
     id: str
     digest: str
     folder: Path
@@ -133,7 +132,7 @@ class Generation:
     place: Any = None
 
 
-class Names(Shelf):
+class LeasingRegistry(FakeRegistry):
     """The ids `x` and `org/y`, and what is leased."""
 
     def __init__(self, root: Path) -> None:
@@ -145,7 +144,7 @@ class Names(Shelf):
         self.root = root
 
     @contextmanager
-    def lease_adapter(self, id: str) -> Iterator[Generation]:
+    def lease_adapter(self, id: str) -> Iterator[FakeVersion]:
         if id not in self.names:
             raise AdapterNotFound(f"no adapter {id!r}", param="model")
         self.leased.append(id)
@@ -153,35 +152,30 @@ class Names(Shelf):
             folder = self.root / id
             folder.mkdir(parents=True, exist_ok=True)
             files = read_manifest(folder)
-            yield Generation(
-                id,
-                compute_digest(files) if files else DIGEST,
-                folder,
-                files,
-                Place(f"hub:{id}" if "/" in id else id),
-            )
+            digest = compute_digest(files) if files else DIGEST
+            yield FakeVersion(id, digest, folder, files, FakeLocation(f"hub:{id}" if "/" in id else id))
         finally:
             self.leased.remove(id)
 
 
 @dataclass
-class Place:
+class FakeLocation:
     source: str
 
 
 @dataclass
-class Stage:
-    """The app, what is behind it, and short ways to ask it."""
+class ScriptedApp:
+    """The app, the fakes that it runs over, and short calls of its routes."""
 
     app: Any
-    knock: TestClient
-    engine: Engine
-    names: Names
+    http: TestClient
+    engine: FakeEngine
+    names: LeasingRegistry
 
     def post(self, path: str, body: Any, status: int = 200) -> Any:
         """A value that JSON does not have is given as bytes."""
         content = body if isinstance(body, bytes) else json.dumps(body).encode()
-        answer = self.knock.post(path, content=content, headers={"content-type": "application/json"})
+        answer = self.http.post(path, content=content, headers={"content-type": "application/json"})
         assert answer.status_code == status, answer.text
         return answer
 
@@ -211,7 +205,7 @@ class Stage:
 
     @property
     def request(self) -> Request:
-        """The last one that the engine got."""
+        """The last request that the engine got."""
         return self.engine.asked[-1]
 
     def says(self, text: str) -> None:
@@ -224,20 +218,20 @@ class Stage:
 
 
 @contextmanager
-def stage(
+def serve_script(
     root: Path, template: str | None = None, record: Callable[[Trace], None] | None = None, **settings: str
-) -> Iterator[Stage]:
+) -> Iterator[ScriptedApp]:
     base = root / "base"
     making.tokenizer().save_pretrained(base)
     (base / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": 2}))
     if template:
         (base / "chat_template.jinja").write_text(template)
-    engine, names = Engine(), Names(root)
+    engine, names = FakeEngine(), LeasingRegistry(root)
     chosen = read_settings({}, {"base": "org/none", **settings})
     app = create_app(
         chosen, cast(Any, engine), cast(Any, names), text=lambda _: Tokenizers(base), record=record
     )
-    with TestClient(app, raise_server_exceptions=False) as knock:
-        while not app.state.rooms.opened:
-            knock.get("/health")
-        yield Stage(app, knock, engine, names)
+    with TestClient(app, raise_server_exceptions=False) as http:
+        while not app.state.services.opened:
+            http.get("/health")
+        yield ScriptedApp(app, http, engine, names)

@@ -20,20 +20,20 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from service.api.errors import install_handlers
 from service.api.scopes import ADMIN_SCOPE, KEY_SCOPE, PUBLIC_SCOPE, KeyScope, declared_scopes
 
-from .house import House, house
+from .served_app import ServedApp, serve_app
 
 USER, ADMIN = {"authorization": "Bearer sk-user-1"}, {"authorization": "Bearer sk-admin"}
 
 
 @pytest.fixture(scope="module")
-def home() -> Iterator[House]:
-    with house(api_keys="sk-user-1,sk-user-2,schlüssel", admin_keys="sk-admin") as found:
+def served() -> Iterator[ServedApp]:
+    with serve_app(api_keys="sk-user-1,sk-user-2,schlüssel", admin_keys="sk-admin") as found:
         yield found
 
 
-def test_only_the_probes_are_open(home: House) -> None:
+def test_only_the_probes_are_open(served: ServedApp) -> None:
     for path in ("/health", "/ready"):
-        assert home.knock.get(path).status_code == 200
+        assert served.http.get(path).status_code == 200
     for path in (
         "/",
         "/metrics",
@@ -44,14 +44,14 @@ def test_only_the_probes_are_open(home: House) -> None:
         "/no-such",
         "/console/app.js",
     ):
-        told = home.json("GET", path, status=401)
+        told = served.json("GET", path, status=401)
         assert told["error_type"] == "unauthorized"
-        assert home.knock.get(path, headers=USER).status_code != 401
-    assert home.knock.get("/adapters").headers["www-authenticate"] == "Bearer"
+        assert served.http.get(path, headers=USER).status_code != 401
+    assert served.http.get("/adapters").headers["www-authenticate"] == "Bearer"
 
 
-def test_the_openai_dialect_has_its_own_envelope(home: House) -> None:
-    told = home.json("POST", "/v1/load_lora_adapter", {}, 401)
+def test_the_openai_dialect_has_its_own_envelope(served: ServedApp) -> None:
+    told = served.json("POST", "/v1/load_lora_adapter", {}, 401)
     assert told["error"]["type"] == "authentication_error"
 
 
@@ -68,14 +68,16 @@ WRONG = [
 
 
 @pytest.mark.parametrize("sent", [*WRONG, "Bearer é".encode(), b"Bearer \xff\xfe", b"Basic ===", b"Basic !"])
-def test_a_wrong_key_is_401_whatever_its_bytes(home: House, sent: bytes) -> None:
-    assert home.knock.get("/adapters", headers={b"authorization": sent}).status_code == 401
+def test_a_wrong_key_is_401_whatever_its_bytes(served: ServedApp, sent: bytes) -> None:
+    assert served.http.get("/adapters", headers={b"authorization": sent}).status_code == 401
 
 
-def test_a_key_outside_ascii_is_a_key(home: House) -> None:
+def test_a_key_outside_ascii_is_a_key(served: ServedApp) -> None:
     for scheme in (b"Bearer ", b"bearer  "):
         assert (
-            home.knock.get("/adapters", headers={b"authorization": scheme + "schlüssel".encode()}).status_code
+            served.http.get(
+                "/adapters", headers={b"authorization": scheme + "schlüssel".encode()}
+            ).status_code
             == 200
         )
 
@@ -91,23 +93,23 @@ CHANGES = [
 ]
 
 
-def test_changing_adapters_needs_the_admin_scope(home: House) -> None:
+def test_changing_adapters_needs_the_admin_scope(served: ServedApp) -> None:
     for method, path, body in CHANGES:
-        told = home.json(method, path, body, 403, headers=USER)
+        told = served.json(method, path, body, 403, headers=USER)
         assert "forbidden" in (told["error_type"] if "error_type" in told else told["error"]["code"])
-    assert home.knock.post("/adapters/a/upload", headers=USER).status_code == 403
-    assert not home.shelf.calls
+    assert served.http.post("/adapters/a/upload", headers=USER).status_code == 403
+    assert not served.registry.calls
     for method, path, body in CHANGES:
-        answer = home.knock.request(method, path, headers=ADMIN, json=body)
+        answer = served.http.request(method, path, headers=ADMIN, json=body)
         assert answer.status_code in (200, 201), answer.text
 
 
 GENERATION = {"/", "/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions"}
 
 
-def changing(home: House) -> list[tuple[str, str]]:
+def changing(served: ServedApp) -> list[tuple[str, str]]:
     """Method and path of every route that may change something, as the service describes itself."""
-    paths = home.json("GET", "/openapi.json", headers=ADMIN)["paths"]
+    paths = served.json("GET", "/openapi.json", headers=ADMIN)["paths"]
     found = [(method.upper(), path) for path, methods in paths.items() for method in methods]
     rest = [(method, path) for method, path in found if method != "GET" and path not in GENERATION]
     return [(method, path.replace("{id}", "org/none")) for method, path in rest]
@@ -124,25 +126,27 @@ BROKEN = [
 
 @pytest.mark.parametrize(("headers", "body"), BROKEN)
 def test_the_scope_is_asked_for_before_path_id_and_body(
-    home: House,
+    served: ServedApp,
     headers: dict[str, str],
     body: bytes,
 ) -> None:
-    routes = changing(home)
+    routes = changing(served)
     assert len(routes) >= len(CHANGES)
-    calls = len(home.shelf.calls)
+    calls = len(served.registry.calls)
     for method, path in routes:
         for key, code in (({}, 401), ({"authorization": "Bearer sk-wrong"}, 401), (USER, 403)):
             sent = {"content-type": "application/json"} | headers | key
-            answer = home.knock.request(method, path, headers=sent, content=body)
+            answer = served.http.request(method, path, headers=sent, content=body)
             assert answer.status_code == code, (method, path, answer.text)
             error = answer.json()["error"]
             assert isinstance(error, dict) == path.startswith("/v1/"), "each dialect has its own envelope"
-    assert len(home.shelf.calls) == calls
+    assert len(served.registry.calls) == calls
 
 
 @pytest.mark.parametrize(("key", "code"), [(b"", 401), (b"Bearer sk-user-1", 403)])
-def test_a_body_is_not_waited_for_where_the_scope_is_missing(home: House, key: bytes, code: int) -> None:
+def test_a_body_is_not_waited_for_where_the_scope_is_missing(
+    served: ServedApp, key: bytes, code: int
+) -> None:
     told: list[Message] = []
 
     async def receive() -> Message:
@@ -154,7 +158,7 @@ def test_a_body_is_not_waited_for_where_the_scope_is_missing(home: House, key: b
     async def ask() -> None:
         headers = [(b"authorization", key), (b"content-type", b"application/json")]
         rest = {"type": "http", "raw_path": b"", "query_string": b"", "headers": headers}
-        await home.knock.app({"method": "POST", "path": "/adapters", **rest}, receive, send)
+        await served.http.app({"method": "POST", "path": "/adapters", **rest}, receive, send)
 
     asyncio.run(ask())
     assert told[0]["status"] == code
@@ -164,10 +168,10 @@ def included(app: ASGIApp) -> list[RouteContext]:
     return list(iter_route_contexts(cast(FastAPI, app).routes))
 
 
-def test_every_route_declares_one_scope(home: House) -> None:
+def test_every_route_declares_one_scope(served: ServedApp) -> None:
     """Those of the pages and of the description too; what is mounted could not."""
     scopes: dict[KeyScope, set[str]] = {scope: set() for scope in KeyScope}
-    for route in included(home.knock.app):
+    for route in included(served.http.app):
         declared = declared_scopes(route)
         assert len(declared) == 1, f"{route.methods} {route.path} declares {declared}"
         scopes[declared[0]] |= {f"{method} {route.path}" for method in route.methods or ()}
@@ -197,74 +201,77 @@ def test_a_declared_scope_is_asked_for_by_the_route_itself_as_well(
     async def front(scope: Scope, receive: Receive, send: Send) -> None:
         await app({**scope, "state": {} if granted is None else {"granted": granted}}, receive, send)
 
-    knock = TestClient(front)
-    assert tuple(knock.get(f"/{scope.name}").status_code for scope in KeyScope) == codes
+    http = TestClient(front)
+    assert tuple(http.get(f"/{scope.name}").status_code for scope in KeyScope) == codes
 
 
 def test_a_route_that_declares_no_scope_is_closed_to_all_but_admins() -> None:
     """Wherever it stands, and however it got there."""
     for key, code in ((USER, 403), (ADMIN, 200), ({}, 401)):
-        with house(api_keys="sk-user-1", admin_keys="sk-admin") as home:
-            app = cast(FastAPI, home.knock.app)
+        with serve_app(api_keys="sk-user-1", admin_keys="sk-admin") as served:
+            app = cast(FastAPI, served.http.app)
             app.post("/v1/adapters")(lambda: "done")
             app.add_route("/plain", lambda request: Response("done"), methods=["POST"])
             app.mount("/mounted", Response("done"))
             for method, path in (("POST", "/v1/adapters"), ("POST", "/plain"), ("GET", "/mounted/x")):
-                assert home.knock.request(method, path, headers=key).status_code == code, path
+                assert served.http.request(method, path, headers=key).status_code == code, path
 
 
-def test_an_admin_key_reads_too(home: House) -> None:
-    assert home.knock.get("/adapters", headers=ADMIN).status_code == 200
+def test_an_admin_key_reads_too(served: ServedApp) -> None:
+    assert served.http.get("/adapters", headers=ADMIN).status_code == 200
 
 
 def test_api_keys_without_admin_keys_close_management() -> None:
-    with house(api_keys="sk-user-1") as home:
-        home.json("POST", "/adapters", {"id": "a", "source": "a"}, 403, headers=USER)
-        home.json("POST", "/adapters", {"id": "a", "source": "a"}, 401)
+    with serve_app(api_keys="sk-user-1") as served:
+        served.json("POST", "/adapters", {"id": "a", "source": "a"}, 403, headers=USER)
+        served.json("POST", "/adapters", {"id": "a", "source": "a"}, 401)
 
 
 def test_admin_keys_alone_still_ask_everybody_for_a_key() -> None:
-    with house(admin_keys="sk-admin") as home:
-        assert home.knock.get("/adapters").status_code == 401
-        assert home.knock.get("/adapters", headers=ADMIN).status_code == 200
+    with serve_app(admin_keys="sk-admin") as served:
+        assert served.http.get("/adapters").status_code == 401
+        assert served.http.get("/adapters", headers=ADMIN).status_code == 200
 
 
-def test_a_browser_may_offer_a_key_as_password_to_read_a_page_and_for_nothing_else(home: House) -> None:
+def test_a_browser_may_offer_a_key_as_password_to_read_a_page_and_for_nothing_else(served: ServedApp) -> None:
     basic = {"authorization": "Basic " + base64.b64encode(b"me:sk-admin").decode()}
-    asked = home.knock.get("/", headers={"accept": "text/html"})
+    asked = served.http.get("/", headers={"accept": "text/html"})
     assert asked.status_code == 401
     assert "Basic" in asked.headers["www-authenticate"]
-    assert home.knock.get("/", headers=basic | {"accept": "text/html"}).status_code == 200
-    assert home.knock.delete("/adapters/none", headers=basic).status_code == 401
+    assert served.http.get("/", headers=basic | {"accept": "text/html"}).status_code == 200
+    assert served.http.delete("/adapters/none", headers=basic).status_code == 401
 
 
 def test_a_page_of_another_site_can_change_nothing_even_without_keys() -> None:
-    with house() as home:
+    with serve_app() as served:
         for site, code in (("cross-site", 403), ("same-origin", 201)):
-            answer = home.knock.post(
+            answer = served.http.post(
                 "/adapters/a/upload", files={"file": ("a.zip", b"zip")}, headers={"sec-fetch-site": site}
             )
             assert answer.status_code == code
-        assert home.knock.get("/adapters", headers={"sec-fetch-site": "cross-site"}).status_code == 200
+        assert served.http.get("/adapters", headers={"sec-fetch-site": "cross-site"}).status_code == 200
 
 
 def test_keys_from_a_file_and_neither_info_nor_the_settings_show_one(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("sk-one\n\nsk-two\n")
-    with house(api_keys=f"@{tmp_path / 'keys'}") as home:
-        answer = home.knock.get("/info", headers={"authorization": "Bearer sk-two"})
+    with serve_app(api_keys=f"@{tmp_path / 'keys'}") as served:
+        answer = served.http.get("/info", headers={"authorization": "Bearer sk-two"})
         assert answer.json()["settings"]["keys"] is True
         assert "sk-" not in answer.text
-        assert "sk-" not in repr(home.rooms.settings)
+        assert "sk-" not in repr(served.services.settings)
 
 
 def test_a_keys_name_is_in_the_log_and_the_key_is_not(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / "keys").write_text("sk-secret name=web\nsk-other\n")
-    with house(api_keys=f"@{tmp_path / 'keys'}", log_level="debug") as home, caplog.at_level(logging.DEBUG):
+    with (
+        serve_app(api_keys=f"@{tmp_path / 'keys'}", log_level="debug") as served,
+        caplog.at_level(logging.DEBUG),
+    ):
         for key in ("sk-secret", "sk-other", "sk-wrong"):
-            home.knock.get("/adapters?key=sk-secret", headers={"authorization": f"Bearer {key}"})
-        home.knock.delete("/adapters/x", headers={"authorization": "Bearer sk-secret"})
+            served.http.get("/adapters?key=sk-secret", headers={"authorization": f"Bearer {key}"})
+        served.http.delete("/adapters/x", headers={"authorization": "Bearer sk-secret"})
     lines = [record.__dict__["fields"] for record in caplog.records if record.name == "adapterd.access"]
     assert [(line["status"], line.get("key")) for line in lines] == [
         (200, "web"),
@@ -289,28 +296,28 @@ PREFLIGHT = {
 
 
 def test_no_other_site_is_let_in_unless_it_is_named() -> None:
-    with house() as home:
-        answer = home.knock.options("/adapters", headers=PREFLIGHT)
+    with serve_app() as served:
+        answer = served.http.options("/adapters", headers=PREFLIGHT)
         assert answer.status_code == 405
         assert not [name for name in answer.headers if name.startswith("access-control-")]
-        assert "access-control-allow-origin" not in home.knock.get("/adapters", headers=FOREIGN).headers
+        assert "access-control-allow-origin" not in served.http.get("/adapters", headers=FOREIGN).headers
 
 
 def test_a_site_that_is_named_may_ask_with_a_key_and_no_other_may() -> None:
-    with house(admin_keys="sk-admin", cors_origins=f"{SITE}, https://b.example.org") as home:
-        allowed = home.knock.options("/adapters", headers=PREFLIGHT)
+    with serve_app(admin_keys="sk-admin", cors_origins=f"{SITE}, https://b.example.org") as served:
+        allowed = served.http.options("/adapters", headers=PREFLIGHT)
         assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, SITE)
         assert allowed.headers["x-request-id"], "inside the layer that gives every answer its id"
         body = {"id": "a", "source": "a"}
-        answer = home.knock.post("/adapters", json=body, headers=ADMIN | FOREIGN)
+        answer = served.http.post("/adapters", json=body, headers=ADMIN | FOREIGN)
         assert (answer.status_code, answer.headers["access-control-allow-origin"]) == (201, SITE)
         assert "access-control-allow-credentials" not in answer.headers
-        assert home.knock.post("/adapters", json=body, headers=FOREIGN).status_code == 401
+        assert served.http.post("/adapters", json=body, headers=FOREIGN).status_code == 401
         other = {"origin": "https://evil.example.org", "sec-fetch-site": "cross-site"}
         for asked in (PREFLIGHT | other, PREFLIGHT | {"access-control-request-method": "TRACE"}):
-            refusal = home.knock.options("/adapters", headers=asked)
+            refusal = served.http.options("/adapters", headers=asked)
             assert (refusal.status_code, refusal.json()["error_type"]) == (403, "forbidden")
             assert "access-control-allow-origin" not in refusal.headers
-            assert home.knock.options("/v1/models", headers=asked).json()["error"]["code"] == "forbidden"
-        refused = home.knock.post("/adapters", json=body, headers=ADMIN | other)
+            assert served.http.options("/v1/models", headers=asked).json()["error"]["code"] == "forbidden"
+        refused = served.http.post("/adapters", json=body, headers=ADMIN | other)
         assert (refused.status_code, "access-control-allow-origin" in refused.headers) == (403, False)

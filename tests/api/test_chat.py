@@ -13,12 +13,13 @@ from service.text.template_renderer import TemplateRenderer
 from service.text.tokenizers import AdapterTokenizer
 from tests import making
 
-from .fakes import DIGEST, Stage, stage
+from .fakes import DIGEST, ScriptedApp, serve_script
 from .test_generate import each
 
 END = " the end of it all"
 TOOLS_TEMPLATE = (
-    "{% if tools %}{{ tools | tojson }}<tool_call>{% endif %}{% for m in messages %}{{ m.role }}:{{ m.content }}"
+    "{% if tools %}{{ tools | tojson }}<tool_call>{% endif %}"
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}"
     "{% for c in m.tool_calls or [] %}!{{ c.function.name }} {{ c.function.arguments.a }}{% endfor %}"
     "{{ m.tool_call_id or '' }}\n{% endfor %}"
 )
@@ -39,28 +40,28 @@ USER = {"role": "user", "content": "Hi"}
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    with stage(tmp_path_factory.mktemp("chat")) as made:
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedApp]:
+    with serve_script(tmp_path_factory.mktemp("chat")) as made:
         yield made
 
 
 @pytest.fixture(scope="module")
-def tooled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    with stage(tmp_path_factory.mktemp("tooled"), template=TOOLS_TEMPLATE) as made:
+def tooled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedApp]:
+    with serve_script(tmp_path_factory.mktemp("tooled"), template=TOOLS_TEMPLATE) as made:
         yield made
 
 
 @pytest.fixture(autouse=True)
-def fresh(one: Stage, tooled: Stage) -> Iterator[None]:
-    one.says(END)
-    one.engine.fails = None
+def fresh(api: ScriptedApp, tooled: ScriptedApp) -> Iterator[None]:
+    api.says(END)
+    api.engine.fails = None
     yield
-    assert one.quiet, "a request left a lease or a ticket behind"
+    assert api.quiet, "a request left a lease or a ticket behind"
     assert tooled.quiet, "a request left a lease or a ticket behind"
 
 
-def prompt(stage: Stage) -> str:
-    return str(making.tokenizer().decode(list(stage.request.prompt)))
+def prompt(api: ScriptedApp) -> str:
+    return str(making.tokenizer().decode(list(api.request.prompt)))
 
 
 def content(events: list[Any], index: int = 0) -> str:
@@ -69,8 +70,8 @@ def content(events: list[Any], index: int = 0) -> str:
     )
 
 
-def test_the_plain_answer(one: Stage) -> None:
-    told = one.chat(model="x", max_tokens=4)
+def test_the_plain_answer(api: ScriptedApp) -> None:
+    told = api.chat(model="x", max_tokens=4)
     assert (told["object"], told["model"], told["adapter"]) == (
         "chat.completion",
         "x",
@@ -83,7 +84,7 @@ def test_the_plain_answer(one: Stage) -> None:
     }
     assert told["choices"] == [{"index": 0, "message": message, "logprobs": None, "finish_reason": "length"}]
     rendered = making.ids("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-    assert one.request.prompt == tuple(rendered)
+    assert api.request.prompt == tuple(rendered)
     assert told["usage"] == {
         "prompt_tokens": len(rendered),
         "completion_tokens": 4,
@@ -91,22 +92,22 @@ def test_the_plain_answer(one: Stage) -> None:
     }
 
 
-def test_without_a_limit_the_context_is_it(one: Stage) -> None:
-    told = one.chat()
-    assert one.request.max_tokens == 512 - told["usage"]["prompt_tokens"]
+def test_without_a_limit_the_context_is_it(api: ScriptedApp) -> None:
+    told = api.chat()
+    assert api.request.max_tokens == 512 - told["usage"]["prompt_tokens"]
     assert told["choices"][0]["finish_reason"] == "stop"
-    one.chat(max_completion_tokens=7)
-    assert one.request.max_tokens == 7
+    api.chat(max_completion_tokens=7)
+    assert api.request.max_tokens == 7
 
 
-def test_text_parts_are_one_text(one: Stage) -> None:
-    one.chat([{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}])
-    whole = one.request.prompt
-    one.chat("Hi")
-    assert one.request.prompt == whole
+def test_text_parts_are_one_text(api: ScriptedApp) -> None:
+    api.chat([{"role": "user", "content": [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}]}])
+    whole = api.request.prompt
+    api.chat("Hi")
+    assert api.request.prompt == whole
 
 
-def test_a_message_of_an_earlier_answer_may_come_back_as_it_was(one: Stage) -> None:
+def test_a_message_of_an_earlier_answer_may_come_back_as_it_was(api: ScriptedApp) -> None:
     earlier = {
         "role": "assistant",
         "content": "Ho",
@@ -115,7 +116,7 @@ def test_a_message_of_an_earlier_answer_may_come_back_as_it_was(one: Stage) -> N
         "function_call": None,
         "audio": None,
     }
-    one.chat([USER, earlier, USER])
+    api.chat([USER, earlier, USER])
 
 
 IMAGE = {"type": "image_url", "image_url": {"url": "http://127.0.0.1/x.png"}}
@@ -134,20 +135,20 @@ NO_MESSAGES: list[Any] = [
 
 
 @pytest.mark.parametrize("messages", NO_MESSAGES)
-def test_messages_that_are_none(one: Stage, messages: Any) -> None:
-    error = one.post("/v1/chat/completions", {"model": "tiny", "messages": messages}, 400).json()["error"]
+def test_messages_that_are_none(api: ScriptedApp, messages: Any) -> None:
+    error = api.post("/v1/chat/completions", {"model": "tiny", "messages": messages}, 400).json()["error"]
     assert error["type"] == "invalid_request_error"
 
 
-def test_a_template_that_refuses_gives_its_reason(one: Stage) -> None:
-    folder = one.names.root / "org"
+def test_a_template_that_refuses_gives_its_reason(api: ScriptedApp) -> None:
+    folder = api.names.root / "org"
     folder.mkdir(exist_ok=True)
     (folder / "y").mkdir(exist_ok=True)
     (folder / "y" / "chat_template.jinja").write_text("{{ raise_exception('only aliens') }}")
-    assert "only aliens" in one.chat(model="org/y", status=400)["error"]["message"]
+    assert "only aliens" in api.chat(model="org/y", status=400)["error"]["message"]
 
 
-def test_a_stream(one: Stage) -> None:
+def test_a_stream(api: ScriptedApp) -> None:
     body = {
         "model": "x",
         "messages": [USER],
@@ -155,7 +156,7 @@ def test_a_stream(one: Stage) -> None:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    events = one.stream("/v1/chat/completions", body)
+    events = api.stream("/v1/chat/completions", body)
     assert {e["object"] for e in events} == {"chat.completion.chunk"}
     assert len({e["id"] for e in events}) == 1
     assert all(e["adapter"] == {"id": "x", "digest": DIGEST} for e in events)
@@ -169,26 +170,26 @@ def test_a_stream(one: Stage) -> None:
     )
 
 
-def test_several_answers(one: Stage) -> None:
-    one.engine.script = lambda request: making.ids("abc"[request.sampling.seed % 3])
-    told = one.chat(n=3, seed=0)
+def test_several_answers(api: ScriptedApp) -> None:
+    api.engine.script = lambda request: making.ids("abc"[request.sampling.seed % 3])
+    told = api.chat(n=3, seed=0)
     assert [(c["index"], c["message"]["content"]) for c in told["choices"]] == [(0, "a"), (1, "b"), (2, "c")]
-    events = one.stream(
+    events = api.stream(
         "/v1/chat/completions", {"model": "x", "messages": [USER], "n": 3, "seed": 0, "stream": True}
     )
     assert [content(events, i) for i in range(3)] == ["a", "b", "c"]
     assert [e["choices"][0]["delta"].get("role") for e in events].count("assistant") == 3
 
 
-def test_logprobs(one: Stage) -> None:
-    one.says("é")
-    (choice,) = one.chat(logprobs=True, top_logprobs=2, max_tokens=2)["choices"]
+def test_logprobs(api: ScriptedApp) -> None:
+    api.says("é")
+    (choice,) = api.chat(logprobs=True, top_logprobs=2, max_tokens=2)["choices"]
     first, second = choice["logprobs"]["content"]
     assert (first["logprob"], first["token"]) == (-0.5, "\ufffd")
     assert bytes(first["bytes"] + second["bytes"]) == "é".encode()
     assert [top["logprob"] for top in second["top_logprobs"]] == [-0.1, -1.5]
     assert second["top_logprobs"][0]["bytes"] == list(making.tokenizer().decode([70]).encode())
-    events = one.stream(
+    events = api.stream(
         "/v1/chat/completions", {"model": "x", "messages": [USER], "logprobs": True, "stream": True}
     )
     assert len([e for e in events if e["choices"][0]["logprobs"]]) == len(making.ids("é")) + 1
@@ -218,8 +219,8 @@ BAD = {
 
 
 @pytest.mark.parametrize(("field", "value"), each(GOOD))
-def test_values_with_a_meaning_are_taken(one: Stage, field: str, value: str) -> None:
-    one.post(
+def test_values_with_a_meaning_are_taken(api: ScriptedApp, field: str, value: str) -> None:
+    api.post(
         "/v1/chat/completions",
         f'{{"model": "x", "messages": {json.dumps([USER])}, "{field}": {value}}}'.encode(),
     )
@@ -228,62 +229,62 @@ def test_values_with_a_meaning_are_taken(one: Stage, field: str, value: str) -> 
 @pytest.mark.parametrize(
     ("field", "value"), [*each(BAD), ("tools", '[{"type":"function","function":{"name":"not a name"}}]')]
 )
-def test_odd_values_are_400_by_name(one: Stage, field: str, value: str) -> None:
-    before = len(one.engine.asked)
-    error = one.post(
+def test_odd_values_are_400_by_name(api: ScriptedApp, field: str, value: str) -> None:
+    before = len(api.engine.asked)
+    error = api.post(
         "/v1/chat/completions",
         f'{{"model": "x", "messages": {json.dumps([USER])}, "{field}": {value}}}'.encode(),
         400,
     ).json()
     assert field in error["error"]["message"]
-    assert len(one.engine.asked) == before
+    assert len(api.engine.asked) == before
 
 
-def test_two_limits_must_be_the_same(one: Stage) -> None:
-    one.chat(max_tokens=5, max_completion_tokens=5)
+def test_two_limits_must_be_the_same(api: ScriptedApp) -> None:
+    api.chat(max_tokens=5, max_completion_tokens=5)
     assert (
         "max_completion_tokens"
-        in one.chat(max_tokens=5, max_completion_tokens=6, status=400)["error"]["message"]
+        in api.chat(max_tokens=5, max_completion_tokens=6, status=400)["error"]["message"]
     )
 
 
-def test_a_limit_over_the_context_is_called_as_it_was_sent(one: Stage) -> None:
+def test_a_limit_over_the_context_is_called_as_it_was_sent(api: ScriptedApp) -> None:
     for name in ("max_tokens", "max_completion_tokens"):
-        error = one.chat(status=400, **{name: 513})["error"]
+        error = api.chat(status=400, **{name: 513})["error"]
         assert (error["code"], error["param"]) == ("context_length_exceeded", name)
         assert f"{name} 513" in error["message"]
 
 
-def test_a_schema_becomes_a_grammar(one: Stage) -> None:
+def test_a_schema_becomes_a_grammar(api: ScriptedApp) -> None:
     schema = {"type": "object", "properties": {"age": {"type": "integer"}}}
-    one.chat(
+    api.chat(
         response_format={
             "type": "json_schema",
             "json_schema": {"name": "a", "schema": schema, "strict": True},
         }
     )
-    assert '"age"' in str(one.request.sampling.grammar)
+    assert '"age"' in str(api.request.sampling.grammar)
 
 
-def test_no_format_can_be_kept_to_in_another_vocabulary(one: Stage) -> None:
+def test_no_format_can_be_kept_to_in_another_vocabulary(api: ScriptedApp) -> None:
     """The worker's grammars are over the base's: the same ids would mean other texts."""
-    folder = one.names.root / "swapped"
+    folder = api.names.root / "swapped"
     folder.mkdir()
     words = json.loads(making.tokenizer().backend_tokenizer.to_str())
     vocabulary = words["model"]["vocab"]
     words["model"]["vocab"] = vocabulary | {"H": vocabulary["i"], "i": vocabulary["H"]}
     (folder / "tokenizer.json").write_text(json.dumps(words))
-    one.names.names["swapped"] = {"id": "swapped", "digest": DIGEST, "source": "swapped"}
-    one.complete("Hi", model="swapped", max_tokens=1)
-    assert one.request.prompt == tuple(reversed(making.ids("Hi")))
-    error = one.chat(model="swapped", response_format={"type": "json_object"}, status=400)["error"]
+    api.names.names["swapped"] = {"id": "swapped", "digest": DIGEST, "source": "swapped"}
+    api.complete("Hi", model="swapped", max_tokens=1)
+    assert api.request.prompt == tuple(reversed(making.ids("Hi")))
+    error = api.chat(model="swapped", response_format={"type": "json_object"}, status=400)["error"]
     assert "another vocabulary" in error["message"]
-    one.generate("Hi", adapter_id="swapped", response_format={"type": "json_object"}, status=422)
-    del one.names.names["swapped"]
+    api.generate("Hi", adapter_id="swapped", response_format={"type": "json_object"}, status=422)
+    del api.names.names["swapped"]
 
 
-def test_a_schema_in_the_other_dialects_place_is_told_where_it_goes(one: Stage) -> None:
-    error = one.chat(response_format={"type": "json_schema", "schema": {}}, status=400)["error"]
+def test_a_schema_in_the_other_dialects_place_is_told_where_it_goes(api: ScriptedApp) -> None:
+    error = api.chat(response_format={"type": "json_schema", "schema": {}}, status=400)["error"]
     assert "json_schema.json_schema: is required" in error["message"]
     assert "json_schema.schema: unknown field" in error["message"]
 
@@ -291,7 +292,7 @@ def test_a_schema_in_the_other_dialects_place_is_told_where_it_goes(one: Stage) 
 # ---- tools
 
 
-def test_a_call(tooled: Stage) -> None:
+def test_a_call(tooled: ScriptedApp) -> None:
     tooled.says("Well. " + SAID)
     (choice,) = tooled.chat(tools=[ADD, NOW])["choices"]
     assert choice["finish_reason"] == "tool_calls"
@@ -304,14 +305,14 @@ def test_a_call(tooled: Stage) -> None:
     assert tooled.chat(tools=[ADD])["choices"][0]["message"]["content"] is None
 
 
-def test_of_several_calls_one_is_told_where_more_are_not_wanted(tooled: Stage) -> None:
+def test_of_several_calls_one_is_told_where_more_are_not_wanted(tooled: ScriptedApp) -> None:
     tooled.says(SAID + SAID)
     for wanted, count in ((None, 2), (True, 2), (False, 1)):
         (choice,) = tooled.chat(tools=[ADD], parallel_tool_calls=wanted)["choices"]
         assert len(choice["message"]["tool_calls"]) == count
 
 
-def test_a_streamed_call_shows_nothing_of_its_text(tooled: Stage) -> None:
+def test_a_streamed_call_shows_nothing_of_its_text(tooled: ScriptedApp) -> None:
     tooled.says("Well. " + SAID)
     events = tooled.stream(
         "/v1/chat/completions", {"model": "x", "messages": [USER], "tools": [ADD], "stream": True}
@@ -322,7 +323,7 @@ def test_a_streamed_call_shows_nothing_of_its_text(tooled: Stage) -> None:
     assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
-def test_no_call_is_text_in_both_ways(tooled: Stage) -> None:
+def test_no_call_is_text_in_both_ways(tooled: ScriptedApp) -> None:
     tooled.says('{"no": "call"} <tool_cal')
     assert tooled.chat(tools=[ADD])["choices"][0]["message"] == {
         "role": "assistant",
@@ -337,7 +338,7 @@ def test_no_call_is_text_in_both_ways(tooled: Stage) -> None:
 
 
 @pytest.mark.parametrize("value", [r'{"a": "\ud800"}', r'"\udc00"', '{"a": NaN}', '{"a": -Infinity}'])
-def test_arguments_that_no_answer_could_carry_are_content(tooled: Stage, value: str) -> None:
+def test_arguments_that_no_answer_could_carry_are_content(tooled: ScriptedApp, value: str) -> None:
     said = '{"name": "add", "arguments": ' + value + "}"
     tooled.says(said)
     assert tooled.chat(tools=[ADD], max_tokens=len(said))["choices"][0]["message"]["content"] == said
@@ -348,7 +349,7 @@ def test_arguments_that_no_answer_could_carry_are_content(tooled: Stage, value: 
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
-def test_a_forced_call_is_held_by_a_grammar(tooled: Stage, choice: Any) -> None:
+def test_a_forced_call_is_held_by_a_grammar(tooled: ScriptedApp, choice: Any) -> None:
     tooled.says('{"name": "add", "arguments": {"a": 1}}')
     (told,) = tooled.chat(tools=[ADD, NOW], tool_choice=choice)["choices"]
     assert told["message"]["tool_calls"][0]["function"]["name"] == "add"
@@ -357,38 +358,32 @@ def test_a_forced_call_is_held_by_a_grammar(tooled: Stage, choice: Any) -> None:
     assert ('"now"' in grammar) == (choice == "required")
 
 
-def test_tools_are_shown_to_the_template_as_given(tooled: Stage) -> None:
+def test_tools_are_shown_to_the_template_as_given(tooled: ScriptedApp) -> None:
     deep: Any = {"type": "integer", "default": None}
     for _ in range(300):
         deep = {"items": deep}
     # Too long
-    tooled.chat(
-        tools=[{"type": "function", "function": {"name": "add", "parameters": deep}}],
-        max_tokens=1,
-        status=400,
-    )
-    asked = {
-        "type": "function",
-        "function": {"name": "add", "parameters": {"properties": {"a": {"default": None}}}},
-    }
-    tooled.chat(tools=[asked])
-    assert prompt(tooled).startswith(json.dumps([asked]) + "<tool_call>")
-    body = {
-        "model": "tiny",
-        "messages": [USER],
-        "tools": [{"type": "function", "function": {"name": "add", "parameters": {"const": float("nan")}}}],
-    }
+    tooled.chat(tools=[function_tool("add", deep)], max_tokens=1, status=400)
+    tool = function_tool("add", {"properties": {"a": {"default": None}}})
+    tooled.chat(tools=[tool])
+    assert prompt(tooled).startswith(json.dumps([tool]) + "<tool_call>")
+    unwritable = function_tool("add", {"const": float("nan")})
+    body = {"model": "tiny", "messages": [USER], "tools": [unwritable]}
     assert "tools" in tooled.post("/v1/chat/completions", body, 400).json()["error"]["message"]
 
 
-class Places:
-    """Where what it stands in for was called: on the event loop or off it."""
+def function_tool(name: str, parameters: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+class LoopCalls:
+    """Stubs that record whether they were called on the event loop or off it."""
 
     def __init__(self) -> None:
         self.on_the_loop: list[bool] = []
         self.awaited = 0
 
-    def noting(self, answer: Any) -> Callable[..., Any]:
+    def make_stub(self, answer: Any) -> Callable[..., Any]:
         def call(*_: Any, **__: Any) -> Any:
             try:
                 asyncio.get_running_loop()
@@ -400,7 +395,7 @@ class Places:
 
         return call
 
-    def noting_awaited(self, answer: Any) -> Callable[..., Any]:
+    def make_async_stub(self, answer: Any) -> Callable[..., Any]:
         async def call(*_: Any) -> Any:
             self.awaited += 1
             return answer
@@ -410,12 +405,12 @@ class Places:
 
 @pytest.mark.parametrize("large", ["text", "tools", "messages", "calls", "prompts", "nothing"])
 def test_what_is_large_in_whatever_way_is_tokenized_off_the_event_loop(
-    tooled: Stage, monkeypatch: pytest.MonkeyPatch, large: str
+    tooled: ScriptedApp, monkeypatch: pytest.MonkeyPatch, large: str
 ) -> None:
     """/health and every stream wait for what is done on it."""
-    seen = Places()
-    monkeypatch.setattr(AdapterTokenizer, "encode", seen.noting((1, 2)))
-    monkeypatch.setattr(AdapterTokenizer, "render_here", seen.noting("Hi"))
+    seen = LoopCalls()
+    monkeypatch.setattr(AdapterTokenizer, "encode", seen.make_stub((1, 2)))
+    monkeypatch.setattr(AdapterTokenizer, "render_here", seen.make_stub("Hi"))
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "a" * 30_000, "arguments": "{}"}}]}
     if large == "prompts":
         tooled.complete(["a" * 5000] * 10, max_tokens=1)
@@ -425,44 +420,41 @@ def test_what_is_large_in_whatever_way_is_tokenized_off_the_event_loop(
             "messages": [{"role": "user", "content": ""}] * 1000,
             "calls": [USER, call],
         }
-        tools = (
-            [{"type": "function", "function": {"name": "a", "description": "a" * 30_000}}]
-            if large == "tools"
-            else [ADD]
-        )
-        tooled.chat(messages.get(large, "Hi"), tools=tools, max_tokens=1)
+        large_tool = {"type": "function", "function": {"name": "a", "description": "a" * 30_000}}
+        tool = large_tool if large == "tools" else ADD
+        tooled.chat(messages.get(large, "Hi"), tools=[tool], max_tokens=1)
     assert set(seen.on_the_loop) == {large == "nothing"}
 
 
 def test_an_adapters_own_template_and_tokenizer_are_never_run_on_the_event_loop(
-    one: Stage, monkeypatch: pytest.MonkeyPatch
+    api: ScriptedApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = one.names.root / "own"
+    folder = api.names.root / "own"
     folder.mkdir()
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }} of its own")
     words = json.loads(making.tokenizer().backend_tokenizer.to_str())
     (folder / "tokenizer.json").write_text(json.dumps(words | {"normalizer": {"type": "Lowercase"}}))
-    one.names.names["own"] = {"id": "own", "digest": DIGEST, "source": "own"}
-    seen = Places()
-    monkeypatch.setattr(AdapterTokenizer, "encode", seen.noting((1, 2)))
-    monkeypatch.setattr(TemplateRenderer, "render", seen.noting_awaited("Hi"))
-    monkeypatch.setattr(AdapterTokenizer, "render_here", seen.noting("Hi"))
-    one.chat("Hi", model="own", max_tokens=1)
-    one.complete("Hi", model="own", max_tokens=1)
-    one.generate("Hi", adapter_id="own", max_new_tokens=1)
-    del one.names.names["own"]
+    api.names.names["own"] = {"id": "own", "digest": DIGEST, "source": "own"}
+    seen = LoopCalls()
+    monkeypatch.setattr(AdapterTokenizer, "encode", seen.make_stub((1, 2)))
+    monkeypatch.setattr(TemplateRenderer, "render", seen.make_async_stub("Hi"))
+    monkeypatch.setattr(AdapterTokenizer, "render_here", seen.make_stub("Hi"))
+    api.chat("Hi", model="own", max_tokens=1)
+    api.complete("Hi", model="own", max_tokens=1)
+    api.generate("Hi", adapter_id="own", max_new_tokens=1)
+    del api.names.names["own"]
     assert seen.on_the_loop == [False] * 3
     assert seen.awaited == 1
 
 
-def test_no_choice_is_no_tools(tooled: Stage) -> None:
+def test_no_choice_is_no_tools(tooled: ScriptedApp) -> None:
     tooled.says(SAID)
     told = tooled.chat(tools=[ADD], tool_choice="none")["choices"][0]
     assert (told["message"]["content"], told["finish_reason"]) == (SAID, "stop")
     assert "add" not in prompt(tooled)
 
 
-def test_results_of_calls_go_into_the_prompt(tooled: Stage) -> None:
+def test_results_of_calls_go_into_the_prompt(tooled: ScriptedApp) -> None:
     call = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": '{"a": 41}'}}
     tooled.chat(
         [
@@ -477,23 +469,23 @@ def test_results_of_calls_go_into_the_prompt(tooled: Stage) -> None:
 @pytest.mark.parametrize(
     "parameters", [{"$defs": []}, {"$defs": 5}, {"$defs": {"a": 5}}, {"$ref": "#/nowhere"}, {"$ref": "#"}]
 )
-def test_odd_schemas_of_tools_are_taken_or_refused(tooled: Stage, parameters: dict[str, Any]) -> None:
+def test_odd_schemas_of_tools_are_taken_or_refused(tooled: ScriptedApp, parameters: dict[str, Any]) -> None:
     tool = {"type": "function", "function": {"name": "add", "parameters": parameters}}
     body = {"model": "tiny", "messages": [USER], "tools": [tool], "tool_choice": "required"}
-    answer = tooled.knock.post("/v1/chat/completions", json=body)
+    answer = tooled.http.post("/v1/chat/completions", json=body)
     assert answer.status_code in (200, 400), answer.text
     assert answer.status_code == 200 or "tools" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("arguments", ["[" * 100_000, "9" * 5000, '{"a": ' * 900 + "1" + "}" * 900])
-def test_arguments_that_are_no_sensible_json_do_no_harm(one: Stage, arguments: str) -> None:
+def test_arguments_that_are_no_sensible_json_do_no_harm(api: ScriptedApp, arguments: str) -> None:
     call = {"type": "function", "function": {"name": "add", "arguments": arguments}}
     body = {"model": "tiny", "messages": [USER, {"role": "assistant", "tool_calls": [call]}, USER]}
-    answer = one.knock.post("/v1/chat/completions", json=body)
+    answer = api.http.post("/v1/chat/completions", json=body)
     assert answer.status_code in (200, 400), answer.text
 
 
-def test_what_cannot_go_together(tooled: Stage) -> None:
+def test_what_cannot_go_together(tooled: ScriptedApp) -> None:
     named = {"type": "function", "function": {"name": "other"}}
     assert "tool_choice" in tooled.chat(tools=[ADD], tool_choice=named, status=400)["error"]["message"]
     tooled.chat(tools=[ADD], tool_choice="required", response_format={"type": "json_object"}, status=400)

@@ -12,7 +12,7 @@ import pytest
 from service.api.generation.openai_objects import STARTED
 from tests import making
 
-from .fakes import DIGEST, Stage, stage
+from .fakes import DIGEST, ScriptedApp, serve_script
 from .test_generate import each
 
 END = " the end of it all"
@@ -20,25 +20,25 @@ USAGE = {"prompt_tokens": 2, "completion_tokens": 4, "total_tokens": 6}
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    with stage(tmp_path_factory.mktemp("completions")) as made:
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedApp]:
+    with serve_script(tmp_path_factory.mktemp("completions")) as made:
         yield made
 
 
 @pytest.fixture(autouse=True)
-def fresh(one: Stage) -> Iterator[None]:
-    one.says(END)
-    one.engine.fails, one.engine.limit = None, 10_000
+def fresh(api: ScriptedApp) -> Iterator[None]:
+    api.says(END)
+    api.engine.fails, api.engine.limit = None, 10_000
     yield
-    assert one.quiet, "a request left a lease or a ticket behind"
+    assert api.quiet, "a request left a lease or a ticket behind"
 
 
 def cut(n: int) -> str:
     return str(making.tokenizer().decode(making.ids(END)[:n]))
 
 
-def test_the_plain_completion(one: Stage) -> None:
-    told = one.complete(model="x", max_tokens=4)
+def test_the_plain_completion(api: ScriptedApp) -> None:
+    told = api.complete(model="x", max_tokens=4)
     assert told["object"] == "text_completion"
     assert told["id"].startswith("cmpl-")
     assert told["model"] == "x"
@@ -46,12 +46,12 @@ def test_the_plain_completion(one: Stage) -> None:
     assert told["adapter"] == {"id": "x", "digest": DIGEST}
     assert told["choices"] == [{"index": 0, "text": cut(4), "logprobs": None, "finish_reason": "length"}]
     assert told["usage"] == USAGE
-    sampling = one.request.sampling
+    sampling = api.request.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.logprobs) == (1.0, 1.0, 0, None)
 
 
-def test_headers_name_the_adapter_here_too(one: Stage) -> None:
-    answer = one.post("/v1/completions", {"model": "x", "prompt": "Hi"})
+def test_headers_name_the_adapter_here_too(api: ScriptedApp) -> None:
+    answer = api.post("/v1/completions", {"model": "x", "prompt": "Hi"})
     assert (
         answer.headers["x-adapter-id"],
         answer.headers["x-adapter-digest"],
@@ -59,11 +59,11 @@ def test_headers_name_the_adapter_here_too(one: Stage) -> None:
     ) == ("x", DIGEST, "2")
 
 
-def test_sixteen_tokens_unless_told(one: Stage) -> None:
-    one.complete()
-    assert one.request.max_tokens == 16
-    one.complete("a" * 508)
-    assert one.request.max_tokens == 4
+def test_sixteen_tokens_unless_told(api: ScriptedApp) -> None:
+    api.complete()
+    assert api.request.max_tokens == 16
+    api.complete("a" * 508)
+    assert api.request.max_tokens == 4
 
 
 @pytest.mark.parametrize(
@@ -79,58 +79,58 @@ def test_sixteen_tokens_unless_told(one: Stage) -> None:
         ("tiny:org/y", "org/y"),
     ],
 )
-def test_model_names(one: Stage, model: str, id: str | None) -> None:
-    adapter = one.complete(model=model)["adapter"]
+def test_model_names(api: ScriptedApp, model: str, id: str | None) -> None:
+    adapter = api.complete(model=model)["adapter"]
     assert (adapter and adapter["id"]) == id
-    assert one.request.adapter == (DIGEST if id else None)
+    assert api.request.adapter == (DIGEST if id else None)
 
 
 @pytest.mark.parametrize(
     "model", ["typo", "", "X", "x ", "tiny:", "tiny:base", "tiny:typo", "other:x", "x:tiny"]
 )
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
-def test_unknown_models_are_never_the_base(one: Stage, path: str, model: str) -> None:
+def test_unknown_models_are_never_the_base(api: ScriptedApp, path: str, model: str) -> None:
     what = {"prompt": "Hi"} if "chat" not in path else {"messages": [{"role": "user", "content": "Hi"}]}
-    error = one.post(path, {"model": model, **what}, 404).json()["error"]
+    error = api.post(path, {"model": model, **what}, 404).json()["error"]
     assert error["code"] == "model_not_found"
     assert error["param"] == "model"
 
 
-def test_prompts_of_every_kind(one: Stage) -> None:
+def test_prompts_of_every_kind(api: ScriptedApp) -> None:
     ids = making.ids("Hi")
     for prompt in ("Hi", ids):
-        assert [c["index"] for c in one.complete(prompt)["choices"]] == [0]
-        assert one.request.prompt == tuple(ids)
+        assert [c["index"] for c in api.complete(prompt)["choices"]] == [0]
+        assert api.request.prompt == tuple(ids)
     for prompts in (["Hi", "you"], [ids, making.ids("you")]):
-        told = one.complete(prompts, max_tokens=4)
+        told = api.complete(prompts, max_tokens=4)
         assert [c["index"] for c in told["choices"]] == [0, 1]
-        assert [r.prompt for r in one.engine.asked[-2:]] == [tuple(ids), tuple(making.ids("you"))]
+        assert [r.prompt for r in api.engine.asked[-2:]] == [tuple(ids), tuple(making.ids("you"))]
         assert told["usage"] == {"prompt_tokens": 5, "completion_tokens": 8, "total_tokens": 13}
 
 
-def test_n_choices_have_seeds_of_their_own_and_count_the_prompt_once(one: Stage) -> None:
-    told = one.complete(["Hi", "Ho"], n=2, max_tokens=4, seed=2**64 - 1)
+def test_n_choices_have_seeds_of_their_own_and_count_the_prompt_once(api: ScriptedApp) -> None:
+    told = api.complete(["Hi", "Ho"], n=2, max_tokens=4, seed=2**64 - 1)
     assert [c["index"] for c in told["choices"]] == [0, 1, 2, 3]
-    assert [r.sampling.seed for r in one.engine.asked[-4:]] == [2**64 - 1, 0, 2**64 - 1, 0]
+    assert [r.sampling.seed for r in api.engine.asked[-4:]] == [2**64 - 1, 0, 2**64 - 1, 0]
     assert told["usage"] == {"prompt_tokens": 4, "completion_tokens": 16, "total_tokens": 20}
-    greedy = one.complete(n=2, temperature=0)["choices"]
+    greedy = api.complete(n=2, temperature=0)["choices"]
     assert greedy[0]["text"] == greedy[1]["text"]
 
 
-def test_echo(one: Stage) -> None:
-    assert one.complete("Hi", echo=True, max_tokens=4)["choices"][0]["text"] == "Hi" + cut(4)
-    assert one.complete(making.ids("Hi"), echo=True, max_tokens=4)["choices"][0]["text"] == "Hi" + cut(4)
-    assert one.request.prompt_logprobs is None
+def test_echo(api: ScriptedApp) -> None:
+    assert api.complete("Hi", echo=True, max_tokens=4)["choices"][0]["text"] == "Hi" + cut(4)
+    assert api.complete(making.ids("Hi"), echo=True, max_tokens=4)["choices"][0]["text"] == "Hi" + cut(4)
+    assert api.request.prompt_logprobs is None
 
 
 @pytest.mark.parametrize("streamed", [False, True])
-def test_scoring_a_prompt_without_a_new_token(one: Stage, streamed: bool) -> None:
+def test_scoring_a_prompt_without_a_new_token(api: ScriptedApp, streamed: bool) -> None:
     body = {"model": "x", "prompt": "Hi", "echo": True, "max_tokens": 0, "logprobs": 1}
     streamed_body = body | {"stream": True}
     told = (
-        one.stream("/v1/completions", streamed_body)[0]
+        api.stream("/v1/completions", streamed_body)[0]
         if streamed
-        else one.post("/v1/completions", body).json()
+        else api.post("/v1/completions", body).json()
     )
     (choice,) = told["choices"]
     assert (choice["text"], choice["finish_reason"]) == ("Hi", "length")
@@ -140,17 +140,17 @@ def test_scoring_a_prompt_without_a_new_token(one: Stage, streamed: bool) -> Non
         "top_logprobs": [None, {"i": -1.0, making.tokenizer().decode([70]): -0.1}],
         "text_offset": [0, 1],
     }
-    assert one.request.max_tokens == 0
+    assert api.request.max_tokens == 0
 
 
-def test_nothing_asked_is_nothing_given(one: Stage) -> None:
-    told = one.complete(max_tokens=0)
+def test_nothing_asked_is_nothing_given(api: ScriptedApp) -> None:
+    told = api.complete(max_tokens=0)
     assert told["choices"][0] == {"index": 0, "text": "", "logprobs": None, "finish_reason": "length"}
     assert told["usage"]["completion_tokens"] == 0
 
 
-def test_logprobs_begin_behind_the_prompt_and_hold_the_chosen_token(one: Stage) -> None:
-    logprobs = one.complete(max_tokens=3, logprobs=1)["choices"][0]["logprobs"]
+def test_logprobs_begin_behind_the_prompt_and_hold_the_chosen_token(api: ScriptedApp) -> None:
+    logprobs = api.complete(max_tokens=3, logprobs=1)["choices"][0]["logprobs"]
     assert logprobs["tokens"] == [making.tokenizer().decode([id]) for id in making.ids(END)[:3]]
     assert logprobs["token_logprobs"] == [-0.5, -1.5, -2.5]
     assert logprobs["text_offset"] == [
@@ -159,11 +159,11 @@ def test_logprobs_begin_behind_the_prompt_and_hold_the_chosen_token(one: Stage) 
         2 + len("".join(logprobs["tokens"][:2])),
     ]
     assert all(token in top for token, top in zip(logprobs["tokens"], logprobs["top_logprobs"], strict=True))
-    none = one.complete(max_tokens=1, logprobs=0)["choices"][0]["logprobs"]
+    none = api.complete(max_tokens=1, logprobs=0)["choices"][0]["logprobs"]
     assert none["top_logprobs"] == [{none["tokens"][0]: -0.5}]
 
 
-def test_a_stream_has_one_id_and_its_text_is_the_whole(one: Stage) -> None:
+def test_a_stream_has_one_id_and_its_text_is_the_whole(api: ScriptedApp) -> None:
     body = {
         "model": "x",
         "prompt": "Hi",
@@ -171,7 +171,7 @@ def test_a_stream_has_one_id_and_its_text_is_the_whole(one: Stage) -> None:
         "stream": True,
         "stream_options": {"include_usage": True},
     }
-    events = one.stream("/v1/completions", body)
+    events = api.stream("/v1/completions", body)
     assert len({e["id"] for e in events}) == 1
     assert all(
         e["adapter"] == {"id": "x", "digest": DIGEST} and e["object"] == "text_completion" for e in events
@@ -182,22 +182,22 @@ def test_a_stream_has_one_id_and_its_text_is_the_whole(one: Stage) -> None:
     assert (events[-1]["choices"], events[-1]["usage"]["completion_tokens"]) == ([], 5)
 
 
-def test_every_token_is_an_event_also_without_text(one: Stage) -> None:
-    one.says("😀")
+def test_every_token_is_an_event_also_without_text(api: ScriptedApp) -> None:
+    api.says("😀")
     body = {"model": "x", "prompt": "Hi", "max_tokens": 12, "stream": True, "ignore_eos": True}
-    assert len(one.stream("/v1/completions", body)) == 12
+    assert len(api.stream("/v1/completions", body)) == 12
     chat = {key: value for key, value in body.items() if key != "prompt"} | {
         "messages": [{"role": "user", "content": "Hi"}]
     }
-    assert len(one.stream("/v1/chat/completions", chat)) == 12 + 2
+    assert len(api.stream("/v1/chat/completions", chat)) == 12 + 2
 
 
-def test_streams_of_several_are_told_apart(one: Stage) -> None:
-    one.engine.script = lambda request: making.ids(
+def test_streams_of_several_are_told_apart(api: ScriptedApp) -> None:
+    api.engine.script = lambda request: making.ids(
         "one two three" if request.prompt[0] == making.ids("a")[0] else "x"
     )
     for echo in (False, True):
-        events = one.stream(
+        events = api.stream(
             "/v1/completions",
             {"model": "x", "prompt": ["a", "b"], "n": 2, "stream": True, "echo": echo, "logprobs": 0},
         )
@@ -210,39 +210,39 @@ def test_streams_of_several_are_told_apart(one: Stage) -> None:
         assert "".join(tokens) == "a" * echo + "one two three<|im_end|>"
 
 
-def test_a_failure_among_several_ends_the_stream_with_an_error(one: Stage) -> None:
-    one.engine.fails = ("deadline_exceeded", "took too long")
-    events = one.stream("/v1/completions", {"model": "x", "prompt": ["a", "b", "c"], "stream": True})
+def test_a_failure_among_several_ends_the_stream_with_an_error(api: ScriptedApp) -> None:
+    api.engine.fails = ("deadline_exceeded", "took too long")
+    events = api.stream("/v1/completions", {"model": "x", "prompt": ["a", "b", "c"], "stream": True})
     assert events[-1]["error"] == {
         "message": "took too long",
         "type": "service_unavailable_error",
         "param": None,
         "code": "deadline_exceeded",
     }
-    assert one.complete(status=504)["error"]["code"] == "deadline_exceeded"
+    assert api.complete(status=504)["error"]["code"] == "deadline_exceeded"
 
 
-def test_a_queue_that_fills_up_halfway_cancels_what_it_took(one: Stage) -> None:
-    one.engine.limit = len(one.engine.asked) + 1
-    assert one.complete(["a", "b"], status=429)["error"]["code"] == "overloaded"
-    assert one.quiet
+def test_a_queue_that_fills_up_halfway_cancels_what_it_took(api: ScriptedApp) -> None:
+    api.engine.limit = len(api.engine.asked) + 1
+    assert api.complete(["a", "b"], status=429)["error"]["code"] == "overloaded"
+    assert api.quiet
 
 
-def test_stop_strings_as_one_or_as_a_list(one: Stage) -> None:
+def test_stop_strings_as_one_or_as_a_list(api: ScriptedApp) -> None:
     for stop in ("end", ["zzz", "end"]):
-        (choice,) = one.complete(stop=stop)["choices"]
+        (choice,) = api.complete(stop=stop)["choices"]
         assert (choice["text"], choice["finish_reason"]) == (" the ", "stop")
-        events = one.stream("/v1/completions", {"model": "x", "prompt": "Hi", "stop": stop, "stream": True})
+        events = api.stream("/v1/completions", {"model": "x", "prompt": "Hi", "stop": stop, "stream": True})
         assert "".join(e["choices"][0]["text"] for e in events) == " the "
 
 
-def test_stop_strings_count_only_after_min_tokens(one: Stage) -> None:
-    assert one.complete(stop="e", min_tokens=6)["choices"][0]["text"].startswith(" the ")
-    assert one.request.sampling.min_tokens == 6
+def test_stop_strings_count_only_after_min_tokens(api: ScriptedApp) -> None:
+    assert api.complete(stop="e", min_tokens=6)["choices"][0]["text"].startswith(" the ")
+    assert api.request.sampling.min_tokens == 6
 
 
-def test_extensions_reach_the_engine(one: Stage) -> None:
-    one.complete(
+def test_extensions_reach_the_engine(api: ScriptedApp) -> None:
+    api.complete(
         top_k=3,
         min_p=0.1,
         repetition_penalty=1.2,
@@ -251,16 +251,16 @@ def test_extensions_reach_the_engine(one: Stage) -> None:
         frequency_penalty=1,
         logit_bias={"5": -100, "6": 1.5},
     )
-    sampling = one.request.sampling
+    sampling = api.request.sampling
     assert (sampling.top_k, sampling.min_p, sampling.repetition_penalty) == (3, 0.1, 1.2)
     assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.logit_bias) == (
         -1,
         1,
         ((5, -100.0), (6, 1.5)),
     )
-    assert one.request.eos == frozenset()
-    one.complete(top_p=0)
-    assert one.request.sampling.temperature == 0
+    assert api.request.eos == frozenset()
+    api.complete(top_p=0)
+    assert api.request.sampling.temperature == 0
 
 
 GOOD = {
@@ -271,7 +271,8 @@ GOOD = {
     "stop": "null [] ",
     "logit_bias": "{} null",
     "echo": "false",
-    "response_format": '{"type":"text"} {"type":"json_object"} {"type":"json_schema","json_schema":{"name":"a","schema":{}}}'
+    "response_format": '{"type":"text"} {"type":"json_object"} '
+    '{"type":"json_schema","json_schema":{"name":"a","schema":{}}}'
     ' {"type":"regex","regex":"[ab]+"}',
     "stream": "false",
 }
@@ -288,7 +289,8 @@ BAD = {
     "stop": '[1] "" 5',
     "stream_options": '{"include_usage":true} {"x":1}',
     "prompt": '5 [] {"a":1} [[]] [[-1]] [99999999] ["a",1] [true] [1.5] "" null [null]',
-    "response_format": '{"type":"regex"} {"type":"regex","regex":"("} {"type":"grammar"} {"type":"json_schema"}'
+    "response_format": '{"type":"regex"} {"type":"regex","regex":"("} {"type":"grammar"} '
+    '{"type":"json_schema"}'
     ' {"type":"json_schema","json_schema":{"schema":{"type":"x"}}}',
     "min_p": "2",
     "min_tokens": "-1",
@@ -298,39 +300,39 @@ BAD = {
 
 
 @pytest.mark.parametrize(("field", "value"), each(GOOD))
-def test_values_with_a_meaning_are_taken(one: Stage, field: str, value: str) -> None:
-    one.post("/v1/completions", f'{{"model": "x", "prompt": "Hi", "{field}": {value}}}'.encode())
+def test_values_with_a_meaning_are_taken(api: ScriptedApp, field: str, value: str) -> None:
+    api.post("/v1/completions", f'{{"model": "x", "prompt": "Hi", "{field}": {value}}}'.encode())
 
 
 @pytest.mark.parametrize(("field", "value"), each(BAD))
-def test_odd_values_are_400_by_name(one: Stage, field: str, value: str) -> None:
+def test_odd_values_are_400_by_name(api: ScriptedApp, field: str, value: str) -> None:
     """B13."""
-    before = len(one.engine.asked)
+    before = len(api.engine.asked)
     prompt = "" if field == "prompt" else '"prompt": "Hi", '
-    error = one.post("/v1/completions", f'{{"model": "x", {prompt}"{field}": {value}}}'.encode(), 400).json()[
+    error = api.post("/v1/completions", f'{{"model": "x", {prompt}"{field}": {value}}}'.encode(), 400).json()[
         "error"
     ]
     assert error.keys() == {"message", "type", "param", "code"}
     assert error["type"] == "invalid_request_error"
     assert field in error["message"]
     assert error["code"] == ("context_length_exceeded" if value == "513" else "invalid_request_error")
-    assert len(one.engine.asked) == before
+    assert len(api.engine.asked) == before
 
 
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens", "max_new_tokens", "logit_bias"])
-def test_a_number_that_nobody_could_spell_again_is_refused(one: Stage, field: str) -> None:
+def test_a_number_that_nobody_could_spell_again_is_refused(api: ScriptedApp, field: str) -> None:
     """Python writes no number of more than 4300 digits, and an answer may have to name it."""
     most = "9" * 4300
     if field == "max_new_tokens":
-        told = one.post(
+        told = api.post(
             "/generate", f'{{"inputs": "Hi", "parameters": {{"max_new_tokens": {most}}}}}'.encode(), 422
         ).json()["error"]
     elif field == "max_completion_tokens":
         body = f'{{"model": "x", "messages": [{{"role": "user", "content": "Hi"}}], "{field}": {most}}}'
-        told = one.post("/v1/chat/completions", body.encode(), 400).json()["error"]["message"]
+        told = api.post("/v1/chat/completions", body.encode(), 400).json()["error"]["message"]
     else:
         value = most if field == "max_tokens" else f'{{"{most}9": 1}}'
-        told = one.post(
+        told = api.post(
             "/v1/completions", f'{{"model": "x", "prompt": "Hi", "{field}": {value}}}'.encode(), 400
         ).json()["error"]["message"]
     assert field in told
@@ -339,31 +341,31 @@ def test_a_number_that_nobody_could_spell_again_is_refused(one: Stage, field: st
 @pytest.mark.parametrize(
     "body", [b"{", b"[]", b'{"prompt": "Hi"}', b'{"model": "base"}', b'{"model": 5, "prompt": "Hi"}']
 )
-def test_broken_bodies(one: Stage, body: bytes) -> None:
-    assert one.post("/v1/completions", body, 400).json()["error"]["type"] == "invalid_request_error"
+def test_broken_bodies(api: ScriptedApp, body: bytes) -> None:
+    assert api.post("/v1/completions", body, 400).json()["error"]["type"] == "invalid_request_error"
 
 
 @pytest.mark.parametrize(
     "id", ["2147483648", "1099511627776", "9" * 400, "9" * 4000, "9" * 5000, "-" + "9" * 4000]
 )
 @pytest.mark.parametrize("prompt", ["[{}]", "[[1], [{}]]"])
-def test_ids_that_fit_no_machine_word_are_refused(one: Stage, prompt: str, id: str) -> None:
+def test_ids_that_fit_no_machine_word_are_refused(api: ScriptedApp, prompt: str, id: str) -> None:
     """B13, B14: a token id of any size is a bad number, and the message stays short."""
     body = f'{{"model": "x", "echo": true, "prompt": {prompt.format(id)}}}'.encode()
-    assert len(one.post("/v1/completions", body, 400).json()["error"]["message"]) < 300
+    assert len(api.post("/v1/completions", body, 400).json()["error"]["message"]) < 300
 
 
-def test_what_cannot_go_together(one: Stage) -> None:
+def test_what_cannot_go_together(api: ScriptedApp) -> None:
     for fields in ({"ignore_eos": True}, {"min_tokens": 3}):
-        one.complete(response_format={"type": "json_object"}, status=400, **fields)
-    one.complete(["a"] * 64, n=3, status=400)
+        api.complete(response_format={"type": "json_object"}, status=400, **fields)
+    api.complete(["a"] * 64, n=3, status=400)
 
 
 # ---- models
 
 
-def test_models(one: Stage) -> None:
-    told = one.knock.get("/v1/models").json()
+def test_models(api: ScriptedApp) -> None:
+    told = api.http.get("/v1/models").json()
     assert told["object"] == "list"
     cards: dict[str, Any] = {m["id"]: m for m in told["data"]}
     assert list(cards) == ["tiny", "x", "org/y"]
@@ -385,10 +387,10 @@ def test_models(one: Stage) -> None:
         ("tiny:x", "x"),
     ],
 )
-def test_one_model(one: Stage, asked: str, id: str) -> None:
-    assert one.knock.get(f"/v1/models/{asked}").json()["id"] == id
+def test_one_model(api: ScriptedApp, asked: str, id: str) -> None:
+    assert api.http.get(f"/v1/models/{asked}").json()["id"] == id
 
 
-def test_no_such_model(one: Stage) -> None:
-    answer = one.knock.get("/v1/models/none")
+def test_no_such_model(api: ScriptedApp) -> None:
+    answer = api.http.get("/v1/models/none")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")

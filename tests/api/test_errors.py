@@ -19,17 +19,17 @@ from service.api.schemas.openai import CompletionRequest
 from service.core.request import Event, Finish
 from service.errors import AdapterdError
 
-from .house import House, house
+from .served_app import ServedApp, serve_app
 
 
 @pytest.fixture(scope="module")
-def home() -> Iterator[House]:
-    with house() as found:
+def served() -> Iterator[ServedApp]:
+    with serve_app() as found:
         yield found
 
 
-def post(home: House, path: str, content: bytes, kind: str = "application/json") -> tuple[int, Any]:
-    answer = home.knock.post(path, content=content, headers={"content-type": kind})
+def post(served: ServedApp, path: str, content: bytes, kind: str = "application/json") -> tuple[int, Any]:
+    answer = served.http.post(path, content=content, headers={"content-type": kind})
     return answer.status_code, answer.json()
 
 
@@ -47,36 +47,36 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("content", BROKEN.values(), ids=BROKEN.keys())
-def test_a_broken_body_is_a_validation_error_in_each_dialect(home: House, content: bytes) -> None:
-    code, told = post(home, "/adapters", content)
+def test_a_broken_body_is_a_validation_error_in_each_dialect(served: ServedApp, content: bytes) -> None:
+    code, told = post(served, "/adapters", content)
     assert (code, told["error_type"]) == (422, "validation")
     assert isinstance(told["error"], str)
-    code, told = post(home, "/v1/load_lora_adapter", content)
+    code, told = post(served, "/v1/load_lora_adapter", content)
     assert code == 400
     assert told["error"].keys() == {"message", "type", "param", "code"}
     assert told["error"]["code"] == told["error"]["type"] == "invalid_request_error"
     assert told["error"]["param"] in (None, "lora_name"), "a place in the text is no field"
 
 
-def test_a_validation_error_names_its_fields(home: House) -> None:
-    _, told = post(home, "/adapters", b'{"id": 5, "no_such": 1}')
+def test_a_validation_error_names_its_fields(served: ServedApp) -> None:
+    _, told = post(served, "/adapters", b'{"id": 5, "no_such": 1}')
     assert told["error"] == "source: is required; id: Input should be a valid string; no_such: unknown field"
-    _, told = post(home, "/v1/load_lora_adapter", b'{"lora_name": "x"}')
+    _, told = post(served, "/v1/load_lora_adapter", b'{"lora_name": "x"}')
     assert told["error"]["param"] == "lora_path"
 
 
 @pytest.mark.parametrize("name", ["query", "body", "path"])
-def test_a_field_that_is_called_as_a_part_of_a_request_is_named_too(home: House, name: str) -> None:
-    _, told = post(home, "/adapters", json.dumps({"id": "a", "source": "b", name: 1}).encode())
+def test_a_field_that_is_called_as_a_part_of_a_request_is_named_too(served: ServedApp, name: str) -> None:
+    _, told = post(served, "/adapters", json.dumps({"id": "a", "source": "b", name: 1}).encode())
     assert told["error"] == f"{name}: unknown field"
     assert (
-        home.json("GET", f"/forecast?r=8&target_modules=q_proj&{name}=1", status=422)["error"]
+        served.json("GET", f"/forecast?r=8&target_modules=q_proj&{name}=1", status=422)["error"]
         == f"{name}: unknown field"
     )
 
 
-def test_many_findings_are_counted_rather_than_listed(home: House) -> None:
-    _, told = post(home, "/adapters", json.dumps({f"f{i}": 1 for i in range(9)}).encode())
+def test_many_findings_are_counted_rather_than_listed(served: ServedApp) -> None:
+    _, told = post(served, "/adapters", json.dumps({f"f{i}": 1 for i in range(9)}).encode())
     assert told["error"].endswith("and 8 more")
 
 
@@ -113,8 +113,8 @@ def test_what_is_wrong_a_thousand_times_is_found_a_few_times(flood: str) -> None
     assert caught.value.error_count() < 20
 
 
-def test_a_body_that_is_not_called_json_is_told_so(home: House) -> None:
-    code, told = post(home, "/adapters", b'{"id": "a", "source": "b"}', "text/plain")
+def test_a_body_that_is_not_called_json_is_told_so(served: ServedApp) -> None:
+    code, told = post(served, "/adapters", b'{"id": "a", "source": "b"}', "text/plain")
     assert code == 422
     assert "application/json" in told["error"]
 
@@ -123,36 +123,38 @@ def test_a_body_that_is_not_called_json_is_told_so(home: House) -> None:
     ("method", "path", "code"),
     [("GET", "/no-such", 404), ("GET", "/v1/no-such", 404), ("DELETE", "/health", 405)],
 )
-def test_no_such_route_or_method_has_the_envelope_too(home: House, method: str, path: str, code: int) -> None:
-    told = home.json(method, path, status=code)
+def test_no_such_route_or_method_has_the_envelope_too(
+    served: ServedApp, method: str, path: str, code: int
+) -> None:
+    told = served.json(method, path, status=code)
     kind = told["error"]["code"] if path.startswith("/v1") else told["error_type"]
     assert kind == {404: "not_found", 405: "method_not_allowed"}[code]
 
 
-def test_a_405_lists_every_method_of_the_path(home: House) -> None:
-    answer = home.knock.post("/adapters/some/name")
+def test_a_405_lists_every_method_of_the_path(served: ServedApp) -> None:
+    answer = served.http.post("/adapters/some/name")
     assert answer.status_code == 405
     assert answer.headers["allow"] == "GET, HEAD, PUT, PATCH, DELETE"
     for path in ("/health", "/console/app.js", "/docs/none"):
-        answer = home.knock.options(path)
+        answer = served.http.options(path)
         assert (answer.status_code, answer.headers["allow"]) == (405, "GET, HEAD")
         assert answer.json()["error"] == "OPTIONS is not allowed here; allowed: GET, HEAD"
 
 
-def test_head_is_get_without_a_body(home: House) -> None:
-    answer = home.knock.head("/health")
+def test_head_is_get_without_a_body(served: ServedApp) -> None:
+    answer = served.http.head("/health")
     assert answer.status_code == 200
-    assert home.knock.head("/adapters/none").status_code == 404
+    assert served.http.head("/adapters/none").status_code == 404
 
 
 def test_a_defect_is_a_500_that_shows_only_the_request_id(
-    home: House, monkeypatch: pytest.MonkeyPatch
+    served: ServedApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken() -> list[Any]:
         raise RuntimeError("/secret/place sk-key")
 
-    monkeypatch.setattr(home.shelf, "list_cards", broken)
-    answer = home.knock.get("/adapters", headers={"x-request-id": "abc-1"})
+    monkeypatch.setattr(served.registry, "list_cards", broken)
+    answer = served.http.get("/adapters", headers={"x-request-id": "abc-1"})
     assert answer.status_code == 500
     assert answer.headers["x-request-id"] == "abc-1"
     assert answer.json()["error_type"] == "internal"
@@ -194,8 +196,8 @@ def test_the_openai_envelope_says_what_its_clients_look_for(
     assert (told["code"], told["type"]) == (code, kind)
 
 
-def test_the_problems_of_an_adapter_are_listed(home: House) -> None:
-    told = home.json("POST", "/adapters", {"id": "x", "source": "bad"}, 422)
+def test_the_problems_of_an_adapter_are_listed(served: ServedApp) -> None:
+    told = served.json("POST", "/adapters", {"id": "x", "source": "bad"}, 422)
     assert told["error_type"] == "adapter_invalid"
     assert told["details"]["problems"] == ["lora_A of q_proj has no lora_B", "r is 0"]
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests import making
 
-from .fakes import DIGEST, Stage, stage
+from .fakes import DIGEST, ScriptedApp, serve_script
 
 END = " the end of it all"
 EMOJI = "😀日é👩‍👩‍👧 the on"
@@ -21,22 +21,22 @@ BACKSLASH_U = b'{"inputs": "a\\ud800"}'
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    with stage(tmp_path_factory.mktemp("generate")) as made:
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedApp]:
+    with serve_script(tmp_path_factory.mktemp("generate")) as made:
         yield made
 
 
 @pytest.fixture(autouse=True)
-def fresh(one: Stage) -> Iterator[None]:
-    one.says(END)
-    one.engine.fails, one.engine.limit = None, 10_000
+def fresh(api: ScriptedApp) -> Iterator[None]:
+    api.says(END)
+    api.engine.fails, api.engine.limit = None, 10_000
     yield
-    assert one.quiet, "a request left a lease or a ticket behind"
+    assert api.quiet, "a request left a lease or a ticket behind"
 
 
-def test_the_plain_answer(one: Stage) -> None:
-    assert one.generate(max_new_tokens=64) == {"generated_text": END, "adapter": None}
-    request = one.request
+def test_the_plain_answer(api: ScriptedApp) -> None:
+    assert api.generate(max_new_tokens=64) == {"generated_text": END, "adapter": None}
+    request = api.request
     assert request.prompt == tuple(making.ids("Hi"))
     assert (request.max_tokens, request.adapter, request.eos) == (64, None, frozenset({2}))
     assert (request.sampling.temperature, request.sampling.logprobs, request.prompt_logprobs) == (
@@ -46,12 +46,12 @@ def test_the_plain_answer(one: Stage) -> None:
     )
 
 
-def test_an_adapters_answer_names_it_in_body_and_headers(one: Stage) -> None:
-    answer = one.post(
+def test_an_adapters_answer_names_it_in_body_and_headers(api: ScriptedApp) -> None:
+    answer = api.post(
         "/generate", {"inputs": "Hi", "parameters": {"adapter_id": "org/y", "max_new_tokens": 3}}
     )
     assert answer.json()["adapter"] == {"id": "org/y", "digest": DIGEST}
-    assert one.request.adapter == DIGEST
+    assert api.request.adapter == DIGEST
     wanted = {
         "x-adapter-id": "org/y",
         "x-adapter-digest": DIGEST,
@@ -66,21 +66,21 @@ def test_an_adapters_answer_names_it_in_body_and_headers(one: Stage) -> None:
 
 @pytest.mark.parametrize("name", ["typo", "X", "x ", "", "x/y"])
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/"])
-def test_an_unknown_adapter_is_never_the_base(one: Stage, path: str, name: str) -> None:
-    before = len(one.engine.asked)
-    body = one.post(path, {"inputs": "Hi", "parameters": {"adapter_id": name}}, 404).json()
+def test_an_unknown_adapter_is_never_the_base(api: ScriptedApp, path: str, name: str) -> None:
+    before = len(api.engine.asked)
+    body = api.post(path, {"inputs": "Hi", "parameters": {"adapter_id": name}}, 404).json()
     assert body["error_type"] == "adapter_not_found"
-    assert len(one.engine.asked) == before
+    assert len(api.engine.asked) == before
 
 
 @pytest.mark.parametrize("name", ["base", "__base__", "tiny", None])
-def test_the_bases_names(one: Stage, name: str | None) -> None:
-    assert one.generate(adapter_id=name)["adapter"] is None
-    assert one.request.adapter is None
+def test_the_bases_names(api: ScriptedApp, name: str | None) -> None:
+    assert api.generate(adapter_id=name)["adapter"] is None
+    assert api.request.adapter is None
 
 
-def test_details(one: Stage) -> None:
-    details = one.generate(max_new_tokens=4, details=True, seed=7, do_sample=True)["details"]
+def test_details(api: ScriptedApp) -> None:
+    details = api.generate(max_new_tokens=4, details=True, seed=7, do_sample=True)["details"]
     ids = making.ids(END)[:4]
     assert {k: v for k, v in details.items() if k != "tokens"} == {
         "finish_reason": "length",
@@ -92,15 +92,15 @@ def test_details(one: Stage) -> None:
     assert [t["id"] for t in details["tokens"]] == ids
     assert [t["logprob"] for t in details["tokens"]] == [-0.5, -1.5, -2.5, -3.5]
     assert not any(t["special"] for t in details["tokens"])
-    assert (one.request.sampling.seed, one.request.sampling.temperature, one.request.sampling.logprobs) == (
+    assert (api.request.sampling.seed, api.request.sampling.temperature, api.request.sampling.logprobs) == (
         7,
         1.0,
         0,
     )
 
 
-def test_the_eos_token_is_told_and_is_no_text(one: Stage) -> None:
-    answer = one.generate(details=True)
+def test_the_eos_token_is_told_and_is_no_text(api: ScriptedApp) -> None:
+    answer = api.generate(details=True)
     last = answer["details"]["tokens"][-1]
     assert answer["generated_text"] == END
     assert answer["details"]["finish_reason"] == "eos_token"
@@ -108,17 +108,17 @@ def test_the_eos_token_is_told_and_is_no_text(one: Stage) -> None:
     assert answer["details"]["generated_tokens"] == len(making.ids(END)) + 1
 
 
-def test_ignore_eos_goes_past_it(one: Stage) -> None:
-    details = one.generate(max_new_tokens=20, details=True, ignore_eos_token=True)["details"]
-    assert (details["finish_reason"], details["generated_tokens"], one.request.eos) == (
+def test_ignore_eos_goes_past_it(api: ScriptedApp) -> None:
+    details = api.generate(max_new_tokens=20, details=True, ignore_eos_token=True)["details"]
+    assert (details["finish_reason"], details["generated_tokens"], api.request.eos) == (
         "length",
         20,
         frozenset(),
     )
 
 
-def test_prefill_and_top_tokens(one: Stage) -> None:
-    details = one.generate(
+def test_prefill_and_top_tokens(api: ScriptedApp) -> None:
+    details = api.generate(
         "Hi there", max_new_tokens=2, details=True, decoder_input_details=True, top_n_tokens=3
     )["details"]
     ids = making.ids("Hi there")
@@ -128,31 +128,31 @@ def test_prefill_and_top_tokens(one: Stage) -> None:
     assert [[t["id"] for t in top] for top in details["top_tokens"]] == [
         [70, id, 71] for id in making.ids(END)[:2]
     ]
-    assert (one.request.prompt_logprobs, one.request.sampling.logprobs) == (0, 3)
+    assert (api.request.prompt_logprobs, api.request.sampling.logprobs) == (0, 3)
 
 
-def test_minus_infinity_is_a_number_that_json_has(one: Stage) -> None:
-    tops = one.generate(max_new_tokens=1, details=True, top_n_tokens=4)["details"]["top_tokens"][0]
+def test_minus_infinity_is_a_number_that_json_has(api: ScriptedApp) -> None:
+    tops = api.generate(max_new_tokens=1, details=True, top_n_tokens=4)["details"]["top_tokens"][0]
     assert tops[-1]["logprob"] == -9999.0
 
 
-def test_full_text_and_truncation(one: Stage) -> None:
-    assert one.generate("Hi you", return_full_text=True)["generated_text"] == "Hi you" + END
-    details = one.generate("abcdefgh", truncate=3, details=True)["details"]
+def test_full_text_and_truncation(api: ScriptedApp) -> None:
+    assert api.generate("Hi you", return_full_text=True)["generated_text"] == "Hi you" + END
+    details = api.generate("abcdefgh", truncate=3, details=True)["details"]
     assert details["prompt_tokens"] == 3
-    assert one.request.prompt == tuple(making.ids("fgh"))
+    assert api.request.prompt == tuple(making.ids("fgh"))
 
 
-def test_the_best_of_several_is_the_likeliest(one: Stage) -> None:
-    one.engine.script = lambda request: making.ids("abc"[: 1 + request.sampling.seed % 3])
-    answer = one.generate(best_of=3, do_sample=True, seed=0, details=True)
+def test_the_best_of_several_is_the_likeliest(api: ScriptedApp) -> None:
+    api.engine.script = lambda request: making.ids("abc"[: 1 + request.sampling.seed % 3])
+    answer = api.generate(best_of=3, do_sample=True, seed=0, details=True)
     assert answer["generated_text"] == "a"
     assert [other["generated_text"] for other in answer["details"]["best_of_sequences"]] == ["ab", "abc"]
-    assert len(one.engine.asked) >= 3
+    assert len(api.engine.asked) >= 3
 
 
-def test_the_root_answers_a_list(one: Stage) -> None:
-    assert one.post("/", {"inputs": "Hi"}).json() == [{"generated_text": END, "adapter": None}]
+def test_the_root_answers_a_list(api: ScriptedApp) -> None:
+    assert api.post("/", {"inputs": "Hi"}).json() == [{"generated_text": END, "adapter": None}]
 
 
 # ---- streams
@@ -162,9 +162,9 @@ def test_the_root_answers_a_list(one: Stage) -> None:
     ("path", "more"), [("/generate_stream", {}), ("/generate", {"stream": True}), ("/", {"stream": True})]
 )
 def test_a_stream_is_one_event_a_token_and_the_last_tells_all(
-    one: Stage, path: str, more: dict[str, Any]
+    api: ScriptedApp, path: str, more: dict[str, Any]
 ) -> None:
-    events = one.stream(
+    events = api.stream(
         path, {"inputs": "Hi", "parameters": {"adapter_id": "x", "max_new_tokens": 5}, **more}
     )
     assert len(events) == 5
@@ -183,11 +183,11 @@ def test_a_stream_is_one_event_a_token_and_the_last_tells_all(
     }
 
 
-def test_streams_equal_the_whole_at_every_length(one: Stage) -> None:
-    one.says(EMOJI)
+def test_streams_equal_the_whole_at_every_length(api: ScriptedApp) -> None:
+    api.says(EMOJI)
     for n in range(1, len(making.ids(EMOJI)) + 2):
-        whole = one.generate(max_new_tokens=n)["generated_text"]
-        events = one.stream("/generate_stream", {"inputs": "Hi", "parameters": {"max_new_tokens": n}})
+        whole = api.generate(max_new_tokens=n)["generated_text"]
+        events = api.stream("/generate_stream", {"inputs": "Hi", "parameters": {"max_new_tokens": n}})
         assert "".join(e["token"]["text"] for e in events) == whole == events[-1]["generated_text"]
         assert "\ufffd" not in whole[:-1]
         assert len(events) == n
@@ -196,40 +196,40 @@ def test_streams_equal_the_whole_at_every_length(one: Stage) -> None:
 @pytest.mark.parametrize(
     "stop", [["end"], ["d of", "zzz"], ["the end of it all"], [" "], ["all "], ["it", "f it"]]
 )
-def test_stop_strings_never_leak(one: Stage, stop: list[str]) -> None:
-    answer = one.generate(stop=stop, details=True)
+def test_stop_strings_never_leak(api: ScriptedApp, stop: list[str]) -> None:
+    answer = api.generate(stop=stop, details=True)
     found = [END.index(s) for s in stop if s in END]
     assert answer["generated_text"] == (END[: min(found)] if found else END)
     assert answer["details"]["finish_reason"] == ("stop_sequence" if found else "eos_token")
-    events = one.stream("/generate_stream", {"inputs": "Hi", "parameters": {"stop": stop}})
+    events = api.stream("/generate_stream", {"inputs": "Hi", "parameters": {"stop": stop}})
     told = "".join(e["token"]["text"] for e in events if not e["token"]["special"])
     assert told == answer["generated_text"] == events[-1]["generated_text"]
-    assert not one.engine.cancelled
+    assert not api.engine.cancelled
 
 
-def test_text_held_for_a_stop_string_comes_with_the_eos(one: Stage) -> None:
-    events = one.stream("/generate_stream", {"inputs": "Hi", "parameters": {"stop": ["all together"]}})
+def test_text_held_for_a_stop_string_comes_with_the_eos(api: ScriptedApp) -> None:
+    events = api.stream("/generate_stream", {"inputs": "Hi", "parameters": {"stop": ["all together"]}})
     assert (events[-1]["token"]["text"], events[-1]["token"]["special"]) == ("all", False)
 
 
-def test_a_failure_in_mid_stream_is_the_last_event(one: Stage) -> None:
+def test_a_failure_in_mid_stream_is_the_last_event(api: ScriptedApp) -> None:
     """B11: at the third token; then the stream ends."""
-    one.engine.fails = ("not_ready", "the worker died")
-    events = one.stream("/generate_stream", {"inputs": "Hi"})
+    api.engine.fails = ("not_ready", "the worker died")
+    events = api.stream("/generate_stream", {"inputs": "Hi"})
     assert len(events) == 3
     assert events[-1] == {"error": "the worker died", "error_type": "not_ready"}
-    one.generate(status=503)
+    api.generate(status=503)
 
 
-def test_a_stream_tells_the_prompts_tokens_at_its_end(one: Stage) -> None:
-    last = one.stream("/generate_stream", {"inputs": "Hi", "parameters": {"decoder_input_details": True}})[-1]
+def test_a_stream_tells_the_prompts_tokens_at_its_end(api: ScriptedApp) -> None:
+    last = api.stream("/generate_stream", {"inputs": "Hi", "parameters": {"decoder_input_details": True}})[-1]
     assert [(p["id"], p["logprob"]) for p in last["details"]["prefill"]] == list(
         zip(making.ids("Hi"), [None, -1.0], strict=True)
     )
 
 
-def test_top_tokens_stream_too(one: Stage) -> None:
-    events = one.stream("/generate_stream", {"inputs": "Hi", "parameters": {"top_n_tokens": 2}})
+def test_top_tokens_stream_too(api: ScriptedApp) -> None:
+    events = api.stream("/generate_stream", {"inputs": "Hi", "parameters": {"top_n_tokens": 2}})
     assert [[t["id"] for t in e["top_tokens"]] for e in events[:2]] == [
         [70, id] for id in making.ids(END)[:2]
     ]
@@ -273,7 +273,8 @@ BAD = {
     "adapter_source": '"s3"',
     "top_n_tokens": "1000000",
     "details": "1",
-    "response_format": '{"type":"json_object","schema":{"type":"no-such-type"}} {"type":"no-such-format"} {"type":"regex","regex":"("} 5',
+    "response_format": '{"type":"json_object","schema":{"type":"no-such-type"}} '
+    '{"type":"no-such-format"} {"type":"regex","regex":"("} 5',
     "grammar": '{"type":"json","value":{"type":"x"}} {"type":"regex"}',
 }
 
@@ -287,80 +288,83 @@ def body_with(field: str, value: str) -> bytes:
 
 
 @pytest.mark.parametrize(("field", "value"), each(GOOD))
-def test_values_with_a_meaning_are_taken(one: Stage, field: str, value: str) -> None:
-    one.post("/generate", body_with(field, value))
-    assert one.request.sampling.temperature in (0, 1)
+def test_values_with_a_meaning_are_taken(api: ScriptedApp, field: str, value: str) -> None:
+    api.post("/generate", body_with(field, value))
+    assert api.request.sampling.temperature in (0, 1)
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
 @pytest.mark.parametrize(("field", "value"), each(BAD))
 def test_odd_values_are_refused_by_name_before_anything_runs(
-    one: Stage, path: str, field: str, value: str
+    api: ScriptedApp, path: str, field: str, value: str
 ) -> None:
     """B13."""
-    before = len(one.engine.asked)
-    told = one.post(path, body_with(field, value), 422).json()
+    before = len(api.engine.asked)
+    told = api.post(path, body_with(field, value), 422).json()
     assert field in told["error"]
     assert told["error_type"] == ("context_length_exceeded" if value == "513" else "validation")
-    assert len(one.engine.asked) == before
+    assert len(api.engine.asked) == before
 
 
 @pytest.mark.parametrize(
     "body",
-    [b"{", b"", b"[1]", b'"x"', b'{"inputs": 5}', b'{"inputs": "Hi", "no_such": 1}', b'{"parameters": {}}', b"\xff\xfe", b"[" * 100_000,
-     b'{"inputs": ""}', BACKSLASH_U, b'{"inputs": "Hi", "stream": "yes"}', b'{"inputs": "Hi", "parameters": []}'],
-)  # fmt: skip
-def test_broken_bodies_are_validation_errors(one: Stage, body: bytes) -> None:
-    assert one.post("/generate", body, 422).json()["error_type"] == "validation"
+    [
+        *(b"{", b"", b"[1]", b'"x"', b"\xff\xfe", b"[" * 100_000, BACKSLASH_U),
+        *(b'{"inputs": 5}', b'{"inputs": ""}', b'{"inputs": "Hi", "no_such": 1}', b'{"parameters": {}}'),
+        *(b'{"inputs": "Hi", "stream": "yes"}', b'{"inputs": "Hi", "parameters": []}'),
+    ],
+)
+def test_broken_bodies_are_validation_errors(api: ScriptedApp, body: bytes) -> None:
+    assert api.post("/generate", body, 422).json()["error_type"] == "validation"
 
 
-def test_streaming_the_best_of_several_is_refused(one: Stage) -> None:
+def test_streaming_the_best_of_several_is_refused(api: ScriptedApp) -> None:
     body = {"inputs": "Hi", "parameters": {"best_of": 2, "do_sample": True}}
-    assert "best_of" in one.post("/generate_stream", body, 422).json()["error"]
-    assert "best_of" in one.post("/generate", body | {"stream": True}, 422).json()["error"]
+    assert "best_of" in api.post("/generate_stream", body, 422).json()["error"]
+    assert "best_of" in api.post("/generate", body | {"stream": True}, 422).json()["error"]
 
 
-def test_a_source_must_be_the_true_one(one: Stage) -> None:
-    one.generate(adapter_id="x", adapter_source="local")
-    one.generate(adapter_id="org/y", adapter_source="hub")
-    assert "adapter_source" in one.generate(adapter_id="x", adapter_source="hub", status=422)["error"]
-    assert "adapter_source" in one.generate(adapter_id="org/y", adapter_source="local", status=422)["error"]
+def test_a_source_must_be_the_true_one(api: ScriptedApp) -> None:
+    api.generate(adapter_id="x", adapter_source="local")
+    api.generate(adapter_id="org/y", adapter_source="hub")
+    assert "adapter_source" in api.generate(adapter_id="x", adapter_source="hub", status=422)["error"]
+    assert "adapter_source" in api.generate(adapter_id="org/y", adapter_source="local", status=422)["error"]
 
 
-def test_the_context_is_the_limit_and_the_default_fits_into_it(one: Stage) -> None:
-    told = one.generate("a" * 505, max_new_tokens=8, status=422)
+def test_the_context_is_the_limit_and_the_default_fits_into_it(api: ScriptedApp) -> None:
+    told = api.generate("a" * 505, max_new_tokens=8, status=422)
     assert told["error_type"] == "context_length_exceeded"
     assert told["details"] == {"context": 512, "prompt_tokens": 505, "max_tokens": 8}
     assert "512" in told["error"]
     assert "505" in told["error"]
-    one.generate("a" * 505, max_new_tokens=7)
-    one.generate("a" * 505)
-    assert one.request.max_tokens == 7
-    one.generate("a")
-    assert one.request.max_tokens == 128
-    assert one.generate("a" * 512, status=422)["error_type"] == "context_length_exceeded"
+    api.generate("a" * 505, max_new_tokens=7)
+    api.generate("a" * 505)
+    assert api.request.max_tokens == 7
+    api.generate("a")
+    assert api.request.max_tokens == 128
+    assert api.generate("a" * 512, status=422)["error_type"] == "context_length_exceeded"
 
 
-def test_a_source_without_an_adapter_is_refused(one: Stage) -> None:
-    assert "adapter_source" in one.generate(adapter_source="local", status=422)["error"]
+def test_a_source_without_an_adapter_is_refused(api: ScriptedApp) -> None:
+    assert "adapter_source" in api.generate(adapter_source="local", status=422)["error"]
 
 
 @pytest.mark.parametrize("stop", [["x" * 10_000], ["x"] * 17])
-def test_stop_strings_have_a_limit(one: Stage, stop: list[str]) -> None:
-    assert "stop" in one.generate(stop=stop, status=422)["error"]
-    one.generate(stop=["x" * 1000] * 16)
+def test_stop_strings_have_a_limit(api: ScriptedApp, stop: list[str]) -> None:
+    assert "stop" in api.generate(stop=stop, status=422)["error"]
+    api.generate(stop=["x" * 1000] * 16)
 
 
-def test_a_lone_surrogate_is_refused_wherever_it_stands(one: Stage) -> None:
+def test_a_lone_surrogate_is_refused_wherever_it_stands(api: ScriptedApp) -> None:
     lone = "\ud800"
     for format in ({"type": "regex", "regex": lone}, {"type": "json_object", "schema": {"const": lone}}):
-        assert "response_format" in one.generate(response_format=format, status=422)["error"]
-    one.generate(adapter_id=lone, status=404)
-    assert "stop" in one.generate(stop=[lone], status=422)["error"]
+        assert "response_format" in api.generate(response_format=format, status=422)["error"]
+    api.generate(adapter_id=lone, status=404)
+    assert "stop" in api.generate(stop=[lone], status=422)["error"]
 
 
-def test_sampling_parameters_reach_the_engine(one: Stage) -> None:
-    one.generate(
+def test_sampling_parameters_reach_the_engine(api: ScriptedApp) -> None:
+    api.generate(
         temperature=0.5,
         top_k=5,
         top_p=0.9,
@@ -370,7 +374,7 @@ def test_sampling_parameters_reach_the_engine(one: Stage) -> None:
         presence_penalty=0.3,
         seed=11,
     )
-    sampling = one.request.sampling
+    sampling = api.request.sampling
     assert (sampling.temperature, sampling.top_k, sampling.top_p, sampling.typical_p) == (0.5, 5, 0.9, 0.8)
     assert (
         sampling.repetition_penalty,
@@ -380,10 +384,10 @@ def test_sampling_parameters_reach_the_engine(one: Stage) -> None:
     ) == (1.1, 0.2, 0.3, 11)
 
 
-def test_sampling_without_a_seed_draws_one_and_tells_it(one: Stage) -> None:
-    seeds = {one.generate(do_sample=True, details=True)["details"]["seed"] for _ in range(2)}
+def test_sampling_without_a_seed_draws_one_and_tells_it(api: ScriptedApp) -> None:
+    seeds = {api.generate(do_sample=True, details=True)["details"]["seed"] for _ in range(2)}
     assert len(seeds) == 2
-    assert one.request.sampling.seed in seeds
+    assert api.request.sampling.seed in seeds
 
 
 @pytest.mark.parametrize(
@@ -402,48 +406,48 @@ def test_sampling_without_a_seed_draws_one_and_tells_it(one: Stage) -> None:
         ("grammar", {"type": "regex", "value": "[ab]+"}, "[ab]+"),
     ],
 )
-def test_formats_become_grammars(one: Stage, field: str, value: dict[str, Any], inside: str) -> None:
-    one.post("/generate", {"inputs": "Hi", "parameters": {field: value}})
-    assert one.request.sampling.grammar is not None
-    assert json.loads(one.request.sampling.grammar)["grammars"]
-    assert inside in one.request.sampling.grammar
+def test_formats_become_grammars(api: ScriptedApp, field: str, value: dict[str, Any], inside: str) -> None:
+    api.post("/generate", {"inputs": "Hi", "parameters": {field: value}})
+    assert api.request.sampling.grammar is not None
+    assert json.loads(api.request.sampling.grammar)["grammars"]
+    assert inside in api.request.sampling.grammar
 
 
-def test_a_format_that_is_text_constrains_nothing(one: Stage) -> None:
+def test_a_format_that_is_text_constrains_nothing(api: ScriptedApp) -> None:
     text = {"type": "text"}
-    one.generate(response_format=text, ignore_eos_token=True)
-    assert (one.request.sampling.grammar, one.request.eos) == (None, frozenset())
-    one.generate(response_format=text, grammar={"type": "regex", "value": "[ab]+"})
-    assert "[ab]+" in str(one.request.sampling.grammar)
+    api.generate(response_format=text, ignore_eos_token=True)
+    assert (api.request.sampling.grammar, api.request.eos) == (None, frozenset())
+    api.generate(response_format=text, grammar={"type": "regex", "value": "[ab]+"})
+    assert "[ab]+" in str(api.request.sampling.grammar)
 
 
-def test_a_full_queue_is_429_also_for_streams(one: Stage) -> None:
-    one.engine.limit = 0
-    answer = one.post("/generate", {"inputs": "Hi"}, 429)
+def test_a_full_queue_is_429_also_for_streams(api: ScriptedApp) -> None:
+    api.engine.limit = 0
+    answer = api.post("/generate", {"inputs": "Hi"}, 429)
     assert answer.json()["error_type"] == "overloaded"
     assert answer.headers["retry-after"]
-    one.post("/generate_stream", {"inputs": "Hi", "parameters": {"adapter_id": "x"}}, 429)
+    api.post("/generate_stream", {"inputs": "Hi", "parameters": {"adapter_id": "x"}}, 429)
 
 
-def test_ends_that_the_vocabulary_does_not_have_never_reach_the_batch(one: Stage) -> None:
-    folder = one.names.root / "odd"
+def test_ends_that_the_vocabulary_does_not_have_never_reach_the_batch(api: ScriptedApp) -> None:
+    folder = api.names.root / "odd"
     folder.mkdir()
     end = making.ids("d")[0]
     (folder / "generation_config.json").write_text(
-        json.dumps({"eos_token_id": [end, -1, one.engine.base.vocab_size, 10**30]})
+        json.dumps({"eos_token_id": [end, -1, api.engine.base.vocab_size, 10**30]})
     )
-    one.names.names["odd"] = one.names.names["x"]
-    one.generate(adapter_id="odd")
-    assert one.request.eos == {2, end}
+    api.names.names["odd"] = api.names.names["x"]
+    api.generate(adapter_id="odd")
+    assert api.request.eos == {2, end}
 
 
 def test_files_that_were_edited_after_their_registration_answer_nothing(
-    one: Stage, monkeypatch: pytest.MonkeyPatch
+    api: ScriptedApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = one.names.root / "edited"
+    folder = api.names.root / "edited"
     folder.mkdir()
-    one.names.names["edited"] = one.names.names["x"]
-    lease = one.names.lease_adapter
+    api.names.names["edited"] = api.names.names["x"]
+    lease = api.names.lease_adapter
 
     @contextmanager
     def edited(id: str) -> Iterator[Any]:
@@ -451,18 +455,18 @@ def test_files_that_were_edited_after_their_registration_answer_nothing(
             (folder / "generation_config.json").write_text('{"eos_token_id": 7}')
             yield generation
 
-    monkeypatch.setattr(one.names, "lease_adapter", edited)
+    monkeypatch.setattr(api.names, "lease_adapter", edited)
     (folder / "generation_config.json").write_text('{"eos_token_id": 8}')
-    answer = one.generate(adapter_id="edited", status=422)
+    answer = api.generate(adapter_id="edited", status=422)
     assert answer["error_type"] == "adapter_invalid"
     assert "register it again (PUT)" in answer["error"]
 
 
-def test_an_adapters_own_words_are_used(one: Stage) -> None:
-    folder = one.names.root / "x2"
+def test_an_adapters_own_words_are_used(api: ScriptedApp) -> None:
+    folder = api.names.root / "x2"
     folder.mkdir()
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": making.ids("d")}))
-    one.names.names["x2"] = one.names.names["x"]
-    answer = one.generate(adapter_id="x2", details=True)
+    api.names.names["x2"] = api.names.names["x"]
+    answer = api.generate(adapter_id="x2", details=True)
     assert answer["generated_text"] == " the en"
     assert answer["details"]["finish_reason"] == "eos_token"

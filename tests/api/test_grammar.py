@@ -118,7 +118,7 @@ def test_what_nothing_can_meet_is_refused(schema: dict[str, Any]) -> None:
         compiled(schema)
 
 
-def test_what_no_sampler_could_follow_is_refused_at_the_door() -> None:
+def test_what_no_sampler_could_follow_is_refused_by_the_api() -> None:
     """What is never complete, or only shows its size when it is begun, would fail in the middle of
     a stream.
     """
@@ -247,7 +247,7 @@ def test_the_least_recently_used_is_forgotten_first() -> None:
             asked.append(text)
             return Verdict(text * 1000)
 
-        assert (await verdicts.of(text, check)).grammar == text * 1000
+        assert (await verdicts.find_or_check(text, check)).grammar == text * 1000
 
     async def go() -> None:
         for text in "abacab":
@@ -265,9 +265,9 @@ def test_a_defect_is_not_remembered_and_a_caller_who_leaves_takes_nobodys_answer
 
     async def go() -> Verdict:
         with pytest.raises(MemoryError):
-            await verdicts.of("a", broken)
-        leaving = asyncio.create_task(verdicts.of("a", lambda: Verdict("fine")))
-        staying = asyncio.create_task(verdicts.of("a", broken))
+            await verdicts.find_or_check("a", broken)
+        leaving = asyncio.create_task(verdicts.find_or_check("a", lambda: Verdict("fine")))
+        staying = asyncio.create_task(verdicts.find_or_check("a", broken))
         await asyncio.sleep(0)
         leaving.cancel()
         return await staying
@@ -281,7 +281,7 @@ def test_nothing_of_a_schema_is_walked_through_on_the_event_loop(monkeypatch: py
             asyncio.get_running_loop()
         return 1
 
-    for name in ("reach", "multiple"):
+    for name in ("schema_depth", "common_multiple"):
         monkeypatch.setattr(grammar, name, walked)
     assert compiled({"type": "integer"})
     assert asyncio.run(grammar.calls_grammar({"add": {"type": "object"}}, "tools"))

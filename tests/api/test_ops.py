@@ -12,29 +12,29 @@ import pytest
 from service.errors import AdapterNotFound
 from service.telemetry.logs import JsonFormatter, TextFormatter
 
-from .fakes import stage
-from .house import House, house
+from .fakes import serve_script
+from .served_app import ServedApp, serve_app
 
 
 @pytest.fixture(scope="module")
-def home() -> Iterator[House]:
-    with house(max_body_mb="0.001", max_upload_mb="0.002") as found:
+def served() -> Iterator[ServedApp]:
+    with serve_app(max_body_mb="0.001", max_upload_mb="0.002") as found:
         yield found
 
 
 def test_while_it_loads_it_lives_but_is_not_ready() -> None:
     """C2: liveness and readiness are two things."""
-    with house(loading=True) as home:
-        home.client.stage, home.client.fraction = "reading weights", 0.25
-        assert home.json("GET", "/health")["state"] == "loading"
-        assert home.json("GET", "/health")["fraction"] == 0.25
-        answer = home.knock.get("/ready")
+    with serve_app(loading=True) as served:
+        served.client.stage, served.client.fraction = "reading weights", 0.25
+        assert served.json("GET", "/health")["state"] == "loading"
+        assert served.json("GET", "/health")["fraction"] == 0.25
+        answer = served.http.get("/ready")
         assert (answer.status_code, answer.json()["error_type"]) == (503, "not_ready")
         assert int(answer.headers["retry-after"]) > 0
         assert "reading weights (25%)" in answer.json()["error"]
         for path in ("/adapters", "/base", "/forecast?r=8&target_modules=q_proj"):
-            assert home.json("GET", path, status=503)["error_type"] == "not_ready"
-        assert home.json("GET", "/info")["base"] is None
+            assert served.json("GET", path, status=503)["error_type"] == "not_ready"
+        assert served.json("GET", "/info")["base"] is None
 
 
 @pytest.mark.parametrize(
@@ -42,63 +42,67 @@ def test_while_it_loads_it_lives_but_is_not_ready() -> None:
     [("restarting", False, 200), ("ready", False, 200), ("failed", False, 503), ("ready", True, 200)],
 )
 def test_health_is_503_only_when_nothing_can_help(state: str, ready: bool, health: int) -> None:
-    with house() as home:
-        home.client.state, home.client.ready, home.client.reason = state, ready, "the worker does not answer"
-        told = home.json("GET", "/health", status=health)
+    with serve_app() as served:
+        served.client.state, served.client.ready, served.client.reason = (
+            state,
+            ready,
+            "the worker does not answer",
+        )
+        told = served.json("GET", "/health", status=health)
         assert (told["details"] if health == 503 else told)["state"] == state
-        answer = home.knock.get("/ready")
+        answer = served.http.get("/ready")
         assert answer.status_code == (200 if ready else 503)
         assert ready or answer.headers["retry-after"]
-        home.json("GET", "/adapters")
+        served.json("GET", "/adapters")
 
 
 def test_a_base_that_cannot_be_served_is_told_with_its_reason_but_not_its_place(tmp_path: Path) -> None:
-    with house(loading=True, base=str(tmp_path)) as home:
-        home.client.reason = f"the folder {tmp_path} holds no config.json"
-        home.client.loaded.set()
-        while not home.rooms.failure:
-            home.knock.get("/health")
-        assert home.json("GET", "/health", status=503)["details"]["state"] == "failed"
-        told = home.json("GET", "/ready", status=503)["error"]
+    with serve_app(loading=True, base=str(tmp_path)) as served:
+        served.client.reason = f"the folder {tmp_path} holds no config.json"
+        served.client.loaded.set()
+        while not served.services.failure:
+            served.http.get("/health")
+        assert served.json("GET", "/health", status=503)["details"]["state"] == "failed"
+        told = served.json("GET", "/ready", status=503)["error"]
         assert "no config.json" in told
         assert str(tmp_path) not in told
 
 
 def test_draining_refuses_everything_but_the_probes() -> None:
-    with house() as home:
-        home.rooms.draining = True
-        assert home.json("GET", "/health")["state"] == "draining"
-        assert home.knock.get("/metrics").status_code == 200
-        answer = home.knock.get("/adapters")
+    with serve_app() as served:
+        served.services.draining = True
+        assert served.json("GET", "/health")["state"] == "draining"
+        assert served.http.get("/metrics").status_code == 200
+        answer = served.http.get("/adapters")
         assert (answer.status_code, answer.json()["error_type"]) == (503, "not_ready")
         assert answer.headers["connection"] == "close"
         assert answer.headers["retry-after"]
 
 
 def test_leaving_closes_the_registry_and_stops_the_engine() -> None:
-    with house() as home:
+    with serve_app() as served:
         pass
-    assert home.shelf.calls == [("close",)]
-    assert home.client.stops == [0]
+    assert served.registry.calls == [("close",)]
+    assert served.client.stops == [0]
 
 
-def test_metrics_speak_both_formats(home: House) -> None:
-    plain = home.knock.get("/metrics")
-    modern = home.knock.get("/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
+def test_metrics_speak_both_formats(served: ServedApp) -> None:
+    plain = served.http.get("/metrics")
+    modern = served.http.get("/metrics", headers={"accept": "application/openmetrics-text; version=1.0.0"})
     assert plain.headers["content-type"].startswith("text/plain")
     assert modern.headers["content-type"].startswith("application/openmetrics-text")
     assert modern.text.endswith("# EOF\n")
 
 
-def test_info_has_versions_and_no_place_of_the_host(home: House) -> None:
-    answer = home.knock.get("/info")
+def test_info_has_versions_and_no_place_of_the_host(served: ServedApp) -> None:
+    answer = served.http.get("/info")
     assert answer.json()["versions"]["torch"]
     assert answer.json()["settings"]["max_body_mb"] == 0.001
     assert "secret" not in answer.text
 
 
-def test_the_base_is_described(home: House) -> None:
-    told = home.json("GET", "/base")
+def test_the_base_is_described(served: ServedApp) -> None:
+    told = served.json("GET", "/base")
     assert (told["id"], told["architecture"], told["context_length"]) == ("tiny", "LlamaForCausalLM", 2048)
     assert told["modules"] == [{"name": "q_proj", "in_features": 64, "out_features": 64, "count": 2}]
     assert told["pool"] == {
@@ -110,13 +114,13 @@ def test_the_base_is_described(home: House) -> None:
     assert told["rope"] is None
 
 
-def test_the_root_is_the_console_for_browsers_only(home: House) -> None:
-    page = home.knock.get("/", headers={"accept": "text/html,*/*"})
+def test_the_root_is_the_console_for_browsers_only(served: ServedApp) -> None:
+    page = served.http.get("/", headers={"accept": "text/html,*/*"})
     assert page.headers["content-type"].startswith("text/html")
     assert "script-src 'self'" in page.headers["content-security-policy"]
     assert "unsafe" not in page.headers["content-security-policy"]
-    assert home.json("GET", "/", status=404)["error_type"] == "not_found"
-    icon = home.knock.get("/console/icon.svg")
+    assert served.json("GET", "/", status=404)["error_type"] == "not_found"
+    icon = served.http.get("/console/icon.svg")
     assert icon.headers["content-type"].startswith("image/svg+xml")
     for path in (
         "/console/no-such.js",
@@ -125,26 +129,26 @@ def test_the_root_is_the_console_for_browsers_only(home: House) -> None:
         "/console",
         "/console/",
     ):
-        assert home.json("GET", path, status=404)["error_type"] == "not_found"
+        assert served.json("GET", path, status=404)["error_type"] == "not_found"
 
 
 @pytest.mark.parametrize("range", ["bytes=abc", "bytes=99999999-", "bytes=0-1"])
-def test_files_go_out_whole(home: House, range: str) -> None:
+def test_files_go_out_whole(served: ServedApp, range: str) -> None:
     for path in ("/docs", "/console/app.js"):
-        part, whole = home.knock.get(path, headers={"range": range}), home.knock.get(path)
+        part, whole = served.http.get(path, headers={"range": range}), served.http.get(path)
         assert (part.status_code, part.content) == (200, whole.content)
 
 
-def test_the_pages_of_the_api_ask_no_other_origin(home: House) -> None:
-    page = home.knock.get("/docs", headers={"accept": "text/html"})
+def test_the_pages_of_the_api_ask_no_other_origin(served: ServedApp) -> None:
+    page = served.http.get("/docs", headers={"accept": "text/html"})
     assert "http" not in page.text.replace("http-equiv", "")
     for name in ("swagger-ui-bundle.js", "swagger-ui.css", "start.js"):
         assert f"docs/{name}" in page.text
-        assert home.knock.get(f"/docs/{name}").status_code == 200
+        assert served.http.get(f"/docs/{name}").status_code == 200
 
 
-def test_the_description_lists_every_route_and_how_it_refuses(home: House) -> None:
-    paths = home.json("GET", "/openapi.json")["paths"]
+def test_the_description_lists_every_route_and_how_it_refuses(served: ServedApp) -> None:
+    paths = served.json("GET", "/openapi.json")["paths"]
     for path in (
         "/generate",
         "/generate_stream",
@@ -163,20 +167,20 @@ def test_the_description_lists_every_route_and_how_it_refuses(home: House) -> No
 
 
 def test_a_page_that_is_not_installed_is_404(
-    home: House, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+    served: ServedApp, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     monkeypatch.setattr("service.api.routes.ops.PAGES", tmp_path_factory.mktemp("empty"))
-    assert home.json("GET", "/", status=404, headers={"accept": "text/html"})["error_type"] == "not_found"
+    assert served.json("GET", "/", status=404, headers={"accept": "text/html"})["error_type"] == "not_found"
 
 
-def test_every_answer_has_an_id_and_the_security_headers(home: House) -> None:
+def test_every_answer_has_an_id_and_the_security_headers(served: ServedApp) -> None:
     for path, sent, kept in (
         ("/health", "abc-1.2", True),
         ("/no-such", "x y", False),
         ("/health", "x" * 129, False),
         ("/health", "", False),
     ):
-        answer = home.knock.get(path, headers={"x-request-id": sent})
+        answer = served.http.get(path, headers={"x-request-id": sent})
         assert (answer.headers["x-request-id"] == sent) is kept
         assert answer.headers["x-request-id"]
         assert answer.headers["x-content-type-options"] == "nosniff"
@@ -188,26 +192,26 @@ def chunks(size: int) -> Iterator[bytes]:
         yield b" " * 100
 
 
-def test_a_body_over_the_limit_is_413_told_or_chunked(home: House) -> None:
+def test_a_body_over_the_limit_is_413_told_or_chunked(served: ServedApp) -> None:
     # Nothing has to be read
-    assert home.knock.post("/no-such", content=b" " * 1001).json()["error_type"] == "payload_too_large"
+    assert served.http.post("/no-such", content=b" " * 1001).json()["error_type"] == "payload_too_large"
     for path, kind in (("/adapters", "error_type"), ("/v1/load_lora_adapter", "code")):
-        answer = home.knock.post(path, content=chunks(1100), headers={"content-type": "application/json"})
+        answer = served.http.post(path, content=chunks(1100), headers={"content-type": "application/json"})
         assert answer.status_code == 413, answer.text
         told = answer.json()
         assert (told if kind in told else told["error"])[kind] == "payload_too_large"
     assert (
-        home.knock.post(
+        served.http.post(
             "/adapters", content=chunks(1000), headers={"content-type": "application/json"}
         ).status_code
         == 422
     )
 
 
-def test_only_an_upload_may_be_as_large_as_one(home: House) -> None:
-    home.json("POST", "/adapters/x/upload", status=201, content=chunks(1500))
+def test_only_an_upload_may_be_as_large_as_one(served: ServedApp) -> None:
+    served.json("POST", "/adapters/x/upload", status=201, content=chunks(1500))
     for method in ("PUT", "PATCH"):
-        answer = home.knock.request(
+        answer = served.http.request(
             method, "/adapters/x/upload", content=chunks(1500), headers={"content-type": "application/json"}
         )
         assert (answer.status_code, answer.json()["error_type"]) == (413, "payload_too_large")
@@ -217,12 +221,12 @@ def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:
     return [record.__dict__["fields"] for record in caplog.records if record.name == "adapterd.access"]
 
 
-def test_one_line_a_request_without_its_query(home: House, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_line_a_request_without_its_query(served: ServedApp, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "adapterd.access"):
-        home.knock.get(
+        served.http.get(
             "/adapters?key=sk-secret", headers={"x-request-id": "one", "authorization": "Bearer sk-secret"}
         )
-        home.knock.get("/health")
+        served.http.get("/health")
     (line,) = lines(caplog)
     assert (line["id"], line["method"], line["path"], line["status"]) == ("one", "GET", "/adapters", 200)
     assert "sk-secret" not in caplog.text + str(line)
@@ -231,25 +235,23 @@ def test_one_line_a_request_without_its_query(home: House, caplog: pytest.LogCap
 def test_the_line_of_a_stream_says_what_its_headers_could_not_yet(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with stage(tmp_path) as one, caplog.at_level(logging.INFO, "adapterd.access"):
-        answer = one.knock.post(
-            "/generate_stream", json={"inputs": "Hi", "parameters": {"max_new_tokens": 3}}
-        )
+    with serve_script(tmp_path) as api, caplog.at_level(logging.INFO, "adapterd.access"):
+        answer = api.http.post("/generate_stream", json={"inputs": "Hi", "parameters": {"max_new_tokens": 3}})
     assert "x-generated-tokens" not in answer.headers
     (line,) = lines(caplog)
     assert (line["prompt_tokens"], line["generated_tokens"]) == (int(answer.headers["x-prompt-tokens"]), 3)
 
 
 def test_a_defect_is_logged_with_its_trace_and_the_request_id(
-    home: House, caplog: pytest.LogCaptureFixture
+    served: ServedApp, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken() -> None:
         raise RuntimeError("the reason")
 
-    home.shelf.__dict__["list_cards"] = broken
+    served.registry.__dict__["list_cards"] = broken
     with caplog.at_level(logging.INFO, "adapterd.access"):
-        home.knock.get("/adapters", headers={"x-request-id": "two"})
-    del home.shelf.__dict__["list_cards"]
+        served.http.get("/adapters", headers={"x-request-id": "two"})
+    del served.registry.__dict__["list_cards"]
     trace, line = (record for record in caplog.records if record.name == "adapterd.access")
     assert trace.exc_info is not None
     assert trace.__dict__["fields"] == {"id": "two"}
@@ -275,16 +277,16 @@ def test_a_log_line_cannot_be_forged() -> None:
     assert json.loads(JsonFormatter().format(forged))["path"] == "/a\nINFO request path=/b"
 
 
-def test_what_an_adapters_files_say_of_it_can_be_told_whatever_it_is(home: House) -> None:
+def test_what_an_adapters_files_say_of_it_can_be_told_whatever_it_is(served: ServedApp) -> None:
     """JSON may hold a lone surrogate, which UTF-8 does not have."""
-    home.json("POST", "/adapters", {"id": "odd", "source": "odd"}, status=201)
-    home.shelf.names["odd"]["claimed"] = "\ud800é"
+    served.json("POST", "/adapters", {"id": "odd", "source": "odd"}, status=201)
+    served.registry.names["odd"]["claimed"] = "\ud800é"
     for path in ("/adapters", "/adapters/odd", "/adapters/odd/summary"):
-        answer = home.knock.get(path)
+        answer = served.http.get(path)
         assert (answer.status_code, "\\ud800é" in answer.text) == (200, True)
         assert answer.json()
-    home.shelf.names["odd"]["id"] = "\ud800é"
-    assert home.knock.get("/adapters/odd/summary?format=text").text == "\\ud800é rank 4"
+    served.registry.names["odd"]["id"] = "\ud800é"
+    assert served.http.get("/adapters/odd/summary?format=text").text == "\\ud800é rank 4"
 
 
 def test_a_trace_is_part_of_the_line() -> None:

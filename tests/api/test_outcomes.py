@@ -18,13 +18,13 @@ from service.telemetry import metrics
 from service.telemetry.traces import Trace
 from tests import making
 
-from .fakes import DIGEST, Stage, stage
-from .house import house
+from .fakes import DIGEST, ScriptedApp, serve_script
+from .served_app import serve_app
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    with stage(tmp_path_factory.mktemp("outcomes"), max_body_mb="0.01") as found:
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedApp]:
+    with serve_script(tmp_path_factory.mktemp("outcomes"), max_body_mb="0.01") as found:
         yield found
 
 
@@ -73,50 +73,56 @@ REFUSED: list[tuple[str, str, Any, int, str]] = [
 ]
 
 
-@pytest.mark.parametrize(("method", "path", "body", "status", "code"), REFUSED, ids=lambda one: str(one)[:30])
-def test_a_refusal_at_the_door_counts_once_by_its_code(
-    one: Stage, caplog: pytest.LogCaptureFixture, method: str, path: str, body: Any, status: int, code: str
+@pytest.mark.parametrize(("method", "path", "body", "status", "code"), REFUSED, ids=lambda api: str(api)[:30])
+def test_a_refusal_by_the_api_counts_once_by_its_code(
+    api: ScriptedApp,
+    caplog: pytest.LogCaptureFixture,
+    method: str,
+    path: str,
+    body: Any,
+    status: int,
+    code: str,
 ) -> None:
     with counting() as grown, caplog.at_level(logging.INFO, "adapterd.access"):
-        assert one.knock.request(method, path, json=body).status_code == status
+        assert api.http.request(method, path, json=body).status_code == status
     assert grown == {code: 1}
     (line,) = lines(caplog)
     assert (line["status"], line["outcome"]) == (status, code)
 
 
 def test_refusals_for_want_of_a_key_count_too() -> None:
-    with house(api_keys="sk-user") as home, counting() as grown:
-        home.json("GET", "/adapters", status=401)
-        home.json("GET", "/metrics", status=401)
-        home.json("DELETE", "/adapters/x", status=403, headers={"authorization": "Bearer sk-user"})
+    with serve_app(api_keys="sk-user") as served, counting() as grown:
+        served.json("GET", "/adapters", status=401)
+        served.json("GET", "/metrics", status=401)
+        served.json("DELETE", "/adapters/x", status=403, headers={"authorization": "Bearer sk-user"})
     assert grown == {"unauthorized": 2, "forbidden": 1}
 
 
-def test_a_full_queue_counts_once_and_a_probe_not_at_all(one: Stage) -> None:
-    one.engine.limit = len(one.engine.asked)
+def test_a_full_queue_counts_once_and_a_probe_not_at_all(api: ScriptedApp) -> None:
+    api.engine.limit = len(api.engine.asked)
     with counting() as grown:
-        one.generate(status=429)
+        api.generate(status=429)
     assert grown == {"overloaded": 1}
-    one.engine.limit = 10_000
-    with house(loading=True) as home, counting() as grown:
-        home.json("GET", "/ready", status=503)
-        home.json("GET", "/adapters", status=503)
+    api.engine.limit = 10_000
+    with serve_app(loading=True) as served, counting() as grown:
+        served.json("GET", "/ready", status=503)
+        served.json("GET", "/adapters", status=503)
     assert grown == {"not_ready": 1}
 
 
-def test_what_fails_in_the_engine_is_not_counted_again_at_the_door(
-    one: Stage, caplog: pytest.LogCaptureFixture
+def test_what_fails_in_the_engine_is_not_counted_again_by_the_api(
+    api: ScriptedApp, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The engine counts the requests that it was given: it is a stand-in here, so nothing is
+    """The engine counts the requests that it was given: it is a fake here, so nothing is
     counted at all.
     """
-    one.says(" the end of it all")
-    one.engine.fails = ("deadline_exceeded", "too long")
+    api.says(" the end of it all")
+    api.engine.fails = ("deadline_exceeded", "too long")
     with counting() as grown, caplog.at_level(logging.INFO, "adapterd.access"):
-        one.generate(status=504, max_new_tokens=5)
-        answer = one.post("/generate_stream", {"inputs": "Hi", "parameters": {"max_new_tokens": 5}})
+        api.generate(status=504, max_new_tokens=5)
+        answer = api.post("/generate_stream", {"inputs": "Hi", "parameters": {"max_new_tokens": 5}})
         assert "deadline_exceeded" in answer.text
-    one.engine.fails = None
+    api.engine.fails = None
     assert grown == {}
     assert [(line["status"], line["outcome"]) for line in lines(caplog)] == [
         (504, "deadline_exceeded"),
@@ -125,27 +131,27 @@ def test_what_fails_in_the_engine_is_not_counted_again_at_the_door(
 
 
 def test_a_defect_in_a_stream_counts_as_internal(
-    one: Stage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    api: ScriptedApp, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(*given: Any) -> None:
         raise RuntimeError("the reason")
 
     monkeypatch.setattr("service.api.routes.generate._token_object", broken)
     with counting() as grown, caplog.at_level(logging.INFO, "adapterd.access"):
-        one.post("/generate_stream", {"inputs": "Hi", "parameters": {"max_new_tokens": 5}})
+        api.post("/generate_stream", {"inputs": "Hi", "parameters": {"max_new_tokens": 5}})
     assert grown == {"internal": 1}
     assert lines(caplog)[-1]["outcome"] == "internal"
 
 
 def test_the_line_of_an_answer_says_who_what_how_much_and_how_long(
-    one: Stage, caplog: pytest.LogCaptureFixture
+    api: ScriptedApp, caplog: pytest.LogCaptureFixture
 ) -> None:
-    one.says(" the end of it all")
+    api.says(" the end of it all")
     with caplog.at_level(logging.INFO, "adapterd.access"):
-        one.generate(adapter_id="x", max_new_tokens=3)
-        one.post("/generate_stream", {"inputs": "Hi", "parameters": {"adapter_id": "x", "max_new_tokens": 3}})
-        one.complete(model="x", max_tokens=60, n=2)
-        one.knock.get("/adapters")
+        api.generate(adapter_id="x", max_new_tokens=3)
+        api.post("/generate_stream", {"inputs": "Hi", "parameters": {"adapter_id": "x", "max_new_tokens": 3}})
+        api.complete(model="x", max_tokens=60, n=2)
+        api.http.get("/adapters")
     whole, streamed, several, listing = lines(caplog)
     for line in (whole, streamed):
         assert (line["adapter"], line["digest"], line["outcome"]) == ("x", DIGEST, "length")
@@ -159,11 +165,11 @@ def test_the_line_of_an_answer_says_who_what_how_much_and_how_long(
     assert "adapter" not in listing
 
 
-def test_what_a_prompt_says_is_in_no_line(one: Stage, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_a_prompt_says_is_in_no_line(api: ScriptedApp, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG):
-        one.generate("my secret word")
-        one.generate("my secret word", status=422, max_new_tokens=100_000)
-        one.chat("my secret word", no_such=1, status=400)
+        api.generate("my secret word")
+        api.generate("my secret word", status=422, max_new_tokens=100_000)
+        api.chat("my secret word", no_such=1, status=400)
     assert "secret word" not in "".join(
         str(record.__dict__) for record in caplog.records if record.name.startswith("adapterd")
     )
@@ -172,95 +178,90 @@ def test_what_a_prompt_says_is_in_no_line(one: Stage, caplog: pytest.LogCaptureF
 # ---- series
 
 
-def series(one: Stage) -> set[str]:
+def series(api: ScriptedApp) -> set[str]:
     return {
         line.rsplit(" ", 1)[0]
-        for line in one.knock.get("/metrics").text.splitlines()
+        for line in api.http.get("/metrics").text.splitlines()
         if not line.startswith("#")
     }
 
 
-def test_names_that_nobody_registered_make_no_series(one: Stage) -> None:
+def test_names_that_nobody_registered_make_no_series(api: ScriptedApp) -> None:
     """C4: a scan of unknown ids and paths leaves `/metrics` as it was."""
     rng = random.Random(5)
 
     def scan() -> None:
         for _ in range(60):
             word = "".join(rng.choices("abcdefghij/.%", k=8))
-            one.generate(status=404, adapter_id=word)
-            one.complete(model=word, status=404)
+            api.generate(status=404, adapter_id=word)
+            api.complete(model=word, status=404)
             for path in (f"/adapters/{word}", f"/{word}", f"/v1/models/{word}"):
-                one.knock.get(path)
-            one.knock.delete(f"/adapters/{word}")
+                api.http.get(path)
+            api.http.delete(f"/adapters/{word}")
 
     scan()
-    before = series(one)
+    before = series(api)
     scan()
-    assert series(one) == before
+    assert series(api) == before
 
 
-def test_no_label_holds_a_list(one: Stage) -> None:
+def test_no_label_holds_a_list(api: ScriptedApp) -> None:
     """C4: one value a label, as long as nobody asks for the gateway's gauge."""
-    one.generate(adapter_id="x")
-    values = re.findall(r'="([^"]*)"', one.knock.get("/metrics").text)
+    api.generate(adapter_id="x")
+    values = re.findall(r'="([^"]*)"', api.http.get("/metrics").text)
     assert values
     assert not [value for value in values if "," in value]
 
 
 def test_the_gateways_gauge_is_off_unless_it_is_asked_for() -> None:
     resident = {"digest": "sha256:a", "rank": 12}
-    with house(lora_requests_info="on", pool_rank="512") as home:
-        home.shelf.names |= {
-            "here": {"id": "here"} | resident,
-            "twin": {"id": "twin"} | resident,
-            "due": {"id": "due", "digest": "sha256:b", "rank": 100},
-            "far": {"id": "far", "digest": "sha256:c", "rank": None},
-            "broken": {"id": "broken", "digest": None, "rank": None},
-        }
-        home.client.awaited = {"sha256:b", "sha256:a"}
-        (line,) = [
-            line for line in home.knock.get("/metrics").text.splitlines() if line.startswith("adapterd_lora")
-        ]
-    places = 2 + (512 - 12) // 100
+    cards: dict[str, dict[str, Any]] = {
+        "here": resident,
+        "twin": resident,
+        "due": {"digest": "sha256:b", "rank": 100},
+        "far": {"digest": "sha256:c", "rank": None},
+        "broken": {"digest": None, "rank": None},
+    }
+    with serve_app(lora_requests_info="on", pool_rank="512") as served:
+        served.registry.names |= {id: {"id": id} | card for id, card in cards.items()}
+        served.client.awaited = {"sha256:b", "sha256:a"}
+        lines = served.http.get("/metrics").text.splitlines()
+        (line,) = [line for line in lines if line.startswith("adapterd_lora")]
+    adapters = 2 + (512 - 12) // 100
     assert line.startswith(
-        f'adapterd_lora_requests_info{{max_lora="{places}",running_lora_adapters="here,twin",waiting_lora_adapters="due"}} 1.'
+        f'adapterd_lora_requests_info{{max_lora="{adapters}",'
+        'running_lora_adapters="here,twin",waiting_lora_adapters="due"} 1.'
     )
     metrics.LORA_INFO.clear()
-    with house() as home:
-        assert "adapterd_lora_requests_info{" not in home.knock.get("/metrics").text
+    with serve_app() as served:
+        assert "adapterd_lora_requests_info{" not in served.http.get("/metrics").text
 
 
 # ---- traces
 
 
-def test_a_finished_request_is_recorded_with_its_stretches(tmp_path: Path) -> None:
-    seen: list[Trace] = []
+def test_finished_requests_are_recorded_with_their_parts(tmp_path: Path) -> None:
+    traces: list[Trace] = []
     parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
-    with stage(tmp_path, record=seen.append) as one:
-        one.says(" the end of it all")
-        one.knock.post(
-            "/generate",
-            json={"inputs": "Hi", "parameters": {"adapter_id": "x", "max_new_tokens": 3}},
-            headers={"traceparent": parent},
-        )
-        one.knock.get("/adapters/org/y")
-        one.knock.get("/no-such")
-        one.knock.get("/health")
-        one.engine.fails = ("internal", "a defect")
-        one.post("/generate_stream", {"inputs": "Hi"})
-    whole, card, unknown, broken = seen
-    assert (whole.whole.name, whole.carrier, whole.failed) == (
-        "POST /generate",
-        {"traceparent": parent},
-        False,
-    )
-    assert [part.name for part in whole.parts] == ["queue", "prefill", "decode"]
-    assert (whole.fields["adapter"], whole.fields["outcome"], whole.fields["generated_tokens"]) == (
-        "x",
-        "length",
-        3,
-    )
-    assert whole.whole.start <= whole.parts[0].start <= whole.parts[0].end
+    body = {"inputs": "Hi", "parameters": {"adapter_id": "x", "max_new_tokens": 3}}
+    with serve_script(tmp_path, record=traces.append) as api:
+        api.says(" the end of it all")
+        api.http.post("/generate", json=body, headers={"traceparent": parent})
+        for path in ("/adapters/org/y", "/no-such", "/health"):
+            api.http.get(path)
+        api.engine.fails = ("internal", "a defect")
+        api.post("/generate_stream", {"inputs": "Hi"})
+    generate, card, unknown, broken = traces
+    assert_whole(generate, parent)
     assert card.whole.name == "GET /adapters/{id:path}"
     assert (unknown.whole.name, unknown.failed) == ("GET", False)
     assert (broken.fields["status"], broken.fields["outcome"], broken.failed) == (200, "internal", True)
+
+
+def assert_whole(trace: Trace, parent: str) -> None:
+    assert (trace.whole.name, trace.failed) == ("POST /generate", False)
+    assert trace.carrier == {"traceparent": parent}
+    assert [part.name for part in trace.parts] == ["queue", "prefill", "decode"]
+    assert (trace.fields["adapter"], trace.fields["outcome"]) == ("x", "length")
+    assert trace.fields["generated_tokens"] == 3
+    assert trace.whole.start <= trace.parts[0].start <= trace.parts[0].end

@@ -17,8 +17,8 @@ from service.keys import Key
 from service.settings import Settings, read_settings
 from service.telemetry import metrics
 
-from .fakes import Stage, stage
-from .house import house
+from .fakes import ScriptedApp, serve_script
+from .served_app import serve_app
 
 pytestmark = pytest.mark.anyio
 
@@ -50,61 +50,57 @@ def test_a_share_refills_at_its_rate_and_holds_a_second_of_it() -> None:
 
 
 def test_over_its_rate_a_key_gets_429_with_retry_after_and_another_key_is_served(tmp_path: Path) -> None:
-    with stage(tmp_path, api_keys=key_file(tmp_path, "sk-slow rate=0.01", "sk-fast")) as one:
-        assert one.knock.post("/generate", json=BODY, headers=bearer("sk-slow")).status_code == 200
-        before = (
-            metrics.REGISTRY.get_sample_value("adapterd_request_failure_total", {"code": "overloaded"}) or 0
-        )
-        keys = metrics.REGISTRY.get_sample_value("adapterd_key_refusals_total") or 0
-        refused = one.knock.post("/generate", json=BODY, headers=bearer("sk-slow"))
+    with serve_script(tmp_path, api_keys=key_file(tmp_path, "sk-slow rate=0.01", "sk-fast")) as api:
+        assert api.http.post("/generate", json=BODY, headers=bearer("sk-slow")).status_code == 200
+        failures, refusals = read_refusals()
+        refused = api.http.post("/generate", json=BODY, headers=bearer("sk-slow"))
         assert (refused.status_code, refused.json()["error_type"]) == (429, "overloaded")
         assert 90 <= int(refused.headers["retry-after"]) <= 100
-        dialect = one.knock.post(
-            "/v1/completions", json={"model": "tiny", "prompt": "Hi"}, headers=bearer("sk-slow")
-        )
-        assert (dialect.status_code, dialect.json()["error"]["type"], dialect.json()["error"]["code"]) == (
-            429,
-            "rate_limit_error",
-            "overloaded",
-        )
-        assert (
-            metrics.REGISTRY.get_sample_value("adapterd_request_failure_total", {"code": "overloaded"})
-            == before + 2
-        )
-        assert metrics.REGISTRY.get_sample_value("adapterd_key_refusals_total") == keys + 2
+        body = {"model": "tiny", "prompt": "Hi"}
+        dialect = api.http.post("/v1/completions", json=body, headers=bearer("sk-slow"))
+        error = dialect.json()["error"]
+        assert (dialect.status_code, error["type"], error["code"]) == (429, "rate_limit_error", "overloaded")
+        assert read_refusals() == (failures + 2, refusals + 2)
         for _ in range(5):
-            assert one.knock.post("/generate", json=BODY, headers=bearer("sk-fast")).status_code == 200
-        assert len(one.engine.asked) == 6, "what is refused never reaches the engine"
+            assert api.http.post("/generate", json=BODY, headers=bearer("sk-fast")).status_code == 200
+        assert len(api.engine.asked) == 6, "what is refused never reaches the engine"
+
+
+def read_refusals() -> tuple[float, float]:
+    """The requests that failed as overloaded, and those that a key's limit refused."""
+    read_sample = metrics.REGISTRY.get_sample_value
+    failures = read_sample("adapterd_request_failure_total", {"code": "overloaded"})
+    return failures or 0, read_sample("adapterd_key_refusals_total") or 0
 
 
 def test_all_keys_have_the_settings_rate_unless_they_have_their_own(tmp_path: Path) -> None:
-    with house(api_keys=key_file(tmp_path, "sk-a", "sk-b rate=1000"), key_rate="0.01") as home:
+    with serve_app(api_keys=key_file(tmp_path, "sk-a", "sk-b rate=1000"), key_rate="0.01") as served:
         codes = {
-            key: [home.knock.get("/adapters", headers=bearer(key)).status_code for _ in range(3)]
+            key: [served.http.get("/adapters", headers=bearer(key)).status_code for _ in range(3)]
             for key in ("sk-a", "sk-b")
         }
         assert codes == {"sk-a": [200, 429, 429], "sk-b": [200, 200, 200]}
 
 
 def test_probes_and_the_pages_are_free_and_a_refused_key_takes_no_share(tmp_path: Path) -> None:
-    with house(api_keys="sk-a", key_rate="0.01") as home:
+    with serve_app(api_keys="sk-a", key_rate="0.01") as served:
         for path in ("/metrics", "/health", "/console/app.js", "/docs", "/openapi.json") * 2:
-            assert home.knock.get(path, headers=bearer("sk-a")).status_code == 200
+            assert served.http.get(path, headers=bearer("sk-a")).status_code == 200
         for _ in range(3):
-            assert home.knock.get("/adapters", headers=bearer("sk-wrong")).status_code == 401
-        assert home.knock.get("/adapters", headers=bearer("sk-a")).status_code == 200
+            assert served.http.get("/adapters", headers=bearer("sk-wrong")).status_code == 401
+        assert served.http.get("/adapters", headers=bearer("sk-a")).status_code == 200
 
 
 def test_without_keys_nobody_is_counted() -> None:
-    with house(key_rate="0.01", key_concurrency="1") as home:
-        assert [home.knock.get("/adapters").status_code for _ in range(3)] == [200] * 3
+    with serve_app(key_rate="0.01", key_concurrency="1") as served:
+        assert [served.http.get("/adapters").status_code for _ in range(3)] == [200] * 3
 
 
 # ---- so much at once
 
 
-class Layer:
-    """The layer over an app that waits at `gate`, asked as a server would."""
+class LimitedApp:
+    """The rate limit over an app that waits at `gate`, called as a server would."""
 
     def __init__(self, settings: Settings) -> None:
         self.gate = asyncio.Event()
@@ -136,9 +132,9 @@ class Layer:
 
 
 async def test_over_its_concurrency_a_key_gets_429_and_another_key_is_served() -> None:
-    layer = Layer(read_settings({}, {"base": "org/none", "key_concurrency": "2"}))
+    layer = LimitedApp(read_settings({}, {"base": "org/none", "key_concurrency": "2"}))
     key, other, wide = Key("sha256:a"), Key("sha256:b"), Key("sha256:c", concurrency=3)
-    running = [asyncio.create_task(layer.ask(one)) for one in (key, key, other, wide, wide, wide)]
+    running = [asyncio.create_task(layer.ask(api)) for api in (key, key, other, wide, wide, wide)]
     await asyncio.sleep(0)
     status, told = await layer.ask(key)
     assert (status, told["error_type"]) == (429, "overloaded")
@@ -150,7 +146,7 @@ async def test_over_its_concurrency_a_key_gets_429_and_another_key_is_served() -
 
 
 async def test_a_request_that_breaks_gives_its_place_back() -> None:
-    layer = Layer(read_settings({}, {"base": "org/none", "key_concurrency": "1"}))
+    layer = LimitedApp(read_settings({}, {"base": "org/none", "key_concurrency": "1"}))
     layer.gate.set()
     layer.fails = True
     for _ in range(3):
@@ -163,58 +159,55 @@ async def test_a_request_that_breaks_gives_its_place_back() -> None:
 # ---- which adapters
 
 
-def asked(one: Stage, key: str, id: str) -> list[tuple[int, str]]:
+PAGES = ("", "/summary", "/architecture", "/architecture/norms")
+
+
+def asked(api: ScriptedApp, key: str, id: str) -> list[tuple[int, str]]:
     """What every way to name an adapter answers, with the id taken out."""
-    ways = [
-        ("POST", "/generate", {"inputs": "Hi", "parameters": {"adapter_id": id, "max_new_tokens": 1}}),
-        ("POST", "/generate_stream", {"inputs": "Hi", "parameters": {"adapter_id": id, "max_new_tokens": 1}}),
+    generate = {"inputs": "Hi", "parameters": {"adapter_id": id, "max_new_tokens": 1}}
+    chat = {"model": id, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
+    ways: list[tuple[str, str, Any]] = [
+        ("POST", "/generate", generate),
+        ("POST", "/generate_stream", generate),
         ("POST", "/v1/completions", {"model": id, "prompt": "Hi", "max_tokens": 1}),
         ("POST", "/v1/completions", {"model": f"tiny:{id}", "prompt": "Hi", "max_tokens": 1}),
-        (
-            "POST",
-            "/v1/chat/completions",
-            {"model": id, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1},
-        ),
+        ("POST", "/v1/chat/completions", chat),
         ("GET", f"/v1/models/{id}", None),
-        ("GET", f"/adapters/{id}", None),
-        ("GET", f"/adapters/{id}/summary", None),
-        ("GET", f"/adapters/{id}/architecture", None),
-        ("GET", f"/adapters/{id}/architecture/norms", None),
+        *(("GET", f"/adapters/{id}{page}", None) for page in PAGES),
         ("DELETE", f"/adapters/{id}", None),
     ]
-    answers = [one.knock.request(method, path, json=body, headers=bearer(key)) for method, path, body in ways]
+    answers = [api.http.request(method, path, json=body, headers=bearer(key)) for method, path, body in ways]
     return [(answer.status_code, answer.text.replace(id, "ID")) for answer in answers]
 
 
 def test_a_key_does_not_learn_of_an_adapter_that_is_not_on_its_list(tmp_path: Path) -> None:
-    with stage(tmp_path, api_keys=key_file(tmp_path, "sk-own adapters=x", "sk-all"), base_id="tiny") as one:
-        assert {status for status, _ in asked(one, "sk-own", "x")[:10]} == {200}
-        hidden, unknown = asked(one, "sk-own", "org/y"), asked(one, "sk-own", "org/z")
+    keys = key_file(tmp_path, "sk-own adapters=x", "sk-all")
+    with serve_script(tmp_path, api_keys=keys, base_id="tiny") as api:
+        assert {status for status, _ in asked(api, "sk-own", "x")[:10]} == {200}
+        hidden, unknown = asked(api, "sk-own", "org/y"), asked(api, "sk-own", "org/z")
         assert hidden == unknown
         assert {status for status, _ in hidden} == {404, 403}
-        assert {status for status, _ in asked(one, "sk-all", "org/y")[:10]} == {200}
+        assert {status for status, _ in asked(api, "sk-all", "org/y")[:10]} == {200}
         for path in ("/adapters", "/v1/models", "/metrics", "/base", "/info"):
-            assert "org/y" not in one.knock.get(path, headers=bearer("sk-own")).text
-        assert [
-            card["id"] for card in one.knock.get("/adapters", headers=bearer("sk-own")).json()["adapters"]
-        ] == ["x"]
-        assert [
-            card["id"] for card in one.knock.get("/v1/models", headers=bearer("sk-own")).json()["data"]
-        ] == ["tiny", "x"]
+            assert "org/y" not in api.http.get(path, headers=bearer("sk-own")).text
+        adapters = api.http.get("/adapters", headers=bearer("sk-own")).json()["adapters"]
+        assert [card["id"] for card in adapters] == ["x"]
+        models = api.http.get("/v1/models", headers=bearer("sk-own")).json()["data"]
+        assert [model["id"] for model in models] == ["tiny", "x"]
         for path in ("/adapters", "/v1/models", "/metrics"):
-            assert "org/y" in one.knock.get(path, headers=bearer("sk-all")).text
-        assert one.knock.post("/generate", json=BODY, headers=bearer("sk-own")).status_code == 200, (
+            assert "org/y" in api.http.get(path, headers=bearer("sk-all")).text
+        assert api.http.post("/generate", json=BODY, headers=bearer("sk-own")).status_code == 200, (
             "the base is no adapter"
         )
 
 
 def test_the_pools_rows_are_shown_by_the_same_list(tmp_path: Path) -> None:
     keys = key_file(tmp_path, "sk-a adapters=a", "sk-none adapters=other")
-    with house(api_keys=keys) as home:
-        home.shelf.names["a"] = {"id": "a", "digest": "sha256:a"}
+    with serve_app(api_keys=keys) as served:
+        served.registry.names["a"] = {"id": "a", "digest": "sha256:a"}
         shown = {
-            key: home.json("GET", "/base", headers=bearer(key))["pool"]["placements"]
+            key: served.json("GET", "/base", headers=bearer(key))["pool"]["placements"]
             for key in ("sk-a", "sk-none")
         }
-        assert [one["digest"] for one in shown["sk-a"]] == ["sha256:a"]
+        assert [placement["digest"] for placement in shown["sk-a"]] == ["sha256:a"]
         assert shown["sk-none"] == []

@@ -18,14 +18,14 @@ from service.text.tokenizers import AdapterTokenizer
 from tests import making
 from tests.test_event_loop import on_a_loop
 
-from .fakes import Stage, stage
+from .fakes import ScriptedApp, serve_script
 
 LONG = " ".join(["the end of it all"] * 30)
 
 
 @pytest.fixture(scope="module")
-def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
-    with stage(
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedApp]:
+    with serve_script(
         tmp_path_factory.mktemp("rendering"), template="{% for m in messages %}{{ m.content }}{% endfor %}"
     ) as found:
         found.engine.limit = 10_000
@@ -104,9 +104,9 @@ LARGE: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def told(stage: Stage, path: str, body: dict[str, Any]) -> list[Any]:
+def told(api: ScriptedApp, path: str, body: dict[str, Any]) -> list[Any]:
     """The answer's objects, without what differs from one request to the next."""
-    answer = stage.post(path, body)
+    answer = api.post(path, body)
     texts = answer.text.replace("data: [DONE]", "").split("data: ")
     objects = [json.loads(text) for text in texts if text.strip()]
     for object in objects:
@@ -117,11 +117,11 @@ def told(stage: Stage, path: str, body: dict[str, Any]) -> list[Any]:
 
 @pytest.mark.parametrize("what", LARGE)
 def test_a_large_answer_is_made_off_the_event_loop(
-    one: Stage, monkeypatch: pytest.MonkeyPatch, what: str
+    api: ScriptedApp, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """Every stream and `/health` wait for what is made on it: n = 128 with 20 runner-ups took 12 s."""
     path, body = LARGE[what]
-    whole = told(one, path, body)
+    whole = told(api, path, body)
     where: list[bool] = []
 
     def watched(logprob: float | None) -> float | None:
@@ -129,9 +129,9 @@ def test_a_large_answer_is_made_off_the_event_loop(
         return finite_logprob(logprob)
 
     for module in (chat, completions, generate):
-        monkeypatch.setattr(module, "finite", watched)
+        monkeypatch.setattr(module, "finite_logprob", watched)
     monkeypatch.setattr(rendering, "PIECE", 500)
-    assert told(one, path, body) == whole
+    assert told(api, path, body) == whole
     assert where.count(True) < 40
     assert where.count(False) > 100
 
@@ -146,33 +146,33 @@ def test_a_large_answer_is_made_off_the_event_loop(
     ],
 )
 def test_a_long_prompt_of_ids_is_read_off_the_event_loop_and_once(
-    one: Stage, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
+    api: ScriptedApp, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any]
 ) -> None:
     read: list[bool] = []
     decode: Callable[[AdapterTokenizer, Any], str] = AdapterTokenizer.decode
 
-    def watched(voice: AdapterTokenizer, ids: Any) -> str:
+    def watched(tokenizer: AdapterTokenizer, ids: Any) -> str:
         read.append(on_a_loop())
-        return decode(voice, ids)
+        return decode(tokenizer, ids)
 
     monkeypatch.setattr(AdapterTokenizer, "decode", watched)
-    monkeypatch.setattr("service.api.generation.admission.MANY", 100)
-    one.post(
+    monkeypatch.setattr("service.api.generation.admission.MANY_IDS", 100)
+    api.post(
         "/v1/completions", {"model": "base", "prompt": list(making.ids(LONG)), "max_tokens": 1, **fields}
     )
     assert read == [False]
 
 
-def test_a_short_answer_needs_no_thread(one: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_short_answer_needs_no_thread(api: ScriptedApp, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rendering, "run_in", pytest.fail)
     for path, body in (("/v1/chat/completions", CHAT), ("/v1/completions", TEXT | {"stream": True})):
-        one.post(path, body | {"max_tokens": 4})
+        api.post(path, body | {"max_tokens": 4})
 
 
-def test_tokens_texts_are_read_once(one: Stage) -> None:
+def test_tokens_texts_are_read_once(api: ScriptedApp) -> None:
     """Beside each token twenty likely ones are told, nearly always the same."""
-    piece = one.app.state.rooms.reader.base.words.piece
+    piece = api.app.state.services.tokenizers.base.words.piece
     piece.cache_clear()
-    one.complete(max_tokens=60, logprobs=4, ignore_eos=True, n=8)
+    api.complete(max_tokens=60, logprobs=4, ignore_eos=True, n=8)
     info = piece.cache_info()
     assert info.hits > 20 * info.misses

@@ -66,7 +66,7 @@ def cut(head: bytes, body: bytes, pieces: str) -> list[bytes]:
     return [head + body] if pieces == "one" else [head, body]
 
 
-class Line:
+class Connection:
     """A connection, and the answers that come on it, one after the other."""
 
     def __init__(self, port: int) -> None:
@@ -96,8 +96,8 @@ class Line:
 
 
 @contextmanager
-def line(port: int) -> Iterator[Line]:
-    made = Line(port)
+def connect(port: int) -> Iterator[Connection]:
+    made = Connection(port)
     try:
         yield made
     finally:
@@ -108,13 +108,15 @@ LAST = b"GET /health HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n"
 
 
 def statuses(port: int, *pieces: bytes) -> list[int]:
-    """Of all answers to these bytes and to one more request, which the server closes after."""
-    with line(port) as one:
-        one.send(*pieces)
-        found = [one.answer()[0]]
+    """The statuses of all answers to these bytes and to one more request, after which the server
+    closes.
+    """
+    with connect(port) as connection:
+        connection.send(*pieces)
+        found = [connection.answer()[0]]
         try:
-            one.send(LAST)
-            while status := one.answer()[0]:
+            connection.send(LAST)
+            while status := connection.answer()[0]:
                 found.append(status)
         except (BrokenPipeError, ConnectionResetError):
             pass  # closed
@@ -179,33 +181,35 @@ def test_an_offer_by_http_1_0_is_ignored_and_what_follows_is_not_run(port: int) 
 
 def test_who_waits_to_be_told_to_go_on_is_told_so_once(port: int) -> None:
     head, body = posted(OFFERS["h2c"] + b"expect: 100-continue\r\n", BODY, "content-length")
-    with line(port) as one:
-        one.send(head)
-        assert one.answer()[0] == 100
-        one.send(body, LAST)
-        assert [one.answer()[0] for _ in range(3)] == [200, 200, 0]
+    with connect(port) as connection:
+        connection.send(head)
+        assert connection.answer()[0] == 100
+        connection.send(body, LAST)
+        assert [connection.answer()[0] for _ in range(3)] == [200, 200, 0]
 
 
 @pytest.mark.parametrize("target", [b"/adapters/kept", b"x:443", b"*"])
 def test_a_tunnel_is_refused_and_nothing_that_was_meant_for_it_is_run(port: int, target: bytes) -> None:
-    with line(port) as one:
-        one.send(b"CONNECT %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (target, len(INNER)))
-        status, headers, content = one.answer()
+    with connect(port) as connection:
+        connection.send(
+            b"CONNECT %s HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (target, len(INNER))
+        )
+        status, headers, content = connection.answer()
         assert (status, headers["connection"]) == (400, "close")
         assert json.loads(content)["error_type"] == "validation"
         assert "CONNECT" in json.loads(content)["error"]
-        assert one.answer()[0] == 0
+        assert connection.answer()[0] == 0
     assert statuses(port, b"CONNECT %s HTTP/1.1\r\nhost: x\r\n\r\n" % target + INNER) == [400]
     assert not pinned(port)
 
 
 def test_http_2_by_prior_knowledge_is_400_as_json(port: int) -> None:
-    with line(port) as one:
-        one.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00")
-        status, headers, content = one.answer()
+    with connect(port) as connection:
+        connection.send(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\x00\x00\x00\x04\x00\x00\x00\x00\x00")
+        status, headers, content = connection.answer()
         assert (status, headers["content-type"], headers["connection"]) == (400, "application/json", "close")
         assert json.loads(content)["error_type"] == "validation"
-        assert one.answer()[0] == 0
+        assert connection.answer()[0] == 0
 
 
 UNFRAMED = {
@@ -224,12 +228,12 @@ UNFRAMED = {
 @pytest.mark.parametrize("offer", [b"", OFFERS["h2c"]], ids=["plain", "offer"])
 def test_a_body_that_cannot_be_framed_is_refused_and_not_run(port: int, offer: bytes, framing: bytes) -> None:
     asked = b"POST /v1/load_lora_adapter HTTP/1.1\r\nhost: x\r\n%s%s\r\n" % (offer, framing)
-    with line(port) as one:
-        one.send(asked + INNER)
-        status, headers, content = one.answer()
+    with connect(port) as connection:
+        connection.send(asked + INNER)
+        status, headers, content = connection.answer()
         assert (status, headers["connection"]) == (400, "close")
         assert json.loads(content)["error"]["type"] == "invalid_request_error"
-        assert one.answer()[0] == 0
+        assert connection.answer()[0] == 0
     assert not pinned(port)
 
 
@@ -246,45 +250,45 @@ def test_trailers_are_no_headers(port: int) -> None:
     head, body = posted(b"", BODY, "chunked")
     trailed = body[:-2] + b"x-request-id: from-a-trailer\r\nsec-fetch-site: cross-site\r\n\r\n"
     for pieces in ([head + trailed], [head, trailed]):
-        with line(port) as one:
-            one.send(*pieces)
-            status, headers, _ = one.answer()
+        with connect(port) as connection:
+            connection.send(*pieces)
+            status, headers, _ = connection.answer()
             assert (status, headers["x-request-id"] == "from-a-trailer") == (200, False)
 
 
 def test_what_cannot_be_read_after_a_request_does_not_pass_for_its_answer(port: int) -> None:
     offering = b"".join(posted(OFFERS["h2c"], BODY, "chunked"))
     for asked in (b"GET /info HTTP/1.1\r\nhost: x\r\n\r\n", offering):
-        with line(port) as one:
-            one.send(asked * 2 + b"nonsense\r\n\r\n")
-            assert [one.answer()[0] for _ in range(3)] == [200, 200, 0]
+        with connect(port) as connection:
+            connection.send(asked * 2 + b"nonsense\r\n\r\n")
+            assert [connection.answer()[0] for _ in range(3)] == [200, 200, 0]
 
 
 def test_what_cannot_be_read_after_a_request_does_not_stand_in_its_answer(port: int) -> None:
-    with line(port) as one:
-        one.send(b"GET /dribble HTTP/1.1\r\nhost: x\r\n\r\n")
-        begun = one.socket.recv(1000)
-        one.send(b"nonsense\r\n\r\n")
-        told = begun + one.file.read()
+    with connect(port) as connection:
+        connection.send(b"GET /dribble HTTP/1.1\r\nhost: x\r\n\r\n")
+        begun = connection.socket.recv(1000)
+        connection.send(b"nonsense\r\n\r\n")
+        told = begun + connection.file.read()
     assert told.count(b"HTTP/1.1 ") == 1
     assert told.endswith(b"\n19\n\r\n0\r\n\r\n")
 
 
 def test_the_rest_of_a_body_that_nobody_waits_for_is_not_answered(port: int) -> None:
     """The request was answered without it."""
-    with line(port) as one:
-        one.send(b"POST /nowhere HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
-        assert one.answer()[0] == 404
-        one.send(b"nonsense\r\n" + INNER)
-        assert one.answer()[0] == 0
+    with connect(port) as connection:
+        connection.send(b"POST /nowhere HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
+        assert connection.answer()[0] == 404
+        connection.send(b"nonsense\r\n" + INNER)
+        assert connection.answer()[0] == 0
     assert not pinned(port)
 
 
 def test_a_body_that_cannot_be_read_is_not_told_before_the_answers_that_come_first(port: int) -> None:
     head, _ = posted(b"", BODY, "chunked")
-    with line(port) as one:
-        one.send(b"GET /dribble HTTP/1.1\r\nhost: x\r\n\r\n" + head + b"nonsense\r\n")
-        assert b"400" not in one.file.readline()
+    with connect(port) as connection:
+        connection.send(b"GET /dribble HTTP/1.1\r\nhost: x\r\n\r\n" + head + b"nonsense\r\n")
+        assert b"400" not in connection.file.readline()
 
 
 # ---- programs that offer it
@@ -299,10 +303,10 @@ def program(name: str, package: str) -> str:
 
 def curl(url: str, body: str = "") -> int:
     """The status that it is told; it sends a body as JSON."""
-    line = [program("curl", "curl"), "--http2", "--silent", "--show-error", "--noproxy", "*"]
+    command = [program("curl", "curl"), "--http2", "--silent", "--show-error", "--noproxy", "*"]
     sent = ["--header", "content-type: application/json", "--data-binary", "@-"] if body else []
-    line += [*sent, "--write-out", "\n%{http_code}", url]
-    ran = subprocess.run(line, input=body, capture_output=True, text=True, timeout=60)
+    command += [*sent, "--write-out", "\n%{http_code}", url]
+    ran = subprocess.run(command, input=body, capture_output=True, text=True, timeout=60)
     assert ran.returncode == 0, ran.stderr
     return int(ran.stdout.splitlines()[-1])
 
@@ -338,24 +342,28 @@ http {{
 
 @pytest.fixture(params=["on", "off"], ids=["buffering", "not buffering"])
 def proxy(request: pytest.FixtureRequest, port: int, tmp_path: Path) -> Iterator[int]:
-    """nginx, which lets nobody at single adapters, and passes on what it is offered."""
+    """nginx, which refuses requests for single adapters and passes on an offered upgrade."""
     own = free_port()
     conf = NGINX.format(folder=tmp_path, port=own, behind=port, buffering=request.param)
     (tmp_path / "conf").write_text(conf)
-    line = [program("nginx", "nginx-light"), "-p", str(tmp_path), "-c", "conf", "-e", "stderr"]
-    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    command = [program("nginx", "nginx-light"), "-p", str(tmp_path), "-c", "conf", "-e", "stderr"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     with process:
         try:
-            while True:
-                assert process.poll() is None, process.communicate()[1]
-                try:
-                    socket.create_connection(("127.0.0.1", own), timeout=20).close()
-                    break
-                except ConnectionRefusedError:
-                    continue
+            wait_listening(process, own)
             yield own
         finally:
             process.kill()
+
+
+def wait_listening(process: subprocess.Popen[str], port: int) -> None:
+    while True:
+        assert process.poll() is None, process.communicate()[1]
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=20).close()
+            return
+        except ConnectionRefusedError:
+            continue
 
 
 def test_behind_a_proxy_no_body_gets_where_the_proxy_lets_nobody(port: int, proxy: int) -> None:

@@ -252,7 +252,7 @@ def test_who_reads_nothing_of_an_answer_is_left_and_who_reads_slowly_is_not(hast
 
 
 def test_connections_that_ask_for_nothing_keep_nobody_out() -> None:
-    """Neither from the door, nor from the files that the service needs itself."""
+    """Neither from connecting, nor from the files that the service needs itself."""
     with server("--poor", "--log-level", "error") as (_, url), contextlib.ExitStack() as held:
         port = int(url.rsplit(":", 1)[1])
         for _ in range(700):
@@ -263,7 +263,7 @@ def test_connections_that_ask_for_nothing_keep_nobody_out() -> None:
 # ---- what the protocol leans on, of uvicorn's and the parser's own
 
 
-class Pipe(asyncio.Transport):
+class FakeTransport(asyncio.Transport):
     """A connection that keeps what is written to it."""
 
     def __init__(self) -> None:
@@ -300,7 +300,7 @@ class Waiting:
 
 @pytest.mark.anyio
 async def test_uvicorns_own_parts_are_there_and_mean_what_they_meant() -> None:
-    pipe, app = Pipe(), Waiting()
+    pipe, app = FakeTransport(), Waiting()
     config = uvicorn.Config(app, ws="none", log_config=None, lifespan="off")
     protocol = HttpToolsProtocol(config, ServerState(), {"a": 1})
     protocol.connection_made(pipe)
@@ -328,8 +328,8 @@ async def test_uvicorns_own_parts_are_there_and_mean_what_they_meant() -> None:
     assert protocol.timeout_keep_alive_task is None
 
 
-class Told:
-    """What a parser says of the bytes that it is fed."""
+class ParserRecord:
+    """Records the callbacks of a parser that is fed bytes."""
 
     def __init__(self) -> None:
         self.parser, self.said = httptools.HttpRequestParser(self), list[Any]()
@@ -346,19 +346,19 @@ class Told:
 
 
 def test_the_parser_stops_behind_a_head_that_offers_an_upgrade_and_says_where() -> None:
-    told, head = Told(), POST + b"upgrade: a\r\nconnection: upgrade\r\ncontent-length: 2\r\n\r\n"
+    told, head = ParserRecord(), POST + b"upgrade: a\r\nconnection: upgrade\r\ncontent-length: 2\r\n\r\n"
     with pytest.raises(httptools.HttpParserUpgrade) as stop:
         told.parser.feed_data(head + b"{}")
     assert stop.value.args == (len(head),)
     assert told.said == [(b"POST", "1.1", True), True]
     assert not issubclass(httptools.HttpParserUpgrade, httptools.HttpParserError)
-    plain = Told()
+    plain = ParserRecord()
     plain.parser.feed_data(head.replace(b"upgrade: a", b"other: a") + b"{}")
     assert plain.said == [(b"POST", "1.1", False), b"{}", False]
 
 
 def test_what_a_callback_raises_ends_the_reading() -> None:
-    told = Told()
+    told = ParserRecord()
     with pytest.raises(httptools.HttpParserError):
         told.parser.feed_data(b"nonsense\r\n\r\n")
     vars(told)["said"] = None  # so that the callbacks raise

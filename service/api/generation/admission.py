@@ -1,8 +1,8 @@
-"""How a request of either dialect gets in: adapter, prompt, room in the context, tickets; and out
-again, however it ends.
+"""Admits a request of any dialect: leases its adapter, checks its prompt and the context's length,
+takes its tickets, and releases all of it however the request ends. API process.
 
-Knows no wire shapes. Whatever it takes is given back when the HTTP request is over, also when the
-client has left.
+Must not know wire shapes. Whatever it takes is given back when the HTTP request is over, also when
+the client has left.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends, Request
@@ -32,19 +33,19 @@ if TYPE_CHECKING:
     from ...catalog.registry import AdapterVersion
     from ...text.tokenizers import AdapterTokenizer
 
-LONG = 20_000  # bytes of a body; what a longer one holds is tokenized off the event loop
+LARGE_BODY = 20_000  # bytes of a body; the text of a larger one is tokenized off the event loop
 # Characters that an adapter's template may make of a conversation, or so many for each token of the
 # context:
-RENDERED = 4_000_000
-TOKEN = 8
+MAX_RENDERED = 4_000_000
+RENDERED_PER_TOKEN = 8
+MANY_IDS = 2_000  # more than these are decoded off the event loop
 
-Shown = Mapping[str, Any]
-MANY = 2_000  # ids
+JsonMapping = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class GenerationAsk:
-    """What is wanted of the engine, for every prompt of a request.
+class GenerationOptions:
+    """The generation options of a request, the same for each of its prompts.
 
     The `param`s are the dialect's names for `max_tokens` and the prompt.
     """
@@ -63,97 +64,108 @@ class GenerationAsk:
 
 @dataclass
 class Admission:
-    """What one HTTP request holds: the lease of its adapter and its tickets."""
+    """The resources of one HTTP request: the lease of its adapter and its tickets."""
 
     request: Request
-    rooms: Services
-    held: ExitStack
-    generation: AdapterVersion | None = None
+    services: Services
+    resources: ExitStack
+    version: AdapterVersion | None = None
     answers: list[Answer] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
 
     @property
     def base(self) -> BaseInfo:
-        card = self.rooms.client.base
-        if card is None:
-            raise self.rooms.not_ready("the base is loading")
-        return card
+        base = self.services.client.base
+        if base is None:
+            raise self.services.not_ready("the base is loading")
+        return base
 
     @property
     def adapter(self) -> dict[str, str] | None:
-        """What every answer says of its adapter; None for the base."""
-        return {"id": self.generation.id, "digest": self.generation.digest} if self.generation else None
+        """The adapter as every answer names it; None for the base."""
+        if self.version is None:
+            return None
+        return {"id": self.version.id, "digest": self.version.digest}
 
     async def enter_adapter(self, id: str | None) -> AdapterTokenizer:
-        """Leases this adapter until the request is over, and gives its voice;
+        """Leases this adapter until the request is over, and returns its tokenizer.
 
         None is the base. Raises AdapterNotFound, NotReady.
         """
+        tokenizers = self.services.tokenizers
         if id is None:
-            return self.rooms.text.base
+            return tokenizers.base
         get_scope(self.request).require_visible(id)
-        self.generation = found = self.held.enter_context(self.rooms.registry.lease_adapter(id))
-        text = self.rooms.text
-        known = text.find_cached(found.digest)
-        return (
-            known
-            if known is not None
-            else await run_in(TEXT, text.tokenizer_of, found.digest, found.folder, found.files)
-        )
+        version = self.resources.enter_context(self.services.registry.lease_adapter(id))
+        self.version = version
+        cached = tokenizers.find_cached(version.digest)
+        if cached is not None:
+            return cached
+        return await run_in(TEXT, tokenizers.tokenizer_of, version.digest, version.folder, version.files)
 
     def submit_prompt(
-        self, voice: AdapterTokenizer, prompt: tuple[int, ...], ask: GenerationAsk
+        self, tokenizer: AdapterTokenizer, prompt: tuple[int, ...], options: GenerationOptions
     ) -> list[Answer]:
         """Takes the tickets of one prompt.
 
         Raises BadRequest, ContextLengthExceeded, Overloaded, NotReady.
         """
-        self._check_prompt(voice, prompt, ask)
-        room = token_budget(len(prompt), ask, self.base.context)
-        seed = ask.seed if ask.seed is not None else random.SystemRandom().getrandbits(52)
-        made = [self._start_answer(voice, prompt, ask, room, (seed + i) % 2**64) for i in range(ask.count)]
-        self.answers += made
-        return made
+        self._check_prompt(prompt, options)
+        self._check_sampling(tokenizer, options.sampling)
+        max_tokens = token_budget(len(prompt), options, self.base.context)
+        first_seed = options.seed if options.seed is not None else random.SystemRandom().getrandbits(52)
+        seeds = [(first_seed + i) % 2**64 for i in range(options.count)]
+        answers = [self._start_answer(tokenizer, prompt, options, max_tokens, seed) for seed in seeds]
+        self.answers += answers
+        return answers
 
-    def _check_prompt(self, voice: AdapterTokenizer, prompt: tuple[int, ...], ask: GenerationAsk) -> None:
-        size = self.base.vocab_size
+    def _check_prompt(self, prompt: tuple[int, ...], options: GenerationOptions) -> None:
+        size, param = self.base.vocab_size, options.prompt_param
         if not prompt:
-            raise BadRequest(
-                f"{ask.prompt_param}: the prompt is empty, it has no tokens", param=ask.prompt_param
-            )
+            raise BadRequest(f"{param}: the prompt is empty, it has no tokens", param=param)
         if max(prompt) >= size:
             raise BadRequest(
-                f"{ask.prompt_param}: no token has the id {max(prompt)}; the vocabulary has {size}",
-                param=ask.prompt_param,
+                f"{param}: no token has the id {max(prompt)}; the vocabulary has {size}", param=param
             )
-        wrong = [id for id, _ in ask.sampling.logit_bias if id >= size]
-        if wrong:
+
+    def _check_sampling(self, tokenizer: AdapterTokenizer, sampling: Sampling) -> None:
+        size = self.base.vocab_size
+        unknown_ids = [id for id, _ in sampling.logit_bias if id >= size]
+        if unknown_ids:
             raise BadRequest(
-                f"logit_bias: no token has the id {wrong[0]}; the vocabulary has {size}", param="logit_bias"
+                f"logit_bias: no token has the id {unknown_ids[0]}; the vocabulary has {size}",
+                param="logit_bias",
             )
-        # The worker keeps to it in the base's words
-        if ask.sampling.grammar is not None and voice.words.own_vocabulary:
+        # The worker applies a grammar to the base's vocabulary
+        if sampling.grammar is not None and tokenizer.words.own_vocabulary:
             raise BadRequest(
-                "this adapter's tokenizer has another vocabulary than the base's, so no answer of it can be held to a format"
+                "this adapter's tokenizer has another vocabulary than the base's, "
+                "so no answer of it can be held to a format"
             )
 
     def _start_answer(
-        self, voice: AdapterTokenizer, prompt: tuple[int, ...], ask: GenerationAsk, room: int, seed: int
+        self,
+        tokenizer: AdapterTokenizer,
+        prompt: tuple[int, ...],
+        options: GenerationOptions,
+        max_tokens: int,
+        seed: int,
     ) -> Answer:
-        ticket = self.rooms.client.submit_request(
+        sampling = replace(options.sampling, seed=seed)
+        ticket = self.services.client.submit_request(
             prompt=prompt,
-            max_tokens=room,
-            adapter=self.generation.digest if self.generation else None,
-            sampling=replace(ask.sampling, seed=seed),
-            eos=frozenset() if ask.ignore_eos else self._possible_eos(voice.eos),
-            prompt_logprobs=ask.prompt_logprobs,
+            max_tokens=max_tokens,
+            adapter=self.version.digest if self.version else None,
+            sampling=sampling,
+            eos=frozenset() if options.ignore_eos else self._possible_eos(tokenizer.eos),
+            prompt_logprobs=options.prompt_logprobs,
         )
-        self.held.callback(ticket.cancel_request)
-        return Answer(ticket, voice, prompt, StopStrings(ask.stop), seed, ask.sampling.min_tokens)
+        self.resources.callback(ticket.cancel_request)
+        return Answer(ticket, tokenizer, prompt, StopStrings(options.stop), seed, sampling.min_tokens)
 
     def _possible_eos(self, eos: frozenset[int]) -> frozenset[int]:
-        """Those that the vocabulary has: an adapter's files may name any number, and the sampler
-        would fail its whole batch on another.
+        """The eos ids that the vocabulary has: an adapter's files may name any number, and the
+        sampler would fail its whole batch on another.
         """
         return frozenset(id for id in eos if 0 <= id < self.base.vocab_size)
 
@@ -169,8 +181,9 @@ class Admission:
             watcher.cancel()
 
     async def _watch_client(self) -> None:
-        """The server tells that the client has left, but stops no handler that has not begun to
-        answer.
+        """Cancels the tickets when the client leaves.
+
+        The server reports that, but stops no handler that has not begun to answer.
         """
         while (await self.request.receive())["type"] != "http.disconnect":
             pass
@@ -179,139 +192,160 @@ class Admission:
 
     @property
     def prompt_tokens(self) -> int:
-        """A prompt counts once, however many answers it gets."""
-        return sum({id(answer.prompt): len(answer.prompt) for answer in self.answers}.values())
+        """The tokens of all prompts; one counts once, however many answers it gets."""
+        prompts = {id(answer.prompt): answer.prompt for answer in self.answers}
+        return sum(map(len, prompts.values()))
 
     @property
     def generated_tokens(self) -> int:
         return sum(len(answer.tokens) for answer in self.answers)
 
     def make_headers(self) -> dict[str, str]:
-        """What is known once admitted."""
-        told = {"x-prompt-tokens": str(self.prompt_tokens)}
-        if self.generation is not None:
-            told |= {"x-adapter-id": self.generation.id, "x-adapter-digest": self.generation.digest}
-        return told
+        """The headers that are known once the request is admitted."""
+        headers = {"x-prompt-tokens": str(self.prompt_tokens)}
+        if self.version is not None:
+            headers |= {"x-adapter-id": self.version.id, "x-adapter-digest": self.version.digest}
+        return headers
 
     def make_times(self) -> dict[str, str]:
-        """What is known once finished, in milliseconds: of several answers the slowest one's."""
+        """The headers that are known once finished, in milliseconds: of several answers the slowest
+        one's.
+        """
         tickets = [answer.ticket for answer in self.answers]
         queued = max((_milliseconds(t.submitted, t.started) for t in tickets), default=0.0)
-        ran = max((_milliseconds(t.started, t.last) for t in tickets), default=0.0)
-        each = ran / max(len(answer.tokens) for answer in self.answers) if self.generated_tokens else 0.0
-        times = {"queue": queued, "inference": ran, "total": (time.monotonic() - self.began) * 1000}
-        named = {f"x-{name}-time": f"{ms:.1f}" for name, ms in times.items()}
-        return {"x-generated-tokens": str(self.generated_tokens), "x-time-per-token": f"{each:.1f}", **named}
+        running = max((_milliseconds(t.started, t.last) for t in tickets), default=0.0)
+        longest = max((len(answer.tokens) for answer in self.answers), default=0)
+        per_token = running / longest if longest else 0.0
+        times = {"queue": queued, "inference": running, "total": (time.monotonic() - self.began) * 1000}
+        headers = {"x-generated-tokens": str(self.generated_tokens), "x-time-per-token": f"{per_token:.1f}"}
+        return headers | {f"x-{name}-time": f"{ms:.1f}" for name, ms in times.items()}
 
     def make_outcome(self) -> dict[str, str | float]:
-        """What the log line says of the end, once all answers have one, and of the first token."""
+        """The log line's fields of the first token and, once all answers have ended, of the ending."""
+        fields: dict[str, str | float] = {}
         tickets = [answer.ticket for answer in self.answers]
-        first = [_milliseconds(t.submitted, t.first) for t in tickets if t.first is not None]
-        told: dict[str, str | float] = {"first_token_ms": round(min(first), 1)} if first else {}
-        endings = {
-            str(answer.pieces[-1].ending)
-            for answer in self.answers
-            if answer.pieces and answer.pieces[-1].ending
-        }
-        return told | ({"outcome": ",".join(sorted(endings))} if endings else {})
+        first_tokens = [_milliseconds(t.submitted, t.first) for t in tickets if t.first is not None]
+        if first_tokens:
+            fields["first_token_ms"] = round(min(first_tokens), 1)
+        last_pieces = [answer.pieces[-1] for answer in self.answers if answer.pieces]
+        endings = {str(piece.ending) for piece in last_pieces if piece.ending}
+        if endings:
+            fields["outcome"] = ",".join(sorted(endings))
+        return fields
 
     def trace_parts(self) -> list[TracePart]:
         """Waiting, prefill and decoding of each answer, as far as it came."""
-        times = [
-            (t.submitted, t.started, t.first, t.last) for t in (answer.ticket for answer in self.answers)
-        ]
-        named = [
-            (name, found[i], found[i + 1])
-            for found in times
-            for i, name in enumerate(("queue", "prefill", "decode"))
-        ]
-        return [
-            TracePart(name, start, end) for name, start, end in named if start is not None and end is not None
-        ]
+        parts = []
+        for ticket in (answer.ticket for answer in self.answers):
+            times = (ticket.submitted, ticket.started, ticket.first, ticket.last)
+            for name, (start, end) in zip(("queue", "prefill", "decode"), pairwise(times), strict=True):
+                if start is not None and end is not None:
+                    parts.append(TracePart(name, start, end))
+        return parts
 
 
 def _milliseconds(start: float | None, end: float | None) -> float:
     return max(0.0, end - start) * 1000 if start is not None and end is not None else 0.0
 
 
-async def admit_request(request: Request, rooms: ReadyServices) -> AsyncIterator[Admission]:
-    """A dependency, for its end runs in every case: also when the client leaves before the first
-    byte, where no handler's would.
+async def admit_request(request: Request, services: ReadyServices) -> AsyncIterator[Admission]:
+    """The admission of one request.
+
+    A dependency, for its end runs in every case: also when the client leaves before the first byte,
+    where no handler's would.
     """
-    with ExitStack() as held:
-        entered = Admission(request, rooms, held)
-        held.callback(_count_request, entered)
-        yield entered
+    with ExitStack() as resources:
+        admission = Admission(request, services, resources)
+        resources.callback(_count_request, admission)
+        yield admission
 
 
 Admitted = Annotated[Admission, Depends(admit_request)]
 
 
-def _count_request(entered: Admission) -> None:
-    if not entered.answers:
+def _count_request(admission: Admission) -> None:
+    if not admission.answers:
         return
-    state = entered.request.state
-    state.log = (
-        entered.make_outcome() | logged_headers(entered.make_headers() | entered.make_times()) | state.log
-    )  # a stream's own headers said less
-    state.parts = entered.trace_parts()
-    if entered.generation is not None:
-        seconds = time.monotonic() - entered.began
-        metrics.adapter_served(
-            entered.generation.id, entered.prompt_tokens, entered.generated_tokens, seconds
-        )
+    state = admission.request.state
+    headers = admission.make_headers() | admission.make_times()
+    # Last what the routes noted; a stream's own headers said less
+    state.log = admission.make_outcome() | logged_headers(headers) | state.log
+    state.parts = admission.trace_parts()
+    if admission.version is not None:
+        seconds = time.monotonic() - admission.began
+        tokens = (admission.prompt_tokens, admission.generated_tokens)
+        metrics.adapter_served(admission.version.id, *tokens, seconds)
 
 
-def token_budget(prompt: int, ask: GenerationAsk, context: int) -> int:
-    """How many tokens may be made.
+def token_budget(prompt: int, options: GenerationOptions, context: int) -> int:
+    """The most tokens that may be generated.
 
-    Raises ContextLengthExceeded, with the numbers, when what was asked for does not fit.
+    Raises ContextLengthExceeded, with the numbers, when the wanted ones do not fit.
     """
     left = context - prompt
-    if ask.max_tokens is not None and ask.max_tokens <= left:
-        return ask.max_tokens
-    if ask.max_tokens is None and left > 0:
-        return min(ask.default_tokens or left, left)
-    wanted = ask.max_tokens if ask.max_tokens is not None else 1
-    raise ContextLengthExceeded(
-        f"the maximum context length is {context} tokens; the prompt has {prompt} and {ask.param} {wanted} makes {prompt + wanted}: "
-        "shorten one of them",
+    if options.max_tokens is not None and options.max_tokens <= left:
+        return options.max_tokens
+    if options.max_tokens is None and left > 0:
+        return min(options.default_tokens or left, left)
+    wanted = options.max_tokens if options.max_tokens is not None else 1
+    raise _context_exceeded(prompt, wanted, context, options.param)
+
+
+def _context_exceeded(prompt: int, wanted: int, context: int, param: str) -> ContextLengthExceeded:
+    return ContextLengthExceeded(
+        f"the maximum context length is {context} tokens; the prompt has {prompt} "
+        f"and {param} {wanted} makes {prompt + wanted}: shorten one of them",
         details={"context": context, "prompt_tokens": prompt, "max_tokens": wanted},
-        param=ask.param,
+        param=param,
     )
 
 
 async def tokenize_text(
-    request: Request, voice: AdapterTokenizer, text: str, special: bool = True
+    request: Request, tokenizer: AdapterTokenizer, text: str, special: bool = True
 ) -> tuple[int, ...]:
-    """The text's ids, off the event loop where there is much, or where an adapter's own tokenizer
+    """The text's ids, off the event loop where the text is long, or where an adapter's own tokenizer
     may take any time.
 
-    Tools and the number of messages count too.
+    The whole body's size counts, so tools and the number of messages do too.
     """
-    large = voice.words.own or max(len(text), len(await request.body())) > LONG
-    return await run_in(TEXT, voice.encode, text, special) if large else voice.encode(text, special)
+    large = max(len(text), len(await request.body())) > LARGE_BODY
+    if large or tokenizer.words.own:
+        return await run_in(TEXT, tokenizer.encode, text, special)
+    return tokenizer.encode(text, special)
 
 
 async def chat_prompt(
-    admitted: Admission, voice: AdapterTokenizer, messages: Sequence[Shown], tools: Sequence[Shown]
+    admission: Admission,
+    tokenizer: AdapterTokenizer,
+    messages: Sequence[JsonMapping],
+    tools: Sequence[JsonMapping],
 ) -> tuple[int, ...]:
-    """The ids of the conversation, up to where the assistant answers.
+    """The ids of the conversation, up to where the assistant answers. Raises as `_render_chat`."""
+    text = await _render_chat(admission, tokenizer, messages, tools)
+    # The template has written the special tokens itself
+    return await tokenize_text(admission.request, tokenizer, text, special=False)
+
+
+async def _render_chat(
+    admission: Admission,
+    tokenizer: AdapterTokenizer,
+    messages: Sequence[JsonMapping],
+    tools: Sequence[JsonMapping],
+) -> str:
+    """The conversation as the template writes it.
 
     Raises BadRequest with the template's own reason or the limit that it broke; Overloaded,
     NotReady.
     """
-    wanted = voice.render_request(messages, tools, max(RENDERED, TOKEN * admitted.base.context))
-    if voice.own_template:
-        text = await admitted.rooms.text.renderer.render(wanted)
-    elif len(await admitted.request.body()) > LONG:
-        text = await run_in(TEXT, voice.render_here, wanted)
-    else:
-        text = voice.render_here(wanted)
-    # The template has written the special tokens itself
-    return await tokenize_text(admitted.request, voice, text, special=False)
+    limit = max(MAX_RENDERED, RENDERED_PER_TOKEN * admission.base.context)
+    render_request = tokenizer.render_request(messages, tools, limit)
+    if tokenizer.own_template:
+        return await admission.services.tokenizers.renderer.render(render_request)
+    if len(await admission.request.body()) > LARGE_BODY:
+        return await run_in(TEXT, tokenizer.render_here, render_request)
+    return tokenizer.render_here(render_request)
 
 
-async def decoded(voice: AdapterTokenizer, ids: Sequence[int]) -> str:
-    """The text of the ids, made off the event loop where there are many."""
-    return voice.decode(ids) if len(ids) < MANY else await run_in(TEXT, voice.decode, ids)
+async def decode_ids(tokenizer: AdapterTokenizer, ids: Sequence[int]) -> str:
+    """The text of the ids, decoded off the event loop where there are many."""
+    return tokenizer.decode(ids) if len(ids) < MANY_IDS else await run_in(TEXT, tokenizer.decode, ids)

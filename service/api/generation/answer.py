@@ -1,6 +1,5 @@
 """One sequence as text: a ticket's events become pieces, with stop strings cut and errors raised.
-
-Knows no wire shapes.
+API process; must not know wire shapes.
 """
 
 from __future__ import annotations
@@ -26,9 +25,12 @@ class AnswerEnding(StrEnum):
     STOP = "stop_sequence"
 
 
+ENDINGS = {Finish.EOS: AnswerEnding.EOS, Finish.LENGTH: AnswerEnding.LENGTH}
+
+
 @dataclass(frozen=True, slots=True)
 class TextPiece:
-    """What one token adds to the text, often nothing.
+    """The text that one token adds, often none.
 
     `special`: the token is no text. The last piece has the ending.
     """
@@ -41,15 +43,15 @@ class TextPiece:
 
 @dataclass
 class Answer:
-    """One continuation of a prompt, read once; what it came to is kept.
+    """One continuation of a prompt; it is read once, and its pieces and tokens are kept.
 
     Stop strings count after `min_tokens` tokens.
 
-    `scored` are the prompt's tokens with log probabilities, where asked for.
+    `scored` are the prompt's tokens with log probabilities, where the request wants them.
     """
 
     ticket: Ticket
-    voice: AdapterTokenizer
+    tokenizer: AdapterTokenizer
     prompt: tuple[int, ...]
     stops: StopStrings
     seed: int
@@ -63,7 +65,7 @@ class Answer:
 
         Raises the error that ended the sequence otherwise.
         """
-        decoder = self.voice.make_decoder(self.prompt)
+        decoder = self.tokenizer.make_decoder(self.prompt)
         async for event in self.ticket:
             piece = self._make_piece(event, decoder)
             self.pieces.append(piece)
@@ -73,7 +75,7 @@ class Answer:
         raise failure_error(Event(self.ticket.request.id, finish=Finish.CANCELLED))
 
     async def read_to_end(self) -> None:
-        """Reads it to its end."""
+        """Reads all pieces."""
         async for _ in self.read_pieces():
             pass
 
@@ -83,7 +85,7 @@ class Answer:
 
     @property
     def ending(self) -> AnswerEnding:
-        """How it ended; only of one that was read to its end."""
+        """The ending of an answer that was read to its end."""
         ending = self.pieces[-1].ending
         assert ending is not None, "an answer is described after its end"
         return ending
@@ -97,33 +99,44 @@ class Answer:
         if event.finish in (Finish.FAILED, Finish.CANCELLED):
             raise failure_error(event)
         self.scored = event.prompt or self.scored
-        token, ended = event.token, event.finish is Finish.EOS
+        token = event.token
         if token is not None:
             self.tokens.append(token)
-        text = self._push_text("" if token is None or ended else decoder.push_token(token.id), last=False)
-        if self.stops.found is None and event.finish is not None:
-            text += self._push_text(decoder.flush_held(), last=True)
+        text = self._decode_event(event, decoder)
         if self.stops.found is not None:
             self.ticket.cancel_request(stopped=True)
             return TextPiece(token, text, ending=AnswerEnding.STOP)
-        ending = (
-            {Finish.EOS: AnswerEnding.EOS, Finish.LENGTH: AnswerEnding.LENGTH}[event.finish]
-            if event.finish
-            else None
-        )
+        ending = ENDINGS[event.finish] if event.finish else None
         # held text that the eos lets go would be lost to clients that skip special tokens
-        special = token is not None and (ended or token.id in self.voice.special) and not text
+        special = token is not None and not text and self._is_special(token, event)
         return TextPiece(token, text, special, ending)
+
+    def _decode_event(self, event: Event, decoder: IncrementalDecoder) -> str:
+        """The text of the event's token and, at the end, all that the decoder and the stop strings
+        still hold.
+        """
+        decoded = ""
+        if event.token is not None and event.finish is not Finish.EOS:
+            decoded = decoder.push_token(event.token.id)
+        text = self._push_text(decoded, last=False)
+        if self.stops.found is None and event.finish is not None:
+            text += self._push_text(decoder.flush_held(), last=True)
+        return text
+
+    def _is_special(self, token: Token, event: Event) -> bool:
+        return event.finish is Finish.EOS or token.id in self.tokenizer.special
 
     def _push_text(self, text: str, last: bool) -> str:
         if len(self.tokens) <= self.min_tokens and self.min_tokens:
             return text
         text = self.stops.push_text(text)
-        return text + self.stops.flush_held() if last and self.stops.found is None else text
+        if last and self.stops.found is None:
+            text += self.stops.flush_held()
+        return text
 
 
 def failure_error(event: Event) -> errors.AdapterdError:
-    """The error that a request's terminal event tells of, which the engine has counted."""
+    """The error of a request's terminal event, which the engine has counted."""
     error = _failure_error(event)
     error.counted = True
     return error
@@ -139,5 +152,7 @@ def _failure_error(event: Event) -> errors.AdapterdError:
 
 
 def _error_kinds(kind: type[errors.AdapterdError]) -> dict[str, type[errors.AdapterdError]]:
-    below = {code: found for child in kind.__subclasses__() for code, found in _error_kinds(child).items()}
-    return {**below, kind.code: kind}
+    kinds: dict[str, type[errors.AdapterdError]] = {}
+    for subclass in kind.__subclasses__():
+        kinds |= _error_kinds(subclass)
+    return {**kinds, kind.code: kind}

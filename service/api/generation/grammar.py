@@ -1,5 +1,5 @@
-"""Response formats as grammars that a sampler can run; an impossible one is refused here, before
-anything runs. Knows no tokens.
+"""Compiles response formats to grammars that a sampler can run, and refuses an impossible one before
+anything runs. API process; must not know tokens.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ LIMITS = {"max_grammar_size": 20_000, "initial_lexer_fuel": 200_000}
 # The compiler makes a state for each remainder; a million take a sampler 6 s, and ten million its
 # worker's life
 MULTIPLE = 10_000
-COMPILING_S = 2.0  # of processor time, for what a sampler does in half of it
+COMPILING_S = 2.0  # of processor time; a sampler compiles the same in half of it
 TOO_LONG = "it takes too long to compile"
-TOLD = 300  # characters of its complaint
+MAX_COMPLAINT = 300  # characters of the compiler's complaint
 REMEMBERED = 16_000_000  # bytes of grammars that need no second check
-ENTRY = 500  # bytes that one takes beside its texts
+ENTRY = 500  # bytes that a verdict takes beside its texts
 
 # one space where people write one, none elsewhere: a model that may write white space between any
 # two tokens may never end
@@ -44,15 +44,15 @@ SPACING = {"whitespace_flexible": False, "item_separator": ", ", "key_separator"
 
 
 class Verdict(NamedTuple):
-    """A grammar's text, or what is `wrong` with what it was asked for."""
+    """A grammar's text, or the `problem` of the format that it was made from."""
 
     grammar: str
-    wrong: str = ""
+    problem: str = ""
 
 
 class Verdicts:
-    """Remembers what came of checking a text, so that the same one is compiled once however often
-    it is sent.
+    """Remembers the verdict on each text, so that the same text is compiled once however often it is
+    sent.
 
     `capacity` is in bytes; the least recently used is forgotten first.
     """
@@ -62,23 +62,24 @@ class Verdicts:
         self._known: dict[bytes, Verdict] = {}
         self._running: dict[bytes, asyncio.Task[Verdict]] = {}
 
-    async def of(self, text: str, check: Callable[[], Verdict]) -> Verdict:
-        """What `check` says, which is to depend on the text alone; it runs in a thread."""
+    async def find_or_check(self, text: str, check: Callable[[], Verdict]) -> Verdict:
+        """The verdict of `check`, which is to depend on the text alone; it runs in a thread."""
         key = sha256(text.encode("utf-8", "surrogatepass")).digest()
         self._held.touch_key(key)
-        if (known := self._known.get(key)) is not None:
-            return known
+        verdict = self._known.get(key)
+        if verdict is not None:
+            return verdict
         if key not in self._running:
             task = self._running[key] = asyncio.create_task(run_in(GRAMMAR, check))
-            task.add_done_callback(partial(self._ended, key))
+            task.add_done_callback(partial(self._remember_verdict, key))
         return await asyncio.shield(self._running[key])
 
-    def _ended(self, key: bytes, task: asyncio.Task[Verdict]) -> None:
+    def _remember_verdict(self, key: bytes, task: asyncio.Task[Verdict]) -> None:
         del self._running[key]
         if task.cancelled() or task.exception() is not None:
             return
         verdict = task.result()
-        cost = ENTRY + sys.getsizeof(verdict.grammar) + sys.getsizeof(verdict.wrong)
+        cost = ENTRY + sys.getsizeof(verdict.grammar) + sys.getsizeof(verdict.problem)
         for old in self._held.choose_victims(cost) or ():
             self._held.remove_key(old)
             del self._known[old]
@@ -90,21 +91,21 @@ VERDICTS = Verdicts(REMEMBERED)
 
 
 async def compile_grammar(wanted: Wanted | None, param: str = "response_format") -> str | None:
-    """The grammar's text, checked;
+    """The grammar's text, checked; None for free text.
 
-    None for free text. Raises BadRequest naming `param` for a schema or expression that cannot be
-    met.
+    Raises BadRequest naming `param` for a schema or expression that cannot be met.
     """
     if wanted is None or isinstance(wanted, AnyText):
         return None
     if isinstance(wanted, Regex | RegexGrammar):
-        return await of_regex(wanted.regex if isinstance(wanted, Regex) else wanted.value, param)
+        pattern = wanted.regex if isinstance(wanted, Regex) else wanted.value
+        return await regex_grammar(pattern, param)
     return await schema_grammar(_schema_of(wanted), param)
 
 
-async def of_regex(pattern: str, param: str) -> str:
+async def regex_grammar(pattern: str, param: str) -> str:
     """The grammar of texts that match. Raises BadRequest naming `param` when none can."""
-    return await _checked("regex", pattern, partial(_from_regex, pattern), param)
+    return await _check_text("regex", pattern, partial(_check_regex, pattern), param)
 
 
 async def schema_grammar(schema: dict[str, Any], param: str) -> str:
@@ -112,93 +113,104 @@ async def schema_grammar(schema: dict[str, Any], param: str) -> str:
 
     Raises BadRequest naming `param` when nothing can.
     """
-    return await _checked(
-        "schema", json.dumps(schema, ensure_ascii=False), partial(_from_schema, schema), param
-    )
+    text = json.dumps(schema, ensure_ascii=False)
+    return await _check_text("schema", text, partial(_check_schema, schema), param)
 
 
 async def calls_grammar(functions: Mapping[str, dict[str, Any]], param: str) -> str:
     """The grammar of one call of one of these functions, each given with the schema of its
-    arguments. Raises as `of_schema`.
+    arguments. Raises as `schema_grammar`.
     """
-    return await _checked(
-        "calls", json.dumps(functions, ensure_ascii=False), partial(_from_calls, functions), param
-    )
+    text = json.dumps(functions, ensure_ascii=False)
+    return await _check_text("calls", text, partial(_check_calls, functions), param)
 
 
-async def _checked(kind: str, text: str, check: Callable[[], Verdict], param: str) -> str:
-    """The grammar.
+async def _check_text(kind: str, text: str, check: Callable[[], Verdict], param: str) -> str:
+    """The grammar of the text.
 
-    What is too large is refused before it is walked through: that takes longer than to read it.
+    A text that is too large is refused before it is walked through: that takes longer than to read
+    it.
     """
-    verdict = Verdict("", _oversize(text)) if _oversize(text) else await VERDICTS.of(f"{kind} {text}", check)
-    if verdict.wrong:
-        raise BadRequest(f"{param}: {verdict.wrong}", param=param)
+    problem = _size_problem(text)
+    if problem:
+        verdict = Verdict("", problem)
+    else:
+        verdict = await VERDICTS.find_or_check(f"{kind} {text}", check)
+    if verdict.problem:
+        raise BadRequest(f"{param}: {verdict.problem}", param=param)
     return verdict.grammar
 
 
 # ---- in a thread
 
 
-def _from_regex(pattern: str) -> Verdict:
+def _check_regex(pattern: str) -> Verdict:
     try:
-        return _tested(LLMatcher.grammar_from_regex(pattern))
+        return _check_grammar(LLMatcher.grammar_from_regex(pattern))
     except UnicodeEncodeError:
         return Verdict("", "the expression holds a lone surrogate")
 
 
-def _from_schema(schema: dict[str, Any]) -> Verdict:
+def _check_schema(schema: dict[str, Any]) -> Verdict:
     if schema_depth(schema) > DEEPEST:
-        return Verdict(
-            "", f"the schema is nested too deep: its levels and those it refers to are over {DEEPEST}"
-        )
+        problem = f"the schema is nested too deep: its levels and those it refers to are over {DEEPEST}"
+        return Verdict("", problem)
     if common_multiple(schema) > MULTIPLE:
         return Verdict("", f"what all `multipleOf` in it have in common is over {MULTIPLE}")
     try:
         text = LLMatcher.grammar_from_json_schema(json.dumps(schema, allow_nan=False), overrides=SPACING)
     except ValueError as error:
-        return Verdict("", f"not a JSON schema: {error}"[:TOLD])
-    return _tested(text)
+        return Verdict("", f"not a JSON schema: {error}"[:MAX_COMPLAINT])
+    return _check_grammar(text)
 
 
-def _from_calls(functions: Mapping[str, dict[str, Any]]) -> Verdict:
-    called = [_call_schema(name, f"#/$defs/{at}") for at, name in enumerate(functions)]
-    inside = {str(at): _move_schema(schema, f"#/$defs/{at}") for at, schema in enumerate(functions.values())}
-    return _from_schema({"anyOf": called, "$defs": inside})
+def _check_calls(functions: Mapping[str, dict[str, Any]]) -> Verdict:
+    calls, definitions = [], {}
+    for at, (name, schema) in enumerate(functions.items()):
+        reference = f"#/$defs/{at}"
+        calls.append(_call_schema(name, reference))
+        definitions[str(at)] = _move_schema(schema, reference)
+    return _check_schema({"anyOf": calls, "$defs": definitions})
 
 
-def _tested(grammar: str) -> Verdict:
-    wrong = _oversize(grammar) or _try_grammar(grammar).strip()[:TOLD]
-    return Verdict("", wrong) if wrong else Verdict(grammar)
+def _check_grammar(grammar: str) -> Verdict:
+    problem = _size_problem(grammar) or _try_grammar(grammar).strip()[:MAX_COMPLAINT]
+    return Verdict("", problem) if problem else Verdict(grammar)
 
 
-def _oversize(text: str) -> str:
-    return (
-        f"as a grammar it has {len(text)} characters, and {LARGEST} are the most"
-        if len(text) > LARGEST
-        else ""
-    )
+def _size_problem(text: str) -> str:
+    if len(text) <= LARGEST:
+        return ""
+    return f"as a grammar it has {len(text)} characters, and {LARGEST} are the most"
 
 
 def _try_grammar(grammar: str) -> str:
-    """What is wrong with the grammar.
-
-    Some limits of a sampler only show when its first tokens are taken, so two are, of bytes.
-    """
+    """The grammar's problem, or an empty text."""
     began = time.thread_time()
-    wrong, messages = LLMatcher.validate_grammar_with_warnings(grammar)
-    if wrong:
+    problem, messages = LLMatcher.validate_grammar_with_warnings(grammar)
+    if problem:
         return "; ".join(messages)
-    matcher = LLMatcher(
-        _byte_tokenizer(), grammar, log_level=0, limits=LLParserLimits(verbose_errors=False, **LIMITS)
-    )
+    error, _, _ = _take_first_tokens(grammar).partition("\n")
+    if error:
+        return error
+    return TOO_LONG if time.thread_time() - began > COMPILING_S else ""
+
+
+def _take_first_tokens(grammar: str) -> str:
+    """The sampler's error at the first two tokens, of bytes: some of its limits only show there."""
+    limits = LLParserLimits(verbose_errors=False, **LIMITS)
+    matcher = LLMatcher(_byte_tokenizer(), grammar, log_level=0, limits=limits)
     for _ in range(2):
         allowed = b"" if matcher.is_error() else matcher.compute_bitmask()
         if not any(allowed) or matcher.is_stopped():
             break
-        matcher.consume_token(next(id for id in range(8 * len(allowed)) if allowed[id // 8] >> id % 8 & 1))
+        matcher.consume_token(_first_allowed(allowed))
     error: str = matcher.get_error()
-    return error.partition("\n")[0] or (TOO_LONG if time.thread_time() - began > COMPILING_S else "")
+    return error
+
+
+def _first_allowed(bitmask: bytes) -> int:
+    return next(id for id in range(8 * len(bitmask)) if bitmask[id // 8] >> id % 8 & 1)
 
 
 @cache
@@ -216,46 +228,55 @@ def _call_schema(name: str, arguments: str) -> dict[str, Any]:
     }
 
 
-def _move_schema(schema: dict[str, Any], place: str) -> dict[str, Any]:
-    """A copy of the schema whose references to its own root name the place that it now has."""
+def _move_schema(schema: dict[str, Any], root: str) -> dict[str, Any]:
+    """A copy of the schema, to stand at `root` of another one: its references to itself are moved."""
     copy: dict[str, Any] = json.loads(json.dumps(schema))
-    found: list[Any] = [copy]
-    for value in found:  # grows as it is walked
-        if isinstance(value, dict) and isinstance(ref := value.get("$ref"), str) and ref.startswith("#"):
-            value["$ref"] = place + ref[1:]
-        found.extend(_inner_values(value))
+    for value in _walk_values(copy):
+        ref = _reference_of(value)
+        if ref is not None and ref.startswith("#"):
+            value["$ref"] = root + ref[1:]
     return copy
 
 
 def schema_depth(schema: Any) -> int:
     """The most levels that compiling the schema can descend: its own and, once each, those of
-    everything it refers to.
+    every part that it refers to.
     """
-    found = [schema]
-    for value in found:  # grows as it is walked
-        found.extend(_inner_values(value))
+    values = _walk_values(schema)
     depths: dict[int, int] = {}
-    for value in reversed(found):
-        depths[id(value)] = 1 + max((depths[id(inner)] for inner in _inner_values(value)), default=0)
-    named = {
-        value["$ref"] for value in found if isinstance(value, dict) and isinstance(value.get("$ref"), str)
-    }
-    return depths[id(schema)] + sum(
-        depths.get(id(_find_target(schema, ref)), depths[id(schema)]) for ref in named
-    )
+    for value in reversed(values):
+        inner_depths = [depths[id(inner)] for inner in _inner_values(value)]
+        depths[id(value)] = 1 + max(inner_depths, default=0)
+    own_depth = depths[id(schema)]
+    references = {ref for value in values if (ref := _reference_of(value)) is not None}
+    targets = [_find_target(schema, ref) for ref in references]
+    return own_depth + sum(depths.get(id(target), own_depth) for target in targets)
 
 
 def common_multiple(schema: Any) -> int:
     """The least common multiple of every `multipleOf` in the schema, as whole numbers: where they
     meet, the compiler uses that.
     """
-    found, least = [schema], 1
-    for value in found:  # grows as it is walked
-        found.extend(_inner_values(value))
+    least = 1
+    for value in _walk_values(schema):
         step = value.get("multipleOf") if isinstance(value, dict) else None
         if isinstance(step, int | float) and step > 0 and least <= MULTIPLE:
-            least = math.lcm(least, Fraction(repr(step) if isinstance(step, float) else step).numerator)
+            exact = Fraction(repr(step) if isinstance(step, float) else step)
+            least = math.lcm(least, exact.numerator)
     return least
+
+
+def _walk_values(schema: Any) -> list[Any]:
+    """The schema and every object and list within it, each before those within it."""
+    values = [schema]
+    for value in values:  # grows as it is walked
+        values.extend(_inner_values(value))
+    return values
+
+
+def _reference_of(value: Any) -> str | None:
+    ref = value.get("$ref") if isinstance(value, dict) else None
+    return ref if isinstance(ref, str) else None
 
 
 def _inner_values(value: Any) -> list[Any]:
@@ -264,13 +285,13 @@ def _inner_values(value: Any) -> list[Any]:
 
 
 def _find_target(schema: Any, ref: str) -> Any:
-    """What a reference within the schema points at; None where that cannot be told."""
-    found = schema
+    """The part of the schema that a reference points at; None where that cannot be told."""
+    target = schema
     for part in ref.removeprefix("#").split("/")[1:]:
-        if not isinstance(found, dict):
+        if not isinstance(target, dict):
             return None
-        found = found.get(unquote(part).replace("~1", "/").replace("~0", "~"))
-    return found
+        target = target.get(unquote(part).replace("~1", "/").replace("~0", "~"))
+    return target
 
 
 def _schema_of(wanted: JsonObject | JsonSchema | PlainSchema | JsonGrammar) -> dict[str, Any]:

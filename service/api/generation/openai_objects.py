@@ -1,14 +1,12 @@
-"""What all objects of the OpenAI dialect share: ids, usage, finish reasons, answers as they come
-from several sequences.
-
-Knows no route.
+"""The parts that all objects of the OpenAI dialect share: ids, usage, finish reasons, and the
+pieces of several answers merged. API process; must not know a route.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -22,37 +20,38 @@ from .answer import Answer, AnswerEnding, TextPiece
 if TYPE_CHECKING:
     from ...catalog.registry import AdapterVersion
 
-Told = dict[str, Any]
+JsonDict = dict[str, Any]
 STARTED = int(time.time())
 FINISH = {AnswerEnding.LENGTH: "length", AnswerEnding.EOS: "stop", AnswerEnding.STOP: "stop"}
 
 
-def chosen_adapter(model: str, rooms: Services) -> str | None:
-    """The adapter's id that a model name means;
+def chosen_adapter(model: str, services: Services) -> str | None:
+    """The id of the adapter that a model name means; None for the base.
 
-    None for the base. `base:adapter` is the adapter.
+    `base:adapter` is the adapter.
     """
-    if model in rooms.bases:
+    if model in services.bases:
         return None
-    return next(
-        (model.removeprefix(base + ":") for base in rooms.bases if model.startswith(base + ":")), model
-    )
+    for base in services.bases:
+        if model.startswith(base + ":"):
+            return model.removeprefix(base + ":")
+    return model
 
 
-def object_fields(kind: str, object: str, model: str, admitted: Admission) -> Told:
-    """The fields that every object of one response repeats; `model` is what was asked for."""
+def object_fields(kind: str, object: str, model: str, admission: Admission) -> JsonDict:
+    """The fields that every object of one response repeats; `model` is the request's name for it."""
     return {
         "id": f"{kind}-{uuid4().hex}",
         "object": object,
         "created": int(time.time()),
         "model": model,
         "system_fingerprint": f"adapterd-{__version__}",
-        "adapter": admitted.adapter,
+        "adapter": admission.adapter,
     }
 
 
-def usage_of(admitted: Admission) -> Told:
-    prompt, completion = admitted.prompt_tokens, admitted.generated_tokens
+def usage_of(admission: Admission) -> JsonDict:
+    prompt, completion = admission.prompt_tokens, admission.generated_tokens
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
@@ -62,8 +61,8 @@ async def merge_answers(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, T
         async for piece in answers[0].read_pieces():
             yield 0, piece
         return
-    readers = [answer.read_pieces() for answer in answers]
-    waiting = {asyncio.ensure_future(anext(reader)): i for i, reader in enumerate(readers)}
+    iterators = [answer.read_pieces() for answer in answers]
+    waiting = {asyncio.ensure_future(anext(pieces)): i for i, pieces in enumerate(iterators)}
     try:
         while waiting:
             done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
@@ -71,41 +70,46 @@ async def merge_answers(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, T
                 i = waiting.pop(task)
                 piece = task.result()
                 if piece.ending is None:
-                    waiting[asyncio.ensure_future(anext(readers[i]))] = i
+                    waiting[asyncio.ensure_future(anext(iterators[i]))] = i
                 yield i, piece
     finally:
-        for task in waiting:
-            if not task.cancel() and not task.cancelled():
-                task.exception()  # seen: another one's error is told
+        _cancel_tasks(waiting)
 
 
-def known_model(id: str, rooms: Services, seen: AdapterScope) -> Told:
+def _cancel_tasks(tasks: Iterable[asyncio.Future[TextPiece]]) -> None:
+    for task in tasks:
+        if not task.cancel() and not task.cancelled():
+            task.exception()  # retrieved: another answer's error is raised
+
+
+def known_model(id: str, services: Services, scope: AdapterScope) -> JsonDict:
     """The model of this name, as /v1/models lists it. Raises AdapterNotFound."""
-    name = chosen_adapter(id, rooms)
-    listed = model_objects(rooms, seen)
-    found = listed[0] if name is None else next((m for m in listed[1:] if m["id"] == name), None)
-    if found is None:
-        raise AdapterNotFound(f"no model named {id[:200]!r}; GET /v1/models lists them", param="model")
-    return found
+    name = chosen_adapter(id, services)
+    base, *adapters = model_objects(services, scope)
+    if name is None:
+        return base
+    for model in adapters:
+        if model["id"] == name:
+            return model
+    raise AdapterNotFound(f"no model named {id[:200]!r}; GET /v1/models lists them", param="model")
 
 
-def model_objects(rooms: Services, seen: AdapterScope) -> list[Told]:
+def model_objects(services: Services, scope: AdapterScope) -> list[JsonDict]:
     """The base, then every registered adapter that may be seen."""
-    base = rooms.registry.base_id
-    return [_model_object(base, STARTED)] + [
-        _adapter_object(one, base) for one in rooms.registry.list_versions() if seen.can_see(one.id)
-    ]
+    base = services.registry.base_id
+    visible = [version for version in services.registry.list_versions() if scope.can_see(version.id)]
+    return [_model_object(base, STARTED), *(_adapter_object(version, base) for version in visible)]
 
 
-def _adapter_object(one: AdapterVersion, base: str) -> Told:
-    registered = datetime.fromisoformat(one.registered_at)
-    return _model_object(one.id, int(registered.timestamp())) | {
+def _adapter_object(version: AdapterVersion, base: str) -> JsonDict:
+    registered = datetime.fromisoformat(version.registered_at)
+    return _model_object(version.id, int(registered.timestamp())) | {
         "parent": base,
-        "adapter": {"id": one.id, "digest": one.digest or None},
+        "adapter": {"id": version.id, "digest": version.digest or None},
     }
 
 
-def _model_object(id: str, created: int) -> Told:
+def _model_object(id: str, created: int) -> JsonDict:
     return {
         "id": id,
         "object": "model",

@@ -1,7 +1,7 @@
 """JSON of any length in pieces: the first is written on the event loop, all others in a thread.
 
 One answer may have a million numbers. Written whole, in whatever thread, it keeps the interpreter
-from everybody else. Knows no wire shapes.
+from everything else. API process; must not know wire shapes.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ T = TypeVar("T")
 _encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False).encode
 
 
-def dumped(value: Any) -> bytes:
+def dump_json(value: Any) -> bytes:
     """A short value as JSON.
 
     A lone surrogate, which an adapter's files or a call's arguments may hold, stays escaped, as
@@ -38,7 +38,7 @@ async def render_pieces(value: Any) -> list[bytes]:
 
     A generator in it is a list, its elements made when they are written.
     """
-    texts = _texts(value)
+    texts = _encode_texts(value)
     piece, more = _write_piece(texts)
     pieces = [piece]
     while more:
@@ -47,9 +47,9 @@ async def render_pieces(value: Any) -> list[bytes]:
     return pieces
 
 
-def made_later(count: int, elements: Iterator[T]) -> Iterator[T] | list[T]:
-    """So many elements as a list for `render_pieces`: few are made at once, which takes the least
-    time.
+def defer_elements(count: int, elements: Iterator[T]) -> Iterator[T] | list[T]:
+    """`count` elements as a list for `render_pieces`: few are made at once, which takes the least
+    time, and more when they are written.
     """
     return list(elements) if count <= FEW else elements
 
@@ -62,13 +62,15 @@ class WholeAnswer(Response):
     media_type = "application/json"
 
     def __init__(self, pieces: Sequence[bytes], headers: Mapping[str, str]) -> None:
-        super().__init__(headers={**headers, "content-length": str(sum(map(len, pieces)))})
+        length = sum(map(len, pieces))
+        super().__init__(headers={**headers, "content-length": str(length)})
         self.pieces = pieces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-        for left, piece in zip(range(len(self.pieces) - 1, -1, -1), self.pieces, strict=True):
-            await send({"type": "http.response.body", "body": piece, "more_body": left > 0})
+        for number, piece in enumerate(self.pieces, 1):
+            more = number < len(self.pieces)
+            await send({"type": "http.response.body", "body": piece, "more_body": more})
 
 
 async def render_answer(value: Any, headers: Mapping[str, str]) -> WholeAnswer:
@@ -88,40 +90,41 @@ def _write_piece(texts: Iterator[str]) -> tuple[bytes, bool]:
     return "".join(piece).encode("utf-8", "backslashreplace"), size >= PIECE
 
 
-def _texts(value: Any) -> Iterator[str]:
-    if not _is_made_later(value):
+def _encode_texts(value: Any) -> Iterator[str]:
+    if not _is_deferred(value):
         yield _encode(value)
     elif isinstance(value, dict):
-        yield from _keyed(value)
+        yield from _encode_object(value)
     else:
-        yield from _listed(value)
+        yield from _encode_list(value)
 
 
-def _listed(values: Iterable[Any]) -> Iterator[str]:
+def _encode_list(values: Iterable[Any]) -> Iterator[str]:
     before = "["
     for value in values:
         yield before
-        yield from _texts(value)
+        yield from _encode_texts(value)
         before = ","
     yield "[]" if before == "[" else "]"
 
 
-def _keyed(value: dict[str, Any]) -> Iterator[str]:
-    """What is there already, in one piece, and then the rest."""
-    later = {key: inner for key, inner in value.items() if _is_made_later(inner)}
-    known = {key: inner for key, inner in value.items() if key not in later}
+def _encode_object(value: dict[str, Any]) -> Iterator[str]:
+    """The values that are there already, in one piece, and then the deferred ones."""
+    deferred = {key: inner for key, inner in value.items() if _is_deferred(inner)}
+    known = {key: inner for key, inner in value.items() if key not in deferred}
     yield _encode(known)[:-1]
-    for key, inner in later.items():
-        yield f"{',' if known else ''}{_encode(key)}:"
-        known[key] = None
-        yield from _texts(inner)
+    comma = "," if known else ""
+    for key, inner in deferred.items():
+        yield f"{comma}{_encode(key)}:"
+        comma = ","
+        yield from _encode_texts(inner)
     yield "}"
 
 
-def _is_made_later(value: Any) -> bool:
+def _is_deferred(value: Any) -> bool:
     """Whether a generator is in it. Lists are of one kind, so the first element tells."""
     if isinstance(value, dict):
-        return any(map(_is_made_later, value.values()))
-    return isinstance(value, GeneratorType) or (
-        isinstance(value, list) and bool(value) and _is_made_later(value[0])
-    )
+        return any(map(_is_deferred, value.values()))
+    if isinstance(value, list):
+        return bool(value) and _is_deferred(value[0])
+    return isinstance(value, GeneratorType)

@@ -1,6 +1,5 @@
-"""Server-sent events, framed by hand: one frame an event, errors as the last event.
-
-Knows no dialect's shapes but the error body.
+"""Server-sent events, framed by hand: one frame an event, errors as the last event. API process;
+must not know a dialect's shapes but the error body.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 
 from ...errors import AdapterdError
 from ..errors import error_body, internal_error, note_error, openai_dialect
-from .rendering import dumped, render_pieces
+from .rendering import dump_json, render_pieces
 
 log = logging.getLogger("adapterd.stream")
 
@@ -25,7 +24,7 @@ EVENT = {
     "properties": {"data": {"type": "string", "description": "JSON"}},
     "required": ["data"],
 }
-# Of a route's OpenAPI: what it may answer beside a JSON object
+# A route's responses in OpenAPI, beside a JSON object
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "the answer; where it is streamed, as server-sent events",
@@ -36,11 +35,11 @@ EVENTS: dict[int | str, dict[str, Any]] = {
 
 class JsonAnswer(JSONResponse):
     def render(self, content: Any) -> bytes:
-        return dumped(content)
+        return dump_json(content)
 
 
 def frame_event(value: Mapping[str, Any]) -> bytes:
-    return b"data: " + dumped(value) + b"\n\n"
+    return b"data: " + dump_json(value) + b"\n\n"
 
 
 def stream_events(
@@ -56,7 +55,6 @@ def stream_events(
 
 
 async def _iterate_frames(request: Request, events: AsyncIterator[Mapping[str, Any]]) -> AsyncIterator[bytes]:
-    openai = openai_dialect(request.scope["path"])
     try:
         async for event in events:
             first, *rest = await render_pieces(event)
@@ -66,12 +64,14 @@ async def _iterate_frames(request: Request, events: AsyncIterator[Mapping[str, A
             if rest:
                 yield b"\n\n"
     except AdapterdError as error:
-        note_error(error, request.scope)
-        yield frame_event(error_body(error, openai))
+        yield _frame_error(error, request)
     except Exception:
         log.exception("a defect in a stream")
-        defect = internal_error(request.scope)
-        note_error(defect, request.scope)
-        yield frame_event(error_body(defect, openai))
-    if openai:
+        yield _frame_error(internal_error(request.scope), request)
+    if openai_dialect(request.scope["path"]):
         yield DONE
+
+
+def _frame_error(error: AdapterdError, request: Request) -> bytes:
+    note_error(error, request.scope)
+    return frame_event(error_body(error, openai_dialect(request.scope["path"])))

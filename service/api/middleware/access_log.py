@@ -1,4 +1,6 @@
-"""Request ids, the log line and security headers, as plain ASGI. Knows no route's meaning."""
+"""Request ids, the log line and security headers, as plain ASGI. API process; must not know a route's
+meaning.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ SECURITY = {
 }
 
 # Response headers that the log line repeats
-TOLD: dict[str, tuple[str, Callable[[str], str | int | float]]] = {
+LOGGED_HEADERS: dict[str, tuple[str, Callable[[str], str | int | float]]] = {
     "x-adapter-id": ("adapter", str),
     "x-adapter-digest": ("digest", str),
     "x-prompt-tokens": ("prompt_tokens", int),
@@ -41,16 +43,17 @@ TOLD: dict[str, tuple[str, Callable[[str], str | int | float]]] = {
 
 
 def logged_headers(headers: Mapping[str, str]) -> dict[str, str | int | float]:
-    """What the log line repeats of these headers."""
-    return {word: kind(headers[name]) for name, (word, kind) in TOLD.items() if name in headers}
+    """The log line's fields that repeat these headers."""
+    return {word: kind(headers[name]) for name, (word, kind) in LOGGED_HEADERS.items() if name in headers}
 
 
 class AccessLog:
     """The outermost layer: gives the request an id, the answer its headers, the log a line, and
     turns a defect into a 500.
 
-    A route may add to the line by `request.state.log`, a dict of named values; of what a header says too, the dict's value counts.
-    `request.state.parts` are the request's stretches. `record` is given each finished request, but those of the probes.
+    A route may add to the line by `request.state.log`, a dict of named values; where a header says
+    the same, the dict's value counts. `request.state.parts` are the parts of the request's trace.
+    `record` gets each finished request, but those of the probes.
     """
 
     def __init__(self, app: ASGIApp, record: Callable[[Trace], None] | None = None) -> None:
@@ -65,21 +68,26 @@ class AccessLog:
         # The server leaves a HEAD's body out by itself
         inner = {**scope, "method": "GET"} if scope["method"] == "HEAD" else scope
         try:
+            await self._answer_request(exchange, inner, receive)
+        finally:
+            exchange.log_request()
+            if self.record and scope["path"] not in PROBES:
+                self.record(exchange.make_trace())
+        return None
+
+    async def _answer_request(self, exchange: _Exchange, inner: Scope, receive: Receive) -> None:
+        try:
             await self.app(inner, receive, exchange.send_message)
         except asyncio.CancelledError:
             # By the hard stop: the task ends here, and no trace is wanted
             log.debug("cut off", extra={"fields": {"id": exchange.id}})
         except Exception:
             log.exception("a defect", extra={"fields": {"id": exchange.id}})
+            defect = internal_error(exchange.scope)
             if exchange.status == 0:
-                await error_response(internal_error(scope), scope)(inner, receive, exchange.send_message)
+                await error_response(defect, exchange.scope)(inner, receive, exchange.send_message)
             else:
-                note_error(internal_error(scope), scope)
-        finally:
-            exchange.log_request()
-            if self.record and scope["path"] not in PROBES:
-                self.record(exchange.make_trace())
-        return None
+                note_error(defect, exchange.scope)
 
 
 class _Exchange:
@@ -87,8 +95,8 @@ class _Exchange:
 
     def __init__(self, scope: Scope, send: Send) -> None:
         self.scope, self._send = scope, send
-        asked = Headers(scope=scope).get("x-request-id", "")
-        self.id = asked if SANE_ID.match(asked) else uuid4().hex
+        client_id = Headers(scope=scope).get("x-request-id", "")
+        self.id = client_id if SANE_ID.match(client_id) else uuid4().hex
         self.state: dict[str, Any] = scope.setdefault("state", {})
         self.state |= {"request_id": self.id, "log": {}, "parts": ()}
         self.began = time.monotonic()
@@ -110,29 +118,29 @@ class _Exchange:
         self.whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 
     def log_request(self) -> None:
-        status = self.status if self.whole else 499
         self.ended = time.monotonic()
-        outcome = "ok" if self.whole else Cancelled.code
-        fields = {
+        self.fields = self._make_fields() | self.headers | self.state["log"]
+        probe = self.scope["path"] in PROBES and self.fields["status"] in (200, 503)
+        log.log(logging.DEBUG if probe else logging.INFO, "request", extra={"fields": self.fields})
+
+    def _make_fields(self) -> dict[str, Any]:
+        """The fields that every line has."""
+        return {
             "id": self.id,
             "method": self.scope["method"],
             "path": self.scope["path"],
-            "status": status,
-            "outcome": outcome,
+            "status": self.status if self.whole else 499,
+            "outcome": "ok" if self.whole else Cancelled.code,
+            "ms": round((self.ended - self.began) * 1000, 1),
         }
-        took = {"ms": round((self.ended - self.began) * 1000, 1)}
-        quiet = self.scope["path"] in PROBES and status in (200, 503)
-        level = logging.DEBUG if quiet else logging.INFO
-        self.fields = fields | took | self.headers | self.state["log"]
-        log.log(level, "request", extra={"fields": self.fields})
 
     def make_trace(self) -> Trace:
-        """The request as a trace shows it; named by its route, for an id in the name would make a
-        name of its own.
+        """The request as a trace; named by its route, for an id in the name would make a name of its
+        own.
         """
         route = getattr(self.scope.get("route"), "path", "")
         whole = TracePart(f"{self.scope['method']} {route}".strip(), self.began, self.ended)
-        sent = Headers(scope=self.scope)
-        carrier = {name: sent[name] for name in ("traceparent", "tracestate") if name in sent}
+        headers = Headers(scope=self.scope)
+        carrier = {name: headers[name] for name in ("traceparent", "tracestate") if name in headers}
         failed = self.fields["status"] >= 500 or self.state.get("failed", False)
         return Trace(whole, self.state["parts"], self.fields, carrier, failed)

@@ -1,6 +1,5 @@
-"""Who may ask, and who may manage adapters: keys and scopes.
-
-Knows only hashes of keys; never logs one.
+"""Checks a request's key and its scope before its body is read, as plain ASGI. API process; must not
+know a key but its hash, and never logs one.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from ...errors import Forbidden, Unauthorized
 from ...keys import Key, find_key
 from ...settings import Settings
 from ..scopes import KeyScope, grant_scope, missing_scope, required_scope
-from .cors import ELSEWHERE
+from .cors import CROSS_SITE
 from .refusal import refuse_request
 
 READING = ("GET", "HEAD", "OPTIONS")
@@ -26,7 +25,7 @@ BROWSER = {"www-authenticate": 'Basic realm="adapterd: any name, the key as pass
 class Authentication:
     """Lets a request through when its key is known and has the scope that its route declares.
 
-    With no keys set, none is asked for.
+    With no keys set, none is needed.
 
     A request whose key is known has it as `request.state.key`.
     """
@@ -41,21 +40,17 @@ class Authentication:
         refusal = self._refuse_foreign(scope) or self._refuse_key(scope, needed)
         if refusal is None:
             return await self.app(scope, receive, send)
-        page = (
-            refusal.status == 401
-            and scope["method"] == "GET"
-            and "text/html" in Headers(scope=scope).get("accept", "")
-        )
-        return await refuse_request(refusal, scope, receive, send, BROWSER if page else None)
+        headers = BROWSER if refusal.status == 401 and _is_browser_page(scope) else None
+        return await refuse_request(refusal, scope, receive, send, headers)
 
     def _refuse_foreign(self, scope: Scope) -> Forbidden | None:
-        """A page of another site, unless its origin is one of those that may: a form could send an
-        upload without asking first.
+        """Refuses a page of another site, unless its origin is one of those that may: a form could
+        send an upload without a preflight.
         """
         headers, origins = Headers(scope=scope), self.settings.cors_origins
         if scope["method"] in READING or headers.get("sec-fetch-site") != "cross-site":
             return None
-        return None if "*" in origins or headers.get("origin") in origins else ELSEWHERE
+        return None if "*" in origins or headers.get("origin") in origins else CROSS_SITE
 
     def _refuse_key(self, scope: Scope, needed: KeyScope) -> Unauthorized | Forbidden | None:
         if not self.settings.keyed:
@@ -74,6 +69,10 @@ class Authentication:
         return missing_scope(needed) if granted < needed else None
 
 
+def _is_browser_page(scope: Scope) -> bool:
+    return scope["method"] == "GET" and "text/html" in Headers(scope=scope).get("accept", "")
+
+
 def _remember_key(scope: Scope, key: Key) -> None:
     scope["state"]["key"] = key
     if key.name:
@@ -84,18 +83,22 @@ def _read_secret(scope: Scope) -> str | None:
     """The key as the environment would spell it: bytes outside UTF-8 are kept, so that no key on
     the wire can break the comparison.
 
-    A browser can only offer a key for a page by Basic authentication, as the password. It would
-    offer it to any request that another site makes it send, too; so there it counts for reading
-    only.
+    A browser can only send a key for a page by Basic authentication, as the password. It would send
+    it with any request that another site makes it send, too; so there it counts for reading only.
     """
     raw = dict(scope["headers"]).get(b"authorization", b"").strip()
-    scheme, _, rest = raw.partition(b" ")
-    if scheme.lower() == b"bearer" and rest.strip():
-        return str(rest.strip().decode("utf-8", "surrogateescape"))
+    scheme, _, credentials = raw.partition(b" ")
+    credentials = credentials.strip()
+    if scheme.lower() == b"bearer" and credentials:
+        return str(credentials.decode("utf-8", "surrogateescape"))
     if scheme.lower() == b"basic" and scope["method"] in READING:
-        try:
-            pair = base64.b64decode(rest.strip(), validate=True)
-        except binascii.Error:
-            return None
-        return pair.partition(b":")[2].decode("utf-8", "surrogateescape")
+        return _read_password(credentials)
     return None
+
+
+def _read_password(credentials: bytes) -> str | None:
+    try:
+        pair = base64.b64decode(credentials, validate=True)
+    except binascii.Error:
+        return None
+    return pair.partition(b":")[2].decode("utf-8", "surrogateescape")

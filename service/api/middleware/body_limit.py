@@ -1,4 +1,4 @@
-"""Limits on body sizes, as plain ASGI. Knows no route's meaning."""
+"""Limits on body sizes, as plain ASGI. API process; must not know a route's meaning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .refusal import refuse_request
 
 
 class BodyLimit:
-    """Refuses a body over its limit: at once where its length is told, else when the limit is
+    """Refuses a body over its limit: at once where its length is declared, else when the limit is
     passed. Uploads have their own.
     """
 
@@ -20,20 +20,20 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        upload = (
-            scope["method"] == "POST"
-            and scope["path"].startswith("/adapters/")
-            and scope["path"].endswith("/upload")
-        )
-        limit_mb = self.upload_mb if upload else self.body_mb
+        limit_mb = self.upload_mb if _is_upload(scope) else self.body_mb
         limit = int(limit_mb * 1e6)
-        over = PayloadTooLarge(
-            f"the body is over the limit of {limit_mb:g} MB", details={"limit_bytes": limit}
-        )
+        message = f"the body is over the limit of {limit_mb:g} MB"
+        over = PayloadTooLarge(message, details={"limit_bytes": limit})
         length = Headers(scope=scope).get("content-length", "")
         if length.isdecimal() and int(length) > limit:
             return await refuse_request(over, scope, receive, send)
         return await self.app(scope, _meter_body(receive, limit, over), send)
+
+
+def _is_upload(scope: Scope) -> bool:
+    path: str = scope["path"]
+    is_upload_path = path.startswith("/adapters/") and path.endswith("/upload")
+    return is_upload_path and scope["method"] == "POST"
 
 
 def _meter_body(receive: Receive, limit: int, over: PayloadTooLarge) -> Receive:

@@ -1,4 +1,6 @@
-"""Which pages of other sites may ask. Plain ASGI; knows no route."""
+"""Admits requests of other sites' pages by their origin, as plain ASGI. API process; must not know a
+route.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +11,20 @@ from starlette.types import Receive, Scope, Send
 from ...errors import Forbidden
 from .refusal import refuse_request
 
-ELSEWHERE = Forbidden("a page of another site may not ask for this")
+CROSS_SITE = Forbidden("a page of another site may not ask for this")
 
 
 class CorsOrigins(CORSMiddleware):
-    """Lets pages of the named origins ask, and tells the browsers of all others as every refusal is
-    told.
+    """Lets pages of the named origins send requests, and answers the browsers of all others with the
+    error body that every refusal has.
     """
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if (
-            scope["type"] == "http"
-            and scope["method"] == "OPTIONS"
-            and self._is_unwelcome(Headers(scope=scope))
-        ):
-            return await refuse_request(ELSEWHERE, scope, receive, send)
+        is_options = scope["type"] == "http" and scope["method"] == "OPTIONS"
+        if is_options and self._is_refused_preflight(Headers(scope=scope)):
+            return await refuse_request(CROSS_SITE, scope, receive, send)
         return await super().__call__(scope, receive, send)
 
-    def _is_unwelcome(self, headers: Headers) -> bool:
-        asks = "origin" in headers and "access-control-request-method" in headers
-        return asks and self.preflight_response(headers).status_code != 200
+    def _is_refused_preflight(self, headers: Headers) -> bool:
+        is_preflight = "origin" in headers and "access-control-request-method" in headers
+        return is_preflight and self.preflight_response(headers).status_code != 200

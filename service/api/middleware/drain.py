@@ -1,6 +1,5 @@
-"""Lets no new request in while the service drains, and counts those inside.
-
-Plain ASGI; knows no route's meaning.
+"""Refuses new requests while the service drains, and counts those that run, as plain ASGI. API
+process; must not know a route's meaning.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ from .refusal import refuse_request
 
 
 class DrainGate:
-    """Counts what runs in `rooms.running`; once the service drains, only the probes are still
+    """Counts what runs in `services.running`; once the service drains, only the probes are still
     answered.
     """
 
-    def __init__(self, app: ASGIApp, rooms: Services) -> None:
-        self.app, self.rooms = app, rooms
+    def __init__(self, app: ASGIApp, services: Services) -> None:
+        self.app, self.services = app, services
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in PROBES:
             return await self.app(scope, receive, send)
-        if self.rooms.draining:
+        if self.services.draining:
             closing = NotReady("the service is shutting down; ask another one", retry_after=5)
             return await refuse_request(closing, scope, receive, send, {"connection": "close"})
         with self._count_request():
@@ -35,8 +34,8 @@ class DrainGate:
 
     @contextmanager
     def _count_request(self) -> Iterator[None]:
-        self.rooms.running += 1
+        self.services.running += 1
         try:
             yield
         finally:
-            self.rooms.running -= 1
+            self.services.running -= 1

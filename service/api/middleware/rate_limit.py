@@ -1,6 +1,5 @@
-"""What one key may take: so many requests a second, so many at once.
-
-One key's limit never touches another's. Knows no route's meaning.
+"""Limits the requests of one key, a second and at once, as plain ASGI. API process; must not know a
+route's meaning. One key's limit never touches another's.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ PAGES = ("/console/", "/docs/")
 
 @dataclass
 class KeyUsage:
-    """What one key has used.
+    """The share of one key that is used.
 
     `left` are requests that may come at once, refilled at its rate, a second's worth at most.
     """
@@ -44,38 +43,38 @@ class KeyUsage:
 
 
 class RateLimit:
-    """Refuses with 429 what a key has no share for any more.
+    """Refuses with 429 a request that the key has no share for any more.
 
-    What probes and pages ask for is free, and so are requests without keys.
+    Requests for probes and pages are free, and so are those without keys.
     """
 
     def __init__(self, app: ASGIApp, settings: Settings, clock: Callable[[], float] = time.monotonic) -> None:
         self.app, self.settings, self.clock = app, settings, clock
-        self._accounts: dict[str, KeyUsage] = {}  # by the key's hash; only known keys come here
+        self._usages: dict[str, KeyUsage] = {}  # by the key's hash; only known keys come here
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         key: Key | None = scope.get("state", {}).get("key")
         if key is None or _is_free(scope):
             return await self.app(scope, receive, send)
-        account = self._accounts.setdefault(key.digest, KeyUsage(math.inf, self.clock()))
-        refusal = self._refuse_request(key, account)
+        usage = self._usages.setdefault(key.digest, KeyUsage(math.inf, self.clock()))
+        refusal = self._refuse_request(key, usage)
         if refusal is not None:
             metrics.KEY_REFUSALS.inc()
             return await refuse_request(refusal, scope, receive, send)
-        account.running += 1
+        usage.running += 1
         try:
             return await self.app(scope, receive, send)
         finally:
-            account.running -= 1
+            usage.running -= 1
 
-    def _refuse_request(self, key: Key, account: KeyUsage) -> Overloaded | None:
+    def _refuse_request(self, key: Key, usage: KeyUsage) -> Overloaded | None:
         most = key.concurrency or self.settings.key_concurrency
-        if most is not None and account.running >= most:
+        if most is not None and usage.running >= most:
             return Overloaded(
                 f"this key may run {most} requests at once, and they run: wait for one to end", retry_after=1
             )
         rate = key.rate or self.settings.key_rate
-        wait = account.seconds_to_wait(rate, self.clock()) if rate is not None else 0.0
+        wait = usage.seconds_to_wait(rate, self.clock()) if rate is not None else 0.0
         if wait > 0:
             return Overloaded(f"this key may send {rate:g} requests a second", retry_after=math.ceil(wait))
         return None

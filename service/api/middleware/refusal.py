@@ -1,4 +1,6 @@
-"""Answers with an error from within a layer, before any route. Knows no route."""
+"""Answers with an error from within a middleware, before any route. API process; must not know a
+route.
+"""
 
 from __future__ import annotations
 

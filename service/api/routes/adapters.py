@@ -1,5 +1,5 @@
-"""Management: what is registered, what each adapter is, and changing it, under our names and
-vLLM's. Reads no adapter file itself.
+"""The routes that list, describe, register, change and remove adapters, under our names and vLLM's.
+API process; must not read an adapter file itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ..scopes import ADMIN_SCOPE, KEY_SCOPE
 from ..services import OpenRegistry, VisibleAdapters
 
 reading = APIRouter(tags=["adapters"], dependencies=[KEY_SCOPE])
-# A dry run reads files of the host, so it stands here as well.
+# A dry run reads files of the host, so it needs the admin scope as well.
 changing = APIRouter(tags=["adapters"], dependencies=[ADMIN_SCOPE])
 
 Id = Annotated[str, Path(description="The adapter's id; one with a slash is written raw or as %2F.")]
@@ -33,7 +33,7 @@ Aliased = document_errors(403, 404, 422, 503, openai=True)
 SAME: dict[int | str, dict[str, Any]] = {
     200: {"description": "this content is already registered under this id"}
 }
-Told = dict[str, Any]
+JsonDict = dict[str, Any]
 
 
 class Source(StrictModel):
@@ -75,58 +75,54 @@ class ForecastShape(BaseModel):
 
 
 @reading.get("/adapters", responses=Reading)
-async def list_adapters(here: OpenRegistry, seen: VisibleAdapters) -> Told:
+async def list_adapters(services: OpenRegistry, scope: VisibleAdapters) -> JsonDict:
     """Every registered adapter, as a small card; to a key with a list of adapters, those on it."""
-    return {"adapters": [card for card in here.registry.list_cards() if seen.can_see(card["id"])]}
+    cards = services.registry.list_cards()
+    return {"adapters": [card for card in cards if scope.can_see(card["id"])]}
 
 
 @changing.post("/adapters", status_code=201, responses=Changing | SAME)
-async def register_adapter(body: Registration, here: OpenRegistry) -> Response:
+async def register_adapter(body: Registration, services: OpenRegistry) -> Response:
     """Registers a folder, or content of the hub, under an id."""
-    return _registration_answer(*await here.registry.register_adapter(**body.model_dump()))
+    card, created = await services.registry.register_adapter(**body.model_dump())
+    return _registration_answer(card, created)
 
 
 @changing.post("/adapters/check", responses=Changing)
-async def check_adapter(body: Registration, here: OpenRegistry) -> Told:
+async def check_adapter(body: Registration, services: OpenRegistry) -> JsonDict:
     """The whole validation and the summary; registers nothing.
 
     `ok` says whether POST would take this body.
     """
-    asked = body.model_dump(include={"id", "source", "subfolder", "revision", "preload"})
-    return await here.registry.check_adapter(**asked)
+    registration = body.model_dump(include={"id", "source", "subfolder", "revision", "preload"})
+    return await services.registry.check_adapter(**registration)
 
 
 FILE = {"type": "string", "format": "binary"}
 PARTS = (CONFIG, WEIGHTS, *TEXT_FILES, "vocab.json", "vocab.txt", "file")
 MOST_PARTS = 32
+FORM = {"type": "object", "additionalProperties": False, "properties": dict.fromkeys(PARTS, FILE)}
 UPLOAD = {
     "requestBody": {
         "required": True,
-        "description": "An adapter's config and weights, and the files of its tokenizer and templates where it has any, "
-        "or one .zip or .tar of them in `file`.",
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "additionalProperties": False,
-                    "properties": dict.fromkeys(PARTS, FILE),
-                }
-            }
-        },
+        "description": "An adapter's config and weights, and the files of its tokenizer and templates "
+        "where it has any, or one .zip or .tar of them in `file`.",
+        "content": {"multipart/form-data": {"schema": FORM}},
     }
 }
 
 
 @changing.post("/adapters/{id:path}/upload", status_code=201, responses=Changing | SAME, openapi_extra=UPLOAD)
-async def upload_adapter(id: Id, here: OpenRegistry, request: Request) -> Response:
+async def upload_adapter(id: Id, services: OpenRegistry, request: Request) -> Response:
     """Stores an adapter's files under the adapters directory and registers them."""
     try:
         async with request.form(max_files=MOST_PARTS, max_fields=MOST_PARTS) as form:
-            sent = form.multi_items()
-            files = {name: part for name, part in sent if isinstance(part, UploadFile)}
-            if len(files) < len(sent):
+            parts = form.multi_items()
+            files = {name: part for name, part in parts if isinstance(part, UploadFile)}
+            if len(files) < len(parts):
                 raise BadRequest("upload: every part is a file, and no two have the same name", param="file")
-            return _registration_answer(*await here.registry.upload_adapter(id, files))
+            card, created = await services.registry.upload_adapter(id, files)
+            return _registration_answer(card, created)
     except OSError as error:
         raise Forbidden(f"the upload cannot be stored: {error.strerror}") from error
 
@@ -134,74 +130,75 @@ async def upload_adapter(id: Id, here: OpenRegistry, request: Request) -> Respon
 @reading.get("/adapters/{id:path}/summary", responses=Reading | {200: {"content": {"text/plain": {}}}})
 async def show_summary(
     id: Id,
-    here: OpenRegistry,
-    seen: VisibleAdapters,
+    services: OpenRegistry,
+    scope: VisibleAdapters,
     request: Request,
     format: Annotated[Literal["json", "text"] | None, Query()] = None,
 ) -> Response:
     """Everything about an adapter; as a table to read where `Accept` or `format` ask for text."""
-    seen.require_visible(id)
+    scope.require_visible(id)
     accept = request.headers.get("accept", "")
-    if format == "text" or (format is None and "text/plain" in accept and "application/json" not in accept):
-        text = here.registry.summary_text(id)
+    accepts_text = "text/plain" in accept and "application/json" not in accept
+    if format == "text" or (format is None and accepts_text):
+        text = services.registry.summary_text(id)
         # Its files may hold lone surrogates
         return PlainTextResponse(text.encode("utf-8", "backslashreplace"))
-    return JsonAnswer(here.registry.summary_of(id))
+    return JsonAnswer(services.registry.summary_of(id))
 
 
 @reading.get("/adapters/{id:path}/architecture", responses=Reading, response_class=PlainTextResponse)
-async def show_architecture(id: Id, here: OpenRegistry, seen: VisibleAdapters) -> str:
+async def show_architecture(id: Id, services: OpenRegistry, scope: VisibleAdapters) -> str:
     """The module tree with the adapter in place; repeated layers folded."""
-    seen.require_visible(id)
+    scope.require_visible(id)
     # Of a base with many experts, 18,000 modules
-    return await run_in(RENDER, here.registry.draw_architecture, id)
+    return await run_in(RENDER, services.registry.draw_architecture, id)
 
 
 # One part deeper than any id goes, so no id can hide it.
 @reading.get("/adapters/{id:path}/architecture/norms", responses=document_errors(404, 422, 503))
-async def show_norms(id: Id, here: OpenRegistry, seen: VisibleAdapters) -> Told:
+async def show_norms(id: Id, services: OpenRegistry, scope: VisibleAdapters) -> JsonDict:
     """Where it acts: rank and Frobenius norm of `scaling · B · A` by module and layer;
 
     DoRA's magnitudes are not in it.
     """
-    seen.require_visible(id)
-    return await here.registry.measure_norms(id)
+    scope.require_visible(id)
+    return await services.registry.measure_norms(id)
 
 
 @reading.get("/adapters/{id:path}", responses=Reading)
-async def show_card(id: Id, here: OpenRegistry, seen: VisibleAdapters) -> Told:
-    seen.require_visible(id)
-    return here.registry.card_of(id)
+async def show_card(id: Id, services: OpenRegistry, scope: VisibleAdapters) -> JsonDict:
+    scope.require_visible(id)
+    return services.registry.card_of(id)
 
 
 @changing.put("/adapters/{id:path}", responses=Changing | {201: {"description": "the id is new"}})
-async def replace_adapter(id: Id, body: Replacement, here: OpenRegistry) -> Response:
+async def replace_adapter(id: Id, body: Replacement, services: OpenRegistry) -> Response:
     """Replaces atomically: requests in flight finish on the old content."""
     if body.id not in (None, id):
         raise BadRequest(f"id: {body.id!r} is not the id of the path, {id!r}", param="id")
-    return _registration_answer(
-        *await here.registry.register_adapter(**body.model_dump() | {"id": id}, replace=True)
-    )
+    registration = body.model_dump() | {"id": id}
+    card, created = await services.registry.register_adapter(**registration, replace=True)
+    return _registration_answer(card, created)
 
 
 @changing.patch("/adapters/{id:path}", responses=Changing)
-async def change_adapter(id: Id, body: Change, here: OpenRegistry) -> Told:
+async def change_adapter(id: Id, body: Change, services: OpenRegistry) -> JsonDict:
     """Pins to, or unpins from, the device."""
-    return await here.registry.pin_adapter(id, body.pinned)
+    return await services.registry.pin_adapter(id, body.pinned)
 
 
 @changing.delete("/adapters/{id:path}", responses=Changing)
-async def remove_adapter(id: Id, here: OpenRegistry, purge: bool = False) -> Told:
+async def remove_adapter(id: Id, services: OpenRegistry, purge: bool = False) -> JsonDict:
     """Stops new requests at once, lets those in flight finish, frees;
 
     `purge` also deletes files that were uploaded.
     """
-    return await here.registry.remove_adapter(id, purge)
+    return await services.registry.remove_adapter(id, purge)
 
 
 @contextmanager
 def _as_vllm() -> Iterator[None]:
-    """Errors with vLLM's codes, the fields called as they were sent."""
+    """Raises errors with vLLM's codes, their fields named as in vLLM's body."""
     try:
         yield
     except SourceMissing as error:
@@ -214,27 +211,27 @@ def _as_vllm() -> Iterator[None]:
 
 
 @changing.post("/v1/load_lora_adapter", responses=Aliased, response_class=PlainTextResponse)
-async def load_lora(body: LoadLora, here: OpenRegistry) -> str:
+async def load_lora(body: LoadLora, services: OpenRegistry) -> str:
     """vLLM's name for registering."""
     with _as_vllm():
-        await here.registry.register_adapter(body.lora_name, body.lora_path, replace=body.load_inplace)
+        await services.registry.register_adapter(body.lora_name, body.lora_path, replace=body.load_inplace)
     return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
 
 @changing.post("/v1/unload_lora_adapter", responses=Aliased, response_class=PlainTextResponse)
-async def unload_lora(body: UnloadLora, here: OpenRegistry) -> str:
+async def unload_lora(body: UnloadLora, services: OpenRegistry) -> str:
     """vLLM's name for deleting."""
     with _as_vllm():
-        await here.registry.remove_adapter(body.lora_name, False)
+        await services.registry.remove_adapter(body.lora_name, False)
     return f"Success: LoRA adapter '{body.lora_name}' removed successfully."
 
 
 @reading.get("/forecast", responses=document_errors(422, 503))
-async def show_forecast(shape: Annotated[ForecastShape, Query()], here: OpenRegistry) -> Told:
+async def show_forecast(shape: Annotated[ForecastShape, Query()], services: OpenRegistry) -> JsonDict:
     """What an adapter of that shape would weigh on the served base."""
     modules = [name.strip() for name in shape.target_modules.split(",") if name.strip()]
-    return here.registry.forecast_size(shape.r, modules, shape.dtype)
+    return services.registry.forecast_size(shape.r, modules, shape.dtype)
 
 
-def _registration_answer(told: Told, created: bool) -> Response:
-    return JsonAnswer(told, 201 if created else 200)
+def _registration_answer(card: JsonDict, created: bool) -> Response:
+    return JsonAnswer(card, 201 if created else 200)

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions. Knows its own wire shapes only."""
+"""POST /v1/chat/completions. API process; must not know another dialect's wire shapes."""
 
 from __future__ import annotations
 
@@ -11,16 +11,23 @@ from fastapi import APIRouter, Request, Response
 
 from ...core.request import Token
 from ...errors import BadRequest
-from ...text.tool_calls import CallParser, ToolCallText
+from ...text.tool_calls import CallFormat, CallParser, ToolCallText
 from ..errors import document_errors
-from ..generation.admission import Admission, Admitted, GenerationAsk, chat_prompt
-from ..generation.answer import Answer, AnswerEnding
+from ..generation.admission import Admission, Admitted, GenerationOptions, chat_prompt
+from ..generation.answer import Answer, AnswerEnding, TextPiece
 from ..generation.grammar import calls_grammar, compile_grammar
 from ..generation.logprobs import best_tokens, finite_logprob
-from ..generation.openai_objects import FINISH, Told, chosen_adapter, merge_answers, object_fields, usage_of
-from ..generation.rendering import made_later, render_answer
+from ..generation.openai_objects import (
+    FINISH,
+    JsonDict,
+    chosen_adapter,
+    merge_answers,
+    object_fields,
+    usage_of,
+)
+from ..generation.rendering import defer_elements, render_answer
 from ..generation.sse import EVENTS, stream_events
-from ..schemas.chat import ChatMessage, ChatRequest
+from ..schemas.chat import ChatMessage, ChatRequest, ToolCall
 
 if TYPE_CHECKING:
     from ...text.tokenizers import AdapterTokenizer
@@ -29,43 +36,47 @@ router = APIRouter()
 
 
 @router.post("/v1/chat/completions", responses=EVENTS | document_errors(404, 422, 429, 503, 504, openai=True))
-async def answer_chat(body: ChatRequest, request: Request, admitted: Admitted) -> Response:
+async def answer_chat(body: ChatRequest, request: Request, admission: Admitted) -> Response:
     """Answers a conversation, or calls tools; with `stream`, as server-sent events."""
-    voice = await admitted.enter_adapter(chosen_adapter(body.model, admitted.rooms))
-    tools = [tool.function.told for tool in body.tools or ()] if body.tool_choice != "none" else []
-    format = voice.tool_format() if tools else None
-    prompt = await chat_prompt(admitted, voice, [_template_message(m) for m in body.messages], tools)
-    admitted.submit_prompt(voice, prompt, await _make_ask(body))
-    single = body.parallel_tool_calls is False
-    calls = [
-        CallParser(format, body.names if tools else (), bool(body.forced), single) for _ in admitted.answers
-    ]
+    tokenizer = await admission.enter_adapter(chosen_adapter(body.model, admission.services))
+    tools = [tool.function.template_form for tool in body.tools or ()] if body.tool_choice != "none" else []
+    format = tokenizer.tool_format() if tools else None
+    messages = [_template_message(message) for message in body.messages]
+    prompt = await chat_prompt(admission, tokenizer, messages, tools)
+    admission.submit_prompt(tokenizer, prompt, await _make_options(body))
+    parsers = [_make_parser(body, format) for _ in admission.answers]
     if body.stream:
-        outside = object_fields("chatcmpl", "chat.completion.chunk", body.model, admitted)
-        return stream_events(request, _stream_chunks(body, admitted, outside, calls), admitted.make_headers())
-    await admitted.finish_answers()
-    choices = (_make_choice(body, i, answer, calls[i]) for i, answer in enumerate(admitted.answers))
-    told = object_fields("chatcmpl", "chat.completion", body.model, admitted) | {
-        "choices": choices,
-        "usage": usage_of(admitted),
-    }
-    return await render_answer(told, admitted.make_headers() | admitted.make_times())
+        shared_fields = object_fields("chatcmpl", "chat.completion.chunk", body.model, admission)
+        chunks = _stream_chunks(body, admission, shared_fields, parsers)
+        return stream_events(request, chunks, admission.make_headers())
+    await admission.finish_answers()
+    answers = zip(admission.answers, parsers, strict=True)
+    choices = (_make_choice(body, i, answer, parser) for i, (answer, parser) in enumerate(answers))
+    shared_fields = object_fields("chatcmpl", "chat.completion", body.model, admission)
+    completion = shared_fields | {"choices": choices, "usage": usage_of(admission)}
+    return await render_answer(completion, admission.make_headers() | admission.make_times())
 
 
-def _template_message(message: ChatMessage) -> Told:
+def _make_parser(body: ChatRequest, format: CallFormat | None) -> CallParser:
+    names = [] if body.tool_choice == "none" else body.names
+    return CallParser(format, names, forced=bool(body.forced), single=body.parallel_tool_calls is False)
+
+
+def _template_message(message: ChatMessage) -> JsonDict:
     """A message as templates expect it: its text in one piece, the arguments of calls as objects."""
-    turn: Told = {"role": message.role, "content": message.text}
-    turn |= {key: value for key in ("name", "tool_call_id") if (value := getattr(message, key)) is not None}
+    turn: JsonDict = {"role": message.role, "content": message.text}
+    if message.name is not None:
+        turn["name"] = message.name
+    if message.tool_call_id is not None:
+        turn["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
-        turn["tool_calls"] = [
-            {
-                "id": c.id,
-                "type": "function",
-                "function": {"name": c.function.name, "arguments": _parse_arguments(c.function.arguments)},
-            }
-            for c in message.tool_calls
-        ]
+        turn["tool_calls"] = [_template_call(call) for call in message.tool_calls]
     return turn
+
+
+def _template_call(call: ToolCall) -> JsonDict:
+    function = {"name": call.function.name, "arguments": _parse_arguments(call.function.arguments)}
+    return {"id": call.id, "type": "function", "function": function}
 
 
 def _parse_arguments(text: str) -> Any:
@@ -75,11 +86,10 @@ def _parse_arguments(text: str) -> Any:
         return text
 
 
-async def _make_ask(body: ChatRequest) -> GenerationAsk:
-    return GenerationAsk(
-        sampling=body.make_sampling(
-            body.top_logprobs or 0 if body.logprobs else None, await _make_grammar(body)
-        ),
+async def _make_options(body: ChatRequest) -> GenerationOptions:
+    logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    return GenerationOptions(
+        sampling=body.make_sampling(logprobs, await _make_grammar(body)),
         max_tokens=body.max_completion_tokens if body.max_tokens is None else body.max_tokens,
         default_tokens=None,
         stop=body.stop or (),
@@ -101,74 +111,76 @@ async def _make_grammar(body: ChatRequest) -> str | None:
             "tool_choice: a forced call cannot go with response_format, ignore_eos or min_tokens",
             param="tool_choice",
         )
-    return await calls_grammar(
-        {function.name: function.parameters or {"type": "object"} for function in body.forced}, "tools"
-    )
+    functions = {function.name: function.parameters or {"type": "object"} for function in body.forced}
+    return await calls_grammar(functions, "tools")
 
 
-# ---- telling
+# ---- the answer
 
 
-def _make_choice(body: ChatRequest, index: int, answer: Answer, calls: CallParser) -> Told:
-    content = calls.push_text(answer.text)
-    rest, found = calls.finish_calls()
-    message: Told = {
+def _make_choice(body: ChatRequest, index: int, answer: Answer, parser: CallParser) -> JsonDict:
+    content = parser.push_text(answer.text)
+    rest, calls = parser.finish_calls()
+    content += rest
+    message: JsonDict = {
         "role": "assistant",
-        "content": content + rest if content + rest or not found else None,
+        "content": content if content or not calls else None,
         "refusal": None,
     }
-    if found:
-        message["tool_calls"] = [_call_object(call) for call in found]
-    logprobs = (
-        _logprobs_object(answer.voice, answer.tokens, body.top_logprobs or 0) if body.logprobs else None
-    )
+    if calls:
+        message["tool_calls"] = [_call_object(call) for call in calls]
     return {
         "index": index,
         "message": message,
-        "logprobs": logprobs,
-        "finish_reason": _finish_reason(answer.ending, found),
+        "logprobs": _logprobs_object(body, answer.tokenizer, answer.tokens),
+        "finish_reason": _finish_reason(answer.ending, calls),
     }
 
 
 async def _stream_chunks(
-    body: ChatRequest, admitted: Admission, outside: Told, calls: list[CallParser]
-) -> AsyncIterator[Told]:
+    body: ChatRequest, admission: Admission, shared_fields: JsonDict, parsers: list[CallParser]
+) -> AsyncIterator[JsonDict]:
     """A chunk for every token, also one that adds no text yet, so that a client sees the work go
     on.
     """
-    outside |= {"usage": None} if body.usage_wanted else {}
-    async for i, piece in merge_answers(admitted.answers):
-        answer = admitted.answers[i]
-        logprobs = (
-            _logprobs_object(answer.voice, [piece.token], body.top_logprobs or 0)
-            if body.logprobs and piece.token
-            else None
-        )
-        if len(answer.pieces) == 1:
-            yield outside | _make_delta(i, {"role": "assistant", "content": ""})
-        text, found = calls[i].push_text(piece.text), list[ToolCallText]()
-        if piece.ending:
-            rest, found = calls[i].finish_calls()
-            text += rest
-        if text or logprobs or piece.ending is not AnswerEnding.EOS:
-            yield outside | _make_delta(i, {"content": text}, logprobs=logprobs)
-        for at, call in enumerate(found):
-            yield outside | _make_delta(i, {"tool_calls": [{"index": at, **_call_object(call)}]})
-        if piece.ending:
-            yield outside | _make_delta(i, {}, _finish_reason(piece.ending, found))
+    shared_fields |= {"usage": None} if body.usage_wanted else {}
+    async for i, piece in merge_answers(admission.answers):
+        for choice in _make_choices(body, i, admission.answers[i], piece, parsers[i]):
+            yield shared_fields | {"choices": [choice]}
     if body.usage_wanted:
-        yield outside | {"choices": [], "usage": usage_of(admitted)}
+        yield shared_fields | {"choices": [], "usage": usage_of(admission)}
 
 
-def _make_delta(index: int, delta: Told, finish: str | None = None, logprobs: Told | None = None) -> Told:
-    return {"choices": [{"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}]}
+def _make_choices(
+    body: ChatRequest, index: int, answer: Answer, piece: TextPiece, parser: CallParser
+) -> Iterator[JsonDict]:
+    """The choices, one a chunk, that a piece adds to its answer."""
+    logprobs = _logprobs_object(body, answer.tokenizer, [piece.token]) if piece.token else None
+    if len(answer.pieces) == 1:
+        yield _make_delta(index, {"role": "assistant", "content": ""})
+    text, calls = parser.push_text(piece.text), list[ToolCallText]()
+    if piece.ending:
+        rest, calls = parser.finish_calls()
+        text += rest
+    if text or logprobs or piece.ending is not AnswerEnding.EOS:
+        yield _make_delta(index, {"content": text}, logprobs=logprobs)
+    for at, call in enumerate(calls):
+        yield _make_delta(index, {"tool_calls": [{"index": at, **_call_object(call)}]})
+    if piece.ending:
+        yield _make_delta(index, {}, _finish_reason(piece.ending, calls))
 
 
-def _finish_reason(ending: AnswerEnding, calls: Sequence[ToolCallText]) -> str:
-    return "tool_calls" if calls and ending is not AnswerEnding.LENGTH else FINISH[ending]
+def _make_delta(
+    index: int, delta: JsonDict, finish: str | None = None, logprobs: JsonDict | None = None
+) -> JsonDict:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
 
-def _call_object(call: ToolCallText) -> Told:
+def _finish_reason(ending: AnswerEnding, parsers: Sequence[ToolCallText]) -> str:
+    return "tool_calls" if parsers and ending is not AnswerEnding.LENGTH else FINISH[ending]
+
+
+def _call_object(call: ToolCallText) -> JsonDict:
     return {
         "id": f"call_{uuid4().hex[:24]}",
         "type": "function",
@@ -176,19 +188,24 @@ def _call_object(call: ToolCallText) -> Told:
     }
 
 
-def _logprobs_object(voice: AdapterTokenizer, tokens: Sequence[Token], wanted: int) -> Told:
-    return {"content": made_later(len(tokens), _tokens(voice, tokens, wanted)), "refusal": None}
+def _logprobs_object(
+    body: ChatRequest, tokenizer: AdapterTokenizer, tokens: Sequence[Token]
+) -> JsonDict | None:
+    if not body.logprobs:
+        return None
+    entries = _token_entries(tokenizer, tokens, body.top_logprobs or 0)
+    return {"content": defer_elements(len(tokens), entries), "refusal": None}
 
 
-def _tokens(voice: AdapterTokenizer, tokens: Sequence[Token], wanted: int) -> Iterator[Told]:
+def _token_entries(tokenizer: AdapterTokenizer, tokens: Sequence[Token], wanted: int) -> Iterator[JsonDict]:
     for token in tokens:
-        tops = [_logprob_entry(voice, *pair) for pair in best_tokens(token, wanted)]
-        yield {**_logprob_entry(voice, token.id, token.logprob), "top_logprobs": tops}
+        tops = [_logprob_entry(tokenizer, *pair) for pair in best_tokens(token, wanted)]
+        yield {**_logprob_entry(tokenizer, token.id, token.logprob), "top_logprobs": tops}
 
 
-def _logprob_entry(voice: AdapterTokenizer, id: int, logprob: float | None) -> Told:
+def _logprob_entry(tokenizer: AdapterTokenizer, id: int, logprob: float | None) -> JsonDict:
     return {
-        "token": voice.token_text(id),
+        "token": tokenizer.token_text(id),
         "logprob": finite_logprob(logprob),
-        "bytes": list(voice.piece_bytes(id)),
+        "bytes": list(tokenizer.piece_bytes(id)),
     }

@@ -1,6 +1,5 @@
-"""The OpenAI dialect's routes that generate nothing, and its others put together.
-
-Knows no request's body.
+"""The OpenAI dialect's routes that generate nothing, and its others put together. API process; must not
+know a request's body.
 """
 
 from __future__ import annotations
@@ -21,12 +20,12 @@ router.include_router(chat.router)
 
 
 @router.get("/v1/models", responses=document_errors(503, openai=True))
-async def list_models(here: OpenRegistry, seen: VisibleAdapters) -> dict[str, Any]:
+async def list_models(services: OpenRegistry, scope: VisibleAdapters) -> dict[str, Any]:
     """The base and every registered adapter; an adapter's parent is the base."""
-    return {"object": "list", "data": model_objects(here, seen)}
+    return {"object": "list", "data": model_objects(services, scope)}
 
 
 @router.get("/v1/models/{id:path}", responses=document_errors(404, 503, openai=True))
-async def get_model(id: str, here: OpenRegistry, seen: VisibleAdapters) -> dict[str, Any]:
+async def get_model(id: str, services: OpenRegistry, scope: VisibleAdapters) -> dict[str, Any]:
     """One of them."""
-    return known_model(id, here, seen)
+    return known_model(id, services, scope)

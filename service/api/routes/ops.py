@@ -1,5 +1,5 @@
-"""What operators and browsers ask: liveness, readiness, metrics, versions, the served base, the
-pages. Changes nothing.
+"""The routes of operators and browsers: liveness, readiness, metrics, versions, the served base, the
+pages. API process; must not change anything.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from fastapi.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
 from ... import __version__
+from ...core.base_info import BaseInfo, LinearKind
 from ...errors import NotFound, NotReady
 from ...telemetry import gpu, metrics
 from ...threads import DEVICE, DISK, run_in
@@ -31,77 +32,77 @@ LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "llguidance", "fas
 CLOSED = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
 SAME_ORIGIN = CLOSED + "script-src 'self'; connect-src 'self'; font-src 'self'; "
 CONSOLE = SAME_ORIGIN + "style-src 'self'; img-src 'self' data:"
-# It writes style attributes
+# Its script writes style attributes
 SWAGGER = SAME_ORIGIN + "style-src 'self' 'unsafe-inline'; img-src 'self' data:"
-Told = dict[str, Any]
+JsonDict = dict[str, Any]
 
 
 @probes.get("/health", responses=document_errors(503))
-async def show_health(here: AnyServices) -> Told:
+async def show_health(services: AnyServices) -> JsonDict:
     """Liveness: 200 while the process can recover by itself, whatever the worker does."""
-    told = {"state": here.state, "reason": here.reason, **load_progress(here)}
-    if here.state == "failed":
-        raise NotReady(f"failed: {here.reason}", details=told)
-    return told
+    health = {"state": services.state, "reason": services.reason, **load_progress(services)}
+    if services.state == "failed":
+        raise NotReady(f"failed: {services.reason}", details=health)
+    return health
 
 
 @probes.get("/ready", responses=document_errors(503))
-async def show_ready(here: AnyServices) -> Told:
+async def show_ready(services: AnyServices) -> JsonDict:
     """200 only when a request would be served now."""
-    here.require_ready()
+    services.require_ready()
     return {"state": "ready"}
 
 
-def load_progress(here: Services) -> Told:
-    return (
-        {"stage": here.client.stage, "fraction": here.client.fraction}
-        if here.client.state == "loading"
-        else {}
-    )
+def load_progress(services: Services) -> JsonDict:
+    client = services.client
+    if client.state != "loading":
+        return {}
+    return {"stage": client.stage, "fraction": client.fraction}
 
 
-FORMATS: dict[int | str, Told] = {200: {"content": {"text/plain": {}, "application/openmetrics-text": {}}}}
+FORMATS: dict[int | str, JsonDict] = {
+    200: {"content": {"text/plain": {}, "application/openmetrics-text": {}}}
+}
 
 
 @router.get("/metrics", responses=document_errors() | FORMATS)
-async def show_metrics(request: Request, here: AnyServices, seen: VisibleAdapters) -> Response:
+async def show_metrics(request: Request, services: AnyServices, scope: VisibleAdapters) -> Response:
     """Prometheus text, or OpenMetrics where `Accept` asks for it.
 
     A key with a list of adapters gets no series that name adapters.
     """
     metrics.set_gpus(await run_in(DEVICE, gpu.read_gpus))
-    if here.settings.lora_requests_info == "on" and here.opened:
-        tell_gateway(here)
-    content, kind = metrics.render_metrics(request.headers.get("accept", ""), named=seen.whole)
+    if services.settings.lora_requests_info == "on" and services.opened:
+        export_lora_info(services)
+    content, kind = metrics.render_metrics(request.headers.get("accept", ""), named=scope.whole)
     return Response(content, headers={"content-type": kind})
 
 
-def tell_gateway(here: Services) -> None:
-    """As the protocol between model servers and the endpoint picker says: which adapters would be
-    served without a wait for their weights.
+def export_lora_info(services: Services) -> None:
+    """Exports the adapters that would be served without a wait for their weights, as the protocol
+    between model servers and the endpoint picker says.
 
-    The pool has no fixed number of places: the ones that are taken count, and those that its free
-    rows give to the largest rank.
+    The pool has no fixed number of adapters: those in it count, and as many as its free ranks hold
+    of the largest one.
     """
-    cards, awaited, base = here.registry.list_cards(), here.client.awaited, here.client.base
-    running = {card["id"] for card in cards if card["digest"] and here.client.is_resident(card["digest"])}
-    waiting = {card["id"] for card in cards if card["digest"] in awaited} - running
-    free = (base.pool_rank if base else 0) - here.client.gauges.pool_used
+    cards, client = services.registry.list_cards(), services.client
+    running = {card["id"] for card in cards if card["digest"] and client.is_resident(card["digest"])}
+    waiting = {card["id"] for card in cards if card["digest"] in client.awaited} - running
+    free = (client.base.pool_rank if client.base else 0) - client.gauges.pool_used
     largest = max((card["rank"] or 0 for card in cards), default=0)
     metrics.lora_info(len(running) + free // max(1, largest), running, waiting)
 
 
 @router.get("/info", responses=document_errors())
-async def show_info(here: AnyServices, seen: VisibleAdapters) -> Told:
+async def show_info(services: AnyServices, scope: VisibleAdapters) -> JsonDict:
     """Versions, the settings without secrets, and the base where it is loaded."""
-    versions = {"adapterd": __version__, "python": platform.python_version()} | {
-        name: _package_version(name) for name in LIBRARIES
-    }
+    versions = {"adapterd": __version__, "python": platform.python_version()}
+    libraries = {name: _package_version(name) for name in LIBRARIES}
     return {
-        "versions": versions,
-        "state": here.state,
-        "settings": here.settings.public_values(),
-        "base": base_card(here, seen) if here.opened else None,
+        "versions": versions | libraries,
+        "state": services.state,
+        "settings": services.settings.public_values(),
+        "base": base_card(services, scope) if services.opened else None,
     }
 
 
@@ -113,81 +114,99 @@ def _package_version(package: str) -> str | None:
 
 
 @router.get("/base", responses=document_errors(503))
-async def show_base(here: OpenRegistry, seen: VisibleAdapters) -> Told:
+async def show_base(services: OpenRegistry, scope: VisibleAdapters) -> JsonDict:
     """The served base: what it is, what it weighs, what can be adapted, and the rank pool's size
     and use.
     """
-    return base_card(here, seen)
+    return base_card(services, scope)
 
 
-def base_card(here: Services, seen: AdapterScope) -> Told:
-    """Of the pool's adapters, a key with a list sees its own."""
-    card, gauges = here.client.base, here.client.gauges
-    assert card is not None, "the registrations open after the base"
-    resident = sum(card.resident_bytes.values())
+def base_card(services: Services, scope: AdapterScope) -> JsonDict:
+    """The base and the rank pool; of the pool's adapters, a key with a list sees its own."""
+    base, gauges = services.client.base, services.client.gauges
+    assert base is not None, "the registrations open after the base"
+    pool = {
+        "rank_total": base.pool_rank,
+        "rank_used": gauges.pool_used,
+        "placements": visible_placements(services, scope),
+    }
     return {
-        "id": here.registry.base_id,
-        "architecture": card.architecture,
-        "layers": card.layers,
-        "hidden_size": card.hidden_size,
-        "intermediate_size": card.intermediate_size,
-        "vocab_size": card.vocab_size,
-        "parameters": card.parameters,
-        "quantization": card.quantization,
-        "dtype": card.dtype,
-        "device": card.device,
-        "resident_bytes": resident,
-        "resident_bytes_by_dtype": card.resident_bytes,
-        "resident_megabytes": round(resident / 1e6, 2),
-        "context_length": card.context,
-        "rows": card.rows,
-        "rope": card.rope,
-        "modules": [
-            {"name": m.name, "in_features": m.in_features, "out_features": m.out_features, "count": m.count}
-            for m in card.linears
-        ],
+        "id": services.registry.base_id,
+        **_architecture_fields(base),
+        **_memory_fields(base),
+        "context_length": base.context,
+        "rows": base.rows,
+        "rope": base.rope,
+        "modules": [_module_object(linear) for linear in base.linears],
         "host_bytes": gauges.host_bytes,
-        "pool": {
-            "rank_total": card.pool_rank,
-            "rank_used": gauges.pool_used,
-            "placements": visible_placements(here, seen),
-        },
+        "pool": pool,
     }
 
 
-def visible_placements(here: Services, seen: AdapterScope) -> list[Told]:
-    hidden: set[str] = set()
-    if not seen.whole:
-        hidden = {one.digest for one in here.client.pool} - {
-            card["digest"] for card in here.registry.list_cards() if seen.can_see(card["id"])
-        }
-    return [asdict(one) for one in here.client.pool if one.digest not in hidden]
+def _architecture_fields(base: BaseInfo) -> JsonDict:
+    return {
+        "architecture": base.architecture,
+        "layers": base.layers,
+        "hidden_size": base.hidden_size,
+        "intermediate_size": base.intermediate_size,
+        "vocab_size": base.vocab_size,
+        "parameters": base.parameters,
+        "quantization": base.quantization,
+        "dtype": base.dtype,
+        "device": base.device,
+    }
+
+
+def _memory_fields(base: BaseInfo) -> JsonDict:
+    resident = sum(base.resident_bytes.values())
+    return {
+        "resident_bytes": resident,
+        "resident_bytes_by_dtype": base.resident_bytes,
+        "resident_megabytes": round(resident / 1e6, 2),
+    }
+
+
+def _module_object(linear: LinearKind) -> JsonDict:
+    return {
+        "name": linear.name,
+        "in_features": linear.in_features,
+        "out_features": linear.out_features,
+        "count": linear.count,
+    }
+
+
+def visible_placements(services: Services, scope: AdapterScope) -> list[JsonDict]:
+    placements = services.client.pool
+    if not scope.whole:
+        cards = services.registry.list_cards()
+        visible = {card["digest"] for card in cards if scope.can_see(card["id"])}
+        placements = tuple(placement for placement in placements if placement.digest in visible)
+    return [asdict(placement) for placement in placements]
 
 
 @router.get("/", include_in_schema=False)
 async def show_console(request: Request) -> Response:
     if "text/html" not in request.headers.get("accept", ""):
         raise NotFound("the console is for browsers (accept: text/html); /docs lists the routes")
-    return await page("console/index.html", CONSOLE)
+    return await send_page("console/index.html", CONSOLE)
 
 
 @router.get("/docs", include_in_schema=False)
 async def show_docs() -> Response:
-    return await page("docs/index.html", SWAGGER)
+    return await send_page("docs/index.html", SWAGGER)
 
 
 @router.get("/openapi.json", include_in_schema=False)
-async def description(request: Request) -> Response:
+async def show_description(request: Request) -> Response:
     return JsonAnswer(request.app.openapi())
 
 
-async def page(name: str, policy: str) -> Response:
+async def send_page(name: str, policy: str) -> Response:
     path = PAGES / name
     if not await run_in(DISK, path.is_file):
         raise NotFound("this page is not part of the installation")
-    return FileResponse(
-        path, media_type="text/html", headers={"content-security-policy": policy, "cache-control": "no-cache"}
-    )
+    headers = {"content-security-policy": policy, "cache-control": "no-cache"}
+    return FileResponse(path, media_type="text/html", headers=headers)
 
 
 FILES = {name: StaticFiles(directory=PAGES / name, check_dir=False) for name in ("console", "docs")}
@@ -195,16 +214,16 @@ FILES = {name: StaticFiles(directory=PAGES / name, check_dir=False) for name in 
 
 @router.get("/console/{path:path}", include_in_schema=False)
 async def console_file(path: str, request: Request) -> Response:
-    return await page_file("console", path, request)
+    return await send_page_file("console", path, request)
 
 
 @router.get("/docs/{path:path}", include_in_schema=False)
 async def docs_file(path: str, request: Request) -> Response:
-    return await page_file("docs", path, request)
+    return await send_page_file("docs", path, request)
 
 
-async def page_file(page: str, path: str, request: Request) -> Response:
-    """A file of a page's own, revalidated at each use so that an upgrade is seen at once."""
-    found = await FILES[page].get_response(path, request.scope)
-    found.headers["cache-control"] = "no-cache"
-    return found
+async def send_page_file(page: str, path: str, request: Request) -> Response:
+    """A file that belongs to a page, revalidated at each use so that an upgrade is seen at once."""
+    response = await FILES[page].get_response(path, request.scope)
+    response.headers["cache-control"] = "no-cache"
+    return response

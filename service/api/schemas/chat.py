@@ -1,6 +1,5 @@
-"""The wire shapes of a chat: messages, tools, and which of them must be called.
-
-Refuses what it would ignore; knows no engine.
+"""The wire shapes of a chat: messages, tools, and which of them must be called. API process; must not
+know the engine. A field that would be ignored is refused.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ class TextPart(StrictModel):
     text: str
 
 
-Many = Field(max_length=MAX_PARTS, fail_fast=True)  # else each wrong one would be told
+Many = Field(max_length=MAX_PARTS, fail_fast=True)  # else each wrong one would be reported
 Parts = Annotated[list[TextPart], Many]
 
 
@@ -50,7 +49,7 @@ class ChatMessage(StrictModel):
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], Many] | None = None
     tool_call_id: str | None = None
-    # what OpenAI's client sends back of an earlier answer, always null here
+    # fields of an earlier answer that OpenAI's client sends back; always null in ours
     refusal: None = None
     audio: None = None
     function_call: None = None
@@ -83,18 +82,16 @@ class FunctionSpec(StrictModel):
     strict: bool | None = None
 
     @property
-    def told(self) -> dict[str, Any]:
-        """As a template sees it: what was given, and nothing else."""
-        given = {
+    def template_form(self) -> dict[str, Any]:
+        """The function as a template gets it: the fields that were given, and no others."""
+        fields = {
             "name": self.name,
             "description": self.description,
             "parameters": self.parameters,
             "strict": self.strict,
         }
-        return {
-            "type": "function",
-            "function": {key: value for key, value in given.items() if value is not None},
-        }
+        given = {name: value for name, value in fields.items() if value is not None}
+        return {"type": "function", "function": given}
 
 
 class Tool(StrictModel):

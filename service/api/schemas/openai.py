@@ -1,6 +1,5 @@
-"""The wire shapes of the OpenAI dialect.
-
-Refuses what it would ignore (but `user`); knows no engine.
+"""The wire shapes of the OpenAI dialect. API process; must not know the engine. A field that would be
+ignored is refused (but `user`).
 """
 
 from __future__ import annotations
@@ -51,13 +50,14 @@ def _check_few(value: Any) -> Any:
 
 def _check_biases(value: dict[str, float]) -> dict[str, float]:
     for key, bias in value.items():
-        if not (key.isascii() and key.isdecimal() and len(key) <= ID_DIGITS) or abs(bias) > BIAS:
+        is_id = key.isascii() and key.isdecimal() and len(key) <= ID_DIGITS
+        if not is_id or abs(bias) > BIAS:
             raise ValueError(f"maps token ids to numbers from -100 to 100, not {key[:40]!r} to {bias}")
     return value
 
 
 def one_finding(message: str) -> WrapValidator:
-    """Of a union's many findings only one is worth telling."""
+    """Reports one finding in place of a union's many."""
 
     def validate(value: Any, handler: ValidatorFunctionWrapHandler) -> Any:
         try:
@@ -69,7 +69,7 @@ def one_finding(message: str) -> WrapValidator:
 
 
 class OpenAIRequest(StrictModel):
-    """What completions and chat share."""
+    """The fields that completions and chat share."""
 
     model: str = Field(description="an adapter, the base, or base:adapter")
     stream: bool | None = None
@@ -110,11 +110,8 @@ class OpenAIRequest(StrictModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def make_sampling(self, logprobs: int | None, grammar: str | None) -> Sampling:
-        temperature = 1.0 if self.temperature is None else self.temperature
-        if self.top_p == 0:
-            temperature = 0.0  # the least mass that holds a token is the best token alone
         return Sampling(
-            temperature=temperature if temperature >= COLD else 0.0,
+            temperature=self._sampling_temperature(),
             top_k=max(self.top_k or 0, 0),
             top_p=self.top_p or 1.0,
             min_p=self.min_p or 0.0,
@@ -127,6 +124,12 @@ class OpenAIRequest(StrictModel):
             min_tokens=self.min_tokens or 0,
         )
 
+    def _sampling_temperature(self) -> float:
+        """The temperature, 0 for greedy."""
+        temperature = 1.0 if self.temperature is None else self.temperature
+        # A top_p of 0: the least mass that holds a token is the best token alone
+        return 0.0 if temperature < COLD or self.top_p == 0 else temperature
+
 
 # ---- completions
 
@@ -136,7 +139,8 @@ Many = Field(min_length=1, max_length=MAX_SEQUENCES, fail_fast=True)
 Prompt = Annotated[
     str | Ids | Annotated[list[str], Many] | Annotated[list[Ids], Many],
     one_finding(
-        f"must be a text, up to {MAX_SEQUENCES} texts, token ids (0 to 2147483647) or up to {MAX_SEQUENCES} lists of them; none empty"
+        f"must be a text, up to {MAX_SEQUENCES} texts, token ids (0 to 2147483647) "
+        f"or up to {MAX_SEQUENCES} lists of them; none empty"
     ),
 ]
 

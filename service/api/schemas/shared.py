@@ -1,5 +1,5 @@
-"""What the wire shapes of both dialects share: strict numbers, refused extras, stop strings,
-response formats. Knows no route.
+"""The types that the wire shapes of both dialects share: strict numbers, refused extras, stop
+strings, response formats. API process; must not know a route.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ MAX_STOPS, MAX_STOP_LENGTH = 16, 1000
 MAX_SEQUENCES = 128  # answers to one HTTP request
 MAX_UNKNOWN = 16  # fields
 MAX_TOP = 20  # runner-up tokens with log probabilities
-# Of what is counted and told again: Python spells no number of more than 4300 digits
+# Of numbers that are counted and reported again: Python spells none of more than 4300 digits
 LARGEST = 2**63
 COLD = 1e-5  # a temperature under this is greedy: a quotient by it would not fit a float32
 
@@ -26,8 +26,8 @@ class StrictModel(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _check_few(cls, value: Any) -> Any:
-        """Findings take much longer than what they are about, so there must not be as many as a
-        client likes.
+        """Refuses a great many unknown fields at once: a finding takes much longer than the field that
+        it is about.
         """
         if isinstance(value, dict) and len(value) > len(cls.model_fields) + MAX_UNKNOWN:
             known = {field.alias or name for name, field in cls.model_fields.items()}

@@ -1,5 +1,5 @@
-"""A service with nothing behind its door: a client and a registry that do as they are told, for
-tests of what the door itself does.
+"""The app over a fake client and a fake registry, for tests of the API alone. They do what the test
+sets.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ BASE = BaseInfo(
 )
 
 
-class StandIn:
-    """An engine's client: its state is whatever the test sets."""
+class FakeClient:
+    """A worker's client whose state is whatever the test sets."""
 
     def __init__(self) -> None:
         self.state, self.stage, self.fraction, self.reason = "ready", "", 1.0, ""
@@ -68,8 +68,18 @@ class StandIn:
         self.stops.append(grace_s)
 
 
-class Shelf:
-    """A registry of names; `calls` remembers what it was asked to do."""
+def check_source(source: str) -> None:
+    """Raises the error that the source is named after."""
+    if source == "bad":
+        raise AdapterInvalid(["lora_A of q_proj has no lora_B", "r is 0"])
+    if source == "gone":
+        raise SourceMissing(["source 'gone': there is no such folder"])
+    if source == "outside":
+        raise Forbidden("the source is outside the adapters directory")
+
+
+class FakeRegistry:
+    """A registry of names; `calls` are the calls that it got."""
 
     base_id = "tiny"
 
@@ -90,27 +100,18 @@ class Shelf:
         self, id: str, source: str, replace: bool = False, **rest: Any
     ) -> tuple[dict[str, Any], bool]:
         self.calls.append(("register", id, source, replace, rest))
-        if source == "bad":
-            raise AdapterInvalid(["lora_A of q_proj has no lora_B", "r is 0"])
-        if source == "gone":
-            raise SourceMissing(["source 'gone': there is no such folder"])
-        if source == "outside":
-            raise Forbidden("the source is outside the adapters directory")
+        check_source(source)
         held = self.names.get(id)
         if held and held["source"] == source:
             return held, False
         if held and not replace:
             raise Conflict(f"{id} is taken by other content", param="id")
-        self.names[id] = {
-            "id": id,
-            "source": source,
-            "digest": "sha256:" + source,
-            "pinned": rest.get("pinned", False),
-        }
+        pinned = rest.get("pinned", False)
+        self.names[id] = {"id": id, "source": source, "digest": "sha256:" + source, "pinned": pinned}
         return self.names[id], held is None
 
-    async def check_adapter(self, **asked: Any) -> dict[str, Any]:
-        return {"ok": True, "summary": asked, "problems": []}
+    async def check_adapter(self, **registration: Any) -> dict[str, Any]:
+        return {"ok": True, "summary": registration, "problems": []}
 
     async def upload_adapter(self, id: str, files: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
         self.calls.append(("upload", id, {name: await part.read() for name, part in files.items()}))
@@ -155,38 +156,43 @@ class Shelf:
         return {"r": r, "target_modules": modules, "dtype": dtype}
 
 
-class House:
-    """The app over the stand-ins, and a client that knocks at its door."""
+class ServedApp:
+    """The app over the fakes, and an HTTP client for it."""
 
-    def __init__(self, knock: TestClient, client: StandIn, shelf: Shelf) -> None:
-        self.knock, self.client, self.shelf = knock, client, shelf
-        self.rooms = cast(Any, knock.app).state.rooms
+    def __init__(self, http: TestClient, client: FakeClient, registry: FakeRegistry) -> None:
+        self.http, self.client, self.registry = http, client, registry
+        self.services = cast(Any, http.app).state.services
 
     def json(self, method: str, path: str, body: Any = None, status: int = 200, **more: Any) -> Any:
-        answer = self.knock.request(method, path, **({"json": body} if body is not None else {}), **more)
+        if body is not None:
+            more["json"] = body
+        answer = self.http.request(method, path, **more)
         assert answer.status_code == status, answer.text
         return answer.json()
 
 
-class NoText:
-    """A tokenizer's border that nobody asks."""
+class NoTokenizers:
+    """Tokenizers that nothing uses."""
 
     async def close(self) -> None:
         return None
 
 
 @contextmanager
-def house(loading: bool = False, **settings: str) -> Iterator[House]:
-    client, shelf = StandIn(), Shelf()
+def serve_app(loading: bool = False, **settings: str) -> Iterator[ServedApp]:
+    client, registry = FakeClient(), FakeRegistry()
     if loading:
         client.state, client.ready, client.base = "loading", False, cast(BaseInfo, None)
         client.loaded.clear()
     chosen: Settings = read_settings({}, {"base": "org/none"} | settings)
     app = create_app(
-        chosen, cast("WorkerClient", client), cast("Registry", shelf), text=lambda folder: cast(Any, NoText())
+        chosen,
+        cast("WorkerClient", client),
+        cast("Registry", registry),
+        text=lambda folder: cast(Any, NoTokenizers()),
     )
-    with TestClient(app, raise_server_exceptions=False) as knock:
-        found = House(knock, client, shelf)
-        while not loading and not found.rooms.opened:
-            knock.get("/health")
+    with TestClient(app, raise_server_exceptions=False) as http:
+        found = ServedApp(http, client, registry)
+        while not loading and not found.services.opened:
+            http.get("/health")
         yield found

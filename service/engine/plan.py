@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..core.adapter import Adapter, Digest, Placement
+from ..core.error_codes import ErrorCode
 from ..core.request import Request, Token
 
 
@@ -72,7 +73,7 @@ class Result:
     token: Token | None = None
     prompt: tuple[Token, ...] = ()
     error: str = ""
-    code: str = "internal"
+    code: ErrorCode = ErrorCode.INTERNAL
 
 
 class Runner(Protocol):

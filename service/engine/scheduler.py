@@ -11,8 +11,10 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from ..core.adapter import Adapter, Digest, Placement
+from ..core.error_codes import ErrorCode
 from ..core.messages import Gauges, Report
 from ..core.request import Event, Finish, Request, Token
 from .adapter_cache import AdapterCache
@@ -82,38 +84,23 @@ class Scheduler:
     # ---- what happened
 
     def submit_request(self, request: Request) -> None:
-        sequence = Sequence(request, self._arrivals, list(request.prompt))
-        if invocation := self.adapters.invocation_of(request.adapter):
-            sequence.wakes = last_invocation(invocation, request.prompt)
-        self._arrivals += 1
-        if not self.adapters.is_known(request.adapter):
-            self._end_sequence(
-                sequence,
-                Finish.FAILED,
-                code="adapter_not_found",
-                message="the adapter is not registered any more",
-            )
-        elif reason := self.adapters.refusal(request.adapter):
-            self._end_sequence(sequence, Finish.FAILED, code="adapter_invalid", message=reason)
-        elif not request.prompt:
-            self._end_sequence(sequence, Finish.FAILED, code="validation", message="the prompt has no tokens")
-        elif len(request.prompt) > self.context:
-            message = f"the prompt has {len(request.prompt)} tokens, a row holds {self.context}"
-            self._end_sequence(sequence, Finish.FAILED, code="context_length_exceeded", message=message)
+        sequence = self._make_sequence(request)
+        refusal = self._find_refusal(request)
+        if refusal is not None:
+            self._fail_sequence(sequence, *refusal)
         else:
             self.waiting.setdefault(request.adapter, deque()).append(sequence)
 
     def cancel_request(self, request: int) -> None:
         """Ends the request now; one that has ended already is let be."""
-        sequence = self.running.get(request)
-        if sequence is None:
-            sequence = next(
-                (s for queue in self.waiting.values() for s in queue if s.request.id == request), None
-            )
-            if sequence is None:
+        if request in self.running:
+            self._end_sequence(self.running[request], Finish.CANCELLED)
+            return
+        for sequence in chain.from_iterable(self.waiting.values()):
+            if sequence.request.id == request:
+                self._remove_waiting(sequence)
+                self._end_sequence(sequence, Finish.CANCELLED)
                 return
-            self._remove_waiting(sequence)
-        self._end_sequence(sequence, Finish.CANCELLED)
 
     def add_adapter(self, adapter: Adapter, pinned: bool = False, preload: bool = False) -> None:
         """The content may be asked for from now on. A pin it already has stays."""
@@ -130,7 +117,7 @@ class Scheduler:
         """The adapter asked for by `next_load` is in host memory, in `size` bytes."""
         self.adapters.mark_hosted(digest, size)
 
-    def load_failed(self, digest: Digest, code: str, message: str) -> None:
+    def load_failed(self, digest: Digest, code: ErrorCode, message: str) -> None:
         self.adapters.load_failed(digest)
         self._fail_waiting(digest, code, message)
 
@@ -177,7 +164,7 @@ class Scheduler:
             sequence.written += len(chunk.tokens)
             sequence.scored += result.prompt
             if result.error:
-                self._end_sequence(sequence, Finish.FAILED, code=result.code, message=result.error)
+                self._fail_sequence(sequence, result.code, result.error)
             elif chunk.sample:
                 assert result.token is not None, "a chunk that asked for a token got none"
                 self._append_token(sequence, result.token)
@@ -190,9 +177,7 @@ class Scheduler:
         """
         for chunk in plan.chunks:
             sequence = self.running[chunk.request.id]
-            self._end_sequence(
-                sequence, Finish.FAILED, code="internal", message="the step that ran this request failed"
-            )
+            self._fail_sequence(sequence, ErrorCode.INTERNAL, "the step that ran this request failed")
         self.adapters.undo_plan(plan)
 
     def unplace(self, placements: Iterable[Placement]) -> None:
@@ -202,7 +187,7 @@ class Scheduler:
     def refuse(self, digest: Digest, reason: str) -> None:
         """The base cannot run this adapter: no request for it begins until it is offered again."""
         self.adapters.refuse(digest, reason)
-        self._fail_waiting(digest, "adapter_invalid", reason)
+        self._fail_waiting(digest, ErrorCode.ADAPTER_INVALID, reason)
 
     def take_report(self) -> Report:
         """What happened since the last report."""
@@ -229,6 +214,28 @@ class Scheduler:
         )
 
     # ---- entering
+
+    def _make_sequence(self, request: Request) -> Sequence:
+        sequence = Sequence(request, self._arrivals, list(request.prompt))
+        self._arrivals += 1
+        invocation = self.adapters.invocation_of(request.adapter)
+        if invocation:
+            sequence.wakes = last_invocation(invocation, request.prompt)
+        return sequence
+
+    def _find_refusal(self, request: Request) -> tuple[ErrorCode, str] | None:
+        """Why the request cannot wait for a row, as a code and a message; None where it can."""
+        if not self.adapters.is_known(request.adapter):
+            return ErrorCode.ADAPTER_NOT_FOUND, "the adapter is not registered any more"
+        reason = self.adapters.refusal(request.adapter)
+        if reason:
+            return ErrorCode.ADAPTER_INVALID, reason
+        if not request.prompt:
+            return ErrorCode.VALIDATION, "the prompt has no tokens"
+        if len(request.prompt) > self.context:
+            message = f"the prompt has {len(request.prompt)} tokens, a row holds {self.context}"
+            return ErrorCode.CONTEXT_LENGTH_EXCEEDED, message
+        return None
 
     def _in_flight(self) -> set[Digest]:
         return {sequence.adapter for sequence in self.running.values() if sequence.adapter is not None}
@@ -286,7 +293,7 @@ class Scheduler:
             message = (
                 f"the adapter needs {rank} rank rows; pinned adapters hold too many of the pool's {pool.rank}"
             )
-            self._fail_waiting(digest, "overloaded", message)
+            self._fail_waiting(digest, ErrorCode.OVERLOADED, message)
         return False
 
     def _has_sibling(self, head: Sequence) -> bool:
@@ -353,7 +360,7 @@ class Scheduler:
         sequence: Sequence,
         finish: Finish,
         token: Token | None = None,
-        code: str = "",
+        code: ErrorCode | None = None,
         message: str = "",
     ) -> None:
         if self.running.pop(sequence.request.id, None) is not None:
@@ -365,9 +372,12 @@ class Scheduler:
         self._events.append(replace(event, prompt=tuple(sequence.scored)) if sequence.scored else event)
         sequence.scored = []
 
-    def _fail_waiting(self, digest: Digest, code: str, message: str) -> None:
+    def _fail_sequence(self, sequence: Sequence, code: ErrorCode, message: str) -> None:
+        self._end_sequence(sequence, Finish.FAILED, code=code, message=message)
+
+    def _fail_waiting(self, digest: Digest, code: ErrorCode, message: str) -> None:
         for sequence in self.waiting.pop(digest, ()):
-            self._end_sequence(sequence, Finish.FAILED, code=code, message=message)
+            self._fail_sequence(sequence, code, message)
 
 
 def last_invocation(invocation: tuple[int, ...], prompt: tuple[int, ...]) -> int:

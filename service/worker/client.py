@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterable
 
 from ..core.adapter import Adapter, Digest, Placement, Tier
 from ..core.base_info import BaseInfo
+from ..core.error_codes import ErrorCode
 from ..core.messages import Cancel, Gauges, Load, Report, Submit
 from ..core.request import Event, Finish, Request
 from ..core.sampling import Sampling
-from ..errors import Cancelled, DeadlineExceeded, NotReady, Overloaded
+from ..errors import NotReady, Overloaded
 from ..settings import Settings
 from ..telemetry import metrics
 from .adapter_mirror import AdapterMirror
@@ -158,11 +159,11 @@ class WorkerClient:
         self._worker.send_command(Cancel(ticket.request.id))
         self._fail_request(
             ticket,
-            DeadlineExceeded.code,
+            ErrorCode.DEADLINE_EXCEEDED,
             f"the request took longer than its limit of {self.settings.request_timeout_s:g} s",
         )
 
-    def _fail_request(self, ticket: Ticket, code: str, message: str) -> None:
+    def _fail_request(self, ticket: Ticket, code: ErrorCode, message: str) -> None:
         """A caller that has cancelled is told of that and nothing else."""
         id = ticket.request.id
         cancelled = Event(id, finish=Finish.CANCELLED)
@@ -173,7 +174,7 @@ class WorkerClient:
 
     def _fail_all(self, why: str, tickets: Iterable[Ticket]) -> None:
         for ticket in list(tickets):
-            self._fail_request(ticket, NotReady.code, why)
+            self._fail_request(ticket, ErrorCode.NOT_READY, why)
 
     def _end_request(self, ticket: Ticket, event: Event) -> None:
         del self._tickets[ticket.request.id]
@@ -182,7 +183,7 @@ class WorkerClient:
         ticket.deliver_event(event, now)
         metrics.END_TO_END.observe(now - ticket.submitted)
         if event.finish is Finish.FAILED or (event.finish is Finish.CANCELLED and not ticket.stopped):
-            metrics.FAILURE.labels(event.code or Cancelled.code).inc()
+            metrics.FAILURE.labels(event.code or ErrorCode.CANCELLED).inc()
         else:
             metrics.SUCCESS.labels("stop_sequence" if ticket.stopped else str(event.finish)).inc()
         if not self._tickets:

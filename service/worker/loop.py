@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection, wait
 from ..child_process import be_the_first_to_go, die_with_parent
 from ..core.adapter import Digest, Tier
 from ..core.base_info import BaseInfo
+from ..core.error_codes import ErrorCode
 from ..core.messages import (
     AddAdapter,
     Cancel,
@@ -40,7 +41,7 @@ from ..core.messages import (
 from ..core.request import Request
 from ..engine.plan import Chunk, Plan, Result, Runner
 from ..engine.scheduler import Scheduler
-from ..errors import AdapterdError, AdapterInvalid, SettingsError
+from ..errors import AdapterdError, SettingsError
 from ..settings import Faults, Settings
 from ..telemetry import logs
 from .loader import Loader
@@ -133,7 +134,7 @@ class Worker:
         """Takes what the loader has read, and gives it the next adapter."""
         while self.loader.results.poll():
             load, code = self.loader.take_result()
-            if load.error:
+            if code is not None:
                 self._fail_load(load, code)
             else:
                 self._loads.append(load)
@@ -156,11 +157,10 @@ class Worker:
         self.loader.end_reading()
         self.given_up.append(self.loader)
         self.loader = Loader(self.runner, self.faults.slow_load)
-        self._fail_load(
-            Load(digest, 0.0, 0, "reading the adapter's files took too long"), AdapterInvalid.code
-        )
+        overdue = Load(digest, 0.0, 0, "reading the adapter's files took too long")
+        self._fail_load(overdue, ErrorCode.ADAPTER_INVALID)
 
-    def _fail_load(self, load: Load, code: str) -> None:
+    def _fail_load(self, load: Load, code: ErrorCode) -> None:
         """An earlier reading of the same that came too late may have been kept for this one."""
         self._loads.append(load)
         self.scheduler.load_failed(load.digest, code, load.error)
@@ -172,8 +172,8 @@ class Worker:
         """
         for loader in [late for late in self.given_up if late.results.poll()]:
             self.given_up.remove(loader)
-            load, _ = loader.take_result()
-            if not load.error and not self.scheduler.adapters.is_hosted(load.digest):
+            load, code = loader.take_result()
+            if code is None and not self.scheduler.adapters.is_hosted(load.digest):
                 self.runner.evict_adapter(load.digest)
 
     def _forget_removed(self) -> None:
@@ -310,11 +310,9 @@ def split(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
 def _failure(chunk: Chunk, guilty: Mapping[Digest, str]) -> Result:
     """What becomes of a request whose own part of a step raised."""
     reason = guilty.get(chunk.request.adapter or "")
-    return (
-        Result(error=reason, code=AdapterInvalid.code)
-        if reason
-        else Result(error="the step that ran this request failed")
-    )
+    if reason:
+        return Result(error=reason, code=ErrorCode.ADAPTER_INVALID)
+    return Result(error="the step that ran this request failed")
 
 
 def inject_faults(faults: Faults, made: set[int]) -> None:

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import pytest
 
 from service.core.adapter import Adapter, ExecutionPath, Tier
+from service.core.error_codes import ErrorCode
 from service.core.messages import Command, Load, Report
 from service.core.request import Event, Finish
 from service.engine.plan import Plan, Result
@@ -83,8 +84,9 @@ class SlowLoader(Loader):
     def deliver(self, broken: bool = False) -> None:
         if self.reading:
             one = self.reading.pop()
-            size, code, error = (0, "adapter_invalid", "it broke off") if broken else self._load_adapter(one)
-            self._done.send((Load(one.digest, 0.1, size, error), code))
+            broke_off = (0, ErrorCode.ADAPTER_INVALID, "it broke off")
+            size, code, reason = broke_off if broken else self._try_load(one)
+            self._done.send((Load(one.digest, 0.1, size, reason), code))
 
 
 class Keeper:
@@ -104,9 +106,9 @@ class Keeper:
         self.state = WorkerState.READY
         self.ward.on_worker_ready()
 
-    def send(self, order: Command) -> bool:
+    def send_command(self, command: Command) -> bool:
         if self.worker is not None:
-            self.ours.send(order)
+            self.ours.send(command)
         return self.worker is not None
 
     def turn(self) -> None:
@@ -144,7 +146,7 @@ class Keeper:
 
 
 @dataclass
-class World:
+class WorkerLives:
     rng: random.Random
     client: WorkerClient
     keeper: Keeper
@@ -324,7 +326,7 @@ async def test_an_adapter_that_raises_takes_nobody_with_it(
     assert any(ticket.started is not None for ticket in bad), "nobody met it: a weak seed"
 
 
-async def live(seed: int, monkeypatch: pytest.MonkeyPatch, calm: bool = False) -> World:
+async def live(seed: int, monkeypatch: pytest.MonkeyPatch, calm: bool = False) -> WorkerLives:
     rng = random.Random(seed)
     monkeypatch.setattr(client_module, "Supervisor", lambda settings, factory, ward: Keeper(ward))
     monkeypatch.setattr(worker_module, "Loader", SlowLoader)
@@ -336,7 +338,7 @@ async def live(seed: int, monkeypatch: pytest.MonkeyPatch, calm: bool = False) -
     ]
     adapters += [adapter("shadow", lane=ExecutionPath.SHADOW), adapter("unreadable", readable=False)]
     adapters += [adapter("bad")] * (4 if calm else 1)
-    world = World(rng, client, keeper, adapters, calm)
+    world = WorkerLives(rng, client, keeper, adapters, calm)
     keeper.spawn()
     for _ in range(STEPS):
         for _ in range(rng.randrange(4)):

@@ -1,8 +1,8 @@
 """Reads adapters into host memory on a thread of its own, one at a time, so that no step waits for
-a disk.
+a disk (worker process).
 
-What does not fit the memory that is left is refused before it is read: else the system would kill
-the worker for it. Must not know who asks for an adapter, or which one comes next.
+An adapter that does not fit the memory that is left is refused before it is read: else the system would
+kill the worker for it. Must not know requests, or which adapter comes next.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Loader:
     """`results` yields a (Load, error code) for each `read_adapter`; it can be waited for beside other
     connections. The code is None where the load went well.
 
-    `deadline` is the `time.monotonic` at which what is being read should have come; infinite when
-    nothing is. One that hangs is given up with its thread: another Loader reads on.
+    `deadline` is the `time.monotonic` at which the load in progress should have ended; infinite when
+    there is none. A load that hangs is given up with its thread: another Loader reads on.
     """
 
     def __init__(self, runner: Runner, slow_s: float = 0.0) -> None:
@@ -53,7 +53,7 @@ class Loader:
         return result
 
     def end_reading(self) -> None:
-        """It reads no more after what it is reading now, whose result can still be taken."""
+        """Reads no more after the load in progress, whose result can still be taken."""
         self._todo.put(None)
 
     def _read_forever(self) -> None:

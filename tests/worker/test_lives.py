@@ -92,8 +92,8 @@ class SlowLoader(Loader):
 class Keeper:
     """A supervisor whose workers run in the test's own thread, a turn at a time."""
 
-    def __init__(self, ward: WorkerListener) -> None:
-        self.ward = ward
+    def __init__(self, listener: WorkerListener) -> None:
+        self.listener = listener
         self.state, self.reason, self.stage, self.fraction, self.heard = WorkerState.LOADING, "", "", 0.0, 0.0
         self.base = card(SETTINGS)
         self.device = Device()
@@ -104,7 +104,7 @@ class Keeper:
         self.device = Device(self.base.rows, self.base.context, self.base.pool_rank)
         self.worker = Worker(theirs, self.device, self.base, SETTINGS)
         self.state = WorkerState.READY
-        self.ward.on_worker_ready()
+        self.listener.on_worker_ready()
 
     def send_command(self, command: Command) -> bool:
         if self.worker is not None:
@@ -133,12 +133,12 @@ class Keeper:
         while self.worker is not None and self.ours.poll():
             report = self.ours.recv()
             assert isinstance(report, Report)
-            self.ward.on_report(report)
+            self.listener.on_report(report)
 
     def die(self) -> None:
         self.hear()  # its last words
         self.worker, self.state = None, WorkerState.RESTARTING
-        self.ward.on_worker_lost("the worker died (SIGKILL)", for_good=False)
+        self.listener.on_worker_lost("the worker died (SIGKILL)", for_good=False)
 
     @property
     def loaders(self) -> list[Any]:
@@ -281,8 +281,8 @@ class WorkerLives:
                 else Tier.DISK
             )
             assert self.client.tier_of(one.digest) is true
-        offers = self.client._offers
-        assert offers._tiers.keys() | offers._sizes.keys() | offers._loads.keys() <= offers._offers.keys(), (
+        mirror = self.client._adapters
+        assert mirror._tiers.keys() | mirror._sizes.keys() | mirror._loads.keys() <= mirror._added.keys(), (
             "what is gone is forgotten"
         )
 
@@ -328,7 +328,7 @@ async def test_an_adapter_that_raises_takes_nobody_with_it(
 
 async def live(seed: int, monkeypatch: pytest.MonkeyPatch, calm: bool = False) -> WorkerLives:
     rng = random.Random(seed)
-    monkeypatch.setattr(client_module, "Supervisor", lambda settings, factory, ward: Keeper(ward))
+    monkeypatch.setattr(client_module, "Supervisor", lambda settings, factory, listener: Keeper(listener))
     monkeypatch.setattr(worker_module, "Loader", SlowLoader)
     client = WorkerClient(SETTINGS)
     keeper: Any = client._worker

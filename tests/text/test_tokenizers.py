@@ -487,7 +487,7 @@ def test_settings_that_name_only_what_the_base_has_load_nothing(
     text: Text, folder: Path, own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To load a tokenizer of a hundred thousand words stops every other thread for seconds."""
-    monkeypatch.setattr(words, "_backend", pytest.fail)
+    monkeypatch.setattr(words, "_load_backend", pytest.fail)
     shutil.copyfile(folder / "tokenizer.json", own / "tokenizer.json")
     settings = {
         "added_tokens_decoder": {"2": EOS},

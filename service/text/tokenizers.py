@@ -25,7 +25,7 @@ from ..core.adapter import Digest
 from ..core.manifest import Manifest, check_text_files
 from ..errors import AdapterInvalid, BadRequest, SettingsError
 from .incremental import BROKEN, IncrementalDecoder
-from .template_process import RenderRequest, refusal, render_template
+from .template_process import RenderRequest, describe_refusal, render_template
 from .template_renderer import TemplateRenderer
 from .tool_calls import CallFormat, declared_format
 
@@ -361,7 +361,9 @@ class AdapterTokenizer:
         try:
             return render_template(request)
         except Exception as error:  # a template may raise anything
-            raise BadRequest(f"messages: the chat template {refusal(error)}", param="messages") from error
+            raise BadRequest(
+                f"messages: the chat template {describe_refusal(error)}", param="messages"
+            ) from error
 
 
 def _load_tokenizer(folder: Path) -> Any:

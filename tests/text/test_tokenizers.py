@@ -278,7 +278,10 @@ def test_chat_renders_without_a_doubled_bos(text: Text) -> None:
 def test_what_a_template_refuses_is_a_bad_request(
     text: Text, folder: Path, tmp_path: Path, messages: list[dict[str, str]]
 ) -> None:
-    template = "{{ raise_exception('no messages') if not messages }}{{ '<|im_start|>' + messages[0].role + messages[0].content }}"
+    template = (
+        "{{ raise_exception('no messages') if not messages }}"
+        "{{ '<|im_start|>' + messages[0].role + messages[0].content }}"
+    )
     (tmp_path / "chat_template.jinja").write_text(template)
     with pytest.raises(BadRequest, match="messages"):
         chat(text.tokenizer_of("strict", tmp_path), messages)

@@ -1,8 +1,7 @@
-"""Decides which adapters are in host memory and in the device pool, and which is read, placed and
-forgotten next (worker process).
+"""Decides which adapters are in host memory and in the device pool; runs in the worker process.
 
-Integers and digests only. Must not know sequences, tensors or threads: the scheduler passes in which
-adapters its sequences need.
+It chooses the adapter that is read, placed or forgotten next. Integers and digests only. Must not know
+sequences, tensors or threads: the scheduler passes in which adapters its sequences need.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Keeps the tokens of each KV row, and chooses the row of a new sequence by how much of its prompt is
-there already (worker process).
+"""Keeps the tokens of each KV row and chooses rows for new sequences; runs in the worker process.
 
-A row that was left keeps its tokens until it is needed. Token ids and digests only; must not know
-requests or tensors.
+The row is chosen by how much of the prompt it holds already. A row that was left keeps its tokens until
+it is needed. Token ids and digests only; must not know requests or tensors.
 """
 
 from __future__ import annotations

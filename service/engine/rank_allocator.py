@@ -1,7 +1,7 @@
-"""Gives each adapter contiguous rank rows of the device pool, and chooses the adapters that leave when
-another needs room (worker process).
+"""Gives adapters contiguous rank rows of the device pool; runs in the worker process.
 
-Ranges of integers only; must not know requests or tensors.
+It chooses the adapters that leave when another needs room. Ranges of integers only; must not know
+requests or tensors.
 """
 
 from __future__ import annotations

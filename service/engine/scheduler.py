@@ -1,7 +1,7 @@
-"""Decides which sequences run in the next step, in which KV rows, and when their adapters must be
-there (worker process).
+"""Decides which sequences run in the next step, and in which KV rows; runs in the worker process.
 
-Integers only, one caller at a time. Must not know tensors, threads or the time of day.
+It also decides when their adapters must be there. Integers only, one caller at a time. Must not know
+tensors, threads or the time of day.
 """
 
 from __future__ import annotations

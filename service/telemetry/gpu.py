@@ -1,7 +1,7 @@
-"""Reads the GPUs' state from NVIDIA's management library, where it is installed and finds one (API
-process). Must not know collectors.
+"""Reads the GPUs' state from NVIDIA's management library, where it finds one; API process.
 
-The library is imported at the first reading, and not tried again where that failed.
+Must not know collectors. The library is imported at the first reading, and not tried again where that
+failed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Exports finished requests as OpenTelemetry traces, where the exporter's own OTEL_* variables ask for
-them; else no package of it is imported (API process).
+"""Exports finished requests as OpenTelemetry traces; runs in the API process.
 
-Must not know HTTP frameworks: a request comes here as names, times and values.
+Only where the exporter's own OTEL_* variables ask for them; else no package of it is imported. Must not
+know HTTP frameworks: a request comes here as names, times and values.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Renders adapters' chat templates in two processes, started when first needed, replaced when they die
-(the API process's end).
+"""Renders adapters' chat templates in two processes; the API process's end of them.
 
-A template that was slow or killed its process has the second process from then on, and takes turns
-there with other slow ones, so that it holds up no template that behaves. Must not know HTTP,
-adapters or tokens.
+They are started when first needed, and replaced when they die. A template that was slow or killed its
+process has the second process from then on, and takes turns there with other slow ones, so that it
+holds up no template that behaves. Must not know HTTP, adapters or tokens.
 """
 
 from __future__ import annotations

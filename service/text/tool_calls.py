@@ -1,5 +1,6 @@
-"""Finds the tool-call format that a chat template declares, and parses the calls in an answer (API
-process). Must not know HTTP or tokens.
+"""Finds a chat template's tool-call format and parses the calls in an answer; API process.
+
+Must not know HTTP or tokens.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Keeps the commands that the worker got for adapters and what it reported of them, so that a new worker
-gets them again and no caller waits for ever (API process).
+"""Keeps the worker's adapter commands and its reports of adapters; runs in the API process.
 
-Lives on the event loop; must not know requests, processes or adapter names.
+So a new worker gets the commands again, and no caller waits for ever. Lives on the event loop; must not
+know requests, processes or adapter names.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Reads adapters into host memory on a thread of its own, one at a time, so that no step waits for
-a disk (worker process).
+"""Reads adapters into host memory on a thread of its own; runs in the worker process.
 
-An adapter that does not fit the memory that is left is refused before it is read: else the system would
-kill the worker for it. Must not know requests, or which adapter comes next.
+One adapter at a time, so that no step waits for a disk. An adapter that does not fit the memory that is
+left is refused before it is read: else the system would kill the worker for it. Must not know requests,
+or which adapter comes next.
 """
 
 from __future__ import annotations

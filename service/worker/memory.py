@@ -1,5 +1,6 @@
-"""Reads how much memory this process may still take, of the machine and of its control group (worker
-process, Linux). Must not know adapters.
+"""Reads how much memory this process may still take; runs in the worker process, on Linux.
+
+It counts the machine's and the control group's. Must not know adapters.
 """
 
 from __future__ import annotations

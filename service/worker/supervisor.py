@@ -1,8 +1,7 @@
-"""Keeps one worker alive: starts it, starts it again when it dies, kills it when it is stuck, ends
-it (API process).
+"""Keeps one worker alive: starts, restarts, kills and ends it; runs in the API process.
 
-Lives on the event loop; must not know requests or adapters, only whether a caller waits for the
-worker.
+A worker that dies is started again; one that is stuck is killed. Lives on the event loop; must not know
+requests or adapters, only whether a caller waits for the worker.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The caller's end of one request: its events in order, exactly one of them the last, and its times
-(API process).
+"""The caller's end of one request: its events and its times; runs in the API process.
 
-Lives on the event loop; must not know processes, messages or HTTP.
+Events come in order, and exactly one of them is the last. Lives on the event loop; must not know
+processes, messages or HTTP.
 """
 
 from __future__ import annotations

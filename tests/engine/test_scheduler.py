@@ -1,4 +1,4 @@
-"""Who runs next, in which chunks, and how each request ends."""
+"""The scheduler's order of requests, their chunks, and how each request ends."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a scrape shows: valid exposition, bounded, and with series that go when their adapter goes."""
+"""A scrape shows valid exposition, bounded, and with series that go when their adapter goes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The worker's loop, in a thread of the test: what it says, when, and how it ends."""
+"""The worker's loop, in a thread of the test: its reports, their order, and how it ends."""
 
 from __future__ import annotations
 

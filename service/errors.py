@@ -1,6 +1,6 @@
-"""Every error that can leave the service; each knows its code and its HTTP status.
+"""Every error that can leave the service, with its code and its HTTP status; runs in every process.
 
-Knows nothing of HTTP frameworks.
+Must not know HTTP frameworks. `ERROR_OF_CODE` is the one way from a code to its class.
 
 AdapterdError
 ├── BadRequest               422 validation (400 invalid_request_error on /v1)
@@ -27,8 +27,11 @@ SettingsError stops the start; it never becomes a response.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
+
+from .core.error_codes import ErrorCode
 
 
 class SettingsError(Exception):
@@ -38,7 +41,7 @@ class SettingsError(Exception):
 class AdapterdError(Exception):
     """Base of all errors a client can see. `details` is JSON-ready; `retry_after` is in seconds."""
 
-    code: ClassVar[str] = "internal"
+    code: ClassVar[ErrorCode] = ErrorCode.INTERNAL
     status: ClassVar[int] = 500
     counted = False  # whether the engine has counted it among the failed requests
 
@@ -58,11 +61,11 @@ class AdapterdError(Exception):
 
 
 class BadRequest(AdapterdError):
-    code, status = "validation", 422
+    code, status = ErrorCode.VALIDATION, 422
 
 
 class ContextLengthExceeded(BadRequest):
-    code = "context_length_exceeded"
+    code = ErrorCode.CONTEXT_LENGTH_EXCEEDED
 
 
 class TooSlow(BadRequest):
@@ -70,37 +73,37 @@ class TooSlow(BadRequest):
 
 
 class Unauthorized(AdapterdError):
-    code, status = "unauthorized", 401
+    code, status = ErrorCode.UNAUTHORIZED, 401
 
 
 class Forbidden(AdapterdError):
-    code, status = "forbidden", 403
+    code, status = ErrorCode.FORBIDDEN, 403
 
 
 class NotFound(AdapterdError):
-    code, status = "not_found", 404
+    code, status = ErrorCode.NOT_FOUND, 404
 
 
 class AdapterNotFound(NotFound):
-    code = "adapter_not_found"
+    code = ErrorCode.ADAPTER_NOT_FOUND
 
 
 class MethodNotAllowed(AdapterdError):
-    code, status = "method_not_allowed", 405
+    code, status = ErrorCode.METHOD_NOT_ALLOWED, 405
 
 
 class Conflict(AdapterdError):
-    code, status = "conflict", 409
+    code, status = ErrorCode.CONFLICT, 409
 
 
 class PayloadTooLarge(AdapterdError):
-    code, status = "payload_too_large", 413
+    code, status = ErrorCode.PAYLOAD_TOO_LARGE, 413
 
 
 class AdapterInvalid(AdapterdError):
     """The adapter cannot be served; every problem names a key, tensor or number."""
 
-    code, status = "adapter_invalid", 422
+    code, status = ErrorCode.ADAPTER_INVALID, 422
 
     def __init__(self, problems: Sequence[str], **extra: Any) -> None:
         self.problems = list(problems)
@@ -114,15 +117,15 @@ class SourceMissing(AdapterInvalid):
 class AdapterUnsupported(AdapterInvalid):
     """Well formed, but it uses a feature that is not served; the problem names the feature."""
 
-    code = "adapter_unsupported"
+    code = ErrorCode.ADAPTER_UNSUPPORTED
 
 
 class Overloaded(AdapterdError):
-    code, status = "overloaded", 429
+    code, status = ErrorCode.OVERLOADED, 429
 
 
 class Cancelled(AdapterdError):
-    code, status = "cancelled", 499
+    code, status = ErrorCode.CANCELLED, 499
 
 
 class Internal(AdapterdError):
@@ -130,8 +133,34 @@ class Internal(AdapterdError):
 
 
 class NotReady(AdapterdError):
-    code, status = "not_ready", 503
+    code, status = ErrorCode.NOT_READY, 503
 
 
 class DeadlineExceeded(AdapterdError):
-    code, status = "deadline_exceeded", 504
+    code, status = ErrorCode.DEADLINE_EXCEEDED, 504
+
+
+# TooSlow and SourceMissing share the codes of their parents, and only the API process raises them
+ERROR_OF_CODE: Mapping[ErrorCode, type[AdapterdError]] = MappingProxyType(
+    {
+        kind.code: kind
+        for kind in (
+            BadRequest,
+            ContextLengthExceeded,
+            Unauthorized,
+            Forbidden,
+            NotFound,
+            AdapterNotFound,
+            MethodNotAllowed,
+            Conflict,
+            PayloadTooLarge,
+            AdapterInvalid,
+            AdapterUnsupported,
+            Overloaded,
+            Cancelled,
+            Internal,
+            NotReady,
+            DeadlineExceeded,
+        )
+    }
+)

@@ -1,7 +1,7 @@
 """Threads of the API process by kind of work: slow work of one kind keeps no other kind waiting.
 
 A source that takes ten seconds holds download threads, and no reading of `/metrics`, no tokenizing.
-Must not know what the work is.
+Must not know the calls that it runs.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ async def run_in(executor: ThreadPoolExecutor, call: Callable[P, T], *args: P.ar
 
 
 def stop_threads() -> None:
-    """Begins no call that waits for a thread, and waits for none that runs; no kind takes another
-    one.
+    """Cancels the calls that wait for a thread, and waits for none that runs; no kind takes another
+    call.
     """
     for executor in ALL:
         executor.shutdown(wait=False, cancel_futures=True)

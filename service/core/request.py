@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from .adapter import Digest
+from .error_codes import ErrorCode
 from .sampling import Sampling
 
 
@@ -53,13 +54,13 @@ class Event:
 
     The eos token itself is reported. `finish` marks the one terminal event of each request.
 
-    `prompt` holds the prompt's tokens with logprobs, once, with the first token, where asked for (the first one has none).
-    `code` and `message` say why, for `FAILED`: the code is one of errors.py.
+    `prompt` holds the prompt's tokens with logprobs, once, with the first token, where asked for (the
+    first one has none). `code` and `message` say why, for `FAILED` and for nothing else.
     """
 
     request: int
     token: Token | None = None
     finish: Finish | None = None
     prompt: tuple[Token, ...] = ()
-    code: str = ""
+    code: ErrorCode | None = None
     message: str = ""

@@ -1,4 +1,4 @@
-"""The clock: which sequences run in the next step, and the process they run in.
+"""The worker's policy: which sequences run in the next step, and where their adapters and KV lie.
 
-Integers only; imports no torch.
+Runs in the worker process. Integers only; imports no torch.
 """

@@ -1,8 +1,7 @@
-"""What each KV row holds, which row a new sequence gets, and how much of its prompt is there
-already.
+"""Keeps the tokens of each KV row and chooses rows for new sequences; runs in the worker process.
 
-A row that was left stays warm until it is needed. Token ids and digests only; must not know
-requests or tensors.
+The row is chosen by how much of the prompt it holds already. A row that was left keeps its tokens until
+it is needed. Token ids and digests only; must not know requests or tensors.
 """
 
 from __future__ import annotations
@@ -50,14 +49,15 @@ class KVRows:
         """A free row for this prompt, how many of its first tokens the row will hold, and the copy
         that must be made for that.
 
-        A warm row is taken over where the match is most of what it holds; else the match is copied.
+        A free row is taken over where the match is most of its tokens; else the match is copied.
         The prompt's last token is never reused, since its logits are needed.
         """
         source, common = self._match_prefix(digest, list(prompt[:-1])) if reuse else (0, 0)
         if common < WORTH:
             return self._occupy_row(self._spare_row(), digest, []), 0, None
         held = self.rows[source]
-        if held.free and (2 * common >= len(held.tokens) or self.free == 1):
+        is_most = 2 * common >= len(held.tokens)
+        if held.free and (is_most or self.free == 1):
             return self._occupy_row(source, digest, held.tokens[:common]), common, None
         target = self._spare_row(but=source)
         return self._occupy_row(target, digest, held.tokens[:common]), common, Fork(source, target, common)
@@ -76,24 +76,20 @@ class KVRows:
         """The row that holds the longest part of the prompt's start, a free one among equals, and
         the length of that part.
         """
-        shared = [
-            (common_prefix(row.tokens, prompt), row.free, -index)
-            for index, row in enumerate(self.rows)
-            if row.digest == digest
-        ]
-        length, _, index = max(shared, default=(0, False, 0))
-        return -index, length
+        best = (0, False, 0)
+        for index, row in enumerate(self.rows):
+            if row.digest == digest:
+                best = max(best, (common_prefix(row.tokens, prompt), row.free, -index))
+        return -best[2], best[0]
 
     def _spare_row(self, but: int = -1) -> int:
-        free = (index for index, row in enumerate(self.rows) if row.free and index != but)
-        return min(
-            free,
-            key=lambda index: (
-                bool(self.rows[index].tokens),
-                self.rows[index].left if self.rows[index].tokens else 0,
-                index,
-            ),
-        )
+        """The free row whose tokens are missed least: an empty one, else the one left longest ago."""
+
+        def order(index: int) -> tuple[int, int]:
+            row = self.rows[index]
+            return row.left if row.tokens else 0, index
+
+        return min((index for index, row in enumerate(self.rows) if row.free and index != but), key=order)
 
     def _occupy_row(self, row: int, digest: Digest | None, tokens: list[int]) -> int:
         self.rows[row] = KVRow(digest, tokens, free=False)

@@ -1,7 +1,7 @@
-"""What was used least recently goes first, by cost, and never what is pinned or still needed.
+"""Chooses keys to evict: least recently used first, by cost, and never a pinned or needed one.
 
-Pure bookkeeping for both adapter tiers (host bytes, pool rank rows); must not know what a key or a
-cost stands for.
+Runs in the worker process, for both adapter tiers (host bytes, pool rank rows). Must not know what a
+key or a cost stands for.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class LRU(Generic[K]):
         return len(self._costs)
 
     def add_key(self, key: K, cost: int) -> None:
-        """The key comes in as the most recently used.
+        """Adds the key as the most recently used.
 
         Making room first is the caller's business; more than `capacity` may be in.
         """
@@ -44,13 +44,13 @@ class LRU(Generic[K]):
         self.used += cost
 
     def remove_key(self, key: K) -> int:
-        """The key goes, pinned or not; its cost."""
+        """Removes the key, pinned or not; its cost."""
         cost = self._costs.pop(key)
         self.used -= cost
         return cost
 
     def touch_key(self, key: K) -> None:
-        """The key was used now; one that is not in is let be."""
+        """Makes the key the most recently used, if it is in."""
         if key in self._costs:
             self._costs.move_to_end(key)
 
@@ -61,7 +61,7 @@ class LRU(Generic[K]):
         self._pins.discard(key)
 
     def list_idle(self, keep: Collection[K] = ()) -> list[K]:
-        """What may go: neither pinned nor in `keep`, least recently used first."""
+        """The keys that may go: neither pinned nor in `keep`, least recently used first."""
         return [key for key in self._costs if key not in self._pins and key not in keep]
 
     def choose_victims(self, need: int, keep: Collection[K] = ()) -> list[K] | None:
@@ -70,10 +70,10 @@ class LRU(Generic[K]):
         None where all that may go is not enough.
         """
         excess = self.used + need - self.capacity
-        going: list[K] = []
+        victims: list[K] = []
         for key in self.list_idle(keep) if excess > 0 else ():
-            going.append(key)
+            victims.append(key)
             excess -= self._costs[key]
             if excess <= 0:
                 break
-        return going if excess <= 0 else None
+        return victims if excess <= 0 else None

@@ -1,4 +1,4 @@
-"""One step as the scheduler plans it and the runner runs it.
+"""One step as the scheduler plans it and the runner runs it (worker process).
 
 Integers and frozen values only; must not know tensors, HTTP or text.
 """
@@ -10,17 +10,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..core.adapter import Adapter, Digest, Placement
+from ..core.error_codes import ErrorCode
 from ..core.request import Request, Token
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A run of one sequence's tokens in a step:
+    """A run of one sequence's tokens in a step: `tokens` are written to KV row `row` from `position` on.
 
-    `tokens` are written to KV row `row` from `position` on.
-
-    `sample`: the token after the last one is wanted. A chunk with `generated` > 0 is a decode chunk: its one token is the one last sampled.
-    `asleep`: its adapter does not act on these tokens.
+    `sample`: the token after the last one is wanted. A chunk with `generated` > 0 is a decode chunk:
+    its one token is the one last sampled. `asleep`: its adapter does not act on these tokens.
     """
 
     request: Request
@@ -33,7 +32,7 @@ class Chunk:
 
     @property
     def adapter(self) -> Digest | None:
-        """Whose weights these tokens meet."""
+        """The adapter that acts on these tokens."""
         return None if self.asleep else self.request.adapter
 
 
@@ -50,8 +49,8 @@ class Fork:
 class Plan:
     """One step: `remove` frees pool rows, `place` fills some, `forks` copy KV, then the chunks run.
 
-    Decode chunks come first. All chunks run as one batch, but those of shadow adapters: each shadow
-    adapter's run as a batch of their own.
+    Decode chunks come first. All chunks run as one batch, but those of adapters on the PEFT path: each
+    such adapter's run as a batch of their own.
     """
 
     remove: tuple[Digest, ...] = ()
@@ -62,21 +61,21 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What the runner made of one chunk: the sampled token, if one was asked for, and the prompt's
-    tokens with logprobs.
+    """The outcome of one chunk: the sampled token, if the chunk has `sample`, and the prompt's tokens
+    with logprobs.
 
-    `error` says why there is no token where one was asked for: this request fails with `code`, its
+    `error` says why there is no token where one was wanted: this request fails with `code`, its
     neighbours go on.
     """
 
     token: Token | None = None
     prompt: tuple[Token, ...] = ()
     error: str = ""
-    code: str = "internal"
+    code: ErrorCode = ErrorCode.INTERNAL
 
 
 class Runner(Protocol):
-    """The muscle as the clock sees it. A fake one in the tests is ten lines."""
+    """The model as the worker's loop sees it; `tests/fakes.py` has one without tensors."""
 
     def load_adapter(self, adapter: Adapter) -> int:
         """Reads an adapter into host memory (called off the step's thread); its bytes.
@@ -90,7 +89,7 @@ class Runner(Protocol):
     def run_step(self, plan: Plan) -> Sequence[Result]:
         """Runs the plan; one result per chunk, in order.
 
-        One that raises may be run again: no token was chosen. One chunk alone that raises leaves
+        A plan that raises may be run again: no token was chosen. A chunk that raises alone leaves
         nothing in its row.
         """
 

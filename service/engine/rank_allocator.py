@@ -1,7 +1,7 @@
-"""Which adapter holds which contiguous rank rows of the device pool, and who goes when another
-needs room.
+"""Gives adapters contiguous rank rows of the device pool; runs in the worker process.
 
-Ranges of integers only; must not know requests or tensors.
+It chooses the adapters that leave when another needs room. Ranges of integers only; must not know
+requests or tensors.
 """
 
 from __future__ import annotations
@@ -52,28 +52,28 @@ class RankAllocator:
                 gaps.append((placement.start - end, end))
                 end = placement.start + placement.rank
         gaps.append((self.rank - end, end))
-        return min(((size, start) for size, start in gaps if size >= rank), default=(0, None))[1]
+        fitting = [(size, start) for size, start in gaps if size >= rank]
+        return min(fitting)[1] if fitting else None
 
     def find_room(
         self, rank: int, keep: Collection[Digest], move: bool = False
     ) -> tuple[int, list[Digest]] | None:
-        """Where `rank` rows can go, and who must leave first: the least recently used, never those
-        in `keep`.
+        """Where `rank` rows can go, and the adapters that must leave first: the least recently used,
+        never those in `keep`.
 
         The pinned stay too; but where they lie scattered, `move` lets some of them leave, to be
         placed again beside the newcomer.
         """
         idle = self.lru.list_idle(keep)
         if move and self.can_fit(rank):
-            idle += [
-                placement.digest for placement in self._pinned_placements() if placement.digest not in keep
-            ]
+            pinned = [placement.digest for placement in self._pinned_placements()]
+            idle += [digest for digest in pinned if digest not in keep]
         if self.find_gap(rank, idle) is None:
             return None
-        going: list[Digest] = []
-        while (start := self.find_gap(rank, going)) is None:
-            going.append(idle[len(going)])
-        return start, [digest for digest in going if self._is_overlapping(digest, start, rank)]
+        victims: list[Digest] = []
+        while (start := self.find_gap(rank, victims)) is None:
+            victims.append(idle[len(victims)])
+        return start, [digest for digest in victims if self._is_overlapping(digest, start, rank)]
 
     def can_fit(self, rank: int) -> bool:
         """Whether there are `rank` rows beside those of the pinned."""

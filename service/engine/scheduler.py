@@ -1,7 +1,7 @@
-"""Decides which sequences run in the next step, in which KV rows, and when their adapters must be
-there.
+"""Decides which sequences run in the next step, and in which KV rows; runs in the worker process.
 
-Integers only, one caller at a time; must not know tensors, threads, clocks or messages.
+It also decides when their adapters must be there. Integers only, one caller at a time. Must not know
+tensors, threads or the time of day.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from collections import Counter, deque
 from collections.abc import Iterable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 from ..core.adapter import Adapter, Digest, Placement
+from ..core.error_codes import ErrorCode
 from ..core.messages import Gauges, Report
 from ..core.request import Event, Finish, Request, Token
 from .adapter_cache import AdapterCache
@@ -26,11 +28,11 @@ PASSES = 16
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One request on its way.
+    """One request that waits or runs.
 
-    `tokens` are the prompt and what was generated; the KV row holds the first `written` of them.
-
-    `wakes` is the first token on which an activated adapter acts; None: it acts on all.
+    `tokens` are the prompt's and the generated ones; the KV row holds the first `written` of them.
+    `passed` counts the requests that overtook it. `wakes` is the first token on which an activated
+    adapter acts; None: it acts on all.
     """
 
     request: Request
@@ -49,8 +51,8 @@ class Sequence:
 
     @property
     def reusable(self) -> bool:
-        """Whether its prompt's start may come from another row: of an activated adapter, what a row
-        holds depends on the whole prompt.
+        """Whether its prompt's start may come from another row: the KV of an activated adapter depends
+        on the whole prompt.
         """
         return self.request.prompt_logprobs is None and self.wakes is None
 
@@ -59,9 +61,9 @@ class Scheduler:
     """The next row goes to the waiting adapter that holds the fewest rows, and among equals to the
     oldest request.
 
-    So one adapter alone is served first come, first served, and none takes more than its share while others wait. `submit`, `cancel`,
-    `offer`, `pin`, `drop`, `hosted`, `load_failed` tell what happened; `plan`, then `commit` or `abort`, make a
-    step, after which `unplace` and `refuse` say what failed in it; `report` says what came of it all.
+    So one adapter alone is served first come, first served, and none takes more than its share while
+    others wait. A step is `plan_step`, then `commit_step` or `abort_step`, after which `unplace` and
+    `refuse` name the adapters that failed in it; `take_report` has the outcome of all calls since the last.
     """
 
     def __init__(
@@ -82,55 +84,40 @@ class Scheduler:
     # ---- what happened
 
     def submit_request(self, request: Request) -> None:
-        sequence = Sequence(request, self._arrivals, list(request.prompt))
-        if invocation := self.adapters.invocation_of(request.adapter):
-            sequence.wakes = last_invocation(invocation, request.prompt)
-        self._arrivals += 1
-        if not self.adapters.is_known(request.adapter):
-            self._end_sequence(
-                sequence,
-                Finish.FAILED,
-                code="adapter_not_found",
-                message="the adapter is not registered any more",
-            )
-        elif reason := self.adapters.refusal(request.adapter):
-            self._end_sequence(sequence, Finish.FAILED, code="adapter_invalid", message=reason)
-        elif not request.prompt:
-            self._end_sequence(sequence, Finish.FAILED, code="validation", message="the prompt has no tokens")
-        elif len(request.prompt) > self.context:
-            message = f"the prompt has {len(request.prompt)} tokens, a row holds {self.context}"
-            self._end_sequence(sequence, Finish.FAILED, code="context_length_exceeded", message=message)
+        sequence = self._make_sequence(request)
+        refusal = self._find_refusal(request)
+        if refusal is not None:
+            self._fail_sequence(sequence, *refusal)
         else:
             self.waiting.setdefault(request.adapter, deque()).append(sequence)
 
     def cancel_request(self, request: int) -> None:
-        """Ends the request now; one that has ended already is let be."""
-        sequence = self.running.get(request)
-        if sequence is None:
-            sequence = next(
-                (s for queue in self.waiting.values() for s in queue if s.request.id == request), None
-            )
-            if sequence is None:
+        """Ends the request now; does nothing where it has ended already."""
+        if request in self.running:
+            self._end_sequence(self.running[request], Finish.CANCELLED)
+            return
+        for sequence in chain.from_iterable(self.waiting.values()):
+            if sequence.request.id == request:
+                self._remove_waiting(sequence)
+                self._end_sequence(sequence, Finish.CANCELLED)
                 return
-            self._remove_waiting(sequence)
-        self._end_sequence(sequence, Finish.CANCELLED)
 
     def add_adapter(self, adapter: Adapter, pinned: bool = False, preload: bool = False) -> None:
-        """The content may be asked for from now on. A pin it already has stays."""
+        """Requests may name this content from now on. A pin that it already has stays."""
         self.adapters.add_adapter(adapter, pinned, preload)
 
     def pin_adapter(self, digest: Digest, pinned: bool) -> None:
         self.adapters.pin_adapter(digest, pinned)
 
     def remove_adapter(self, digest: Digest) -> None:
-        """The content is forgotten once no admitted request needs it; `gone` tells when."""
+        """Forgets the content once no admitted request needs it; then `take_removed` has it."""
         self.adapters.remove_adapter(digest)
 
     def mark_hosted(self, digest: Digest, size: int) -> None:
-        """The adapter asked for by `next_load` is in host memory, in `size` bytes."""
+        """The adapter that `next_load` named is in host memory, in `size` bytes."""
         self.adapters.mark_hosted(digest, size)
 
-    def load_failed(self, digest: Digest, code: str, message: str) -> None:
+    def load_failed(self, digest: Digest, code: ErrorCode, message: str) -> None:
         self.adapters.load_failed(digest)
         self._fail_waiting(digest, code, message)
 
@@ -145,7 +132,7 @@ class Scheduler:
         return self.adapters.next_load([digest for digest in ahead if digest is not None], self._in_flight())
 
     def take_removed(self) -> list[tuple[Digest, bool]]:
-        """The dropped contents that nothing needs any more, and whether each is still to be
+        """The removed contents that nothing needs any more, and whether each is still to be
         forgotten in host memory.
         """
         return self.adapters.take_removed()
@@ -155,18 +142,13 @@ class Scheduler:
 
         It must be committed or aborted before anything else happens.
         """
-        self.adapters.forget_removed(
-            [*self._in_flight(), *(digest for digest in self.waiting if digest is not None)]
-        )
-        self.adapters.seat_pinned(self._in_flight())
-        chunks = [self._make_chunk(sequence, 1) for sequence in self.running.values() if sequence.generated]
-        budget = self.prefill_tokens
-        for sequence in self.running.values():
-            if budget > 0 and not sequence.generated:
-                chunks.append(self._make_chunk(sequence, budget))
-                budget -= len(chunks[-1].tokens)
+        in_flight = self._in_flight()
+        self.adapters.forget_removed(in_flight.union(digest for digest in self.waiting if digest is not None))
+        self.adapters.place_pinned(in_flight)
+        chunks = self._continue_running()
+        budget = self.prefill_tokens - sum(len(chunk.tokens) for chunk in chunks if not chunk.generated)
         chunks += self._admit_prompts(budget)
-        self.adapters.seat_fresh()
+        self.adapters.place_preloaded()
         forks, self._forks = self._forks, []
         return Plan(*self.adapters.take_changes(), tuple(forks), tuple(chunks))
 
@@ -177,7 +159,7 @@ class Scheduler:
             sequence.written += len(chunk.tokens)
             sequence.scored += result.prompt
             if result.error:
-                self._end_sequence(sequence, Finish.FAILED, code=result.code, message=result.error)
+                self._fail_sequence(sequence, result.code, result.error)
             elif chunk.sample:
                 assert result.token is not None, "a chunk that asked for a token got none"
                 self._append_token(sequence, result.token)
@@ -185,14 +167,12 @@ class Scheduler:
                 self._end_sequence(sequence, Finish.LENGTH)
 
     def abort_step(self, plan: Plan) -> None:
-        """The step raised before its chunks: its requests fail, and neither rows nor pool are
-        relied on.
+        """The step raised before its chunks ran: its requests fail, and neither their rows nor the
+        pool's changes are relied on.
         """
         for chunk in plan.chunks:
             sequence = self.running[chunk.request.id]
-            self._end_sequence(
-                sequence, Finish.FAILED, code="internal", message="the step that ran this request failed"
-            )
+            self._fail_sequence(sequence, ErrorCode.INTERNAL, "the step that ran this request failed")
         self.adapters.undo_plan(plan)
 
     def unplace(self, placements: Iterable[Placement]) -> None:
@@ -200,12 +180,12 @@ class Scheduler:
         self.adapters.undo_plan(Plan(place=tuple(placements)))
 
     def refuse(self, digest: Digest, reason: str) -> None:
-        """The base cannot run this adapter: no request for it begins until it is offered again."""
+        """The base cannot run this adapter: no request for it begins until it is added again."""
         self.adapters.refuse(digest, reason)
-        self._fail_waiting(digest, "adapter_invalid", reason)
+        self._fail_waiting(digest, ErrorCode.ADAPTER_INVALID, reason)
 
     def take_report(self) -> Report:
-        """What happened since the last report."""
+        """Events and changes since the last report."""
         layout = self.adapters.pool.layout
         report = Report(
             events=tuple(self._events),
@@ -230,15 +210,47 @@ class Scheduler:
 
     # ---- entering
 
+    def _make_sequence(self, request: Request) -> Sequence:
+        sequence = Sequence(request, self._arrivals, list(request.prompt))
+        self._arrivals += 1
+        invocation = self.adapters.invocation_of(request.adapter)
+        if invocation:
+            sequence.wakes = last_invocation(invocation, request.prompt)
+        return sequence
+
+    def _find_refusal(self, request: Request) -> tuple[ErrorCode, str] | None:
+        """Why the request cannot wait for a row, as a code and a message; None where it can."""
+        if not self.adapters.is_known(request.adapter):
+            return ErrorCode.ADAPTER_NOT_FOUND, "the adapter is not registered any more"
+        reason = self.adapters.refusal(request.adapter)
+        if reason:
+            return ErrorCode.ADAPTER_INVALID, reason
+        if not request.prompt:
+            return ErrorCode.VALIDATION, "the prompt has no tokens"
+        if len(request.prompt) > self.context:
+            message = f"the prompt has {len(request.prompt)} tokens, a row holds {self.context}"
+            return ErrorCode.CONTEXT_LENGTH_EXCEEDED, message
+        return None
+
     def _in_flight(self) -> set[Digest]:
         return {sequence.adapter for sequence in self.running.values() if sequence.adapter is not None}
 
     def _waiting_heads(self) -> list[Sequence]:
         """The oldest request of each adapter, in the order in which they may enter."""
-        held = Counter(sequence.adapter for sequence in self.running.values())
-        return sorted(
-            (queue[0] for queue in self.waiting.values()), key=lambda head: (held[head.adapter], head.arrival)
-        )
+        rows_of = Counter(sequence.adapter for sequence in self.running.values())
+        heads = [queue[0] for queue in self.waiting.values()]
+        return sorted(heads, key=lambda head: (rows_of[head.adapter], head.arrival))
+
+    def _continue_running(self) -> list[Chunk]:
+        """The next chunks of the running sequences: all decodes, then prompts within the budget."""
+        running = self.running.values()
+        chunks = [self._make_chunk(sequence, 1) for sequence in running if sequence.generated]
+        budget = self.prefill_tokens
+        for sequence in running:
+            if budget > 0 and not sequence.generated:
+                chunks.append(self._make_chunk(sequence, budget))
+                budget -= len(chunks[-1].tokens)
+        return chunks
 
     def _admit_prompts(self, budget: int) -> list[Chunk]:
         """Prompts join until a good part of the budget is used: more at once would only keep the
@@ -246,7 +258,10 @@ class Scheduler:
         """
         chunks: list[Chunk] = []
         enough = self.prefill_tokens * (1 - GOOD_PART)
-        while budget > enough and self.rows.free and (sequence := self._next_sequence()) is not None:
+        while budget > enough and self.rows.free:
+            sequence = self._next_sequence()
+            if sequence is None:
+                break
             self._begin_sequence(sequence)
             chunks.append(self._make_chunk(sequence, budget))
             budget -= len(chunks[-1].tokens)
@@ -255,25 +270,27 @@ class Scheduler:
     def _next_sequence(self) -> Sequence | None:
         """The sequence that enters now, its adapter placed.
 
-        One whose adapter does not fit is overtaken `PASSES` times at most.
+        A sequence whose adapter does not fit is overtaken `PASSES` times at most.
         """
         blocked: Sequence | None = None
         for head in self._waiting_heads():
             if not self.adapters.at_hand(head.adapter) or self._has_sibling(head):
                 continue
-            if (
-                head.adapter is None
-                or not self.adapters.needs_placement(head.adapter)
-                or (blocked is None and self._place_adapter(head.adapter))
-            ):
+            if self._can_run(head.adapter, place=blocked is None):
                 if blocked is not None:
                     blocked.passed += 1
                 return head
             if blocked is None and head.adapter in self.waiting:
                 blocked = head
                 if blocked.passed >= PASSES:
-                    return None
+                    break
         return None
+
+    def _can_run(self, digest: Digest | None, place: bool) -> bool:
+        """Whether the adapter needs no placement, or could be placed where that is allowed."""
+        if digest is None or not self.adapters.needs_placement(digest):
+            return True
+        return place and self._place_adapter(digest)
 
     def _place_adapter(self, digest: Digest) -> bool:
         """Whether the adapter could be placed; where the pinned ones leave no room for it, its
@@ -286,7 +303,7 @@ class Scheduler:
             message = (
                 f"the adapter needs {rank} rank rows; pinned adapters hold too many of the pool's {pool.rank}"
             )
-            self._fail_waiting(digest, "overloaded", message)
+            self._fail_waiting(digest, ErrorCode.OVERLOADED, message)
         return False
 
     def _has_sibling(self, head: Sequence) -> bool:
@@ -295,12 +312,11 @@ class Scheduler:
         """
         if not head.reusable:
             return False
-        others = (
-            s
-            for s in self.running.values()
-            if s.adapter == head.adapter and s.written < len(s.request.prompt)
-        )
-        return any(common_prefix(s.tokens, head.tokens[:-1]) >= s.written + WORTH for s in others)
+        for other in self.running.values():
+            prefills = other.adapter == head.adapter and other.written < len(other.request.prompt)
+            if prefills and common_prefix(other.tokens, head.tokens[:-1]) >= other.written + WORTH:
+                return True
+        return False
 
     def _begin_sequence(self, sequence: Sequence) -> None:
         self._remove_waiting(sequence)
@@ -320,7 +336,8 @@ class Scheduler:
             del self.waiting[sequence.adapter]
 
     def _make_chunk(self, sequence: Sequence, limit: int) -> Chunk:
-        start, end = sequence.written, min(len(sequence.tokens), sequence.written + limit)
+        start = sequence.written
+        end = min(len(sequence.tokens), start + limit)
         wakes = sequence.wakes or 0
         asleep = start < wakes
         end = min(end, wakes) if asleep else end
@@ -353,7 +370,7 @@ class Scheduler:
         sequence: Sequence,
         finish: Finish,
         token: Token | None = None,
-        code: str = "",
+        code: ErrorCode | None = None,
         message: str = "",
     ) -> None:
         if self.running.pop(sequence.request.id, None) is not None:
@@ -365,17 +382,20 @@ class Scheduler:
         self._events.append(replace(event, prompt=tuple(sequence.scored)) if sequence.scored else event)
         sequence.scored = []
 
-    def _fail_waiting(self, digest: Digest, code: str, message: str) -> None:
+    def _fail_sequence(self, sequence: Sequence, code: ErrorCode, message: str) -> None:
+        self._end_sequence(sequence, Finish.FAILED, code=code, message=message)
+
+    def _fail_waiting(self, digest: Digest, code: ErrorCode, message: str) -> None:
         for sequence in self.waiting.pop(digest, ()):
-            self._end_sequence(sequence, Finish.FAILED, code=code, message=message)
+            self._fail_sequence(sequence, code, message)
 
 
 def last_invocation(invocation: tuple[int, ...], prompt: tuple[int, ...]) -> int:
-    """Where the invocation begins for the last time; where it does not occur, a place that no row
-    has.
+    """The position where the invocation begins for the last time; past every row where it does not
+    occur.
     """
-    many = len(invocation)
-    starts = (
-        start for start in range(len(prompt) - many, -1, -1) if prompt[start : start + many] == invocation
-    )
-    return next(starts, sys.maxsize)
+    length = len(invocation)
+    for start in range(len(prompt) - length, -1, -1):
+        if prompt[start : start + length] == invocation:
+            return start
+    return sys.maxsize

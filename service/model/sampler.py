@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.error_codes import ErrorCode
 from ..core.request import Request, Token
 from ..core.sampling import Sampling
 
@@ -24,11 +25,9 @@ NUCLEUS = 256
 
 
 class SamplingError(Exception):
-    """No token can be chosen for this row; the message says why, `code` (one of errors.py) whose
-    fault it is.
-    """
+    """No token can be chosen for this row; the message says why, `code` whose fault it is."""
 
-    def __init__(self, message: str, code: str = "internal") -> None:
+    def __init__(self, message: str, code: ErrorCode = ErrorCode.INTERNAL) -> None:
         super().__init__(message)
         self.code = code
 
@@ -40,7 +39,7 @@ NOT_FINITE = (
 
 def sampling_error(request: Request) -> SamplingError:
     """An adapter may overflow what the base never does."""
-    return SamplingError(NOT_FINITE, "adapter_invalid" if request.adapter else "internal")
+    return SamplingError(NOT_FINITE, ErrorCode.ADAPTER_INVALID if request.adapter else ErrorCode.INTERNAL)
 
 
 @dataclass
@@ -129,7 +128,7 @@ class Sampler:
             state.matcher = self._matcher_of(grammar)
         if state.matcher.is_error():
             told = state.matcher.get_error().partition("\n")[0][:200]
-            raise SamplingError(f"the grammar cannot be followed any further: {told}", "validation")
+            raise SamplingError(f"the grammar cannot be followed any further: {told}", ErrorCode.VALIDATION)
         if state.matcher.is_stopped():
             allowed = torch.zeros(logits.shape[0], dtype=torch.bool)
         else:

@@ -1,1 +1,1 @@
-"""Metrics, logs, traces and GPU readings."""
+"""Metrics, logs, traces and GPU readings; must not know the rooms that report them."""

@@ -1,7 +1,7 @@
-"""What NVIDIA's management library says of the GPUs, asked only where it is installed and finds
-one. Knows no collector.
+"""Reads the GPUs' state from NVIDIA's management library, where it finds one; API process.
 
-The library is imported at the first question, and not asked again where that failed.
+Must not know collectors. The library is imported at the first reading, and not tried again where that
+failed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ T = TypeVar("T")
 class GpuReading:
     """`gpu` is the library's index; memory in bytes, `utilization` 0 to 1.
 
-    None is what the GPU does not tell, as partitions do not.
+    None is a value that the GPU does not have, as partitions do not.
     """
 
     gpu: str
@@ -31,16 +31,15 @@ class GpuReading:
 
 
 def read_gpus() -> list[GpuReading]:
-    """One for each GPU; none where there is no library, driver or GPU.
+    """A reading for each GPU; none where there is no library, driver or GPU.
 
     Takes milliseconds, so it is not for an event loop.
     """
     library = _load_library()
     if library is None:
         return []
-    return [
-        _read_gpu(library, index) for index in range(_ask_library(library, library.nvmlDeviceGetCount) or 0)
-    ]
+    count = _call_library(library, library.nvmlDeviceGetCount) or 0
+    return [_read_gpu(library, index) for index in range(count)]
 
 
 @cache
@@ -53,18 +52,18 @@ def _load_library() -> ModuleType | None:
     return library
 
 
-def _ask_library(library: ModuleType, question: Callable[[], T]) -> T | None:
+def _call_library(library: ModuleType, call: Callable[[], T]) -> T | None:
     try:
-        return question()
+        return call()
     except library.NVMLError:
         return None
 
 
 def _read_gpu(library: ModuleType, index: int) -> GpuReading:
-    device = _ask_library(library, lambda: library.nvmlDeviceGetHandleByIndex(index))
-    memory = _ask_library(library, lambda: library.nvmlDeviceGetMemoryInfo(device))
-    rates = _ask_library(library, lambda: library.nvmlDeviceGetUtilizationRates(device))
-    celsius = _ask_library(
+    device = _call_library(library, lambda: library.nvmlDeviceGetHandleByIndex(index))
+    memory = _call_library(library, lambda: library.nvmlDeviceGetMemoryInfo(device))
+    rates = _call_library(library, lambda: library.nvmlDeviceGetUtilizationRates(device))
+    celsius = _call_library(
         library, lambda: library.nvmlDeviceGetTemperature(device, library.NVML_TEMPERATURE_GPU)
     )
     used, total = (memory.used, memory.total) if memory else (None, None)

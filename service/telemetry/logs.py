@@ -1,6 +1,6 @@
-"""What a log line looks like: text for people, JSON for machines.
+"""Formats log lines: text for people, JSON for machines (API and worker process).
 
-A record's `fields` are its named values; knows nothing of who logs.
+A record's `fields` are its named values. Must not know who logs.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def _record_fields(record: logging.LogRecord) -> dict[str, Any]:
-    found: dict[str, Any] = getattr(record, "fields", {})
-    return found
+    fields: dict[str, Any] = getattr(record, "fields", {})
+    return fields
 
 
 def _format_time(record: logging.LogRecord) -> str:
-    return (
-        datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-    )
+    created = datetime.fromtimestamp(record.created, UTC)
+    return created.isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
 def _quote_word(value: Any) -> str:
@@ -37,10 +36,11 @@ def _quote_word(value: Any) -> str:
 
 class TextFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        named = "".join(f" {name}={_quote_word(value)}" for name, value in _record_fields(record).items())
+        fields = _record_fields(record)
+        named = "".join(f" {name}={_quote_word(value)}" for name, value in fields.items())
         # It may hold the words of an adapter's files
-        said = BREAKS.sub(lambda found: repr(found[0])[1:-1], record.getMessage())
-        line = f"{_format_time(record)} {record.levelname.lower():7} {said}{named}"
+        message = BREAKS.sub(lambda match: repr(match[0])[1:-1], record.getMessage())
+        line = f"{_format_time(record)} {record.levelname.lower():7} {message}{named}"
         return line + (f"\n{self.formatException(record.exc_info)}" if record.exc_info else "")
 
 

@@ -1,6 +1,6 @@
-"""Every collector of the service, and how they are shown.
+"""Every Prometheus collector of the service, and their rendering (API process).
 
-Knows no rooms: whoever sees something happen says so here.
+Must not know who counts: the callers report each thing that happens.
 """
 
 from __future__ import annotations
@@ -142,7 +142,8 @@ LOAD = Histogram(
 )
 PLACE = Histogram(
     "adapterd_adapter_place_seconds",
-    "An adapter's way from host memory to the device; on a GPU, what the steps spend on it: the copy itself runs beside them.",
+    "An adapter's way from host memory to the device; "
+    "on a GPU, what the steps spend on it: the copy itself runs beside them.",
     registry=REGISTRY,
     buckets=MOMENTS,
 )
@@ -195,7 +196,7 @@ def adapter_evicted(tier: str, seconds: float, size: int) -> None:
 
 
 def looked_up(tier: str, found: bool) -> None:
-    """A request's adapter was looked for in this tier."""
+    """Counts a hit or a miss of this tier for a request's adapter."""
     (HITS if found else MISSES).labels(tier).inc()
 
 
@@ -220,7 +221,8 @@ ADAPTER_LATENCY = Histogram(
 BY_ADAPTER = (ADAPTER_REQUESTS, ADAPTER_PROMPT, ADAPTER_TOKENS, ADAPTER_LATENCY)
 LORA_INFO = Gauge(
     "adapterd_lora_requests_info",
-    "For the gateway's endpoint picker: adapters that could run now, and those that requests wait for; when it was told, in Unix seconds.",
+    "For the gateway's endpoint picker: adapters that could run now, "
+    "and those that requests wait for; when it was told, in Unix seconds.",
     ["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
     registry=REGISTRY,
 )
@@ -229,12 +231,12 @@ REST = "_other"  # no adapter id begins like this
 
 
 class AdapterLabels:
-    """Which ids have series of their own: registered ones only, and of them the `most` that are
-    asked for most; the rest share one.
+    """Chooses the ids with series of their own: registered ones only, and of them the `most` with the
+    most requests; the rest share one series.
 
-    A busier id takes the place of another only once it has twice its requests, so that series do
-    not come and go at each scrape. What was counted under a label stays there, for a counter never
-    falls: a new series begins at zero, and one that goes is in no other.
+    A busier id replaces another only once it has twice its requests, so that series do not come and go
+    at each scrape. Counts stay under their label, for a counter never falls: a new series begins at zero,
+    and the counts of a removed series are in no other.
     """
 
     def __init__(self, most: int) -> None:
@@ -247,9 +249,12 @@ class AdapterLabels:
         if id not in self.requests:
             return REST  # deleted while the request ran
         self.requests[id] += 1
-        if id not in self.shown and self._make_room(self.requests[id]):
-            self.shown.add(id)
-        return id if id in self.shown else REST
+        if id in self.shown:
+            return id
+        if not self._make_room(self.requests[id]):
+            return REST
+        self.shown.add(id)
+        return id
 
     def forget_adapter(self, id: str) -> None:
         self.requests.pop(id, None)
@@ -293,12 +298,13 @@ def adapter_served(id: str, prompt: int, generated: int, seconds: float) -> None
 
 
 def lora_info(most: int, running: Iterable[str], waiting: Iterable[str]) -> None:
-    """`most` adapters fit the device side by side;
+    """`most` adapters fit the device side by side; `running` could run now, requests wait for `waiting`.
 
-    `running` could run now, `waiting` are waited for. The labels are the gateway's.
+    The labels are the gateway's.
     """
     LORA_INFO.clear()
-    LORA_INFO.labels(str(most), ",".join(sorted(running)), ",".join(sorted(waiting))).set(time.time())
+    labels = str(most), ",".join(sorted(running)), ",".join(sorted(waiting))
+    LORA_INFO.labels(*labels).set(time.time())
 
 
 # ---- the GPUs
@@ -317,19 +323,19 @@ GPU_CELSIUS = Gauge("adapterd_gpu_temperature_celsius", "The GPU's temperature."
 
 
 def set_gpus(readings: Collection[GpuReading]) -> None:
-    """What the GPUs say now; what one does not say has no series."""
+    """Sets the series to the readings; a value that a GPU does not have has no series."""
     for gauge in (GPU_USED, GPU_TOTAL, GPU_BUSY, GPU_CELSIUS):
         gauge.clear()
-    for one in readings:
-        told = {
-            GPU_USED: one.memory_used,
-            GPU_TOTAL: one.memory_total,
-            GPU_BUSY: one.utilization,
-            GPU_CELSIUS: one.celsius,
+    for reading in readings:
+        values = {
+            GPU_USED: reading.memory_used,
+            GPU_TOTAL: reading.memory_total,
+            GPU_BUSY: reading.utilization,
+            GPU_CELSIUS: reading.celsius,
         }
-        for gauge, value in told.items():
+        for gauge, value in values.items():
             if value is not None:
-                gauge.labels(one.gpu).set(value)
+                gauge.labels(reading.gpu).set(value)
 
 
 # ---- showing
@@ -344,7 +350,7 @@ class _Unnamed(CollectorRegistry):
 
 
 def render_metrics(accept: str, named: bool = True) -> tuple[bytes, str]:
-    """Everything as Prometheus text, or OpenMetrics where `accept` asks for it; the bytes and their
+    """All series as Prometheus text, or OpenMetrics where `accept` names it; the bytes and their
     content type.
 
     `named`: with the series that name adapters.

@@ -1,7 +1,7 @@
-"""Finished requests as OpenTelemetry traces, where the exporter's own OTEL_* variables ask for
-them; without, nothing of it is imported.
+"""Exports finished requests as OpenTelemetry traces; runs in the API process.
 
-Knows no HTTP framework: a request comes here as names, times and values.
+Only where the exporter's own OTEL_* variables ask for them; else no package of it is imported. Must not
+know HTTP frameworks: a request comes here as names, times and values.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..errors import SettingsError
 
 ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
-# What the last spans get to leave in; a collector that is gone does not hold the exit
+# How long the last spans may take to leave; a collector that is gone does not hold the exit
 CLOSING_S = 2.0
 NAMES = {
     "method": "http.request.method",
@@ -39,10 +39,9 @@ class TracePart:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A finished request:
+    """A finished request: `whole` and its parts, the fields of its log line, and its W3C headers.
 
-    `whole` and its parts, what its log line says, and the W3C headers it came with. `failed`: on
-    our side.
+    `failed`: by our fault.
     """
 
     whole: TracePart
@@ -68,25 +67,23 @@ class Tracer:
 
         self._api, self._parents = trace, TraceContextTextMapPropagator()
         # With what OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES say
-        told = Resource.create({"service.version": __version__})
-        if str(told.attributes["service.name"]).startswith("unknown_service"):
-            told = told.merge(Resource({"service.name": "adapterd"}))
-        self._provider = TracerProvider(resource=told, shutdown_on_exit=False)
+        resource = Resource.create({"service.version": __version__})
+        if str(resource.attributes["service.name"]).startswith("unknown_service"):
+            resource = resource.merge(Resource({"service.name": "adapterd"}))
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         self._tracer = self._provider.get_tracer("adapterd", __version__)
 
     def record_request(self, done: Trace) -> None:
         late = time.time_ns() - time.monotonic_ns()
         parent = self._parents.extract(done.carrier)
-        kind, told = self._api.SpanKind.SERVER, trace_attributes(done.fields)
-        whole = self._tracer.start_span(
-            done.whole.name, parent, kind, told, start_time=_to_nanoseconds(done.whole.start) + late
-        )
+        kind, attributes = self._api.SpanKind.SERVER, trace_attributes(done.fields)
+        start = _to_nanoseconds(done.whole.start) + late
+        whole = self._tracer.start_span(done.whole.name, parent, kind, attributes, start_time=start)
         inside = self._api.set_span_in_context(whole, parent)
         for part in done.parts:
-            self._tracer.start_span(part.name, inside, start_time=_to_nanoseconds(part.start) + late).end(
-                _to_nanoseconds(part.end) + late
-            )
+            span = self._tracer.start_span(part.name, inside, start_time=_to_nanoseconds(part.start) + late)
+            span.end(_to_nanoseconds(part.end) + late)
         if done.failed:
             whole.set_status(self._api.StatusCode.ERROR, str(done.fields.get("outcome", "")))
         whole.end(_to_nanoseconds(done.whole.end) + late)
@@ -103,11 +100,11 @@ def is_wanted(environment: Mapping[str, str]) -> bool:
 
     Raises SettingsError for a protocol other than OTLP over HTTP.
     """
-    off = (
-        environment.get("OTEL_SDK_DISABLED", "").lower() == "true"
-        or environment.get("OTEL_TRACES_EXPORTER", "") == "none"
-    )
-    if off or not any(environment.get(name) for name in ENDPOINTS):
+    if environment.get("OTEL_SDK_DISABLED", "").lower() == "true":
+        return False
+    if environment.get("OTEL_TRACES_EXPORTER", "") == "none":
+        return False
+    if not any(environment.get(name) for name in ENDPOINTS):
         return False
     for name in PROTOCOLS:
         if environment.get(name, "http/protobuf") not in ("", "http/protobuf"):
@@ -116,9 +113,9 @@ def is_wanted(environment: Mapping[str, str]) -> bool:
 
 
 def make_tracer(environment: Mapping[str, str]) -> Tracer | None:
-    """The exporter that the environment asks for;
+    """The exporter that the environment asks for; None where it asks for none.
 
-    None where it asks for none. Raises SettingsError where it cannot be had.
+    Raises SettingsError where its packages are missing.
     """
     if not is_wanted(environment):
         return None
@@ -132,7 +129,7 @@ def make_tracer(environment: Mapping[str, str]) -> Tracer | None:
 
 
 def trace_attributes(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A log line's fields by the names that traces use; what has no name in the conventions is
+    """A log line's fields by the names that traces use; a field without a name in the conventions is
     under `adapterd.`.
     """
     return {NAMES.get(name, f"adapterd.{name}"): value for name, value in fields.items()}

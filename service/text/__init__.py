@@ -1,1 +1,1 @@
-"""The text border: tokenizers, templates, stop strings, tool calls."""
+"""Text in and out: tokenizers, chat templates, stop strings, tool calls (API process)."""

@@ -1,4 +1,4 @@
-"""Token ids to text as it grows: whole characters only.
+"""Decodes token ids to text as it grows, whole characters only (API process).
 
 Must not know tokenizer files, adapters or HTTP.
 """
@@ -18,12 +18,12 @@ BROKEN = "\ufffd"
 class IncrementalDecoder:
     """One sequence's text.
 
-    `decode` turns ids into text by itself; `special` ids add none; `prompt` is what the sequence
-    continues.
+    `decode` turns ids into text by itself; `special` ids add none; `prompt` are the tokens that the
+    sequence continues.
 
-    A token alone does not tell its text (bytes of a character, spaces that depend on the
-    neighbour), so each is decoded behind the last settled ones, and what it adds is the difference.
-    That costs two short decodes a token, however long the text is.
+    The text of a token depends on its neighbours (bytes of a character, spaces), so each is decoded
+    behind the last settled ones, and adds the difference. That costs two short decodes a token, however
+    long the text is.
     """
 
     def __init__(
@@ -31,9 +31,9 @@ class IncrementalDecoder:
     ) -> None:
         self._decode, self._special = decode, special
         self._window = [id for id in prompt[-CONTEXT:] if id not in special]
-        self._said = decode(self._window) if self._window else ""
-        if self._said.endswith(BROKEN):
-            self._window, self._said = [], ""
+        self._shown = decode(self._window) if self._window else ""
+        if self._shown.endswith(BROKEN):
+            self._window, self._shown = [], ""
         self._settled = len(self._window)
 
     def push_token(self, id: int) -> str:
@@ -42,18 +42,21 @@ class IncrementalDecoder:
             return ""
         self._window.append(id)
         text = self._decode(self._window)
-        if text.endswith(BROKEN) and len(self._window) - self._settled < HELD:
+        held = len(self._window) - self._settled
+        if text.endswith(BROKEN) and held < HELD:
             return ""
         return self._settle_text(text)
 
     def flush_held(self) -> str:
-        """What was held back; a character cut short becomes U+FFFD."""
-        return self._settle_text(self._decode(self._window)) if len(self._window) > self._settled else ""
+        """The text held back; a character cut short becomes U+FFFD."""
+        if len(self._window) == self._settled:
+            return ""
+        return self._settle_text(self._decode(self._window))
 
     def _settle_text(self, text: str) -> str:
         fresh = self._window[self._settled :]
         # byte-fallback tokenizers take back a whole run of characters while its last one is
         # incomplete
-        added = text[len(self._said) :] if text.startswith(self._said) else self._decode(fresh)
-        self._window, self._settled, self._said = fresh, len(fresh), self._decode(fresh)
+        added = text[len(self._shown) :] if text.startswith(self._shown) else self._decode(fresh)
+        self._window, self._settled, self._shown = fresh, len(fresh), self._decode(fresh)
         return added

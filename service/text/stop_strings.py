@@ -1,4 +1,4 @@
-"""Cuts text at stop strings, and holds back what could still become one.
+"""Cuts text at stop strings, and holds back text that could still become one (API process).
 
 Must not know tokens, adapters or HTTP.
 """
@@ -10,12 +10,12 @@ from functools import lru_cache
 
 
 class StopStrings:
-    """Lets text through up to the first stop string; holds back what could become one.
+    """Lets text through up to the first stop string; holds back text that could become one.
 
-    `found` is the string that ended it, `rest` what came behind it in the same push.
+    `found` is the string that ended it, `rest` the text behind it in the same push.
 
     Works character by character (Knuth, Morris and Pratt), so that the same text in other pieces
-    ends in the same place. Of strings that end at the same character the longest counts.
+    ends at the same character. Of strings that end at the same character the longest counts.
     """
 
     def __init__(self, strings: Sequence[str] = ()) -> None:
@@ -41,7 +41,7 @@ class StopStrings:
         return whole[:kept]
 
     def flush_held(self) -> str:
-        """What was held back, once nothing more can come."""
+        """The text held back, once no more can come."""
         held, self._held = self._held, ""
         self._matched = [0] * len(self._strings)
         return held
@@ -52,11 +52,12 @@ class StopStrings:
             while at and string[at] != char:
                 at = falls[at - 1]
             self._matched[i] = at + (string[at] == char)
-        done = [s for s, at in zip(self._strings, self._matched, strict=True) if at == len(s)]
-        return max(done, key=len) if done else None
+        matches = zip(self._strings, self._matched, strict=True)
+        ended = [string for string, matched in matches if matched == len(string)]
+        return max(ended, key=len, default=None)
 
 
-@lru_cache(maxsize=64)  # the many answers to one request have the same ones
+@lru_cache(maxsize=64)  # the many answers to one request have the same stop strings
 def _failure_table(string: str) -> list[int]:
     """For each prefix of the string, the length of the longest proper prefix that also ends it."""
     falls = [0] * len(string)

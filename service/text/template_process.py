@@ -1,8 +1,8 @@
 """The process that renders adapters' chat templates: `python -m service.text.template_process FD`.
 
-The API process imports it too, for what the two say to each other and to render the base's own
-template by the same code. A template is a stranger's program: here it has a limit of processor
-time, of memory and of characters. Must not know tokenizers or HTTP.
+The API process imports it too, for the messages between the two and to render the base's own
+template by the same code. An adapter's template is a program that nobody here wrote: this process limits
+its processor time, memory and characters. Must not know tokenizers or HTTP.
 """
 
 from __future__ import annotations
@@ -33,8 +33,7 @@ REASON = 500  # characters of a template's own words that are passed on
 class RenderRequest:
     """A conversation to render, as plain data.
 
-    `variables` are the special tokens' texts; `limit` is the most characters that may be made of
-    it.
+    `variables` are the special tokens' texts; `limit` is the most characters that the text may have.
     """
 
     template: str
@@ -64,11 +63,8 @@ def render_template(request: RenderRequest) -> str:
     """
     if not request.messages:
         raise ValueError("the conversation is empty")
-    told = [
-        {key: value for key, value in message.items() if value is not None} for message in request.messages
-    ]
     rendered, _ = render_jinja_template(
-        conversations=[told],
+        conversations=[[_drop_nulls(message) for message in request.messages]],
         tools=request.tools,
         chat_template=request.template,
         add_generation_prompt=True,
@@ -78,15 +74,17 @@ def render_template(request: RenderRequest) -> str:
     return text
 
 
-def refusal(error: Exception) -> str:
+def _drop_nulls(message: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in message.items() if value is not None}
+
+
+def describe_refusal(error: Exception) -> str:
     """Why there is no text, in the template's own words as far as they are few."""
     return f"refuses them: {str(error)[:REASON]}"
 
 
 def main(descriptor: str) -> None:
-    for ignored in (signal.SIGINT, signal.SIGTERM):  # the parent decides when to end
-        signal.signal(ignored, signal.SIG_IGN)
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process
+    _set_signals()
     die_with_parent()
     be_the_first_to_go()
     fresh = _address_space()
@@ -98,14 +96,20 @@ def main(descriptor: str) -> None:
     ):
         pipe.send_bytes(b"")  # it has begun
         while True:
-            pipe.send_bytes(_answer(pipe.recv(), fresh + WORN_MB * 10**6))
+            pipe.send_bytes(_answer_request(pipe.recv(), fresh + WORN_MB * 10**6))
 
 
-def _answer(request: RenderRequest, roomy: int) -> bytes:
+def _set_signals() -> None:
+    for ignored in (signal.SIGINT, signal.SIGTERM):  # the parent decides when to end
+        signal.signal(ignored, signal.SIG_IGN)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process
+
+
+def _answer_request(request: RenderRequest, roomy: int) -> bytes:
     """A Rendering as JSON, since the parent must not unpickle what comes from here."""
     began = time.process_time()
     signal.setitimer(signal.ITIMER_PROF, CPU_S)
-    text, reason = _rendered(request)
+    text, reason = _try_render(request)
     signal.setitimer(signal.ITIMER_PROF, 0)
     seconds = time.process_time() - began
     if _address_space() > roomy:
@@ -114,20 +118,20 @@ def _answer(request: RenderRequest, roomy: int) -> bytes:
     return json.dumps(asdict(rendering)).encode()
 
 
-def _rendered(request: RenderRequest) -> tuple[str | None, str]:
+def _try_render(request: RenderRequest) -> tuple[str | None, str]:
     try:
         text = render_template(request)
     except MemoryError:
         return None, f"needs more than {MEMORY_MB} MB of memory"
     except Exception as error:  # a template may raise anything
-        return None, refusal(error)
+        return None, describe_refusal(error)
     if len(text) > request.limit:
         return None, f"makes {len(text)} characters of them; {request.limit} are the most"
     return text, ""
 
 
 def _address_space() -> int:
-    """Bytes, 0 where the system does not tell."""
+    """Its size in bytes, 0 where the system does not have it."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     except OSError:

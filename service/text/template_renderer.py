@@ -1,9 +1,8 @@
-"""The API process's end of rendering adapters' chat templates: two processes, started when first
-needed, replaced when they die.
+"""Renders adapters' chat templates in two processes; the API process's end of them.
 
-A template that was slow or killed its process has the second one from then on, and takes turns
-there with others of its kind, so that it holds up no template that behaves. Must not know HTTP,
-adapters or tokens.
+They are started when first needed, and replaced when they die. A template that was slow or killed its
+process has the second process from then on, and takes turns there with other slow ones, so that it
+holds up no template that behaves. Must not know HTTP, adapters or tokens.
 """
 
 from __future__ import annotations
@@ -25,15 +24,16 @@ from ..threads import PROCESS, run_in
 from .template_process import CPU_S, Rendering, RenderRequest
 
 START_S = 60.0
-# For what processor time does not measure: a process that is stopped, or a machine that swaps
+# For delays that processor time does not measure: a process that is stopped, or a machine that swaps
 WALL_S = 10.0
+CANNOT_START = "not ready: the process that renders chat templates cannot be started"
 LAST_WORDS_S = 2.0  # how long a process may take to end after it closed its pipe
 BYTES = 12  # of JSON for a character, at most
 # Of processor time; a template of a usual length takes a few milliseconds, and fifty the first time
 SLOW_S = 0.25
 SLOW_FOR_S = 60.0  # how long a template counts as slow
 SLOW_WAITING = 16  # requests that may wait for slow templates
-# All that a stranger's program needs
+# All that a template's process needs
 ENVIRONMENT = ("PATH", "HOME", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH")
 
 
@@ -56,10 +56,10 @@ class TemplateRenderer:
 
         Raises BadRequest with the template's reason or the limit it broke; Overloaded; NotReady.
 
-        A caller who leaves gives up the text, not the process: the next one would get this text for
+        A caller who leaves gives up the text, not the process: the next caller would get this text for
         its own.
         """
-        outcome = await asyncio.shield(asyncio.create_task(self._in_turn(request)))
+        outcome = await asyncio.shield(asyncio.create_task(self._render_in_turn(request)))
         if isinstance(outcome, AdapterdError):
             raise outcome
         if outcome.text is None:
@@ -67,28 +67,28 @@ class TemplateRenderer:
         return outcome.text
 
     async def close(self) -> None:
-        """Ends both processes, whatever they are busy with."""
+        """Ends both processes, busy or not."""
         for process, turn in self._turns.items():
             process.kill()
             async with turn:
                 await run_in(PROCESS, process.close)
 
-    async def _in_turn(self, request: RenderRequest) -> Rendering | AdapterdError:
+    async def _render_in_turn(self, request: RenderRequest) -> Rendering | AdapterdError:
         if not self._is_slow(request.template):
             async with self._turns[self._quick]:
                 # Another conversation may have shown it meanwhile
                 if not self._is_slow(request.template):
-                    return await self._rendered(self._quick, request)
+                    return await self._render_in(self._quick, request)
         if self._slow_waiting >= SLOW_WAITING:
             return Overloaded("too many requests wait for chat templates that are slow", retry_after=10)
         self._slow_waiting += 1
         try:
             async with self._turns[self._slow]:
-                return await self._rendered(self._slow, request)
+                return await self._render_in(self._slow, request)
         finally:
             self._slow_waiting -= 1
 
-    async def _rendered(self, process: RenderProcess, request: RenderRequest) -> Rendering | AdapterdError:
+    async def _render_in(self, process: RenderProcess, request: RenderRequest) -> Rendering | AdapterdError:
         outcome = await run_in(PROCESS, process.render, request)
         if isinstance(outcome, Rendering) and outcome.seconds > SLOW_S:
             now = time.monotonic()
@@ -101,7 +101,7 @@ class TemplateRenderer:
 
 
 class RenderProcess:
-    """One process after another. All but `kill` is for one thread at a time."""
+    """One process, started again after its end. All but `kill` is for one thread at a time."""
 
     def __init__(self) -> None:
         self._popen: subprocess.Popen[bytes] | None = None
@@ -115,83 +115,76 @@ class RenderProcess:
     def render(self, request: RenderRequest) -> Rendering | AdapterdError:
         """The rendering.
 
-        A process that somebody else killed is no fault of the template unless it happens twice.
+        A process that another program killed is no fault of the template unless it happens twice.
         """
         for _ in range(2):
             try:
-                pipe = self._started()
+                pipe = self._ensure_started()
             except (EOFError, OSError):
-                self._end()
-                return NotReady(
-                    "not ready: the process that renders chat templates cannot be started", retry_after=2
-                )
-            rendering = self._exchanged(pipe, request)
+                self._end_process()
+                return NotReady(CANNOT_START, retry_after=2)
+            rendering = self._exchange(pipe, request)
             if rendering is not None:
                 return rendering
         return Rendering(None, "ends the process that renders it", CPU_S)
 
     def kill(self) -> None:
-        """Ends the process for good, from any thread; what waits for it is told that it died."""
+        """Ends the process for good, from any thread; a thread that waits for it sees that it died."""
         self._closed = True
         if self._popen:
             self._popen.kill()
 
     def close(self) -> None:
         self._closed = True
-        self._end()
+        self._end_process()
 
-    def _started(self) -> Connection:
-        if self._pipe is not None and self._popen is not None and self._popen.poll() is None:
+    def _ensure_started(self) -> Connection:
+        is_running = self._popen is not None and self._popen.poll() is None
+        if self._pipe is not None and is_running:
             return self._pipe
-        self._end()
+        self._end_process()
         if self._closed:
             raise EOFError
-        self._pipe, theirs = Pipe()
-        command = [sys.executable, "-m", "service.text.template_process", str(theirs.fileno())]
-        with theirs:
-            self._popen = subprocess.Popen(
-                command,
-                pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                env=_environment(),
-            )
+        self._pipe, child_end = Pipe()
+        with child_end:
+            self._popen = _start_process(child_end)
         if not self._pipe.poll(START_S):
             raise EOFError
         self._pipe.recv_bytes()
         return self._pipe
 
-    def _exchanged(self, pipe: Connection, request: RenderRequest) -> Rendering | None:
-        """None where the process has died of what no limit of a template explains."""
+    def _exchange(self, pipe: Connection, request: RenderRequest) -> Rendering | None:
+        """The rendering; None where the process died and no limit of a template explains it."""
         assert self._popen is not None, "a pipe has a process at its other end"
-        late = threading.Timer(WALL_S, self._popen.kill)
-        late.start()
+        killer = threading.Timer(WALL_S, self._popen.kill)
+        killer.start()
         began = time.monotonic()
         try:
             pipe.send(request)
-            rendering = Rendering(**json.loads(pipe.recv_bytes(BYTES * request.limit + 10_000)))
+            answer = pipe.recv_bytes(BYTES * request.limit + 10_000)
+            rendering = Rendering(**json.loads(answer))
         except RecursionError:  # before anything was sent
             return Rendering(None, "refuses them: they are nested too deep")
         except (EOFError, OSError, ValueError, TypeError):
-            return self._ended(time.monotonic() - began)
+            return self._explain_end(time.monotonic() - began)
         finally:
-            late.cancel()
+            killer.cancel()
         if rendering.worn:
-            self._end()
+            self._end_process()
         return rendering
 
-    def _ended(self, after: float) -> Rendering | None:
-        """Which limit of time the process broke when it died after so many seconds, if it was one."""
+    def _explain_end(self, after: float) -> Rendering | None:
+        """The limit of time that the process broke when it died after so many seconds, if it did."""
         assert self._popen is not None, "it has just died"
         with suppress(subprocess.TimeoutExpired):
             self._popen.wait(LAST_WORDS_S)
         code = self._popen.poll()
-        self._end()
+        self._end_process()
         if code == -signal.SIGPROF:
             return Rendering(None, f"takes more than {CPU_S:g} s of processor time", CPU_S)
         return Rendering(None, f"takes more than {WALL_S:g} s", CPU_S) if after >= WALL_S else None
 
-    def _end(self) -> None:
+    def _end_process(self) -> None:
         if self._pipe:
             self._pipe.close()
         if self._popen:
@@ -200,8 +193,19 @@ class RenderProcess:
         self._pipe = self._popen = None
 
 
-def _environment() -> dict[str, str]:
-    """No key and no token of the service's own."""
+def _start_process(child_end: Connection) -> subprocess.Popen[bytes]:
+    descriptor = child_end.fileno()
+    return subprocess.Popen(
+        [sys.executable, "-m", "service.text.template_process", str(descriptor)],
+        pass_fds=(descriptor,),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        env=_make_environment(),
+    )
+
+
+def _make_environment() -> dict[str, str]:
+    """The process's environment, without the service's keys and tokens."""
     kept = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     paths = os.pathsep.join(path for path in sys.path if path)  # it must find the very same modules
     quiet = {

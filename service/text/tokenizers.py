@@ -1,7 +1,7 @@
-"""The tokenizer border: prompts and chats to ids, ids to text, for the base and for adapters that
-bring their own words.
+"""Tokenizers of the base and of adapters that bring their own: prompts and chats to ids, ids to text.
 
-Knows tokenizer files and chat templates. Must not know HTTP, names or sequences.
+Runs in the API process. Knows tokenizer files and chat templates. Must not know HTTP, adapter names or
+sequences.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import re
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
@@ -25,15 +25,16 @@ from ..core.adapter import Digest
 from ..core.manifest import Manifest, check_text_files
 from ..errors import AdapterInvalid, BadRequest, SettingsError
 from .incremental import BROKEN, IncrementalDecoder
-from .template_process import RenderRequest, refusal, render_template
+from .template_process import RenderRequest, describe_refusal, render_template
 from .template_renderer import TemplateRenderer
 from .tool_calls import CallFormat, declared_format
 
-KEPT = 512  # voices of adapters that stay in memory; most share the base's tokenizer and are small
-# Tokenizers among them that are an adapter's own, of a hundred megabytes each where the vocabulary
-# is large
+# Adapters' tokenizers that stay in memory; most share the base's backend and are small
+KEPT = 512
+# Those among them with a backend of their own, of a hundred megabytes each where the vocabulary is
+# large
 OWN_KEPT = 16
-# Texts of single tokens that a tokenizer's voices remember: 3 MB, and nearly all that are told
+# Texts of single tokens that a backend remembers: 3 MB, and nearly all that answers show
 PIECES = 16_384
 WORDS, SETTINGS, SPECIALS, TEMPLATE = (
     "tokenizer.json",
@@ -42,7 +43,7 @@ WORDS, SETTINGS, SPECIALS, TEMPLATE = (
     "chat_template.jinja",
 )
 ADDED = "added_tokens.json"
-# What counts where there is no tokenizer.json
+# The files that count where there is no tokenizer.json
 VOCABULARIES = (ADDED, "vocab.*", "merges.txt", "tokenizer.model")
 TEMPLATE_JSON, GENERATION, CONFIG = "chat_template.json", "generation_config.json", "config.json"
 OWN = (WORDS, *VOCABULARIES, SETTINGS, SPECIALS, TEMPLATE, TEMPLATE_JSON, GENERATION)
@@ -58,8 +59,8 @@ Templates = str | dict[str, str]
 
 
 class Tokenizers:
-    """All voices over one base: its own, and those of adapters whose folders bring a tokenizer, a
-    template or other eos tokens.
+    """The base's tokenizer, and those of adapters whose folders bring a tokenizer, a template or other
+    eos tokens.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -70,127 +71,128 @@ class Tokenizers:
         backend: Tokenizer = self._tokenizer.backend_tokenizer
         self._vocabulary: dict[str, int] = backend.get_vocab()
         self._words = Words(backend)
-        eos = _eos_ids(self.folder, GENERATION) | _eos_ids(self.folder, CONFIG)
-        if self._tokenizer.eos_token_id is not None:
-            eos |= {self._tokenizer.eos_token_id}
-        templates = self._tokenizer.chat_template or _templates(self.folder, {})
-        specials: dict[str, Any] = self._tokenizer.special_tokens_map
-        self.base = AdapterTokenizer(self._words, eos, templates, specials)
-        self._voices: dict[Digest, AdapterTokenizer] = {}
+        self.base = self._make_base()
+        self._cached: dict[Digest, AdapterTokenizer] = {}
         self._own: WeakValueDictionary[str, Words] = WeakValueDictionary()
         self._like_base: set[str] = set()
         self._loading = threading.Lock()
 
     def find_cached(self, digest: Digest) -> AdapterTokenizer | None:
-        """The voice of this content if its files were read before."""
-        return self._voices.get(digest)
+        """The tokenizer of this content if its files were read before."""
+        return self._cached.get(digest)
 
     def tokenizer_of(self, digest: Digest, folder: Path, files: Manifest) -> AdapterTokenizer:
-        """The voice of this content, from a folder that must still hold it.
+        """The tokenizer of this content, from a folder that must still hold it.
 
         Raises AdapterInvalid when it does not, or is broken.
         """
         try:
-            voice = self._read_tokenizer(folder)
+            tokenizer = self._read_tokenizer(folder)
         finally:
-            # What was read was this content's only if it is so still
+            # The files were this content's only if they are so still
             check_text_files(folder, files)
-        voice = self._voices.setdefault(digest, voice)
-        kept = list(self._voices.items())  # a list, for other threads add to it meanwhile
-        own = [old for old, spoken in kept if spoken.words.own]
-        for old in [old for old, _ in kept[:-KEPT]] + own[:-OWN_KEPT]:
-            self._voices.pop(old, None)
-        return voice
+        tokenizer = self._cached.setdefault(digest, tokenizer)
+        self._trim_cache()
+        return tokenizer
 
     async def close(self) -> None:
         await self.renderer.close()
+
+    def _make_base(self) -> AdapterTokenizer:
+        eos = _read_eos_ids(self.folder, GENERATION) | _read_eos_ids(self.folder, CONFIG)
+        if self._tokenizer.eos_token_id is not None:
+            eos |= {self._tokenizer.eos_token_id}
+        templates = self._tokenizer.chat_template or _read_templates(self.folder, {})
+        specials: dict[str, Any] = self._tokenizer.special_tokens_map
+        return AdapterTokenizer(self._words, eos, templates, specials)
+
+    def _trim_cache(self) -> None:
+        cached = list(self._cached.items())  # a list, for other threads add to it meanwhile
+        oldest = [digest for digest, _ in cached[:-KEPT]]
+        own = [digest for digest, tokenizer in cached if tokenizer.words.own]
+        for digest in oldest + own[:-OWN_KEPT]:
+            self._cached.pop(digest, None)
 
     def _read_tokenizer(self, folder: Path) -> AdapterTokenizer:
         if not any(any(folder.glob(name)) for name in OWN):
             return self.base
         try:
-            settings = _read_json(folder / SPECIALS) | _read_json(folder / SETTINGS)
-            words = self._words_of(folder, settings)
-            templates = _templates(folder, settings) or self.base.templates
-            named = {key: text for key in NAMED if (text := _special_text(settings.get(key)))}
-            own = words.backend.token_to_id(named.get("eos_token", ""))
-            eos = self.base.eos | _eos_ids(folder, GENERATION) | ({own} if own is not None else set())
+            return self._read_own(folder)
         except AdapterInvalid:
             raise
-        except (
-            BaseException
-        ) as error:  # the tokenizers library raises plain Exceptions, and its panics are not even those
-            raise AdapterInvalid(
-                [f"the adapter's tokenizer files cannot be read: {type(error).__name__}"]
-            ) from error
-        specials = {**self.base.specials, **named}
-        return AdapterTokenizer(
-            words,
-            eos,
-            templates,
-            specials,
-            (templates, specials) != (self.base.templates, self.base.specials),
-        )
+        # The tokenizers library raises plain Exceptions, and its panics are not even those
+        except BaseException as error:
+            kind = type(error).__name__
+            raise AdapterInvalid([f"the adapter's tokenizer files cannot be read: {kind}"]) from error
+
+    def _read_own(self, folder: Path) -> AdapterTokenizer:
+        base = self.base
+        settings = _read_json(folder / SPECIALS) | _read_json(folder / SETTINGS)
+        words = self._words_of(folder, settings)
+        templates = _read_templates(folder, settings) or base.templates
+        named = {key: text for key in NAMED if (text := _special_text(settings.get(key)))}
+        eos = base.eos | _read_eos_ids(folder, GENERATION)
+        own_eos = words.backend.token_to_id(named.get("eos_token", ""))
+        if own_eos is not None:
+            eos |= {own_eos}
+        specials = {**base.specials, **named}
+        own_template = (templates, specials) != (base.templates, base.specials)
+        return AdapterTokenizer(words, eos, templates, specials, own_template)
 
     def _words_of(self, folder: Path, settings: Mapping[str, Any]) -> Words:
-        """The adapter's own tokenizer, or the base's where all that shapes ids and text is the
-        same. One of each content is kept.
+        """The adapter's own backend, or the base's where ids and text are shaped alike. One of each
+        content is kept.
         """
-        contents = {file.name: _digest(file) for file in _word_files(folder)}
-        if contents.items() <= self._contents.items() and not (contents and self._adds_tokens(settings)):
+        contents = {file.name: _hash_file(file) for file in _word_files(folder)}
+        are_base_files = contents.items() <= self._contents.items()
+        if are_base_files and not (contents and self._adds_tokens(settings)):
             return self._words
         shaping = {name: value for name, value in settings.items() if name not in UNSHAPING}
         key = sha256(json.dumps([contents, shaping], sort_keys=True).encode()).hexdigest()
         with self._loading:
-            if key in self._like_base:
-                return self._words
-            found = self._own.get(key) or self._loaded(folder)
-            if found is self._words:
-                self._like_base.add(key)
-            else:
-                self._own[key] = found
-        return found
+            return self._share_words(key, folder)
+
+    def _share_words(self, key: str, folder: Path) -> Words:
+        if key in self._like_base:
+            return self._words
+        words = self._own.get(key) or self._load_words(folder)
+        if words is self._words:
+            self._like_base.add(key)
+        else:
+            self._own[key] = words
+        return words
 
     def _adds_tokens(self, settings: Mapping[str, Any]) -> bool:
         """Whether transformers would add tokens to the base's tokenizer by these settings, or use
         its tokens in another way.
         """
         known = {str(id): token for id, token in self._words.backend.get_added_tokens_decoder().items()}
-        added = {
-            id: AddedToken(**token) for id, token in (settings.get("added_tokens_decoder") or {}).items()
-        }
-        others = [settings.get(key) or () for key in ("additional_special_tokens", "extra_special_tokens")]
-        listed = [
-            token for group in others for token in (group.values() if isinstance(group, dict) else group)
-        ]
-        special = {text for token in (*listed, *map(settings.get, NAMED)) if (text := _special_text(token))}
-        return (
-            any(
-                id not in known or token.__getstate__() != known[id].__getstate__()
-                for id, token in added.items()
-            )
-            or not special <= {token.content for token in known.values() if token.special}
-            or any(settings.get(key) for key in ("split_special_tokens", "fix_mistral_regex"))
-        )
+        decoder = settings.get("added_tokens_decoder") or {}
+        added = {id: AddedToken(**token) for id, token in decoder.items()}
+        special, known_special = _special_texts(settings), {t.content for t in known.values() if t.special}
+        if not all(_is_same_token(token, known.get(id)) for id, token in added.items()):
+            return True
+        if not special <= known_special:
+            return True
+        return any(settings.get(key) for key in ("split_special_tokens", "fix_mistral_regex"))
 
-    def _loaded(self, folder: Path) -> Words:
-        backend = self._backend_of(folder)
-        if _serialized(backend) in self._serialized:
+    def _load_words(self, folder: Path) -> Words:
+        backend = self._load_adapter_backend(folder)
+        if _serialize_backend(backend) in self._serialized:
             return self._words
-        return Words(
-            backend, own=True, own_vocabulary=not self._vocabulary.items() <= backend.get_vocab().items()
-        )
+        has_base_vocabulary = self._vocabulary.items() <= backend.get_vocab().items()
+        return Words(backend, own=True, own_vocabulary=not has_base_vocabulary)
 
-    def _backend_of(self, folder: Path) -> Tokenizer:
-        """What transformers makes of the folder; a tokenizer.json as it is, whatever class the
-        settings name.
+    def _load_adapter_backend(self, folder: Path) -> Tokenizer:
+        """The backend as transformers loads it; a tokenizer.json as it is, whatever class the settings
+        name.
         """
+        if (folder / WORDS).exists():
+            return _load_backend(PreTrainedTokenizerFast, folder)
         kind = AutoTokenizer if "tokenizer_class" in _read_json(folder / SETTINGS) else type(self._tokenizer)
         try:
-            return _backend(PreTrainedTokenizerFast if (folder / WORDS).exists() else kind, folder)
+            return _load_backend(kind, folder)
         except Exception as error:
-            if (folder / WORDS).exists():
-                raise
             names = ", ".join(file.name for file in _word_files(folder))
             hint = "save it again with a tokenizer.json"
             raise AdapterInvalid(
@@ -199,28 +201,26 @@ class Tokenizers:
 
     @cached_property
     def _contents(self) -> dict[str, str]:
-        return {
-            file.name: _digest(file) for name in (WORDS, *VOCABULARIES) for file in self.folder.glob(name)
-        }
+        files = [file for name in (WORDS, *VOCABULARIES) for file in self.folder.glob(name)]
+        return {file.name: _hash_file(file) for file in files}
 
     @cached_property
     def _serialized(self) -> set[str]:
-        """The base's tokenizer, as it is and as its file has it, for some classes of transformers
+        """The base's backend, as it is and as its file has it, for some classes of transformers
         build it anew.
         """
-        plain = (self.folder / WORDS).exists() and type(self._tokenizer) is not PreTrainedTokenizerFast
-        return {
-            _serialized(self._words.backend),
-            *([_serialized(_backend(PreTrainedTokenizerFast, self.folder))] if plain else []),
-        }
+        serialized = {_serialize_backend(self._words.backend)}
+        if (self.folder / WORDS).exists() and type(self._tokenizer) is not PreTrainedTokenizerFast:
+            serialized.add(_serialize_backend(_load_backend(PreTrainedTokenizerFast, self.folder)))
+        return serialized
 
 
 @dataclass(frozen=True, eq=False)
 class Words:
-    """A tokenizer.
+    """A tokenizer's backend, which turns text into ids and ids into text; several adapters may share it.
 
-    `own`: it is an adapter's, and so a stranger's program; `own_vocabulary`: ids mean other texts
-    than the base's.
+    `own`: it is an adapter's, and so not to be trusted; `own_vocabulary`: ids mean other texts than the
+    base's.
     """
 
     backend: Tokenizer
@@ -231,24 +231,22 @@ class Words:
     def piece(self) -> Callable[[int], str]:
         """Gives one token's text; see `AdapterTokenizer.token_text`.
 
-        Remembers it, for beside each token twenty likely ones may be told, and they are mostly the
-        same.
+        Remembers it, for an answer may show twenty likely tokens beside each, mostly the same ones.
         """
-        decode, (ids, lead) = self.backend.decode, self._lead
+        decode = partial(self.backend.decode, skip_special_tokens=False)
+        ids, lead = self._lead
 
         @lru_cache(maxsize=PIECES)
-        def piece(id: int) -> str:
-            text: str = decode([*ids, id], skip_special_tokens=False)
-            return (
-                text.removeprefix(lead) if text.startswith(lead) else decode([id], skip_special_tokens=False)
-            )
+        def decode_piece(id: int) -> str:
+            text: str = decode([*ids, id])
+            return text.removeprefix(lead) if text.startswith(lead) else decode([id])
 
-        return piece
+        return decode_piece
 
     @cached_property
     def _lead(self) -> tuple[list[int], str]:
-        """A token to decode others behind, for at the start of a text some tokenizers drop a space,
-        and its own text.
+        """A token to decode others behind, and its own text: at the start of a text some tokenizers
+        drop a space.
         """
         ids = self.backend.encode("a", add_special_tokens=False).ids[-1:]
         text = self.backend.decode(ids, skip_special_tokens=False)
@@ -257,11 +255,12 @@ class Words:
 
 @dataclass(frozen=True)
 class AdapterTokenizer:
-    """How the base or one adapter reads and writes text. Safe to use from several threads.
+    """The tokenizer and the chat templates of the base or of one adapter. Safe to use from several
+    threads.
 
     `templates` is a chat template, or several by name (`default`, `tool_use`), or None; `specials`
     are the special tokens' texts that a template may use. `own_template`: one of these is an
-    adapter's, and so a stranger's program.
+    adapter's, and so not to be trusted.
     """
 
     words: Words
@@ -280,14 +279,12 @@ class AdapterTokenizer:
         return frozenset(id for id, token in self.backend.get_added_tokens_decoder().items() if token.special)
 
     def encode(self, text: str, special: bool = True) -> tuple[int, ...]:
-        """Ids of a text;
+        """Ids of a text; `special`: with the tokens that this tokenizer puts around plain text.
 
-        `special`: with the tokens this tokenizer puts around plain text. Raises BadRequest for lone
-        surrogates.
-
-        As a batch of one, for only then does the library let other threads run meanwhile.
+        Raises BadRequest for lone surrogates.
         """
         try:
+            # As a batch of one, for only then does the library let other threads run meanwhile
             return tuple(self.backend.encode_batch([text], add_special_tokens=special)[0].ids)
         except TypeError:
             raise BadRequest("the text is not valid Unicode: it holds a lone surrogate") from None
@@ -317,22 +314,24 @@ class AdapterTokenizer:
             return text.encode()
         if byte := BYTE.fullmatch(name):
             return bytes([int(byte[1], 16)])
-        return bytes(BYTES[char] for char in name) if BYTES.keys() >= set(name) else text.encode()
+        if BYTES.keys() >= set(name):
+            return bytes(BYTES[char] for char in name)
+        return text.encode()
 
     def choose_template(self, tools: bool) -> str:
         """The chat template's source. Raises BadRequest when there is none."""
-        found = self.templates
-        if isinstance(found, dict):
-            found = (found.get("tool_use") if tools else None) or found.get("default")
-        if not found:
+        template = self.templates
+        if isinstance(template, dict):
+            template = (template.get("tool_use") if tools else None) or template.get("default")
+        if not template:
             raise BadRequest(
                 "this model has no chat template: use completions, or an adapter that brings a template",
                 param="messages",
             )
-        return found
+        return template
 
     def tool_format(self) -> CallFormat | None:
-        """How this voice's template writes tool calls. Raises BadRequest when it takes no tools."""
+        """How the chat template writes tool calls. Raises BadRequest when it takes no tools."""
         template = self.choose_template(tools=True)
         if "tools" not in template:
             raise BadRequest("tools: this model's chat template takes none", param="tools")
@@ -341,13 +340,16 @@ class AdapterTokenizer:
     def render_request(
         self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, limit: int
     ) -> RenderRequest:
-        """The conversation as the template gets it, to be at most so many characters.
+        """The conversation as the template gets it; the text may have `limit` characters.
 
         Raises BadRequest when there is no template.
         """
-        shown = [dict(tool) for tool in tools] if tools else None
         return RenderRequest(
-            self.choose_template(bool(tools)), [dict(m) for m in messages], shown, dict(self.specials), limit
+            self.choose_template(bool(tools)),
+            [dict(message) for message in messages],
+            [dict(tool) for tool in tools] if tools else None,
+            dict(self.specials),
+            limit,
         )
 
     @staticmethod
@@ -359,27 +361,28 @@ class AdapterTokenizer:
         try:
             return render_template(request)
         except Exception as error:  # a template may raise anything
-            raise BadRequest(f"messages: the chat template {refusal(error)}", param="messages") from error
+            raise BadRequest(
+                f"messages: the chat template {describe_refusal(error)}", param="messages"
+            ) from error
 
 
 def _load_tokenizer(folder: Path) -> Any:
     try:
-        found = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        backend = found.backend_tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        backend = tokenizer.backend_tokenizer
     except (OSError, ValueError, AttributeError, ImportError) as error:
         raise SettingsError(f"ADAPTERD_BASE: its tokenizer cannot be used: {type(error).__name__}") from error
     backend.no_truncation()
     backend.no_padding()
-    return found
+    return tokenizer
 
 
-def _backend(kind: Any, folder: Path) -> Tokenizer:
-    found: Tokenizer = kind.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False
-    ).backend_tokenizer
-    found.no_truncation()
-    found.no_padding()
-    return found
+def _load_backend(kind: Any, folder: Path) -> Tokenizer:
+    tokenizer = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    backend: Tokenizer = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    return backend
 
 
 def _word_files(folder: Path) -> list[Path]:
@@ -388,13 +391,13 @@ def _word_files(folder: Path) -> list[Path]:
     return [file for pattern in patterns for file in sorted(folder.glob(pattern))]
 
 
-def _digest(file: Path) -> str:
+def _hash_file(file: Path) -> str:
     with file.open("rb") as opened:
         return file_digest(opened, "sha256").hexdigest()
 
 
-def _serialized(backend: Tokenizer) -> str:
-    """A digest of all that a tokenizer does, which is the same whatever the file's spelling was."""
+def _serialize_backend(backend: Tokenizer) -> str:
+    """A digest of the backend's behaviour, which is the same whatever the file's spelling was."""
     return sha256(f"{backend.encode_special_tokens}{backend.to_str()}".encode()).hexdigest()
 
 
@@ -405,16 +408,30 @@ def _read_json(file: Path) -> dict[str, Any]:
 
 def _special_text(value: Any) -> str:
     """A special token as tokenizer files write it: its text, or an object that holds it."""
-    found = value.get("content") if isinstance(value, dict) else value
-    return found if isinstance(found, str) else ""
+    text = value.get("content") if isinstance(value, dict) else value
+    return text if isinstance(text, str) else ""
 
 
-def _eos_ids(folder: Path, name: str) -> frozenset[int]:
+def _special_texts(settings: Mapping[str, Any]) -> set[str]:
+    """The texts of all special tokens that the settings name."""
+    tokens = [settings.get(key) for key in NAMED]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        group = settings.get(key) or ()
+        tokens += group.values() if isinstance(group, dict) else group
+    return {text for token in tokens if (text := _special_text(token))}
+
+
+def _is_same_token(token: AddedToken, known: AddedToken | None) -> bool:
+    return known is not None and token.__getstate__() == known.__getstate__()
+
+
+def _read_eos_ids(folder: Path, name: str) -> frozenset[int]:
     value = _read_json(folder / name).get("eos_token_id")
-    return frozenset(id for id in (value if isinstance(value, list) else [value]) if isinstance(id, int))
+    ids = value if isinstance(value, list) else [value]
+    return frozenset(id for id in ids if isinstance(id, int))
 
 
-def _templates(folder: Path, settings: Mapping[str, Any]) -> Templates | None:
+def _read_templates(folder: Path, settings: Mapping[str, Any]) -> Templates | None:
     """From a file of its own, the settings, or the file that processors save.
 
     Raises AdapterInvalid for one that is too long.
@@ -427,7 +444,11 @@ def _templates(folder: Path, settings: Mapping[str, Any]) -> Templates | None:
         found = {str(named["name"]): str(named["template"]) for named in found}
     if not isinstance(found, str | dict):
         return None
-    size = len(found) if isinstance(found, str) else sum(map(len, found.values()))
+    _check_length(found)
+    return found
+
+
+def _check_length(templates: Templates) -> None:
+    size = len(templates) if isinstance(templates, str) else sum(map(len, templates.values()))
     if size > LONGEST_TEMPLATE:
         raise AdapterInvalid([f"the chat template has {size} characters; {LONGEST_TEMPLATE} are the most"])
-    return found

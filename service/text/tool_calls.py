@@ -1,5 +1,6 @@
-"""Tool calls in a model's text: the format its chat template declares, and reading them out of an
-answer. Must not know HTTP or tokens.
+"""Finds a chat template's tool-call format and parses the calls in an answer; API process.
+
+Must not know HTTP or tokens.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ def declared_format(template: str) -> CallFormat | None:
 
 
 class CallParser:
-    """An answer that may hold calls of the named tools, as it grows: content passes, what could be
-    calls is kept for `finish`.
+    """An answer that may hold calls of the named tools, as it grows: content passes, text that could
+    be calls is kept for `finish_calls`.
 
     The marker may be missing, for tokenizers drop it where it is a special token: text that begins
-    like JSON is kept too. `forced`: the whole answer is calls. `single`: of several only the first
-    one counts.
+    like JSON is kept too. `forced`: the whole answer is calls. `single`: of several calls only the
+    first counts.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class CallParser:
     def finish_calls(self) -> tuple[str, list[ToolCallText]]:
         """The content that was held back, and the calls.
 
-        What is not wholly made of calls is content.
+        Text that is not wholly made of calls is content.
         """
         if self._kept is None:
             return self._marker.flush_held(), []
@@ -106,10 +107,8 @@ def _make_call(value: Any, names: Collection[str]) -> ToolCallText:
     if not isinstance(value, dict) or value.get("name") not in names:
         raise ValueError("not a call of a known tool")
     arguments = value.get("arguments", value.get("parameters", {}))
-    text = (
-        arguments
-        if isinstance(arguments, str)
-        else json.dumps(arguments, ensure_ascii=False, allow_nan=False)
-    )
+    text = arguments
+    if not isinstance(text, str):
+        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
     text.encode()  # an escape in it may be half a character, which no answer could carry
     return ToolCallText(value["name"], text)

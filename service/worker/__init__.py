@@ -1,1 +1,1 @@
-"""The worker process, which owns the device, and the API process's end of it."""
+"""The worker process, which owns the device: its loop, and the API process's end of it."""

@@ -1,8 +1,6 @@
-"""The API process's end of the engine: requests become tickets, adapters are offered.
+"""The API process's end of the worker: requests become tickets, and adapters are added and removed.
 
-Survives its worker.
-
-Everything here runs on the event loop; must not know HTTP, text or adapter names.
+Survives its worker. Everything here runs on the event loop; must not know HTTP, text or adapter names.
 """
 
 from __future__ import annotations
@@ -15,10 +13,11 @@ from collections.abc import Callable, Iterable
 
 from ..core.adapter import Adapter, Digest, Placement, Tier
 from ..core.base_info import BaseInfo
+from ..core.error_codes import ErrorCode
 from ..core.messages import Cancel, Gauges, Load, Report, Submit
 from ..core.request import Event, Finish, Request
 from ..core.sampling import Sampling
-from ..errors import Cancelled, DeadlineExceeded, NotReady, Overloaded
+from ..errors import NotReady, Overloaded
 from ..settings import Settings
 from ..telemetry import metrics
 from .adapter_mirror import AdapterMirror
@@ -30,11 +29,10 @@ CLOSING = "the service is shutting down"
 
 
 class WorkerClient:
-    """One worker and what it was asked for.
+    """One worker, its requests and its adapters.
 
     Every admitted request gets exactly one terminal event, whatever happens to the worker.
-
-    `pool` and `gauges` are the worker's last words on them. `factory` is the `module:function` that
+    `pool` and `gauges` are as the worker last reported them. `factory` is the `module:function` that
     builds the worker's runner.
     """
 
@@ -43,11 +41,11 @@ class WorkerClient:
         self.pool: tuple[Placement, ...] = ()
         self.gauges = Gauges()
         self._worker = Supervisor(settings, factory, self)
-        self._offers = AdapterMirror(self._worker.send_command)
+        self._adapters = AdapterMirror(self._worker.send_command)
         self._ids = itertools.count(1)
         self._tickets: dict[int, Ticket] = {}
         self._deadlines: dict[int, asyncio.TimerHandle] = {}
-        self._sent: set[int] = set()  # requests that the worker has and did not end
+        self._sent: set[int] = set()  # requests that the worker got and has not ended
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -57,12 +55,12 @@ class WorkerClient:
 
     @property
     def ready(self) -> bool:
-        """Whether a request would be taken now."""
+        """Whether a request would be admitted now."""
         return self.state is WorkerState.READY
 
     @property
     def stage(self) -> str:
-        """What a loading worker is doing."""
+        """The stage of a loading worker."""
         return self._worker.stage
 
     @property
@@ -89,13 +87,13 @@ class WorkerClient:
         self._worker.start_worker()
 
     async def wait_ready(self) -> None:
-        """Returns once requests are taken. Raises NotReady where that will not be."""
+        """Returns once requests are admitted. Raises NotReady where that will never be."""
         await self._worker.settled.wait()
         if not self.ready:
             raise NotReady(self.reason)
 
     async def stop_worker(self, grace_s: float) -> None:
-        """Takes no more requests, lets the admitted ones finish within the grace, ends the rest and
+        """Admits no more requests, lets the admitted ones finish within the grace, ends the rest and
         the worker. No process remains.
         """
         self._worker.stop_restarting(CLOSING)
@@ -103,7 +101,7 @@ class WorkerClient:
             async with asyncio.timeout(grace_s):
                 await self._empty.wait()
         self._fail_all(CLOSING, self._tickets.values())
-        self._offers.end_waiting()
+        self._adapters.end_waiting()
         await self._worker.end_worker()
 
     # ---- requests
@@ -122,19 +120,11 @@ class WorkerClient:
         Raises NotReady or Overloaded, both with `retry_after`, and then nothing was admitted.
         """
         self._check_admission()
-        request = Request(
-            next(self._ids), prompt, max_tokens, adapter, sampling or Sampling(), eos, prompt_logprobs
-        )
-        ticket = Ticket(request, self._cancel_request)
-        self._tickets[request.id] = ticket
-        self._empty.clear()
-        limit = self.settings.request_timeout_s
-        self._deadlines[request.id] = asyncio.get_running_loop().call_later(
-            limit, self._expire_request, ticket
-        )
+        id, sampling = next(self._ids), sampling or Sampling()
+        ticket = self._open_ticket(Request(id, prompt, max_tokens, adapter, sampling, eos, prompt_logprobs))
         if adapter is not None:
-            self._offers.count_request(adapter)
-        self._pass_on(ticket)
+            self._adapters.count_request(adapter)
+        self._send_request(ticket)
         self._count_requests()
         return ticket
 
@@ -144,7 +134,15 @@ class WorkerClient:
         if len(self._tickets) >= self.base.rows + self.settings.queue_limit:
             raise Overloaded(f"the queue is full: {self.settings.queue_limit} requests wait", retry_after=1)
 
-    def _pass_on(self, ticket: Ticket) -> None:
+    def _open_ticket(self, request: Request) -> Ticket:
+        ticket = Ticket(request, self._cancel_request)
+        self._tickets[request.id] = ticket
+        self._empty.clear()
+        limit, loop = self.settings.request_timeout_s, asyncio.get_running_loop()
+        self._deadlines[request.id] = loop.call_later(limit, self._expire_request, ticket)
+        return ticket
+
+    def _send_request(self, ticket: Ticket) -> None:
         self._sent.add(ticket.request.id)
         self._worker.send_command(Submit(ticket.request))
 
@@ -156,24 +154,19 @@ class WorkerClient:
 
     def _expire_request(self, ticket: Ticket) -> None:
         self._worker.send_command(Cancel(ticket.request.id))
-        self._fail_request(
-            ticket,
-            DeadlineExceeded.code,
-            f"the request took longer than its limit of {self.settings.request_timeout_s:g} s",
-        )
+        message = f"the request took longer than its limit of {self.settings.request_timeout_s:g} s"
+        self._fail_request(ticket, ErrorCode.DEADLINE_EXCEEDED, message)
 
-    def _fail_request(self, ticket: Ticket, code: str, message: str) -> None:
-        """A caller that has cancelled is told of that and nothing else."""
-        id = ticket.request.id
-        cancelled = Event(id, finish=Finish.CANCELLED)
-        self._end_request(
-            ticket,
-            cancelled if ticket.leaving else Event(id, finish=Finish.FAILED, code=code, message=message),
-        )
+    def _fail_request(self, ticket: Ticket, code: ErrorCode, message: str) -> None:
+        """Ends the request with this error; one that its caller has cancelled ends as cancelled."""
+        event = Event(ticket.request.id, finish=Finish.FAILED, code=code, message=message)
+        if ticket.leaving:
+            event = Event(ticket.request.id, finish=Finish.CANCELLED)
+        self._end_request(ticket, event)
 
     def _fail_all(self, why: str, tickets: Iterable[Ticket]) -> None:
         for ticket in list(tickets):
-            self._fail_request(ticket, NotReady.code, why)
+            self._fail_request(ticket, ErrorCode.NOT_READY, why)
 
     def _end_request(self, ticket: Ticket, event: Event) -> None:
         del self._tickets[ticket.request.id]
@@ -181,48 +174,45 @@ class WorkerClient:
         now = time.monotonic()
         ticket.deliver_event(event, now)
         metrics.END_TO_END.observe(now - ticket.submitted)
-        if event.finish is Finish.FAILED or (event.finish is Finish.CANCELLED and not ticket.stopped):
-            metrics.FAILURE.labels(event.code or Cancelled.code).inc()
-        else:
-            metrics.SUCCESS.labels("stop_sequence" if ticket.stopped else str(event.finish)).inc()
+        count_ending(event, ticket.stopped)
         if not self._tickets:
             self._empty.set()
 
     # ---- adapters
 
     def add_adapter(self, adapter: Adapter, pinned: bool = False, preload: bool = True) -> None:
-        """This content may be asked for from now on, over restarts too; a pin it already has stays.
+        """Requests may name this content from now on, over restarts too; a pin that it has stays.
 
         `preload`: read it now.
         """
-        self._offers.add_adapter(adapter, pinned, preload)
+        self._adapters.add_adapter(adapter, pinned, preload)
 
     async def wait_until_loaded(self, digest: Digest) -> Load:
-        """How the adapter's way into host memory ended;
+        """How the adapter's load into host memory ended; `Load.error` says why it failed.
 
-        `Load.error` says why it did not get there. Sets out for it if nobody has.
+        Starts the load where there was none yet.
         """
-        return await self._offers.wait_until_loaded(digest)
+        return await self._adapters.wait_until_loaded(digest)
 
     def watch_loads(self, watcher: Callable[[Load], None]) -> None:
-        """`watcher` is told how every load into host memory ended."""
-        self._offers.watcher = watcher
+        """`watcher` is called with every load into host memory that ended."""
+        self._adapters.watcher = watcher
 
     def pin_adapter(self, digest: Digest, pinned: bool) -> None:
-        self._offers.pin_adapter(digest, pinned)
+        self._adapters.pin_adapter(digest, pinned)
 
     async def remove_adapter(self, digest: Digest) -> int:
         """Forgets the content once the requests that were admitted for it have ended; the bytes of
         host memory freed.
         """
-        return await self._offers.remove_adapter(digest)
+        return await self._adapters.remove_adapter(digest)
 
     def tier_of(self, digest: Digest) -> Tier:
-        return self._offers.tier_of(digest)
+        return self._adapters.tier_of(digest)
 
     def is_resident(self, digest: Digest) -> bool:
         """Whether a request for this content could run in the next step."""
-        return self._offers.is_resident(digest)
+        return self._adapters.is_resident(digest)
 
     @property
     def awaited(self) -> set[Digest]:
@@ -230,34 +220,34 @@ class WorkerClient:
         waiting = (ticket.request.adapter for ticket in self._tickets.values() if ticket.started is None)
         return {digest for digest in waiting if digest is not None}
 
-    # ---- what the worker's supervisor says
+    # ---- what the worker's supervisor reports
 
     @property
     def waits(self) -> bool:
-        return bool(self._sent) or self._offers.waits
+        return bool(self._sent) or self._adapters.waits
 
     def on_worker_ready(self) -> None:
-        self._offers.repeat_all()
+        self._adapters.repeat_all()
         for ticket in self._tickets.values():
-            self._pass_on(ticket)
+            self._send_request(ticket)
         self._measure_device(base=True)
 
     def on_worker_lost(self, why: str, for_good: bool) -> None:
-        """What had started fails; what waits is kept for the next worker, if there will be one."""
+        """Requests that had started fail; the others wait for the next worker, if there will be one."""
         self._sent.clear()
         self.pool, self.gauges = (), Gauges()
         self._measure_device(base=False)
-        self._fail_all(
-            why, (t for t in self._tickets.values() if for_good or t.started is not None or t.leaving)
-        )
-        self._offers.on_worker_lost()
+        tickets = self._tickets.values()
+        lost = [ticket for ticket in tickets if for_good or ticket.started is not None or ticket.leaving]
+        self._fail_all(why, lost)
+        self._adapters.on_worker_lost()
         if for_good:
-            self._offers.end_waiting()
+            self._adapters.end_waiting()
         self._count_requests()
 
     def on_report(self, report: Report) -> None:
         now = time.monotonic()
-        self._offers.on_report(report)
+        self._adapters.on_report(report)
         for id in report.started:
             self._on_started(id, now)
         for event in report.events:
@@ -278,19 +268,16 @@ class WorkerClient:
     def _on_event(self, event: Event, now: float) -> None:
         if event.finish is not None:
             self._sent.discard(event.request)
-        ticket = self._tickets.get(event.request)
         if event.token is not None:
             metrics.GENERATED_TOKENS.inc()
-            if ticket is not None:
-                since, seen = (
-                    (ticket.submitted, metrics.FIRST_TOKEN)
-                    if ticket.last is None
-                    else (ticket.last, metrics.INTER_TOKEN)
-                )
-                seen.observe(now - since)
-        if ticket is not None and event.finish is not None:
+        ticket = self._tickets.get(event.request)
+        if ticket is None:
+            return
+        if event.token is not None:
+            measure_token(ticket, now)
+        if event.finish is not None:
             self._end_request(ticket, event)
-        elif ticket is not None:
+        else:
             ticket.deliver_event(event, now)
 
     def _count_requests(self) -> None:
@@ -303,6 +290,24 @@ class WorkerClient:
         metrics.HOST_BYTES.set(self.gauges.host_bytes)
 
     def _measure_device(self, base: bool) -> None:
-        """What is on the device; `base`: whether the base is."""
-        metrics.BASE_BYTES.set(sum(self.base.resident_bytes.values()) if base and self.base else 0)
-        metrics.DEVICE_BYTES.set(self._offers.bytes_of(placement.digest for placement in self.pool))
+        """Sets the bytes on the device; `base`: whether the base is there."""
+        resident = self.base.resident_bytes.values() if base and self.base else ()
+        metrics.BASE_BYTES.set(sum(resident))
+        metrics.DEVICE_BYTES.set(self._adapters.bytes_of(placement.digest for placement in self.pool))
+
+
+def measure_token(ticket: Ticket, now: float) -> None:
+    """Observes the time to a token, from admission or from the token before it."""
+    if ticket.last is None:
+        metrics.FIRST_TOKEN.observe(now - ticket.submitted)
+    else:
+        metrics.INTER_TOKEN.observe(now - ticket.last)
+
+
+def count_ending(event: Event, stopped: bool) -> None:
+    """Counts a request by its terminal event; `stopped`: its caller ended it at a stop string."""
+    cancelled = event.finish is Finish.CANCELLED and not stopped
+    if event.finish is Finish.FAILED or cancelled:
+        metrics.FAILURE.labels(event.code or ErrorCode.CANCELLED).inc()
+    else:
+        metrics.SUCCESS.labels("stop_sequence" if stopped else str(event.finish)).inc()

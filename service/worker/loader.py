@@ -1,8 +1,8 @@
-"""Reads adapters into host memory on a thread of its own, one at a time, so that no step waits for
-a disk.
+"""Reads adapters into host memory on a thread of its own; runs in the worker process.
 
-What does not fit the memory that is left is refused before it is read: else the system would kill
-the worker for it. Must not know who asks for an adapter, or which one comes next.
+One adapter at a time, so that no step waits for a disk. An adapter that does not fit the memory that is
+left is refused before it is read: else the system would kill the worker for it. Must not know requests,
+or which adapter comes next.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from multiprocessing import Pipe
 from queue import SimpleQueue
 
 from ..core.adapter import Adapter
+from ..core.error_codes import ErrorCode
 from ..core.messages import Load
 from ..engine.plan import Runner
 from ..errors import AdapterdError, AdapterInvalid, Internal, Overloaded
@@ -27,11 +28,11 @@ BYTES_PER_S = 20e6  # the slowest disk that is waited for
 
 
 class Loader:
-    """`results` yields a (Load, error code) for each `read`; it can be waited for beside other
-    connections.
+    """`results` yields a (Load, error code) for each `read_adapter`; it can be waited for beside other
+    connections. The code is None where the load went well.
 
-    `deadline` is the `time.monotonic` at which what is being read should have come; infinite when
-    nothing is. One that hangs is given up with its thread: another Loader reads on.
+    `deadline` is the `time.monotonic` at which the load in progress should have ended; infinite when
+    there is none. A load that hangs is given up with its thread: another Loader reads on.
     """
 
     def __init__(self, runner: Runner, slow_s: float = 0.0) -> None:
@@ -45,42 +46,43 @@ class Loader:
         self.deadline = time.monotonic() + self._slow_s + READ_S + adapter.size / BYTES_PER_S
         self._todo.put(adapter)
 
-    def take_result(self) -> tuple[Load, str]:
+    def take_result(self) -> tuple[Load, ErrorCode | None]:
         """The next result, which must be there."""
         self.deadline = math.inf
-        result: tuple[Load, str] = self.results.recv()
+        result: tuple[Load, ErrorCode | None] = self.results.recv()
         return result
 
     def end_reading(self) -> None:
-        """It reads no more after what it is reading now, whose result can still be taken."""
+        """Reads no more after the load in progress, whose result can still be taken."""
         self._todo.put(None)
 
     def _read_forever(self) -> None:
         while (adapter := self._todo.get()) is not None:
             began = time.monotonic()
             time.sleep(self._slow_s)
-            size, code, error = self._load_adapter(adapter)
-            self._done.send((Load(adapter.digest, time.monotonic() - began, size, error), code))
+            size, code, reason = self._try_load(adapter)
+            self._done.send((Load(adapter.digest, time.monotonic() - began, size, reason), code))
 
-    def _load_adapter(self, adapter: Adapter) -> tuple[int, str, str]:
+    def _try_load(self, adapter: Adapter) -> tuple[int, ErrorCode | None, str]:
         """The bytes read, or the code and the words of what went wrong."""
-        free = memory.free_bytes()
-        if free is not None and adapter.size > free:
-            return (
-                0,
-                Overloaded.code,
-                f"there is not enough memory for the adapter: it takes {adapter.size} bytes, {free} are free",
-            )
         try:
-            return self._runner.load_adapter(adapter), "", ""
+            return self._load_adapter(adapter), None, ""
         except AdapterdError as error:
             return 0, error.code, error.message or error.code
+
+    def _load_adapter(self, adapter: Adapter) -> int:
+        """The bytes read. Raises AdapterdError."""
+        free = memory.free_bytes()
+        if free is not None and adapter.size > free:
+            need = f"it takes {adapter.size} bytes, {free} are free"
+            raise Overloaded(f"there is not enough memory for the adapter: {need}")
+        try:
+            return self._runner.load_adapter(adapter)
+        except AdapterdError:
+            raise
         except OSError as error:
-            return (
-                0,
-                AdapterInvalid.code,
-                f"the adapter's files cannot be read: {error.strerror or type(error).__name__}",
-            )
+            reason = error.strerror or type(error).__name__
+            raise AdapterInvalid([f"the adapter's files cannot be read: {reason}"]) from error
         except Exception as error:
             log.exception("an adapter could not be loaded")
-            return 0, Internal.code, f"the adapter could not be loaded ({type(error).__name__})"
+            raise Internal(f"the adapter could not be loaded ({type(error).__name__})") from error

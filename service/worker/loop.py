@@ -1,9 +1,9 @@
-"""The worker process: orders in, plan, step, reports out.
+"""The worker process: commands in, plan, step, reports out.
 
 `python -m service.worker.loop FD MODULE:FACTORY`.
 
-It owns the device and the only sampling clock, and ends when its parent does. Must not know HTTP,
-text or names.
+It owns the device, runs every step, and ends when its parent does. Must not know HTTP, text or adapter
+names.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 
 from ..child_process import be_the_first_to_go, die_with_parent
-from ..core.adapter import Digest, Tier
+from ..core.adapter import Digest, Placement, Tier
 from ..core.base_info import BaseInfo
+from ..core.error_codes import ErrorCode
 from ..core.messages import (
     AddAdapter,
     Cancel,
@@ -40,7 +41,7 @@ from ..core.messages import (
 from ..core.request import Request
 from ..engine.plan import Chunk, Plan, Result, Runner
 from ..engine.scheduler import Scheduler
-from ..errors import AdapterdError, AdapterInvalid, SettingsError
+from ..errors import AdapterdError, SettingsError
 from ..settings import Faults, Settings
 from ..telemetry import logs
 from .loader import Loader
@@ -56,23 +57,17 @@ RAISED_TWICE = 70
 PREFILL = {"cpu": 512}
 PREFILL_ELSEWHERE = 4096
 UNRUNNABLE = "this base cannot run this adapter: its step raised {}"
-TRIAL = -1  # the number of a request that nobody made
+TRIAL = -1  # the id of a request that no client made
 
 
 class Worker:
     """One loop around a runner; `run` returns the exit code of the process."""
 
-    def __init__(self, connection: Connection, runner: Runner, card: BaseInfo, settings: Settings) -> None:
+    def __init__(self, connection: Connection, runner: Runner, base: BaseInfo, settings: Settings) -> None:
         self.connection, self.runner, self.faults = connection, runner, settings.faults
         self.loader = Loader(runner, settings.faults.slow_load)
         self.given_up: list[Loader] = []
-        self.scheduler = Scheduler(
-            rows=card.rows,
-            context=card.context,
-            pool_rank=card.pool_rank,
-            prefill_tokens=settings.prefill_tokens or PREFILL.get(card.device, PREFILL_ELSEWHERE),
-            host_bytes=settings.host_cache_mb * 10**6,
-        )
+        self.scheduler = make_scheduler(base, settings)
         self.heartbeat_s = min(HEARTBEAT_S, settings.request_timeout_s / 5)
         self.raised = 0
         self._loads: list[Load] = []
@@ -93,29 +88,33 @@ class Worker:
         self._feed_loader()
         plan = self.scheduler.plan_step()
         self._forget_removed()
-        told = self._send_news()  # before the step, so that who dies in it is known
+        sent = self._send_news()  # before the step, so that the API knows which requests die in it
         if plan != NOTHING:
             self._run_step(plan)
             self._send_news()
-        return plan == NOTHING and not told
+        return plan == NOTHING and not sent
 
     def _receive_commands(self, idle: bool) -> bool:
-        """Takes in all orders and loads there are, waiting for one if idle;
+        """Obeys all commands there are; if idle, waits for one or for a load first.
 
         False when it is time to end.
         """
-        late = [loader.results for loader in self.given_up]
-        if not wait([self.connection, self.loader.results, *late], self.heartbeat_s if idle else 0) and idle:
+        if idle and not self._wait_for_work():
             self._send_message(Report(gauges=self.scheduler.gauges))
         while self.connection.poll():
-            order: Command = self.connection.recv()
-            if isinstance(order, Shutdown):
+            command: Command = self.connection.recv()
+            if isinstance(command, Shutdown):
                 return False
-            self._obey_command(order)
+            self._obey_command(command)
         return True
 
-    def _obey_command(self, order: Command) -> None:
-        match order:
+    def _wait_for_work(self) -> bool:
+        """Whether a command or a load came before the next heartbeat was due."""
+        late = [loader.results for loader in self.given_up]
+        return bool(wait([self.connection, self.loader.results, *late], self.heartbeat_s))
+
+    def _obey_command(self, command: Command) -> None:
+        match command:
             case Submit(request):
                 self.scheduler.submit_request(request)
             case Cancel(request):
@@ -130,50 +129,57 @@ class Worker:
                 self.scheduler.remove_adapter(digest)
 
     def _feed_loader(self) -> None:
-        """Takes what the loader has read, and gives it the next adapter."""
+        """Takes the loader's results, and gives it the next adapter."""
+        self._take_results()
+        self._clear_up()
+        if time.monotonic() > self.loader.deadline:
+            self._give_up()
+        wanted = self.scheduler.next_load()
+        if wanted is not None:
+            adapter, victims = wanted
+            for digest in victims:
+                self._evict_from_host(digest)
+            self.loader.read_adapter(adapter)
+
+    def _take_results(self) -> None:
         while self.loader.results.poll():
             load, code = self.loader.take_result()
-            if load.error:
+            if code is not None:
                 self._fail_load(load, code)
             else:
                 self._loads.append(load)
                 self.scheduler.mark_hosted(load.digest, load.size)
-        self._clear_up()
-        if time.monotonic() > self.loader.deadline:
-            self._give_up()
-        if (wanted := self.scheduler.next_load()) is not None:
-            adapter, victims = wanted
-            for digest in victims:
-                began = time.monotonic()
-                self.runner.evict_adapter(digest)
-                self._evicted.append((digest, Tier.HOST, time.monotonic() - began))
-            self.loader.read_adapter(adapter)
+
+    def _evict_from_host(self, digest: Digest) -> None:
+        began = time.monotonic()
+        self.runner.evict_adapter(digest)
+        self._evicted.append((digest, Tier.HOST, time.monotonic() - began))
 
     def _give_up(self) -> None:
         """A disk that hangs fails the adapter that is on it, and no other."""
         digest = self.scheduler.adapters.loading
-        assert digest is not None, "what is overdue is loading"
+        assert digest is not None, "an overdue adapter is the one that loads"
         self.loader.end_reading()
         self.given_up.append(self.loader)
         self.loader = Loader(self.runner, self.faults.slow_load)
-        self._fail_load(
-            Load(digest, 0.0, 0, "reading the adapter's files took too long"), AdapterInvalid.code
-        )
+        overdue = Load(digest, 0.0, 0, "reading the adapter's files took too long")
+        self._fail_load(overdue, ErrorCode.ADAPTER_INVALID)
 
-    def _fail_load(self, load: Load, code: str) -> None:
-        """An earlier reading of the same that came too late may have been kept for this one."""
+    def _fail_load(self, load: Load, code: ErrorCode) -> None:
+        """Reports the failed load; also forgets a late result of an earlier load of the same adapter."""
         self._loads.append(load)
         self.scheduler.load_failed(load.digest, code, load.error)
         self.runner.evict_adapter(load.digest)
 
     def _clear_up(self) -> None:
-        """What was given up and has come after all is not kept, unless it was asked for again
-        since.
+        """Forgets each load that was given up and has ended after all, unless its adapter is wanted
+        again since.
         """
         for loader in [late for late in self.given_up if late.results.poll()]:
             self.given_up.remove(loader)
-            load, _ = loader.take_result()
-            if not load.error and not self.scheduler.adapters.is_hosted(load.digest):
+            load, code = loader.take_result()
+            is_wanted = self.scheduler.adapters.is_hosted(load.digest)
+            if code is None and not is_wanted:
                 self.runner.evict_adapter(load.digest)
 
     def _forget_removed(self) -> None:
@@ -188,6 +194,16 @@ class Worker:
             self.raised += 1
             self.scheduler.abort_step(plan)
             return
+        guilty = self._run_prepared(plan, unplaced)
+        self.scheduler.unplace(at for at in plan.place if at.digest in unplaced)
+        for digest, reason in guilty.items():
+            self.scheduler.refuse(digest, reason)
+            self._loads.append(Load(digest, 0.0, 0, reason))
+
+    def _run_prepared(self, plan: Plan, unplaced: set[Digest]) -> dict[Digest, str]:
+        """Runs and commits the chunks whose adapters are placed; the adapters that the base cannot run,
+        and why.
+        """
         results: dict[int, Result] = {}
         errors: dict[int, str] = {}
         tried = [chunk for chunk in plan.chunks if chunk.request.adapter not in unplaced]
@@ -196,72 +212,72 @@ class Worker:
         sound = bool(results) or not (failed or unplaced) or self._is_sound(failed)
         self.raised = 0 if sound else self.raised + 1
         guilty = self._guilty(failed, errors) if sound else {}
-        self.scheduler.commit_step(
-            plan, [results.get(chunk.request.id) or _failure(chunk, guilty) for chunk in plan.chunks]
-        )
-        self.scheduler.unplace(at for at in plan.place if at.digest in unplaced)
-        for digest, reason in guilty.items():
-            self.scheduler.refuse(digest, reason)
-            self._loads.append(Load(digest, 0.0, 0, reason))
+        made = [results.get(chunk.request.id) or _make_failure(chunk, guilty) for chunk in plan.chunks]
+        self.scheduler.commit_step(plan, made)
+        return guilty
 
     def _prepare(self, plan: Plan) -> set[Digest]:
-        """Steps of their own: their times are told, and a step that is run again copies nothing
-        again.
+        """Removes, places and copies, in steps of their own; the adapters that could not be placed.
 
-        The adapters that could not be placed.
+        So their times are known, and chunks that are run again copy nothing again.
         """
         if plan.remove:
             seconds = self._time_step(Plan(remove=plan.remove)) / len(plan.remove)
             self._evicted += [(digest, Tier.DEVICE, seconds) for digest in plan.remove]
-        unplaced: set[Digest] = set()
-        for placement in plan.place:
-            try:
-                self._placed.append((placement.digest, self._time_step(Plan(place=(placement,)))))
-            except Exception:
-                log.exception("an adapter could not be placed")
-                unplaced.add(placement.digest)
+        unplaced = {placement.digest for placement in plan.place if not self._place_adapter(placement)}
         if plan.forks:
             self.runner.run_step(Plan(forks=plan.forks))
         return unplaced
 
+    def _place_adapter(self, placement: Placement) -> bool:
+        try:
+            seconds = self._time_step(Plan(place=(placement,)))
+        except Exception:
+            log.exception("an adapter could not be placed")
+            return False
+        self._placed.append((placement.digest, seconds))
+        return True
+
     def _attempt(self, chunks: Sequence[Chunk], results: dict[int, Result], errors: dict[int, str]) -> None:
-        """Runs these together; where that raises, each adapter's apart, and of those that raise
+        """Runs the chunks together; where that raises, each adapter's apart, and of those that raise
         each request alone.
         """
+        ids = [chunk.request.id for chunk in chunks]
         try:
             made = self._run_chunks(chunks)
         except Exception as error:
-            parts = split(chunks)
             log.exception("a step raised; its %d requests are told apart", len(chunks))
+            parts = split_chunks(chunks)
             if len(parts) == 1:
-                errors[chunks[0].request.id] = type(error).__name__
+                errors[ids[0]] = type(error).__name__
                 return
             for part in parts:
                 self._attempt(part, results, errors)
         else:
-            results.update(zip((chunk.request.id for chunk in chunks), made, strict=True))
+            results.update(zip(ids, made, strict=True))
 
     def _is_sound(self, failed: Sequence[Chunk]) -> bool:
-        """Whether the base runs where nothing else did; if it was itself what failed, it does not."""
-        return bool(failed) and all(chunk.adapter for chunk in failed) and self._runs(failed[0], None)
+        """Whether the base still runs where every chunk failed; False if a chunk of the base failed."""
+        if not failed or not all(chunk.adapter for chunk in failed):
+            return False
+        return self._can_run(failed[0], None)
 
     def _guilty(self, failed: Sequence[Chunk], errors: Mapping[int, str]) -> dict[Digest, str]:
-        """The adapters that raise whatever they are given, and why each is refused."""
-        return {
-            chunk.adapter: UNRUNNABLE.format(errors[chunk.request.id])
-            for chunk in failed
-            if chunk.adapter and not self._runs(chunk, chunk.adapter)
-        }
+        """The adapters that raise whatever their tokens, and why each is refused."""
+        guilty: dict[Digest, str] = {}
+        for chunk in failed:
+            if chunk.adapter and not self._can_run(chunk, chunk.adapter):
+                guilty[chunk.adapter] = UNRUNNABLE.format(errors[chunk.request.id])
+        return guilty
 
-    def _runs(self, chunk: Chunk, adapter: Digest | None) -> bool:
-        """Whether two tokens can be run in the row of this failed chunk, which nobody reads any
-        more.
+    def _can_run(self, chunk: Chunk, adapter: Digest | None) -> bool:
+        """Whether two tokens can be run in the KV row of this failed chunk, which no sequence reads
+        any more.
         """
         tokens = (chunk.request.prompt * 2)[:2]
+        trial = Chunk(Request(TRIAL, tokens, 0, adapter), chunk.row, 0, tokens, sample=False)
         try:
-            self.runner.run_step(
-                Plan(chunks=(Chunk(Request(TRIAL, tokens, 0, adapter), chunk.row, 0, tokens, False),))
-            )
+            self.runner.run_step(Plan(chunks=(trial,)))
         except Exception:
             return False
         return True
@@ -272,77 +288,95 @@ class Worker:
         return time.monotonic() - began
 
     def _run_chunks(self, chunks: Sequence[Chunk]) -> Sequence[Result]:
-        made = {chunk.generated + 1 for chunk in chunks if chunk.sample}
-        inject_faults(self.faults, made)
+        inject_faults(self.faults, {chunk.generated + 1 for chunk in chunks if chunk.sample})
         return self.runner.run_step(Plan(chunks=tuple(chunks))) if chunks else ()
 
     def _send_news(self) -> bool:
-        """Sends what happened since the last report; whether there was anything."""
-        report = self.scheduler.take_report()
+        """Sends a report of everything since the last one; whether there was anything."""
+        report = self._take_report()
         for event in report.events:
             if event.finish is not None:
                 self.runner.finish_request(event.request)
+        is_news = report != Report(gauges=report.gauges)
+        if is_news:
+            self._send_message(report)
+        return is_news
+
+    def _take_report(self) -> Report:
         report = replace(
-            report,
+            self.scheduler.take_report(),
             loads=tuple(self._loads),
             placed=tuple(self._placed),
             evicted=tuple(self._evicted),
             dropped=tuple(self._dropped),
         )
         self._loads, self._placed, self._evicted, self._dropped = [], [], [], []
-        news = report != Report(gauges=report.gauges)
-        if news:
-            self._send_message(report)
-        return news
+        return report
 
-    def _send_message(self, notice: Message) -> None:
-        self.connection.send(notice)
+    def _send_message(self, message: Message) -> None:
+        self.connection.send(message)
 
 
-def split(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
-    """Those of each adapter; where all are of one, each by itself."""
+def make_scheduler(base: BaseInfo, settings: Settings) -> Scheduler:
+    return Scheduler(
+        rows=base.rows,
+        context=base.context,
+        pool_rank=base.pool_rank,
+        prefill_tokens=settings.prefill_tokens or PREFILL.get(base.device, PREFILL_ELSEWHERE),
+        host_bytes=settings.host_cache_mb * 10**6,
+    )
+
+
+def split_chunks(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
+    """The chunks of each adapter; where all are of one adapter, each chunk by itself."""
     groups: dict[Digest | None, list[Chunk]] = {}
     for chunk in chunks:
         groups.setdefault(chunk.adapter, []).append(chunk)
     return list(groups.values()) if len(groups) > 1 else [[chunk] for chunk in chunks]
 
 
-def _failure(chunk: Chunk, guilty: Mapping[Digest, str]) -> Result:
-    """What becomes of a request whose own part of a step raised."""
+def _make_failure(chunk: Chunk, guilty: Mapping[Digest, str]) -> Result:
+    """The result of a chunk that raised alone, or whose adapter could not be placed."""
     reason = guilty.get(chunk.request.adapter or "")
-    return (
-        Result(error=reason, code=AdapterInvalid.code)
-        if reason
-        else Result(error="the step that ran this request failed")
-    )
+    if reason:
+        return Result(error=reason, code=ErrorCode.ADAPTER_INVALID)
+    return Result(error="the step that ran this request failed")
 
 
-def inject_faults(faults: Faults, made: set[int]) -> None:
-    """The injected faults of a step that would make these tokens of their requests."""
-    if faults.kill in made:
+def inject_faults(faults: Faults, counts: set[int]) -> None:
+    """The injected faults of a step that samples the tokens of these numbers in their requests."""
+    if faults.kill in counts:
         os.kill(os.getpid(), signal.SIGKILL)
-    while faults.stuck in made:
+    while faults.stuck in counts:
         time.sleep(3600)
-    if faults.step in made:
+    if faults.step in counts:
         raise RuntimeError(f"injected: the step that makes token {faults.step} raises")
 
 
 def serve_worker(connection: Connection, settings: Settings, factory: Factory) -> int:
-    """Builds the runner, then obeys until told to end; the exit code.
+    """Builds the runner, then obeys until the command to end; the exit code.
 
     Raises OSError or EOFError when the parent is gone.
     """
+
+    def send_progress(stage: str, fraction: float) -> None:
+        connection.send(Progress(stage, fraction))
+
     try:
-        runner, card = factory(settings, lambda stage, fraction: connection.send(Progress(stage, fraction)))
+        runner, base = factory(settings, send_progress)
     except (AdapterdError, SettingsError) as error:
-        connection.send(CannotStart(str(error)))
-        return 1
+        return _refuse_start(connection, str(error))
     except (OSError, ValueError) as error:
         log.exception("the base cannot be loaded")
-        connection.send(CannotStart(f"the base cannot be loaded ({type(error).__name__}); the log says why"))
-        return 1
-    connection.send(Ready(card))
-    return Worker(connection, runner, card, settings).run_loop()
+        kind = type(error).__name__
+        return _refuse_start(connection, f"the base cannot be loaded ({kind}); the log says why")
+    connection.send(Ready(base))
+    return Worker(connection, runner, base, settings).run_loop()
+
+
+def _refuse_start(connection: Connection, reason: str) -> int:
+    connection.send(CannotStart(reason))
+    return 1
 
 
 def run_process(descriptor: str, factory: str) -> int:

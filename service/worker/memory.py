@@ -1,5 +1,6 @@
-"""How much memory this process may still take, as Linux tells: of the machine and of its control
-group. Knows nothing of what it is for.
+"""Reads how much memory this process may still take; runs in the worker process, on Linux.
+
+It counts the machine's and the control group's. Must not know adapters.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ GROUP = Path("/sys/fs/cgroup")
 
 
 def free_bytes() -> int | None:
-    """Bytes, those of files that the system would give up included; None where it does not say."""
-    return min((room for room in (_machine_free(), _group_free()) if room is not None), default=None)
+    """Free bytes, with those of files that the system would give up; None where it does not say."""
+    rooms = [room for room in (_machine_free(), _group_free()) if room is not None]
+    return min(rooms, default=None)
 
 
 def _machine_free() -> int | None:
@@ -28,13 +30,14 @@ def _group_free() -> int | None:
         return None
     if not limit.isdecimal():
         return None
-    return max(0, int(limit) - int(used) + _read_values(GROUP / "memory.stat").get("inactive_file", 0))
+    reclaimable = _read_values(GROUP / "memory.stat").get("inactive_file", 0)
+    return max(0, int(limit) - int(used) + reclaimable)
 
 
 def _read_values(file: Path) -> dict[str, int]:
     """The file's lines as name and number."""
     try:
-        rows = [line.split() for line in file.read_text().splitlines()]
+        lines = [line.split() for line in file.read_text().splitlines()]
     except OSError:
         return {}
-    return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdecimal()}
+    return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdecimal()}

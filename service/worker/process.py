@@ -1,4 +1,4 @@
-"""The API process's grip on one worker process: starts it, carries messages both ways, ends it.
+"""Starts one worker process, carries messages both ways, and ends it (API process).
 
 Two threads, so that neither the event loop nor the worker ever waits for the other. Must not know
 tickets or adapters.
@@ -12,7 +12,9 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -25,48 +27,44 @@ LAST_WORDS_S = 2.0  # how long a worker may take to end after it closed its conn
 
 
 class WorkerProcess:
-    """One life of a worker.
+    """One worker process.
 
-    `heard` gets each notice and `ended` the exit code, once, both on the reading thread.
+    `on_message` gets each message and `on_exit` the exit code, once, both on the reading thread.
     """
 
     def __init__(
-        self, settings: Settings, factory: str, heard: Callable[[Message], None], ended: Callable[[int], None]
+        self,
+        settings: Settings,
+        factory: str,
+        on_message: Callable[[Message], None],
+        on_exit: Callable[[int], None],
     ) -> None:
-        self._connection, theirs = Pipe()
-        command = [sys.executable, "-m", "service.worker.loop", str(theirs.fileno()), factory]
-        # It must find the very same modules
-        paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        with theirs:
-            self._popen = subprocess.Popen(
-                command, pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL, env=os.environ | paths
-            )
+        self._connection, worker_end = Pipe()
+        with worker_end:
+            self._popen = _start_process(worker_end, factory)
         self.pid = self._popen.pid
-        self._orders: SimpleQueue[Command | Settings | None] = SimpleQueue()
-        self._orders.put(settings)
-        self._reader = threading.Thread(
-            target=self._read_messages, args=(heard, ended), name="worker-reader", daemon=True
-        )
-        self._writer = threading.Thread(target=self._write_commands, name="worker-writer", daemon=True)
-        self._reader.start()
-        self._writer.start()
+        self._commands: SimpleQueue[Command | Settings | None] = SimpleQueue()
+        self._commands.put(settings)
+        # The reader ends the writer, so the writer is there first
+        self._writer = _start_thread("worker-writer", self._write_commands)
+        self._reader = _start_thread("worker-reader", partial(self._read_messages, on_message, on_exit))
 
-    def send_command(self, order: Command) -> None:
-        """Queues the order; what a worker that died did not take is lost."""
-        self._orders.put(order)
+    def send_command(self, command: Command) -> None:
+        """Queues the command; it is lost where the worker dies before it takes it."""
+        self._commands.put(command)
 
     def kill_worker(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             self._popen.kill()
 
     def processor_ticks(self) -> int | None:
-        """Processor time of the worker and of all processes under it (a compiler's), in ticks;
+        """Processor time of the worker and of all processes under it (a compiler's), in ticks.
 
-        None where the system does not tell.
+        None where the system does not have it.
         """
         try:
             return sum(map(_processor_ticks, _process_tree(self.pid)))
-        except OSError:  # no Linux, or one has just ended
+        except OSError:  # no Linux, or a process has just ended
             return None
 
     def wait_until_gone(self) -> None:
@@ -76,31 +74,46 @@ class WorkerProcess:
 
     def _write_commands(self) -> None:
         with contextlib.suppress(OSError):
-            while (order := self._orders.get()) is not None:
-                self._connection.send(order)
+            while (command := self._commands.get()) is not None:
+                self._connection.send(command)
 
-    def _read_messages(self, heard: Callable[[Message], None], ended: Callable[[int], None]) -> None:
+    def _read_messages(self, on_message: Callable[[Message], None], on_exit: Callable[[int], None]) -> None:
         with contextlib.suppress(EOFError, OSError):
             while True:
-                heard(self._connection.recv())
+                on_message(self._connection.recv())
         try:
             code = self._popen.wait(LAST_WORDS_S)
         except subprocess.TimeoutExpired:
             self._popen.kill()
             code = self._popen.wait()
-        self._orders.put(None)
+        self._commands.put(None)
         self._writer.join()
         self._connection.close()
-        ended(code)
+        on_exit(code)
+
+
+def _start_process(worker_end: Connection, factory: str) -> subprocess.Popen[bytes]:
+    descriptor = worker_end.fileno()
+    command = [sys.executable, "-m", "service.worker.loop", str(descriptor), factory]
+    # It must find the very same modules
+    paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    return subprocess.Popen(command, pass_fds=(descriptor,), stdin=subprocess.DEVNULL, env=os.environ | paths)
+
+
+def _start_thread(name: str, call: Callable[[], None]) -> threading.Thread:
+    thread = threading.Thread(target=call, name=name, daemon=True)
+    thread.start()
+    return thread
 
 
 def _process_tree(pid: int) -> Iterator[int]:
     yield pid
-    for told in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in told.read_text().split():
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in children.read_text().split():
             yield from _process_tree(int(child))
 
 
 def _processor_ticks(pid: int) -> int:
-    """Of the process and those that it has waited for."""
-    return sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[CPU_TIMES]))
+    """Of the process and of the children that it has waited for."""
+    _, _, fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
+    return sum(map(int, fields.split()[CPU_TIMES]))

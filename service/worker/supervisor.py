@@ -1,8 +1,7 @@
-"""Keeps one worker alive: starts it, starts it again when it dies, kills it when it is stuck, ends
-it.
+"""Keeps one worker alive: starts, restarts, kills and ends it; runs in the API process.
 
-Lives on the event loop; must not know requests or adapters, only whether somebody waits for the
-worker.
+A worker that dies is started again; one that is stuck is killed. Lives on the event loop; must not know
+requests or adapters, only whether a caller waits for the worker.
 """
 
 from __future__ import annotations
@@ -27,10 +26,10 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-SILENCE_S = 30.0  # a worker that somebody waits for and that says nothing for this long is stuck
-# One that loads and uses no processor for this long waits for what will not come: a disk, a lock
+SILENCE_S = 30.0  # a worker that a caller waits for and that sends nothing for this long is stuck
+# A worker that loads and uses no processor for this long waits in vain: for a disk, for a lock
 STANDSTILL_S = 300.0
-PATIENCE_S = 1.5  # for a worker that was told to end
+PATIENCE_S = 1.5  # for a worker that got the command to end
 STILLBORN = 3  # deaths in a row before it was ready: then it is not started again
 STABLE_S = 60.0
 BACKOFF_S = (0.1, 10.0)
@@ -45,30 +44,33 @@ class WorkerState(StrEnum):
     FAILED = "failed"
 
 
+FINAL = (WorkerState.DRAINING, WorkerState.FAILED)  # states that no worker is started in
+
+
 class WorkerListener(Protocol):
-    """Whom the supervisor serves."""
+    """The client as the supervisor sees it."""
 
     @property
     def waits(self) -> bool:
         """Whether the worker owes an answer."""
 
     def on_worker_ready(self) -> None:
-        """A worker is ready and takes orders."""
+        """A worker is ready and takes commands."""
 
     def on_report(self, report: Report) -> None: ...
 
     def on_worker_lost(self, why: str, for_good: bool) -> None:
-        """The worker is gone, and with it all it held; `for_good`: no other will come."""
+        """The worker is gone with all its state; `for_good`: no other will come."""
 
 
 class Supervisor:
-    """`stage` and `fraction` (0 to 1) tell how far a loading worker is;
+    """`stage` and `fraction` (0 to 1) are the progress of a loading worker.
 
-    `reason` why there is none; `base` is the last one served.
+    `reason` says why there is no ready worker; `base` is the last one served.
     """
 
-    def __init__(self, settings: Settings, factory: str, ward: WorkerListener) -> None:
-        self.settings, self.factory, self.ward = settings, factory, ward
+    def __init__(self, settings: Settings, factory: str, listener: WorkerListener) -> None:
+        self.settings, self.factory, self.listener = settings, factory, listener
         self.state = WorkerState.LOADING
         self.stage, self.fraction, self.reason = "", 0.0, ""
         self.base: BaseInfo | None = None
@@ -97,7 +99,7 @@ class Supervisor:
         if self._restart is not None:
             self._restart.cancel()
             self._restart = None
-            self.ward.on_worker_lost(reason, for_good=True)
+            self.listener.on_worker_lost(reason, for_good=True)
 
     async def end_worker(self) -> None:
         """Ends the worker; no process and no thread remains."""
@@ -107,7 +109,7 @@ class Supervisor:
             return
         process = self._process
         if not self.send_command(Shutdown()):
-            process.kill_worker()  # one that loads reads no orders
+            process.kill_worker()  # a worker that loads reads no commands
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(PATIENCE_S):
                 await self._gone.wait()
@@ -115,11 +117,11 @@ class Supervisor:
         await self._gone.wait()
         await run_in(PROCESS, process.wait_until_gone)
 
-    def send_command(self, order: Command) -> bool:
+    def send_command(self, command: Command) -> bool:
         """Whether there was a ready worker to send it to."""
         if self._process is None or not self._born:
             return False
-        self._process.send_command(order)
+        self._process.send_command(command)
         return True
 
     def _set_state(self, state: WorkerState, reason: str = "") -> None:
@@ -130,32 +132,28 @@ class Supervisor:
             self.settled.clear()
 
     def _spawn_worker(self) -> None:
-        self._restart, settings = None, self.settings
-        if self._lives:  # injected deaths come once
-            settings = settings.model_copy(
-                update={"faults": settings.faults.model_copy(update={"kill": None, "stuck": None})}
-            )
+        settings = spare_worker(self.settings) if self._lives else self.settings
+        self._restart = None
         self._lives, self._born, self._spent = self._lives + 1, 0.0, None
         self._gone.clear()
+        on_message, on_exit = self._from_thread(self._on_message), self._from_thread(self._on_exit)
         try:
-            self._process = WorkerProcess(
-                settings, self.factory, self._from_thread(self._on_message), self._from_thread(self._on_exit)
-            )
-        except OSError:  # no file or no process is to be had now
+            self._process = WorkerProcess(settings, self.factory, on_message, on_exit)
+        except OSError:  # the system has no file or no process left
             log.exception("no worker can be started; it is tried again")
             self._restart = self._loop.call_later(BACKOFF_S[1], self._spawn_worker)
 
     def _from_thread(self, call: Callable[[T], None]) -> Callable[[T], None]:
         def post(value: T) -> None:
-            # The loop was closed: nobody is left to be told
+            # The loop was closed: no caller is left
             with contextlib.suppress(RuntimeError):
                 self._loop.call_soon_threadsafe(call, value)
 
         return post
 
-    def _on_message(self, notice: Message) -> None:
+    def _on_message(self, message: Message) -> None:
         self.heard = self._loop.time()
-        match notice:
+        match message:
             case Progress(stage, fraction):
                 self.stage, self.fraction = stage, fraction
             case CannotStart(reason):
@@ -163,21 +161,24 @@ class Supervisor:
                 if self.state is not WorkerState.DRAINING:
                     self._set_state(WorkerState.FAILED, reason)
             case Ready(base):
-                self.base, self.stage, self.fraction = base, "", 1.0
-                self._born, self._stillborn = self.heard, 0
-                if self.state is not WorkerState.DRAINING:
-                    self._set_state(WorkerState.READY)
-                    self.ward.on_worker_ready()
+                self._on_ready(base)
             case Report():
-                self.ward.on_report(notice)
+                self.listener.on_report(message)
+
+    def _on_ready(self, base: BaseInfo) -> None:
+        self.base, self.stage, self.fraction = base, "", 1.0
+        self._born, self._stillborn = self.heard, 0
+        if self.state is not WorkerState.DRAINING:
+            self._set_state(WorkerState.READY)
+            self.listener.on_worker_ready()
 
     def _on_exit(self, code: int) -> None:
         self._process = None
         self._gone.set()
         why = f"the worker died ({describe_exit(code)})"
-        if self.state not in (WorkerState.DRAINING, WorkerState.FAILED):
+        if self.state not in FINAL:
             self._restart_later(why)
-        self.ward.on_worker_lost(why, for_good=self.state in (WorkerState.DRAINING, WorkerState.FAILED))
+        self.listener.on_worker_lost(why, for_good=self.state in FINAL)
 
     def _restart_later(self, why: str) -> None:
         self._stillborn += not self._born
@@ -191,41 +192,47 @@ class Supervisor:
         metrics.RESTARTS.inc()
         self._set_state(WorkerState.RESTARTING, why)
         first, most = BACKOFF_S
-        self._restart = self._loop.call_later(
-            min(most, first * 2 ** min(self._shortlived, DOUBLINGS)), self._spawn_worker
-        )
+        pause = first * 2 ** min(self._shortlived, DOUBLINGS)
+        self._restart = self._loop.call_later(min(most, pause), self._spawn_worker)
 
     async def _watch_worker(self) -> None:
         limit = min(SILENCE_S, self.settings.request_timeout_s)
         while True:
             await asyncio.sleep(min(limit, STANDSTILL_S) / 20)
             process = self._process
-            if process is None:
-                continue
-            if not self._born:
+            if process is not None and not self._born:
                 await self._check_progress(process)
-            silent = self._loop.time() - self.heard
-            if process is not self._process:
-                continue
-            if silent > (limit if self._born else STANDSTILL_S) and (self.ward.waits or not self._born):
-                log.error(
-                    "the worker has %s for %.0f s and is killed",
-                    "said nothing" if self._born else "stood still",
-                    silent,
-                )
-                process.kill_worker()
+            if process is not None and process is self._process:
+                self._kill_if_stuck(process, limit)
+
+    def _kill_if_stuck(self, process: WorkerProcess, limit: float) -> None:
+        """`limit`: the seconds for which a ready worker may be silent while a caller waits."""
+        silent = self._loop.time() - self.heard
+        if self._born:
+            is_stuck, fault = silent > limit and self.listener.waits, "said nothing"
+        else:
+            is_stuck, fault = silent > STANDSTILL_S, "stood still"
+        if is_stuck:
+            log.error("the worker has %s for %.0f s and is killed", fault, silent)
+            process.kill_worker()
 
     async def _check_progress(self, process: WorkerProcess) -> None:
-        """One that loads a large base says nothing for minutes; while it works, or nobody can know,
-        that is well.
+        """A worker that loads a large base sends nothing for minutes: while it uses the processor, or
+        the system does not say whether it does, that counts as a message.
         """
         spent = await run_in(PROCESS, process.processor_ticks)
         if spent is None or spent != self._spent:
             self._spent, self.heard = spent, self._loop.time()
 
 
+def spare_worker(settings: Settings) -> Settings:
+    """The settings without the injected faults that end a worker, for they come once."""
+    faults = settings.faults.model_copy(update={"kill": None, "stuck": None})
+    return settings.model_copy(update={"faults": faults})
+
+
 def describe_exit(code: int) -> str:
-    """What an exit code says, fit for a person."""
+    """The exit code in words, fit for a person."""
     if code < 0:
         return signal.Signals(-code).name
     return "two steps in a row raised" if code == RAISED_TWICE else f"exit code {code}"

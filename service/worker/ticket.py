@@ -1,7 +1,7 @@
-"""The caller's end of one request: events in order, exactly one of them the last, and when things
-happened.
+"""The caller's end of one request: its events and its times; runs in the API process.
 
-Lives on the event loop; must not know processes, messages or HTTP.
+Events come in order, and exactly one of them is the last. Lives on the event loop; must not know
+processes, messages or HTTP.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from ..core.request import Event, Request
 class Ticket:
     """An async iterator of the request's events, the terminal one last.
 
-    Times are `time.monotonic` seconds, None until they are known.
-
-    `submitted`: admitted; `started`: it got a row; `first` and `last`: tokens arrived; `ended`: the
-    terminal event.
+    Times are `time.monotonic` seconds, None until they are known. `submitted`: admitted; `started`: it
+    got a KV row; `first` and `last`: tokens arrived; `ended`: the terminal event.
     """
 
     def __init__(self, request: Request, cancelled: Callable[[Ticket], None]) -> None:
@@ -48,14 +46,14 @@ class Ticket:
     def cancel_request(self, stopped: bool = False) -> None:
         """Ends the request soon; does nothing the second time or after the end.
 
-        `stopped`: the caller has all it wanted.
+        `stopped`: the caller has all the text that it wanted.
         """
         if self.ended is None and not self.leaving:
             self.leaving, self.stopped = True, stopped
             self._cancelled(self)
 
     def deliver_event(self, event: Event, now: float) -> None:
-        """The next event; nothing may follow the terminal one."""
+        """Adds the next event; none may follow the terminal one."""
         assert self.ended is None, f"request {self.request.id} got an event after its last"
         if event.token is not None:
             self.first = self.first or now

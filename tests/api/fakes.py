@@ -13,6 +13,7 @@ from typing import Any, cast
 from starlette.testclient import TestClient
 
 from service.app import create_app
+from service.core.error_codes import ErrorCode
 from service.core.manifest import Manifest, compute_digest, read_manifest
 from service.core.request import Event, Finish, Request, Token
 from service.core.sampling import Sampling
@@ -87,7 +88,7 @@ class FakeEngine(FakeClient):
                 await self.gate.wait()
             await asyncio.sleep(0)
             if i == 2 and self.fails:
-                code, message = self.fails
+                code, message = ErrorCode(self.fails[0]), self.fails[1]
                 event = Event(ticket.request.id, finish=Finish.FAILED, code=code, message=message)
             if ticket.ended is None:
                 ticket.deliver_event(event, ticket.submitted + i)

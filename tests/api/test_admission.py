@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from service.api.generation.answer import failure_error
+from service.core.error_codes import ErrorCode
 from service.core.request import Event, Finish
 from service.errors import AdapterInvalid, DeadlineExceeded, Internal, NotReady
 
@@ -183,14 +184,14 @@ def test_long_prompts_are_read_off_the_event_loop(api: ScriptedApp) -> None:
 @pytest.mark.parametrize(
     ("code", "kind"),
     [
-        ("not_ready", NotReady),
-        ("deadline_exceeded", DeadlineExceeded),
-        ("internal", Internal),
-        ("adapter_invalid", AdapterInvalid),
-        ("new", Internal),
+        (ErrorCode.NOT_READY, NotReady),
+        (ErrorCode.DEADLINE_EXCEEDED, DeadlineExceeded),
+        (ErrorCode.INTERNAL, Internal),
+        (ErrorCode.ADAPTER_INVALID, AdapterInvalid),
+        (None, Internal),
     ],
 )
-def test_the_engines_codes_become_errors(code: str, kind: type[Exception]) -> None:
+def test_the_engines_codes_become_errors(code: ErrorCode | None, kind: type[Exception]) -> None:
     error = failure_error(Event(1, finish=Finish.FAILED, code=code, message="why"))
     assert type(error) is kind
     assert error.message == "why"

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from service.core.adapter import Adapter, Digest, Tier
+from service.core.error_codes import ErrorCode
 from service.core.request import Event, Finish, Request
 from service.engine.plan import Plan, Result
 from service.engine.scheduler import Scheduler
@@ -27,7 +28,7 @@ class Story:
     end: Event | None = None
 
 
-class Driver:
+class SchedulerDriver:
     def __init__(
         self,
         rows: int = 4,
@@ -74,7 +75,7 @@ class Driver:
         if self.reading and self.pending is not None:
             adapter, self.pending = self.pending, None
             if adapter.weights == "missing":
-                self.scheduler.load_failed(adapter.digest, "adapter_invalid", "cannot be read")
+                self.scheduler.load_failed(adapter.digest, ErrorCode.ADAPTER_INVALID, "cannot be read")
             else:
                 self.scheduler.mark_hosted(adapter.digest, self.runner.load_adapter(adapter))
 

@@ -1,4 +1,4 @@
-"""Which KV row a prompt gets, and what of it is there already."""
+"""A prompt gets the KV row that holds the most of it, and never a wrong token."""
 
 from __future__ import annotations
 

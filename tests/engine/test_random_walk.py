@@ -10,7 +10,7 @@ import pytest
 
 from service.core.adapter import Adapter, ExecutionPath
 from service.core.request import Finish
-from tests.engine.driver import EMPTY, Driver
+from tests.engine.driver import EMPTY, SchedulerDriver
 from tests.fakes import adapter
 
 STEPS = 250
@@ -30,7 +30,7 @@ def prompt(rng: random.Random) -> list[int]:
     return [*start, *(rng.randrange(50) for _ in range(rng.randrange(1, 20)))]
 
 
-def act(rng: random.Random, driver: Driver, adapters: list[Adapter]) -> None:
+def act(rng: random.Random, driver: SchedulerDriver, adapters: list[Adapter]) -> None:
     chosen = rng.choice(adapters)
     scheduler = driver.scheduler
     match rng.choices(("submit", "cancel", "offer", "pin", "unpin", "drop"), (8, 2, 3, 0.4, 0.6, 0.5))[0]:
@@ -60,7 +60,7 @@ def act(rng: random.Random, driver: Driver, adapters: list[Adapter]) -> None:
 @pytest.mark.parametrize("seed", range(60))
 def test_every_request_ends_once_with_its_own_tokens(seed: int) -> None:
     rng = random.Random(seed)
-    driver = Driver(
+    driver = SchedulerDriver(
         rows=rng.randrange(1, 6),
         pool_rank=16,
         prefill_tokens=rng.choice((3, 16, 100)),
@@ -86,7 +86,7 @@ def test_every_request_ends_once_with_its_own_tokens(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_everything_is_free_once_all_adapters_are_dropped(seed: int) -> None:
     rng = random.Random(seed)
-    driver = Driver()
+    driver = SchedulerDriver()
     adapters = shelf(rng)[:-1]
     for chosen in adapters:
         driver.scheduler.add_adapter(chosen, pinned=chosen.rank == 2, preload=True)

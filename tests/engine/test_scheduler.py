@@ -1,4 +1,4 @@
-"""Who runs next, in which chunks, and how each request ends."""
+"""The scheduler's order of requests, their chunks, and how each request ends."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from dataclasses import replace
 import pytest
 
 from service.core.adapter import ExecutionPath, Tier
+from service.core.error_codes import ErrorCode
 from service.core.request import Finish
 from service.engine.kv_rows import WORTH
 from service.engine.plan import Result
 from service.engine.scheduler import PASSES
-from tests.engine.driver import Driver
+from tests.engine.driver import SchedulerDriver
 from tests.fakes import adapter, expected
 
 LONG = list(range(40))
 
 
 def test_first_come_first_served() -> None:
-    driver = Driver(rows=2)
+    driver = SchedulerDriver(rows=2)
     ids = [driver.submit([1, i], 3) for i in range(7)]
     driver.settle()
     assert driver.order == ids
@@ -26,7 +27,7 @@ def test_first_come_first_served() -> None:
 
 
 def test_of_adapters_that_hold_as_many_rows_the_oldest_request_is_next() -> None:
-    driver = Driver(rows=1)
+    driver = SchedulerDriver(rows=1)
     first, second = adapter("first"), adapter("second")
     for each in (first, second):
         driver.scheduler.add_adapter(each)
@@ -36,7 +37,7 @@ def test_of_adapters_that_hold_as_many_rows_the_oldest_request_is_next() -> None
 
 
 def test_a_sequence_enters_at_the_step_after_one_leaves() -> None:
-    driver = Driver(rows=2)
+    driver = SchedulerDriver(rows=2)
     short, _ = driver.submit([1], 2), driver.submit([2], 9)
     next_one = driver.submit([3], 2)
     driver.step()
@@ -46,7 +47,7 @@ def test_a_sequence_enters_at_the_step_after_one_leaves() -> None:
 
 
 def test_prefill_is_chunked_and_every_running_sequence_decodes_in_every_step() -> None:
-    driver = Driver(prefill_tokens=16)
+    driver = SchedulerDriver(prefill_tokens=16)
     talker = driver.submit([1], 30)
     driver.step()
     driver.submit(LONG, 2)
@@ -65,7 +66,7 @@ def test_nobody_takes_more_than_a_share_of_rows_while_others_wait() -> None:
     """A hundred requests of one adapter came first; the others still get half of the rows as they
     fall free.
     """
-    driver = Driver(rows=4, pool_rank=16)
+    driver = SchedulerDriver(rows=4, pool_rank=16)
     greedy, modest = adapter("greedy"), adapter("modest")
     driver.scheduler.add_adapter(greedy)
     driver.scheduler.add_adapter(modest)
@@ -87,7 +88,7 @@ def test_nobody_takes_more_than_a_share_of_rows_while_others_wait() -> None:
 
 def test_an_adapter_that_does_not_fit_is_overtaken_a_bounded_number_of_times() -> None:
     """A stream of base requests that never ends cannot starve an adapter that needs the whole pool."""
-    driver = Driver(rows=4, pool_rank=16, prefill_tokens=100)
+    driver = SchedulerDriver(rows=4, pool_rank=16, prefill_tokens=100)
     small, big = adapter("small", rank=4), adapter("big", rank=16)
     driver.scheduler.add_adapter(small)
     driver.scheduler.add_adapter(big)
@@ -111,7 +112,7 @@ def test_an_adapter_that_does_not_fit_is_overtaken_a_bounded_number_of_times() -
 
 
 def test_nobody_takes_the_pool_rows_that_an_older_request_waits_for() -> None:
-    driver = Driver(rows=4, pool_rank=16)
+    driver = SchedulerDriver(rows=4, pool_rank=16)
     small, big, late = adapter("small", rank=4), adapter("big", rank=16), adapter("late", rank=4)
     for each in (small, big, late):
         driver.scheduler.add_adapter(each)
@@ -123,13 +124,13 @@ def test_nobody_takes_the_pool_rows_that_an_older_request_waits_for() -> None:
 
 
 def test_prompts_join_until_a_quarter_of_the_budget_is_used() -> None:
-    driver = Driver(rows=4, prefill_tokens=16)
+    driver = SchedulerDriver(rows=4, prefill_tokens=16)
     ids = [driver.submit([n] * n, 1) for n in (2, 2, 3, 9)]
     assert [[chunk.request.id for chunk in driver.step().chunks] for _ in range(3)] == [ids[:2], ids[2:], []]
 
 
 def test_others_pass_while_an_adapter_is_read() -> None:
-    driver = Driver(rows=2)
+    driver = SchedulerDriver(rows=2)
     slow = adapter("slow")
     driver.scheduler.add_adapter(slow)
     driver.reading = False
@@ -144,7 +145,7 @@ def test_others_pass_while_an_adapter_is_read() -> None:
 
 
 def test_a_pinned_adapter_in_the_middle_of_the_pool_moves_for_a_large_one() -> None:
-    driver = Driver(pool_rank=16)
+    driver = SchedulerDriver(pool_rank=16)
     first, pinned, big = adapter("first", rank=6), adapter("pinned", rank=4), adapter("big", rank=12)
     for each in (first, pinned):
         driver.scheduler.add_adapter(each, preload=True)
@@ -165,7 +166,7 @@ def test_a_pinned_adapter_in_the_middle_of_the_pool_moves_for_a_large_one() -> N
 
 
 def test_a_pinned_adapter_that_was_placed_at_the_second_try_comes_back_when_it_had_to_move() -> None:
-    driver = Driver(pool_rank=16)
+    driver = SchedulerDriver(pool_rank=16)
     first, pinned, big = adapter("first", rank=6), adapter("pinned", rank=4), adapter("big", rank=12)
     driver.scheduler.add_adapter(first, preload=True)
     driver.settle()
@@ -187,7 +188,7 @@ def test_a_pinned_adapter_that_was_placed_at_the_second_try_comes_back_when_it_h
 
 
 def test_a_request_that_pinned_adapters_leave_no_room_for_is_refused() -> None:
-    driver = Driver(pool_rank=8)
+    driver = SchedulerDriver(pool_rank=8)
     pinned, big = adapter("pinned", rank=4), adapter("big", rank=8)
     driver.scheduler.add_adapter(pinned, pinned=True)
     driver.scheduler.add_adapter(big)
@@ -202,7 +203,7 @@ def test_a_request_that_pinned_adapters_leave_no_room_for_is_refused() -> None:
 
 
 def test_adapters_that_cannot_be_together_take_turns() -> None:
-    driver = Driver(rows=4, pool_rank=8)
+    driver = SchedulerDriver(rows=4, pool_rank=8)
     several = [adapter(f"a{i}", rank=8) for i in range(4)]
     for each in several:
         driver.scheduler.add_adapter(each)
@@ -214,7 +215,7 @@ def test_adapters_that_cannot_be_together_take_turns() -> None:
 
 
 def test_the_least_recently_used_adapter_leaves_the_pool() -> None:
-    driver = Driver(pool_rank=8)
+    driver = SchedulerDriver(pool_rank=8)
     first, second, third = (adapter(name, rank=4) for name in ("first", "second", "third"))
     for each in (first, second, third):
         driver.scheduler.add_adapter(each)
@@ -227,7 +228,7 @@ def test_the_least_recently_used_adapter_leaves_the_pool() -> None:
 
 
 def test_shadow_adapters_need_no_pool_rows() -> None:
-    driver = Driver(pool_rank=4)
+    driver = SchedulerDriver(pool_rank=4)
     shadow = adapter("shadow", lane=ExecutionPath.SHADOW)
     driver.scheduler.add_adapter(shadow)
     mixed = [driver.submit([1], 3, shadow), driver.submit([1], 3)]
@@ -241,7 +242,7 @@ def test_shadow_adapters_need_no_pool_rows() -> None:
 
 
 def test_pinned_adapters_are_placed_when_they_are_read_and_stay() -> None:
-    driver = Driver(pool_rank=8)
+    driver = SchedulerDriver(pool_rank=8)
     pinned = adapter("pinned", rank=4)
     driver.scheduler.add_adapter(pinned, pinned=True)
     driver.settle()
@@ -259,7 +260,7 @@ def test_pinned_adapters_are_placed_when_they_are_read_and_stay() -> None:
 
 
 def test_preloading_fills_free_rows_and_drives_nobody_out() -> None:
-    driver = Driver(pool_rank=8)
+    driver = SchedulerDriver(pool_rank=8)
     for name in ("a", "b", "c"):
         driver.scheduler.add_adapter(adapter(name, rank=4), preload=True)
     driver.settle()
@@ -270,7 +271,7 @@ def test_preloading_fills_free_rows_and_drives_nobody_out() -> None:
 
 
 def test_what_nobody_asks_for_is_not_read_and_what_is_there_not_a_second_time() -> None:
-    driver = Driver(host_bytes=1000)
+    driver = SchedulerDriver(host_bytes=1000)
     asked, offered, large = adapter("asked"), adapter("offered"), adapter("large", rank=16)
     driver.scheduler.add_adapter(offered)
     for _ in range(2):
@@ -288,7 +289,7 @@ def test_what_nobody_asks_for_is_not_read_and_what_is_there_not_a_second_time() 
 
 
 def test_host_memory_forgets_the_least_recently_used() -> None:
-    driver = Driver(pool_rank=4, host_bytes=2500)
+    driver = SchedulerDriver(pool_rank=4, host_bytes=2500)
     for name in ("a", "b", "a", "c"):
         each = adapter(name, rank=4, size=1000)
         driver.scheduler.add_adapter(each)
@@ -299,7 +300,7 @@ def test_host_memory_forgets_the_least_recently_used() -> None:
 
 
 def test_what_is_resident_is_not_read_again_when_host_memory_has_forgotten_it() -> None:
-    driver = Driver(pool_rank=16, host_bytes=1000)
+    driver = SchedulerDriver(pool_rank=16, host_bytes=1000)
     first, second = adapter("first"), adapter("second")
     for each in (first, second):
         driver.scheduler.add_adapter(each)
@@ -313,7 +314,7 @@ def test_what_is_resident_is_not_read_again_when_host_memory_has_forgotten_it() 
 
 
 def test_host_memory_keeps_what_is_pinned_as_long_as_it_is() -> None:
-    driver = Driver(pool_rank=4, host_bytes=1000)
+    driver = SchedulerDriver(pool_rank=4, host_bytes=1000)
     pinned, other = adapter("pinned", lane=ExecutionPath.SHADOW), adapter("other", lane=ExecutionPath.SHADOW)
     driver.scheduler.add_adapter(pinned, pinned=True)
     driver.scheduler.add_adapter(other)
@@ -336,7 +337,7 @@ def test_what_waits_is_kept_in_host_memory() -> None:
     """Two adapters wait where one fits: both are kept until they had their turn, so that neither is
     read again and again.
     """
-    driver = Driver(rows=4, pool_rank=4, host_bytes=1100)
+    driver = SchedulerDriver(rows=4, pool_rank=4, host_bytes=1100)
     first, *others = [adapter("x", size=100), adapter("a"), adapter("b")]
     for each in (first, *others):
         driver.scheduler.add_adapter(each)
@@ -352,7 +353,7 @@ def test_what_waits_is_kept_in_host_memory() -> None:
 
 
 def test_an_adapter_dropped_while_it_is_read_leaves_nothing() -> None:
-    driver = Driver()
+    driver = SchedulerDriver()
     dying = adapter("dying")
     driver.scheduler.add_adapter(dying, preload=True)
     driver.reading = False
@@ -368,7 +369,7 @@ def test_an_adapter_dropped_while_it_is_read_leaves_nothing() -> None:
 
 
 def test_an_adapter_dropped_when_it_was_just_read_leaves_nothing() -> None:
-    driver = Driver()
+    driver = SchedulerDriver()
     dying = adapter("dying")
     driver.scheduler.add_adapter(dying, preload=True)
     driver.read()
@@ -379,7 +380,7 @@ def test_an_adapter_dropped_when_it_was_just_read_leaves_nothing() -> None:
 
 
 def test_what_host_memory_forgot_before_it_could_be_placed_is_not_placed() -> None:
-    driver = Driver(host_bytes=1000)
+    driver = SchedulerDriver(host_bytes=1000)
     first, second = adapter("first"), adapter("second")
     for each in (first, second):
         driver.scheduler.add_adapter(each, preload=True)
@@ -390,15 +391,15 @@ def test_what_host_memory_forgot_before_it_could_be_placed_is_not_placed() -> No
 
 
 def test_a_pinned_adapter_that_was_read_at_the_second_try_is_placed() -> None:
-    driver = Driver()
+    driver = SchedulerDriver()
     pinned = adapter("pinned")
     driver.scheduler.add_adapter(pinned, pinned=True)
     driver.scheduler.next_load()
-    driver.scheduler.load_failed(pinned.digest, "adapter_invalid", "it broke off")
+    driver.scheduler.load_failed(pinned.digest, ErrorCode.ADAPTER_INVALID, "it broke off")
     assert driver.scheduler.next_load() is None, "nobody asks for it now"
     driver.scheduler.add_adapter(pinned)
     assert driver.scheduler.next_load() == (pinned, [])
-    driver.scheduler.load_failed(pinned.digest, "adapter_invalid", "it broke off again")
+    driver.scheduler.load_failed(pinned.digest, ErrorCode.ADAPTER_INVALID, "it broke off again")
     asked = driver.submit([1], 2, pinned)
     driver.reading = False
     driver.step()
@@ -409,7 +410,7 @@ def test_a_pinned_adapter_that_was_read_at_the_second_try_is_placed() -> None:
 
 
 def test_who_cannot_use_what_another_computes_does_not_wait_for_it() -> None:
-    driver = Driver(prefill_tokens=1000)
+    driver = SchedulerDriver(prefill_tokens=1000)
     other = adapter("other")
     driver.scheduler.add_adapter(other, preload=True)
     driver.settle()
@@ -419,7 +420,7 @@ def test_who_cannot_use_what_another_computes_does_not_wait_for_it() -> None:
 
 
 def test_a_prompt_to_be_scored_reuses_nothing() -> None:
-    driver = Driver()
+    driver = SchedulerDriver()
     driver.submit(LONG, 2)
     driver.settle()
     scored = driver.submit(LONG, 0, prompt_logprobs=0)
@@ -428,7 +429,7 @@ def test_a_prompt_to_be_scored_reuses_nothing() -> None:
 
 
 def test_an_adapter_that_cannot_be_read_fails_its_requests_only() -> None:
-    driver = Driver()
+    driver = SchedulerDriver()
     broken = adapter("broken", readable=False)
     driver.scheduler.add_adapter(broken, preload=True)
     bad, good = driver.submit([1], 2, broken), driver.submit([1], 2)
@@ -439,14 +440,14 @@ def test_an_adapter_that_cannot_be_read_fails_its_requests_only() -> None:
     assert driver.stories[good].tokens == expected(None, [1], 2)
     driver.scheduler.add_adapter(broken)
     assert driver.scheduler.next_load() is None, "nobody asks for it any more"
-    driver.scheduler.load_failed(broken.digest, "adapter_invalid", "cannot be read")
+    driver.scheduler.load_failed(broken.digest, ErrorCode.ADAPTER_INVALID, "cannot be read")
     driver.scheduler.remove_adapter(broken.digest)
     driver.settle()
     assert not driver.scheduler.adapters._failed, "what is forgotten is forgotten"
 
 
 def test_a_dropped_adapter_serves_those_it_has_and_takes_no_more() -> None:
-    driver = Driver(rows=1)
+    driver = SchedulerDriver(rows=1)
     dying = adapter("dying")
     driver.scheduler.add_adapter(dying)
     running, waiting = driver.submit([1], 4, dying), driver.submit([2], 4, dying)
@@ -472,7 +473,7 @@ def test_a_dropped_adapter_serves_those_it_has_and_takes_no_more() -> None:
 
 
 def test_an_adapter_offered_again_while_it_drains_stays() -> None:
-    driver = Driver()
+    driver = SchedulerDriver()
     back = adapter("back")
     driver.scheduler.add_adapter(back)
     driver.submit([1], 4, back)
@@ -488,7 +489,7 @@ def test_an_adapter_offered_again_while_it_drains_stays() -> None:
     ("prompt", "max_tokens", "count", "finish"), [(60, 10, 4, Finish.LENGTH), (64, 10, 1, Finish.LENGTH)]
 )
 def test_a_full_row_ends_the_sequence(prompt: int, max_tokens: int, count: int, finish: Finish) -> None:
-    driver = Driver(context=64)
+    driver = SchedulerDriver(context=64)
     id = driver.submit(range(prompt), max_tokens)
     driver.settle()
     story = driver.stories[id]
@@ -498,7 +499,7 @@ def test_a_full_row_ends_the_sequence(prompt: int, max_tokens: int, count: int, 
 
 @pytest.mark.parametrize(("prompt", "code"), [([], "validation"), (range(65), "context_length_exceeded")])
 def test_a_prompt_that_no_row_can_run_is_refused(prompt: list[int], code: str) -> None:
-    driver = Driver(context=64)
+    driver = SchedulerDriver(context=64)
     id = driver.submit(prompt, 1)
     driver.settle()
     end = driver.stories[id].end
@@ -508,7 +509,7 @@ def test_a_prompt_that_no_row_can_run_is_refused(prompt: list[int], code: str) -
 
 def test_an_eos_token_ends_the_sequence_and_is_told() -> None:
     tokens = expected(None, [5], 6)
-    driver = Driver()
+    driver = SchedulerDriver()
     id = driver.submit([5], 6, eos=frozenset({tokens[3], 10_000}))
     driver.settle()
     story = driver.stories[id]
@@ -518,7 +519,7 @@ def test_an_eos_token_ends_the_sequence_and_is_told() -> None:
 
 
 def test_scoring_a_prompt_prefills_only_and_tells_every_token() -> None:
-    driver = Driver(prefill_tokens=16)
+    driver = SchedulerDriver(prefill_tokens=16)
     id = driver.submit(LONG, 0, prompt_logprobs=0)
     driver.settle()
     end = driver.stories[id].end
@@ -529,7 +530,7 @@ def test_scoring_a_prompt_prefills_only_and_tells_every_token() -> None:
 
 
 def test_the_prompts_scores_come_once_with_the_first_token() -> None:
-    driver = Driver(prefill_tokens=16)
+    driver = SchedulerDriver(prefill_tokens=16)
     driver.submit(LONG, 3, prompt_logprobs=0)
     told = []
     while driver.busy:
@@ -539,7 +540,7 @@ def test_the_prompts_scores_come_once_with_the_first_token() -> None:
 
 
 def test_cancelling_frees_the_row_at_once_and_twice_is_once() -> None:
-    driver = Driver(rows=1)
+    driver = SchedulerDriver(rows=1)
     running, waiting = driver.submit([1], 50), driver.submit([2], 2)
     driver.step()
     driver.scheduler.cancel_request(running)
@@ -554,11 +555,12 @@ def test_cancelling_frees_the_row_at_once_and_twice_is_once() -> None:
 
 
 def test_a_result_without_a_token_fails_its_request_only_and_nothing_of_its_row_is_used_again() -> None:
-    driver = Driver()
+    driver = SchedulerDriver()
     bad, good = driver.submit(LONG[:20], 5), driver.submit([*LONG[:12], 7], 3)
     plan = driver.scheduler.plan_step()
     fine = driver.runner.run_step(plan)
-    driver.scheduler.commit_step(plan, [Result(error="no token can be chosen", code="validation"), *fine[1:]])
+    failed = Result(error="no token can be chosen", code=ErrorCode.VALIDATION)
+    driver.scheduler.commit_step(plan, [failed, *fine[1:]])
     driver.settle()
     end = driver.stories[bad].end
     assert end
@@ -571,7 +573,7 @@ def test_a_result_without_a_token_fails_its_request_only_and_nothing_of_its_row_
 
 
 def test_a_raised_step_fails_its_requests_and_nobody_else() -> None:
-    driver = Driver(rows=1)
+    driver = SchedulerDriver(rows=1)
     hit, spared = driver.submit([1], 5), driver.submit([2], 5)
     driver.step(fault=True)
     driver.settle()
@@ -582,7 +584,7 @@ def test_a_raised_step_fails_its_requests_and_nobody_else() -> None:
 
 
 def test_a_conversation_goes_on_in_its_row() -> None:
-    driver = Driver()
+    driver = SchedulerDriver()
     driver.submit(LONG[:20], 6)
     driver.settle()
     said = [*LONG[:20], *driver.stories[0].tokens, 7, 8]
@@ -596,7 +598,7 @@ def test_a_conversation_goes_on_in_its_row() -> None:
 
 @pytest.mark.parametrize("budget", [100, 1000], ids=["one a step", "all at once"])
 def test_choices_of_one_prompt_share_its_prefill(budget: int) -> None:
-    driver = Driver(rows=4, prefill_tokens=budget)
+    driver = SchedulerDriver(rows=4, prefill_tokens=budget)
     for _ in range(4):
         driver.submit(LONG, 3)
     driver.settle()
@@ -605,7 +607,7 @@ def test_choices_of_one_prompt_share_its_prefill(budget: int) -> None:
 
 
 def test_the_same_prompt_under_another_adapter_starts_anew() -> None:
-    driver = Driver()
+    driver = SchedulerDriver()
     several = [adapter("a"), adapter("b"), None]
     for each in several[:2]:
         assert each
@@ -621,7 +623,7 @@ def test_a_prompt_that_the_budget_leaves_nothing_for_waits_a_step() -> None:
     """One that wakes after two tokens lets another in beside it, and takes the whole budget in the
     next step.
     """
-    driver = Driver(rows=2, prefill_tokens=16)
+    driver = SchedulerDriver(rows=2, prefill_tokens=16)
     one = replace(adapter("activated"), invocation=(70, 71))
     driver.scheduler.add_adapter(one)
     first, second = driver.submit([1, 2, 70, 71, *LONG], 2, one), driver.submit(LONG, 2)
@@ -631,7 +633,7 @@ def test_a_prompt_that_the_budget_leaves_nothing_for_waits_a_step() -> None:
 
 
 def test_what_an_activated_adapter_made_is_no_start_for_a_prompt_that_wakes_it_later() -> None:
-    driver = Driver()
+    driver = SchedulerDriver()
     one = replace(adapter("activated"), invocation=(70, 71))
     driver.scheduler.add_adapter(one)
     early, late = [70, 71, *LONG[:20]], [70, 71, *LONG[:20], 70, 71, 5]
@@ -658,7 +660,7 @@ def test_an_activated_adapter_acts_from_its_invocation_on_and_its_rows_are_nobod
     """A12: what comes before runs as the base in chunks of its own; the same prompt twice, at once
     and later, is prefilled twice.
     """
-    driver = Driver(rows=4)
+    driver = SchedulerDriver(rows=4)
     one = replace(adapter("activated"), invocation=(70, 71))
     driver.scheduler.add_adapter(one)
     stories = [driver.submit(prompt, 4, one), driver.submit(prompt, 4, one), driver.submit(prompt, 4)]

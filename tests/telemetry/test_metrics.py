@@ -1,4 +1,4 @@
-"""What a scrape shows: valid exposition, bounded, and with series that go when their adapter goes."""
+"""A scrape shows valid exposition, bounded, and with series that go when their adapter goes."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from prometheus_client.parser import text_string_to_metric_families
 from service.telemetry import metrics
 from service.telemetry.metrics import REST, AdapterLabels
 
-NAMES = """num_requests_running num_requests_waiting kv_cache_usage_ratio time_to_first_token_seconds inter_token_latency_seconds
-e2e_request_latency_seconds request_queue_time_seconds prompt_tokens_total generation_tokens_total request_success_total
-request_failure_total adapters pool_rank_used pool_rank_total adapter_load_seconds adapter_requests_total
-adapter_generation_tokens_total worker_restarts_total adapter_prompt_tokens_total adapter_e2e_request_latency_seconds
-adapter_hits_total adapter_misses_total adapter_place_seconds adapter_evict_seconds adapter_load_bytes_total adapter_place_bytes_total
-adapter_evict_bytes_total base_bytes adapter_bytes lora_requests_info gpu_memory_used_bytes gpu_memory_total_bytes gpu_utilization_ratio
-gpu_temperature_celsius"""
+NAMES = """num_requests_running num_requests_waiting kv_cache_usage_ratio time_to_first_token_seconds
+inter_token_latency_seconds e2e_request_latency_seconds request_queue_time_seconds prompt_tokens_total
+generation_tokens_total request_success_total request_failure_total adapters pool_rank_used
+pool_rank_total adapter_load_seconds adapter_requests_total adapter_generation_tokens_total
+worker_restarts_total adapter_prompt_tokens_total adapter_e2e_request_latency_seconds adapter_hits_total
+adapter_misses_total adapter_place_seconds adapter_evict_seconds adapter_load_bytes_total
+adapter_place_bytes_total adapter_evict_bytes_total base_bytes adapter_bytes lora_requests_info
+gpu_memory_used_bytes gpu_memory_total_bytes gpu_utilization_ratio gpu_temperature_celsius"""
 
 
 def samples(named: bool = True) -> dict[tuple[str, str], float]:
@@ -162,14 +163,10 @@ def test_the_gateways_gauge_is_one_series_that_says_when(monkeypatch: pytest.Mon
     metrics.lora_info(2, ["b"], [])
     metrics.lora_info(8, ["b", "a"], ["c"])
     try:
-        lines = [
-            line
-            for line in metrics.render_metrics("")[0].decode().splitlines()
-            if line.startswith("adapterd_lora")
-        ]
-        assert lines == [
-            'adapterd_lora_requests_info{max_lora="8",running_lora_adapters="a,b",waiting_lora_adapters="c"} 1234.5'
-        ]
+        shown = metrics.render_metrics("")[0].decode().splitlines()
+        lines = [line for line in shown if line.startswith("adapterd_lora")]
+        labels = 'max_lora="8",running_lora_adapters="a,b",waiting_lora_adapters="c"'
+        assert lines == [f"adapterd_lora_requests_info{{{labels}}} 1234.5"]
     finally:
         metrics.LORA_INFO.clear()
 

@@ -29,10 +29,11 @@ LIMIT = 4_000_000
 USER = {"role": "user", "content": "Hi"}
 PLAIN = "{{ messages[0].content }}"
 ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+DOUBLED = "{% for i in range(99) %}{% set n.a = n.a + n.a %}{% endfor %}"
 BOMBS = {
     "a long text": "{{ 'x' * 10**10 }}",
-    "a doubled text": "{% set n = namespace(a='x') %}{% for i in range(99) %}{% set n.a = n.a + n.a %}{% endfor %}",
-    "a doubled list": "{% set n = namespace(a=[1]) %}{% for i in range(99) %}{% set n.a = n.a + n.a %}{% endfor %}",
+    "a doubled text": "{% set n = namespace(a='x') %}" + DOUBLED,
+    "a doubled list": "{% set n = namespace(a=[1]) %}" + DOUBLED,
     "a wide number": "{{ '%1000000000d' % 1 }}",
 }
 BROKEN = {
@@ -81,12 +82,14 @@ TEMPLATES = {
         {%- if message.content %}{{- '\\n' + message.content }}{%- endif %}
         {%- for call in message.tool_calls %}
             {%- if call.function is defined %}{%- set call = call.function %}{%- endif %}
-            {{- '\\n<tool_call>\\n{"name": "' }}{{- call.name }}{{- '", "arguments": ' }}{{- call.arguments | tojson }}
+            {{- '\\n<tool_call>\\n{"name": "' }}{{- call.name }}{{- '", "arguments": ' }}\
+{{- call.arguments | tojson }}
             {{- '}\\n</tool_call>' }}
         {%- endfor %}
         {{- '<|im_end|>\\n' }}
     {%- elif message.role == 'tool' %}
-        {%- if loop.index0 == 0 or messages[loop.index0 - 1].role != 'tool' %}{{- '<|im_start|>user' }}{%- endif %}
+        {%- if loop.index0 == 0 or messages[loop.index0 - 1].role != 'tool' %}\
+{{- '<|im_start|>user' }}{%- endif %}
         {{- '\\n<tool_response>\\n' + message.content + '\\n</tool_response>' }}
         {%- if loop.last or messages[loop.index0 + 1].role != 'tool' %}{{- '<|im_end|>\\n' }}{%- endif %}
     {%- else %}
@@ -107,35 +110,42 @@ TEMPLATES = {
 {{- ns.system }}{{- "<|eot_id|>" }}
 {%- for message in messages %}
     {%- if not (message.role == 'tool' or 'tool_calls' in message) %}
-        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}
+        {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' +\
+ message['content'] | trim + '<|eot_id|>' }}
     {%- elif 'tool_calls' in message %}
-        {%- if not message.tool_calls | length == 1 %}{{- raise_exception("only single tool-calls") }}{%- endif %}
+        {%- if not message.tool_calls | length == 1 %}\
+{{- raise_exception("only single tool-calls") }}{%- endif %}
         {%- for name, value in message.tool_calls[0].function.arguments | items %}
             {{- name + '="' + value | string + '"' }}{%- if not loop.last %}{{- ", " }}{%- endif %}
         {%- endfor %}
         {{- "<|eom_id|>" }}
     {%- else %}
-        {{- "ipython" + (message.content | tojson if message.content is mapping or message.content is iterable else message.content) }}
+        {{- "ipython" + (message.content | tojson if message.content is mapping or\
+ message.content is iterable else message.content) }}
     {%- endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}
 """,
     "reasoning": """{%- macro show(content, last) -%}
-{%- if '</think>' in content %}{{ content.split('</think>')[-1].lstrip('\\n') }}{% else %}{{ content }}{% endif %}{{ '!' if last }}
+{%- if '</think>' in content %}\
+{{ content.split('</think>')[-1].lstrip('\\n') }}{% else %}{{ content }}{% endif %}{{ '!' if last }}
 {%- endmacro -%}
 {% for m in messages %}
     {% if m.role == 'system' %}
         {% continue %}
     {% endif %}
     {% if m.role == 'assistant' %}
-        {% generation %}[{{ m.reasoning_content or m.thinking }}]{{ show(m.content or '', loop.last) }}{{ eos_token }}{% endgeneration %}
+        {% generation %}[{{ m.reasoning_content or m.thinking }}]\
+{{ show(m.content or '', loop.last) }}{{ eos_token }}{% endgeneration %}
     {% else %}
     <{{ m.role }}>{{ show(m.content, loop.last) }}
     {% endif %}
     {% if loop.index > 90 %}{% break %}{% endif %}
 {% endfor %}
-{{ dict(a=1) | tojson }}{{ tools | default([], true) | map(attribute='function.name') | join(',') }}{{ documents is none }}
-{{ messages | selectattr('role', 'equalto', 'user') | list | length }}{{ pad_token }}{{ nothing }}{{ '%05.1f' | format(2) }}
+{{ dict(a=1) | tojson }}\
+{{ tools | default([], true) | map(attribute='function.name') | join(',') }}{{ documents is none }}
+{{ messages | selectattr('role', 'equalto', 'user') | list | length }}\
+{{ pad_token }}{{ nothing }}{{ '%05.1f' | format(2) }}
 """,
 }
 

@@ -96,10 +96,12 @@ def grown(decoder: IncrementalDecoder, ids: list[int]) -> list[str]:
 
 
 def chat(
-    voice: AdapterTokenizer, messages: Sequence[Any], tools: Sequence[Any] | None = None
+    tokenizer: AdapterTokenizer, messages: Sequence[Any], tools: Sequence[Any] | None = None
 ) -> tuple[int, ...]:
     """The ids of a conversation, its template rendered here, whosever it is."""
-    return voice.encode(voice.render_here(voice.render_request(messages, tools, 1000)), special=False)
+    return tokenizer.encode(
+        tokenizer.render_here(tokenizer.render_request(messages, tools, 1000)), special=False
+    )
 
 
 def texts(count: int) -> Iterator[str]:
@@ -170,9 +172,9 @@ def test_a_prompt_that_ends_within_a_character_does_no_harm(text: Text) -> None:
 
 def test_a_token_is_shown_with_its_own_space() -> None:
     words = sentencepiece()
-    voice = AdapterTokenizer(Words(words))
-    assert voice.token_text(id_of(words, "▁Hello")) == " Hello"
-    assert voice.token_text(1) == "<s>"
+    tokenizer = AdapterTokenizer(Words(words))
+    assert tokenizer.token_text(id_of(words, "▁Hello")) == " Hello"
+    assert tokenizer.token_text(1) == "<s>"
 
 
 def test_spaces_in_a_row_keep_them_all() -> None:
@@ -187,9 +189,9 @@ def test_the_bytes_of_all_tokens_are_the_texts(text: Text, kind: str) -> None:
     plain.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     words = {"byte-level": text.base.backend, "sentencepiece": sentencepiece(), "words": plain}[kind]
     for whole in ["the hen a"] if kind == "words" else ["x日本 😀  y\ufffd\n", *texts(20)]:
-        voice, ids = AdapterTokenizer(Words(words)), words.encode(whole, add_special_tokens=False).ids
+        tokenizer, ids = AdapterTokenizer(Words(words)), words.encode(whole, add_special_tokens=False).ids
         lead = "" if kind == "byte-level" else " "  # before the first word too, as within a text
-        assert b"".join(map(voice.piece_bytes, ids)).decode() == lead + whole
+        assert b"".join(map(tokenizer.piece_bytes, ids)).decode() == lead + whole
 
 
 def test_a_special_tokens_bytes_are_its_names_and_one_that_is_none_has_none(text: Text) -> None:
@@ -251,7 +253,7 @@ def test_without_stops_everything_passes_at_once() -> None:
     assert StopStrings([]).push_text("abc") == StopStrings([""]).push_text("abc") == "abc"
 
 
-# ---- the base's voice
+# ---- the base's tokenizer
 
 
 def test_encoding_is_the_tokenizers_own(text: Text) -> None:
@@ -278,7 +280,10 @@ def test_chat_renders_without_a_doubled_bos(text: Text) -> None:
 def test_what_a_template_refuses_is_a_bad_request(
     text: Text, folder: Path, tmp_path: Path, messages: list[dict[str, str]]
 ) -> None:
-    template = "{{ raise_exception('no messages') if not messages }}{{ '<|im_start|>' + messages[0].role + messages[0].content }}"
+    template = (
+        "{{ raise_exception('no messages') if not messages }}"
+        "{{ '<|im_start|>' + messages[0].role + messages[0].content }}"
+    )
     (tmp_path / "chat_template.jinja").write_text(template)
     with pytest.raises(BadRequest, match="messages"):
         chat(text.tokenizer_of("strict", tmp_path), messages)
@@ -297,7 +302,7 @@ def test_a_base_without_a_tokenizer_stops_the_start(tmp_path: Path) -> None:
         Text(tmp_path)
 
 
-# ---- adapters' voices
+# ---- adapters' tokenizers
 
 
 def test_an_adapter_without_files_speaks_as_the_base(text: Text, own: Path) -> None:
@@ -306,7 +311,7 @@ def test_an_adapter_without_files_speaks_as_the_base(text: Text, own: Path) -> N
     assert text.find_cached("plain") is text.base
 
 
-def test_the_last_voices_are_kept(folder: Path, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_tokenizers_are_kept(folder: Path, own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(words, "KEPT", 2)
     text = Text(folder)
     assert all(text.tokenizer_of(generation, own) is text.base for generation in "abc")
@@ -366,9 +371,9 @@ def test_a_template_in_the_tokenizers_config_counts_and_so_do_its_tokens(text: T
         "eos_token": {"content": "<|endoftext|>"},
     }
     (own / "tokenizer_config.json").write_text(json.dumps(settings))
-    voice = text.tokenizer_of("config", own)
-    assert list(chat(voice, [USER])) == making.ids("<|endoftext|>Hi")
-    assert voice.eos == {0, 2, 7}
+    tokenizer = text.tokenizer_of("config", own)
+    assert list(chat(tokenizer, [USER])) == making.ids("<|endoftext|>Hi")
+    assert tokenizer.eos == {0, 2, 7}
 
 
 def test_named_templates_are_chosen_by_need(text: Text, own: Path) -> None:
@@ -377,9 +382,11 @@ def test_named_templates_are_chosen_by_need(text: Text, own: Path) -> None:
         {"name": "tool_use", "template": "{{ tools[0].function.name }}"},
     ]
     (own / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    voice = text.tokenizer_of("named", own)
-    assert list(chat(voice, [USER])) == making.ids("plain")
-    assert list(chat(voice, [USER], [{"type": "function", "function": {"name": "add"}}])) == making.ids("add")
+    tokenizer = text.tokenizer_of("named", own)
+    assert list(chat(tokenizer, [USER])) == making.ids("plain")
+    assert list(chat(tokenizer, [USER], [{"type": "function", "function": {"name": "add"}}])) == making.ids(
+        "add"
+    )
 
 
 def test_an_adapters_own_eos_ends_its_answers_too(text: Text, own: Path) -> None:
@@ -449,12 +456,12 @@ def test_the_same_vocabulary_used_in_another_way_is_the_adapters_own(
     text: Text, folder: Path, own: Path, changed: Any
 ) -> None:
     (own / "tokenizer.json").write_text(json.dumps(saved_words(folder) | changed))
-    voice, right = text.tokenizer_of(str(changed), own), Tokenizer.from_file(str(own / "tokenizer.json"))
-    assert list(voice.encode("Hi")) == right.encode("Hi").ids
-    assert voice.decode([42, 75]) == right.decode([42, 75])
-    assert (list(voice.encode("Hi")), voice.decode([42, 75])) != (making.ids("Hi"), "Hi")
-    assert voice.words.own
-    assert not voice.words.own_vocabulary
+    tokenizer, right = text.tokenizer_of(str(changed), own), Tokenizer.from_file(str(own / "tokenizer.json"))
+    assert list(tokenizer.encode("Hi")) == right.encode("Hi").ids
+    assert tokenizer.decode([42, 75]) == right.decode([42, 75])
+    assert (list(tokenizer.encode("Hi")), tokenizer.decode([42, 75])) != (making.ids("Hi"), "Hi")
+    assert tokenizer.words.own
+    assert not tokenizer.words.own_vocabulary
 
 
 EOS = {
@@ -487,7 +494,7 @@ def test_settings_that_name_only_what_the_base_has_load_nothing(
     text: Text, folder: Path, own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To load a tokenizer of a hundred thousand words stops every other thread for seconds."""
-    monkeypatch.setattr(words, "_backend", pytest.fail)
+    monkeypatch.setattr(words, "_load_backend", pytest.fail)
     shutil.copyfile(folder / "tokenizer.json", own / "tokenizer.json")
     settings = {
         "added_tokens_decoder": {"2": EOS},
@@ -504,9 +511,9 @@ def test_another_vocabulary_is_the_adapters_own(text: Text, folder: Path, own: P
     more = Tokenizer.from_file(str(folder / "tokenizer.json"))
     more.add_special_tokens(["<|extra|>"])
     more.save(str(own / "tokenizer.json"))
-    voice = text.tokenizer_of("more", own)
-    assert voice.encode("<|extra|>") == (text.base.backend.get_vocab_size(),)
-    assert not voice.words.own_vocabulary, "the base's words mean what they meant"
+    tokenizer = text.tokenizer_of("more", own)
+    assert tokenizer.encode("<|extra|>") == (text.base.backend.get_vocab_size(),)
+    assert not tokenizer.words.own_vocabulary, "the base's words mean what they meant"
     saved = saved_words(folder)
     vocabulary = saved["model"]["vocab"]
     saved["model"]["vocab"] = vocabulary | {"H": vocabulary["i"], "i": vocabulary["H"]}

@@ -1,4 +1,4 @@
-"""What the worker says of loads reaches whoever watches, and whoever waits."""
+"""The loads that the worker reports reach the watcher and every caller that waits."""
 
 from __future__ import annotations
 

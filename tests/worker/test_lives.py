@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import pytest
 
 from service.core.adapter import Adapter, ExecutionPath, Tier
+from service.core.error_codes import ErrorCode
 from service.core.messages import Command, Load, Report
 from service.core.request import Event, Finish
 from service.engine.plan import Plan, Result
@@ -83,15 +84,16 @@ class SlowLoader(Loader):
     def deliver(self, broken: bool = False) -> None:
         if self.reading:
             one = self.reading.pop()
-            size, code, error = (0, "adapter_invalid", "it broke off") if broken else self._load_adapter(one)
-            self._done.send((Load(one.digest, 0.1, size, error), code))
+            broke_off = (0, ErrorCode.ADAPTER_INVALID, "it broke off")
+            size, code, reason = broke_off if broken else self._try_load(one)
+            self._done.send((Load(one.digest, 0.1, size, reason), code))
 
 
 class Keeper:
     """A supervisor whose workers run in the test's own thread, a turn at a time."""
 
-    def __init__(self, ward: WorkerListener) -> None:
-        self.ward = ward
+    def __init__(self, listener: WorkerListener) -> None:
+        self.listener = listener
         self.state, self.reason, self.stage, self.fraction, self.heard = WorkerState.LOADING, "", "", 0.0, 0.0
         self.base = card(SETTINGS)
         self.device = Device()
@@ -102,11 +104,11 @@ class Keeper:
         self.device = Device(self.base.rows, self.base.context, self.base.pool_rank)
         self.worker = Worker(theirs, self.device, self.base, SETTINGS)
         self.state = WorkerState.READY
-        self.ward.on_worker_ready()
+        self.listener.on_worker_ready()
 
-    def send(self, order: Command) -> bool:
+    def send_command(self, command: Command) -> bool:
         if self.worker is not None:
-            self.ours.send(order)
+            self.ours.send(command)
         return self.worker is not None
 
     def turn(self) -> None:
@@ -131,12 +133,12 @@ class Keeper:
         while self.worker is not None and self.ours.poll():
             report = self.ours.recv()
             assert isinstance(report, Report)
-            self.ward.on_report(report)
+            self.listener.on_report(report)
 
     def die(self) -> None:
         self.hear()  # its last words
         self.worker, self.state = None, WorkerState.RESTARTING
-        self.ward.on_worker_lost("the worker died (SIGKILL)", for_good=False)
+        self.listener.on_worker_lost("the worker died (SIGKILL)", for_good=False)
 
     @property
     def loaders(self) -> list[Any]:
@@ -144,7 +146,7 @@ class Keeper:
 
 
 @dataclass
-class World:
+class WorkerLives:
     rng: random.Random
     client: WorkerClient
     keeper: Keeper
@@ -279,8 +281,8 @@ class World:
                 else Tier.DISK
             )
             assert self.client.tier_of(one.digest) is true
-        offers = self.client._offers
-        assert offers._tiers.keys() | offers._sizes.keys() | offers._loads.keys() <= offers._offers.keys(), (
+        mirror = self.client._adapters
+        assert mirror._tiers.keys() | mirror._sizes.keys() | mirror._loads.keys() <= mirror._added.keys(), (
             "what is gone is forgotten"
         )
 
@@ -324,9 +326,9 @@ async def test_an_adapter_that_raises_takes_nobody_with_it(
     assert any(ticket.started is not None for ticket in bad), "nobody met it: a weak seed"
 
 
-async def live(seed: int, monkeypatch: pytest.MonkeyPatch, calm: bool = False) -> World:
+async def live(seed: int, monkeypatch: pytest.MonkeyPatch, calm: bool = False) -> WorkerLives:
     rng = random.Random(seed)
-    monkeypatch.setattr(client_module, "Supervisor", lambda settings, factory, ward: Keeper(ward))
+    monkeypatch.setattr(client_module, "Supervisor", lambda settings, factory, listener: Keeper(listener))
     monkeypatch.setattr(worker_module, "Loader", SlowLoader)
     client = WorkerClient(SETTINGS)
     keeper: Any = client._worker
@@ -336,7 +338,7 @@ async def live(seed: int, monkeypatch: pytest.MonkeyPatch, calm: bool = False) -
     ]
     adapters += [adapter("shadow", lane=ExecutionPath.SHADOW), adapter("unreadable", readable=False)]
     adapters += [adapter("bad")] * (4 if calm else 1)
-    world = World(rng, client, keeper, adapters, calm)
+    world = WorkerLives(rng, client, keeper, adapters, calm)
     keeper.spawn()
     for _ in range(STEPS):
         for _ in range(rng.randrange(4)):

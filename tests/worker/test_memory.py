@@ -1,4 +1,4 @@
-"""What is left is the least of what the machine and the group have, where they say so."""
+"""The free memory is the least of the machine's and the control group's, where they have a limit."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from ... import errors
+from ...core.error_codes import ErrorCode
 from ...core.request import Event, Finish, Token
 from ...text.incremental import IncrementalDecoder
 from ...text.stop_strings import StopStrings
@@ -145,14 +146,7 @@ def failure_error(event: Event) -> errors.AdapterdError:
 def _failure_error(event: Event) -> errors.AdapterdError:
     if event.finish is Finish.CANCELLED:
         return errors.Cancelled("the client left")
-    if event.code in (errors.AdapterInvalid.code, errors.AdapterUnsupported.code):
+    if event.code in (ErrorCode.ADAPTER_INVALID, ErrorCode.ADAPTER_UNSUPPORTED):
         return errors.AdapterInvalid([event.message])
-    kinds = _error_kinds(errors.AdapterdError) | {errors.Internal.code: errors.Internal}
-    return kinds.get(event.code, errors.Internal)(event.message or "the request failed")
-
-
-def _error_kinds(kind: type[errors.AdapterdError]) -> dict[str, type[errors.AdapterdError]]:
-    kinds: dict[str, type[errors.AdapterdError]] = {}
-    for subclass in kind.__subclasses__():
-        kinds |= _error_kinds(subclass)
-    return {**kinds, kind.code: kind}
+    kind = errors.ERROR_OF_CODE[event.code] if event.code else errors.Internal
+    return kind(event.message or "the request failed")

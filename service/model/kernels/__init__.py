@@ -21,12 +21,11 @@ from torch import Tensor, nn
 from torch.utils.cpp_extension import include_paths, library_paths
 from transformers import AttentionInterface
 
-from ..loading import CACHE
+from ..loading import CACHE, has_avx512_bf16
 
 NAME = "adapterd_rows"
-SOURCES = [
-    Path(__file__).with_name(name) for name in ("ops.cpp", "attention.h", "linear.h", "vectors.h", "crew.h")
-]
+SOURCE_NAMES = ("ops.cpp", "attention.h", "linear.h", "vectors.h", "thread_pool.h")
+SOURCES = [Path(__file__).with_name(name) for name in SOURCE_NAMES]
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp"]
 FIELDS = 8  # int32 columns of a table, see linear.h
 
@@ -40,7 +39,7 @@ def load_kernels() -> bool:
     """
     if hasattr(torch.ops.adapterd, "linear"):
         return True
-    if not torch.cpu._is_avx512_bf16_supported():
+    if not has_avx512_bf16():
         log.info("kernels: off, the processor has no AVX512-BF16")
         return False
     try:

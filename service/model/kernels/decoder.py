@@ -35,7 +35,7 @@ class FusedDecoderLayer:
 
     def __init__(self, layer: Any, seen: AttentionSpec) -> None:
         attention = layer.self_attn
-        self.linears = [tensor for name in LINEARS for tensor in layer.get_submodule(name).tensors()]
+        self.linears = [tensor for name in LINEARS for tensor in layer.get_submodule(name).kernel_tensors()]
         none = self.linears[0].new_empty(0)
         own = [
             getattr(norm, "weight", none)

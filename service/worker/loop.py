@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection, wait
 from ..child_process import be_the_first_to_go, die_with_parent
 from ..core.adapter import Digest, Tier
 from ..core.base_info import BaseInfo
+from ..core.defaults import defaults_of
 from ..core.messages import (
     AddAdapter,
     Cancel,
@@ -53,8 +54,6 @@ NOTHING = Plan()
 HEARTBEAT_S = 2.0
 # Exit code: two steps in a row raised in all their parts, so the device is not to be trusted
 RAISED_TWICE = 70
-PREFILL = {"cpu": 512}
-PREFILL_ELSEWHERE = 4096
 UNRUNNABLE = "this base cannot run this adapter: its step raised {}"
 TRIAL = -1  # the number of a request that nobody made
 
@@ -70,7 +69,7 @@ class Worker:
             rows=card.rows,
             context=card.context,
             pool_rank=card.pool_rank,
-            prefill_tokens=settings.prefill_tokens or PREFILL.get(card.device, PREFILL_ELSEWHERE),
+            prefill_tokens=settings.prefill_tokens or defaults_of(card.device).prefill_tokens,
             host_bytes=settings.host_cache_mb * 10**6,
         )
         self.heartbeat_s = min(HEARTBEAT_S, settings.request_timeout_s / 5)

@@ -32,7 +32,7 @@ class HostAdapter(NamedTuple):
 
 
 class ModelRunner:
-    """The base, the bank, the KV rows and the sampler, behind `engine.plan.Runner`.
+    """The base, the pool, the KV rows and the sampler, behind `engine.plan.Runner`.
 
     `model` is the base's own tree.
     """
@@ -40,14 +40,14 @@ class ModelRunner:
     def __init__(
         self,
         model: Any,
-        bank: LoraPool,
+        pool: LoraPool,
         attention: Sequence[kv.AttentionSpec],
         sampler: Sampler,
         graphs: CudaGraphs | None = None,
     ) -> None:
-        self.model, self.bank, self.attention, self.sampler, self.graphs = (
+        self.model, self.pool, self.attention, self.sampler, self.graphs = (
             model,
-            bank,
+            pool,
             attention,
             sampler,
             graphs,
@@ -59,9 +59,9 @@ class ModelRunner:
             tree = build_peft_model(self.model, adapter)
             hosted = HostAdapter(own_bytes(tree, self.model), {}, tree)
         else:
-            made = read_weights(adapter, self.bank)
+            made = read_weights(adapter, self.pool)
             size = sum(t.nbytes for part in made.values() for t in part if t is not None)
-            pinned = self.bank.device.type == "cuda"  # torch pins memory by powers of two
+            pinned = self.pool.device.type == "cuda"  # torch pins memory by powers of two
             hosted = HostAdapter(1 << (size - 1).bit_length() if pinned else size, made)
         self.hosted[adapter.digest] = hosted
         return hosted.size
@@ -69,7 +69,7 @@ class ModelRunner:
     def evict_adapter(self, digest: Digest) -> int:
         hosted = self.hosted.pop(digest, None)
         size = hosted.size if hosted else 0
-        if self.bank.device.type == "cuda":
+        if self.pool.device.type == "cuda":
             del hosted
             # Torch keeps pinned memory that was freed, for whatever comes next of that very size
             torch._C._host_emptyCache()
@@ -81,9 +81,9 @@ class ModelRunner:
     @torch.inference_mode()
     def run_step(self, plan: Plan) -> Sequence[Result]:
         for digest in plan.remove:
-            self.bank.remove_adapter(digest)
+            self.pool.remove_adapter(digest)
         for placement in plan.place:
-            self.bank.place_adapter(placement, self.hosted[placement.digest].factors)
+            self.pool.place_adapter(placement, self.hosted[placement.digest].factors)
         for fork in plan.forks:
             kv.fork_row(self.attention, fork.source, fork.target, fork.length)
         try:
@@ -95,12 +95,12 @@ class ModelRunner:
             raise
 
     def _split_batches(self, chunks: Sequence[Chunk]) -> list[tuple[Any, list[Chunk]]]:
-        """The mixed batch on the bank's tree, and one batch for each shadow adapter on its own."""
+        """The mixed batch on the pool's tree, and one batch for each shadow adapter on its own."""
         batches: dict[int, tuple[Any, list[Chunk]]] = {}
         for chunk in chunks:
             # A resident adapter may have left host memory
             hosted = self.hosted.get(chunk.request.adapter or "")
-            tree = self.bank.tree if hosted is None or hosted.tree is None else hosted.tree
+            tree = self.pool.tree if hosted is None or hosted.tree is None else hosted.tree
             batches.setdefault(id(tree), (tree, []))[1].append(chunk)
         return list(batches.values())
 
@@ -149,12 +149,12 @@ class ModelRunner:
             at += length
         decode = sum(chunk.generated > 0 for chunk in chunks)
         tokens = [token for chunk in chunks for token in chunk.tokens]
-        if tree is self.bank.tree:
+        if tree is self.pool.tree:
             digests = [chunk.adapter for chunk in chunks]
-            if self.graphs and self.graphs.able and decode == len(chunks) and not self.bank.has_gate(digests):
+            if self.graphs and self.graphs.able and decode == len(chunks) and not self.pool.has_gate(digests):
                 return self.graphs.run_step(tokens, spans, digests)
-            self.bank.begin_step([AdapterRun(len(c.tokens), c.adapter) for c in chunks], heads, decode, spans)
-        return forward_step(tree, self.bank.device, tokens, spans, decode, kept)
+            self.pool.begin_step([AdapterRun(len(c.tokens), c.adapter) for c in chunks], heads, decode, spans)
+        return forward_step(tree, self.pool.device, tokens, spans, decode, kept)
 
 
 def forward_step(

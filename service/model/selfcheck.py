@@ -137,9 +137,9 @@ def _served_error(
     """How far the logits of two sequences that share steps are from their own."""
     rope.fix_frequencies(small, context)
     kv.allocate_rows(seen, len(expected), PROBE, torch.float32, small.device)
-    bank = LoraPool(small, RANK, torch.float32, small.device)
+    pool = LoraPool(small, RANK, torch.float32, small.device)
     try:
-        return max(map(_relative_error, _through_rows(bank.tree, BESIDE, bank), expected))
+        return max(map(_relative_error, _through_rows(pool.tree, BESIDE, pool), expected))
     except RuntimeError as error:
         raise kv.refuse_base(small, f"a step raises {type(error).__name__}: {_first_line(error)}") from error
 
@@ -188,12 +188,12 @@ def prove_roughly(model: Any, logits: Tensor) -> None:
         )
 
 
-def kernels_differ(bank: LoraPool, expected: Tensor) -> str:
-    """Why the bank's kernels are not to be used, beside the torch path's logits of the probe; empty
+def kernels_differ(pool: LoraPool, expected: Tensor) -> str:
+    """Why the pool's kernels are not to be used, beside the torch path's logits of the probe; empty
     where they agree.
     """
     try:
-        (logits,) = _through_rows(bank.tree, ALONE, bank)
+        (logits,) = _through_rows(pool.tree, ALONE, pool)
     except RuntimeError as error:
         return f"they raise: {_first_line(error)}"
     apart = float(((logits - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
@@ -203,12 +203,12 @@ def kernels_differ(bank: LoraPool, expected: Tensor) -> str:
 
 
 def check_graphs(
-    bank: LoraPool, attention: Sequence[kv.AttentionSpec], graphs: CudaGraphs, expected: Tensor
+    pool: LoraPool, attention: Sequence[kv.AttentionSpec], graphs: CudaGraphs, expected: Tensor
 ) -> bool:
     """Whether the probe's last token gets the same logits by CUDA graphs; the log says why not."""
-    for logits in _try_graphs(graphs, attention, _probes(bank.tree)[0][-1]):
+    for logits in _try_graphs(graphs, attention, _probes(pool.tree)[0][-1]):
         error = _relative_error(logits, expected[-1:])
-        if not (graphs.able and error < ROUGH[bank.dtype]):
+        if not (graphs.able and error < ROUGH[pool.dtype]):
             log.warning(
                 "graphs: off; the logits of the step that was tried differ from the model's own by %.2g",
                 error,
@@ -228,8 +228,8 @@ def _try_graphs(graphs: CudaGraphs, attention: Sequence[kv.AttentionSpec], token
             yield graphs.run_step([token], [kv.KVSpan(0, 1, row, PROBE - 1)], [None])
 
 
-def _through_rows(tree: Any, steps: Sequence[Step], bank: LoraPool | None = None) -> list[Tensor]:
-    """The probes' logits by the row attention, one sequence a row; of a bank's tree, through its
+def _through_rows(tree: Any, steps: Sequence[Step], pool: LoraPool | None = None) -> list[Tensor]:
+    """The probes' logits by the row attention, one sequence a row; of a pool's tree, through its
     layers, with no adapter.
     """
     probes, told = _probes(tree), dict[int, list[Tensor]]()
@@ -239,8 +239,8 @@ def _through_rows(tree: Any, steps: Sequence[Step], bank: LoraPool | None = None
             kv.KVSpan(sum(lengths[:i]), lengths[i], row, start) for i, (row, start, _) in enumerate(step)
         ]
         decode = sum(stop == PROBE for _, _, stop in step)
-        if bank is not None:
-            bank.begin_step([AdapterRun(length, None) for length in lengths], [], decode, spans)
+        if pool is not None:
+            pool.begin_step([AdapterRun(length, None) for length in lengths], [], decode, spans)
         tokens = [token for row, start, stop in step for token in probes[row][start:stop]]
         made = forward_step(tree, tree.device, tokens, spans, decode, range(len(tokens))).float()
         for (row, _, _), logits in zip(step, torch.split(made, lengths), strict=True):

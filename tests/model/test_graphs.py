@@ -133,11 +133,11 @@ def test_an_adapter_that_moved_is_there_when_its_next_step_is_replayed(house: di
         job = Job([9, 8, 7, 6], 6, plan.digest)
         driver.run([job])
         driver.remove(plan.digest)
-        assert not runner.bank.used
+        assert not runner.pool.used
         parts = [t for part in runner.hosted[plan.digest].factors.values() for t in (part.a, part.b)]
         assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
         driver.place(plan, 32)
-        assert gpu is None or runner.bank._copies.queue, "the copies run beside the steps"
+        assert gpu is None or runner.pool._copies.queue, "the copies run beside the steps"
         request = Request(77, (9, 8, 7, 6), 9, plan.digest)
         (result,) = runner.run_step(Plan(chunks=(Chunk(request, 0, 8, (job.ids[4],), True, 5),)))
         assert result.token is not None
@@ -256,7 +256,7 @@ def test_memory_that_runs_out_at_the_start_is_told(
             case "attend":
                 patch.setitem(AttentionInterface._global_mapping, kv.NAME, full)
             case "Bank":
-                patch.setattr("service.model.build.Bank", full)
+                patch.setattr("service.model.build.LoraPool", full)
         with pytest.raises(SettingsError, match="a pool of 512 do not fit into the GPU's memory"):
             runner_on(house[None])
 

@@ -91,7 +91,7 @@ def test_a_fused_layer_equals_the_torch_layer(tokens: int, n_in: int, n_out: int
     groups = tuple(
         TokenGroup(s, s + length, low, low + rank, None) for s, length, _, _, low, rank, _ in spans
     )
-    plain.now = StepArrangement(tokens, groups, (DoraSpan(0, half or tokens, "dora"),))
+    plain.arrangement = StepArrangement(tokens, groups, (DoraSpan(0, half or tokens, "dora"),))
     x = made(1, tokens, n_in, seed=9)
     with torch.inference_mode():
         close(fused(x), plain(x))
@@ -99,7 +99,7 @@ def test_a_fused_layer_equals_the_torch_layer(tokens: int, n_in: int, n_out: int
             one.clear_rows(Placement("lora", 19, 3))
             one.clear_rows(Placement("dora", 5, 8))
         kernels.fill_table(body, [])
-        plain.now = StepArrangement()
+        plain.arrangement = StepArrangement()
         close(fused(x), plain(x))
 
 
@@ -219,11 +219,11 @@ def logprobs(
     """Of all prompts' tokens under each adapter and the base, which share one changing batch."""
     settings = {"device": "cpu", "dtype": dtype, "compile": switch, "max_rows": 6, "base": str(base)}
     runner, _ = build_runner(Settings.model_validate(settings), lambda stage, fraction: None)
-    assert all(isinstance(layer, FusedLoraLinear) for layer in runner.bank.layers.values()) == (
+    assert all(isinstance(layer, FusedLoraLinear) for layer in runner.pool.layers.values()) == (
         switch == "auto"
     )
     whole = [
-        isinstance(vars(module).get("forward"), FusedDecoderLayer) for module in runner.bank.tree.model.layers
+        isinstance(vars(module).get("forward"), FusedDecoderLayer) for module in runner.pool.tree.model.layers
     ]
     assert whole == [alike and switch == "auto"] * SIZES["num_hidden_layers"]
     driver = Driver(runner, 6)

@@ -18,7 +18,7 @@ from service.core.base_info import BaseInfo, LayerLimit
 from service.core.sampling import Sampling
 from service.errors import AdapterUnsupported
 from service.model.build import build_runner
-from service.model.kv import SCOUTED
+from service.model.kv import PROBED_TOKENS
 from service.model.linear_calls import LinearCalls, recorded_calls
 from service.model.runner import ModelRunner
 from service.settings import Settings
@@ -204,7 +204,7 @@ class Routed(nn.Module):
 def test_how_each_layer_is_called_is_noted_once_and_no_hook_is_left() -> None:
     model = Routed()
     with torch.no_grad(), recorded_calls(model) as recorder:
-        model(torch.randn(1, SCOUTED, 4))
+        model(torch.randn(1, PROBED_TOKENS, 4))
     found = recorder.result()
     assert found.heads == {"behind"}
     assert {limit.pattern: (limit.kind, limit.by_peft) for limit in found.limits} == {

@@ -105,7 +105,7 @@ def test_an_adapter_placed_where_another_was_finds_nothing_of_it(folders: dict[s
         driver.run([job, plain])
         assert job.ids == want[name], name
         driver.remove(plans[name].digest)
-    for layer in runner.bank.layers.values():
+    for layer in runner.pool.layers.values():
         assert not layer.pool_a.any()
         assert not layer.pool_b.any()
         assert not getattr(layer, "gates", None)
@@ -118,11 +118,11 @@ def test_a_layer_that_its_model_keeps_in_float32_is_adapted_in_float32(
     model = making.load(base).to(torch.bfloat16)
     kept = model.model.layers[1].self_attn.q_proj.float()
     kept.register_forward_pre_hook(lambda layer, args: (args[0].float(),))
-    bank = LoraPool(model, 64, torch.bfloat16, torch.device("cpu"))
-    own = bank.layers["model.layers.1.self_attn.q_proj"]
+    pool = LoraPool(model, 64, torch.bfloat16, torch.device("cpu"))
+    own = pool.layers["model.layers.1.self_attn.q_proj"]
     with torch.inference_mode():
-        bank.place_adapter(Placement(plan.digest, 0, plan.rank), read_weights(plan, bank))
-        bank.begin_step([AdapterRun(3, plan.digest)], [], 0, [])
+        pool.place_adapter(Placement(plan.digest, 0, plan.rank), read_weights(plan, pool))
+        pool.begin_step([AdapterRun(3, plan.digest)], [], 0, [])
         x = torch.randn(1, 3, 64, dtype=torch.bfloat16)
         lora = dict(making.served(base, folders["a1"]).named_modules())[
             "base_model.model.model.layers.1.self_attn.q_proj"
@@ -173,7 +173,7 @@ def distance(job: Job, want: torch.Tensor) -> float:
 
 def weights_digest(runner: ModelRunner) -> str:
     hashed = sha256()
-    for tensor in runner.bank.tree.parameters():
+    for tensor in runner.pool.tree.parameters():
         hashed.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest()
 

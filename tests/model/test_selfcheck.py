@@ -77,12 +77,12 @@ WEIGHTED = kv._weigh_values
         (
             "mistral",
             SIZES | {"sliding_window": 4096, "max_position_embeddings": 8192},
-            "_visible",
+            "_visible_mask",
             without_windows,
         ),
-        ("gemma2", GEMMA2, "_visible", without_windows),
-        ("gemma2", GEMMA2, "_weighted", without_caps),
-        ("llama4_text", LLAMA4, "_visible", without_windows),
+        ("gemma2", GEMMA2, "_visible_mask", without_windows),
+        ("gemma2", GEMMA2, "_weigh_values", without_caps),
+        ("llama4_text", LLAMA4, "_visible_mask", without_windows),
     ],
     ids=["window", "window of some layers", "cap", "chunk"],
 )
@@ -321,7 +321,7 @@ def test_kernels_that_say_something_else_than_torch_are_left_off(
         runner = runner_on(base, compile="auto")
     assert "kernels: off; " in caplog.text
     assert why in caplog.text
-    assert all(isinstance(layer, LoraLinear) for layer in runner.bank.layers.values())
+    assert all(isinstance(layer, LoraLinear) for layer in runner.pool.layers.values())
     job = Job(right.prompt, 6, prompt_logprobs=0)
     Driver(runner, 4).run([job])
     assert (job.tokens, job.prompt_tokens) == (right.tokens, right.prompt_tokens)

@@ -194,9 +194,7 @@ def _record_graphs(base: ProbedBase, pool: LoraPool, card: BaseInfo, expected: T
 
 
 def _compute_capacity(base: ProbedBase) -> tuple[int, int]:
-    """KV rows and the positions of each: the base's own context, capped so that all, the graphs'
-    spare one too, fit into a share of the memory.
-    """
+    """KV rows, and the positions of each: the base's own context, or as many as fit into memory."""
     rows = base.settings.max_rows or defaults_of(base.model.device.type).rows
     own, wanted = _own_context(base.model), base.settings.max_context
     if wanted and wanted > own:
@@ -216,7 +214,9 @@ def _own_context(model: Any) -> int:
 
 
 def _fitting_context(base: ProbedBase, rows: int) -> int:
-    """Positions of each row, of so many, that fit into a share of the memory."""
+    """Positions of each of so many rows, the graphs' spare one too, that fit into a share of the
+    memory.
+    """
     row_bytes = rows * kv.bytes_per_position(base.attention, base.model.dtype)
     return int(SHARE_OF_MEMORY * _free_bytes(base.model.device)) // row_bytes
 

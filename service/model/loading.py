@@ -39,18 +39,15 @@ SCALES = (".SCB", ".absmax", ".scales", ".weight_scale", ".weight_scale_inv")
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype)}
 
 
-def ignore_progress(stage: str, fraction: float) -> None:
+def no_progress(stage: str, fraction: float) -> None:
     """Tells nobody."""
 
 
-def resolve_folder(
-    base: str, dtype: torch.dtype = torch.bfloat16, progress: Progress = ignore_progress
-) -> Path:
+def resolve_folder(base: str, dtype: torch.dtype = torch.bfloat16, progress: Progress = no_progress) -> Path:
     """One local Hugging Face folder for `demo`, a folder, a .gguf file or a hub id.
 
-    Raises SettingsError naming ADAPTERD_BASE.
-
-    A GGUF file is converted for a base that will be loaded in `dtype`.
+    A GGUF file is converted for a base that will be loaded in `dtype`. Raises SettingsError naming
+    ADAPTERD_BASE.
     """
     if base == "demo":
         return convert_gguf(demo_file(), dtype, progress)
@@ -96,6 +93,12 @@ def convert_gguf(file: Path, dtype: torch.dtype, progress: Progress) -> Path:
         return target
     progress("converting the GGUF file, once", 0.0)
     target.parent.mkdir(parents=True, exist_ok=True)
+    _convert_aside(file, dtype, target, progress)
+    return target
+
+
+def _convert_aside(file: Path, dtype: torch.dtype, target: Path, progress: Progress) -> None:
+    """Makes the folder beside the target; where another process was faster, its folder is kept."""
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=".making-"))
     try:
         _write_converted(file, dtype, aside)
@@ -106,7 +109,6 @@ def convert_gguf(file: Path, dtype: torch.dtype, progress: Progress) -> Path:
             raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return target
 
 
 def _converted_folder(file: Path, dtype: torch.dtype) -> Path:

@@ -60,13 +60,10 @@ def pin_weights(weights: Mapping[str, LoraWeights]) -> dict[str, LoraWeights]:
     block = torch.empty(sum(sizes), dtype=tensors[0].dtype, pin_memory=True)
     pieces = iter(torch.split(block, sizes))
 
-    def move_into_block(tensor: Tensor) -> Tensor:
+    def move(tensor: Tensor) -> Tensor:
         return next(pieces).view(tensor.shape).copy_(tensor)
 
-    return {
-        name: LoraWeights(move_into_block(a), move_into_block(b), gate)
-        for name, (a, b, gate) in weights.items()
-    }
+    return {name: LoraWeights(move(a), move(b), gate) for name, (a, b, gate) in weights.items()}
 
 
 def dora_gate(layer: nn.Module, a: Tensor, b: Tensor, magnitude: Tensor, scaling: float) -> Tensor:

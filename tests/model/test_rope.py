@@ -17,7 +17,7 @@ from service.model.runner import ModelRunner
 from service.settings import Settings
 from tests import making
 
-from .driver import Driver, Job
+from .driver import Job, RunnerDriver
 from .test_graphs import device
 from .test_parity import SIZES, random_base
 from .test_peft_fallback import shadow_plan
@@ -79,7 +79,7 @@ def said(
     runner: ModelRunner, *prompts: Sequence[int], adapter: str | None = None, chunk: int = 64
 ) -> list[list[int]]:
     jobs = [Job(prompt, LENGTH, adapter) for prompt in prompts]
-    Driver(runner, 8).run(jobs, chunk)
+    RunnerDriver(runner, 8).run(jobs, chunk)
     return [job.ids for job in jobs]
 
 

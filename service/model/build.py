@@ -201,11 +201,11 @@ def _compute_capacity(base: ProbedBase) -> tuple[int, int]:
         raise SettingsError(f"ADAPTERD_MAX_CONTEXT: {wanted} is over the base's own {own}")
     fitting = _fitting_context(base, rows + base.uses_graphs())
     context = wanted or min(own, fitting)
-    asked = f"ADAPTERD_MAX_CONTEXT: {rows} rows of {context} tokens"
+    requested = f"ADAPTERD_MAX_CONTEXT: {rows} rows of {context} tokens"
     if context > fitting:
-        raise SettingsError(f"{asked} do not fit into memory; {fitting} do")
+        raise SettingsError(f"{requested} do not fit into memory; {fitting} do")
     if context < selfcheck.PROBE:  # a GPU would write past the rows' end
-        raise SettingsError(f"{asked} are too short to prove the base by {selfcheck.PROBE}")
+        raise SettingsError(f"{requested} are too short to prove the base by {selfcheck.PROBE}")
     return rows, context
 
 

@@ -27,7 +27,7 @@ Digests = Sequence[Digest | None]
 # Recordings kept; each costs a few megabytes of the device, beside the memory that all work in
 LIMIT = 64
 POSITIONS, POOL_ROWS = 256, 64  # the smallest buckets
-# What changes between steps, for each slot: the pool rows are [low, high)
+# A step's inputs for each slot: the pool rows are [low, high)
 FIELDS = ("token", "position", "row", "low", "high")
 
 

@@ -138,7 +138,7 @@ def refuse_base(model: Any, why: str) -> SettingsError:
 
 
 def allocate_rows(
-    seen: Sequence[AttentionSpec],
+    attention: Sequence[AttentionSpec],
     rows: int,
     context: int,
     dtype: torch.dtype,
@@ -148,27 +148,27 @@ def allocate_rows(
     """Gives every attention layer its buffers, of zeros (what is masked is still multiplied, by 0);
     a CPU pays for touched pages only.
     """
-    for layer, heads, dim, *_ in seen:
+    for layer, heads, dim, *_ in attention:
         layer.register_buffer("kv_table", table, persistent=False)
         for name in ("kv_keys", "kv_values"):
             zeros = lazy_zeros(rows, heads, context, dim, dtype=dtype, device=device)
             layer.register_buffer(name, zeros, persistent=False)
 
 
-def bytes_per_position(seen: Sequence[AttentionSpec], dtype: torch.dtype) -> int:
+def bytes_per_position(attention: Sequence[AttentionSpec], dtype: torch.dtype) -> int:
     """The memory of one position of one row in all layers."""
-    return sum(2 * s.heads * s.dim * dtype.itemsize for s in seen)
+    return sum(2 * s.heads * s.dim * dtype.itemsize for s in attention)
 
 
-def fork_row(seen: Sequence[AttentionSpec], source: int, target: int, length: int) -> None:
+def fork_row(attention: Sequence[AttentionSpec], source: int, target: int, length: int) -> None:
     """Copies the first `length` positions of one row to another, in all layers."""
-    for layer, *_ in seen:
+    for layer, *_ in attention:
         for buffer in (layer.kv_keys, layer.kv_values):
             buffer[target, :, :length] = buffer[source, :, :length]
 
 
-def clear_row(seen: Sequence[AttentionSpec], row: int) -> None:
-    for layer, *_ in seen:
+def clear_row(attention: Sequence[AttentionSpec], row: int) -> None:
+    for layer, *_ in attention:
         layer.kv_keys[row].zero_()
         layer.kv_values[row].zero_()
 
@@ -240,8 +240,8 @@ class RowAttention(NamedTuple):
         heads, t, dim = query.shape
         end, kv_heads = span.position + t, self.keys.shape[1]
         groups = heads // kv_heads
-        seen = (part[span.row, :, :end].unsqueeze(1) for part in (self.keys, self.values))
-        keys, values = (part.expand(-1, groups, -1, -1) for part in seen)
+        parts = (part[span.row, :, :end].unsqueeze(1) for part in (self.keys, self.values))
+        keys, values = (part.expand(-1, groups, -1, -1) for part in parts)
         grouped = query.reshape(kv_heads, groups, t, dim)
         mask = None if self._is_causal(span, end) else self._prefill_mask(span, end)
         mixed = _weigh_values(grouped, keys, values, mask, self.scale, self.softcap)

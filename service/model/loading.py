@@ -321,7 +321,7 @@ def _iterate_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
 
 
 def _state_parts(state: Any) -> list[Any]:
-    """What a quantization state, or a nested one, keeps."""
+    """The tensors of a quantization state, or of a nested one."""
     return [] if state is None else [state.absmax, state.code, state.offset]
 
 

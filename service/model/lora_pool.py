@@ -68,10 +68,10 @@ class LoraPool:
         self.used: frozenset[str] = frozenset()  # the torch layers that hold an adapter
 
     def _wrap_layers(self, calls: LinearCalls) -> None:
-        found = [linear for linear in iterate_linears(self.tree) if not calls.limited(linear[0])]
-        weight_bytes = sum(n_in * n_out * 2 for _, _, n_in, n_out in found)
+        linears = [linear for linear in iterate_linears(self.tree) if not calls.limited(linear[0])]
+        weight_bytes = sum(n_in * n_out * 2 for _, _, n_in, n_out in linears)
         arena = HugePageArena(weight_bytes if self.tables else 0)
-        for name, layer, n_in, n_out in found:
+        for name, layer, n_in, n_out in linears:
             fused = self._fuse_layer(name, layer, arena)
             self.layers[name] = fused or self._wrap_plain(layer, n_in, n_out)
             self.tree.set_submodule(name, self.layers[name])

@@ -57,7 +57,7 @@ class HugePageArena:
 def release_pages(tensor: Tensor) -> None:
     """Lets the system take back the pages of a CPU tensor that will hardly be read again.
 
-    One that maps a file is read anew when it is.
+    A tensor that maps a file is read anew when it is.
     """
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     size = tensor.data_ptr() + tensor.nbytes - start

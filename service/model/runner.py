@@ -91,7 +91,7 @@ class ModelRunner:
         try:
             return self._run_batch(plan.chunks)
         except Exception:
-            # What is masked is still multiplied: not-a-number would reach the row's next tenant
+            # Masked values are still multiplied: not-a-number would reach the row's next sequence
             if len(plan.chunks) == 1:
                 kv.clear_row(self.attention, plan.chunks[0].row)
             raise
@@ -136,7 +136,7 @@ class ModelRunner:
 
     def _make_result(self, chunk: Chunk, token: Token | SamplingError | None, logits: Tensor) -> Result:
         if token is None and not logits.max().isfinite():
-            # One that is left now, or has all it wants, would leave its row so
+            # A request that ends now would leave its row so
             token = SamplingError(NOT_FINITE)
         if isinstance(token, SamplingError):
             kv.clear_row(self.attention, chunk.row)  # as where a step raises

@@ -31,7 +31,7 @@ from tests import making, pretended
 
 from .driver import Job, RunnerDriver, plan_of
 from .test_parity import FAMILIES, Folders, random_base
-from .test_peft_fallback import shadow_plan
+from .test_peft_fallback import fallback_plan
 
 SHAPES: list[dict[str, Any]] = [
     {"targets": ("q_proj", "k_proj", "v_proj", "o_proj"), "r": 16, "alpha": 32},
@@ -175,10 +175,10 @@ SAMPLINGS = [
 @pytest.mark.filterwarnings("ignore")
 def test_all_that_a_request_may_ask_is_answered_as_on_a_cpu(folders: Folders, tmp_path: Path) -> None:
     plan, base = plan_of(folders["a0"], folders[None]), folders[None]
-    shadow = shadow_plan(making.adapter(tmp_path / "ia3", base, IA3Config(task_type="CAUSAL_LM"), seed=8))
-    want = run_requests(runner_on(base, device="cpu"), plan, shadow)
+    fallback = fallback_plan(making.adapter(tmp_path / "ia3", base, IA3Config(task_type="CAUSAL_LM"), seed=8))
+    want = run_requests(runner_on(base, device="cpu"), plan, fallback)
     with device():
-        got = run_requests(runner_on(base), plan, shadow)
+        got = run_requests(runner_on(base), plan, fallback)
     for ours, right in zip(got, want, strict=True):
         assert ours.ids == right.ids
         assert logprobs_of(ours.tokens) == pytest.approx(logprobs_of(right.tokens), abs=1e-4)
@@ -186,12 +186,12 @@ def test_all_that_a_request_may_ask_is_answered_as_on_a_cpu(folders: Folders, tm
         assert best_of(ours.tokens) == best_of(right.tokens)
 
 
-def run_requests(runner: ModelRunner, pooled: Adapter, shadow: Adapter) -> list[Job]:
+def run_requests(runner: ModelRunner, pooled: Adapter, fallback: Adapter) -> list[Job]:
     """Jobs of all SAMPLINGS under both adapters, and of scored prompts."""
     driver = RunnerDriver(runner, 8)
     driver.place(pooled)
-    runner.load_adapter(shadow)
-    adapters = pooled.digest, shadow.digest
+    runner.load_adapter(fallback)
+    adapters = pooled.digest, fallback.digest
     jobs = [Job([7, 8, 9, 10], 9, digest, sampling) for sampling in SAMPLINGS for digest in adapters]
     jobs += [Job(list(range(5, 30)), 3, pooled.digest, prompt_logprobs=2), Job([7, 8, 9, 10], 9)]
     driver.run(jobs)
@@ -210,7 +210,7 @@ def best_of(tokens: Sequence[Token]) -> list[list[int]]:
 def test_an_adapter_that_goes_while_it_is_still_being_copied_leaves_nothing_to_the_next(
     folders: Folders, switch: str
 ) -> None:
-    """What lands late in layers that the next one does not adapt, and another does, would be taken
+    """A copy that lands late in layers that the next one does not adapt, and another does, would be taken
     for the next one's.
     """
     other, first, second = (plan_of(folders[name], folders[None]) for name in ("a3", "a1", "a0"))

@@ -37,7 +37,7 @@ PROMPTS, LENGTH = prompts()[2:6], 6
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return making.tiny(tmp_path_factory.mktemp("shadow") / "base", tie_word_embeddings=False)
+    return making.tiny(tmp_path_factory.mktemp("fallback") / "base", tie_word_embeddings=False)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def skeleton(base: Path) -> Skeleton:
     return Skeleton(base)
 
 
-def shadow_plan(folder: Path) -> Adapter:
+def fallback_plan(folder: Path) -> Adapter:
     config, weights = folder / making.CONFIG, folder / making.WEIGHTS
     files, size = read_manifest(folder), weights.stat().st_size
     return Adapter(
@@ -68,7 +68,7 @@ class SharedRunner:
 
 @pytest.fixture(scope="module")
 def shared(base: Path, tmp_path_factory: pytest.TempPathFactory) -> SharedRunner:
-    folder = making.noise(tmp_path_factory.mktemp("shadow") / "plain", base, 4)
+    folder = making.noise(tmp_path_factory.mktemp("fallback") / "plain", base, 4)
     runner, pooled = runner_on(base), plan_of(folder, base)
     hash, driver = weights_digest(runner), RunnerDriver(runner, 8)
     driver.place(pooled)
@@ -87,18 +87,18 @@ def test_an_adapter_on_the_peft_path_says_what_peft_says_and_its_neighbours_do_t
     """A10, A12, and all that runs beside the pool: read as the service reads it, mixed with the
     base and a pool adapter.
     """
-    folder = kinds.SHADOW[kind](tmp_path / "shadow", base)
-    shadow = validate_adapter(skeleton, folder, 64).adapter
-    assert shadow.lane is ExecutionPath.SHADOW
-    shared.runner.load_adapter(shadow)
+    folder = kinds.SHADOW[kind](tmp_path / "fallback", base)
+    fallback = validate_adapter(skeleton, folder, 64).adapter
+    assert fallback.lane is ExecutionPath.SHADOW
+    shared.runner.load_adapter(fallback)
     own = making.answers(base, folder, PROMPTS, LENGTH)
-    assert own != shared.right[None], "the shadow adapter changes nothing: a weak fixture"
-    right = shared.right | {shadow.digest: own}
+    assert own != shared.right[None], "the adapter changes nothing: a weak fixture"
+    right = shared.right | {fallback.digest: own}
     jobs = [Job(prompt, LENGTH, name) for prompt in PROMPTS for name in right]
     shared.driver.run(jobs)
     for i, job in enumerate(jobs):
         assert job.ids == right[job.adapter][i // len(right)], job.adapter
-    shared.runner.evict_adapter(shadow.digest)
+    shared.runner.evict_adapter(fallback.digest)
     assert weights_digest(shared.runner) == shared.hash
 
 
@@ -122,15 +122,15 @@ def test_what_the_validator_accepts_the_worker_loads_however_the_config_is_writt
     """Nulls, dropout and a byte order mark: PEFT itself would raise at some; validator and worker must
     say the same.
     """
-    folder = kinds.SHADOW[kind](tmp_path / "shadow", base)
+    folder = kinds.SHADOW[kind](tmp_path / "fallback", base)
     right = making.answers(base, folder, PROMPTS[:1], LENGTH)
     write_oddly(folder / making.CONFIG)
-    shadow = validate_adapter(skeleton, folder, 64).adapter
-    shared.runner.load_adapter(shadow)
-    job = Job(PROMPTS[0], LENGTH, shadow.digest)
+    fallback = validate_adapter(skeleton, folder, 64).adapter
+    shared.runner.load_adapter(fallback)
+    job = Job(PROMPTS[0], LENGTH, fallback.digest)
     shared.driver.run([job])
     assert job.ids == right[0]
-    shared.runner.evict_adapter(shadow.digest)
+    shared.runner.evict_adapter(fallback.digest)
 
 
 def write_oddly(config: Path) -> None:
@@ -148,7 +148,7 @@ def test_a_tensor_that_peft_would_drop_is_refused(base: Path, tmp_path: Path) ->
         weights=lambda t: {key.replace("k_proj", "z_proj"): value for key, value in t.items()},
     )
     with pytest.raises(AdapterInvalid, match=r"missing: .*k_proj"):
-        build_peft_model(making.load(base), shadow_plan(odd))
+        build_peft_model(making.load(base), fallback_plan(odd))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -156,7 +156,7 @@ def test_a_saved_embedding_is_not_written_through_to_the_base(base: Path, tmp_pa
     model = making.load(base)
     before = model.get_input_embeddings().weight.clone()
     folder = making.noise(tmp_path / "embedding", base, 5, modules_to_save=["embed_tokens"])
-    build_peft_model(model, shadow_plan(folder))
+    build_peft_model(model, fallback_plan(folder))
     assert torch.equal(model.get_input_embeddings().weight, before)
 
 
@@ -169,7 +169,7 @@ def test_what_peft_would_write_into_the_base_is_refused(tmp_path: Path) -> None:
     before = [weight.clone() for weight in model.parameters()]
     folder = kinds.other("OFT", r=0, oft_block_size=8, bias="oft_only")(tmp_path / "oft", base)
     with pytest.raises(AdapterUnsupported, match=r"q_proj\.base_layer\.bias into the base's own weights"):
-        build_peft_model(model, shadow_plan(folder))
+        build_peft_model(model, fallback_plan(folder))
     assert all(map(torch.equal, model.parameters(), before))
 
 
@@ -182,7 +182,7 @@ def test_a_copy_of_attention_layers_whose_rows_nobody_would_fork_is_refused(
         "tuned": kinds.other("LN_TUNING", target_modules=["self_attn"]),
     }.items():
         with pytest.raises(AdapterUnsupported, match="KV rows"):
-            shared.runner.load_adapter(shadow_plan(maker(tmp_path / kind, base)))
+            shared.runner.load_adapter(fallback_plan(maker(tmp_path / kind, base)))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -231,16 +231,16 @@ def break_when_loaded(runner: ModelRunner, bad: Adapter, monkeypatch: pytest.Mon
 def test_a_request_whose_own_step_raises_leaves_nothing_in_its_row(
     shared: SharedRunner, base: Path, tmp_path: Path
 ) -> None:
-    shadow = shadow_plan(kinds.SHADOW["IA3"](tmp_path / "ia3", base))
-    shared.runner.load_adapter(shadow)
-    tree = shared.runner.hosted[shadow.digest].tree
+    fallback = fallback_plan(kinds.SHADOW["IA3"](tmp_path / "ia3", base))
+    shared.runner.load_adapter(fallback)
+    tree = shared.runner.hosted[fallback.digest].tree
     # All layers have written by then
     tree.get_output_embeddings().register_forward_pre_hook(broken)
-    chunk = Chunk(Request(901, PROMPT, 1, shadow.digest), 3, 0, PROMPT, True)
+    chunk = Chunk(Request(901, PROMPT, 1, fallback.digest), 3, 0, PROMPT, True)
     with pytest.raises(ValueError, match="no such layer"):
         shared.runner.run_step(Plan(chunks=(chunk,)))
     assert is_row_empty(shared.runner, 3)
-    shared.runner.evict_adapter(shadow.digest)
+    shared.runner.evict_adapter(fallback.digest)
 
 
 def broken(module: nn.Module, args: object) -> None:
@@ -285,22 +285,22 @@ def test_on_a_quantized_base_an_adapter_on_the_peft_path_runs_as_in_peft_or_is_r
     driver, before = RunnerDriver(runner, 2), weights_digest(runner)
     for kind, maker in kinds.SHADOW.items():
         folder = maker(tmp_path / kind.replace(" ", "-"), base)
-        shadow = validate_adapter(skeleton, folder, 64).adapter
+        fallback = validate_adapter(skeleton, folder, 64).adapter
         if kind in PACKED or (kind, quantization) in REPACKED:
-            check_refusal(runner, shadow, "use_dora" if "DoRA" in kind else kind)
+            check_refusal(runner, fallback, "use_dora" if "DoRA" in kind else kind)
             continue
-        runner.load_adapter(shadow)
-        job = Job(PROMPTS[3], 1, shadow.digest, prompt_logprobs=0)
+        runner.load_adapter(fallback)
+        job = Job(PROMPTS[3], 1, fallback.digest, prompt_logprobs=0)
         driver.run([job])
         right = quantized_logprobs(base, folder, quantization, job.prompt, monkeypatch)
         assert distance(job, right) < 0.05, kind
-        runner.evict_adapter(shadow.digest)
+        runner.evict_adapter(fallback.digest)
     assert weights_digest(runner) == before
 
 
-def check_refusal(runner: ModelRunner, shadow: Adapter, name: str) -> None:
+def check_refusal(runner: ModelRunner, fallback: Adapter, name: str) -> None:
     with pytest.raises(AdapterUnsupported, match=f"`{name}` on (this|a quantized) base"):
-        runner.load_adapter(shadow)
+        runner.load_adapter(fallback)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
@@ -308,13 +308,13 @@ def check_refusal(runner: ModelRunner, shadow: Adapter, name: str) -> None:
 def test_switching_twenty_times_on_a_quantized_base_changes_nothing(
     base: Path, tmp_path: Path, quantization: str
 ) -> None:
-    """B18: a pool adapter, a shadow one and the base in turn say the same each time, and the packed
+    """B18: a pool adapter, one on the PEFT path and the base in turn say the same each time, and the packed
     weights stay.
     """
     runner = runner_on(base, quantization=quantization)
     driver, before = RunnerDriver(runner, 2), weights_digest(runner)
     pooled = plan_of(kinds.plain(tmp_path / "plain", base), base)
-    beside = shadow_plan(kinds.SHADOW["lora_bias"](tmp_path / "beside", base))
+    beside = fallback_plan(kinds.SHADOW["lora_bias"](tmp_path / "beside", base))
     driver.place(pooled)
     runner.load_adapter(beside)
     rounds = []

@@ -20,7 +20,7 @@ from tests import making
 from .driver import Job, RunnerDriver
 from .test_graphs import device
 from .test_parity import SIZES, random_base
-from .test_peft_fallback import shadow_plan
+from .test_peft_fallback import fallback_plan
 
 ORIGINAL, CONTEXT, LENGTH = 40, 128, 10
 LONGROPE: dict[str, Any] = {
@@ -117,7 +117,7 @@ def test_an_adapter_that_only_peft_can_run_has_the_factors_of_its_base(tmp_path:
     config = IA3Config(
         task_type="CAUSAL_LM", target_modules=["qkv_proj", "down_proj"], feedforward_modules=["down_proj"]
     )
-    plan = shadow_plan(making.adapter(tmp_path / "ia3", base, config, seed=2))
+    plan = fallback_plan(making.adapter(tmp_path / "ia3", base, config, seed=2))
     runner, _ = start(base)
     runner.load_adapter(plan)
     (alone,) = said(runner, SHORT, adapter=plan.digest)

@@ -1,5 +1,5 @@
-"""What is wrong for a kind of model is refused at the start, in whatever dtype it is served; what
-is right is served.
+"""The self-check refuses at the start a way to run that is wrong for a kind of model, in whatever dtype
+it is served, and no other.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ struct Spans {
       : first(reinterpret_cast<const Span*>(table.const_data_ptr<int32_t>()) + 1), count(table.const_data_ptr<int32_t>()[0]) {}
 };
 
-// Which adapter each token of a step has.
+// The adapter of each token of a step.
 struct TokenAdapters {
   Spans spans;
   int64_t tokens, width = 0;  // the greatest rank of the step, and room for pairs
@@ -118,8 +118,8 @@ struct Tile {
   const bf16* weights() const { return l->packed + at * l->in * kTile; }
 };
 
-// What a later operation will read, asked for while this one computes: A rows are read once, just before they are needed, and memory would
-// stand idle until then.
+// The memory that a later operation will read, fetched while this one computes: A rows are read once, just before they are needed, and
+// memory would stand idle until then.
 struct PrefetchList {
   struct Range {
     const char* from;

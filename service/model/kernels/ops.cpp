@@ -1,4 +1,4 @@
-// What torch sees of the kernels for a CPU with AVX512-BF16: a linear layer with every token's own adapter, attention over KV rows, and a
+// The operators of the CPU kernels as torch sees them, for processors with AVX512-BF16: a linear layer with every token's own adapter, attention over KV rows, and a
 // whole decoder layer of Llama's kind in one call. `table` describes a step's tokens, see linear.h.
 
 #include <torch/library.h>

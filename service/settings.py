@@ -24,6 +24,7 @@ ORIGIN = r"^(\*|https?://[^/\s]+)$"
 DEMO_ADAPTERS = Path(__file__).parent / "demo" / "adapters"
 
 Positive = Annotated[int, Field(ge=1)]
+Dtype = Literal["float32", "bfloat16", "float16"]  # what a base may compute in
 
 
 class Faults(BaseModel):
@@ -51,7 +52,7 @@ class Settings(BaseModel):
     base: Annotated[str, Field(min_length=1)] = "demo"
     base_id: str | None = None
     quantization: Literal["auto", "nf4", "int8", "none"] = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    dtype: Literal["auto", Dtype] = "auto"
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
     adapters_dir: Path | None = None
     hub: tuple[Annotated[str, Field(pattern=HUB_PATTERN)], ...] = ()

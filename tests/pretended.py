@@ -84,15 +84,15 @@ class GPU:
     filling: ClassVar[set[object]] = set()
 
 
-class Elsewhere(torch.Tensor):
+class PretendedTensor(torch.Tensor):
     """`numbers` are its own, on the CPU."""
 
     numbers: torch.Tensor
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
-    def __new__(cls, numbers: torch.Tensor) -> Elsewhere:
-        made: Elsewhere = torch.Tensor._make_wrapper_subclass(
+    def __new__(cls, numbers: torch.Tensor) -> PretendedTensor:
+        made: PretendedTensor = torch.Tensor._make_wrapper_subclass(
             cls,
             numbers.shape,
             strides=numbers.stride(),
@@ -154,32 +154,46 @@ class Pretence(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def run(function: Any, args: Any, kwargs: Any) -> Any:
     flat, _ = tree_flatten((args, kwargs))
-    there = [t for t in flat if isinstance(t, Elsewhere)]
-    named = [d for d in flat if isinstance(d, torch.device)]
-    on = named[0].type if named else "cuda" if there else "cpu"
+    there = [value for value in flat if isinstance(value, PretendedTensor)]
+    devices = [value for value in flat if isinstance(value, torch.device)]
+    on = devices[0].type if devices else "cuda" if there else "cpu"
     name = str(getattr(function, "overloadpacket", function.__name__))
     kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
     if name == "aten.pin_memory":
         return args[0].clone()
     if not there and on == "cpu":
         return function(*args, **kwargs)
-    here = [t for t in flat if isinstance(t, torch.Tensor) and not isinstance(t, Elsewhere) and t.dim()]
+    here = [value for value in flat if _is_on_cpu(value)]
+    _check_permitted(name, args, bool(there), bool(here), on)
+    outer = {id(tensor.numbers): tensor for tensor in there}
+    inner_args, inner_kwargs = tree_map(_inside, (args, kwargs))
+    out = _done(function, inner_args, inner_kwargs)
+    if on == "cpu":
+        return out
+    if here and name == "aten.copy_" and not isinstance(args[0], PretendedTensor):
+        return args[0]  # to the host
+    return tree_map(lambda value: _outside(value, outer), out)
+
+
+def _is_on_cpu(value: Any) -> bool:
+    """Whether it is a tensor of the CPU; one of no dimensions may go anywhere."""
+    return isinstance(value, torch.Tensor) and not isinstance(value, PretendedTensor) and value.dim() > 0
+
+
+def _check_permitted(name: str, args: Any, there: bool, here: bool, on: str) -> None:
+    """Raises what a GPU would; `there` and `here`: tensors of it and of the CPU take part."""
     if there and here and name not in CROSSING:
         raise RuntimeError(f"{name}: tensors of cuda and of cpu in one operation")
     if name == "aten.scaled_dot_product_attention" and torch.backends.cuda.cudnn_sdp_enabled():  # type: ignore[no-untyped-call]
         raise RuntimeError("cuDNN would plan this attention anew for each length")
     if GPU.graph is not None and (here or on == "cpu" or _awaited(name, args)):
         raise RuntimeError(f"{name}: operation not permitted when stream is capturing")
-    outer = {id(t.numbers): t for t in there}
-    inner_args, inner_kwargs = tree_map(_inside, (args, kwargs))
-    out = _done(function, inner_args, inner_kwargs)
-    if on == "cpu":
-        return out
-    if here and name == "aten.copy_" and not isinstance(args[0], Elsewhere):
-        return args[0]  # to the host
-    return tree_map(
-        lambda t: outer[id(t)] if id(t) in outer else Elsewhere(t) if isinstance(t, torch.Tensor) else t, out
-    )
+
+
+def _outside(value: Any, outer: dict[int, PretendedTensor]) -> Any:
+    if id(value) in outer:
+        return outer[id(value)]
+    return PretendedTensor(value) if isinstance(value, torch.Tensor) else value
 
 
 def _awaited(name: str, args: Any) -> bool:
@@ -191,7 +205,7 @@ def _awaited(name: str, args: Any) -> bool:
 def _inside(value: Any) -> Any:
     if isinstance(value, torch.device):
         return torch.device("cpu")
-    return value.numbers if isinstance(value, Elsewhere) else value
+    return value.numbers if isinstance(value, PretendedTensor) else value
 
 
 def _done(function: Any, args: Any, kwargs: Any) -> Any:
@@ -203,20 +217,23 @@ def _done(function: Any, args: Any, kwargs: Any) -> Any:
         work.append(lambda: function(*args, **kwargs))
         return args[0]
     out = function(*args, **kwargs)
-    known = {
-        t.untyped_storage().data_ptr() for t in tree_flatten((args, kwargs))[0] if isinstance(t, torch.Tensor)
-    }
-    fresh = [
-        t
-        for t in tree_flatten(out)[0]
-        if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known
-    ]
+    fresh = _fresh_tensors(out, (args, kwargs))
     if fresh:
         work.append(lambda: _into(fresh, function(*args, **kwargs)))
     for tensor in fresh:
         # It has not been computed yet
         tensor.fill_(float("nan") if tensor.dtype.is_floating_point else 0)
     return out
+
+
+def _fresh_tensors(out: Any, inputs: Any) -> list[torch.Tensor]:
+    """The results that lie in memory of their own."""
+    known = {tensor.untyped_storage().data_ptr() for tensor in _tensors_of(inputs)}
+    return [tensor for tensor in _tensors_of(out) if tensor.untyped_storage().data_ptr() not in known]
+
+
+def _tensors_of(values: Any) -> list[torch.Tensor]:
+    return [value for value in tree_flatten(values)[0] if isinstance(value, torch.Tensor)]
 
 
 def _into(memory: list[torch.Tensor], made: Any) -> None:
@@ -283,44 +300,47 @@ def _empty_cache() -> None:
     GPU.free = MEMORY
 
 
+CUDA: dict[str, Any] = {
+    "is_available": lambda: True,
+    "_lazy_init": lambda: None,
+    "mem_get_info": lambda device: (GPU.free, MEMORY),
+    "empty_cache": _empty_cache,
+    "Stream": Stream,
+    "Event": Event,
+    "stream": _on,
+    "set_device": lambda index: None,
+    "set_stream": _set,
+    "current_device": lambda: 0,
+    "current_stream": lambda: GPU.stream,
+    "CUDAGraph": Graph,
+    "graph": _recording,
+    "graph_pool_handle": object,
+}
+PRIVATE: dict[str, Any] = {
+    "_host_emptyCache": lambda: None,
+    "_cuda_endAllocateToPool": _end,
+    "_cuda_releasePool": _release,
+}
+
+
 @contextmanager
 def gpu() -> Iterator[type[GPU]]:
     """While it lasts, `cuda` is a device of this machine, and a base that is to be loaded there
     comes to it by way of the CPU.
     """
-    stand_ins: dict[str, Any] = {
-        "is_available": lambda: True,
-        "_lazy_init": lambda: None,
-        "mem_get_info": lambda device: (GPU.free, MEMORY),
-        "empty_cache": _empty_cache,
-        "Stream": Stream,
-        "Event": Event,
-        "stream": _on,
-        "set_device": lambda index: None,
-        "set_stream": _set,
-        "current_device": lambda: 0,
-        "current_stream": lambda: GPU.stream,
-        "CUDAGraph": Graph,
-        "graph": _recording,
-        "graph_pool_handle": object,
-    }
     GPU.stream, GPU.graph, GPU.free = GPU.default, None, MEMORY >> 10
     GPU.held, GPU.filling = Counter(), set()
     torch.backends.cuda.enable_cudnn_sdp(True)
     with pytest.MonkeyPatch.context() as patch, Pretence():  # type: ignore[no-untyped-call]
-        for name, stand_in in stand_ins.items():
+        for name, stand_in in CUDA.items():
             patch.setattr(torch.cuda, name, stand_in)
+        for name, stand_in in PRIVATE.items():
+            patch.setattr(torch._C, name, stand_in, raising=False)
         patch.setattr(torch, "tensor", _tensor(torch.tensor))
         patch.setattr(torch.Tensor, "to", _to(torch.Tensor.to))
         patch.setattr(loading, "load_base", _load(loading.load_base))
         # Storages that are not there have no addresses
         patch.setattr(loading, "resident_bytes", lambda model: {})
-        for name, stand_in in (
-            ("_host_emptyCache", lambda: None),
-            ("_cuda_endAllocateToPool", _end),
-            ("_cuda_releasePool", _release),
-        ):
-            patch.setattr(torch._C, name, stand_in, raising=False)
         yield GPU
 
 
@@ -344,8 +364,8 @@ def moved(model: Any) -> Any:
     for module in model.modules():
         for kept in (module._parameters, module._buffers):
             for name, tensor in kept.items():
-                if tensor is not None and not isinstance(tensor, Elsewhere):
-                    there = Elsewhere(tensor.detach())
+                if tensor is not None and not isinstance(tensor, PretendedTensor):
+                    there = PretendedTensor(tensor.detach())
                     kept[name] = (
                         torch.nn.Parameter(there, requires_grad=False)
                         if kept is module._parameters

@@ -114,7 +114,8 @@ class Found:
         ratios = self.ratios()
         lines = ["| compile | rows | mix | median ms | best ms | tokens/s |", "|---|---|---|---|---|---|"]
         lines += [
-            f"| {t.compile} | {t.rows} | {t.mix} | {t.median_ms:.3f} | {t.best_ms:.3f} | {t.tokens_per_s:.1f} |"
+            f"| {t.compile} | {t.rows} | {t.mix} "
+            f"| {t.median_ms:.3f} | {t.best_ms:.3f} | {t.tokens_per_s:.1f} |"
             for t in self.steps
         ]
         lines += ["", "| ratio | | |", "|---|---|---|"]

@@ -54,7 +54,8 @@ def measure(
                     )
                     runs.setdefault((server.name, mix, clients), []).append(summary)
                     print(
-                        f"{repeat + 1}/{repeats} {server.name}, {clients} × {mix}: {summary.tokens_per_s} tokens/s",
+                        f"{repeat + 1}/{repeats} {server.name}, {clients} × {mix}: "
+                        f"{summary.tokens_per_s} tokens/s",
                         flush=True,
                     )
     return [Cell(server, mix, clients, median(found)) for (server, mix, clients), found in runs.items()]
@@ -94,7 +95,8 @@ def facts(servers: list[Server], asked: argparse.Namespace) -> dict[str, object]
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{processor()}, {os.cpu_count()} cores",
-        "load": f"{asked.words}-word prompts, {asked.tokens} tokens, greedy, {asked.rounds} requests a client, median of {asked.repeats}",
+        "load": f"{asked.words}-word prompts, {asked.tokens} tokens, greedy, "
+        f"{asked.rounds} requests a client, median of {asked.repeats}",
         "adapters": f"{asked.adapters} of rank {asked.ranks}",
     } | {
         f"memory of {server.name} (PSS, MB)": round(memory_mb(server.pid)) for server in servers if server.pid

@@ -17,9 +17,9 @@ from itertools import pairwise
 import httpx
 
 # Each is one token, with the space before it, in the tokenizers of SmolLM2, Llama and Qwen.
-COMMON = """the of and to in a is that for it as was with be by on not he his but at are this have from or had an they which one you
-were all her she there would their we him been has when who will no more if out so up said what its about than into them can only other
-time new some"""
+COMMON = """the of and to in a is that for it as was with be by on not he his but at are this have from or had
+an they which one you were all her she there would their we him been has when who will no more if
+out so up said what its about than into them can only other time new some"""
 WORDS = COMMON.split()
 
 

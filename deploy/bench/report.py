@@ -101,8 +101,14 @@ def row(cell: Cell, found: Mapping[tuple[str, str, int], Cell], first: str) -> s
     s = cell.summary
     over_base = ratio(cell, found.get((cell.server, BASE, cell.clients)))
     against = ratio(found.get((first, cell.mix, cell.clients)), cell)
-    times = f"{s.first_p50:.0f} / {s.first_p95:.0f} | {s.gap_p50:.1f} / {s.gap_p95:.1f} | {s.whole_p50:.0f} / {s.whole_p95:.0f}"
-    return f"| {cell.clients} | {cell.mix} | {cell.server} | {s.tokens_per_s:.1f} | {over_base} | {against} | {times} | {s.errors} |"
+    times = (
+        f"{s.first_p50:.0f} / {s.first_p95:.0f} | {s.gap_p50:.1f} / {s.gap_p95:.1f} "
+        f"| {s.whole_p50:.0f} / {s.whole_p95:.0f}"
+    )
+    return (
+        f"| {cell.clients} | {cell.mix} | {cell.server} | {s.tokens_per_s:.1f} "
+        f"| {over_base} | {against} | {times} | {s.errors} |"
+    )
 
 
 def table(cells: Sequence[Cell], first: str) -> str:

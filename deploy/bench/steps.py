@@ -257,7 +257,8 @@ def ours(work: Work, switch: str, rows: int, found: Found) -> Said:
     bench = Bench(work, switch, found)
     found.tell(
         "the base",
-        f"{bench.card.architecture}, {bench.card.parameters / 1e9:.2f} billion parameters, {bench.card.quantization}",
+        f"{bench.card.architecture}, {bench.card.parameters / 1e9:.2f} billion parameters, "
+        f"{bench.card.quantization}",
     )
     found.tell("its dtype", bench.card.dtype)
     found.tell("its bytes, by dtype", bench.card.resident_bytes)

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..core.base_info import LinearKind
+from ..core.defaults import FLOAT_CODES
 from ..errors import BadRequest
 from .validator.header import ITEMSIZE, Config, Header, TensorInfo
 
 LAYER = re.compile(r"^(.*?)\.(\d+)\.")
 FACTOR = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_(A|B|magnitude_vector)(?:\.weight)?$")
-FLOATS = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +184,7 @@ def forecast_size(
     Raises BadRequest naming what is wrong.
     """
     _check_forecast(sorted({linear.name for linear in linears}), r, modules, dtype)
-    kind = FLOATS[dtype]
+    kind = FLOAT_CODES[dtype]
     chosen = sorted(
         (one.name, one.in_features, one.out_features, one.count) for one in linears if one.name in modules
     )
@@ -203,8 +203,8 @@ def forecast_size(
 
 
 def _check_forecast(known: Sequence[str], r: int, modules: Sequence[str], dtype: str) -> None:
-    if dtype not in FLOATS:
-        raise BadRequest(f"dtype {dtype!r} is none of {', '.join(FLOATS)}", param="dtype")
+    if dtype not in FLOAT_CODES:
+        raise BadRequest(f"dtype {dtype!r} is none of {', '.join(FLOAT_CODES)}", param="dtype")
     if r < 1:
         raise BadRequest(f"r {r} must be 1 or more", param="r")
     unknown = [name for name in modules if name not in known]

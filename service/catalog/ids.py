@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from ..core.defaults import DEMO_BASE
 from ..errors import AdapterNotFound, BadRequest, Conflict
 
 PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 LONGEST = 128  # characters
 BASE = frozenset({"base", "__base__"})  # what requests call the base
-DEMO_BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ROUTES = frozenset({"summary", "architecture", "upload"})  # as last parts they would hide a route
 
 

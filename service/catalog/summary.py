@@ -7,6 +7,7 @@ from typing import Any
 
 from ..core.adapter import Tier
 from ..core.base_info import BaseInfo
+from ..core.defaults import FLOAT_CODES
 from . import facts
 from .ids import ServedBase
 from .validator.header import ITEMSIZE
@@ -47,7 +48,7 @@ def make_summary(one: RegisteredAdapter, tier: Tier, base: BaseInfo, served: Ser
     known = {key: value for key, value in reading.facts.items() if key != "claimed_base"}
     claimed = reading.facts["claimed_base"]
     match = served.matches_claim(claimed)
-    on_device = known["parameters"] * ITEMSIZE[facts.FLOATS[base.dtype]]
+    on_device = known["parameters"] * ITEMSIZE[FLOAT_CODES[base.dtype]]
     resident = sum(base.resident_bytes.values())
     warnings = list(reading.warnings)
     if not match:

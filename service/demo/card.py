@@ -10,6 +10,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from ..core.defaults import DEMO_BASE
 from .task import Recipe, Task
 
 Results = dict[str, dict[str, Any]]
@@ -79,7 +80,7 @@ def make_readme(task: Task, result: dict[str, Any]) -> str:
     """The adapter's README, whole."""
     recipe, sample = task.recipe, result["sample"]
     return f"""---
-base_model: HuggingFaceTB/SmolLM2-135M-Instruct
+base_model: {DEMO_BASE}
 library_name: peft
 license: apache-2.0
 ---

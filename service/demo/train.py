@@ -20,11 +20,11 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from ..core.defaults import DEMO_BASE
 from ..model.loading import resolve_folder
 from . import card, dates, labels, orders, pirate
 from .task import Item, Recipe, Scores, Task
 
-BASE_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 HERE = Path(__file__).parent
 ADAPTERS = HERE / "adapters"
 TASKS = {task.name: task for task in (dates.TASK, labels.TASK, orders.TASK, pirate.TASK)}
@@ -139,7 +139,7 @@ def save_adapter(model: Any, folder: Path) -> None:
     # Safetensors writes for the owner only; a server may run as somebody else
     (folder / "adapter_model.safetensors").chmod(0o644)
     config = model.peft_config["default"]
-    config.base_model_name_or_path, config.inference_mode = BASE_ID, True
+    config.base_model_name_or_path, config.inference_mode = DEMO_BASE, True
     config.save_pretrained(folder)
     path = folder / "adapter_config.json"
     kept = json.loads(path.read_text())

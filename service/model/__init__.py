@@ -1,1 +1,1 @@
-"""The muscle: all device work. Knows nothing of HTTP, names or files other than weights."""
+"""All device work, in the worker process. Knows nothing of HTTP, names or files other than weights."""

@@ -1,4 +1,5 @@
-"""An adapter's two files, read once and only if the bytes are still those that were registered.
+"""Reads an adapter's two files in the worker process, once and only if the bytes are still those that
+were registered.
 
 Knows nothing else.
 """

@@ -1,5 +1,5 @@
-"""Builds the worker's runner: loads the base, makes the KV rows and the pool, chooses kernels or
-graphs, has all of it proven.
+"""Builds the runner of the worker process: loads the base, makes the KV rows and the pool, chooses
+kernels or graphs, has all of it proven.
 
 Knows settings and devices. Must not know adapters or requests.
 """
@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import llguidance.hf
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer
 
 from ..core.base_info import BaseInfo
+from ..core.defaults import defaults_of
 from ..errors import SettingsError
 from ..settings import Settings
 from . import kernels, kv, loading, rope, selfcheck
@@ -33,10 +34,22 @@ from .sampler import Sampler
 log = logging.getLogger(__name__)
 
 SHARE_OF_MEMORY = 0.5  # of what is free once the base is loaded, for KV rows
-ROWS = {"cpu": 16, "cuda": 64}
-# Compiled ones that are kept: most requests bring one that came before, and a large one takes a
+# Compiled grammars that are kept: most requests bring one that came before, and a large one takes a
 # second
 GRAMMARS = 64
+
+
+class ProbedBase(NamedTuple):
+    """The loaded base and what a forward through it has shown."""
+
+    model: Any
+    attention: Sequence[kv.AttentionSpec]
+    calls: LinearCalls
+    settings: Settings
+
+    def uses_graphs(self) -> bool:
+        """Whether decode steps are to be recorded as CUDA graphs."""
+        return self.model.device.type == "cuda" and self.settings.compile != "off"
 
 
 def build_runner(settings: Settings, progress: loading.Progress) -> tuple[ModelRunner, BaseInfo]:
@@ -53,151 +66,159 @@ def build_runner(settings: Settings, progress: loading.Progress) -> tuple[ModelR
 
 
 def _build_parts(settings: Settings, progress: loading.Progress) -> tuple[ModelRunner, BaseInfo]:
-    folder = loading.resolve_folder(
-        settings.base, loading.dtype_of(settings, loading.device_of(settings)), progress
-    )
-    model: Any = loading.load_base(folder, settings, progress)
     device = loading.device_of(settings)
-    recorded = device.type == "cuda" and settings.compile != "off"
+    folder = loading.resolve_folder(settings.base, loading.dtype_of(settings, device), progress)
+    model = loading.load_base(folder, settings, progress)
     if device.type == "cuda":
-        # Streams and recordings are made on the current one
-        torch.cuda.set_device(device.index or 0)
-        # Torch's first choice on an H100; it plans anew for each length, for 30 ms and more
-        torch.backends.cuda.enable_cudnn_sdp(False)
+        _prepare_gpu(device)
     with torch.inference_mode():
         progress("measuring the base", 0.0)
-        with recorded_calls(model) as recorder:
-            attention = kv.probe_attention(model)
-        calls = recorder.result()
-        rows, context = _compute_capacity(model, attention, settings, device, recorded)
-        card = loading.describe_base(
-            model, folder, settings, context, rows, rope.fix_frequencies(model, context), calls.limits
-        )
-        proven = selfcheck.prove_architecture(model, attention, context)
-        tables = (
-            kernels.make_tables(rows)
-            if device.type == "cpu" and _can_use_kernels(model, attention, settings)
-            else None
-        )
-        kv.allocate_rows(
-            attention, rows + recorded, context, model.dtype, device, tables.body if tables else None
-        )
-        logits = selfcheck.logits_of(model)
-        if not proven:
-            selfcheck.prove_roughly(model, logits)
-        progress("making the pool", 0.0)
-        fused = _fused(model, attention, settings, tables, calls, logits) if tables else None
-        bank = fused or _make_bank(model, settings, calls)
-        graphs = _record_graphs(bank, attention, card, logits, settings) if recorded else None
+        base = _probe_base(model, settings)
+        card = _describe_base(base, folder)
+        pool, graphs = _build_pool(base, card, progress)
     trim_heap()
-    return ModelRunner(model, bank, attention, Sampler(make_matchers(folder, card.vocab_size)), graphs), card
+    sampler = Sampler(make_matchers(folder, card.vocab_size))
+    return ModelRunner(model, pool, base.attention, sampler, graphs), card
 
 
-def _make_bank(
-    model: Any, settings: Settings, calls: LinearCalls, tables: kernels.StepTables | None = None
-) -> LoraPool:
-    return LoraPool(model, settings.pool_rank, model.dtype, model.device, tables, calls)
+def _prepare_gpu(device: torch.device) -> None:
+    """Makes it the current device, for streams and recordings are made on that one.
+
+    cuDNN's attention is torch's first choice on an H100; it plans anew for each length, for 30 ms
+    and more.
+    """
+    torch.cuda.set_device(device.index or 0)
+    torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def _can_use_kernels(model: Any, attention: Sequence[kv.AttentionSpec], settings: Settings) -> bool:
-    """Whether the CPU kernels can run this base.
+def _probe_base(model: Any, settings: Settings) -> ProbedBase:
+    with recorded_calls(model) as recorder:
+        attention = kv.probe_attention(model)
+    return ProbedBase(model, attention, recorder.result(), settings)
+
+
+def _describe_base(base: ProbedBase, folder: Path) -> BaseInfo:
+    rows, context = _compute_capacity(base)
+    factors = rope.fix_frequencies(base.model, context)
+    return loading.describe_base(base.model, folder, base.settings, context, rows, factors, base.calls.limits)
+
+
+def _build_pool(
+    base: ProbedBase, card: BaseInfo, progress: loading.Progress
+) -> tuple[LoraPool, CudaGraphs | None]:
+    """Makes the KV rows and the pool, and proves the base on them."""
+    model, attention = base.model, base.attention
+    is_proven = selfcheck.prove_architecture(model, attention, card.context)
+    tables = kernels.make_tables(card.rows) if _can_use_kernels(base) else None
+    body, rows = tables.body if tables else None, card.rows + base.uses_graphs()
+    kv.allocate_rows(attention, rows, card.context, model.dtype, model.device, body)
+    logits = selfcheck.logits_of(model)
+    if not is_proven:
+        selfcheck.prove_roughly(model, logits)
+    progress("making the pool", 0.0)
+    pool = (_build_fused_pool(base, tables, logits) if tables else None) or _make_pool(base)
+    return pool, _record_graphs(base, pool, card, logits) if base.uses_graphs() else None
+
+
+def _make_pool(base: ProbedBase, tables: kernels.StepTables | None = None) -> LoraPool:
+    model = base.model
+    return LoraPool(model, base.settings.pool_rank, model.dtype, model.device, tables, base.calls)
+
+
+def _can_use_kernels(base: ProbedBase) -> bool:
+    """Whether the base is on a CPU whose kernels can run it.
 
     Raises SettingsError where they were demanded and cannot.
     """
-    wanted = settings.compile != "off" and model.dtype == torch.bfloat16
-    head = model.get_output_embeddings()
-    layers = [layer for _, layer, _, _ in loading.iterate_linears(model) if layer is not head]
-    able = (
-        wanted
-        and all(map(kernels.fits_kernel, layers))
-        and all(s.dim % 16 == 0 and not s.chunk for s in attention)
-        and kernels.load_kernels()
-    )
-    if settings.compile == "on" and not able:
+    if base.model.device.type != "cpu":
+        return False
+    is_able = base.settings.compile != "off" and _fits_kernels(base) and kernels.load_kernels()
+    if base.settings.compile == "on" and not is_able:
         raise SettingsError(
-            "ADAPTERD_COMPILE: on, but the kernels need a bfloat16 base on a CPU with AVX512-BF16, and a C++ compiler"
+            "ADAPTERD_COMPILE: on, but the kernels need a bfloat16 base on a CPU with AVX512-BF16, and a "
+            "C++ compiler"
         )
-    return able
+    return is_able
 
 
-def _fused(
-    model: Any,
-    attention: Sequence[kv.AttentionSpec],
-    settings: Settings,
-    tables: kernels.StepTables,
-    calls: LinearCalls,
-    expected: Tensor,
-) -> LoraPool | None:
-    """The bank on the CPU kernels, where they say what torch says.
+def _fits_kernels(base: ProbedBase) -> bool:
+    """Whether dtype, linear layers and attention are those that the kernels are written for."""
+    head = base.model.get_output_embeddings()
+    layers = [layer for _, layer, _, _ in loading.iterate_linears(base.model) if layer is not head]
+    is_attention_fit = all(spec.dim % 16 == 0 and not spec.chunk for spec in base.attention)
+    return base.model.dtype == torch.bfloat16 and is_attention_fit and all(map(kernels.fits_kernel, layers))
+
+
+def _build_fused_pool(base: ProbedBase, tables: kernels.StepTables, expected: Tensor) -> LoraPool | None:
+    """The pool on the CPU kernels, where they say what torch says.
 
     Raises SettingsError where they were demanded and do not.
     """
-    bank = _make_bank(model, settings, calls, tables)
-    _place_kernels(bank, attention)
-    why = selfcheck.kernels_differ(bank, expected)
-    kv.clear_row(attention, 0)
-    if not why:
-        return bank
-    if settings.compile == "on":
-        raise SettingsError(f"ADAPTERD_COMPILE: on, but the kernels cannot be used for this base: {why}")
-    log.warning("kernels: off; %s", why)
+    pool = _make_pool(base, tables)
+    _install_kernels(pool, base.attention)
+    difference = selfcheck.kernels_differ(pool, expected)
+    kv.clear_row(base.attention, 0)
+    if not difference:
+        return pool
+    if base.settings.compile == "on":
+        raise SettingsError(
+            f"ADAPTERD_COMPILE: on, but the kernels cannot be used for this base: {difference}"
+        )
+    log.warning("kernels: off; %s", difference)
     return None
 
 
-def _place_kernels(bank: LoraPool, attention: Sequence[kv.AttentionSpec]) -> None:
-    """Puts the kernels' attention into the bank's tree, and the kernel for all of a layer where its
+def _install_kernels(pool: LoraPool, attention: Sequence[kv.AttentionSpec]) -> None:
+    """Puts the kernels' attention into the pool's tree, and the kernel for all of a layer where its
     kind is known.
     """
-    bank.tree.set_attn_implementation(kernels.NAME)
-    lists = (m for m in bank.tree.modules() if isinstance(m, nn.ModuleList) and len(m) == len(attention))
-    placed = sum(decoder.install_layers(layers, attention) for layers in lists)
-    log.info("kernels: %d of %d layers in one call each", placed, len(attention))
+    pool.tree.set_attn_implementation(kernels.NAME)
+    lists = (m for m in pool.tree.modules() if isinstance(m, nn.ModuleList) and len(m) == len(attention))
+    installed = sum(decoder.install_layers(layers, attention) for layers in lists)
+    log.info("kernels: %d of %d layers in one call each", installed, len(attention))
 
 
-def _record_graphs(
-    bank: LoraPool,
-    attention: Sequence[kv.AttentionSpec],
-    card: BaseInfo,
-    expected: Tensor,
-    settings: Settings,
-) -> CudaGraphs | None:
+def _record_graphs(base: ProbedBase, pool: LoraPool, card: BaseInfo, expected: Tensor) -> CudaGraphs | None:
     """CUDA graphs, where they are proven.
 
     Raises SettingsError where they were demanded and are not.
     """
-    graphs = CudaGraphs(bank, card.rows, card.context, card.vocab_size)
-    if selfcheck.check_graphs(bank, attention, graphs, expected):
+    graphs = CudaGraphs(pool, card.rows, card.context, card.vocab_size)
+    if selfcheck.check_graphs(pool, base.attention, graphs, expected):
         return graphs
-    if settings.compile == "on":
+    if base.settings.compile == "on":
         raise SettingsError(
             "ADAPTERD_COMPILE: on, but decode steps of this base cannot be CUDA graphs; the log says why"
         )
     return None
 
 
-def _compute_capacity(
-    model: Any, attention: Sequence[kv.AttentionSpec], settings: Settings, device: torch.device, spare: int
-) -> tuple[int, int]:
-    """KV rows and the positions of each: the base's own context, capped so that all, spare ones
-    too, fit into a share of the memory.
-    """
-    rows = settings.max_rows or ROWS[device.type]
-    own = int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 2048)
-    if settings.max_context and settings.max_context > own:
-        raise SettingsError(f"ADAPTERD_MAX_CONTEXT: {settings.max_context} is over the base's own {own}")
-    fits = int(SHARE_OF_MEMORY * _free_bytes(device)) // (
-        (rows + spare) * kv.bytes_per_position(attention, model.dtype)
-    )
-    context = settings.max_context or min(own, fits)
-    if context > fits:
-        raise SettingsError(
-            f"ADAPTERD_MAX_CONTEXT: {rows} rows of {context} tokens do not fit into memory; {fits} do"
-        )
+def _compute_capacity(base: ProbedBase) -> tuple[int, int]:
+    """KV rows, and the positions of each: the base's own context, or as many as fit into memory."""
+    rows = base.settings.max_rows or defaults_of(base.model.device.type).rows
+    own, wanted = _own_context(base.model), base.settings.max_context
+    if wanted and wanted > own:
+        raise SettingsError(f"ADAPTERD_MAX_CONTEXT: {wanted} is over the base's own {own}")
+    fitting = _fitting_context(base, rows + base.uses_graphs())
+    context = wanted or min(own, fitting)
+    requested = f"ADAPTERD_MAX_CONTEXT: {rows} rows of {context} tokens"
+    if context > fitting:
+        raise SettingsError(f"{requested} do not fit into memory; {fitting} do")
     if context < selfcheck.PROBE:  # a GPU would write past the rows' end
-        raise SettingsError(
-            f"ADAPTERD_MAX_CONTEXT: {rows} rows of {context} tokens are too short to prove the base by {selfcheck.PROBE}"
-        )
+        raise SettingsError(f"{requested} are too short to prove the base by {selfcheck.PROBE}")
     return rows, context
+
+
+def _own_context(model: Any) -> int:
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 2048)
+
+
+def _fitting_context(base: ProbedBase, rows: int) -> int:
+    """Positions of each of so many rows, the graphs' spare one too, that fit into a share of the
+    memory.
+    """
+    row_bytes = rows * kv.bytes_per_position(base.attention, base.model.dtype)
+    return int(SHARE_OF_MEMORY * _free_bytes(base.model.device)) // row_bytes
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -214,11 +235,11 @@ def make_matchers(folder: Path, vocabulary: int) -> Callable[[str], Any]:
     """
 
     @cache
-    def words() -> Any:
+    def read_tokenizer() -> Any:
         return llguidance.hf.from_tokenizer(AutoTokenizer.from_pretrained(folder), n_vocab=vocabulary)
 
     @lru_cache(GRAMMARS)
-    def first(grammar: str) -> Any:
-        return llguidance.LLMatcher(words(), grammar)
+    def compile_grammar(grammar: str) -> Any:
+        return llguidance.LLMatcher(read_tokenizer(), grammar)
 
-    return lambda grammar: first(grammar).deep_copy()
+    return lambda grammar: compile_grammar(grammar).deep_copy()

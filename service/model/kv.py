@@ -1,8 +1,8 @@
 """KV rows, and the attention that writes and reads them in place of the model's own.
 
 Each attention layer keeps two buffers [row, kv head, position, head dim]. A step's tokens come
-flat, [1, T]: one span of tokens per sequence, described by a `KVTable`. Must not know adapters,
-sampling or scheduling.
+flat, [1, T]: one span of tokens per sequence, described by a `KVTable`. Runs in the worker process;
+must not know adapters, sampling or scheduling.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..errors import SettingsError
 from .memory import lazy_zeros
 
 NAME = "adapterd"
-SCOUTED = 16  # tokens; all but the first get logits
+PROBED_TOKENS = 16  # all but the first get logits
 
 
 class KVSpan(NamedTuple):
@@ -70,15 +70,20 @@ class KVTable:
     @classmethod
     def make_table(cls, spans: Sequence[KVSpan], decode: int, device: torch.device) -> KVTable:
         """Of the spans in the order of their tokens, the first `decode` of one token each."""
-        rows = torch.tensor([s.row for s in spans for _ in range(s.length)], device=device)
-        positions = torch.tensor([s.position + i for s in spans for i in range(s.length)], device=device)
-        longest = max((s.position for s in spans[:decode]), default=-1) + 1
-        dense = [s.row for s in spans[:decode]] == list(range(decode))
-        return cls(rows, positions, decode, longest, dense, spans[decode:])
+        rows: list[int] = []
+        positions: list[int] = []
+        for span in spans:
+            rows += [span.row] * span.length
+            positions += range(span.position, span.position + span.length)
+        decoding = spans[:decode]
+        longest = max((span.position for span in decoding), default=-1) + 1
+        dense = [span.row for span in decoding] == list(range(decode))
+        row_tensor, position_tensor = (torch.tensor(part, device=device) for part in (rows, positions))
+        return cls(row_tensor, position_tensor, decode, longest, dense, spans[decode:])
 
 
 class AttentionSpec(NamedTuple):
-    """An attention layer as it was seen at work."""
+    """An attention layer's shapes and reach, as a forward has shown them."""
 
     layer: Any
     heads: int
@@ -95,7 +100,11 @@ class AttentionProbe:
     """
 
     def __init__(self) -> None:
-        self.seen: list[AttentionSpec] = []
+        self.specs: list[AttentionSpec] = []
+
+    def note_layer(self, layer: Any, key: Tensor, scale: float, reach: Reach, softcap: float | None) -> None:
+        heads, dim = key.shape[1], key.shape[3]
+        self.specs.append(AttentionSpec(layer, heads, dim, scale, reach.window, softcap or 0.0, reach.chunk))
 
 
 def probe_attention(model: Any) -> list[AttentionSpec]:
@@ -103,21 +112,25 @@ def probe_attention(model: Any) -> list[AttentionSpec]:
 
     Raises SettingsError for a model that has other attention.
     """
-    found = AttentionProbe()
-    places = torch.arange(SCOUTED, device=model.device)
-    tokens = places * 11 % model.config.get_text_config().vocab_size
+    probe = AttentionProbe()
     try:
-        model.set_attn_implementation(NAME)
-        inputs = {"input_ids": tokens[None], "position_ids": places[None], "logits_to_keep": places[1:]}
-        model(**inputs, use_cache=False, table=found)
+        _run_probe(model, probe)
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError) as error:
         raise refuse_base(model, f"{type(error).__name__} when it runs on the row attention") from error
     layers = model.config.get_text_config().num_hidden_layers
-    if len({id(s.layer) for s in found.seen}) != layers:
-        raise refuse_base(model, f"{len(found.seen)} of its {layers} layers use the attention interface")
-    return found.seen
+    if len({id(spec.layer) for spec in probe.specs}) != layers:
+        raise refuse_base(model, f"{len(probe.specs)} of its {layers} layers use the attention interface")
+    return probe.specs
+
+
+def _run_probe(model: Any, probe: AttentionProbe) -> None:
+    positions = torch.arange(PROBED_TOKENS, device=model.device)
+    tokens = positions * 11 % model.config.get_text_config().vocab_size
+    model.set_attn_implementation(NAME)
+    inputs = {"input_ids": tokens[None], "position_ids": positions[None], "logits_to_keep": positions[1:]}
+    model(**inputs, use_cache=False, table=probe)
 
 
 def refuse_base(model: Any, why: str) -> SettingsError:
@@ -125,7 +138,7 @@ def refuse_base(model: Any, why: str) -> SettingsError:
 
 
 def allocate_rows(
-    seen: Sequence[AttentionSpec],
+    attention: Sequence[AttentionSpec],
     rows: int,
     context: int,
     dtype: torch.dtype,
@@ -135,28 +148,27 @@ def allocate_rows(
     """Gives every attention layer its buffers, of zeros (what is masked is still multiplied, by 0);
     a CPU pays for touched pages only.
     """
-    for layer, heads, dim, *_ in seen:
+    for layer, heads, dim, *_ in attention:
         layer.register_buffer("kv_table", table, persistent=False)
         for name in ("kv_keys", "kv_values"):
-            layer.register_buffer(
-                name, lazy_zeros(rows, heads, context, dim, dtype=dtype, device=device), persistent=False
-            )
+            zeros = lazy_zeros(rows, heads, context, dim, dtype=dtype, device=device)
+            layer.register_buffer(name, zeros, persistent=False)
 
 
-def bytes_per_position(seen: Sequence[AttentionSpec], dtype: torch.dtype) -> int:
-    """What one position of one row costs in all layers."""
-    return sum(2 * s.heads * s.dim * dtype.itemsize for s in seen)
+def bytes_per_position(attention: Sequence[AttentionSpec], dtype: torch.dtype) -> int:
+    """The memory of one position of one row in all layers."""
+    return sum(2 * s.heads * s.dim * dtype.itemsize for s in attention)
 
 
-def fork_row(seen: Sequence[AttentionSpec], source: int, target: int, length: int) -> None:
+def fork_row(attention: Sequence[AttentionSpec], source: int, target: int, length: int) -> None:
     """Copies the first `length` positions of one row to another, in all layers."""
-    for layer, *_ in seen:
+    for layer, *_ in attention:
         for buffer in (layer.kv_keys, layer.kv_values):
             buffer[target, :, :length] = buffer[source, :, :length]
 
 
-def clear_row(seen: Sequence[AttentionSpec], row: int) -> None:
-    for layer, *_ in seen:
+def clear_row(attention: Sequence[AttentionSpec], row: int) -> None:
+    for layer, *_ in attention:
         layer.kv_keys[row].zero_()
         layer.kv_values[row].zero_()
 
@@ -180,71 +192,71 @@ def attend_rows(
     if table is None:
         raise TypeError("forward arguments do not reach the attention")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    reach = Reach(sliding_window or 0, _chunk(module))
+    reach = Reach(sliding_window or 0, _chunk_of(module))
     if isinstance(table, AttentionProbe):
-        table.seen.append(
-            AttentionSpec(
-                module, key.shape[1], key.shape[3], scale, reach.window, softcap or 0.0, reach.chunk
-            )
-        )
+        table.note_layer(module, key, scale, reach, softcap)
         return torch.zeros_like(query).transpose(1, 2), None
     keys, values = module.kv_keys, module.kv_values
     keys[table.rows, :, table.positions] = key[0].transpose(0, 1)
     values[table.rows, :, table.positions] = value[0].transpose(0, 1)
-    out = torch.empty(query.shape[2], query.shape[1], query.shape[3], dtype=query.dtype, device=query.device)
-    if table.decode:
-        out[: table.decode] = _attend_decode(
-            query[0, :, : table.decode], keys, values, table, scale, reach, softcap
-        )
-    for span in table.prompts:
-        chunk = slice(span.start, span.start + span.length)
-        out[chunk] = _attend_prefill(query[0, :, chunk], keys, values, span, scale, reach, softcap)
-    return out[None], None
+    return RowAttention(keys, values, scale, reach, softcap).attend_tokens(query[0], table)[None], None
 
 
-def _attend_decode(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    table: KVTable,
-    scale: float,
-    reach: Reach,
-    softcap: float | None,
-) -> Tensor:
-    """One new token a sequence: query [heads, n, dim] → [n, heads, dim].
+class RowAttention(NamedTuple):
+    """One layer's attention over its KV rows."""
 
-    GQA by reshaping the query, never by repeating keys.
-    """
-    heads, n, dim = query.shape
-    rows = slice(0, n) if table.dense else table.rows[:n]
-    k, v = keys[rows, :, : table.longest], values[rows, :, : table.longest]
-    grouped = query.transpose(0, 1).reshape(n, k.shape[1], heads // k.shape[1], dim)
-    return _weigh_values(grouped, k, v, table.visible_mask(reach)[:, None, None], scale, softcap).reshape(
-        n, heads, dim
-    )
+    keys: Tensor
+    values: Tensor
+    scale: float
+    reach: Reach
+    softcap: float | None
+
+    def attend_tokens(self, query: Tensor, table: KVTable) -> Tensor:
+        """All tokens of a step: query [heads, T, dim] → [T, heads, dim]."""
+        heads, tokens, dim = query.shape
+        out = torch.empty(tokens, heads, dim, dtype=query.dtype, device=query.device)
+        if table.decode:
+            out[: table.decode] = self._attend_decode(query[:, : table.decode], table)
+        for span in table.prompts:
+            chunk = slice(span.start, span.start + span.length)
+            out[chunk] = self._attend_prefill(query[:, chunk], span)
+        return out
+
+    def _attend_decode(self, query: Tensor, table: KVTable) -> Tensor:
+        """One new token a sequence: query [heads, n, dim] → [n, heads, dim].
+
+        GQA by reshaping the query, never by repeating keys.
+        """
+        heads, n, dim = query.shape
+        rows = slice(0, n) if table.dense else table.rows[:n]
+        keys, values = (part[rows, :, : table.longest] for part in (self.keys, self.values))
+        kv_heads = keys.shape[1]
+        grouped = query.transpose(0, 1).reshape(n, kv_heads, heads // kv_heads, dim)
+        mask = table.visible_mask(self.reach)[:, None, None]
+        return _weigh_values(grouped, keys, values, mask, self.scale, self.softcap).reshape(n, heads, dim)
+
+    def _attend_prefill(self, query: Tensor, span: KVSpan) -> Tensor:
+        """Consecutive tokens of one sequence: query [heads, t, dim] → [t, heads, dim]."""
+        heads, t, dim = query.shape
+        end, kv_heads = span.position + t, self.keys.shape[1]
+        groups = heads // kv_heads
+        parts = (part[span.row, :, :end].unsqueeze(1) for part in (self.keys, self.values))
+        keys, values = (part.expand(-1, groups, -1, -1) for part in parts)
+        grouped = query.reshape(kv_heads, groups, t, dim)
+        mask = None if self._is_causal(span, end) else self._prefill_mask(span, end)
+        mixed = _weigh_values(grouped, keys, values, mask, self.scale, self.softcap)
+        return mixed.reshape(heads, t, dim).transpose(0, 1)
+
+    def _is_causal(self, span: KVSpan, end: int) -> bool:
+        """Whether torch's own causal mask does: it begins at 0, and nothing limits the reach."""
+        is_unlimited = all(end <= limit for limit in self.reach if limit)
+        return span.position == 0 and self.softcap is None and is_unlimited
+
+    def _prefill_mask(self, span: KVSpan, end: int) -> Tensor:
+        return _visible_mask(torch.arange(span.position, end, device=self.keys.device), end, self.reach)
 
 
-def _attend_prefill(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    span: KVSpan,
-    scale: float,
-    reach: Reach,
-    softcap: float | None,
-) -> Tensor:
-    """A run of one sequence's tokens: query [heads, t, dim] → [t, heads, dim]."""
-    heads, t, dim = query.shape
-    end = span.position + t
-    groups = heads // keys.shape[1]
-    k, v = (b[span.row, :, :end].unsqueeze(1).expand(-1, groups, -1, -1) for b in (keys, values))
-    grouped = query.reshape(keys.shape[1], groups, t, dim)
-    plain = span.position == 0 and softcap is None and all(end <= limit for limit in reach if limit)
-    mask = None if plain else _visible_mask(torch.arange(span.position, end, device=query.device), end, reach)
-    return _weigh_values(grouped, k, v, mask, scale, softcap).reshape(heads, t, dim).transpose(0, 1)
-
-
-def _chunk(module: Any) -> int:
+def _chunk_of(module: Any) -> int:
     """The size of the chunks that Llama 4's local layers attend in, which transformers says in the
     mask only; 0: none.
     """
@@ -254,11 +266,13 @@ def _chunk(module: Any) -> int:
 
 def _visible_mask(positions: Tensor, end: int, reach: Reach) -> Tensor:
     """[n] query positions → bool [n, end]: which keys each may see."""
-    at, own = torch.arange(end, device=positions.device), positions[:, None]
-    seen = at <= own
+    key, own = torch.arange(end, device=positions.device), positions[:, None]
+    visible = key <= own
     if reach.window:
-        seen &= at > own - reach.window
-    return seen & (at >= own - own % reach.chunk) if reach.chunk else seen
+        visible &= key > own - reach.window
+    if reach.chunk:
+        visible &= key >= own - own % reach.chunk
+    return visible
 
 
 def _weigh_values(
@@ -271,7 +285,8 @@ def _weigh_values(
         )
     scores = torch.matmul(query, keys.transpose(-1, -2)) * scale
     scores = torch.tanh(scores / softcap) * softcap
-    scores = scores.masked_fill(~mask, float("-inf")) if mask is not None else scores
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
     return torch.matmul(torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype), values)
 
 

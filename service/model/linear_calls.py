@@ -1,6 +1,7 @@
 """How the base calls its linear layers, noted in one forward instead of a list of architectures.
 
-That says which of them a mixed batch can adapt. Must not know adapters, requests or settings.
+That says which of them a mixed batch can adapt. Runs in the worker process; must not know adapters,
+requests or settings.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from ..core.base_info import LayerLimit, name_pattern
-from .kv import SCOUTED
+from .kv import PROBED_TOKENS
 from .loading import iterate_linears
 
 
@@ -39,35 +40,40 @@ class CallRecorder:
     def __init__(self, model: nn.Module) -> None:
         self.kinds: dict[str, str] = {}
         self._counts: dict[str, set[int | None]] = defaultdict(set)
-        self._hooks = [one[1].register_forward_hook(self._hook(*one)) for one in iterate_linears(model)]
+        self._hooks = [
+            layer.register_forward_hook(self._make_hook(name, layer, n_in, n_out))
+            for name, layer, n_in, n_out in iterate_linears(model)
+        ]
 
-    def _hook(self, name: str, layer: nn.Module, n_in: int, n_out: int) -> Callable[..., None]:
+    def _make_hook(self, name: str, layer: nn.Module, n_in: int, n_out: int) -> Callable[..., None]:
         pattern = name_pattern(name)
         self.kinds[pattern] = type(layer).__name__
 
-        def note(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-            self._counts[pattern].add(_tokens(args[0], out, n_in, n_out))
+        def note_call(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+            self._counts[pattern].add(_count_tokens(args[0], out, n_in, n_out))
 
-        return note
+        return note_call
 
     def remove_hooks(self) -> None:
         for hook in self._hooks:
             hook.remove()
 
     def result(self) -> LinearCalls:
-        """Of a forward of SCOUTED tokens, of which all but one got logits.
+        """The calls of a forward of PROBED_TOKENS tokens, of which all but one got logits.
 
-        What was not called at all is as idle in PEFT.
+        A layer that was not called at all is as idle in PEFT.
         """
         counts = self._counts
-        heads = frozenset(pattern for pattern in counts if counts[pattern] == {SCOUTED - 1})
-        odd = sorted(pattern for pattern in counts.keys() - heads if counts[pattern] != {SCOUTED})
+        heads = frozenset(pattern for pattern in counts if counts[pattern] == {PROBED_TOKENS - 1})
+        odd = sorted(pattern for pattern in counts.keys() - heads if counts[pattern] != {PROBED_TOKENS})
         return LinearCalls(heads, tuple(map(self._limit, odd)))
 
     def _limit(self, pattern: str) -> LayerLimit:
-        plain = None not in self._counts[pattern]
-        reason = "sees a part of a step's tokens only" if plain else "gives no single tensor of its own width"
-        return LayerLimit(pattern, self.kinds[pattern], reason, by_peft=plain)
+        is_plain = None not in self._counts[pattern]
+        reason = (
+            "sees a part of a step's tokens only" if is_plain else "gives no single tensor of its own width"
+        )
+        return LayerLimit(pattern, self.kinds[pattern], reason, by_peft=is_plain)
 
 
 @contextmanager
@@ -80,6 +86,7 @@ def recorded_calls(model: nn.Module) -> Iterator[CallRecorder]:
         recorder.remove_hooks()
 
 
-def _tokens(x: Tensor, out: Any, n_in: int, n_out: int) -> int | None:
-    plain = isinstance(out, Tensor) and x.shape[-1] == n_in and out.shape == (*x.shape[:-1], n_out)
-    return x.numel() // n_in if plain else None
+def _count_tokens(x: Tensor, out: Any, n_in: int, n_out: int) -> int | None:
+    if not isinstance(out, Tensor) or x.shape[-1] != n_in or out.shape != (*x.shape[:-1], n_out):
+        return None
+    return x.numel() // n_in

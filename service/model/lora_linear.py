@@ -1,8 +1,8 @@
 """The layers that add adapters to a base layer's output: in plain torch anywhere, or by the CPU
 kernel.
 
-Both keep A [R, in] and B [R, out] for R pool rows, of which an adapter holds a range. Must not know
-digests' meaning, files or requests.
+Both keep A [R, in] and B [R, out] for R pool rows, of which an adapter holds a range. Runs in the
+worker process; must not know digests' meaning, files or requests.
 """
 
 from __future__ import annotations
@@ -57,6 +57,12 @@ class StepArrangement(NamedTuple):
     gated: tuple[DoraSpan, ...] = ()
 
 
+def register_buffers(module: nn.Module, **buffers: Tensor) -> None:
+    """Gives the module buffers that no state dictionary holds."""
+    for name, tensor in buffers.items():
+        module.register_buffer(name, tensor, persistent=False)
+
+
 class LoraLinear(nn.Module):
     """y = base(x), gated where DoRA says so, + ((x · Aᵀ) * M) · B, M [tokens, R] being 1 where a
     pool row is the token's own.
@@ -74,11 +80,11 @@ class LoraLinear(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.gates: dict[Digest, Tensor] = {}
-        self.now = StepArrangement()
+        self.arrangement = StepArrangement()
         self.held: set[Digest] = set()
         self._landed: Any = None
-        self.register_buffer("pool_a", lazy_zeros(rank, n_in, dtype=dtype, device=device), persistent=False)
-        self.register_buffer("pool_b", lazy_zeros(rank, n_out, dtype=dtype, device=device), persistent=False)
+        pool_a, pool_b = (lazy_zeros(rank, width, dtype=dtype, device=device) for width in (n_in, n_out))
+        register_buffers(self, pool_a=pool_a, pool_b=pool_b)
 
     pool_a: Tensor
     pool_b: Tensor
@@ -104,66 +110,73 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base_layer(x)
-        if not self.held or not (self.now.groups or self.now.gated):
+        if not self.held or not (self.arrangement.groups or self.arrangement.gated):
             return y
+        self._wait_for_copies()
+        flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        self._check_tokens(flat.shape[0])
+        self._apply_gate(out, self.arrangement.gated)
+        for group in self.arrangement.groups:
+            self._add_group(flat, out, group)
+        return y
+
+    def _wait_for_copies(self) -> None:
         if self._landed is not None:
             self._landed.wait()
             self._landed = None
-        flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        if flat.shape[0] != self.now.tokens:
+
+    def _check_tokens(self, tokens: int) -> None:
+        if tokens != self.arrangement.tokens:
             raise RuntimeError(
-                f"a layer sees {flat.shape[0]} of the step's {self.now.tokens} tokens: it cannot be adapted row by row"
+                f"a layer sees {tokens} of the step's {self.arrangement.tokens} tokens: "
+                "it cannot be adapted row by row"
             )
-        self._apply_gate(out, self.now.gated)
-        for group in self.now.groups:
-            tokens, rows = slice(group.start, group.stop), slice(group.low, group.high)
-            inner = flat[tokens].to(self.pool_a.dtype) @ self.pool_a[rows].T
-            inner = inner if group.mask is None else inner.masked_fill(group.mask, 0)
-            if out.dtype == inner.dtype:
-                out[tokens].addmm_(inner, self.pool_b[rows])
-            else:  # a quantized layer that is asked in another precision answers in that
-                out[tokens] += inner @ self.pool_b[rows]
-        return y
+
+    def _add_group(self, x: Tensor, y: Tensor, group: TokenGroup) -> None:
+        """Adds what the pool rows of one group make of its tokens."""
+        tokens, rows = slice(group.start, group.stop), slice(group.low, group.high)
+        inner = x[tokens].to(self.pool_a.dtype) @ self.pool_a[rows].T
+        if group.mask is not None:
+            inner = inner.masked_fill(group.mask, 0)
+        if y.dtype == inner.dtype:
+            y[tokens].addmm_(inner, self.pool_b[rows])
+        else:  # a quantized layer that is asked in another precision answers in that
+            y[tokens] += inner @ self.pool_b[rows]
 
     def _apply_gate(self, y: Tensor, gated: Sequence[DoraSpan]) -> None:
         bias = getattr(self.base_layer, "bias", None)
         for start, stop, digest in gated:
             gate = self.gates.get(digest)
-            if gate is not None:
-                part = y[start:stop]
-                y[start:stop] = part * gate if bias is None else (part - bias) * gate + bias
+            if gate is None:
+                continue
+            part = y[start:stop]
+            y[start:stop] = part * gate if bias is None else (part - bias) * gate + bias
 
 
 class FusedLoraLinear(nn.Module):
     """The same by one kernel call: each token meets its own adapter's rows only.
 
-    `table` tells which; see kernels/linear.h.
+    `table` has the pool rows of each token; see kernels/linear.h.
     """
 
     def __init__(self, base_layer: Any, rank: int, table: Tensor, arena: HugePageArena) -> None:
         super().__init__()
         self.base_layer = base_layer
-        weight = base_layer.weight
-        n_out, n_in = weight.shape
-        self.register_buffer("packed", arena.copy_in(torch.ops.adapterd.pack(weight)), persistent=False)
-        release_pages(weight)  # only a DoRA gate and PEFT's own models read it
-        self.register_buffer("table", table, persistent=False)
-        self.register_buffer(
-            "pool_a", lazy_zeros(rank, n_in, dtype=weight.dtype, huge=True), persistent=False
-        )
-        self.register_buffer(
-            "pool_b",
-            lazy_zeros(n_out // TILE, -(-rank // 2), TILE, 2, dtype=weight.dtype, huge=True),
-            persistent=False,
-        )
-        self.register_buffer(
-            "bias",
-            weight.new_empty(0) if base_layer.bias is None else base_layer.bias.detach(),
-            persistent=False,
-        )
-        self.register_buffer("gate", lazy_zeros(rank, n_out, dtype=torch.float32), persistent=False)
-        self.register_buffer("ranks", torch.zeros(rank, dtype=torch.int32), persistent=False)
         self.gated: set[int] = set()
+        weight, bias = base_layer.weight, base_layer.bias
+        n_out, n_in = weight.shape
+        tiles = n_out // TILE, -(-rank // 2), TILE, 2
+        register_buffers(
+            self,
+            packed=arena.copy_in(torch.ops.adapterd.pack(weight)),
+            table=table,
+            pool_a=lazy_zeros(rank, n_in, dtype=weight.dtype, huge=True),
+            pool_b=lazy_zeros(*tiles, dtype=weight.dtype, huge=True),
+            bias=weight.new_empty(0) if bias is None else bias.detach(),
+            gate=lazy_zeros(rank, n_out, dtype=torch.float32),
+            ranks=torch.zeros(rank, dtype=torch.int32),
+        )
+        release_pages(weight)  # only a DoRA gate and PEFT's own models read it
 
     packed: Tensor
     table: Tensor
@@ -194,5 +207,5 @@ class FusedLoraLinear(nn.Module):
         return y
 
     def kernel_tensors(self) -> tuple[Tensor, ...]:
-        """What the kernel needs of a layer, in its order."""
+        """The tensors of a layer in the kernel's order."""
         return self.packed, self.bias, self.pool_a, self.pool_b, self.gate, self.ranks

@@ -1,7 +1,7 @@
 """The rank pool: which adapter holds which pool rows, and how the tokens of a step meet them.
 
-Works on a tree of its own that shares the base's tensors; the base's tree is not touched. Must not
-know requests or files.
+Works on a tree of its own that shares the base's tensors; the base's tree is not touched. Runs in
+the worker process; must not know requests or files.
 """
 
 from __future__ import annotations
@@ -31,6 +31,9 @@ class AdapterRun(NamedTuple):
     digest: Digest | None
 
 
+Runs = Sequence[AdapterRun]
+
+
 class LoraPool:
     """The pool of `rank` rows, in all layers that `calls` does not limit.
 
@@ -54,13 +57,9 @@ class LoraPool:
         self.layers: dict[str, LoraLinear | FusedLoraLinear] = {}
         self.tables = tables
         self._heads = calls.heads
-        found = [one for one in iterate_linears(self.tree) if not calls.limited(one[0])]
-        self._arena = HugePageArena(sum(n_in * n_out * 2 for _, _, n_in, n_out in found) if tables else 0)
-        for name, layer, n_in, n_out in found:
-            self.layers[name] = self._wrap_layer(name, layer, n_in, n_out)
-            self.tree.set_submodule(name, self.layers[name])
+        self._wrap_layers(calls)
         plain = {name: layer for name, layer in self.layers.items() if isinstance(layer, LoraLinear)}
-        self._behind = [layer for name, layer in plain.items() if self._is_head(name)]
+        self._plain_heads = [layer for name, layer in plain.items() if self._is_head(name)]
         self._plain = list(plain.values())
         self._held: dict[Digest, tuple[str, ...]] = {}
         self._gated: set[Digest] = set()
@@ -68,14 +67,27 @@ class LoraPool:
         self._copies = self._on.Stream()
         self.used: frozenset[str] = frozenset()  # the torch layers that hold an adapter
 
+    def _wrap_layers(self, calls: LinearCalls) -> None:
+        linears = [linear for linear in iterate_linears(self.tree) if not calls.limited(linear[0])]
+        weight_bytes = sum(n_in * n_out * 2 for _, _, n_in, n_out in linears)
+        arena = HugePageArena(weight_bytes if self.tables else 0)
+        for name, layer, n_in, n_out in linears:
+            fused = self._fuse_layer(name, layer, arena)
+            self.layers[name] = fused or self._wrap_plain(layer, n_in, n_out)
+            self.tree.set_submodule(name, self.layers[name])
+
     def _is_head(self, name: str) -> bool:
         """Whether the layer sees only the tokens that get logits."""
         return name_pattern(name) in self._heads
 
-    def _wrap_layer(self, name: str, layer: nn.Module, n_in: int, n_out: int) -> LoraLinear | FusedLoraLinear:
-        if self.tables and kernels.fits_kernel(layer):
-            table = self.tables.head if self._is_head(name) else self.tables.body
-            return FusedLoraLinear(layer, self.rank, table, self._arena)
+    def _fuse_layer(self, name: str, layer: nn.Module, arena: HugePageArena) -> FusedLoraLinear | None:
+        """The layer on the CPU kernel, where that fits it."""
+        if not self.tables or not kernels.fits_kernel(layer):
+            return None
+        table = self.tables.head if self._is_head(name) else self.tables.body
+        return FusedLoraLinear(layer, self.rank, table, arena)
+
+    def _wrap_plain(self, layer: nn.Module, n_in: int, n_out: int) -> LoraLinear:
         weight: Any = layer.weight
         # Some models keep a few layers in float32
         own = weight.dtype if weight.is_floating_point() else self.dtype
@@ -94,7 +106,7 @@ class LoraPool:
                 self.layers[name].place_weights(at, part)
         if any(part.gate is not None for part in factors.values()):
             self._gated.add(at.digest)
-        self._count_gates()
+        self._note_used()
 
     def remove_adapter(self, digest: Digest) -> None:
         """Frees the adapter's rows; one whose placing was broken off has left something in some
@@ -107,65 +119,62 @@ class LoraPool:
         for name in self._held.pop(digest):
             self.layers[name].clear_rows(at)
         self._gated.discard(digest)
-        self._count_gates()
+        self._note_used()
 
-    def _count_gates(self) -> None:
-        self.used = frozenset(
-            name for name, layer in self.layers.items() if isinstance(layer, LoraLinear) and layer.held
-        )
+    def _note_used(self) -> None:
+        plain = (item for item in self.layers.items() if isinstance(item[1], LoraLinear))
+        self.used = frozenset(name for name, layer in plain if layer.held)
 
     def wait_for_copies(self) -> None:
-        """What comes next waits until all that was placed is there."""
+        """The next work on the current stream waits until all that was placed is there."""
         self._on.current_stream().wait_stream(self._copies)
 
     def placement_of(self, digest: Digest | None) -> tuple[int, int]:
         """The first pool row, and how many."""
-        return (self.places[digest].start, self.places[digest].rank) if digest is not None else (0, 0)
+        if digest is None:
+            return 0, 0
+        placement = self.places[digest]
+        return placement.start, placement.rank
 
     def has_gate(self, digests: Iterable[Digest | None]) -> bool:
         """Whether DoRA's gate applies to any of them."""
         return not self._gated.isdisjoint(digests)
 
-    def set_range(self, low: Tensor, high: Tensor, pool: int) -> None:
-        """As `begin` for tokens that all get logits, one a run, each meeting pool rows [low, high):
-        int64 [tokens] on the device.
+    def set_range(self, low: Tensor, high: Tensor, limit: int) -> None:
+        """As `begin_step` for tokens that all get logits, one a run, each meeting pool rows
+        [low, high): int64 [tokens] on the device.
 
-        All of these rows lie below `pool`. Nothing here depends on what the tensors hold.
+        All of these rows lie below `limit`. Nothing here depends on what the tensors hold.
         """
         groups: tuple[TokenGroup, ...] = ()
-        if pool:
-            at = torch.arange(pool, device=self.device)
-            groups = (TokenGroup(0, len(low), 0, pool, (at < low[:, None]) | (at >= high[:, None])),)
-        now = StepArrangement(len(low), groups)
+        if limit:
+            rows = torch.arange(limit, device=self.device)
+            is_foreign = (rows < low[:, None]) | (rows >= high[:, None])
+            groups = (TokenGroup(0, len(low), 0, limit, is_foreign),)
+        arrangement = StepArrangement(len(low), groups)
         for layer in self._plain:
-            layer.now = now
+            layer.arrangement = arrangement
 
-    def begin_step(
-        self,
-        runs: Sequence[AdapterRun],
-        heads: Sequence[AdapterRun],
-        mixed: int,
-        spans: Sequence[Sequence[int]],
-    ) -> None:
-        """Tells all layers whose tokens come next:
-
-        `runs` those of the step, `heads` those that get logits.
+    def begin_step(self, runs: Runs, heads: Runs, mixed: int, spans: Sequence[Sequence[int]]) -> None:
+        """Tells all layers whose tokens come next: `runs` are those of the step, `heads` those that
+        get logits.
 
         The first `mixed` runs are of one token each. `spans` are start, length, KV row and position
         of each run, for the kernels.
         """
         if self._plain:
-            body, head = self._make_arrangement(runs, mixed), self._make_arrangement(heads, mixed)
-            for layer in self._plain:
-                layer.now = body
-            for layer in self._behind:
-                layer.now = head
+            self._arrange_plain(runs, heads, mixed)
         if self.tables:
-            kernels.fill_table(
-                self.tables.body,
-                [(*span, *self._rows_of(run.digest)) for span, run in zip(spans, runs, strict=True)],
-            )
+            body = [(*span, *self._rows_of(run.digest)) for span, run in zip(spans, runs, strict=True)]
+            kernels.fill_table(self.tables.body, body)
             kernels.fill_table(self.tables.head, list(self._head_spans(heads)))
+
+    def _arrange_plain(self, runs: Runs, heads: Runs, mixed: int) -> None:
+        body, head = self._make_arrangement(runs, mixed), self._make_arrangement(heads, mixed)
+        for layer in self._plain:
+            layer.arrangement = body
+        for layer in self._plain_heads:
+            layer.arrangement = head
 
     def _rows_of(self, digest: Digest | None) -> tuple[int, int, int]:
         """Pool row, rank, and whether a gate applies."""
@@ -177,33 +186,37 @@ class LoraPool:
             yield start, tokens, 0, 0, *self._rows_of(digest)
             start += tokens
 
-    def _make_arrangement(self, runs: Sequence[AdapterRun], mixed: int) -> StepArrangement:
+    def _make_arrangement(self, runs: Runs, mixed: int) -> StepArrangement:
         groups = [*self._mixed_group(runs[:mixed]), *self._own_groups(runs[mixed:], mixed)]
         return StepArrangement(sum(run.tokens for run in runs), tuple(groups), tuple(self._gated_spans(runs)))
 
-    def _mixed_group(self, runs: Sequence[AdapterRun]) -> Iterator[TokenGroup]:
+    def _mixed_group(self, runs: Runs) -> Iterator[TokenGroup]:
         """One masked group for tokens of different adapters."""
-        places = [self.places[run.digest] if run.digest else None for run in runs]
-        used = {place for place in places if place}
+        placements = [self.places[run.digest] if run.digest else None for run in runs]
+        used = {placement for placement in placements if placement}
         if not used:
             return
-        low = min(place.start for place in used)
-        high = max(place.start + place.rank for place in used)
-        if len(used) == 1 and None not in places:
-            yield TokenGroup(0, len(runs), low, high, None)
-            return
-        mask = torch.ones(len(runs), high - low, dtype=torch.bool)
-        for i, place in enumerate(places):
-            if place:
-                mask[i, place.start - low : place.start - low + place.rank] = False
-        yield TokenGroup(0, len(runs), low, high, mask.to(self.device, non_blocking=True))
+        low = min(placement.start for placement in used)
+        high = max(placement.start + placement.rank for placement in used)
+        has_mask = len(used) > 1 or None in placements
+        mask = self._make_mask(placements, low, high) if has_mask else None
+        yield TokenGroup(0, len(runs), low, high, mask)
+
+    def _make_mask(self, placements: Sequence[Placement | None], low: int, high: int) -> Tensor:
+        """Bool [tokens, high - low], true where a pool row is not the token's own."""
+        mask = torch.ones(len(placements), high - low, dtype=torch.bool)
+        for token, placement in enumerate(placements):
+            if placement:
+                start = placement.start - low
+                mask[token, start : start + placement.rank] = False
+        return mask.to(self.device, non_blocking=True)
 
     def _own_groups(self, runs: Iterable[AdapterRun], start: int) -> Iterator[TokenGroup]:
         """A group for each run, of its own adapter's rows only."""
         for tokens, digest in runs:
             if digest is not None:
-                place = self.places[digest]
-                yield TokenGroup(start, start + tokens, place.start, place.start + place.rank, None)
+                low, rank = self.placement_of(digest)
+                yield TokenGroup(start, start + tokens, low, low + rank, None)
             start += tokens
 
     def _gated_spans(self, runs: Iterable[AdapterRun]) -> Iterator[DoraSpan]:

@@ -1,5 +1,5 @@
-"""What the pool needs of an adapter: scaling and DoRA's gate folded in, once, off the step's
-thread.
+"""Makes of an adapter's files what the pool needs: scaling and DoRA's gate folded in, once, off the
+step's thread of the worker process.
 
 Knows PEFT's formulas. Must not know the pool's layout or requests.
 """
@@ -22,46 +22,48 @@ from .lora_linear import FusedLoraLinear, LoraLinear, LoraWeights
 from .lora_pool import LoraPool
 
 
-def read_weights(adapter: Adapter, bank: LoraPool) -> dict[str, LoraWeights]:
+def read_weights(adapter: Adapter, pool: LoraPool) -> dict[str, LoraWeights]:
     """Reads and folds a pool adapter, layer by layer. Raises AdapterInvalid."""
     _, tensors = read_files(adapter)
-    made = {
-        patch.module: fold_layer(patch, tensors, bank.layers[patch.module], bank) for patch in adapter.patches
-    }
-    return pin_weights(made) if bank.device.type == "cuda" else made
+    weights = {}
+    for spec in adapter.patches:
+        weights[spec.module] = fold_layer(spec, tensors, pool.layers[spec.module], pool)
+    return pin_weights(weights) if pool.device.type == "cuda" else weights
 
 
 @torch.inference_mode()
 def fold_layer(
-    patch: LoraLayerSpec, tensors: Mapping[str, Tensor], layer: LoraLinear | FusedLoraLinear, bank: LoraPool
+    spec: LoraLayerSpec, tensors: Mapping[str, Tensor], layer: LoraLinear | FusedLoraLinear, pool: LoraPool
 ) -> LoraWeights:
-    """a = A; b = scaling · Bᵀ, or scaling · (B · gate)ᵀ with DoRA, in the bank's dtype."""
-    a, b = tensors[patch.a], tensors[patch.b]
+    """a = A; b = scaling · Bᵀ, or scaling · (B · gate)ᵀ with DoRA, in the pool's dtype."""
+    a, b = tensors[spec.a], tensors[spec.b]
     gate = None
-    if patch.magnitude is not None:
-        gate = dora_gate(layer.base_layer, a, b, tensors[patch.magnitude], patch.scaling)
+    if spec.magnitude is not None:
+        gate = dora_gate(layer.base_layer, a, b, tensors[spec.magnitude], spec.scaling)
         b = b.float() * gate[:, None]
-    return LoraWeights(to_pool_dtype(a, bank), to_pool_dtype((b.float() * patch.scaling).T, bank), gate)
+    scaled = (b.float() * spec.scaling).T
+    return LoraWeights(to_pool_dtype(a, pool), to_pool_dtype(scaled, pool), gate)
 
 
-def to_pool_dtype(tensor: Tensor, bank: LoraPool) -> Tensor:
+def to_pool_dtype(tensor: Tensor, pool: LoraPool) -> Tensor:
     """Contiguous in the pool's dtype."""
-    return tensor.to(bank.dtype).contiguous()
+    return tensor.to(pool.dtype).contiguous()
 
 
 @torch.inference_mode()
-def pin_weights(made: Mapping[str, LoraWeights]) -> dict[str, LoraWeights]:
+def pin_weights(weights: Mapping[str, LoraWeights]) -> dict[str, LoraWeights]:
     """The same in one block that a GPU can copy from while steps run: many small ones would each be
     rounded up to a power of two.
     """
-    parts = [tensor for a, b, _ in made.values() for tensor in (a, b)]
-    block = torch.empty(sum(part.numel() for part in parts), dtype=parts[0].dtype, pin_memory=True)
-    places = iter(torch.split(block, [part.numel() for part in parts]))
+    tensors = [tensor for a, b, _ in weights.values() for tensor in (a, b)]
+    sizes = [tensor.numel() for tensor in tensors]
+    block = torch.empty(sum(sizes), dtype=tensors[0].dtype, pin_memory=True)
+    pieces = iter(torch.split(block, sizes))
 
-    def moved(tensor: Tensor) -> Tensor:
-        return next(places).view(tensor.shape).copy_(tensor)
+    def move(tensor: Tensor) -> Tensor:
+        return next(pieces).view(tensor.shape).copy_(tensor)
 
-    return {name: LoraWeights(moved(a), moved(b), gate) for name, (a, b, gate) in made.items()}
+    return {name: LoraWeights(move(a), move(b), gate) for name, (a, b, gate) in weights.items()}
 
 
 def dora_gate(layer: nn.Module, a: Tensor, b: Tensor, magnitude: Tensor, scaling: float) -> Tensor:

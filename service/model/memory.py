@@ -1,8 +1,8 @@
 """A CPU's memory: zeros that cost nothing until they are written, weights in huge pages, and what
 is given back to the system.
 
-KV rows and pools are sized for the worst case, most of which never comes. Must not know what a
-tensor is for.
+KV rows and pools are sized for the worst case, most of which never comes. Runs in the worker
+process; must not know what a tensor is for.
 """
 
 from __future__ import annotations
@@ -48,17 +48,16 @@ class HugePageArena:
 
         Raises ValueError when it is full.
         """
-        copy = torch.frombuffer(
-            self._memory, dtype=tensor.dtype, count=tensor.numel(), offset=self._used
-        ).view(tensor.shape)
+        count, offset = tensor.numel(), self._used
+        flat = torch.frombuffer(self._memory, dtype=tensor.dtype, count=count, offset=offset)
         self._used += -(-tensor.nbytes // 64) * 64
-        return copy.copy_(tensor)
+        return flat.view(tensor.shape).copy_(tensor)
 
 
 def release_pages(tensor: Tensor) -> None:
     """Lets the system take back the pages of a CPU tensor that will hardly be read again.
 
-    One that maps a file is read anew when it is.
+    A tensor that maps a file is read anew when it is.
     """
     start = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
     size = tensor.data_ptr() + tensor.nbytes - start

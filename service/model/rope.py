@@ -1,7 +1,8 @@
 """Rotary frequencies that transformers chooses anew in every forward, chosen once instead.
 
 Its rules for "longrope" and "dynamic" look at the largest position of the whole batch, so that one
-long sequence would change the words of all others. Must not know requests, rows or settings.
+long sequence would change the words of all others. Runs in the worker process; must not know
+requests, rows or settings.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 log = logging.getLogger(__name__)
 
+CHOSEN = "%(factors)s factors for every sequence; the original context is %(original_context)d"
 FIXED = "fixed"  # any type that transformers does not recompute
 
 
@@ -23,21 +25,20 @@ def fix_frequencies(model: nn.Module, context: int) -> dict[str, Any] | None:
     """Makes the frequencies of every rotary module those of sequences of `context` positions,
     whatever a batch holds.
 
-    LongRoPE's factors are the short ones where the context is at most the original one, else the long ones. Dynamic NTK
-    scaling changes nothing up to `max_position_embeddings`, which no served context exceeds. Returns the choice for
-    `/base`: type, factors, original context; None where the base leaves none.
+    LongRoPE's factors are the short ones where the context is at most the original one, else the
+    long ones. Dynamic NTK scaling changes nothing up to `max_position_embeddings`, which no served
+    context exceeds. Returns the choice for `/base`: type, factors, original context; None where the
+    base leaves none.
     """
-    told: dict[str, Any] | None = None
+    choice: dict[str, Any] | None = None
     for module in model.modules():
         for kind, layer_type, parameters in list(_recomputed(module)):
             if kind == "longrope":
-                told = _fix_longrope(module, layer_type, parameters, context)
+                choice = _fix_longrope(module, layer_type, parameters, context)
             _name_fixed(module, layer_type)
-    if told:
-        log.info(
-            "rope: %(factors)s factors for every sequence; the original context is %(original_context)d", told
-        )
-    return told
+    if choice:
+        log.info("rope: %s", CHOSEN % choice)
+    return choice
 
 
 def _name_fixed(module: Any, layer_type: str | None) -> None:
@@ -65,9 +66,8 @@ def _fix_longrope(
     factors = "long" if context > original else "short"
     name = "inv_freq" if layer_type is None else f"{layer_type}_inv_freq"
     own = getattr(module, name)
-    frequencies, _ = ROPE_INIT_FUNCTIONS["longrope"](
-        module.config, own.device, seq_len=context, layer_type=layer_type
-    )
+    compute_frequencies = ROPE_INIT_FUNCTIONS["longrope"]
+    frequencies, _ = compute_frequencies(module.config, own.device, seq_len=context, layer_type=layer_type)
     own.copy_(frequencies)
     if f"{factors}_mscale" in parameters:  # Phi-3.5-MoE chooses a scale as well, by its own code
         module.config = copy.deepcopy(module.config)

@@ -1,11 +1,11 @@
-"""Plan → tokens: the one place where a step runs on the device.
+"""Plan → tokens: the one place where a step runs on the device of the worker process.
 
 Must not know names, text, HTTP or why a plan is what it is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +32,7 @@ class HostAdapter(NamedTuple):
 
 
 class ModelRunner:
-    """The base, the bank, the KV rows and the sampler, behind `engine.plan.Runner`.
+    """The base, the pool, the KV rows and the sampler, behind `engine.plan.Runner`.
 
     `model` is the base's own tree.
     """
@@ -40,36 +40,38 @@ class ModelRunner:
     def __init__(
         self,
         model: Any,
-        bank: LoraPool,
+        pool: LoraPool,
         attention: Sequence[kv.AttentionSpec],
         sampler: Sampler,
         graphs: CudaGraphs | None = None,
     ) -> None:
-        self.model, self.bank, self.attention, self.sampler, self.graphs = (
-            model,
-            bank,
-            attention,
-            sampler,
-            graphs,
-        )
+        self.model, self.pool, self.attention = model, pool, attention
+        self.sampler, self.graphs = sampler, graphs
         self.hosted: dict[Digest, HostAdapter] = {}
 
     def load_adapter(self, adapter: Adapter) -> int:
         if adapter.lane is ExecutionPath.SHADOW:
-            tree = build_peft_model(self.model, adapter)
-            hosted = HostAdapter(own_bytes(tree, self.model), {}, tree)
+            hosted = self._build_tree(adapter)
         else:
-            made = read_weights(adapter, self.bank)
-            size = sum(t.nbytes for part in made.values() for t in part if t is not None)
-            pinned = self.bank.device.type == "cuda"  # torch pins memory by powers of two
-            hosted = HostAdapter(1 << (size - 1).bit_length() if pinned else size, made)
+            hosted = self._read_factors(adapter)
         self.hosted[adapter.digest] = hosted
         return hosted.size
+
+    def _build_tree(self, adapter: Adapter) -> HostAdapter:
+        tree = build_peft_model(self.model, adapter)
+        return HostAdapter(own_bytes(tree, self.model), {}, tree)
+
+    def _read_factors(self, adapter: Adapter) -> HostAdapter:
+        factors = read_weights(adapter, self.pool)
+        size = sum(tensor.nbytes for part in factors.values() for tensor in part if tensor is not None)
+        if self.pool.device.type == "cuda":  # torch pins memory by powers of two
+            size = 1 << (size - 1).bit_length()
+        return HostAdapter(size, factors)
 
     def evict_adapter(self, digest: Digest) -> int:
         hosted = self.hosted.pop(digest, None)
         size = hosted.size if hosted else 0
-        if self.bank.device.type == "cuda":
+        if self.pool.device.type == "cuda":
             del hosted
             # Torch keeps pinned memory that was freed, for whatever comes next of that very size
             torch._C._host_emptyCache()
@@ -81,26 +83,28 @@ class ModelRunner:
     @torch.inference_mode()
     def run_step(self, plan: Plan) -> Sequence[Result]:
         for digest in plan.remove:
-            self.bank.remove_adapter(digest)
+            self.pool.remove_adapter(digest)
         for placement in plan.place:
-            self.bank.place_adapter(placement, self.hosted[placement.digest].factors)
+            self.pool.place_adapter(placement, self.hosted[placement.digest].factors)
         for fork in plan.forks:
             kv.fork_row(self.attention, fork.source, fork.target, fork.length)
         try:
             return self._run_batch(plan.chunks)
         except Exception:
-            # What is masked is still multiplied: not-a-number would reach the row's next tenant
+            # Masked values are still multiplied: not-a-number would reach the row's next sequence
             if len(plan.chunks) == 1:
                 kv.clear_row(self.attention, plan.chunks[0].row)
             raise
 
     def _split_batches(self, chunks: Sequence[Chunk]) -> list[tuple[Any, list[Chunk]]]:
-        """The mixed batch on the bank's tree, and one batch for each shadow adapter on its own."""
+        """The mixed batch on the pool's tree, and one batch for each adapter that PEFT runs, on its
+        own.
+        """
         batches: dict[int, tuple[Any, list[Chunk]]] = {}
         for chunk in chunks:
             # A resident adapter may have left host memory
             hosted = self.hosted.get(chunk.request.adapter or "")
-            tree = self.bank.tree if hosted is None or hosted.tree is None else hosted.tree
+            tree = self.pool.tree if hosted is None or hosted.tree is None else hosted.tree
             batches.setdefault(id(tree), (tree, []))[1].append(chunk)
         return list(batches.values())
 
@@ -108,25 +112,31 @@ class ModelRunner:
         """All forwards first: where one raises no token has been chosen, and the step can be run
         again.
         """
-        parts: dict[int, Tensor] = {}
+        logits_of: dict[int, Tensor] = {}
         for tree, batch in self._split_batches(chunks):
             logits = torch.split(self._forward_chunks(tree, batch), [_count_kept(chunk) for chunk in batch])
-            parts.update(zip((chunk.request.id for chunk in batch), logits, strict=True))
-        sampled = [chunk.request for chunk in chunks if chunk.sample]
-        tokens = (
-            self.sampler.sample_batch(torch.stack([parts[r.id][-1] for r in sampled]), sampled)
-            if sampled
-            else []
-        )
-        chosen = dict(zip((request.id for request in sampled), tokens, strict=True))
-        return [
-            self._make_result(chunk, chosen.get(chunk.request.id), parts[chunk.request.id])
-            for chunk in chunks
-        ]
+            logits_of.update(zip((chunk.request.id for chunk in batch), logits, strict=True))
+        tokens = self._sample_chunks([chunk for chunk in chunks if chunk.sample], logits_of)
+        results = []
+        for chunk in chunks:
+            request = chunk.request.id
+            results.append(self._make_result(chunk, tokens.get(request), logits_of[request]))
+        return results
+
+    def _sample_chunks(
+        self, chunks: Sequence[Chunk], logits_of: Mapping[int, Tensor]
+    ) -> dict[int, Token | SamplingError]:
+        """The next token of each request, or why it has none."""
+        if not chunks:
+            return {}
+        requests = [chunk.request for chunk in chunks]
+        last = torch.stack([logits_of[request.id][-1] for request in requests])
+        tokens = self.sampler.sample_batch(last, requests)
+        return dict(zip((request.id for request in requests), tokens, strict=True))
 
     def _make_result(self, chunk: Chunk, token: Token | SamplingError | None, logits: Tensor) -> Result:
         if token is None and not logits.max().isfinite():
-            # One that is left now, or has all it wants, would leave its row so
+            # A request that ends now would leave its row so
             token = SamplingError(NOT_FINITE)
         if isinstance(token, SamplingError):
             kv.clear_row(self.attention, chunk.row)  # as where a step raises
@@ -137,24 +147,47 @@ class ModelRunner:
         """The logits [kept, vocabulary] of the chunks: their last token's, or all of them where
         prompt logprobs are asked for.
         """
-        spans: list[kv.KVSpan] = []
-        heads: list[AdapterRun] = []
-        kept: list[int] = []
-        at = 0
-        for chunk in chunks:
-            length = len(chunk.tokens)
-            spans.append(kv.KVSpan(at, length, chunk.row, chunk.position))
-            kept += range(at + length - _count_kept(chunk), at + length)
-            heads.append(AdapterRun(_count_kept(chunk), chunk.adapter))
-            at += length
-        decode = sum(chunk.generated > 0 for chunk in chunks)
-        tokens = [token for chunk in chunks for token in chunk.tokens]
-        if tree is self.bank.tree:
+        batch = _flatten_chunks(chunks)
+        if tree is self.pool.tree:
             digests = [chunk.adapter for chunk in chunks]
-            if self.graphs and self.graphs.able and decode == len(chunks) and not self.bank.has_gate(digests):
-                return self.graphs.run_step(tokens, spans, digests)
-            self.bank.begin_step([AdapterRun(len(c.tokens), c.adapter) for c in chunks], heads, decode, spans)
-        return forward_step(tree, self.bank.device, tokens, spans, decode, kept)
+            graphs = self._graphs_for(batch, digests)
+            if graphs is not None:
+                return graphs.run_step(batch.tokens, batch.spans, digests)
+            runs = [AdapterRun(len(chunk.tokens), chunk.adapter) for chunk in chunks]
+            self.pool.begin_step(runs, batch.heads, batch.decode, batch.spans)
+        return forward_step(tree, self.pool.device, batch.tokens, batch.spans, batch.decode, batch.kept)
+
+    def _graphs_for(self, batch: FlatBatch, digests: Sequence[Digest | None]) -> CudaGraphs | None:
+        """CUDA graphs, where all sequences of the step decode and none has DoRA's gate."""
+        if self.graphs is None or not self.graphs.able:
+            return None
+        is_able = batch.decode == len(batch.spans) and not self.pool.has_gate(digests)
+        return self.graphs if is_able else None
+
+
+class FlatBatch(NamedTuple):
+    """The tokens of chunks one behind the other; `kept` are those that get logits.
+
+    The first `decode` chunks are of one generated token each.
+    """
+
+    tokens: list[int]
+    spans: list[kv.KVSpan]
+    heads: list[AdapterRun]
+    kept: list[int]
+    decode: int
+
+
+def _flatten_chunks(chunks: Sequence[Chunk]) -> FlatBatch:
+    decode = sum(chunk.generated > 0 for chunk in chunks)
+    batch = FlatBatch([], [], [], [], decode)
+    for chunk in chunks:
+        start, length, kept = len(batch.tokens), len(chunk.tokens), _count_kept(chunk)
+        batch.spans.append(kv.KVSpan(start, length, chunk.row, chunk.position))
+        batch.tokens.extend(chunk.tokens)
+        batch.heads.append(AdapterRun(kept, chunk.adapter))
+        batch.kept.extend(range(start + length - kept, start + length))
+    return batch
 
 
 def forward_step(
@@ -168,29 +201,28 @@ def forward_step(
     """Runs a tree on the flat tokens of a step: logits [kept, vocabulary]."""
     table = kv.KVTable.make_table(spans, decode, device)
     keep = torch.tensor(kept, dtype=torch.long, device=device)
-    ids = torch.tensor([tokens], device=device)
-    rows = {} if tree.config._attn_implementation == kernels.NAME else {"table": table}
-    out = tree(
-        input_ids=ids, position_ids=table.positions[None], use_cache=False, logits_to_keep=keep, **rows
-    )
-    logits: Tensor = out.logits[0]
+    inputs: dict[str, Any] = {"input_ids": torch.tensor([tokens], device=device)}
+    if tree.config._attn_implementation != kernels.NAME:
+        inputs["table"] = table
+    output = tree(**inputs, position_ids=table.positions[None], use_cache=False, logits_to_keep=keep)
+    logits: Tensor = output.logits[0]
     return logits if len(logits) == len(kept) else logits[keep]  # some models keep them all
 
 
 def _count_kept(chunk: Chunk) -> int:
     """How many of the chunk's tokens need logits."""
-    return len(chunk.tokens) if chunk.request.prompt_logprobs is not None and not chunk.generated else 1
+    has_prompt_logprobs = chunk.request.prompt_logprobs is not None and not chunk.generated
+    return len(chunk.tokens) if has_prompt_logprobs else 1
 
 
 def _prompt_logprobs(chunk: Chunk, logits: Tensor) -> tuple[Token, ...]:
-    """The prompt's tokens that this chunk's logits speak of: the first of all has no log
-    probability, the next follow from them.
+    """The prompt's tokens that follow from this chunk's logits, and the first of all, which has no
+    log probability.
     """
     wanted, prompt = chunk.request.prompt_logprobs, chunk.request.prompt
     if wanted is None or chunk.generated:
         return ()
     first = (Token(prompt[0]),) if chunk.position == 0 else ()
     following = prompt[chunk.position + 1 : chunk.position + 1 + len(chunk.tokens)]
-    return first + tuple(
-        with_logprobs(row, token, wanted) for row, token in zip(logits, following, strict=False)
-    )
+    pairs = zip(logits, following, strict=False)
+    return first + tuple(with_logprobs(row, token, wanted) for row, token in pairs)

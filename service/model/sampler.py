@@ -1,7 +1,7 @@
 """Chooses one token a row from its logits, each row by its own rules, whatever the company.
 
 Random numbers are a function of (seed, index of the token), so a row's choice depends on nothing
-but its own logits. Must not know adapters, rows of KV or text.
+but its own logits. Runs in the worker process; must not know adapters, rows of KV or text.
 """
 
 from __future__ import annotations
@@ -22,10 +22,13 @@ from ..core.sampling import Sampling
 # Top-p looks at this many best tokens first; the whole vocabulary is sorted only when they do not
 # suffice
 NUCLEUS = 256
+NO_TOKEN = -1
 
 
 class SamplingError(Exception):
-    """No token can be chosen for this row; the message says why, `code` whose fault it is."""
+    """No token can be chosen for this row: the message has the reason, `code` the
+    party at fault.
+    """
 
     def __init__(self, message: str, code: ErrorCode = ErrorCode.INTERNAL) -> None:
         super().__init__(message)
@@ -44,7 +47,7 @@ def sampling_error(request: Request) -> SamplingError:
 
 @dataclass
 class SamplingState:
-    """What a request's own past says about its next token."""
+    """A request's own past, as far as it bears on the next token."""
 
     request: Request
     generated: list[int] = field(default_factory=list)
@@ -68,50 +71,39 @@ class Sampler:
 
         Log probabilities are those of the unchanged logits, in float32.
         """
-        plain = [i for i, r in enumerate(requests) if _is_greedy(r.sampling)]
-        best = logits[plain].max(-1) if len(plain) < len(requests) else logits.max(-1)
-        chosen = {
-            i: id if finite else -1
-            for i, id, finite in zip(
-                plain, best.indices.tolist(), best.values.isfinite().tolist(), strict=True
-            )
-        }
-        made: list[Token | SamplingError] = []
+        greedy = _choose_greedy(logits, requests)
+        tokens: list[Token | SamplingError] = []
         for i, request in enumerate(requests):
             try:
-                made.append(self._sample_one(logits[i], request, chosen.get(i)))
-            except SamplingError as unfit:
-                made.append(unfit)
-        self._remember(requests, made)
-        return made
+                tokens.append(self._sample_one(logits[i], request, greedy.get(i)))
+            except SamplingError as error:
+                tokens.append(error)
+        self._remember_tokens(requests, tokens)
+        return tokens
 
     def _sample_one(self, logits: Tensor, request: Request, chosen: int | None) -> Token:
-        if chosen == -1:
+        if chosen == NO_TOKEN:
             raise sampling_error(request)
         if chosen is None:
-            chosen = self._choose_token(
-                logits.float(), self._states.setdefault(request.id, SamplingState(request))
-            )
+            chosen = self._choose_token(logits.float(), self._state_of(request))
         wanted = request.sampling.logprobs
         return Token(chosen) if wanted is None else with_logprobs(logits, chosen, wanted)
 
-    def _remember(self, requests: Sequence[Request], made: Sequence[Token | SamplingError]) -> None:
+    def _state_of(self, request: Request) -> SamplingState:
+        return self._states.setdefault(request.id, SamplingState(request))
+
+    def _remember_tokens(self, requests: Sequence[Request], tokens: Sequence[Token | SamplingError]) -> None:
         """Once all are chosen: where that raised, a step that is run again finds no token consumed."""
-        for request, token in zip(requests, made, strict=True):
+        for request, token in zip(requests, tokens, strict=True):
             if isinstance(token, Token):
-                state = self._states.setdefault(request.id, SamplingState(request))
+                state = self._state_of(request)
                 state.generated.append(token.id)
                 if state.matcher is not None and token.id not in request.eos:
                     state.matcher.consume_token(token.id)
 
     def _choose_token(self, logits: Tensor, state: SamplingState) -> int:
         sampling = state.request.sampling
-        logits = _apply_penalties(logits.clone(), state)
-        if sampling.logit_bias:  # one by one a thousand would take longer than a step
-            ids, values = (
-                torch.tensor(part, device=logits.device) for part in zip(*sampling.logit_bias, strict=True)
-            )
-            logits.index_add_(0, ids, values.to(logits.dtype))
+        logits = _add_bias(_apply_penalties(logits.clone(), state), sampling)
         if len(state.generated) < sampling.min_tokens:
             logits[list(state.request.eos)] = float("-inf")
         if sampling.grammar is not None:
@@ -120,38 +112,65 @@ class Sampler:
             raise sampling_error(state.request)
         if sampling.temperature == 0:
             return int(logits.argmax())
-        return draw_token(probabilities(logits, sampling), _draw_uniform(sampling.seed, len(state.generated)))
+        uniform = _draw_uniform(sampling.seed, len(state.generated))
+        return draw_token(probabilities(logits, sampling), uniform)
 
     def _apply_grammar(self, logits: Tensor, state: SamplingState, grammar: str) -> Tensor:
         """Forbids what the grammar does not allow next; where it is complete only eos is left."""
         if state.matcher is None:
             state.matcher = self._matcher_of(grammar)
         if state.matcher.is_error():
-            told = state.matcher.get_error().partition("\n")[0][:200]
-            raise SamplingError(f"the grammar cannot be followed any further: {told}", ErrorCode.VALIDATION)
+            reason = state.matcher.get_error().partition("\n")[0][:200]
+            raise SamplingError(f"the grammar cannot be followed any further: {reason}", ErrorCode.VALIDATION)
         if state.matcher.is_stopped():
             allowed = torch.zeros(logits.shape[0], dtype=torch.bool)
         else:
-            bits = torch.frombuffer(bytearray(state.matcher.compute_bitmask()), dtype=torch.uint8)
-            allowed = ((bits[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).bool().flatten()
-            allowed = torch.nn.functional.pad(allowed, (0, max(0, logits.shape[0] - len(allowed))))[
-                : logits.shape[0]
-            ]
+            allowed = _unpack_bits(state.matcher.compute_bitmask(), logits.shape[0])
         ends = list(state.request.eos)
         if ends:  # an eos that is also text would end what is not whole
             allowed[ends] = state.matcher.is_stopped() or state.matcher.is_accepting()
         return logits.masked_fill(~allowed.to(logits.device), float("-inf"))
 
 
-def _is_greedy(s: Sampling) -> bool:
+def _unpack_bits(bitmask: bytes, count: int) -> Tensor:
+    """Bool [count], one for each bit from the lowest on; false where the mask has ended."""
+    packed = torch.frombuffer(bytearray(bitmask), dtype=torch.uint8)
+    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
+    allowed = bits.bool().flatten()
+    return torch.nn.functional.pad(allowed, (0, max(0, count - len(allowed))))[:count]
+
+
+def _choose_greedy(logits: Tensor, requests: Sequence[Request]) -> dict[int, int]:
+    """Row: its best token, of the rows that need no more than that; NO_TOKEN where it is not finite."""
+    rows = [i for i, request in enumerate(requests) if _is_greedy(request.sampling)]
+    best = logits[rows].max(-1) if len(rows) < len(requests) else logits.max(-1)
+    tokens = best.indices.tolist()
+    is_finite = best.values.isfinite().tolist()
+    return {
+        row: token if finite else NO_TOKEN for row, token, finite in zip(rows, tokens, is_finite, strict=True)
+    }
+
+
+def _is_greedy(sampling: Sampling) -> bool:
     """Greedy with nothing that changes the logits."""
-    untouched = (
-        s.repetition_penalty == 1
-        and s.frequency_penalty == 0
-        and s.presence_penalty == 0
-        and not s.logit_bias
+    changes = (
+        sampling.repetition_penalty != 1,
+        sampling.frequency_penalty != 0,
+        sampling.presence_penalty != 0,
+        sampling.logit_bias,
+        sampling.grammar is not None,
+        sampling.min_tokens != 0,
     )
-    return s.temperature == 0 and untouched and s.grammar is None and s.min_tokens == 0
+    return sampling.temperature == 0 and not any(changes)
+
+
+def _add_bias(logits: Tensor, sampling: Sampling) -> Tensor:
+    """In place and all at once: one by one a thousand would take longer than a step."""
+    if sampling.logit_bias:
+        parts = zip(*sampling.logit_bias, strict=True)
+        ids, values = (torch.tensor(part, device=logits.device) for part in parts)
+        logits.index_add_(0, ids, values.to(logits.dtype))
+    return logits
 
 
 def _draw_uniform(seed: int, index: int) -> float:
@@ -164,23 +183,21 @@ def _apply_penalties(logits: Tensor, state: SamplingState) -> Tensor:
     """
     sampling = state.request.sampling
     if sampling.repetition_penalty != 1:
-        seen = torch.tensor(sorted({*state.request.prompt, *state.generated}), device=logits.device)
-        scores = logits[seen]
-        logits[seen] = torch.where(
-            scores < 0, scores * sampling.repetition_penalty, scores / sampling.repetition_penalty
-        )
+        known = torch.tensor(sorted({*state.request.prompt, *state.generated}), device=logits.device)
+        scores, penalty = logits[known], sampling.repetition_penalty
+        logits[known] = torch.where(scores < 0, scores * penalty, scores / penalty)
     if state.generated and (sampling.frequency_penalty or sampling.presence_penalty):
         counts = Counter(state.generated)
-        seen = torch.tensor(list(counts), device=logits.device)
-        many = torch.tensor(list(counts.values()), device=logits.device, dtype=logits.dtype)
-        logits[seen] -= sampling.frequency_penalty * many + sampling.presence_penalty
+        ids = torch.tensor(list(counts), device=logits.device)
+        times = torch.tensor(list(counts.values()), device=logits.device, dtype=logits.dtype)
+        logits[ids] -= sampling.frequency_penalty * times + sampling.presence_penalty
     return logits
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Temperature, then top-k, top-p, min-p and typical-p, in transformers' order:
+    """Temperature, then top-k, top-p, min-p and typical-p, in transformers' order.
 
-    [vocabulary] → probabilities [vocabulary].
+    Logits [vocabulary] → probabilities [vocabulary].
     """
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[0]:

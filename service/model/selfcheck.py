@@ -1,5 +1,5 @@
-"""The proof, before anything is served, that what will run gives the model's own logits: instead of
-a list of architectures.
+"""Proves in the worker process, before anything is served, that what will run gives the model's own
+logits: instead of a list of architectures.
 
 The architecture is proven on a small random model of the base's config in float32, where right and
 wrong are a factor of a thousand apart. The base itself runs in too few bits for that: a wrong mask
@@ -28,6 +28,9 @@ from .small_model import SHORT, small_model, thresholds
 
 log = logging.getLogger(__name__)
 
+GRAPHS_DIFFER = "graphs: off; the logits of the step that was tried differ from the model's own by %.2g"
+ROUGH_ONLY = "proof: rough; no small model of the base could be made to prove it by: %s"
+
 PROBE = 24  # tokens
 # Relative, of float32 logits that were computed in another order: over 93 architectures at most
 # 8.5e-7
@@ -37,7 +40,7 @@ ROUGH = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.1}
 # Relative, of the median token in bfloat16: 0.012 is usual; where a router is tipped over, a few
 # are far off
 KERNELS = 0.05
-SEEDS = (0, 1)  # a router of the first may sit on a tie
+SEEDS = (0, 1)  # a router of the first model may sit on a tie
 RANK = 8  # of the small model's pool
 
 # Row, first token, behind the last one; those that decode come first
@@ -64,30 +67,28 @@ def prove_architecture(model: Any, attention: Sequence[kv.AttentionSpec], contex
     error = 0.0
     for seed in SEEDS:
         try:
-            made = _small(model, attention, context, seed)
-        except Exception as reason:  # whatever the class makes of a config that its author never tried
-            log.warning(
-                "proof: rough; no small model of the base could be made to prove it by: %s",
-                _first_line(reason),
-            )
+            reference = _make_reference(model, attention, context, seed)
+        except Exception as cause:  # whatever the class makes of a config that its author never tried
+            log.warning(ROUGH_ONLY, _first_line(cause))
             return False
-        error = _served_error(*made, context)
+        error = _served_error(*reference, context)
         if error < EXACT:
             return True
-    why = f"its logits through the row attention differ from its own by {error:.2g}, in a small model"
-    raise kv.refuse_base(model, why + _shorter(model, attention, context))
+    reason = f"its logits through the row attention differ from its own by {error:.2g}, in a small model"
+    raise kv.refuse_base(model, reason + _hint_at_context(model, attention, context))
 
 
-def _shorter(model: Any, attention: Sequence[kv.AttentionSpec], context: int) -> str:
+def _hint_at_context(model: Any, attention: Sequence[kv.AttentionSpec], context: int) -> str:
     """The largest context in which the model is right after all, for the end of a sentence."""
     for limit in sorted(thresholds(model.config, context, PROBE), reverse=True):
         with suppress(Exception):  # a hint is worth no trace
-            if _served_error(*_small(model, attention, limit, SEEDS[0]), limit) < EXACT:
+            reference = _make_reference(model, attention, limit, SEEDS[0])
+            if _served_error(*reference, limit) < EXACT:
                 return f"; with ADAPTERD_MAX_CONTEXT of at most {limit} it is"
     return ""
 
 
-def _small(
+def _make_reference(
     model: Any, attention: Sequence[kv.AttentionSpec], context: int, seed: int
 ) -> tuple[Any, Sequence[kv.AttentionSpec], Sequence[Tensor]]:
     """A small model, its attention layers, its own logits.
@@ -96,59 +97,56 @@ def _small(
     """
     small = small_model(model, context, PROBE, seed)
     expected = [plain_logits(small, ids) for ids in _probes(small)]
-    seen = kv.probe_attention(small)
-    _same_kinds(model, attention, small, seen, context)
-    return small, seen, expected
+    specs = kv.probe_attention(small)
+    _check_layer_kinds(model, small)
+    _check_attention_kinds(attention, specs, context)
+    return small, specs, expected
 
 
-def _same_kinds(
-    model: nn.Module,
-    attention: Sequence[kv.AttentionSpec],
-    small: nn.Module,
-    seen: Sequence[kv.AttentionSpec],
-    context: int,
+def _check_layer_kinds(model: nn.Module, small: nn.Module) -> None:
+    """Raises ValueError where the base has layers that the small model lacks."""
+    lacking = _class_names(model) - _class_names(small)
+    for module in model.modules():
+        if type(module).__module__.startswith("bitsandbytes"):
+            lacking.discard(type(module).__name__)
+    if lacking:
+        raise ValueError(f"it lacks {min(lacking)}")
+
+
+def _class_names(model: nn.Module) -> set[str]:
+    return {type(module).__name__ for module in model.modules()}
+
+
+def _check_attention_kinds(
+    attention: Sequence[kv.AttentionSpec], small: Sequence[kv.AttentionSpec], context: int
 ) -> None:
-    """Raises ValueError where the base has layers or a way to attend that the small model lacks."""
+    """Raises ValueError where the base has a way to attend that the small model lacks."""
 
-    def attends(one: kv.AttentionSpec) -> tuple[Any, ...]:
-        return (
-            type(one.layer).__name__,
-            *(0 < limit < context for limit in (one.window, one.chunk)),
-            one.softcap > 0,
-        )
+    def kind_of(spec: kv.AttentionSpec) -> str:
+        limits = (0 < limit < context for limit in (spec.window, spec.chunk))
+        return str((type(spec.layer).__name__, *limits, spec.softcap > 0))
 
-    quantized = {
-        type(module).__name__
-        for module in model.modules()
-        if type(module).__module__.startswith("bitsandbytes")
-    }
-    kinds = {type(module).__name__ for module in model.modules()} - {
-        type(module).__name__ for module in small.modules()
-    }
-    if lacking := sorted(kinds - quantized) or sorted(
-        map(str, set(map(attends, attention)) - set(map(attends, seen)))
-    ):
-        raise ValueError(f"it lacks {lacking[0]}")
+    if lacking := set(map(kind_of, attention)) - set(map(kind_of, small)):
+        raise ValueError(f"it lacks {min(lacking)}")
 
 
 def _served_error(
-    small: Any, seen: Sequence[kv.AttentionSpec], expected: Sequence[Tensor], context: int
+    small: Any, attention: Sequence[kv.AttentionSpec], expected: Sequence[Tensor], context: int
 ) -> float:
     """How far the logits of two sequences that share steps are from their own."""
     rope.fix_frequencies(small, context)
-    kv.allocate_rows(seen, len(expected), PROBE, torch.float32, small.device)
-    bank = LoraPool(small, RANK, torch.float32, small.device)
+    kv.allocate_rows(attention, len(expected), PROBE, torch.float32, small.device)
+    pool = LoraPool(small, RANK, torch.float32, small.device)
     try:
-        return max(map(_relative_error, _through_rows(bank.tree, BESIDE, bank), expected))
+        return max(map(_relative_error, _through_rows(pool.tree, BESIDE, pool), expected))
     except RuntimeError as error:
         raise kv.refuse_base(small, f"a step raises {type(error).__name__}: {_first_line(error)}") from error
 
 
 def plain_logits(model: Any, ids: Sequence[int] | None = None) -> Tensor:
-    """What the model itself makes of the probe by transformers' eager attention: logits [PROBE,
-    vocabulary].
+    """The model's own logits of the probe by transformers' eager attention: [PROBE, vocabulary].
 
-    That alone knows all that a model may want: transformers' default leaves Gemma 2's cap out in
+    That attention alone knows all that a model may want: transformers' default leaves Gemma 2's cap out in
     some releases. Raises SettingsError where the model has none.
     """
     before = model.config._attn_implementation
@@ -188,31 +186,29 @@ def prove_roughly(model: Any, logits: Tensor) -> None:
         )
 
 
-def kernels_differ(bank: LoraPool, expected: Tensor) -> str:
-    """Why the bank's kernels are not to be used, beside the torch path's logits of the probe; empty
+def kernels_differ(pool: LoraPool, expected: Tensor) -> str:
+    """Why the pool's kernels are not to be used, beside the torch path's logits of the probe; empty
     where they agree.
     """
     try:
-        (logits,) = _through_rows(bank.tree, ALONE, bank)
+        (logits,) = _through_rows(pool.tree, ALONE, pool)
     except RuntimeError as error:
         return f"they raise: {_first_line(error)}"
-    apart = float(((logits - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
-    return (
-        "" if apart < KERNELS else f"the logits of the step that was tried differ from torch's by {apart:.2g}"
-    )
+    distances = (logits - expected).norm(dim=-1) / expected.norm(dim=-1)
+    median = float(distances.median())
+    if median < KERNELS:
+        return ""
+    return f"the logits of the step that was tried differ from torch's by {median:.2g}"
 
 
 def check_graphs(
-    bank: LoraPool, attention: Sequence[kv.AttentionSpec], graphs: CudaGraphs, expected: Tensor
+    pool: LoraPool, attention: Sequence[kv.AttentionSpec], graphs: CudaGraphs, expected: Tensor
 ) -> bool:
     """Whether the probe's last token gets the same logits by CUDA graphs; the log says why not."""
-    for logits in _try_graphs(graphs, attention, _probes(bank.tree)[0][-1]):
+    for logits in _try_graphs(graphs, attention, _probes(pool.tree)[0][-1]):
         error = _relative_error(logits, expected[-1:])
-        if not (graphs.able and error < ROUGH[bank.dtype]):
-            log.warning(
-                "graphs: off; the logits of the step that was tried differ from the model's own by %.2g",
-                error,
-            )
+        if not (graphs.able and error < ROUGH[pool.dtype]):
+            log.warning(GRAPHS_DIFFER, error)
             return False
     return True
 
@@ -228,36 +224,45 @@ def _try_graphs(graphs: CudaGraphs, attention: Sequence[kv.AttentionSpec], token
             yield graphs.run_step([token], [kv.KVSpan(0, 1, row, PROBE - 1)], [None])
 
 
-def _through_rows(tree: Any, steps: Sequence[Step], bank: LoraPool | None = None) -> list[Tensor]:
-    """The probes' logits by the row attention, one sequence a row; of a bank's tree, through its
+def _through_rows(tree: Any, steps: Sequence[Step], pool: LoraPool | None = None) -> list[Tensor]:
+    """The probes' logits by the row attention, one sequence a row; of a pool's tree, through its
     layers, with no adapter.
     """
-    probes, told = _probes(tree), dict[int, list[Tensor]]()
+    probes = _probes(tree)
+    parts: dict[int, list[Tensor]] = {}
     for step in steps:
         lengths = [stop - start for _, start, stop in step]
-        spans = [
-            kv.KVSpan(sum(lengths[:i]), lengths[i], row, start) for i, (row, start, _) in enumerate(step)
-        ]
+        spans = _spans_of(step)
         decode = sum(stop == PROBE for _, _, stop in step)
-        if bank is not None:
-            bank.begin_step([AdapterRun(length, None) for length in lengths], [], decode, spans)
+        if pool is not None:
+            pool.begin_step([AdapterRun(length, None) for length in lengths], [], decode, spans)
         tokens = [token for row, start, stop in step for token in probes[row][start:stop]]
-        made = forward_step(tree, tree.device, tokens, spans, decode, range(len(tokens))).float()
-        for (row, _, _), logits in zip(step, torch.split(made, lengths), strict=True):
-            told.setdefault(row, []).append(logits)
-    return [torch.cat(told[row]) for row in sorted(told)]
+        logits = forward_step(tree, tree.device, tokens, spans, decode, range(len(tokens))).float()
+        for span, part in zip(spans, torch.split(logits, lengths), strict=True):
+            parts.setdefault(span.row, []).append(part)
+    return [torch.cat(parts[row]) for row in sorted(parts)]
+
+
+def _spans_of(step: Step) -> list[kv.KVSpan]:
+    spans: list[kv.KVSpan] = []
+    offset = 0
+    for row, start, stop in step:
+        spans.append(kv.KVSpan(offset, stop - start, row, start))
+        offset += stop - start
+    return spans
 
 
 def _probes(model: Any) -> list[list[int]]:
     """The tokens of two sequences."""
     vocabulary: int = model.config.get_text_config().vocab_size
-    return [[(first + step * i) % vocabulary for i in range(PROBE)] for first, step in ((7, 11), (5, 13))]
+    strides = (7, 11), (5, 13)
+    return [[(first + stride * i) % vocabulary for i in range(PROBE)] for first, stride in strides]
 
 
 def _relative_error(logits: Tensor, expected: Tensor) -> float:
-    """The relative distance."""
     return float((logits.float() - expected).norm() / expected.norm())
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    lines = str(error).splitlines()
+    return lines[0][:200] if lines else type(error).__name__

@@ -1,7 +1,7 @@
 """A small random model of a base's own class and config: the same kinds of layers, every threshold
 within a few tokens.
 
-Must not know settings, adapters or requests.
+Runs in the worker process; must not know settings, adapters or requests.
 """
 
 from __future__ import annotations
@@ -14,12 +14,21 @@ from typing import Any
 import torch
 from torch import nn
 
-# In their own order; where a kind of layer first comes later, one layer of each kind
+# The first layers are kept; where a kind of layer first comes behind these, one layer of each kind
 MOST_LAYERS = 8
 MOST_PARAMETERS = 150_000_000  # a config of which nothing could be shrunk is not to fill the memory
 HEADS, EXPERTS, EXPERTS_PER_TOKEN = 4, 8, 2
+EXPERT_CHOICES = {
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "top_k_experts",
+    "n_group",
+    "num_expert_group",
+    "zero_expert_num",
+}
 INTERMEDIATE, VOCABULARY, LORA_RANK = 128, 512, 64
-SHORT = 8  # what becomes of a threshold that the served context exceeds
+SHORT = 8  # stands for a threshold that the served context exceeds
 
 # Fields that speak of layers without being lists of one entry a layer.
 FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers", "max_window_layers")
@@ -53,15 +62,20 @@ def small_model(model: Any, context: int, probe: int, seed: int) -> Any:
     """
     config = shrink_config(model.config, context, probe)
     make: Callable[..., Any] = type(model)._from_config
-    with torch.device("meta"):
-        size = sum(weight.numel() for weight in make(copy.deepcopy(config), dtype=torch.float32).parameters())
-    if size > MOST_PARAMETERS:
-        raise ValueError(f"the smallest has {size} parameters")
+    _check_size(make, copy.deepcopy(config))
     with torch.random.fork_rng(devices=[]):
         small = make(config, dtype=torch.float32, attn_implementation="eager").eval().requires_grad_(False)
         torch.manual_seed(seed)
         stir_weights(small)
     return small
+
+
+def _check_size(make: Callable[..., Any], config: Any) -> None:
+    with torch.device("meta"):
+        weights = make(config, dtype=torch.float32).parameters()
+        size = sum(weight.numel() for weight in weights)
+    if size > MOST_PARAMETERS:
+        raise ValueError(f"the smallest has {size} parameters")
 
 
 def stir_weights(model: nn.Module) -> None:
@@ -72,23 +86,25 @@ def stir_weights(model: nn.Module) -> None:
         if weight.dim() > 1:
             weight.normal_(0, weight.shape[-1] ** -0.5)
         else:
-            weight.mul_(torch.empty_like(weight).uniform_(0.5, 1.5)).add_(
-                torch.empty_like(weight).uniform_(-0.3, 0.3)
-            )
+            factor = torch.empty_like(weight).uniform_(0.5, 1.5)
+            offset = torch.empty_like(weight).uniform_(-0.3, 0.3)
+            weight.mul_(factor).add_(offset)
 
 
 def shrink_config(config: Any, context: int, probe: int) -> Any:
     """A copy with few layers, heads, experts and words.
 
-    Sizes of a head stay, for rotary parameters speak of them. A threshold (window, chunk, original context) within
-    `context` becomes one within the probe; one that no served sequence passes stays as far away.
+    Sizes of a head stay, for rotary parameters speak of them. A threshold (window, chunk, original
+    context) within `context` becomes one within the probe; one that no served sequence passes stays
+    as far away.
     """
     small = copy.deepcopy(config)
     if getattr(small, "quantization_config", None) is not None:
         del small.quantization_config
     for name in small.sub_configs:
-        if getattr(small, name, None) is not None:
-            setattr(small, name, shrink_config(getattr(small, name), context, probe))
+        part = getattr(small, name, None)
+        if part is not None:
+            setattr(small, name, shrink_config(part, context, probe))
     _shrink_depth(small)
     _shrink_width(small)
     for name, value in _fields(small):
@@ -98,11 +114,9 @@ def shrink_config(config: Any, context: int, probe: int) -> Any:
 
 def _fields(config: Any) -> list[tuple[str, Any]]:
     skipped = {"attribute_map", *config.sub_configs}
-    return [
-        (name, value)
-        for name, value in vars(config).items()
-        if not name.startswith("_") and name not in skipped
-    ]
+    values = vars(config)
+    names = [name for name in values if not name.startswith("_") and name not in skipped]
+    return [(name, values[name]) for name in names]
 
 
 def _shrink_depth(config: Any) -> None:
@@ -112,15 +126,21 @@ def _shrink_depth(config: Any) -> None:
         return
     kept = _kept_layers(config, count)
     for name, value in _fields(config):
-        if isinstance(value, list | tuple) and len(value) == count and name not in LAYER_NUMBERS:
-            setattr(config, name, [value[i] for i in kept])
-        elif name in FIRST_LAYERS and value is not None:
-            setattr(config, name, sum(i < value for i in kept))
-        elif name in LAST_LAYERS and value:
-            setattr(config, name, sum(i >= count - value for i in kept))
-        elif name in LAYER_NUMBERS and value:
-            setattr(config, name, [kept.index(i) for i in value if i in kept])
+        setattr(config, name, _keep_layers(name, value, kept, count))
     config.num_hidden_layers = len(kept)
+
+
+def _keep_layers(name: str, value: Any, kept: Sequence[int], count: int) -> Any:
+    """A field's value for the kept layers of `count`."""
+    if name in LAYER_NUMBERS:
+        return [kept.index(i) for i in value if i in kept] if value else value
+    if isinstance(value, list | tuple) and len(value) == count:
+        return [value[i] for i in kept]
+    if name in FIRST_LAYERS and value is not None:
+        return sum(i < value for i in kept)
+    if name in LAST_LAYERS and value:
+        return sum(i >= count - value for i in kept)
+    return value
 
 
 def _kept_layers(config: Any, count: int) -> Sequence[int]:
@@ -128,7 +148,9 @@ def _kept_layers(config: Any, count: int) -> Sequence[int]:
     for i in range(count):
         first.setdefault(tuple(_layer_kind(config, i, count)), i)
     last = max(first.values(), default=0)
-    return range(min(count, max(2, last + 1))) if last < MOST_LAYERS else sorted(first.values())
+    if last >= MOST_LAYERS:
+        return sorted(first.values())
+    return range(min(count, max(2, last + 1)))
 
 
 def _layer_kind(config: Any, i: int, count: int) -> list[Any]:
@@ -149,10 +171,9 @@ def _layer_kind(config: Any, i: int, count: int) -> list[Any]:
 
 
 def _shrink_width(config: Any) -> None:
-    """Fewer heads, in groups as before where they share keys, and the hidden size that goes with
-    them.
-    """
-    heads, hidden = getattr(config, "num_attention_heads", None), getattr(config, "hidden_size", None)
+    """Fewer heads, in groups as before where they share keys, and the hidden size of so many."""
+    heads = getattr(config, "num_attention_heads", None)
+    hidden = getattr(config, "hidden_size", None)
     if not isinstance(heads, int) or not isinstance(hidden, int):
         return
     kv = getattr(config, "num_key_value_heads", None) or heads
@@ -205,14 +226,6 @@ def _most(name: str) -> float:
         return LORA_RANK
     if "topk_group" in name:
         return 1
-    if "per_tok" in name or name in (
-        "moe_topk",
-        "moe_top_k",
-        "moe_k",
-        "top_k_experts",
-        "n_group",
-        "num_expert_group",
-        "zero_expert_num",
-    ):
+    if "per_tok" in name or name in EXPERT_CHOICES:
         return EXPERTS_PER_TOKEN
     return EXPERTS if "experts" in name else float("inf")

@@ -24,7 +24,7 @@ from .adapter_mirror import AdapterMirror
 from .supervisor import Supervisor, WorkerState
 from .ticket import Ticket
 
-FACTORY = "service.model.build:build"
+FACTORY = "service.model.build:build_runner"
 CLOSING = "the service is shutting down"
 
 

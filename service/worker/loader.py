@@ -15,6 +15,7 @@ from multiprocessing import Pipe
 from queue import SimpleQueue
 
 from ..core.adapter import Adapter
+from ..core.defaults import READ_S, SLOWEST_DISK_BYTES_PER_S
 from ..core.error_codes import ErrorCode
 from ..core.messages import Load
 from ..engine.plan import Runner
@@ -22,9 +23,6 @@ from ..errors import AdapterdError, AdapterInvalid, Internal, Overloaded
 from . import memory
 
 log = logging.getLogger(__name__)
-
-READ_S = 60.0
-BYTES_PER_S = 20e6  # the slowest disk that is waited for
 
 
 class Loader:
@@ -43,7 +41,7 @@ class Loader:
         threading.Thread(target=self._read_forever, name="loader", daemon=True).start()
 
     def read_adapter(self, adapter: Adapter) -> None:
-        self.deadline = time.monotonic() + self._slow_s + READ_S + adapter.size / BYTES_PER_S
+        self.deadline = time.monotonic() + self._slow_s + READ_S + adapter.size / SLOWEST_DISK_BYTES_PER_S
         self._todo.put(adapter)
 
     def take_result(self) -> tuple[Load, ErrorCode | None]:

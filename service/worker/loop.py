@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection, wait
 from ..child_process import be_the_first_to_go, die_with_parent
 from ..core.adapter import Digest, Placement, Tier
 from ..core.base_info import BaseInfo
+from ..core.defaults import defaults_of
 from ..core.error_codes import ErrorCode
 from ..core.messages import (
     AddAdapter,
@@ -54,8 +55,6 @@ NOTHING = Plan()
 HEARTBEAT_S = 2.0
 # Exit code: two steps in a row raised in all their parts, so the device is not to be trusted
 RAISED_TWICE = 70
-PREFILL = {"cpu": 512}
-PREFILL_ELSEWHERE = 4096
 UNRUNNABLE = "this base cannot run this adapter: its step raised {}"
 TRIAL = -1  # the id of a request that no client made
 
@@ -322,7 +321,7 @@ def make_scheduler(base: BaseInfo, settings: Settings) -> Scheduler:
         rows=base.rows,
         context=base.context,
         pool_rank=base.pool_rank,
-        prefill_tokens=settings.prefill_tokens or PREFILL.get(base.device, PREFILL_ELSEWHERE),
+        prefill_tokens=settings.prefill_tokens or defaults_of(base.device).prefill_tokens,
         host_bytes=settings.host_cache_mb * 10**6,
     )
 

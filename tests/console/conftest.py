@@ -19,7 +19,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, sync_playwright
 
-from service.catalog.ids import DEMO_BASE
+from service.core.defaults import DEMO_BASE
 from tests import making
 
 ROOT = Path(__file__).parents[2]

@@ -1,1 +1,1 @@
-"""Tests of the muscle."""
+"""Tests of service/model."""

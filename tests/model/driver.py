@@ -1,4 +1,4 @@
-"""Drives the real runner by hand, without a scheduler: places adapters, prefills in chunks, decodes
+"""Drives the real model runner by hand, without a scheduler: places adapters, prefills in chunks, decodes
 all running rows together.
 """
 
@@ -21,23 +21,26 @@ from tests import making
 def plan_of(folder: Path, base: Path) -> Adapter:
     """The worker's view of a LoRA folder, read off PEFT's own layers."""
     model: Any = making.served(base, folder)
-    patches = tuple(
-        LoraLayerSpec(
-            name.removeprefix("base_model.model."),
-            module.r["default"],
-            module.scaling["default"],
-            f"{name}.lora_A.weight",
-            f"{name}.lora_B.weight",
-            f"{name}.lora_magnitude_vector" if module.use_dora["default"] else None,
-        )
+    specs = tuple(
+        spec_of(name, module)
         for name, module in model.named_modules()
         if hasattr(module, "lora_A") and module.lora_A
     )
-    config, weights = folder / making.CONFIG, folder / making.WEIGHTS
-    rank = max(p.rank for p in patches)
+    config, weights = str(folder / making.CONFIG), folder / making.WEIGHTS
+    rank = max(spec.rank for spec in specs)
     files, size = read_manifest(folder), weights.stat().st_size
-    return Adapter(
-        compute_digest(files), str(config), str(weights), ExecutionPath.POOL, rank, size, patches, files=files
+    digest = compute_digest(files)
+    return Adapter(digest, config, str(weights), ExecutionPath.POOL, rank, size, specs, files=files)
+
+
+def spec_of(name: str, module: Any) -> LoraLayerSpec:
+    return LoraLayerSpec(
+        name.removeprefix("base_model.model."),
+        module.r["default"],
+        module.scaling["default"],
+        f"{name}.lora_A.weight",
+        f"{name}.lora_B.weight",
+        f"{name}.lora_magnitude_vector" if module.use_dora["default"] else None,
     )
 
 
@@ -61,13 +64,14 @@ class Job:
         return [token.id for token in self.tokens]
 
 
-class Driver:
+class RunnerDriver:
     """Runs jobs together; each enters when a row is free and its turn has come, and leaves when it
     has its tokens.
     """
 
     def __init__(self, runner: ModelRunner, rows: int) -> None:
         self.runner, self.rows, self.at, self.count = runner, rows, 0, 0
+        self.requests: dict[int, Request] = {}
 
     def place(self, adapter: Adapter, start: int | None = None) -> None:
         at = self.at if start is None else start
@@ -81,33 +85,31 @@ class Driver:
     def run(self, jobs: Sequence[Job], chunk: int = 7) -> None:
         waiting, free = list(jobs), list(range(self.rows))
         running: list[Job] = []
-        requests: dict[int, Request] = {}
         while waiting or running:
             if waiting and free:  # one enters a step, so that they join at different times
-                job = waiting.pop(0)
-                job.row = free.pop(0)
-                self.count += 1
-                requests[id(job)] = Request(
-                    self.count,
-                    tuple(job.prompt),
-                    job.n,
-                    job.adapter,
-                    job.sampling,
-                    prompt_logprobs=job.prompt_logprobs,
-                )
-                running.append(job)
-            running.sort(key=lambda j: j.done < len(j.prompt))
-            chunks = [self._chunk(job, requests[id(job)], chunk) for job in running]
-            for job, made, result in zip(
-                running, chunks, self.runner.run_step(Plan(chunks=tuple(chunks))), strict=True
-            ):
-                job.done += len(made.tokens)
-                job.prompt_tokens += result.prompt
-                job.tokens += [result.token] if result.token else []
-            for job in [j for j in running if len(j.tokens) == j.n]:
+                running.append(self._enter(waiting.pop(0), free.pop(0)))
+            running.sort(key=lambda job: job.done < len(job.prompt))
+            self._step(running, chunk)
+            for job in [job for job in running if len(job.tokens) == job.n]:
                 running.remove(job)
                 free.append(job.row)
-                self.runner.finish_request(requests[id(job)].id)
+                self.runner.finish_request(self.requests.pop(id(job)).id)
+
+    def _enter(self, job: Job, row: int) -> Job:
+        job.row = row
+        self.count += 1
+        prompt, scored = tuple(job.prompt), job.prompt_logprobs
+        request = Request(self.count, prompt, job.n, job.adapter, job.sampling, prompt_logprobs=scored)
+        self.requests[id(job)] = request
+        return job
+
+    def _step(self, running: Sequence[Job], size: int) -> None:
+        chunks = [self._chunk(job, self.requests[id(job)], size) for job in running]
+        results = self.runner.run_step(Plan(chunks=tuple(chunks)))
+        for job, chunk, result in zip(running, chunks, results, strict=True):
+            job.done += len(chunk.tokens)
+            job.prompt_tokens += result.prompt
+            job.tokens += [result.token] if result.token else []
 
     @staticmethod
     def _chunk(job: Job, request: Request, size: int) -> Chunk:

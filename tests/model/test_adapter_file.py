@@ -12,7 +12,7 @@ from service.errors import AdapterInvalid
 from service.model.adapter_file import read_files
 from tests import making
 
-from .test_peft_fallback import shadow_plan
+from .test_peft_fallback import fallback_plan
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_unchanged_files_give_their_tensors(folder: Path) -> None:
-    config, found = read_files(shadow_plan(folder))
+    config, found = read_files(fallback_plan(folder))
     assert config == (folder / making.CONFIG).read_bytes()
     assert found.keys() == making.tensors(folder).keys()
     assert all(torch.equal(tensor, making.tensors(folder)[name]) for name, tensor in found.items())
@@ -29,7 +29,7 @@ def test_unchanged_files_give_their_tensors(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", [making.CONFIG, making.WEIGHTS])
 def test_files_that_changed_on_disk_are_refused(folder: Path, name: str) -> None:
-    plan = shadow_plan(folder)
+    plan = fallback_plan(folder)
     data = bytearray((folder / name).read_bytes())
     data[-2] ^= 1
     (folder / name).write_bytes(data)
@@ -39,4 +39,4 @@ def test_files_that_changed_on_disk_are_refused(folder: Path, name: str) -> None
 
 def test_files_that_are_gone_are_refused(folder: Path) -> None:
     with pytest.raises(AdapterInvalid, match="cannot be read any more"):
-        read_files(replace(shadow_plan(folder), weights=str(folder / "none")))
+        read_files(replace(fallback_plan(folder), weights=str(folder / "none")))

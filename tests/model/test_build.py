@@ -1,4 +1,4 @@
-"""What a start makes once: grammar matchers, of which every request gets one of its own."""
+"""Grammar matchers: a start compiles each grammar once, and every request gets one of its own."""
 
 from __future__ import annotations
 

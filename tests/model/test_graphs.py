@@ -1,5 +1,5 @@
-"""The GPU's way of a step, on a GPU that is only pretended: its words are PEFT's, its copies are
-awaited, its recordings are true.
+"""A step on a GPU that is only pretended: its words are PEFT's, its copies are awaited, its recordings
+are true.
 
 Where a real one is, the same tests run on that.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import weakref
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ import torch
 from peft import IA3Config
 from transformers import AttentionInterface
 
-from service.core.adapter import Placement
-from service.core.request import Request
+from service.core.adapter import Adapter, Placement
+from service.core.request import Request, Token
 from service.core.sampling import Sampling
 from service.engine.plan import Chunk, Plan
 from service.errors import SettingsError
@@ -28,9 +29,9 @@ from service.model.runner import ModelRunner
 from service.settings import Settings
 from tests import making, pretended
 
-from .driver import Driver, Job, plan_of
-from .test_parity import FAMILIES, random_base
-from .test_peft_fallback import shadow_plan
+from .driver import Job, RunnerDriver, plan_of
+from .test_parity import FAMILIES, Folders, random_base
+from .test_peft_fallback import fallback_plan
 
 SHAPES: list[dict[str, Any]] = [
     {"targets": ("q_proj", "k_proj", "v_proj", "o_proj"), "r": 16, "alpha": 32},
@@ -41,13 +42,14 @@ SHAPES: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def house(tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     """TINY and one adapter of it of each shape; None is the base."""
     root = tmp_path_factory.mktemp("graphs")
     base = making.tiny(root / "base", tie_word_embeddings=True)
-    return {None: base} | {
-        f"a{i}": making.noise(root / f"a{i}", base, 300 + i, **shape) for i, shape in enumerate(SHAPES)
-    }
+    folders: Folders = {None: base}
+    for i, shape in enumerate(SHAPES):
+        folders[f"a{i}"] = making.noise(root / f"a{i}", base, 300 + i, **shape)
+    return folders
 
 
 def device() -> Any:
@@ -56,45 +58,42 @@ def device() -> Any:
 
 def runner_on(base: Path, **settings: Any) -> ModelRunner:
     plain = {"device": "cuda", "dtype": "float32", "quantization": "none", "max_rows": 8, "max_context": 512}
-    made, _ = build_runner(
-        Settings.model_validate(plain | {"base": str(base)} | settings), lambda stage, fraction: None
-    )
-    return made
+    chosen = Settings.model_validate(plain | {"base": str(base)} | settings)
+    return build_runner(chosen, lambda stage, fraction: None)[0]
 
 
-def ask(
-    house: dict[str | None, Path], *names: str | None, count: int = 10
-) -> list[tuple[str | None, Job, list[int]]]:
+def ask(folders: Folders, *names: str | None, count: int = 10) -> list[tuple[str | None, Job, list[int]]]:
     """Name, job, and what PEFT says, of so many jobs of different lengths, by turns of these."""
     source = random.Random(11)
     asked = []
     for i in range(count):
         name = names[i % len(names)]
         prompt = [source.randrange(3, 250) for _ in range(source.choice((1, 4, 9, 40)))]
-        adapter = plan_of(house[name], house[None]).digest if name else None
+        adapter = plan_of(folders[name], folders[None]).digest if name else None
         job = Job(prompt, source.choice((3, 12, 17, 24, 40)), adapter)
-        asked.append((name, job, making.greedy(house[None], house[name] if name else None, prompt, job.n)))
+        folder = folders[name] if name else None
+        asked.append((name, job, making.greedy(folders[None], folder, prompt, job.n)))
     return asked
 
 
 def answered(
-    house: dict[str | None, Path], asked: list[tuple[str | None, Job, list[int]]], **settings: Any
+    folders: Folders, asked: list[tuple[str | None, Job, list[int]]], **settings: Any
 ) -> ModelRunner:
     """A runner with all adapters resident that has answered all this as PEFT does."""
-    runner = runner_on(house[None], **settings)
-    driver = Driver(runner, 8)
-    for name, folder in house.items():
+    runner = runner_on(folders[None], **settings)
+    driver = RunnerDriver(runner, 8)
+    for name, folder in folders.items():
         if name:
-            driver.place(plan_of(folder, house[None]))
+            driver.place(plan_of(folder, folders[None]))
     driver.run([job for _, job, _ in asked], chunk=64)
     assert [name for name, job, want in asked if job.ids != want] == []
     return runner
 
 
-def test_recorded_steps_say_what_peft_says_whoever_comes_and_goes(house: dict[str | None, Path]) -> None:
-    asked = ask(house, None, "a0", "a1", "a3", count=40)
+def test_recorded_steps_say_what_peft_says_whoever_comes_and_goes(folders: Folders) -> None:
+    asked = ask(folders, None, "a0", "a1", "a3", count=40)
     with device():
-        runner = answered(house, asked, compile="on")
+        runner = answered(folders, asked, compile="on")
         assert runner.graphs is not None
         assert runner.graphs.able
         shapes = list(runner.graphs._recorded)
@@ -103,19 +102,19 @@ def test_recorded_steps_say_what_peft_says_whoever_comes_and_goes(house: dict[st
     assert len({shape.slots for shape in shapes}) > 3
 
 
-def test_beside_dora_adapters_steps_are_not_recorded_and_right(house: dict[str | None, Path]) -> None:
-    asked = ask(house, "a2", "a0", None)
+def test_beside_dora_adapters_steps_are_not_recorded_and_right(folders: Folders) -> None:
+    asked = ask(folders, "a2", "a0", None)
     with device():
-        assert answered(house, asked).graphs is not None
+        assert answered(folders, asked).graphs is not None
 
 
-def test_of_long_rows_the_recording_sees_them_whole(house: dict[str | None, Path]) -> None:
+def test_of_long_rows_the_recording_sees_them_whole(folders: Folders) -> None:
     prompt = [5 + i % 200 for i in range(250)]
-    want = making.greedy(house[None], house["a1"], prompt, 20)
-    plan = plan_of(house["a1"], house[None])
+    want = making.greedy(folders[None], folders["a1"], prompt, 20)
+    plan = plan_of(folders["a1"], folders[None])
     with device():
-        runner = runner_on(house[None])
-        driver = Driver(runner, 2)
+        runner = runner_on(folders[None])
+        driver = RunnerDriver(runner, 2)
         driver.place(plan)
         job = Job(prompt, 20, plan.digest)
         driver.run([job], chunk=300)
@@ -124,34 +123,40 @@ def test_of_long_rows_the_recording_sees_them_whole(house: dict[str | None, Path
         assert {shape.longest for shape in runner.graphs._recorded} == {256, 384}
 
 
-def test_an_adapter_that_moved_is_there_when_its_next_step_is_replayed(house: dict[str | None, Path]) -> None:
-    plan = plan_of(house["a0"], house[None])
+def test_an_adapter_that_moved_is_there_when_its_next_step_is_replayed(folders: Folders) -> None:
+    plan = plan_of(folders["a0"], folders[None])
     with device() as gpu:
-        runner = runner_on(house[None])
-        driver = Driver(runner, 1)
+        runner = runner_on(folders[None])
+        driver = RunnerDriver(runner, 1)
         driver.place(plan, 0)
         job = Job([9, 8, 7, 6], 6, plan.digest)
         driver.run([job])
         driver.remove(plan.digest)
-        assert not runner.bank.used
-        parts = [t for part in runner.hosted[plan.digest].factors.values() for t in (part.a, part.b)]
-        assert len({part.untyped_storage().data_ptr() for part in parts}) == 1
+        assert not runner.pool.used
+        assert len(storages_of(runner, plan.digest)) == 1
         driver.place(plan, 32)
-        assert gpu is None or runner.bank._copies.queue, "the copies run beside the steps"
+        assert gpu is None or runner.pool._copies.queue, "the copies run beside the steps"
         request = Request(77, (9, 8, 7, 6), 9, plan.digest)
         (result,) = runner.run_step(Plan(chunks=(Chunk(request, 0, 8, (job.ids[4],), True, 5),)))
         assert result.token is not None
         assert result.token.id == job.ids[5]
 
 
+def storages_of(runner: ModelRunner, digest: str) -> set[int]:
+    """The addresses of the memory that a hosted adapter's factors lie in."""
+    layers = runner.hosted[digest].factors.values()
+    factors = [factor for layer in layers for factor in (layer.a, layer.b)]
+    return {factor.untyped_storage().data_ptr() for factor in factors}
+
+
 def test_an_adapter_of_other_layers_is_not_served_by_a_recording_without_them(
-    house: dict[str | None, Path],
+    folders: Folders,
 ) -> None:
-    want = making.greedy(house[None], house["a1"], [3, 4, 5], 8)
-    plans = [plan_of(house[name], house[None]) for name in ("a0", "a1")]
+    want = making.greedy(folders[None], folders["a1"], [3, 4, 5], 8)
+    plans = [plan_of(folders[name], folders[None]) for name in ("a0", "a1")]
     with device():
-        runner = runner_on(house[None])
-        driver = Driver(runner, 1)
+        runner = runner_on(folders[None])
+        driver = RunnerDriver(runner, 1)
         for plan in plans:
             driver.place(plan)
             job = Job([3, 4, 5], 8, plan.digest)
@@ -159,7 +164,7 @@ def test_an_adapter_of_other_layers_is_not_served_by_a_recording_without_them(
         assert job.ids == want
 
 
-ASKED = [
+SAMPLINGS = [
     Sampling(temperature=0.8, top_k=20, top_p=0.9, min_p=0.01, seed=5, logprobs=3),
     Sampling(temperature=1.2, typical_p=0.9, repetition_penalty=1.3, seed=9),
     Sampling(frequency_penalty=0.7, presence_penalty=0.2, logit_bias=((17, 2.0),), logprobs=0),
@@ -168,48 +173,50 @@ ASKED = [
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_all_that_a_request_may_ask_is_answered_as_on_a_cpu(
-    house: dict[str | None, Path], tmp_path: Path
-) -> None:
-    plan, base = plan_of(house["a0"], house[None]), house[None]
-    shadow = shadow_plan(making.adapter(tmp_path / "ia3", base, IA3Config(task_type="CAUSAL_LM"), seed=8))
-
-    def told_by(runner: ModelRunner) -> list[Job]:
-        driver = Driver(runner, 8)
-        driver.place(plan)
-        runner.load_adapter(shadow)
-        jobs = [
-            Job([7, 8, 9, 10], 9, name, asked) for asked in ASKED for name in (plan.digest, shadow.digest)
-        ]
-        jobs += [Job(list(range(5, 30)), 3, plan.digest, prompt_logprobs=2), Job([7, 8, 9, 10], 9)]
-        driver.run(jobs)
-        return jobs
-
-    want = told_by(runner_on(base, device="cpu"))
+def test_all_that_a_request_may_ask_is_answered_as_on_a_cpu(folders: Folders, tmp_path: Path) -> None:
+    plan, base = plan_of(folders["a0"], folders[None]), folders[None]
+    fallback = fallback_plan(making.adapter(tmp_path / "ia3", base, IA3Config(task_type="CAUSAL_LM"), seed=8))
+    want = run_requests(runner_on(base, device="cpu"), plan, fallback)
     with device():
-        got = told_by(runner_on(base))
+        got = run_requests(runner_on(base), plan, fallback)
     for ours, right in zip(got, want, strict=True):
         assert ours.ids == right.ids
-        assert [t.logprob for t in ours.tokens] == pytest.approx([t.logprob for t in right.tokens], abs=1e-4)
-        assert [t.logprob for t in ours.prompt_tokens] == pytest.approx(
-            [t.logprob for t in right.prompt_tokens], abs=1e-4
-        )
-        assert [[id for id, _ in t.top] for t in ours.tokens] == [
-            [id for id, _ in t.top] for t in right.tokens
-        ]
+        assert logprobs_of(ours.tokens) == pytest.approx(logprobs_of(right.tokens), abs=1e-4)
+        assert logprobs_of(ours.prompt_tokens) == pytest.approx(logprobs_of(right.prompt_tokens), abs=1e-4)
+        assert best_of(ours.tokens) == best_of(right.tokens)
+
+
+def run_requests(runner: ModelRunner, pooled: Adapter, fallback: Adapter) -> list[Job]:
+    """Jobs of all SAMPLINGS under both adapters, and of scored prompts."""
+    driver = RunnerDriver(runner, 8)
+    driver.place(pooled)
+    runner.load_adapter(fallback)
+    adapters = pooled.digest, fallback.digest
+    jobs = [Job([7, 8, 9, 10], 9, digest, sampling) for sampling in SAMPLINGS for digest in adapters]
+    jobs += [Job(list(range(5, 30)), 3, pooled.digest, prompt_logprobs=2), Job([7, 8, 9, 10], 9)]
+    driver.run(jobs)
+    return jobs
+
+
+def logprobs_of(tokens: Sequence[Token]) -> list[float | None]:
+    return [token.logprob for token in tokens]
+
+
+def best_of(tokens: Sequence[Token]) -> list[list[int]]:
+    return [[id for id, _ in token.top] for token in tokens]
 
 
 @pytest.mark.parametrize("switch", ["off", "on"])
 def test_an_adapter_that_goes_while_it_is_still_being_copied_leaves_nothing_to_the_next(
-    house: dict[str | None, Path], switch: str
+    folders: Folders, switch: str
 ) -> None:
-    """What lands late in layers that the next one does not adapt, and another does, would be taken
+    """A copy that lands late in layers that the next one does not adapt, and another does, would be taken
     for the next one's.
     """
-    other, first, second = (plan_of(house[name], house[None]) for name in ("a3", "a1", "a0"))
-    want = making.greedy(house[None], house["a0"], [3, 4, 5], 12)
+    other, first, second = (plan_of(folders[name], folders[None]) for name in ("a3", "a1", "a0"))
+    want = making.greedy(folders[None], folders["a0"], [3, 4, 5], 12)
     with device():
-        runner = runner_on(house[None], compile=switch)
+        runner = runner_on(folders[None], compile=switch)
         for plan in (other, first, second):
             runner.load_adapter(plan)
         runner.run_step(Plan(place=(Placement(other.digest, 16, other.rank),)))
@@ -217,17 +224,17 @@ def test_an_adapter_that_goes_while_it_is_still_being_copied_leaves_nothing_to_t
         runner.run_step(Plan(remove=(first.digest,)))
         runner.run_step(Plan(place=(Placement(second.digest, 0, second.rank),)))
         job = Job([3, 4, 5], 12, second.digest)
-        Driver(runner, 1).run([job])
+        RunnerDriver(runner, 1).run([job])
         assert job.ids == want
 
 
 def test_an_adapter_that_is_forgotten_leaves_no_pinned_memory(
-    house: dict[str | None, Path], monkeypatch: pytest.MonkeyPatch
+    folders: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torch keeps what was freed for the next of that size, and others would pin as much again."""
-    plan, left = plan_of(house["a0"], house[None]), []
+    plan, left = plan_of(folders["a0"], folders[None]), []
     with device():
-        runner = runner_on(house[None])
+        runner = runner_on(folders[None])
         size = runner.load_adapter(plan)
         factor = weakref.ref(next(iter(runner.hosted[plan.digest].factors.values())).a)
         monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: left.append(factor()))
@@ -235,16 +242,16 @@ def test_an_adapter_that_is_forgotten_leaves_no_pinned_memory(
     assert left == [None]
 
 
-def test_a_context_that_the_proof_does_not_fit_into_is_refused(house: dict[str | None, Path]) -> None:
+def test_a_context_that_the_proof_does_not_fit_into_is_refused(folders: Folders) -> None:
     with device():
-        runner_on(house[None], max_context=selfcheck.PROBE)
+        runner_on(folders[None], max_context=selfcheck.PROBE)
         with pytest.raises(SettingsError, match="ADAPTERD_MAX_CONTEXT: 8 rows of 23 tokens are too short"):
-            runner_on(house[None], max_context=selfcheck.PROBE - 1)
+            runner_on(folders[None], max_context=selfcheck.PROBE - 1)
 
 
 @pytest.mark.parametrize("where", ["load", "attend", "Bank"])
 def test_memory_that_runs_out_at_the_start_is_told(
-    house: dict[str | None, Path], monkeypatch: pytest.MonkeyPatch, where: str
+    folders: Folders, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
@@ -256,18 +263,18 @@ def test_memory_that_runs_out_at_the_start_is_told(
             case "attend":
                 patch.setitem(AttentionInterface._global_mapping, kv.NAME, full)
             case "Bank":
-                patch.setattr("service.model.build.Bank", full)
+                patch.setattr("service.model.build.LoraPool", full)
         with pytest.raises(SettingsError, match="a pool of 512 do not fit into the GPU's memory"):
-            runner_on(house[None])
+            runner_on(folders[None])
 
 
 def test_no_more_recordings_are_kept_than_the_limit(
-    house: dict[str | None, Path], monkeypatch: pytest.MonkeyPatch
+    folders: Folders, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(graphs, "LIMIT", 2)
-    asked = ask(house, None)
+    asked = ask(folders, None)
     with device():
-        runner = answered(house, asked)
+        runner = answered(folders, asked)
         assert runner.graphs is not None
         assert len(runner.graphs._recorded) == 2
 
@@ -284,7 +291,7 @@ def test_every_family_is_recorded_and_says_what_generate_says(kind: str, tmp_pat
     wants = [making.greedy(base, folder if job.adapter else None, job.prompt, job.n) for job in jobs]
     with device():
         runner = runner_on(base, max_context=None)
-        driver = Driver(runner, 8)
+        driver = RunnerDriver(runner, 8)
         driver.place(plan)
         driver.run(jobs, chunk=64)
         assert [job.ids for job in jobs] == wants
@@ -293,53 +300,33 @@ def test_every_family_is_recorded_and_says_what_generate_says(kind: str, tmp_pat
 
 
 def test_a_base_that_asks_the_device_in_mid_step_runs_unrecorded(
-    house: dict[str | None, Path], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    folders: Folders, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     plain = LlamaMLP.forward
     monkeypatch.setattr(LlamaMLP, "forward", lambda self, x: plain(self, x) if float(x.sum()) < 1e30 else x)
-    asked = ask(house, None)
+    asked = ask(folders, None)
     with device() as gpu:
-        assert answered(house, asked).graphs is None
+        assert answered(folders, asked).graphs is None
         assert gpu is None or (not gpu.filling and not +gpu.held), "the broken recording's memory is free"
         assert caplog.text.count("cannot be recorded") == 1
-        assert "operation not permitted when stream is capturing" in caplog.text, (
-            "what broke it off, not that it did"
-        )
+        # The cause of the break, not only that there was one
+        assert "operation not permitted when stream is capturing" in caplog.text
         with pytest.raises(SettingsError, match="ADAPTERD_COMPILE: on"):
-            runner_on(house[None], compile="on")
-        assert runner_on(house[None], compile="off").graphs is None
+            runner_on(folders[None], compile="on")
+        assert runner_on(folders[None], compile="off").graphs is None
 
 
-def test_a_replay_that_does_nothing_is_found_out(
-    house: dict[str | None, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_replay_that_does_nothing_is_found_out(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
     with device():
         monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: None)
-        assert runner_on(house[None]).graphs is None
+        assert runner_on(folders[None]).graphs is None
 
 
 def test_buckets_hold_what_is_asked_and_waste_less_than_half() -> None:
-    assert [graphs.round_up(n) for n in range(1, 18)] == [
-        1,
-        2,
-        3,
-        4,
-        6,
-        6,
-        8,
-        8,
-        12,
-        12,
-        12,
-        12,
-        16,
-        16,
-        16,
-        16,
-        24,
-    ]
+    buckets = [1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12, 16, 16, 16, 16, 24]
+    assert [graphs.round_up(n) for n in range(1, 18)] == buckets
     for count in range(1, 5000):
         assert count <= graphs.round_up(count) < 1.5 * count + 1
         assert graphs.round_up(count, 256) == max(256, graphs.round_up(count))

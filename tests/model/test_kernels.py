@@ -29,10 +29,11 @@ from service.model.lora_linear import (
     TokenGroup,
 )
 from service.model.memory import HugePageArena
+from service.model.runner import ModelRunner
 from service.settings import Settings
 from tests import making
 
-from .driver import Driver, Job, plan_of
+from .driver import Job, RunnerDriver, plan_of
 from .test_parity import SIZES, prompts, random_base
 
 ABLE = kernels.load_kernels()
@@ -67,40 +68,45 @@ def close(ours: Tensor, want: Tensor) -> None:
 def test_a_fused_layer_equals_the_torch_layer(tokens: int, n_in: int, n_out: int, bias: bool) -> None:
     layer = torch.nn.Linear(n_in, n_out, bias=bias, dtype=BF16)
     half = tokens // 2
-    spans = (
-        [(0, half, 0, 0, 5, 8, 1), (half, tokens - half, 1, 0, 19, 3, 0)]
-        if half
-        else [(0, tokens, 0, 0, 5, 8, 1)]
-    )
+    two = [(0, half, 0, 0, 5, 8, 1), (half, tokens - half, 1, 0, 19, 3, 0)]
+    spans = two if half else [(0, tokens, 0, 0, 5, 8, 1)]
     body = table(*spans)
     fused = FusedLoraLinear(layer, 32, body, HugePageArena(n_in * n_out * 2))
     plain = LoraLinear(layer, n_in, n_out, 32, BF16, torch.device("cpu"))
-    for digest, start, rank, gated in (("dora", 5, 8, True), ("lora", 19, 3, False)):
-        gate = made(n_out, seed=rank).float().abs() if gated else None
-        factors = LoraWeights(
-            made(rank, n_in, seed=rank, scale=0.2), made(rank, n_out, seed=rank + 1, scale=0.2), gate
-        )
-        for one in (fused, plain):
-            one.place_weights(Placement(digest, start, rank), factors)
-    # Whose numbers overflow: no pair of rows may bring them to others
-    for start, rank in ((0, 5), (13, 6), (22, 10)):
-        fused.place_weights(
-            Placement("wild", start, rank),
-            LoraWeights(*(torch.full((rank, size), INF, dtype=BF16) for size in (n_in, n_out))),
-        )
-    groups = tuple(
-        TokenGroup(s, s + length, low, low + rank, None) for s, length, _, _, low, rank, _ in spans
+    place_two(fused, n_in, n_out)
+    place_two(plain, n_in, n_out)
+    place_overflowing(fused, n_in, n_out)
+    plain.arrangement = StepArrangement(
+        tokens, tuple(group_of(span) for span in spans), (DoraSpan(0, half or tokens, "dora"),)
     )
-    plain.now = StepArrangement(tokens, groups, (DoraSpan(0, half or tokens, "dora"),))
     x = made(1, tokens, n_in, seed=9)
     with torch.inference_mode():
         close(fused(x), plain(x))
-        for one in (fused, plain):
-            one.clear_rows(Placement("lora", 19, 3))
-            one.clear_rows(Placement("dora", 5, 8))
+        for lora in (fused, plain):
+            lora.clear_rows(Placement("lora", 19, 3))
+            lora.clear_rows(Placement("dora", 5, 8))
         kernels.fill_table(body, [])
-        plain.now = StepArrangement()
+        plain.arrangement = StepArrangement()
         close(fused(x), plain(x))
+
+
+def place_two(layer: FusedLoraLinear | LoraLinear, n_in: int, n_out: int) -> None:
+    for digest, start, rank, gated in (("dora", 5, 8, True), ("lora", 19, 3, False)):
+        gate = made(n_out, seed=rank).float().abs() if gated else None
+        a, b = made(rank, n_in, seed=rank, scale=0.2), made(rank, n_out, seed=rank + 1, scale=0.2)
+        layer.place_weights(Placement(digest, start, rank), LoraWeights(a, b, gate))
+
+
+def place_overflowing(layer: FusedLoraLinear, n_in: int, n_out: int) -> None:
+    """Around the others, adapters whose numbers overflow: no pair of rows may bring them there."""
+    for start, rank in ((0, 5), (13, 6), (22, 10)):
+        a, b = (torch.full((rank, size), INF, dtype=BF16) for size in (n_in, n_out))
+        layer.place_weights(Placement("wild", start, rank), LoraWeights(a, b))
+
+
+def group_of(span: tuple[int, ...]) -> TokenGroup:
+    start, length, _, _, low, rank, _ = span
+    return TokenGroup(start, start + length, low, low + rank, None)
 
 
 @needs_kernels
@@ -126,14 +132,10 @@ def test_an_adapter_that_leaves_a_layer_alone_meets_nothing_there_of_others_befo
 @needs_kernels
 def test_the_gate_of_one_that_is_gone_is_not_left_for_the_next() -> None:
     body = table((0, 2, 0, 0, 0, 8, 1))
-    fused = FusedLoraLinear(
-        torch.nn.Linear(64, 64, bias=False, dtype=BF16), 32, body, HugePageArena(64 * 64 * 2)
-    )
-    x, at, factors = (
-        made(1, 2, 64, seed=1),
-        Placement("a", 0, 8),
-        LoraWeights(made(8, 64, seed=2), made(8, 64, seed=3)),
-    )
+    layer = torch.nn.Linear(64, 64, bias=False, dtype=BF16)
+    fused = FusedLoraLinear(layer, 32, body, HugePageArena(64 * 64 * 2))
+    x, at = made(1, 2, 64, seed=1), Placement("a", 0, 8)
+    factors = LoraWeights(made(8, 64, seed=2), made(8, 64, seed=3))
     with torch.inference_mode():
         fused.place_weights(at, factors)
         plain = fused(x)
@@ -145,12 +147,12 @@ def test_the_gate_of_one_that_is_gone_is_not_left_for_the_next() -> None:
         assert torch.equal(fused(x), plain)
 
 
-class Layer:
-    """An attention layer's buffers."""
+class AttentionBuffers:
+    """An attention layer's buffers, in which others have written."""
 
     def __init__(self, rows: int, heads: int, context: int, dim: int, body: Tensor) -> None:
-        self.kv_keys = torch.zeros(rows, heads, context, dim, dtype=BF16)
-        self.kv_values = torch.zeros(rows, heads, context, dim, dtype=BF16)
+        self.kv_keys = made(rows, heads, context, dim, seed=1)
+        self.kv_values = made(rows, heads, context, dim, seed=1)
         self.kv_table = body
 
 
@@ -161,24 +163,13 @@ def test_attention_over_rows_equals_the_torch_attention(
     dim: int, window: int | None, softcap: float | None
 ) -> None:
     spans = [kv.KVSpan(0, 1, 2, 9), kv.KVSpan(1, 1, 0, 3), kv.KVSpan(2, 6, 1, 0), kv.KVSpan(8, 4, 3, 7)]
-    ours, plain = Layer(4, 2, 32, dim, table(*spans)), Layer(4, 2, 32, dim, table(*spans))
-    for name in ("kv_keys", "kv_values"):
-        before = made(4, 2, 32, dim, seed=1)
-        for one in (ours, plain):
-            getattr(one, name).copy_(before)
+    ours, plain = (AttentionBuffers(4, 2, 32, dim, table(*spans)) for _ in range(2))
     query, key, value = made(1, 6, 12, dim, seed=2), made(1, 2, 12, dim, seed=3), made(1, 2, 12, dim, seed=4)
     options: dict[str, Any] = {"scaling": 0.3, "sliding_window": window, "softcap": softcap}
+    steps = kv.KVTable.make_table(spans, 2, torch.device("cpu"))
     with torch.inference_mode():
         got, _ = kernels.attend_rows(ours, query, key, value, None, **options)
-        want, _ = kv.attend_rows(
-            plain,
-            query,
-            key,
-            value,
-            None,
-            table=kv.KVTable.make_table(spans, 2, torch.device("cpu")),
-            **options,
-        )
+        want, _ = kv.attend_rows(plain, query, key, value, None, table=steps, **options)
     close(got, want)
     assert torch.equal(ours.kv_keys, plain.kv_keys)
     assert torch.equal(ours.kv_values, plain.kv_values)
@@ -219,28 +210,29 @@ def logprobs(
     """Of all prompts' tokens under each adapter and the base, which share one changing batch."""
     settings = {"device": "cpu", "dtype": dtype, "compile": switch, "max_rows": 6, "base": str(base)}
     runner, _ = build_runner(Settings.model_validate(settings), lambda stage, fraction: None)
-    assert all(isinstance(layer, FusedLoraLinear) for layer in runner.bank.layers.values()) == (
-        switch == "auto"
-    )
-    whole = [
-        isinstance(vars(module).get("forward"), FusedDecoderLayer) for module in runner.bank.tree.model.layers
-    ]
-    assert whole == [alike and switch == "auto"] * SIZES["num_hidden_layers"]
-    driver = Driver(runner, 6)
+    check_kernels(runner, switch == "auto", alike)
+    driver = RunnerDriver(runner, 6)
     for plan in plans:
         driver.place(plan)
+    digests = (None, *(plan.digest for plan in plans))
     long = [3 + i * 7 % 240 for i in range(200)]
-    jobs = [
-        Job(p, 3, plan.digest if plan else None, prompt_logprobs=0)
-        for p in (*prompts()[3:6], long)
-        for plan in (None, *plans)
-    ]
+    texts = (*prompts()[3:6], long)
+    jobs = [Job(prompt, 3, digest, prompt_logprobs=0) for prompt in texts for digest in digests]
     random.Random(1).shuffle(jobs)
     driver.run(jobs, chunk=170)
-    told: dict[str | None, list[float | None]] = {}
+    scores: dict[str | None, list[float | None]] = {}
     for job in jobs:
-        told.setdefault(job.adapter, []).extend(token.logprob for token in job.prompt_tokens[1:])
-    return {adapter: torch.tensor(found) for adapter, found in told.items()}
+        scores.setdefault(job.adapter, []).extend(token.logprob for token in job.prompt_tokens[1:])
+    return {adapter: torch.tensor(found) for adapter, found in scores.items()}
+
+
+def check_kernels(runner: ModelRunner, is_on: bool, alike: bool) -> None:
+    """All linear layers run on the kernels, or none; whole decoder layers where they are alike."""
+    fused = [isinstance(layer, FusedLoraLinear) for layer in runner.pool.layers.values()]
+    assert all(fused) == is_on
+    forwards = [vars(module).get("forward") for module in runner.pool.tree.model.layers]
+    whole = [isinstance(forward, FusedDecoderLayer) for forward in forwards]
+    assert whole == [alike and is_on] * SIZES["num_hidden_layers"]
 
 
 @needs_kernels
@@ -251,21 +243,22 @@ def test_a_row_says_the_same_whatever_its_neighbours(tmp_path: Path) -> None:
     plans = [plan_of(folder, base) for folder in folders]
     settings = {"device": "cpu", "dtype": "bfloat16", "compile": "on", "max_rows": 16, "base": str(base)}
     runner, _ = build_runner(Settings.model_validate(settings), lambda stage, fraction: None)
-    driver = Driver(runner, 16)
+    driver = RunnerDriver(runner, 16)
     for plan in plans:
         driver.place(plan)
 
-    def job(i: int) -> Job:
-        return Job(
-            [5 + i, *prompts()[3][1:]], 8, plans[i % 4 - 1].digest if i % 4 else None, prompt_logprobs=0
-        )
-
-    alone = [job(i) for i in range(16)]
-    for one in alone:
-        driver.run([one])
-    together = [job(i) for i in range(16)]
+    alone, together = mixed_jobs(plans), mixed_jobs(plans)
+    for job in alone:
+        driver.run([job])
     driver.run(together)
-    assert [(j.tokens, j.prompt_tokens) for j in together] == [(j.tokens, j.prompt_tokens) for j in alone]
+    for ours, right in zip(together, alone, strict=True):
+        assert (ours.tokens, ours.prompt_tokens) == (right.tokens, right.prompt_tokens)
+
+
+def mixed_jobs(plans: list[Adapter]) -> list[Job]:
+    """Sixteen jobs of the base and these three adapters by turns."""
+    digests = (None, *(plan.digest for plan in plans))
+    return [Job([5 + i, *prompts()[3][1:]], 8, digests[i % 4], prompt_logprobs=0) for i in range(16)]
 
 
 def test_kernels_that_are_demanded_where_they_cannot_run_stop_the_start(tmp_path: Path) -> None:

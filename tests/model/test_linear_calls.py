@@ -18,13 +18,13 @@ from service.core.base_info import BaseInfo, LayerLimit
 from service.core.sampling import Sampling
 from service.errors import AdapterUnsupported
 from service.model.build import build_runner
-from service.model.kv import SCOUTED
+from service.model.kv import PROBED_TOKENS
 from service.model.linear_calls import LinearCalls, recorded_calls
 from service.model.runner import ModelRunner
 from service.settings import Settings
 from tests import making
 
-from .driver import Driver, Job
+from .driver import Job, RunnerDriver
 from .test_parity import SIZES, prompts, random_base
 
 BERT = SIZES | {"is_decoder": True}
@@ -70,14 +70,14 @@ def runner_on(base: Path) -> tuple[ModelRunner, BaseInfo]:
     return build_runner(Settings.model_validate(chosen), lambda stage, fraction: None)
 
 
-def load_adapter(driver: Driver, adapter: Adapter) -> None:
+def load_adapter(driver: RunnerDriver, adapter: Adapter) -> None:
     if adapter.lane is ExecutionPath.SHADOW:
         driver.runner.load_adapter(adapter)
     else:
         driver.place(adapter)
 
 
-def check_parity(driver: Driver, base: Path, adapters: dict[Path, Adapter]) -> None:
+def check_parity(driver: RunnerDriver, base: Path, adapters: dict[Path, Adapter]) -> None:
     """The base and these adapters, mixed, say what PEFT says of each alone, and each something of
     its own.
     """
@@ -97,7 +97,7 @@ def check_parity(driver: Driver, base: Path, adapters: dict[Path, Adapter]) -> N
 
 @torch.no_grad()
 def logprobs(model: Any, job: Job) -> torch.Tensor:
-    """What the model makes of the tokens that the job was given."""
+    """The model's own log probabilities of the tokens that the job was given."""
     ids = torch.tensor([*job.prompt, *job.ids])
     told: torch.Tensor = model(input_ids=ids[None]).logits[0].log_softmax(-1)
     return told[len(job.prompt) - 1 : -1].gather(1, ids[len(job.prompt) :, None])[:, 0]
@@ -120,7 +120,7 @@ def test_layers_behind_the_choice_of_logits_are_adapted_as_peft_adapts_them(
     ]
     adapters = {folder: validate_adapter(skeleton, folder, 64).adapter for folder in folders}
     assert {adapter.lane for adapter in adapters.values()} == {ExecutionPath.POOL}
-    check_parity(Driver(runner, 8), base, adapters)
+    check_parity(RunnerDriver(runner, 8), base, adapters)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_a_layer_that_gives_a_tuple_is_refused_by_name_and_its_base_serves_other
             match=r"LoRA on PhimoeTopKRouter is not served: model\.layers\.\*\.mlp\.router gives",
         ):
             validate_adapter(skeleton, whole, 64)
-    check_parity(Driver(runner, 8), phimoe, {plain: validate_adapter(skeleton, plain, 64).adapter})
+    check_parity(RunnerDriver(runner, 8), phimoe, {plain: validate_adapter(skeleton, plain, 64).adapter})
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -152,7 +152,7 @@ def test_a_parameter_of_such_a_layer_is_adapted_by_peft(phimoe: Path, tmp_path: 
     folder = making.noise(tmp_path / "weight", phimoe, 1, (), target_parameters=["mlp.router.weight"])
     adapter = validate_adapter(Skeleton(phimoe, card.limits), folder, 64).adapter
     assert adapter.lane is ExecutionPath.SHADOW
-    check_parity(Driver(runner, 8), phimoe, {folder: adapter})
+    check_parity(RunnerDriver(runner, 8), phimoe, {folder: adapter})
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -165,7 +165,7 @@ def test_layers_that_see_some_of_the_tokens_run_by_peft(tmp_path: Path) -> None:
     folder = making.noise(tmp_path / "a", base, 1, ("down_proj", "q_proj"))
     adapter = validate_adapter(Skeleton(base, [limit]), folder, 64).adapter
     assert adapter.lane is ExecutionPath.SHADOW
-    check_parity(Driver(runner, 8), base, {folder: adapter})
+    check_parity(RunnerDriver(runner, 8), base, {folder: adapter})
 
 
 # ---- what is noted
@@ -204,7 +204,7 @@ class Routed(nn.Module):
 def test_how_each_layer_is_called_is_noted_once_and_no_hook_is_left() -> None:
     model = Routed()
     with torch.no_grad(), recorded_calls(model) as recorder:
-        model(torch.randn(1, SCOUTED, 4))
+        model(torch.randn(1, PROBED_TOKENS, 4))
     found = recorder.result()
     assert found.heads == {"behind"}
     assert {limit.pattern: (limit.kind, limit.by_peft) for limit in found.limits} == {
@@ -213,11 +213,7 @@ def test_how_each_layer_is_called_is_noted_once_and_no_hook_is_left() -> None:
         "tuple": ("Tuple", False),
         "transposed": ("Transposed", False),
     }
-    assert [found.limited(name) for name in ("experts.7", "whole", "idle", "behind")] == [
-        True,
-        False,
-        False,
-        False,
-    ]
+    assert found.limited("experts.7")
+    assert not any(map(found.limited, ("whole", "idle", "behind")))
     assert not any(module._forward_hooks for module in model.modules())
     assert not LinearCalls().limited("experts.7")

@@ -25,7 +25,7 @@ from service.model.runner import ModelRunner
 from service.settings import Settings
 from tests import making
 
-from .driver import Driver, Job
+from .driver import Job, RunnerDriver
 from .test_parity import SIZES, distance, prompts, random_base
 
 Tensors = dict[str, torch.Tensor]
@@ -165,8 +165,8 @@ def test_rows_of_a_base_that_was_stored_in_8_bits_do_not_change_each_other(
     with making.quiet():
         runner = start(stored, dtype="bfloat16")
     alone, beside = (Job(prompts()[3], 4, prompt_logprobs=0) for _ in range(2))
-    Driver(runner, 1).run([alone])
-    Driver(runner, 2).run([Job([5] * 9, 4), beside])
+    RunnerDriver(runner, 1).run([alone])
+    RunnerDriver(runner, 2).run([Job([5] * 9, 4), beside])
     want = torch.tensor([token.logprob for token in alone.prompt_tokens[1:]])
     assert distance(beside, want) < 0.02
     assert "proof: rough" not in caplog.text, "its config says how it is stored, which a small model is not"
@@ -221,16 +221,18 @@ def written(file: Path, kind: gguf.GGMLQuantizationType, lacking: str = "") -> T
         own = kind if weight.dim() > 1 else KINDS.F32
         data = gguf.quants.quantize(weight.numpy(), own)
         held[name] = torch.from_numpy(np.array(gguf.quants.dequantize(data, own)))
-        short = name
-        for long, other in NAMES.items():
-            short = short.replace(long, other)
         if name != lacking:
-            writer.add_tensor(short, data, raw_dtype=own)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
+            writer.add_tensor(gguf_name(name), data, raw_dtype=own)
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
     writer.close()
     return held
+
+
+def gguf_name(name: str) -> str:
+    for long, short in NAMES.items():
+        name = name.replace(long, short)
+    return name
 
 
 def describe(writer: gguf.GGUFWriter, config: Any) -> None:
@@ -275,20 +277,15 @@ def test_a_gguf_file_gives_its_own_values_in_the_dtype_that_is_asked_for(
 ) -> None:
     file = tmp_path / "base.gguf"
     held = written(file, kind)
-    for dtype in ("float32", "bfloat16", "float16"):
-        found = loaded(file, dtype)
-        assert {name: tensor.dtype for name, tensor in found.items()} == dict.fromkeys(
-            held, loading.DTYPES[dtype]
-        )
-        assert [
-            name for name in held if not torch.equal(found[name], held[name].to(loading.DTYPES[dtype]))
-        ] == []
+    for name, dtype in loading.DTYPES.items():
+        found = loaded(file, name)
+        assert {key: tensor.dtype for key, tensor in found.items()} == dict.fromkeys(held, dtype)
+        assert [key for key in held if not torch.equal(found[key], held[key].to(dtype))] == []
     assert len(list(cache.iterdir())) == 3
     (exact,) = cache.glob("*-float32")
     matrix = load_file(exact / FILE)["model.layers.0.mlp.up_proj.weight"]
-    assert matrix.dtype == {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind.name, torch.float32), (
-        "no more bits than the file has"
-    )
+    own = {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind.name, torch.float32)
+    assert matrix.dtype == own, "no more bits than the file has"
 
 
 def test_a_gguf_file_that_lacks_a_tensor_is_refused_by_its_name_and_leaves_nothing(
@@ -318,5 +315,5 @@ def test_a_gguf_file_says_the_same_as_the_model_it_was_made_of(tmp_path: Path, c
     with making.quiet():
         runner = start(tmp_path / "base.gguf")
     job = Job(prompts()[4], 8)
-    Driver(runner, 1).run([job])
+    RunnerDriver(runner, 1).run([job])
     assert job.ids == making.greedy(tmp_path / "source-F32", None, job.prompt, job.n)

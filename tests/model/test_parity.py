@@ -31,8 +31,9 @@ from service.model.runner import ModelRunner
 from service.settings import Settings
 from tests import making
 
-from .driver import Driver, Job, plan_of
+from .driver import Job, RunnerDriver, plan_of
 
+Folders = dict[str | None, Path]  # None: the base
 Q0 = "layers.0.self_attn.q_proj"
 SHAPES: list[dict[str, Any]] = [
     {},
@@ -52,11 +53,11 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.fixture(scope="session")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, Path]:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     """TINY and one adapter of it of each shape; None is the base."""
     root = tmp_path_factory.mktemp("parity")
     base = making.tiny(root / "base", tie_word_embeddings=True)
-    made: dict[str | None, Path] = {None: base}
+    made: Folders = {None: base}
     for i, shape in enumerate(SHAPES):
         made[f"a{i}"] = making.noise(root / f"a{i}", base, 100 + i, **shape)
     return made
@@ -64,36 +65,32 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str | None, Path]:
 
 def runner_on(base: Path, **settings: Any) -> ModelRunner:
     plain = {"device": "cpu", "dtype": "float32", "quantization": "none", "compile": "off", "max_rows": 8}
-    made, _ = build_runner(
-        Settings.model_validate(plain | {"base": str(base)} | settings), lambda stage, fraction: None
-    )
-    return made
+    chosen = Settings.model_validate(plain | {"base": str(base)} | settings)
+    return build_runner(chosen, lambda stage, fraction: None)[0]
 
 
 def test_eight_adapters_and_the_base_in_one_changing_batch_say_what_peft_says(
-    folders: dict[str | None, Path],
+    folders: Folders,
 ) -> None:
     runner = runner_on(folders[None])
-    driver = Driver(runner, 8)
+    driver = RunnerDriver(runner, 8)
     plans = {name: plan_of(folder, folders[None]) for name, folder in folders.items() if name}
     for plan in plans.values():
         driver.place(plan)
-    jobs = [
-        (name, Job(p, 5 + i % 4, plans[name].digest if name else None))
-        for name in folders
-        for i, p in enumerate(prompts())
-    ]
+    jobs = []
+    for name in folders:
+        digest = plans[name].digest if name else None
+        jobs += [(name, Job(prompt, 5 + i % 4, digest)) for i, prompt in enumerate(prompts())]
     random.Random(0).shuffle(jobs)
     driver.run([job for _, job in jobs])
     for name, job in jobs:
-        assert job.ids == making.greedy(folders[None], folders[name] if name else None, job.prompt, job.n), (
-            name
-        )
+        folder = folders[name] if name else None
+        assert job.ids == making.greedy(folders[None], folder, job.prompt, job.n), name
 
 
-def test_an_adapter_placed_where_another_was_finds_nothing_of_it(folders: dict[str | None, Path]) -> None:
+def test_an_adapter_placed_where_another_was_finds_nothing_of_it(folders: Folders) -> None:
     runner = runner_on(folders[None], pool_rank=64, max_rank=64)
-    driver = Driver(runner, 8)
+    driver = RunnerDriver(runner, 8)
     source = random.Random(5)
     plans = {name: plan_of(folder, folders[None]) for name, folder in folders.items() if name}
     prompt = prompts()[4]
@@ -105,64 +102,66 @@ def test_an_adapter_placed_where_another_was_finds_nothing_of_it(folders: dict[s
         driver.run([job, plain])
         assert job.ids == want[name], name
         driver.remove(plans[name].digest)
-    for layer in runner.bank.layers.values():
-        assert not layer.pool_a.any()
-        assert not layer.pool_b.any()
-        assert not getattr(layer, "gates", None)
+    assert not any(holds_numbers(layer) for layer in runner.pool.layers.values())
+
+
+def holds_numbers(layer: Any) -> bool:
+    """Whether anything of an adapter is left in a layer."""
+    return bool(layer.pool_a.any() or layer.pool_b.any() or getattr(layer, "gates", None))
 
 
 def test_a_layer_that_its_model_keeps_in_float32_is_adapted_in_float32(
-    folders: dict[str | None, Path],
+    folders: Folders,
 ) -> None:
     base, plan = folders[None], plan_of(folders["a1"], folders[None])
     model = making.load(base).to(torch.bfloat16)
     kept = model.model.layers[1].self_attn.q_proj.float()
     kept.register_forward_pre_hook(lambda layer, args: (args[0].float(),))
-    bank = LoraPool(model, 64, torch.bfloat16, torch.device("cpu"))
-    own = bank.layers["model.layers.1.self_attn.q_proj"]
+    pool = LoraPool(model, 64, torch.bfloat16, torch.device("cpu"))
+    own = pool.layers["model.layers.1.self_attn.q_proj"]
     with torch.inference_mode():
-        bank.place_adapter(Placement(plan.digest, 0, plan.rank), read_weights(plan, bank))
-        bank.begin_step([AdapterRun(3, plan.digest)], [], 0, [])
+        pool.place_adapter(Placement(plan.digest, 0, plan.rank), read_weights(plan, pool))
+        pool.begin_step([AdapterRun(3, plan.digest)], [], 0, [])
         x = torch.randn(1, 3, 64, dtype=torch.bfloat16)
-        lora = dict(making.served(base, folders["a1"]).named_modules())[
-            "base_model.model.model.layers.1.self_attn.q_proj"
-        ]
+        modules = dict(making.served(base, folders["a1"]).named_modules())
+        lora = modules["base_model.model.model.layers.1.self_attn.q_proj"]
         assert own(x).dtype == torch.float32
         assert torch.allclose(own(x), kept(x) + lora(x.float()) - lora.base_layer(x.float()), atol=0.05)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 def test_on_a_quantized_base_adapters_say_what_peft_says_on_the_same_base(
-    folders: dict[str | None, Path], quantization: str, monkeypatch: pytest.MonkeyPatch
+    folders: Folders, quantization: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compared by log probabilities: bitsandbytes' CPU kernels round differently for other batch
     sizes, so tokens may part at ties.
     """
     base = folders[None]
     runner = runner_on(base, quantization=quantization)
-    driver = Driver(runner, 8)
+    driver = RunnerDriver(runner, 8)
     before = weights_digest(runner)
-    jobs: list[tuple[str | None, Job]] = []
     # PEFT's own DoRA cannot run on bitsandbytes' int8 layers on a CPU
-    with_dora = [] if quantization == "int8" else ["a4"]
-    for name in (None, "a1", "a2", *with_dora):
-        digest = None
-        if name:
-            plan = plan_of(folders[name], base)
-            driver.place(plan)
-            digest = plan.digest
-        jobs += [(name, Job(p, 2, digest, prompt_logprobs=0)) for p in prompts()[3:7]]
+    names = (None, "a1", "a2") if quantization == "int8" else (None, "a1", "a2", "a4")
+    jobs = [job for name in names for job in scored_jobs(driver, folders, name)]
     driver.run([job for _, job in jobs])
     plain = {len(job.prompt): job for name, job in jobs if name is None}
     for name, job in jobs:
-        want = quantized_logprobs(
-            base, folders[name] if name else None, quantization, job.prompt, monkeypatch
-        )
+        folder = folders[name] if name else None
+        want = quantized_logprobs(base, folder, quantization, job.prompt, monkeypatch)
         assert distance(job, want) < 0.05, name
-        assert name is None or distance(plain[len(job.prompt)], want) > 0.5, (
-            "the adapter changes next to nothing: a weak fixture"
-        )
+        change = distance(plain[len(job.prompt)], want)
+        assert name is None or change > 0.5, "the adapter changes next to nothing: a weak fixture"
     assert weights_digest(runner) == before
+
+
+def scored_jobs(driver: RunnerDriver, folders: Folders, name: str | None) -> list[tuple[str | None, Job]]:
+    """Places the adapter; jobs for the log probabilities of a few prompts under it."""
+    digest = None
+    if name:
+        plan = plan_of(folders[name], folders[None])
+        driver.place(plan)
+        digest = plan.digest
+    return [(name, Job(prompt, 2, digest, prompt_logprobs=0)) for prompt in prompts()[3:7]]
 
 
 def distance(job: Job, want: torch.Tensor) -> float:
@@ -173,9 +172,19 @@ def distance(job: Job, want: torch.Tensor) -> float:
 
 def weights_digest(runner: ModelRunner) -> str:
     hashed = sha256()
-    for tensor in runner.bank.tree.parameters():
+    for tensor in runner.pool.tree.parameters():
         hashed.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
     return hashed.hexdigest()
+
+
+def give_dora_weights(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [layer for layer in model.modules() if isinstance(layer, bitsandbytes.nn.Linear4bit)]
+    weights = {id(layer): dequantize_module_weight(layer) for layer in layers}
+
+    def dequantize(layer: Any) -> Any:
+        return weights[id(layer)] if id(layer) in weights else dequantize_module_weight(layer)
+
+    monkeypatch.setattr(dora, "dequantize_module_weight", dequantize)
 
 
 @torch.no_grad()
@@ -192,23 +201,11 @@ def quantized_logprobs(
     misread.
     """
     with making.quiet():
-        settings = Settings.model_validate(
-            {"device": "cpu", "dtype": "float32", "quantization": quantization}
-        )
-        model: Any = load_base(base, settings, lambda stage, fraction: None)
-        weights = {
-            id(m): dequantize_module_weight(m)
-            for m in model.modules()
-            if isinstance(m, bitsandbytes.nn.Linear4bit)
-        }
-        monkeypatch.setattr(
-            dora,
-            "dequantize_module_weight",
-            lambda m: weights[id(m)] if id(m) in weights else dequantize_module_weight(m),
-        )
+        settings = {"device": "cpu", "dtype": "float32", "quantization": quantization}
+        model: Any = load_base(base, Settings.model_validate(settings), lambda stage, fraction: None)
+        give_dora_weights(model, monkeypatch)
         asked = torch.tensor([list(prompt)])
-        # Bitsandbytes' int8 layers lose their scales when PEFT touches them before their first
-        # forward
+        # Int8 layers lose their scales when PEFT touches them before their first forward
         model(input_ids=asked)
         model = PeftModel.from_pretrained(model, adapter).eval() if adapter else model
         logprobs: torch.Tensor = model(input_ids=asked).logits[0].float().log_softmax(-1)
@@ -283,7 +280,7 @@ def test_every_family_says_what_generate_says_with_and_without_adapters(kind: st
     adapters = [
         making.noise(tmp_path / f"a{i}", base, i, targets, r=4 + 4 * i, use_dora=i == 1) for i in range(2)
     ]
-    driver = Driver(runner_on(base), 8)
+    driver = RunnerDriver(runner_on(base), 8)
     jobs: list[tuple[Path | None, Job]] = [(None, Job(p, 6)) for p in prompts()[3:6]]
     for folder in adapters:
         plan = plan_of(folder, base)
@@ -311,8 +308,8 @@ def test_a_base_with_other_attention_is_refused_by_name(kind: str, tmp_path: Pat
         runner_on(base)
 
 
-def test_prompt_and_answer_logprobs_are_those_of_a_direct_forward(folders: dict[str | None, Path]) -> None:
-    driver = Driver(runner_on(folders[None]), 4)
+def test_prompt_and_answer_logprobs_are_those_of_a_direct_forward(folders: Folders) -> None:
+    driver = RunnerDriver(runner_on(folders[None]), 4)
     job = Job(prompts()[5], 4, None, Sampling(logprobs=3), prompt_logprobs=0)
     driver.run([job, Job(prompts()[4], 8)])
     with torch.no_grad():
@@ -327,7 +324,7 @@ def test_prompt_and_answer_logprobs_are_those_of_a_direct_forward(folders: dict[
         assert [t for t, _ in token.top] == want[i - 1].topk(3).indices.tolist()
 
 
-def test_a_forked_row_goes_on_as_the_row_it_came_from(folders: dict[str | None, Path]) -> None:
+def test_a_forked_row_goes_on_as_the_row_it_came_from(folders: Folders) -> None:
     runner = runner_on(folders[None])
     prompt = tuple(prompts()[6])
     whole, part = Request(1, prompt, 1), Request(2, (*prompt[:30], 9, 9), 1)
@@ -337,9 +334,9 @@ def test_a_forked_row_goes_on_as_the_row_it_came_from(folders: dict[str | None, 
     assert [result.token.id] == making.greedy(folders[None], None, part.prompt, 1)
 
 
-def test_a_resident_adapter_runs_on_when_it_has_left_host_memory(folders: dict[str | None, Path]) -> None:
+def test_a_resident_adapter_runs_on_when_it_has_left_host_memory(folders: Folders) -> None:
     runner = runner_on(folders[None])
-    driver = Driver(runner, 2)
+    driver = RunnerDriver(runner, 2)
     plan = plan_of(folders["a0"], folders[None])
     driver.place(plan)
     runner.evict_adapter(plan.digest)
@@ -354,24 +351,27 @@ def test_a_resident_adapter_runs_on_when_it_has_left_host_memory(folders: dict[s
     ids=["sampled", "in the middle", "only scored"],
 )
 def test_an_adapter_whose_numbers_overflow_fails_alone_and_leaves_nothing_in_its_row(
-    folders: dict[str | None, Path], tmp_path: Path, sampled: bool, scored: int | None
+    folders: Folders, tmp_path: Path, sampled: bool, scored: int | None
 ) -> None:
-    base = folders[None]
-    wild = making.edit(
-        folders["a0"],
-        tmp_path / "wild",
-        weights=lambda t: {k: v * 1e38 if "lora_B" in k else v for k, v in t.items()},
-    )
+    base, prompt = folders[None], tuple(prompts()[4])
     runner = runner_on(base)
-    driver, plan, prompt = Driver(runner, 2), plan_of(wild, base), tuple(prompts()[4])
+    driver, plan = RunnerDriver(runner, 2), plan_of(overflowing(folders["a0"], tmp_path / "wild"), base)
     driver.place(plan)
     bad, good = Request(101, prompt, 4, plan.digest, prompt_logprobs=scored), Request(102, prompt, 4)
-    failed, fine = runner.run_step(
-        Plan(chunks=(Chunk(bad, 0, 0, prompt, sampled), Chunk(good, 1, 0, prompt, True)))
-    )
+    chunks = Chunk(bad, 0, 0, prompt, sampled), Chunk(good, 1, 0, prompt, True)
+    failed, fine = runner.run_step(Plan(chunks=chunks))
     assert "not finite" in failed.error
     assert fine.token is not None
     assert [fine.token.id] == making.greedy(base, None, prompt, 1)
-    for layer, *_ in runner.attention:
-        assert not layer.kv_keys[0].any()
-        assert not layer.kv_values[0].any()
+    assert is_row_empty(runner, 0)
+
+
+def overflowing(folder: Path, target: Path) -> Path:
+    def raise_b(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {key: tensor * 1e38 if "lora_B" in key else tensor for key, tensor in tensors.items()}
+
+    return making.edit(folder, target, weights=raise_b)
+
+
+def is_row_empty(runner: ModelRunner, row: int) -> bool:
+    return not any(layer.kv_keys[row].any() or layer.kv_values[row].any() for layer, *_ in runner.attention)

@@ -1,5 +1,5 @@
-"""What the pool cannot express says what PEFT says, beside a pool adapter and the base, and leaves
-the base's tensors as they were.
+"""Adapters on the PEFT path say what PEFT says, beside a pool adapter and the base, and leave the
+base's tensors as they were.
 """
 
 from __future__ import annotations
@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,15 +29,15 @@ from service.worker.loop import Worker
 from tests import fakes, kinds, making
 from tests.worker.test_loop import desk, tokens_of
 
-from .driver import Driver, Job, plan_of
-from .test_parity import distance, prompts, quantized_logprobs, runner_on, weights_digest
+from .driver import Job, RunnerDriver, plan_of
+from .test_parity import distance, is_row_empty, prompts, quantized_logprobs, runner_on, weights_digest
 
 PROMPTS, LENGTH = prompts()[2:6], 6
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return making.tiny(tmp_path_factory.mktemp("shadow") / "base", tie_word_embeddings=False)
+    return making.tiny(tmp_path_factory.mktemp("fallback") / "base", tie_word_embeddings=False)
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ def skeleton(base: Path) -> Skeleton:
     return Skeleton(base)
 
 
-def shadow_plan(folder: Path) -> Adapter:
+def fallback_plan(folder: Path) -> Adapter:
     config, weights = folder / making.CONFIG, folder / making.WEIGHTS
     files, size = read_manifest(folder), weights.stat().st_size
     return Adapter(
@@ -53,58 +54,56 @@ def shadow_plan(folder: Path) -> Adapter:
 
 
 @dataclass(frozen=True)
-class House:
-    """A runner with a pool adapter in it, what that one and the base say to each of PROMPTS by
-    PEFT, and the base's hash.
+class SharedRunner:
+    """A runner with a pool adapter in it, PEFT's answers of that one and of the base to each of
+    PROMPTS, and the base's hash.
     """
 
     runner: ModelRunner
-    driver: Driver
+    driver: RunnerDriver
     pooled: str
     right: dict[str | None, list[list[int]]]
     hash: str
 
 
 @pytest.fixture(scope="module")
-def house(base: Path, tmp_path_factory: pytest.TempPathFactory) -> House:
-    folder = making.noise(tmp_path_factory.mktemp("shadow") / "plain", base, 4)
+def shared(base: Path, tmp_path_factory: pytest.TempPathFactory) -> SharedRunner:
+    folder = making.noise(tmp_path_factory.mktemp("fallback") / "plain", base, 4)
     runner, pooled = runner_on(base), plan_of(folder, base)
-    hash, driver = weights_digest(runner), Driver(runner, 8)
+    hash, driver = weights_digest(runner), RunnerDriver(runner, 8)
     driver.place(pooled)
     right = {
         None: making.answers(base, None, PROMPTS, LENGTH),
         pooled.digest: making.answers(base, folder, PROMPTS, LENGTH),
     }
-    return House(runner, driver, pooled.digest, right, hash)
+    return SharedRunner(runner, driver, pooled.digest, right, hash)
 
 
 @pytest.mark.parametrize("kind", kinds.SHADOW)
 @pytest.mark.filterwarnings("ignore")
-def test_a_shadow_adapter_says_what_peft_says_and_its_neighbours_do_too(
-    kind: str, house: House, base: Path, skeleton: Skeleton, tmp_path: Path
+def test_an_adapter_on_the_peft_path_says_what_peft_says_and_its_neighbours_do_too(
+    kind: str, shared: SharedRunner, base: Path, skeleton: Skeleton, tmp_path: Path
 ) -> None:
     """A10, A12, and all that runs beside the pool: read as the service reads it, mixed with the
     base and a pool adapter.
     """
-    folder = kinds.SHADOW[kind](tmp_path / "shadow", base)
-    shadow = validate_adapter(skeleton, folder, 64).adapter
-    assert shadow.lane is ExecutionPath.SHADOW
-    house.runner.load_adapter(shadow)
+    folder = kinds.SHADOW[kind](tmp_path / "fallback", base)
+    fallback = validate_adapter(skeleton, folder, 64).adapter
+    assert fallback.lane is ExecutionPath.SHADOW
+    shared.runner.load_adapter(fallback)
     own = making.answers(base, folder, PROMPTS, LENGTH)
-    assert own != house.right[None], "the shadow adapter changes nothing: a weak fixture"
-    right = house.right | {shadow.digest: own}
-    jobs = [
-        (Job(prompt, LENGTH, name), said[i])
-        for i, prompt in enumerate(PROMPTS)
-        for name, said in right.items()
-    ]
-    house.driver.run([job for job, _ in jobs])
-    for job, said in jobs:
-        assert job.ids == said, job.adapter
-    house.runner.evict_adapter(shadow.digest)
-    assert weights_digest(house.runner) == house.hash
+    assert own != shared.right[None], "the adapter changes nothing: a weak fixture"
+    right = shared.right | {fallback.digest: own}
+    jobs = [Job(prompt, LENGTH, name) for prompt in PROMPTS for name in right]
+    shared.driver.run(jobs)
+    for i, job in enumerate(jobs):
+        assert job.ids == right[job.adapter][i // len(right)], job.adapter
+    shared.runner.evict_adapter(fallback.digest)
+    assert weights_digest(shared.runner) == shared.hash
 
 
+PROMPT = tuple(PROMPTS[0])
+DICE = Sampling(temperature=1.0, seed=3, frequency_penalty=2.0)
 NULLABLE = {
     "bias",
     "rank_pattern",
@@ -117,25 +116,27 @@ NULLABLE = {
 
 @pytest.mark.parametrize("kind", kinds.SHADOW)
 @pytest.mark.filterwarnings("ignore")
-def test_what_the_reader_takes_the_worker_loads_however_the_config_is_written(
-    kind: str, house: House, base: Path, skeleton: Skeleton, tmp_path: Path
+def test_what_the_validator_accepts_the_worker_loads_however_the_config_is_written(
+    kind: str, shared: SharedRunner, base: Path, skeleton: Skeleton, tmp_path: Path
 ) -> None:
-    """Nulls, dropout and a byte order mark:
-
-    PEFT itself would raise at some; who validates and who runs must say the same.
+    """Nulls, dropout and a byte order mark: PEFT itself would raise at some; validator and worker must
+    say the same.
     """
-    folder = kinds.SHADOW[kind](tmp_path / "shadow", base)
+    folder = kinds.SHADOW[kind](tmp_path / "fallback", base)
     right = making.answers(base, folder, PROMPTS[:1], LENGTH)
-    file = folder / making.CONFIG
-    held = json.loads(file.read_text())
-    odd = held | dict.fromkeys(held.keys() & NULLABLE) | {"lora_dropout": 0.25}
-    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(odd).encode())
-    shadow = validate_adapter(skeleton, folder, 64).adapter
-    house.runner.load_adapter(shadow)
-    job = Job(PROMPTS[0], LENGTH, shadow.digest)
-    house.driver.run([job])
+    write_oddly(folder / making.CONFIG)
+    fallback = validate_adapter(skeleton, folder, 64).adapter
+    shared.runner.load_adapter(fallback)
+    job = Job(PROMPTS[0], LENGTH, fallback.digest)
+    shared.driver.run([job])
     assert job.ids == right[0]
-    house.runner.evict_adapter(shadow.digest)
+    shared.runner.evict_adapter(fallback.digest)
+
+
+def write_oddly(config: Path) -> None:
+    fields = json.loads(config.read_text())
+    odd = fields | dict.fromkeys(fields.keys() & NULLABLE) | {"lora_dropout": 0.25}
+    config.write_bytes(b"\xef\xbb\xbf" + json.dumps(odd).encode())
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -147,7 +148,7 @@ def test_a_tensor_that_peft_would_drop_is_refused(base: Path, tmp_path: Path) ->
         weights=lambda t: {key.replace("k_proj", "z_proj"): value for key, value in t.items()},
     )
     with pytest.raises(AdapterInvalid, match=r"missing: .*k_proj"):
-        build_peft_model(making.load(base), shadow_plan(odd))
+        build_peft_model(making.load(base), fallback_plan(odd))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -155,7 +156,7 @@ def test_a_saved_embedding_is_not_written_through_to_the_base(base: Path, tmp_pa
     model = making.load(base)
     before = model.get_input_embeddings().weight.clone()
     folder = making.noise(tmp_path / "embedding", base, 5, modules_to_save=["embed_tokens"])
-    build_peft_model(model, shadow_plan(folder))
+    build_peft_model(model, fallback_plan(folder))
     assert torch.equal(model.get_input_embeddings().weight, before)
 
 
@@ -168,20 +169,20 @@ def test_what_peft_would_write_into_the_base_is_refused(tmp_path: Path) -> None:
     before = [weight.clone() for weight in model.parameters()]
     folder = kinds.other("OFT", r=0, oft_block_size=8, bias="oft_only")(tmp_path / "oft", base)
     with pytest.raises(AdapterUnsupported, match=r"q_proj\.base_layer\.bias into the base's own weights"):
-        build_peft_model(model, shadow_plan(folder))
+        build_peft_model(model, fallback_plan(folder))
     assert all(map(torch.equal, model.parameters(), before))
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_copy_of_attention_layers_whose_rows_nobody_would_fork_is_refused(
-    house: House, base: Path, tmp_path: Path
+    shared: SharedRunner, base: Path, tmp_path: Path
 ) -> None:
     for kind, maker in {
         "saved": kinds.lora(17, targets=("down_proj",), modules_to_save=["self_attn"]),
         "tuned": kinds.other("LN_TUNING", target_modules=["self_attn"]),
     }.items():
         with pytest.raises(AdapterUnsupported, match="KV rows"):
-            house.runner.load_adapter(shadow_plan(maker(tmp_path / kind, base)))
+            shared.runner.load_adapter(fallback_plan(maker(tmp_path / kind, base)))
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -194,7 +195,28 @@ def test_where_pefts_own_code_raises_its_adapter_fails_and_the_neighbours_do_not
     runner = runner_on(base)
     pooled = validate_adapter(skeleton, making.noise(tmp_path / "pooled", base, 4), 64).adapter
     bad = validate_adapter(skeleton, kinds.SHADOW["IA3"](tmp_path / "ia3", base), 64).adapter
-    prompt, dice = tuple(PROMPTS[0]), Sampling(temperature=1.0, seed=3, frequency_penalty=2.0)
+    break_when_loaded(runner, bad, monkeypatch)
+    settings = Settings(max_rows=8, max_context=512)
+
+    def serve(connection: Any) -> int:
+        return Worker(connection, runner, fakes.card(settings), settings).run_loop()
+
+    with desk(serve) as parent:
+        parent.send(AddAdapter(pooled, preload=True), AddAdapter(bad, preload=True))
+        neighbours = [Request(id, PROMPT, 20, name, DICE) for id, name in enumerate((None, pooled.digest))]
+        parent.send(*map(Submit, neighbours))
+        alone, _, _ = tokens_of(parent, {0, 1})
+        assert alone[0] != alone[1]
+        parent.send(*(Submit(replace(neighbour, id=neighbour.id + 10)) for neighbour in neighbours))
+        parent.send(*(Submit(Request(id, PROMPT, 9, bad.digest)) for id in (20, 21)))
+        tokens, ends, _ = tokens_of(parent, {10, 11, 20, 21})
+        assert [tokens[10], tokens[11]] == [alone[0], alone[1]]
+        assert {ends[id].code for id in (20, 21)} == {"adapter_invalid"}
+        assert all("its step raised ValueError" in ends[id].message for id in (20, 21))
+
+
+def break_when_loaded(runner: ModelRunner, bad: Adapter, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets every step of this adapter raise."""
 
     def load(adapter: Adapter) -> int:
         size = ModelRunner.load_adapter(runner, adapter)
@@ -203,46 +225,22 @@ def test_where_pefts_own_code_raises_its_adapter_fails_and_the_neighbours_do_not
         return size
 
     monkeypatch.setattr(runner, "load_adapter", load)
-    settings = Settings(max_rows=8, max_context=512)
-    with desk(
-        lambda connection: Worker(connection, runner, fakes.card(settings), settings).run_loop()
-    ) as parent:
-        parent.send(AddAdapter(pooled, preload=True), AddAdapter(bad, preload=True))
-        neighbours = [
-            Request(id, prompt, 20, digest, dice) for id, digest in enumerate((None, pooled.digest))
-        ]
-        parent.send(*map(Submit, neighbours))
-        alone, _, _ = tokens_of(parent, {0, 1})
-        assert alone[0] != alone[1]
-        parent.send(*(Submit(replace(one, id=one.id + 10)) for one in neighbours))
-        parent.send(Submit(Request(20, prompt, 9, bad.digest)), Submit(Request(21, prompt, 9, bad.digest)))
-        tokens, ends, _ = tokens_of(parent, {10, 11, 20, 21})
-        assert [tokens[10], tokens[11]] == [alone[0], alone[1]]
-        for id in (20, 21):
-            assert (ends[id].code, "its step raised ValueError" in ends[id].message) == (
-                "adapter_invalid",
-                True,
-            )
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_request_whose_own_step_raises_leaves_nothing_in_its_row(
-    house: House, base: Path, tmp_path: Path
+    shared: SharedRunner, base: Path, tmp_path: Path
 ) -> None:
-    shadow = shadow_plan(kinds.SHADOW["IA3"](tmp_path / "ia3", base))
-    house.runner.load_adapter(shadow)
-    tree = house.runner.hosted[shadow.digest].tree
+    fallback = fallback_plan(kinds.SHADOW["IA3"](tmp_path / "ia3", base))
+    shared.runner.load_adapter(fallback)
+    tree = shared.runner.hosted[fallback.digest].tree
     # All layers have written by then
     tree.get_output_embeddings().register_forward_pre_hook(broken)
-    prompt = tuple(PROMPTS[0])
+    chunk = Chunk(Request(901, PROMPT, 1, fallback.digest), 3, 0, PROMPT, True)
     with pytest.raises(ValueError, match="no such layer"):
-        house.runner.run_step(
-            Plan(chunks=(Chunk(Request(901, prompt, 1, shadow.digest), 3, 0, prompt, True),))
-        )
-    for layer, *_ in house.runner.attention:
-        assert not layer.kv_keys[3].any()
-        assert not layer.kv_values[3].any()
-    house.runner.evict_adapter(shadow.digest)
+        shared.runner.run_step(Plan(chunks=(chunk,)))
+    assert is_row_empty(shared.runner, 3)
+    shared.runner.evict_adapter(fallback.digest)
 
 
 def broken(module: nn.Module, args: object) -> None:
@@ -277,30 +275,32 @@ REPACKED = {
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
 @pytest.mark.filterwarnings("ignore")
-def test_on_a_quantized_base_a_shadow_adapter_runs_as_in_peft_or_is_refused_by_name(
+def test_on_a_quantized_base_an_adapter_on_the_peft_path_runs_as_in_peft_or_is_refused_by_name(
     base: Path, skeleton: Skeleton, tmp_path: Path, quantization: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """B18: compared by log probabilities, for bitsandbytes rounds differently for other batches;
     nothing is merged into the base.
     """
     runner = runner_on(base, quantization=quantization)
-    driver, before = Driver(runner, 2), weights_digest(runner)
+    driver, before = RunnerDriver(runner, 2), weights_digest(runner)
     for kind, maker in kinds.SHADOW.items():
         folder = maker(tmp_path / kind.replace(" ", "-"), base)
-        shadow = validate_adapter(skeleton, folder, 64).adapter
+        fallback = validate_adapter(skeleton, folder, 64).adapter
         if kind in PACKED or (kind, quantization) in REPACKED:
-            name = "use_dora" if "DoRA" in kind else kind
-            with pytest.raises(AdapterUnsupported, match=f"`{name}` on (this|a quantized) base"):
-                runner.load_adapter(shadow)
+            check_refusal(runner, fallback, "use_dora" if "DoRA" in kind else kind)
             continue
-        runner.load_adapter(shadow)
-        job = Job(PROMPTS[3], 1, shadow.digest, prompt_logprobs=0)
+        runner.load_adapter(fallback)
+        job = Job(PROMPTS[3], 1, fallback.digest, prompt_logprobs=0)
         driver.run([job])
-        assert (
-            distance(job, quantized_logprobs(base, folder, quantization, job.prompt, monkeypatch)) < 0.05
-        ), kind
-        runner.evict_adapter(shadow.digest)
+        right = quantized_logprobs(base, folder, quantization, job.prompt, monkeypatch)
+        assert distance(job, right) < 0.05, kind
+        runner.evict_adapter(fallback.digest)
     assert weights_digest(runner) == before
+
+
+def check_refusal(runner: ModelRunner, fallback: Adapter, name: str) -> None:
+    with pytest.raises(AdapterUnsupported, match=f"`{name}` on (this|a quantized) base"):
+        runner.load_adapter(fallback)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
@@ -308,13 +308,13 @@ def test_on_a_quantized_base_a_shadow_adapter_runs_as_in_peft_or_is_refused_by_n
 def test_switching_twenty_times_on_a_quantized_base_changes_nothing(
     base: Path, tmp_path: Path, quantization: str
 ) -> None:
-    """B18: a pool adapter, a shadow one and the base in turn say the same each time, and the packed
+    """B18: a pool adapter, one on the PEFT path and the base in turn say the same each time, and the packed
     weights stay.
     """
     runner = runner_on(base, quantization=quantization)
-    driver, before = Driver(runner, 2), weights_digest(runner)
+    driver, before = RunnerDriver(runner, 2), weights_digest(runner)
     pooled = plan_of(kinds.plain(tmp_path / "plain", base), base)
-    beside = shadow_plan(kinds.SHADOW["lora_bias"](tmp_path / "beside", base))
+    beside = fallback_plan(kinds.SHADOW["lora_bias"](tmp_path / "beside", base))
     driver.place(pooled)
     runner.load_adapter(beside)
     rounds = []

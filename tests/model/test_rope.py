@@ -17,10 +17,10 @@ from service.model.runner import ModelRunner
 from service.settings import Settings
 from tests import making
 
-from .driver import Driver, Job
+from .driver import Job, RunnerDriver
 from .test_graphs import device
 from .test_parity import SIZES, random_base
-from .test_peft_fallback import shadow_plan
+from .test_peft_fallback import fallback_plan
 
 ORIGINAL, CONTEXT, LENGTH = 40, 128, 10
 LONGROPE: dict[str, Any] = {
@@ -79,7 +79,7 @@ def said(
     runner: ModelRunner, *prompts: Sequence[int], adapter: str | None = None, chunk: int = 64
 ) -> list[list[int]]:
     jobs = [Job(prompt, LENGTH, adapter) for prompt in prompts]
-    Driver(runner, 8).run(jobs, chunk)
+    RunnerDriver(runner, 8).run(jobs, chunk)
     return [job.ids for job in jobs]
 
 
@@ -117,7 +117,7 @@ def test_an_adapter_that_only_peft_can_run_has_the_factors_of_its_base(tmp_path:
     config = IA3Config(
         task_type="CAUSAL_LM", target_modules=["qkv_proj", "down_proj"], feedforward_modules=["down_proj"]
     )
-    plan = shadow_plan(making.adapter(tmp_path / "ia3", base, config, seed=2))
+    plan = fallback_plan(making.adapter(tmp_path / "ia3", base, config, seed=2))
     runner, _ = start(base)
     runner.load_adapter(plan)
     (alone,) = said(runner, SHORT, adapter=plan.digest)

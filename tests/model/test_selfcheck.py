@@ -1,5 +1,5 @@
-"""What is wrong for a kind of model is refused at the start, in whatever dtype it is served; what
-is right is served.
+"""The self-check refuses at the start a way to run that is wrong for a kind of model, in whatever dtype
+it is served, and no other.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from service.model.runner import ModelRunner
 from service.settings import Settings
 from tests import making
 
-from .driver import Driver, Job
+from .driver import Job, RunnerDriver
 from .test_kernels import WIDE, needs_kernels
 from .test_parity import FAMILIES, SIZES, prompts, random_base
 
@@ -77,12 +77,12 @@ WEIGHTED = kv._weigh_values
         (
             "mistral",
             SIZES | {"sliding_window": 4096, "max_position_embeddings": 8192},
-            "_visible",
+            "_visible_mask",
             without_windows,
         ),
-        ("gemma2", GEMMA2, "_visible", without_windows),
-        ("gemma2", GEMMA2, "_weighted", without_caps),
-        ("llama4_text", LLAMA4, "_visible", without_windows),
+        ("gemma2", GEMMA2, "_visible_mask", without_windows),
+        ("gemma2", GEMMA2, "_weigh_values", without_caps),
+        ("llama4_text", LLAMA4, "_visible_mask", without_windows),
     ],
     ids=["window", "window of some layers", "cap", "chunk"],
 )
@@ -134,7 +134,7 @@ def test_chunks_are_attended_to_as_transformers_does(tmp_path: Path) -> None:
     runner = runner_on(base, dtype="float32")
     assert [one.chunk for one in runner.attention] == [28, 28, 28, 0]
     jobs = [Job(prompt, 20) for prompt in prompts()[3:7]]
-    Driver(runner, 4).run(jobs)
+    RunnerDriver(runner, 4).run(jobs)
     for job in jobs:
         assert job.ids == making.greedy(base, None, job.prompt, job.n)
 
@@ -315,15 +315,15 @@ def test_kernels_that_say_something_else_than_torch_are_left_off(
         tmp_path / "base", "gemma2", WIDE | {"head_dim": 32, "query_pre_attn_scalar": 32, "sliding_window": 8}
     )
     right = Job(prompts()[5], 6, prompt_logprobs=0)
-    Driver(runner_on(base, compile="off"), 4).run([right])
+    RunnerDriver(runner_on(base, compile="off"), 4).run([right])
     monkeypatch.setitem(AttentionInterface._global_mapping, kernels.NAME, stand_in)
     with caplog.at_level(logging.WARNING):
         runner = runner_on(base, compile="auto")
     assert "kernels: off; " in caplog.text
     assert why in caplog.text
-    assert all(isinstance(layer, LoraLinear) for layer in runner.bank.layers.values())
+    assert all(isinstance(layer, LoraLinear) for layer in runner.pool.layers.values())
     job = Job(right.prompt, 6, prompt_logprobs=0)
-    Driver(runner, 4).run([job])
+    RunnerDriver(runner, 4).run([job])
     assert (job.tokens, job.prompt_tokens) == (right.tokens, right.prompt_tokens)
     with pytest.raises(SettingsError, match=f"ADAPTERD_COMPILE: on, but .*{why}"):
         runner_on(base, compile="on")

@@ -15,6 +15,7 @@ from starlette.datastructures import UploadFile
 
 from ...core.manifest import CONFIG, TEXT_FILES, WEIGHTS
 from ...errors import AdapterNotFound, BadRequest, Conflict, Forbidden, NotFound, SourceMissing
+from ...settings import Dtype
 from ...threads import RENDER, run_in
 from ..errors import document_errors
 from ..generation.sse import JsonAnswer
@@ -71,7 +72,7 @@ class ForecastShape(BaseModel):
 
     r: Annotated[int, Field(ge=1, le=1 << 16)]
     target_modules: Annotated[str, Field(min_length=1, description="Comma-separated names.")]
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Dtype = "float32"
 
 
 @reading.get("/adapters", responses=Reading)

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ...core.adapter import Adapter, ExecutionPath, LoraLayerSpec
+from ...core.defaults import FLOAT_CODES
 from ...core.manifest import CHANGED, Manifest, compute_digest, hash_file, read_manifest
 from ...errors import AdapterInvalid, AdapterUnsupported
 from .. import facts
@@ -26,7 +27,7 @@ from .messages import ValidatedAdapter
 from .peft_config import ACTIVATED, PREFIX, ResolvedConfig, resolve_config, unknown_keys
 from .skeleton import Skeleton
 
-FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+FLOATS = {code: getattr(torch, name) for name, code in FLOAT_CODES.items()}
 
 
 def validate_adapter(

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 
 from ...core.adapter import share_specs
 from ...core.base_info import LayerLimit
+from ...core.defaults import READ_S, SLOWEST_DISK_BYTES_PER_S
 from ...core.manifest import Manifest, list_names
 from ...errors import AdapterInvalid, AdapterUnsupported, Internal, NotReady
 from ...threads import DISK, PROCESS, run_in
@@ -31,8 +32,6 @@ from .messages import NormsRequest, ReadRequest, Refusal, ValidatedAdapter
 
 T = TypeVar("T")
 START_S = 300.0
-READ_S = 60.0
-BYTES_PER_S = 20e6  # the slowest disk that is waited for
 
 
 class Validator:
@@ -84,7 +83,9 @@ class Validator:
         return answer
 
     async def _ask_child(self, ask: ReadRequest | NormsRequest, size: int) -> Any:
-        answer = await self._in_turn(lambda: self._answer_within(ask, self.read_s + size / BYTES_PER_S))
+        answer = await self._in_turn(
+            lambda: self._answer_within(ask, self.read_s + size / SLOWEST_DISK_BYTES_PER_S)
+        )
         if isinstance(answer, Refusal):
             raise answer.to_error()
         return answer

@@ -2,7 +2,8 @@
 the torch path where they apply.
 
 They need bfloat16 weights and a processor with AVX512-BF16; without these, or without a compiler,
-the torch path serves. Must not know adapters' files, requests or scheduling.
+the torch path serves. Runs in the worker process; must not know adapters' files, requests or
+scheduling.
 """
 
 from __future__ import annotations
@@ -21,12 +22,11 @@ from torch import Tensor, nn
 from torch.utils.cpp_extension import include_paths, library_paths
 from transformers import AttentionInterface
 
-from ..loading import CACHE
+from ..loading import CACHE, has_avx512_bf16
 
 NAME = "adapterd_rows"
-SOURCES = [
-    Path(__file__).with_name(name) for name in ("ops.cpp", "attention.h", "linear.h", "vectors.h", "crew.h")
-]
+SOURCE_NAMES = ("ops.cpp", "attention.h", "linear.h", "vectors.h", "thread_pool.h")
+SOURCES = [Path(__file__).with_name(name) for name in SOURCE_NAMES]
 FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp"]
 FIELDS = 8  # int32 columns of a table, see linear.h
 
@@ -36,20 +36,19 @@ log = logging.getLogger(__name__)
 def load_kernels() -> bool:
     """Whether the kernels can be used here; builds and loads them the first time.
 
-    Says in the log why not.
+    The log has the reason where they cannot.
     """
     if hasattr(torch.ops.adapterd, "linear"):
         return True
-    if not torch.cpu._is_avx512_bf16_supported():
+    if not has_avx512_bf16():
         log.info("kernels: off, the processor has no AVX512-BF16")
         return False
     try:
         library: Any = torch.ops
         library.load_library(_build_library())
     except (OSError, subprocess.CalledProcessError) as error:
-        log.warning(
-            "kernels: off, they cannot be built: %s", str(getattr(error, "stderr", None) or error)[-300:]
-        )
+        reason = str(getattr(error, "stderr", None) or error)[-300:]
+        log.warning("kernels: off, they cannot be built: %s", reason)
         return False
     AttentionInterface.register(NAME, attend_rows)
     return True
@@ -60,36 +59,43 @@ def _build_library() -> Path:
 
     Raises OSError or CalledProcessError.
     """
-    compiler = shutil.which("g++") or shutil.which("c++")
-    if compiler is None:
-        raise OSError("no C++ compiler (g++) is installed")
-    flags = [*FLAGS, *(f"-I{path}" for path in include_paths())]
-    text = "".join(source.read_text() for source in SOURCES)
-    key = hashlib.sha256(f"{text} {flags} {torch.__version__} {_processor_flags()}".encode()).hexdigest()[:16]
-    target = CACHE / "kernels" / f"ops-{key}.so"
+    compiler, flags = _find_compiler(), [*FLAGS, *(f"-I{path}" for path in include_paths())]
+    target = CACHE / "kernels" / f"ops-{_library_key(flags)}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as aside:
-            made = Path(aside) / target.name
-            links = [*(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu", "-ltorch"]
-            subprocess.run(
-                [compiler, *flags, str(SOURCES[0]), "-o", str(made), *links],
-                check=True,
-                capture_output=True,
-                text=True,
-            )
-            made.rename(target)
+            library = Path(aside) / target.name
+            _compile_library([compiler, *flags], library)
+            library.rename(target)
     return target
 
 
+def _find_compiler() -> str:
+    compiler = shutil.which("g++") or shutil.which("c++")
+    if compiler is None:
+        raise OSError("no C++ compiler (g++) is installed")
+    return compiler
+
+
+def _library_key(flags: Sequence[str]) -> str:
+    text = "".join(source.read_text() for source in SOURCES)
+    content = f"{text} {flags} {torch.__version__} {_processor_flags()}"
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _compile_library(compiler: Sequence[str], target: Path) -> None:
+    links = [*(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu", "-ltorch"]
+    command = [*compiler, str(SOURCES[0]), "-o", str(target), *links]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
 def _processor_flags() -> str:
-    """What `-march=native` would see: two machines that share a cache folder may differ."""
+    """The features `-march=native` depends on: two machines that share a cache folder may differ."""
     try:
-        return next(
-            line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")
-        )
-    except (OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
         return ""
+    return next((line for line in lines if line.startswith("flags")), "")
 
 
 def attend_rows(

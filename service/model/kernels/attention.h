@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "crew.h"
+#include "thread_pool.h"
 #include "linear.h"
 #include "vectors.h"
 
@@ -173,7 +173,7 @@ inline at::Tensor attend(const at::Tensor& query, const at::Tensor& key, const a
       out.select(0, 0).slice(0, span.start, span.start + span.length).copy_(long_span(q, keys, values, span, scale));
     else for (int t = 0; t < span.length; ++t) work.emplace_back(&span, span.start + t);
   }
-  Crew::all().each(work.size() * r.kv_heads, [&](int64_t task) {
+  ThreadPool::shared().each(work.size() * r.kv_heads, [&](int64_t task) {
     thread_local Scratch scratch;
     const auto [span, token] = work[task / r.kv_heads];
     attend_group(r, *span, token, task % r.kv_heads, scratch);

@@ -3,7 +3,7 @@
 The small operations between the products cost more time apart than they compute. Other models keep
 transformers' own layers around the kernels' linear layers and attention.
 
-Must not know adapters, requests or scheduling.
+Runs in the worker process; must not know adapters, requests or scheduling.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..kv import AttentionSpec
 
-# Transformers' module: prefix of its classes
+# transformers' module: prefix of its classes
 ALIKE = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 LINEARS = (
     "self_attn.q_proj",
@@ -33,18 +33,18 @@ LINEARS = (
 class FusedDecoderLayer:
     """Stands in for the forward of one layer; `layer` keeps its tensors."""
 
-    def __init__(self, layer: Any, seen: AttentionSpec) -> None:
+    def __init__(self, layer: Any, spec: AttentionSpec) -> None:
         attention = layer.self_attn
-        self.linears = [tensor for name in LINEARS for tensor in layer.get_submodule(name).tensors()]
+        self.linears: list[Tensor] = []
+        for name in LINEARS:
+            self.linears += layer.get_submodule(name).kernel_tensors()
         none = self.linears[0].new_empty(0)
-        own = [
-            getattr(norm, "weight", none)
-            for norm in (getattr(attention, "q_norm", None), getattr(attention, "k_norm", None))
-        ]
+        head_norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         self.next: list[Tensor] = []  # the following layer's
-        self.norms = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight, *own]
+        self.norms = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
+        self.norms += [getattr(norm, "weight", none) for norm in head_norms]
         self.rows = attention.kv_keys, attention.kv_values, attention.kv_table
-        self.options = layer.input_layernorm.variance_epsilon, seen.scale, seen.window
+        self.options = layer.input_layernorm.variance_epsilon, spec.scale, spec.window
 
     def __call__(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **other: Any
@@ -61,21 +61,22 @@ class FusedDecoderLayer:
 
 def install_layers(layers: nn.ModuleList, attention: Sequence[AttentionSpec]) -> int:
     """Gives every layer of Llama's kind the kernel for its forward. How many there were."""
-    found = [
-        (layer, seen) for layer, seen in zip(layers, attention, strict=True) if _is_llama_like(layer, seen)
-    ]
-    made = [FusedDecoderLayer(layer, seen) for layer, seen in found]
-    for (layer, _), own in zip(found, made, strict=True):
-        layer.forward = own
-    for own, following in itertools.pairwise(made):
+    fused: list[FusedDecoderLayer] = []
+    for layer, spec in zip(layers, attention, strict=True):
+        if _is_llama_like(layer, spec):
+            fused.append(FusedDecoderLayer(layer, spec))
+            layer.forward = fused[-1]
+    for own, following in itertools.pairwise(fused):
         own.next = following.linears
-    return len(found)
+    return len(fused)
 
 
-def _is_llama_like(layer: Any, seen: AttentionSpec) -> bool:
+def _is_llama_like(layer: Any, spec: AttentionSpec) -> bool:
     name = f"{type(layer).__module__}.{type(layer).__name__}"
-    known = name in {
+    known = {
         f"transformers.models.{family}.modeling_{family}.{prefix}DecoderLayer"
         for family, prefix in ALIKE.items()
     }
-    return known and layer.self_attn.config.hidden_act == "silu" and not seen.softcap and seen.dim % 32 == 0
+    if name not in known or layer.self_attn.config.hidden_act != "silu":
+        return False
+    return not spec.softcap and spec.dim % 32 == 0

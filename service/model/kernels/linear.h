@@ -6,7 +6,7 @@
 #include <array>
 #include <vector>
 
-#include "crew.h"
+#include "thread_pool.h"
 #include "vectors.h"
 
 constexpr int64_t kTile = 2 * kLanes;   // outputs computed together
@@ -27,13 +27,13 @@ struct Spans {
       : first(reinterpret_cast<const Span*>(table.const_data_ptr<int32_t>()) + 1), count(table.const_data_ptr<int32_t>()[0]) {}
 };
 
-// Which adapter each token of a step has.
-struct Owners {
+// The adapter of each token of a step.
+struct TokenAdapters {
   Spans spans;
   int64_t tokens, width = 0;  // the greatest rank of the step, and room for pairs
   std::vector<const Span*> of;  // nullptr: the base
 
-  Owners(const at::Tensor& table, int64_t tokens) : spans(table), tokens(tokens), of(tokens, nullptr) {
+  TokenAdapters(const at::Tensor& table, int64_t tokens) : spans(table), tokens(tokens), of(tokens, nullptr) {
     for (int s = 0; s < spans.count; ++s) {
       const Span& span = spans.first[s];
       TORCH_CHECK(span.start + span.length <= tokens, "adapterd: a layer sees ", tokens, " tokens, the step has more");
@@ -59,8 +59,8 @@ struct Linear {
   // Never over the span's: that is what room was made for.
   int rank(const Span* own) const { return own ? std::min(own->rank, ranks[own->low]) : 0; }
 
-  bool used(const Owners& owners) const {
-    return std::any_of(owners.spans.first, owners.spans.first + owners.spans.count, [&](const Span& s) { return s.rank && rank(&s); });
+  bool used(const TokenAdapters& adapters) const {
+    return std::any_of(adapters.spans.first, adapters.spans.first + adapters.spans.count, [&](const Span& s) { return s.rank && rank(&s); });
   }
 };
 
@@ -92,16 +92,16 @@ inline void place(const at::Tensor& a, const at::Tensor& b, at::Tensor pool_a, a
     }
 }
 
-// inner[token] = x[token] · A[low : low + rank]ᵀ, bf16 [tokens, owners.width], from the pool row on that is even, with zeros for rows that
+// inner[token] = x[token] · A[low : low + rank]ᵀ, bf16 [tokens, adapters.width], from the pool row on that is even, with zeros for rows that
 // are not the token's: rows of B are multiplied in pairs.
-inline void shrink(const Linear& l, const Owners& owners, const bf16* x, int64_t token, bf16* inner) {
-  const Span* own = owners.of[token];
+inline void shrink(const Linear& l, const TokenAdapters& adapters, const bf16* x, int64_t token, bf16* inner) {
+  const Span* own = adapters.of[token];
   const int rank = l.rank(own);
   if (!rank) return;
   const bf16* a = l.a + own->low * l.in;
   float sums[4];
-  inner += token * owners.width;
-  std::fill_n(inner, owners.width, bf16(0));
+  inner += token * adapters.width;
+  std::fill_n(inner, adapters.width, bf16(0));
   for (int r = 0; r < rank; r += 4) {
     const int many = std::min(4, rank - r);
     if (many == 4) dots<4>(x + token * l.in, a + r * l.in, l.in, l.in, sums);
@@ -118,23 +118,23 @@ struct Tile {
   const bf16* weights() const { return l->packed + at * l->in * kTile; }
 };
 
-// What a later operation will read, asked for while this one computes: A rows are read once, just before they are needed, and memory would
-// stand idle until then.
-struct Errand {
+// The memory that a later operation will read, fetched while this one computes: A rows are read once, just before they are needed, and
+// memory would stand idle until then.
+struct PrefetchList {
   struct Range {
     const char* from;
     int64_t lines;
   };
   std::vector<Range> ranges;
 
-  void add(const Linear& l, const Owners& owners) {
-    for (int s = 0; s < owners.spans.count; ++s)
-      if (const Span& span = owners.spans.first[s]; span.rank && l.rank(&span))
+  void add(const Linear& l, const TokenAdapters& adapters) {
+    for (int s = 0; s < adapters.spans.count; ++s)
+      if (const Span& span = adapters.spans.first[s]; span.rank && l.rank(&span))
         ranges.push_back({reinterpret_cast<const char*>(l.a + span.low * l.in), int64_t(l.rank(&span) * l.in * sizeof(bf16)) / kLine});
   }
 
   // The part of every range that falls to one of `items`.
-  void part(int64_t item, int64_t items) const {
+  void fetch_part(int64_t item, int64_t items) const {
     for (const auto& [from, lines] : ranges)
       for (int64_t i = lines * item / items; i < lines * (item + 1) / items; ++i) _mm_prefetch(from + i * kLine, _MM_HINT_T1);
   }
@@ -161,13 +161,13 @@ inline void multiply(const bf16* x, int64_t in, const bf16* weights, const char*
 }
 
 // The base's sums without bias → with gate, bias and the token's own adapter.
-inline Sums adapted(const Tile& tile, const Owners& owners, int64_t token, const Sums& base) {
+inline Sums adapted(const Tile& tile, const TokenAdapters& adapters, int64_t token, const Sums& base) {
   const Linear& l = *tile.l;
   const int64_t out = tile.at * kTile;
   __m512 first = base[0], second = base[1];
-  const Span* own = owners.of[token];
+  const Span* own = adapters.of[token];
   if (const int rank = l.rank(own)) {
-    const bf16* inner = tile.inner + token * owners.width;
+    const bf16* inner = tile.inner + token * adapters.width;
     const bf16* b = l.b + (tile.at * l.pool + (own->low & ~1)) * kTile;
     if (own->gated) {
       const float* gate = l.gate + own->low * l.out + out;
@@ -188,51 +188,51 @@ inline Sums adapted(const Tile& tile, const Owners& owners, int64_t token, const
 }
 
 template <int TOKENS, typename Emit>
-inline void pass(const Tile& tile, const Owners& owners, const bf16* x, int64_t token, const char* next, const Emit& emit) {
+inline void pass(const Tile& tile, const TokenAdapters& adapters, const bf16* x, int64_t token, const char* next, const Emit& emit) {
   Sums sum[TOKENS];
   multiply<TOKENS>(x + token * tile.l->in, tile.l->in, tile.weights(), next, sum);
   for (int t = 0; t < TOKENS; ++t) {
-    emit(tile, token + t, adapted(tile, owners, token + t, sum[t]));
+    emit(tile, token + t, adapted(tile, adapters, token + t, sum[t]));
   }
 }
 
 template <int AT_MOST, typename Emit>
-inline void pass_of(int64_t many, const Tile& tile, const Owners& owners, const bf16* x, int64_t token, const char* next, const Emit& emit) {
-  if (many == AT_MOST) pass<AT_MOST>(tile, owners, x, token, next, emit);
-  else if constexpr (AT_MOST > 1) pass_of<AT_MOST - 1>(many, tile, owners, x, token, next, emit);
+inline void pass_of(int64_t many, const Tile& tile, const TokenAdapters& adapters, const bf16* x, int64_t token, const char* next, const Emit& emit) {
+  if (many == AT_MOST) pass<AT_MOST>(tile, adapters, x, token, next, emit);
+  else if constexpr (AT_MOST > 1) pass_of<AT_MOST - 1>(many, tile, adapters, x, token, next, emit);
 }
 
 // All tokens of one tile, in passes of nearly equal size: the first asks for what it needs itself soon, the last for `next`, a later tile.
 template <typename Emit>
-inline void compute(const Tile& tile, const Owners& owners, const bf16* x, const bf16* next, const Emit& emit) {
-  const int64_t passes = (owners.tokens + kPass - 1) / kPass;
+inline void compute(const Tile& tile, const TokenAdapters& adapters, const bf16* x, const bf16* next, const Emit& emit) {
+  const int64_t passes = (adapters.tokens + kPass - 1) / kPass;
   for (int64_t p = 0; p < passes; ++p) {
-    const int64_t start = owners.tokens * p / passes, stop = owners.tokens * (p + 1) / passes;
+    const int64_t start = adapters.tokens * p / passes, stop = adapters.tokens * (p + 1) / passes;
     const bf16* ahead = p && p == passes - 1 ? next : tile.weights() + kAhead / sizeof(bf16);
-    pass_of<kPass>(stop - start, tile, owners, x, start, reinterpret_cast<const char*>(ahead), emit);
+    pass_of<kPass>(stop - start, tile, adapters, x, start, reinterpret_cast<const char*>(ahead), emit);
   }
 }
 
 // Several layers of the same input x bf16 [tokens, in]. emit(tile, token, sums) is called once for every tile and token; for one tile index
 // the layers follow each other on the same thread where `paired`.
 template <size_t LAYERS, typename Emit>
-inline void product(const std::array<const Linear*, LAYERS>& layers, const Owners& owners, const bf16* x, bool paired, const Errand& errand,
+inline void product(const std::array<const Linear*, LAYERS>& layers, const TokenAdapters& adapters, const bf16* x, bool paired, const PrefetchList& prefetch,
                     const Emit& emit) {
-  const bool any = std::any_of(layers.begin(), layers.end(), [&](const Linear* l) { return l->used(owners); });
-  const int64_t size = any ? owners.tokens * owners.width : 0;
+  const bool any = std::any_of(layers.begin(), layers.end(), [&](const Linear* l) { return l->used(adapters); });
+  const int64_t size = any ? adapters.tokens * adapters.width : 0;
   std::vector<bf16> inner(LAYERS * size);
-  Crew& crew = Crew::all();
+  ThreadPool& pool = ThreadPool::shared();
   if (size)
-    crew.each(LAYERS * owners.tokens, [&](int64_t i) { shrink(*layers[i % LAYERS], owners, x, i / LAYERS, inner.data() + i % LAYERS * size); });
+    pool.each(LAYERS * adapters.tokens, [&](int64_t i) { shrink(*layers[i % LAYERS], adapters, x, i / LAYERS, inner.data() + i % LAYERS * size); });
   std::vector<Tile> tiles;
   for (size_t i = 0; i < LAYERS; ++i)
     for (int64_t at = 0; at < layers[i]->out / kTile; ++at) tiles.push_back({layers[i], inner.data() + i * size, at});
   const int64_t together = paired ? LAYERS : 1, items = int64_t(tiles.size()) / together;
-  crew.run(items, [&](int64_t item) {
-    errand.part(item, items);
+  pool.run(items, [&](int64_t item) {
+    prefetch.fetch_part(item, items);
     for (int64_t k = 0; k < together; ++k) {
-      const int64_t later = k * items + std::min(item + crew.threads(), items - 1);  // the threads take turns: most likely one's own
-      compute(tiles[k * items + item], owners, x, tiles[later].weights(), emit);
+      const int64_t later = k * items + std::min(item + pool.threads(), items - 1);  // the threads take turns: most likely one's own
+      compute(tiles[k * items + item], adapters, x, tiles[later].weights(), emit);
     }
   });
 }

@@ -1,10 +1,10 @@
-// What torch sees of the kernels for a CPU with AVX512-BF16: a linear layer with every token's own adapter, attention over KV rows, and a
+// The operators of the CPU kernels as torch sees them, for processors with AVX512-BF16: a linear layer with every token's own adapter, attention over KV rows, and a
 // whole decoder layer of Llama's kind in one call. `table` describes a step's tokens, see linear.h.
 
 #include <torch/library.h>
 
 #include "attention.h"
-#include "crew.h"
+#include "thread_pool.h"
 #include "linear.h"
 #include "vectors.h"
 
@@ -22,12 +22,12 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, const at::Tenso
                   const at::Tensor& gate, const at::Tensor& ranks, const at::Tensor& table) {
   const at::Tensor input = x.contiguous();
   const Linear l(packed, bias, a, b, gate, ranks);
-  const Owners owners(table, input.numel() / l.in);
+  const TokenAdapters adapters(table, input.numel() / l.in);
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = l.out;
   at::Tensor y = at::empty(shape, x.options());
   bf16* out = y.mutable_data_ptr<bf16>();
-  product<1>({&l}, owners, input.const_data_ptr<bf16>(), false, {},
+  product<1>({&l}, adapters, input.const_data_ptr<bf16>(), false, {},
              [&](const Tile& tile, int64_t token, const Sums& sum) { store(out + token * l.out + tile.at * kTile, sum); });
   return y;
 }
@@ -59,7 +59,7 @@ struct Decoder {
         after(norm(norms[1])), query_norm(norm(norms[2])), key_norm(norm(norms[3])), epsilon(float(epsilon)) {}
 
   void normalized(const bf16* x, const bf16* weight, int64_t tokens, bf16* out) const {
-    Crew::all().each(tokens, [&](int64_t t) { normalize(x + t * q.in, weight, epsilon, q.in, out + t * q.in); });
+    ThreadPool::shared().each(tokens, [&](int64_t t) { normalize(x + t * q.in, weight, epsilon, q.in, out + t * q.in); });
   }
 
   // Norms and rotates the heads of query and key, in place; `x` is one token's query, key and value.
@@ -71,16 +71,16 @@ struct Decoder {
   }
 
   // x + layer(input), rounded twice as transformers does.
-  void added(const Linear& layer, const Owners& owners, const bf16* input, const bf16* x, bf16* out) const {
-    product<1>({&layer}, owners, input, false, {}, [&](const Tile& tile, int64_t token, const Sums& sum) {
+  void added(const Linear& layer, const TokenAdapters& adapters, const bf16* input, const bf16* x, bf16* out) const {
+    product<1>({&layer}, adapters, input, false, {}, [&](const Tile& tile, int64_t token, const Sums& sum) {
       const int64_t at = token * layer.out + tile.at * kTile;
       store(out + at, {_mm512_add_ps(widen(x + at), rounded(sum[0])), _mm512_add_ps(widen(x + at + kLanes), rounded(sum[1]))});
     });
   }
 
   // act = silu(gate(x)) * up(x): the gate's tile is done, and still near, when the same thread comes to up's.
-  void activated(const Owners& owners, const bf16* x, const Errand& errand, bf16* act) const {
-    product<2>({&gate, &up}, owners, x, true, errand, [&](const Tile& tile, int64_t token, const Sums& sum) {
+  void activated(const TokenAdapters& adapters, const bf16* x, const PrefetchList& prefetch, bf16* act) const {
+    product<2>({&gate, &up}, adapters, x, true, prefetch, [&](const Tile& tile, int64_t token, const Sums& sum) {
       bf16* to = act + token * up.out + tile.at * kTile;
       if (tile.l == &gate) store(to, {silu(rounded(sum[0])), silu(rounded(sum[1]))});
       else store(to, {_mm512_mul_ps(widen(to), rounded(sum[0])), _mm512_mul_ps(widen(to + kLanes), rounded(sum[1]))});
@@ -96,32 +96,32 @@ at::Tensor decoder(const at::Tensor& x, Tensors linears, Tensors norms, Tensors 
                    at::Tensor keys, at::Tensor values, const at::Tensor& table, double epsilon, double scale, int64_t window) {
   const Decoder d(linears, norms, epsilon);
   const int64_t tokens = x.size(1), hidden = x.size(2), dim = keys.size(3), width = d.q.out + d.k.out + d.v.out;
-  const Owners owners(table, tokens);
+  const TokenAdapters adapters(table, tokens);
   const bf16 *input = x.const_data_ptr<bf16>(), *c = cos.const_data_ptr<bf16>(), *s = sin.const_data_ptr<bf16>();
   at::Tensor normed = at::empty({tokens, hidden}, x.options()), heads = at::empty({1, tokens, width / dim, dim}, x.options());
   bf16 *n = normed.mutable_data_ptr<bf16>(), *qkv = heads.mutable_data_ptr<bf16>();
 
-  Errand own, later;
+  PrefetchList own, later;
   if (tokens <= kFetched) {
-    own.add(d.o, owners);
-    for (int i = 0; next.size() && i < 3; ++i) later.add(Decoder::at(next, i), owners);
+    own.add(d.o, adapters);
+    for (int i = 0; next.size() && i < 3; ++i) later.add(Decoder::at(next, i), adapters);
   }
   d.normalized(input, d.before, tokens, n);
-  product<3>({&d.q, &d.k, &d.v}, owners, n, false, own, [&](const Tile& tile, int64_t token, const Sums& sum) {
+  product<3>({&d.q, &d.k, &d.v}, adapters, n, false, own, [&](const Tile& tile, int64_t token, const Sums& sum) {
     const int64_t first = tile.l == &d.q ? 0 : tile.l == &d.k ? d.q.out : d.q.out + d.k.out;
     store(qkv + token * width + first + tile.at * kTile, sum);
   });
-  Crew::all().each(tokens, [&](int64_t t) { d.turn(qkv + t * width, c + t * dim, s + t * dim, dim); });
+  ThreadPool::shared().each(tokens, [&](int64_t t) { d.turn(qkv + t * width, c + t * dim, s + t * dim, dim); });
   const int64_t query = d.q.out / dim, key = d.k.out / dim;
   auto part = [&](int64_t from, int64_t many) { return heads.narrow(2, from, many).transpose(1, 2); };
   at::Tensor mixed = attend(part(0, query), part(query, key), part(query + key, key), keys, values, table, scale, window, 0);
 
   at::Tensor middle = at::empty_like(x), act = at::empty({tokens, d.up.out}, x.options()), out = at::empty_like(x);
   bf16 *m = middle.mutable_data_ptr<bf16>(), *a = act.mutable_data_ptr<bf16>();
-  d.added(d.o, owners, mixed.const_data_ptr<bf16>(), input, m);
+  d.added(d.o, adapters, mixed.const_data_ptr<bf16>(), input, m);
   d.normalized(m, d.after, tokens, n);
-  d.activated(owners, n, later, a);
-  d.added(d.down, owners, a, m, out.mutable_data_ptr<bf16>());
+  d.activated(adapters, n, later, a);
+  d.added(d.down, adapters, a, m, out.mutable_data_ptr<bf16>());
   return out;
 }
 

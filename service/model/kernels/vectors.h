@@ -18,7 +18,7 @@ inline __m512 widen(const bf16* p) {
 
 inline void narrow(bf16* p, __m512 v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v)); }
 
-// What is left of v in bfloat16: transformers rounds after every operation, and so do the kernels.
+// v as bfloat16 holds it: transformers rounds after every operation, and so do the kernels.
 inline __m512 rounded(__m512 v) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(v)), 16));
 }

@@ -12,11 +12,11 @@
 #include <cstdint>
 #include <thread>
 
-class Crew {
+class ThreadPool {
  public:
-  static Crew& all() {
-    static Crew* crew = new Crew(at::get_num_threads() - 1);  // never destroyed: its threads live as long as the process
-    return *crew;
+  static ThreadPool& shared() {
+    static ThreadPool* pool = new ThreadPool(at::get_num_threads() - 1);  // never destroyed: its threads live as long as the process
+    return *pool;
   }
 
   int threads() const { return helpers_ + 1; }
@@ -48,7 +48,7 @@ class Crew {
   }
 
  private:
-  explicit Crew(int helpers) : helpers_(helpers) {
+  explicit ThreadPool(int helpers) : helpers_(helpers) {
     for (int i = 0; i < helpers; ++i) std::thread([this] { help(); }).detach();
   }
 

@@ -83,7 +83,7 @@ class _Stream(io.BufferedReader):
 
     left: float = TOLD
 
-    def read_bytes(self, size: int | None = -1, /) -> bytes:
+    def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > self.left:
             raise PayloadTooLarge(f"the archive takes more than {TOLD} bytes to say what it holds")
         data = super().read(size)

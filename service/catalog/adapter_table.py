@@ -55,7 +55,7 @@ class AdapterTable:
     def find_usable(self, id: str) -> RegisteredAdapter:
         """Raises AdapterNotFound, AdapterInvalid for one that could not be read at start."""
         one = self.find_adapter(id)
-        if one.generation.reading is None:
+        if one.version.validated is None:
             raise AdapterInvalid([one.failure])
         return one
 
@@ -71,7 +71,7 @@ class AdapterTable:
 
     def is_source_used(self, source: str) -> bool:
         """Whether anything, leased or named, lies in this source."""
-        return any(one.generation.place.source == source for one in (*self.current.values(), *self._retired))
+        return any(one.version.place.source == source for one in (*self.current.values(), *self._retired))
 
     def lock_for(self, name: str) -> asyncio.Lock:
         """One at a time for an id, and for a content."""
@@ -81,9 +81,9 @@ class AdapterTable:
 
     def insert_adapter(self, one: RegisteredAdapter) -> None:
         """Puts an adapter where nothing stands, without loading it unless it is pinned."""
-        self.current[one.generation.id] = one
-        metrics.adapter_registered(one.generation.id)
-        if adapter := one.generation.adapter:
+        self.current[one.version.id] = one
+        metrics.adapter_registered(one.version.id)
+        if adapter := one.version.adapter:
             self.device.add_adapter(adapter, one.pinned, one.pinned)
 
     async def replace_adapter(
@@ -98,14 +98,14 @@ class AdapterTable:
             self.device.add_adapter(adapter, one.pinned, preload)
             if preload and self.device.tier_of(adapter.digest) is Tier.DISK:
                 await self._wait_until_loaded(adapter.digest)
-            held = self.current.get(one.generation.id)
+            held = self.current.get(one.version.id)
             if held:
                 self.withdraw_adapter(held)
-            self.current[one.generation.id] = one
+            self.current[one.version.id] = one
             if one.pinned:
                 # Another id of this content may have been unpinned meanwhile
                 self.device.pin_adapter(adapter.digest, True)
-            metrics.adapter_registered(one.generation.id)
+            metrics.adapter_registered(one.version.id)
         return held
 
     async def try_out(self, adapter: Adapter) -> None:
@@ -123,7 +123,7 @@ class AdapterTable:
         """Takes an adapter from its id at once; the task waits for its leases, frees its content
         and gives the bytes freed.
         """
-        del self.current[one.generation.id]
+        del self.current[one.version.id]
         self._retired.add(one)
         if one.pinned:  # its pin goes with its name: what drains must not hold the pool
             self.device.pin_adapter(one.digest, self._is_pinned(one.digest))
@@ -165,7 +165,7 @@ class AdapterTable:
         What still has it may lie elsewhere, and may not be pinned; the bytes freed.
         """
         having = (
-            one.generation.adapter for one in (*self.current.values(), *self._retired) if one.digest == digest
+            one.version.adapter for one in (*self.current.values(), *self._retired) if one.digest == digest
         )
         adapter = next(having, None)
         if adapter is None:

@@ -1,4 +1,4 @@
-"""How much an adapter changes, layer by layer; measured by the reader, once for each content.
+"""How much an adapter changes, layer by layer; measured by the validator, once for each content.
 
 Knows no tensor and no HTTP.
 """
@@ -23,21 +23,21 @@ KEPT = 256  # contents whose norms are remembered; some thousand numbers each
 class NormCache:
     """Remembers what was measured, by digest; who asks meanwhile waits for the same answer."""
 
-    def __init__(self, reader: Validator) -> None:
-        self._reader = reader
+    def __init__(self, validator: Validator) -> None:
+        self._validator = validator
         self._asked: dict[Digest, asyncio.Task[dict[str, float]]] = {}
 
-    async def measure_norms(self, reading: ValidatedAdapter) -> dict[str, float]:
+    async def measure_norms(self, validated: ValidatedAdapter) -> dict[str, float]:
         """Module → norm of scaling · B · A.
 
         Raises AdapterInvalid when the files are gone or have changed; then the next one asks anew.
         """
-        digest = reading.adapter.digest
+        digest = validated.adapter.digest
         task = self._asked.get(digest)
         if task is None:
             while len(self._asked) >= KEPT:
                 del self._asked[next(iter(self._asked))]
-            task = self._asked[digest] = asyncio.create_task(self._reader.measure_norms(reading))
+            task = self._asked[digest] = asyncio.create_task(self._validator.measure_norms(validated))
             task.add_done_callback(lambda done: self._forget_failed(digest, done))
         return await asyncio.shield(task)
 

@@ -29,12 +29,12 @@ class Startup:
     and harms no other.
     """
 
-    def __init__(self, store: Store, ledger: StateFile, reader: Validator, base_id: str) -> None:
-        self.store, self.ledger, self.reader, self.base_id = store, ledger, reader, base_id
+    def __init__(self, store: Store, state_file: StateFile, validator: Validator, base_id: str) -> None:
+        self.store, self.state_file, self.validator, self.base_id = store, state_file, validator, base_id
 
     async def __aiter__(self) -> AsyncIterator[RegisteredAdapter]:
         await run_in(DISK, self.store.sweep_interrupted)
-        records = self.ledger.records
+        records = self.state_file.records
         used = {
             record.source if not record.subfolder else f"{record.source}/{record.subfolder}"
             for record in records.values()
@@ -43,7 +43,7 @@ class Startup:
             if one := await self.restore_record(id, record):
                 yield one
         for folder in await run_in(DISK, lambda: list(self.store.list_folders())):
-            if folder in used | self.ledger.deleted or folder in records:
+            if folder in used | self.state_file.deleted or folder in records:
                 continue
             if self._can_be_id(folder):
                 yield await self._register_folder(folder)
@@ -65,33 +65,35 @@ class Startup:
         unplaced = SourceLocation(self.store.root, record.source, record.subfolder, record.revision)
         try:
             held = [file.name for file in record.files]
-            place = await self.store.find_source(
+            location = await self.store.find_source(
                 record.source, record.subfolder, record.revision, uploads=True, held=held
             )
-            fingerprint, reading = await read_place(self.reader, place, record)
+            fingerprint, validated = await read_location(self.validator, location, record)
         except (AdapterdError, OSError) as error:
             if record.source == id and not await run_in(DISK, (self.store.root / id).exists):
                 log.info("the folder of %s is gone", id)
                 return None
             return self._failed_adapter(id, unplaced, record, error)
-        if record.digest and reading.adapter.digest != record.digest:
+        if record.digest and validated.adapter.digest != record.digest:
             note = f"the files have changed since {record.registered_at}, when the digest was {record.digest}"
             log.warning("%s: %s", id, note)
-            reading = replace(reading, warnings=(*reading.warnings, note))
+            validated = replace(validated, warnings=(*validated.warnings, note))
         return RegisteredAdapter(
-            AdapterVersion(id, place, fingerprint, record.registered_at, reading), record.pinned
+            AdapterVersion(id, location, fingerprint, record.registered_at, validated), record.pinned
         )
 
     async def _register_folder(self, folder: str) -> RegisteredAdapter:
         try:
-            place = await self.store.find_source(folder)
-            fingerprint, reading = await read_place(self.reader, place)
+            location = await self.store.find_source(folder)
+            fingerprint, validated = await read_location(self.validator, location)
         except (AdapterdError, OSError) as error:
             return self._failed_adapter(folder, SourceLocation(self.store.root, folder), None, error)
-        return RegisteredAdapter(AdapterVersion(folder, place, fingerprint, versions.current_time(), reading))
+        return RegisteredAdapter(
+            AdapterVersion(folder, location, fingerprint, versions.current_time(), validated)
+        )
 
     def _failed_adapter(
-        self, id: str, place: SourceLocation, record: Record | None, error: Exception
+        self, id: str, location: SourceLocation, record: Record | None, error: Exception
     ) -> RegisteredAdapter:
         reason = (
             error.message
@@ -99,31 +101,31 @@ class Startup:
             else f"the files cannot be read: {getattr(error, 'strerror', error)}"
         )
         log.warning("the adapter %s cannot be used: %s", id, reason)
-        generation = AdapterVersion(
-            id, place, "", record.registered_at if record else versions.current_time(), None, reason
+        version = AdapterVersion(
+            id, location, "", record.registered_at if record else versions.current_time(), None, reason
         )
-        return RegisteredAdapter(generation, record.pinned if record else False)
+        return RegisteredAdapter(version, record.pinned if record else False)
 
 
-async def read_place(
-    reader: Validator, place: SourceLocation, record: Record | None = None
+async def read_location(
+    validator: Validator, location: SourceLocation, record: Record | None = None
 ) -> tuple[str, ValidatedAdapter]:
     """The fingerprint of the files and what they hold; files that are as they were when they were
     recorded are not looked at again.
 
-    What a glance refuses never reaches the reader, which may be busy with something large. Raises
+    What a glance refuses never reaches the validator, which may be busy with something large. Raises
     AdapterInvalid, AdapterUnsupported, OSError.
     """
-    await run_in(DISK, header.quick_check, place.folder, reader.max_rank)
-    fingerprint = await run_in(DISK, place.compute_fingerprint)
+    await run_in(DISK, header.quick_check, location.folder, validator.max_rank)
+    fingerprint = await run_in(DISK, location.compute_fingerprint)
     same = (
         record is not None
         and record.fingerprint == fingerprint
         and compute_digest(record.files) == record.digest
     )
-    reading = await reader.validate_adapter(place.folder, record.files if record and same else ())
-    if await run_in(DISK, place.compute_fingerprint) != fingerprint:
+    validated = await validator.validate_adapter(location.folder, record.files if record and same else ())
+    if await run_in(DISK, location.compute_fingerprint) != fingerprint:
         raise AdapterInvalid(
             ["its files have changed while they were read: register it again once they are written"]
         )
-    return fingerprint, reading
+    return fingerprint, validated

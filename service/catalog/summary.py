@@ -15,9 +15,9 @@ from .versions import RegisteredAdapter, format_time
 
 def make_card(one: RegisteredAdapter, tier: Tier) -> dict[str, Any]:
     """The few facts that lists show. Of a failed adapter nothing is known but the reason."""
-    known = one.generation.reading.facts if one.generation.reading else None
+    known = one.version.validated.facts if one.version.validated else None
     shown = {
-        "id": one.generation.id,
+        "id": one.version.id,
         "digest": one.digest or None,
         "state": "failed" if one.failure else "ready",
         "residency": tier.value,
@@ -34,22 +34,22 @@ def make_card(one: RegisteredAdapter, tier: Tier) -> dict[str, Any]:
 def make_summary(one: RegisteredAdapter, tier: Tier, base: BaseInfo, served: ServedBase) -> dict[str, Any]:
     """Everything about an adapter; see the contract. A failed one has its card and the reason."""
     shown = make_card(one, tier)
-    place = one.generation.place
+    location = one.version.place
     shown |= {
-        "source": place.source,
-        "subfolder": place.subfolder,
-        "revision": place.revision,
-        "registered_at": one.generation.registered_at,
+        "source": location.source,
+        "subfolder": location.subfolder,
+        "revision": location.revision,
+        "registered_at": one.version.registered_at,
     }
-    reading = one.generation.reading
-    if reading is None:
+    validated = one.version.validated
+    if validated is None:
         return shown | {"warnings": []}
-    known = {key: value for key, value in reading.facts.items() if key != "claimed_base"}
-    claimed = reading.facts["claimed_base"]
+    known = {key: value for key, value in validated.facts.items() if key != "claimed_base"}
+    claimed = validated.facts["claimed_base"]
     match = served.matches_claim(claimed)
     on_device = known["parameters"] * ITEMSIZE[facts.FLOATS[base.dtype]]
     resident = sum(base.resident_bytes.values())
-    warnings = list(reading.warnings)
+    warnings = list(validated.warnings)
     if not match:
         warnings.insert(
             0,
@@ -59,7 +59,7 @@ def make_summary(one: RegisteredAdapter, tier: Tier, base: BaseInfo, served: Ser
         shown
         | known
         | {
-            "lane": reading.adapter.lane.value,
+            "lane": validated.adapter.lane.value,
             "base_model": {"claimed": claimed, "served": served.id, "match": match},
             "percent_of_base": facts.to_percent(known["parameters"], base.parameters),
             "size": known["size"] | {"device_megabytes": facts.to_megabytes(on_device)},
@@ -73,7 +73,7 @@ def make_summary(one: RegisteredAdapter, tier: Tier, base: BaseInfo, served: Ser
                 "base_megabytes": facts.to_megabytes(resident),
                 "with_adapter_megabytes": facts.to_megabytes(resident + on_device),
             },
-            "files": [asdict(file) for file in reading.adapter.files],
+            "files": [asdict(file) for file in validated.adapter.files],
             "warnings": warnings,
         }
     )

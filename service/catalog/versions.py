@@ -25,16 +25,16 @@ class AdapterVersion:
     place: SourceLocation
     fingerprint: str
     registered_at: str
-    reading: ValidatedAdapter | None
+    validated: ValidatedAdapter | None
     reason: str = ""
 
     @property
     def digest(self) -> Digest:
-        return self.reading.adapter.digest if self.reading else ""
+        return self.validated.adapter.digest if self.validated else ""
 
     @property
     def files(self) -> Manifest:
-        return self.reading.adapter.files if self.reading else ()
+        return self.validated.adapter.files if self.validated else ()
 
     @property
     def folder(self) -> Path:
@@ -42,14 +42,14 @@ class AdapterVersion:
 
     @property
     def adapter(self) -> Adapter | None:
-        return self.reading.adapter if self.reading else None
+        return self.validated.adapter if self.validated else None
 
 
 @dataclass(eq=False)
 class RegisteredAdapter:
     """A generation and its use. `idle` is set while no request runs on it."""
 
-    generation: AdapterVersion
+    version: AdapterVersion
     pinned: bool = False
     failure: str = ""
     in_flight: int = 0
@@ -57,7 +57,7 @@ class RegisteredAdapter:
     idle: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        self.failure = self.failure or self.generation.reason
+        self.failure = self.failure or self.version.reason
         self.idle.set()
 
     def take_lease(self) -> None:
@@ -72,10 +72,10 @@ class RegisteredAdapter:
 
     @property
     def digest(self) -> Digest:
-        return self.generation.digest
+        return self.version.digest
 
     def to_record(self) -> Record:
-        one = self.generation
+        one = self.version
         place = (one.place.source, one.place.subfolder, one.place.revision)
         return Record(*place, one.digest, one.fingerprint, self.pinned, one.registered_at, one.files)
 

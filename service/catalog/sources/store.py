@@ -226,14 +226,14 @@ def _is_short(path: str) -> bool:
         return False
 
 
-def _resolve_location(place: SourceLocation, root: Path) -> SourceLocation:
-    """The place with its real folder.
+def _resolve_location(location: SourceLocation, root: Path) -> SourceLocation:
+    """The location with its real folder.
 
     Raises Forbidden when it or a file of it lies elsewhere, AdapterInvalid when it is no adapter's.
     """
-    name = place.path[:200]
+    name = location.path[:200]
     try:
-        folder, top = place.folder.resolve(), root.resolve()
+        folder, top = location.folder.resolve(), root.resolve()
         if not folder.is_relative_to(top):
             raise Forbidden(f"source {name!r} is a link that leaves the adapters directory", param="source")
         if not folder.is_dir():
@@ -252,7 +252,7 @@ def _resolve_location(place: SourceLocation, root: Path) -> SourceLocation:
         raise AdapterInvalid(
             [f"source {name!r} cannot be read: {getattr(error, 'strerror', None) or 'a loop of links'}"]
         ) from None
-    return SourceLocation(folder, place.source, place.subfolder, place.revision)
+    return SourceLocation(folder, location.source, location.subfolder, location.revision)
 
 
 def _list_candidates(folder: Path) -> list[str]:

@@ -74,12 +74,14 @@ class Validator:
         adapter = replace(answer.adapter, patches=share_specs(answer.adapter.patches))
         return replace(answer, adapter=adapter, layers=share_specs(answer.layers))
 
-    async def measure_norms(self, reading: ValidatedAdapter) -> dict[str, float]:
+    async def measure_norms(self, validated: ValidatedAdapter) -> dict[str, float]:
         """Module → Frobenius norm of its scaling · B · A.
 
         Raises AdapterInvalid when the files are gone or have changed.
         """
-        answer = await self._ask_child(NormsRequest(reading.adapter, reading.layers), reading.adapter.size)
+        answer = await self._ask_child(
+            NormsRequest(validated.adapter, validated.layers), validated.adapter.size
+        )
         assert isinstance(answer, dict)
         return answer
 

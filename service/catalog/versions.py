@@ -1,4 +1,7 @@
-"""One registered adapter: its unchanging content, and what changes about it. Decides nothing."""
+"""Holds a registered adapter: its unchanging content, and its changing use; in the API process.
+
+Decides nothing.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from .validator.messages import ValidatedAdapter
 class AdapterVersion:
     """A version of a name.
 
-    `reading` is None for a folder that could not be validated at start; `reason` says why.
+    `validated` is None for a folder that could not be validated at start; `reason` says why.
     """
 
     id: str
@@ -47,7 +50,7 @@ class AdapterVersion:
 
 @dataclass(eq=False)
 class RegisteredAdapter:
-    """A generation and its use. `idle` is set while no request runs on it."""
+    """A version and its use. `idle` is set while no request runs on it."""
 
     version: AdapterVersion
     pinned: bool = False
@@ -75,9 +78,17 @@ class RegisteredAdapter:
         return self.version.digest
 
     def to_record(self) -> Record:
-        one = self.version
-        place = (one.place.source, one.place.subfolder, one.place.revision)
-        return Record(*place, one.digest, one.fingerprint, self.pinned, one.registered_at, one.files)
+        version, location = self.version, self.version.place
+        return Record(
+            source=location.source,
+            subfolder=location.subfolder,
+            revision=location.revision,
+            digest=version.digest,
+            fingerprint=version.fingerprint,
+            pinned=self.pinned,
+            registered_at=version.registered_at,
+            files=version.files,
+        )
 
 
 def current_time() -> str:
@@ -85,4 +96,6 @@ def current_time() -> str:
 
 
 def format_time(when: datetime | None) -> str | None:
-    return when.isoformat(timespec="milliseconds").replace("+00:00", "Z") if when else None
+    if when is None:
+        return None
+    return when.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -220,7 +220,7 @@ async def test_a_bad_adapter_leaves_no_ghost(stocked: RegistryFixture, plain: Pa
             registry.card_of("bad")
         assert isinstance(registry._validator, InProcessValidator)
         assert not [folder for folder, _ in registry._validator.reads if folder.name == "bad"], (
-            "a glance at the config was not enough"
+            "a quick check of the config was not enough"
         )
 
 
@@ -785,7 +785,7 @@ async def test_folders_are_registered_at_start_under_their_paths(
             pass
         await registry.register_adapter("more", "found")
         assert len({one.digest for one in registry.list_versions()}) == 1, (
-            "one content has one digest, and one voice, under all its ids"
+            "one content has one digest, and one text, under all its ids"
         )
 
 
@@ -979,7 +979,8 @@ async def test_a_directory_that_cannot_be_written_stops_nothing(
             _, created = await registry.register_adapter(id, "plain")
             assert created
         assert [record.message for record in caplog.records if "restart" in record.message] == [
-            "registrations will not outlive a restart: the adapters directory cannot be written: Is a directory"
+            "registrations will not outlive a restart: "
+            "the adapters directory cannot be written: Is a directory"
         ]
 
 

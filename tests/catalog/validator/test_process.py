@@ -30,9 +30,8 @@ async def test_one_process_reads_refuses_and_is_replaced(
     await validator.warm_up()
     pid = validator.pid
     try:
-        await validator.start_on(
-            base, (LayerLimit("model.layers.*.self_attn.k_proj", "Odd", "gives a tuple", by_peft=False),)
-        )
+        limit = LayerLimit("model.layers.*.self_attn.k_proj", "Odd", "gives a tuple", by_peft=False)
+        await validator.start_on(base, (limit,))
         assert (validator.pid, validator.tree and validator.tree.text) == (pid, "LlamaForCausalLM")
         first, second = await asyncio.gather(
             validator.validate_adapter(plain), validator.validate_adapter(other)
@@ -63,18 +62,15 @@ async def test_one_process_reads_refuses_and_is_replaced(
             await validator.validate_adapter(plain)
         assert (await validator.validate_adapter(plain)).adapter == first.adapter
         assert validator.pid not in (None, pid)
-        with pytest.raises(
-            AdapterUnsupported, match=r"LoRA on Odd is not served: model\.layers\.\*\.self_attn\.k_proj gives"
-        ):
+        refusal = r"LoRA on Odd is not served: model\.layers\.\*\.self_attn\.k_proj gives"
+        with pytest.raises(AdapterUnsupported, match=refusal):
             await validator.validate_adapter(making.noise(tmp_path / "odd", base, 3, ("k_proj", "q_proj")))
 
+        endless = {"target_modules": "(" + "(.*)*" * 12 + ")x$"}
+        stalling = making.edit(plain, tmp_path / "stalling", endless)
         validator.read_s = 0.5
         with pytest.raises(AdapterInvalid, match="longer than"):
-            await validator.validate_adapter(
-                stalling := making.edit(
-                    plain, tmp_path / "stalling", {"target_modules": "(" + "(.*)*" * 12 + ")x$"}
-                )
-            )
+            await validator.validate_adapter(stalling)
         validator.read_s = 3600.0
         await validator.validate_adapter(plain)
         stalled = [asyncio.create_task(validator.validate_adapter(stalling))]

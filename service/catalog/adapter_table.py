@@ -1,6 +1,6 @@
-"""What stands under which id, what is still leased without one, and what the device is told of it.
+"""Keeps the registered adapters by id, and those still leased without one, and tells the device of them.
 
-Knows no files.
+Runs in the API process; must not know files.
 
 An id is a label on immutable content: contents end when no id has them and their last lease is
 over.
@@ -22,9 +22,9 @@ from .versions import RegisteredAdapter
 
 
 class Device(Protocol):
-    """The engine, as names need it.
+    """The engine, as the registry needs it.
 
-    `base` is there once it is loaded; `drop` gives the bytes freed.
+    `base` is there once it is loaded; `remove_adapter` gives the bytes freed.
     """
 
     @property
@@ -54,10 +54,10 @@ class AdapterTable:
 
     def find_usable(self, id: str) -> RegisteredAdapter:
         """Raises AdapterNotFound, AdapterInvalid for one that could not be read at start."""
-        one = self.find_adapter(id)
-        if one.generation.reading is None:
-            raise AdapterInvalid([one.failure])
-        return one
+        entry = self.find_adapter(id)
+        if entry.version.validated is None:
+            raise AdapterInvalid([entry.failure])
+        return entry
 
     @property
     def base(self) -> BaseInfo:
@@ -66,12 +66,12 @@ class AdapterTable:
             raise NotReady("not ready: the base is loading", retry_after=2)
         return self.device.base
 
-    def tier_of(self, one: RegisteredAdapter) -> Tier:
-        return self.device.tier_of(one.digest)
+    def tier_of(self, entry: RegisteredAdapter) -> Tier:
+        return self.device.tier_of(entry.digest)
 
     def is_source_used(self, source: str) -> bool:
         """Whether anything, leased or named, lies in this source."""
-        return any(one.generation.place.source == source for one in (*self.current.values(), *self._retired))
+        return any(entry.version.place.source == source for entry in self._list_held())
 
     def lock_for(self, name: str) -> asyncio.Lock:
         """One at a time for an id, and for a content."""
@@ -79,37 +79,36 @@ class AdapterTable:
 
     # ---- changing
 
-    def insert_adapter(self, one: RegisteredAdapter) -> None:
-        """Puts an adapter where nothing stands, without loading it unless it is pinned."""
-        self.current[one.generation.id] = one
-        metrics.adapter_registered(one.generation.id)
-        if adapter := one.generation.adapter:
-            self.device.add_adapter(adapter, one.pinned, one.pinned)
+    def insert_adapter(self, entry: RegisteredAdapter) -> None:
+        """Registers an adapter under a free id, without loading it unless it is pinned."""
+        self.current[entry.version.id] = entry
+        metrics.adapter_registered(entry.version.id)
+        if adapter := entry.version.adapter:
+            self.device.add_adapter(adapter, entry.pinned, entry.pinned)
 
     async def replace_adapter(
-        self, one: RegisteredAdapter, adapter: Adapter, preload: bool
+        self, entry: RegisteredAdapter, adapter: Adapter, preload: bool
     ) -> RegisteredAdapter | None:
-        """Puts an adapter under its id once the device has it, if it is to be loaded now; what
-        stood there ends with its last lease.
+        """Puts an adapter under its id once the device has it, if it is to be loaded now.
 
-        Raises AdapterInvalid when the device cannot load it; then nothing has changed.
+        The entry that it replaces ends with its last lease, and is returned. Raises AdapterInvalid when
+        the device cannot load the new one; then nothing has changed.
         """
         async with self.lock_for(adapter.digest):
-            self.device.add_adapter(adapter, one.pinned, preload)
+            self.device.add_adapter(adapter, entry.pinned, preload)
             if preload and self.device.tier_of(adapter.digest) is Tier.DISK:
                 await self._wait_until_loaded(adapter.digest)
-            held = self.current.get(one.generation.id)
+            held = self.current.get(entry.version.id)
             if held:
                 self.withdraw_adapter(held)
-            self.current[one.generation.id] = one
-            if one.pinned:
-                # Another id of this content may have been unpinned meanwhile
+            self.current[entry.version.id] = entry
+            if entry.pinned:  # another id of this content may have been unpinned meanwhile
                 self.device.pin_adapter(adapter.digest, True)
-            metrics.adapter_registered(one.generation.id)
+            metrics.adapter_registered(entry.version.id)
         return held
 
     async def try_out(self, adapter: Adapter) -> None:
-        """Loads what nothing has under any id yet, and lets it go again.
+        """Loads a content that no id has yet, and lets it go again.
 
         Raises AdapterInvalid when the device cannot load it.
         """
@@ -119,22 +118,23 @@ class AdapterTable:
                 await self._wait_until_loaded(adapter.digest)
                 await self._release_content(adapter.digest)
 
-    def withdraw_adapter(self, one: RegisteredAdapter) -> asyncio.Task[int]:
-        """Takes an adapter from its id at once; the task waits for its leases, frees its content
-        and gives the bytes freed.
+    def withdraw_adapter(self, entry: RegisteredAdapter) -> asyncio.Task[int]:
+        """Takes an adapter from its id at once.
+
+        The task waits for its leases, frees its content and gives the bytes freed.
         """
-        del self.current[one.generation.id]
-        self._retired.add(one)
-        if one.pinned:  # its pin goes with its name: what drains must not hold the pool
-            self.device.pin_adapter(one.digest, self._is_pinned(one.digest))
-        task = asyncio.create_task(self._end_adapter(one))
+        del self.current[entry.version.id]
+        self._retired.add(entry)
+        if entry.pinned:  # its pin goes with its name: what drains must not hold the pool
+            self.device.pin_adapter(entry.digest, self._is_pinned(entry.digest))
+        task = asyncio.create_task(self._end_adapter(entry))
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
         return task
 
-    def pin_adapter(self, one: RegisteredAdapter, pinned: bool) -> None:
-        one.pinned = pinned
-        self.device.pin_adapter(one.digest, self._is_pinned(one.digest))
+    def pin_adapter(self, entry: RegisteredAdapter, pinned: bool) -> None:
+        entry.pinned = pinned
+        self.device.pin_adapter(entry.digest, self._is_pinned(entry.digest))
 
     def cancel_endings(self) -> None:
         for task in self._ending:
@@ -151,28 +151,30 @@ class AdapterTable:
             await self._release_content(digest)
             raise
 
-    async def _end_adapter(self, one: RegisteredAdapter) -> int:
-        await one.idle.wait()
-        self._retired.discard(one)
-        if not one.digest:
+    async def _end_adapter(self, entry: RegisteredAdapter) -> int:
+        await entry.idle.wait()
+        self._retired.discard(entry)
+        if not entry.digest:
             return 0
-        async with self.lock_for(one.digest):
-            return await self._release_content(one.digest)
+        async with self.lock_for(entry.digest):
+            return await self._release_content(entry.digest)
 
     async def _release_content(self, digest: Digest) -> int:
-        """Drops a content that nothing has any more.
+        """Removes a content that nothing has any more.
 
-        What still has it may lie elsewhere, and may not be pinned; the bytes freed.
+        Another entry that has it may lie elsewhere, and may not be pinned. Returns the bytes freed.
         """
-        having = (
-            one.generation.adapter for one in (*self.current.values(), *self._retired) if one.digest == digest
-        )
-        adapter = next(having, None)
+        holders = (entry.version.adapter for entry in self._list_held() if entry.digest == digest)
+        adapter = next(holders, None)
         if adapter is None:
             return await self.device.remove_adapter(digest)
         self.device.add_adapter(adapter, False, False)
         self.device.pin_adapter(digest, self._is_pinned(digest))
         return 0
 
+    def _list_held(self) -> tuple[RegisteredAdapter, ...]:
+        """Every entry, under an id or only leased."""
+        return (*self.current.values(), *self._retired)
+
     def _is_pinned(self, digest: Digest) -> bool:
-        return any(one.pinned for one in self.current.values() if one.digest == digest)
+        return any(entry.pinned for entry in self.current.values() if entry.digest == digest)

@@ -1,6 +1,6 @@
 """Draws a base's module tree with an adapter in place, as text, with repeated layers folded.
 
-Knows no torch: it is given the tree.
+Runs in the API process, where the validator has sent the tree; must not know torch.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ class ModuleNode:
 def draw_architecture(
     tree: ModuleNode, patches: Sequence[LoraLayerSpec], dropout: float, features: Sequence[str] = ()
 ) -> str:
-    """One line a module; an adapted layer shows its base_layer, lora_A, lora_B, rank, scaling,
-    dropout. `features`: what none shows.
+    """One line a module; an adapted layer shows its base_layer, lora_A, lora_B, rank, scaling, dropout.
+
+    `features` are those that no layer shows.
     """
     lines = _draw_lines(tree, "", {patch.module: patch for patch in patches}, dropout)
     if features:
@@ -43,17 +44,18 @@ def _draw_lines(
 ) -> list[str]:
     if path in patches and node.shape:
         return _draw_adapted(node, patches[path], node.shape, dropout)
+    prefix = f"{path}." if path else ""
     drawn = [
-        (child.name, _draw_lines(child, f"{path}.{child.name}" if path else child.name, patches, dropout))
-        for child in node.children
+        (child.name, _draw_lines(child, prefix + child.name, patches, dropout)) for child in node.children
     ]
-    inner = (
-        _fold_repeated(drawn)
-        if len(drawn) > 1 and all(name.isdigit() for name, _ in drawn)
-        else [line for _, lines in drawn for line in lines]
-    )
     title = f"({node.name}): {node.text}" if node.name else node.text
-    return [title, *("  " + line for line in inner)]
+    return [title, *("  " + line for line in _join_children(drawn))]
+
+
+def _join_children(drawn: Sequence[tuple[str, list[str]]]) -> list[str]:
+    if len(drawn) > 1 and all(name.isdigit() for name, _ in drawn):
+        return _fold_repeated(drawn)
+    return [line for _, lines in drawn for line in lines]
 
 
 def _draw_adapted(
@@ -71,24 +73,17 @@ def _draw_adapted(
 
 
 def _fold_repeated(drawn: Sequence[tuple[str, list[str]]]) -> list[str]:
-    """Numbered siblings that look the same are drawn once; a list with many kinds of them shows the
-    first few.
-    """
+    """Draws numbered siblings that look the same once; of a list with many kinds, the first few."""
     alike: dict[tuple[str, ...], list[int]] = {}
     for name, lines in drawn:
         alike.setdefault((lines[0].partition(": ")[2], *lines[1:]), []).append(int(name))
-    out: list[str] = []
+    folded: list[str] = []
     for (title, *rest), numbers in list(alike.items())[:GROUPS]:
-        out += [
-            f"({_format_runs(numbers)}): {f'{len(numbers)} x ' if len(numbers) > 1 else ''}{title}",
-            *rest,
-        ]
-    hidden = [number for numbers in list(alike.values())[GROUPS:] for number in numbers]
-    return (
-        [*out, f"({_format_runs(sorted(hidden))}): as above, with other ranks, scalings or targets"]
-        if hidden
-        else out
-    )
+        times = f"{len(numbers)} x " if len(numbers) > 1 else ""
+        folded += [f"({_format_runs(numbers)}): {times}{title}", *rest]
+    if hidden := sorted(number for numbers in list(alike.values())[GROUPS:] for number in numbers):
+        folded.append(f"({_format_runs(hidden)}): as above, with other ranks, scalings or targets")
+    return folded
 
 
 def _format_runs(numbers: Sequence[int]) -> str:

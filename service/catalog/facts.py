@@ -1,6 +1,6 @@
-"""Turns what an adapter's files say into the numbers people ask for: counts, shapes, megabytes, per
-module. Knows no files and no torch.
+"""Turns an adapter's config and header into counts, shapes and megabytes per module.
 
+Runs in the API process, the validator process and the command line; must not know files or torch.
 Megabytes are 10^6 bytes, rounded to two places.
 """
 
@@ -22,10 +22,7 @@ FACTOR = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_(A|B|magnitude_vector)
 
 @dataclass(frozen=True, slots=True)
 class LoraModuleInfo:
-    """One module that a LoRA changes:
-
-    A is [rank, in], B is [out, rank], `magnitude` DoRA's [out].
-    """
+    """A module that a LoRA changes: A is [rank, in], B is [out, rank], `magnitude` DoRA's [out]."""
 
     module: str
     scaling: float
@@ -51,8 +48,8 @@ def to_percent(part: int, whole: int) -> float:
 
 
 def span_of(values: Iterable[float]) -> dict[str, float] | None:
-    found = sorted(values)
-    return {"min": found[0], "max": found[-1]} if found else None
+    ordered = sorted(values)
+    return {"min": ordered[0], "max": ordered[-1]} if ordered else None
 
 
 def last_name(module: str) -> str:
@@ -65,34 +62,28 @@ def count_layers(modules: Iterable[str]) -> int:
 
 
 def by_module(modules: Sequence[LoraModuleInfo]) -> list[dict[str, Any]]:
-    """One row per name, shape, rank and scaling;
+    """One entry per name, shape, rank and scaling.
 
     `parameters` and `megabytes` are of all its modules together.
     """
     groups: dict[tuple[Any, ...], list[LoraModuleInfo]] = {}
-    for one in modules:
-        groups.setdefault(
-            (last_name(one.module), one.a.shape, one.b.shape, one.scaling, one.magnitude is not None), []
-        ).append(one)
+    for info in modules:
+        has_magnitude = info.magnitude is not None
+        key = (last_name(info.module), info.a.shape, info.b.shape, info.scaling, has_magnitude)
+        groups.setdefault(key, []).append(info)
     return [_module_row(*group) for group in sorted(groups.items(), key=lambda group: group[0])]
 
 
 def _module_row(key: tuple[Any, ...], group: Sequence[LoraModuleInfo]) -> dict[str, Any]:
-    name, a, b, scaling, dora = key
-    parts = [part for one in group for part in one.parts]
-    row = {
-        "name": name,
-        "count": len(group),
-        "in_features": a[1],
-        "out_features": b[0],
-        "rank": a[0],
-        "scaling": scaling,
-    }
-    row |= {"lora_A": list(a), "lora_B": list(b)} | ({"magnitude": [b[0]]} if dora else {})
-    return row | {
-        "parameters": sum(part.count for part in parts),
-        "megabytes": to_megabytes(sum(part.size for part in parts)),
-    }
+    name, a, b, scaling, has_magnitude = key
+    parts = [part for info in group for part in info.parts]
+    row = {"name": name, "count": len(group), "in_features": a[1], "out_features": b[0], "rank": a[0]}
+    row |= {"scaling": scaling, "lora_A": list(a), "lora_B": list(b)}
+    if has_magnitude:
+        row["magnitude"] = [b[0]]
+    row["parameters"] = sum(part.count for part in parts)
+    row["megabytes"] = to_megabytes(sum(part.size for part in parts))
+    return row
 
 
 def describe_content(
@@ -105,28 +96,33 @@ def describe_content(
     """The part of a summary that the content alone says.
 
     `ignored` names tensors that are not the adapter's own.
-
     `changed` names all layers it acts on, where those are not `modules`.
     """
-    names = changed or [one.module for one in modules]
+    names = changed or [info.module for info in modules]
     own = [tensor for key, tensor in header.tensors.items() if key not in set(ignored)]
+    layers = {
+        "target_modules": sorted(set(map(last_name, names))),
+        "layers": count_layers(names),
+        "modules": len(names),
+        "by_module": by_module(modules),
+    }
+    parameters = sum(tensor.count for tensor in own)
+    size = {"parameters": parameters, "size": describe_size(header)}
+    return _describe_config(config, modules) | layers | size
+
+
+def _describe_config(config: Config, modules: Sequence[LoraModuleInfo]) -> dict[str, Any]:
     return {
         "peft_type": config.get("peft_type"),
         "task_type": config.get("task_type"),
         "peft_version": config.get("peft_version") or "unknown",
         "claimed_base": config.get("base_model_name_or_path"),
-        "rank": span_of(one.rank for one in modules),
+        "rank": span_of(info.rank for info in modules),
         "alpha": config.get("lora_alpha"),
-        "scaling": span_of(one.scaling for one in modules),
+        "scaling": span_of(info.scaling for info in modules),
         "dropout": config.get("lora_dropout") or 0.0,
         "use_rslora": bool(config.get("use_rslora")),
         "use_dora": bool(config.get("use_dora")),
-        "target_modules": sorted(set(map(last_name, names))),
-        "layers": count_layers(names),
-        "modules": len(names),
-        "by_module": by_module(modules),
-        "parameters": sum(tensor.count for tensor in own),
-        "size": describe_size(header),
     }
 
 
@@ -148,55 +144,50 @@ def describe_size(header: Header) -> dict[str, Any]:
 
 
 def guess_modules(config: Config, header: Header) -> list[LoraModuleInfo]:
-    """The LoRA modules as the file's own key names tell them, for when there is no base to ask."""
-    found: dict[str, dict[str, TensorInfo]] = {}
+    """The LoRA modules as the file's own key names tell them, for when there is no base to compare with."""
+    modules = []
+    for module, factors in _group_factors(header).items():
+        a, b = factors.get("A"), factors.get("B")
+        if a is None or b is None or not len(a.shape) == len(b.shape) == 2:
+            continue
+        if rank := a.shape[0]:
+            scaling = _scaling_of(config, module, rank)
+            modules.append(LoraModuleInfo(module, scaling, a, b, factors.get("magnitude_vector")))
+    return modules
+
+
+def _group_factors(header: Header) -> dict[str, dict[str, TensorInfo]]:
+    """Module → A, B and magnitude_vector, as far as the file has them."""
+    factors: dict[str, dict[str, TensorInfo]] = {}
     for key, tensor in header.tensors.items():
-        if (match := FACTOR.match(key.replace(".default", ""))) and len(tensor.shape) in (1, 2):
-            found.setdefault(match[1], {})[match[2]] = tensor
-    pairs = {module: parts for module, parts in found.items() if {"A", "B"} <= parts.keys()}
-    return [
-        LoraModuleInfo(
-            module,
-            _scaling_of(config, module, parts["A"].shape[0]),
-            parts["A"],
-            parts["B"],
-            parts.get("magnitude_vector"),
-        )
-        for module, parts in pairs.items()
-        if len(parts["A"].shape) == len(parts["B"].shape) == 2 and parts["A"].shape[0]
-    ]
+        match = FACTOR.match(key.replace(".default", ""))
+        if match and len(tensor.shape) in (1, 2):
+            factors.setdefault(match[1], {})[match[2]] = tensor
+    return factors
 
 
 def _scaling_of(config: Config, module: str, rank: int) -> float:
     patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
-    alpha = next(
-        (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)),
-        config.get("lora_alpha") or 0,
-    )
+    matching = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
+    alpha = next(matching, config.get("lora_alpha") or 0)
     return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
 
 
 def forecast_size(
     linears: Sequence[LinearKind], parameters: int, r: int, modules: Sequence[str], dtype: str = "float32"
 ) -> dict[str, Any]:
-    """What a LoRA of this rank on these modules would weigh on a base with these layers.
+    """The size of a LoRA of this rank on these modules, on a base with these layers.
 
     Raises BadRequest naming what is wrong.
     """
     _check_forecast(sorted({linear.name for linear in linears}), r, modules, dtype)
-    kind = FLOAT_CODES[dtype]
-    chosen = sorted(
-        (one.name, one.in_features, one.out_features, one.count) for one in linears if one.name in modules
-    )
-    rows = [_forecast_row(kind, r, *one) for one in chosen]
+    rows = _forecast_rows(linears, FLOAT_CODES[dtype], r, modules)
     total = sum(row["parameters"] for row in rows)
-    return {
-        "r": r,
-        "dtype": dtype,
-        "target_modules": sorted(set(modules)),
+    shape = {"r": r, "dtype": dtype, "target_modules": sorted(set(modules))}
+    return shape | {
         "by_module": rows,
         "parameters": total,
-        "megabytes": to_megabytes(total * ITEMSIZE[kind]),
+        "megabytes": to_megabytes(total * ITEMSIZE[FLOAT_CODES[dtype]]),
         "percent_of_base": to_percent(total, parameters),
         "base": {"parameters": parameters, "float32_megabytes": to_megabytes(4 * parameters)},
     }
@@ -213,13 +204,22 @@ def _check_forecast(known: Sequence[str], r: int, modules: Sequence[str], dtype:
         raise BadRequest(f"target_modules: {wrong}; it has {', '.join(known)}", param="target_modules")
 
 
-def _forecast_row(
-    kind: str, r: int, name: str, in_features: int, out_features: int, count: int
-) -> dict[str, Any]:
-    a, b = (
-        TensorInfo(kind, shape, shape[0] * shape[1] * ITEMSIZE[kind])
-        for shape in ((r, in_features), (out_features, r))
-    )
-    row = _module_row((name, a.shape, b.shape, None, False), [LoraModuleInfo(name, 0, a, b)] * count)
+def _forecast_rows(
+    linears: Sequence[LinearKind], kind: str, r: int, modules: Sequence[str]
+) -> list[dict[str, Any]]:
+    chosen = [linear for linear in linears if linear.name in modules]
+    chosen.sort(key=lambda linear: (linear.name, linear.in_features, linear.out_features, linear.count))
+    return [_forecast_row(kind, r, linear) for linear in chosen]
+
+
+def _forecast_row(kind: str, r: int, linear: LinearKind) -> dict[str, Any]:
+    a = _forecast_tensor(kind, r, linear.in_features)
+    b = _forecast_tensor(kind, linear.out_features, r)
+    info = LoraModuleInfo(linear.name, 0, a, b)
+    row = _module_row((linear.name, a.shape, b.shape, None, False), [info] * linear.count)
     del row["scaling"]
     return row
+
+
+def _forecast_tensor(kind: str, height: int, width: int) -> TensorInfo:
+    return TensorInfo(kind, (height, width), height * width * ITEMSIZE[kind])

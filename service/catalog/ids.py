@@ -1,4 +1,4 @@
-"""What an adapter may be called, and what the base is. Knows no registrations."""
+"""Checks adapters' ids, and names the base, in the API process. Must not know registrations."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import AdapterNotFound, BadRequest, Conflict
 
 PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 LONGEST = 128  # characters
-BASE = frozenset({"base", "__base__"})  # what requests call the base
+BASE = frozenset({"base", "__base__"})  # requests' names for the base
 ROUTES = frozenset({"summary", "architecture", "upload"})  # as last parts they would hide a route
 
 
@@ -22,14 +22,14 @@ def check_id(id: str, base_id: str) -> None:
         raise Conflict(f"the id {id[:LONGEST]!r} is reserved", param="id")
     if not is_valid(id):
         raise BadRequest(
-            f"id {id[:LONGEST]!r} must be letters, digits, '.', '_' and '-', begin with a letter or digit, have at most one '/' and no "
-            f"'..', and be at most {LONGEST} characters long",
+            f"id {id[:LONGEST]!r} must be letters, digits, '.', '_' and '-', begin with a letter or digit, "
+            f"have at most one '/' and no '..', and be at most {LONGEST} characters long",
             param="id",
         )
 
 
 def unknown_adapter(id: str) -> AdapterNotFound:
-    """What is said of an id that nobody registered, or that is not to be known of."""
+    """The error for an id that nobody registered, or that is not to be known of."""
     return AdapterNotFound(f"no adapter {id[:LONGEST]!r} is registered", param="model")
 
 
@@ -45,27 +45,26 @@ class ServedBase:
     setting: str
 
     def matches_claim(self, claimed: str | None) -> bool:
-        """Whether an adapter's own name for its base means this one: the last parts are compared,
-        for trainers write down paths.
+        """Whether an adapter's own name for its base means this one.
+
+        The last parts are compared, for trainers write down paths.
         """
-        return claimed is not None and _last_part(claimed) in {
-            _last_part(self.id),
-            _last_part(self.setting),
-            _last_part(base_name(self.setting)),
-        }
+        names = (self.id, self.setting, base_name(self.setting))
+        return claimed is not None and _last_part(claimed) in map(_last_part, names)
 
 
 @cache
 def base_name(setting: str) -> str:
-    """What a base is called when nobody says otherwise: its hub id, or the name of its folder or
-    file.
+    """The base's name by default: its hub id, or the name of its folder or file.
 
     The disk is asked once.
     """
     if setting == "demo":
         return DEMO_BASE
     path = Path(setting)
-    return path.stem if setting.endswith(".gguf") else path.resolve().name if path.exists() else setting
+    if setting.endswith(".gguf"):
+        return path.stem
+    return path.resolve().name if path.exists() else setting
 
 
 def _last_part(name: str) -> str:

@@ -1,6 +1,6 @@
-"""How much an adapter changes, layer by layer; measured by the reader, once for each content.
+"""Says how much an adapter changes, layer by layer; measured by the validator, once for each content.
 
-Knows no tensor and no HTTP.
+Runs in the API process; must not know tensors or HTTP.
 """
 
 from __future__ import annotations
@@ -16,28 +16,29 @@ from .facts import LAYER, last_name
 from .validator.messages import ValidatedAdapter
 from .validator.process import Validator
 
-LARGEST = sys.float_info.max  # what stands for a norm that no number says
+LARGEST = sys.float_info.max  # stands for a norm that no number says
+SpecsByLayer = dict[str, dict[int, list[LoraLayerSpec]]]
 KEPT = 256  # contents whose norms are remembered; some thousand numbers each
 
 
 class NormCache:
-    """Remembers what was measured, by digest; who asks meanwhile waits for the same answer."""
+    """Remembers measured norms by digest; callers that come meanwhile wait for the same answer."""
 
-    def __init__(self, reader: Validator) -> None:
-        self._reader = reader
+    def __init__(self, validator: Validator) -> None:
+        self._validator = validator
         self._asked: dict[Digest, asyncio.Task[dict[str, float]]] = {}
 
-    async def measure_norms(self, reading: ValidatedAdapter) -> dict[str, float]:
+    async def measure_norms(self, validated: ValidatedAdapter) -> dict[str, float]:
         """Module → norm of scaling · B · A.
 
-        Raises AdapterInvalid when the files are gone or have changed; then the next one asks anew.
+        Raises AdapterInvalid when the files are gone or have changed; then the next call measures anew.
         """
-        digest = reading.adapter.digest
+        digest = validated.adapter.digest
         task = self._asked.get(digest)
         if task is None:
             while len(self._asked) >= KEPT:
                 del self._asked[next(iter(self._asked))]
-            task = self._asked[digest] = asyncio.create_task(self._reader.measure_norms(reading))
+            task = self._asked[digest] = asyncio.create_task(self._validator.measure_norms(validated))
             task.add_done_callback(lambda done: self._forget_failed(digest, done))
         return await asyncio.shield(task)
 
@@ -49,36 +50,54 @@ class NormCache:
 def group_by_layer(
     patches: Sequence[LoraLayerSpec], norms: Mapping[str, float], layers: int
 ) -> dict[str, Any]:
-    """`modules`: ranks and norms by layer for each name, null where the layer is left alone;
+    """Ranks and norms of an adapter's modules, by name and layer.
 
-    `outside`: what lies in no layer, as the head.
-
-    Modules of one name in one layer, such as experts, count as one: the largest rank, and the norm
-    of all their changes together.
+    `modules`: ranks and norms by layer for each name, null where the layer is left alone; `outside`:
+    modules that lie in no layer, as the head. Modules of one name in one layer, such as experts, count
+    as one: the largest rank, and the norm of all their changes together.
     """
-    strips: dict[str, dict[int, list[LoraLayerSpec]]] = {}
-    outside: dict[str, list[LoraLayerSpec]] = {}
-    for one in patches:
-        name = last_name(one.module)
-        if match := LAYER.match(one.module):
-            strips.setdefault(name, {}).setdefault(int(match[2]), []).append(one)
-        else:
-            outside.setdefault(name, []).append(one)
-    layers = max([layers, *(1 + layer for strip in strips.values() for layer in strip)])
-
-    def both(found: Sequence[LoraLayerSpec]) -> tuple[int, float]:
-        norm = math.hypot(*(norms[one.module] for one in found))
-        return max(one.rank for one in found), norm if math.isfinite(norm) else LARGEST
-
-    def strip(name: str) -> dict[str, Any]:
-        told = [
-            both(found) if (found := strips[name].get(layer)) else (None, None) for layer in range(layers)
-        ]
-        return {"name": name, "ranks": [rank for rank, _ in told], "norms": [norm for _, norm in told]}
-
-    rest = [(name, *both(found)) for name, found in sorted(outside.items())]
+    by_layer, outside = _split_by_layer(patches)
+    numbers = {number for specs in by_layer.values() for number in specs}
+    layers = max(layers, *(1 + number for number in numbers), 0)
     return {
         "layers": layers,
-        "modules": [strip(name) for name in sorted(strips)],
-        "outside": [{"name": name, "rank": rank, "norm": norm} for name, rank, norm in rest],
+        "modules": [_describe_layers(name, by_layer[name], norms, layers) for name in sorted(by_layer)],
+        "outside": [_describe_outside(name, outside[name], norms) for name in sorted(outside)],
     }
+
+
+def _split_by_layer(specs: Sequence[LoraLayerSpec]) -> tuple[SpecsByLayer, dict[str, list[LoraLayerSpec]]]:
+    """By last name: the specs of each numbered layer, and those that lie in no layer."""
+    by_layer: SpecsByLayer = {}
+    outside: dict[str, list[LoraLayerSpec]] = {}
+    for spec in specs:
+        name = last_name(spec.module)
+        if match := LAYER.match(spec.module):
+            by_layer.setdefault(name, {}).setdefault(int(match[2]), []).append(spec)
+        else:
+            outside.setdefault(name, []).append(spec)
+    return by_layer, outside
+
+
+def _describe_layers(
+    name: str, by_layer: Mapping[int, Sequence[LoraLayerSpec]], norms: Mapping[str, float], layers: int
+) -> dict[str, Any]:
+    """One rank and one norm a layer, null where the layer is left alone."""
+    ranks: list[int | None] = [None] * layers
+    layer_norms: list[float | None] = [None] * layers
+    for layer, specs in by_layer.items():
+        ranks[layer], layer_norms[layer] = _combine_modules(specs, norms)
+    return {"name": name, "ranks": ranks, "norms": layer_norms}
+
+
+def _describe_outside(
+    name: str, specs: Sequence[LoraLayerSpec], norms: Mapping[str, float]
+) -> dict[str, Any]:
+    rank, norm = _combine_modules(specs, norms)
+    return {"name": name, "rank": rank, "norm": norm}
+
+
+def _combine_modules(specs: Sequence[LoraLayerSpec], norms: Mapping[str, float]) -> tuple[int, float]:
+    """The largest rank, and the norm of all changes together."""
+    norm = math.hypot(*(norms[spec.module] for spec in specs))
+    return max(spec.rank for spec in specs), norm if math.isfinite(norm) else LARGEST

@@ -1,7 +1,6 @@
-"""Names and what they stand for: registers, replaces, leases and removes adapters, and remembers
-them. Knows no tensor and no HTTP.
+"""Registers, replaces, leases and removes adapters by id, and remembers them.
 
-Lives on one event loop.
+Runs in the API process, on one event loop; must not know tensors or HTTP.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from .adapter_table import AdapterTable, Device
 from .norms import NormCache, group_by_layer
 from .sources.hub import Hub
 from .sources.store import SourceLocation, Store, UploadedFile, delete_folder, upload_source
-from .startup import Startup, read_place
+from .startup import Startup, read_location
 from .state_file import StateFile
 from .validator.messages import ValidatedAdapter
 from .validator.process import Validator
@@ -32,79 +31,84 @@ from .versions import AdapterVersion, RegisteredAdapter
 
 __all__ = ["AdapterVersion", "Device", "Registry"]
 
-Told = dict[str, Any]
+Json = dict[str, Any]
 
 
 class Registry:
-    """`base_id` is what clients call the base. Nothing can be registered before `open`.
+    """The registered adapters; `base_id` is the clients' name for the base.
+
+    Nothing can be registered before `open_catalog`.
 
     Raises SettingsError where a newer service has remembered registrations in the adapters
     directory.
     """
 
     def __init__(
-        self, settings: Settings, device: Device, hub: Hub | None = None, reader: type[Validator] = Validator
+        self,
+        settings: Settings,
+        device: Device,
+        hub: Hub | None = None,
+        validator: type[Validator] = Validator,
     ) -> None:
         named = ids.base_name(settings.base)  # now, for later the event loop would ask the disk
         self.base_id = settings.base_id or named
         self._settings = settings
         self._store = Store(settings.adapters, hub or Hub(settings.hub), int(settings.max_upload_mb * 1e6))
-        self._ledger = StateFile(settings.adapters / ".adapterd.json")
-        self._ledger.check_version()
-        self._shelves = AdapterTable(device)
+        self._state_file = StateFile(settings.adapters / ".adapterd.json")
+        self._state_file.check_version()
+        self._table = AdapterTable(device)
         self._saving = asyncio.Lock()
         self._deleted: set[str] = set()
-        self._reader = reader(settings.max_rank)
-        self._norms = NormCache(self._reader)
+        self._validator = validator(settings.max_rank)
+        self._norms = NormCache(self._validator)
         self._opened = False
 
     # ---- life
 
     async def open_catalog(self) -> None:
-        """Starts the reader on the device's base and registers what was registered before and what
-        lies in the adapters directory.
+        """Starts the validator on the device's base, restores the registrations of before, and
+        registers the folders that lie in the adapters directory.
         """
-        base = self._shelves.base
-        await self._reader.start_on(Path(base.folder), base.limits)
-        await run_in(DISK, self._ledger.read_file)
-        self._deleted = set(self._ledger.deleted)
-        async for one in Startup(self._store, self._ledger, self._reader, self.base_id):
-            self._shelves.insert_adapter(one)
+        base = self._table.base
+        await self._validator.start_on(Path(base.folder), base.limits)
+        await run_in(DISK, self._state_file.read_file)
+        self._deleted = set(self._state_file.deleted)
+        async for entry in Startup(self._store, self._state_file, self._validator, self.base_id):
+            self._table.insert_adapter(entry)
         self._opened = True
         await self._save_state()
 
     async def follow_state_file(self) -> None:
-        """Takes over what another process has remembered in the same directory meanwhile: the ids
-        that came, changed and went.
+        """Takes over the ids that another process has added, changed and removed in the same directory.
 
         Nobody may change anything here or there while it runs; see deploy/ray.
         """
-        await run_in(DISK, self._ledger.read_file)
-        self._deleted = set(self._ledger.deleted)
-        for id in self._shelves.current.keys() - self._ledger.records:
-            self._shelves.withdraw_adapter(self._shelves.current[id])
+        await run_in(DISK, self._state_file.read_file)
+        self._deleted = set(self._state_file.deleted)
+        for id in self._table.current.keys() - self._state_file.records:
+            self._table.withdraw_adapter(self._table.current[id])
             metrics.adapter_removed(id)
-        opening = Startup(self._store, self._ledger, self._reader, self.base_id)
-        for id, record in self._ledger.records.items():
-            held = self._shelves.current.get(id)
+        startup = Startup(self._store, self._state_file, self._validator, self.base_id)
+        for id, record in self._state_file.records.items():
+            held = self._table.current.get(id)
             if held is None or held.digest != record.digest:
-                await self._replace_followed(held, await opening.restore_record(id, record))
+                self._replace_followed(held, await startup.restore_record(id, record))
             elif held.pinned != record.pinned:
-                self._shelves.pin_adapter(held, record.pinned)
+                self._table.pin_adapter(held, record.pinned)
 
-    async def _replace_followed(self, held: RegisteredAdapter | None, one: RegisteredAdapter | None) -> None:
+    def _replace_followed(self, held: RegisteredAdapter | None, entry: RegisteredAdapter | None) -> None:
         if held is not None:
-            self._shelves.withdraw_adapter(held)
-        if one is not None:
-            self._shelves.insert_adapter(one)
+            self._table.withdraw_adapter(held)
+        if entry is not None:
+            self._table.insert_adapter(entry)
 
     async def start_validator(self) -> None:
-        """Starts what can be started before the base is there."""
-        await self._reader.warm_up()
+        """Starts the validator's process, before the base is there."""
+        await self._validator.warm_up()
 
     async def close(self) -> None:
-        self._shelves.cancel_endings()
-        await self._reader.close()
+        self._table.cancel_endings()
+        await self._validator.close()
 
     # ---- changing
 
@@ -117,7 +121,7 @@ class Registry:
         pinned: bool = False,
         preload: bool = True,
         replace: bool = False,
-    ) -> tuple[Told, bool]:
+    ) -> tuple[Json, bool]:
         """The card, and whether the id is new.
 
         The same content again changes nothing unless it had failed.
@@ -127,30 +131,34 @@ class Registry:
         Raises BadRequest, Conflict, Forbidden, AdapterInvalid, AdapterUnsupported.
         """
         ids.check_id(id, self.base_id)
-        place = await self._store.find_source(source, subfolder, revision)
-        async with self._shelves.lock_for(f"id {id}"):
-            return await self._register_version(await self._read_version(id, place), pinned, preload, replace)
+        location = await self._store.find_source(source, subfolder, revision)
+        async with self._table.lock_for(f"id {id}"):
+            return await self._register_version(
+                await self._read_version(id, location), pinned, preload, replace
+            )
 
-    async def upload_adapter(self, id: str, files: Mapping[str, UploadedFile]) -> tuple[Told, bool]:
+    async def upload_adapter(self, id: str, files: Mapping[str, UploadedFile]) -> tuple[Json, bool]:
         """Stores the parts of an upload under the adapters directory and registers them.
 
-        Raises as `register`, and PayloadTooLarge.
+        Raises as `register_adapter`, and PayloadTooLarge.
         """
         ids.check_id(id, self.base_id)
         staged = await self._store.stage_upload(files)
         try:
-            async with self._shelves.lock_for(f"id {id}"):
-                _, reading = await self._validate_files(SourceLocation(staged, "upload"))
-                content = reading.adapter.digest
-                async with self._purge_after(upload_source(content)):
-                    kept = await run_in(DISK, self._store.keep_upload, staged, content)
-                    fingerprint = await run_in(DISK, kept.compute_fingerprint)
-                    generation = AdapterVersion(
-                        id, kept, fingerprint, versions.current_time(), reading.move_to(kept.folder)
-                    )
-                    return await self._register_version(generation, pinned=False, preload=True, replace=False)
+            async with self._table.lock_for(f"id {id}"):
+                return await self._register_staged(id, staged)
         finally:
             await run_in(DISK, delete_folder, staged)
+
+    async def _register_staged(self, id: str, staged: Path) -> tuple[Json, bool]:
+        _, validated = await self._validate_files(SourceLocation(staged, "upload"))
+        digest = validated.adapter.digest
+        async with self._purge_after(upload_source(digest)):
+            kept = await run_in(DISK, self._store.keep_upload, staged, digest)
+            fingerprint = await run_in(DISK, kept.compute_fingerprint)
+            moved = validated.move_to(kept.folder)
+            version = AdapterVersion(id, kept, fingerprint, versions.current_time(), moved)
+            return await self._register_version(version, pinned=False, preload=True, replace=False)
 
     async def check_adapter(
         self,
@@ -159,68 +167,66 @@ class Registry:
         subfolder: str | None = None,
         revision: str | None = None,
         preload: bool = True,
-    ) -> Told:
+    ) -> Json:
         """The whole validation and the summary; registers nothing.
 
-        It is ok where `register` would take it.
-
-        What only PEFT itself can run is tried out on the device, as `register` would. An id that
-        other content has is a problem, too, told beside the summary. Raises BadRequest, Conflict
-        for a reserved id, Forbidden.
+        It is ok where `register_adapter` would take it: what only PEFT itself can run is tried out on
+        the device, too. An id that other content has is a problem beside the summary. Raises
+        BadRequest, Conflict for a reserved id, Forbidden.
         """
         ids.check_id(id, self.base_id)
         try:
-            one = RegisteredAdapter(
-                await self._read_version(id, await self._store.find_source(source, subfolder, revision))
-            )
-            problems = self._taken(one.generation)
+            location = await self._store.find_source(source, subfolder, revision)
+            version = await self._read_version(id, location)
+            problems = self._find_conflicts(version)
             if preload and not problems:
-                await self._try_out(one.generation)
+                await self._try_out(version)
         except AdapterInvalid as error:
             return {"ok": False, "summary": None, "problems": error.problems}
-        summary = self._summary_of(one) | {"state": "unregistered", "registered_at": None}
+        summary = self._summary_of(RegisteredAdapter(version))
+        summary |= {"state": "unregistered", "registered_at": None}
         return {"ok": not problems, "summary": summary, "problems": problems}
 
-    async def _try_out(self, generation: AdapterVersion) -> None:
-        adapter = generation.adapter
+    async def _try_out(self, version: AdapterVersion) -> None:
+        adapter = version.adapter
         assert adapter is not None, "it was just read"
-        held = self._shelves.current.get(generation.id)
+        held = self._table.current.get(version.id)
         if adapter.lane is ExecutionPath.SHADOW and not (held and held.digest == adapter.digest):
-            await self._shelves.try_out(adapter)
+            await self._table.try_out(adapter)
 
-    async def remove_adapter(self, id: str, purge: bool = False) -> Told:
-        """Takes the id away at once, waits for its leases, then frees its content unless another id
-        has it too. Raises AdapterNotFound.
+    async def remove_adapter(self, id: str, purge: bool = False) -> Json:
+        """Takes the id away at once, waits for its leases, then frees its content.
+
+        The content stays where another id has it too. Raises AdapterNotFound.
         """
-        one = self._shelves.find_adapter(id)
-        place, drained = one.generation.place, one.in_flight
-        self._deleted = self._deleted | {id, place.path}
-        ending = self._shelves.withdraw_adapter(one)
+        entry = self._table.find_adapter(id)
+        location, drained = entry.version.place, entry.in_flight
+        self._deleted = self._deleted | {id, location.path}
+        ending = self._table.withdraw_adapter(entry)
         metrics.adapter_removed(id)
         await self._save_state()
         freed = await asyncio.shield(ending)
         if purge:
-            async with self._purge_after(place.source):
+            async with self._purge_after(location.source):
                 pass
-        return {"id": id, "digest": one.digest or None, "drained_requests": drained, "freed_bytes": freed}
+        digest = entry.digest or None
+        return {"id": id, "digest": digest, "drained_requests": drained, "freed_bytes": freed}
 
-    async def pin_adapter(self, id: str, pinned: bool) -> Told:
+    async def pin_adapter(self, id: str, pinned: bool) -> Json:
         """Pins to, or unpins from, the device; the card.
 
         Raises AdapterNotFound, AdapterInvalid for a failed adapter.
         """
-        one = self._shelves.find_usable(id)
-        self._shelves.pin_adapter(one, pinned)
+        entry = self._table.find_usable(id)
+        self._table.pin_adapter(entry, pinned)
         await self._save_state()
-        return self._card_of(one)
+        return self._card_of(entry)
 
     def note_load(self, load: Load) -> None:
-        """What became of a load on the device: shown as the state of the adapters with this
-        content.
-        """
-        for one in self._shelves.current.values():
-            if one.digest == load.digest and one.generation.reading:
-                one.failure = load.error
+        """Shows the result of a load on the device as the state of the adapters with this content."""
+        for entry in self._table.current.values():
+            if entry.digest == load.digest and entry.version.validated:
+                entry.failure = load.error
 
     # ---- using and looking
 
@@ -230,25 +236,25 @@ class Registry:
 
         Raises AdapterNotFound; AdapterInvalid for one that could not be read.
         """
-        one = self._shelves.find_usable(id)
-        one.take_lease()
+        entry = self._table.find_usable(id)
+        entry.take_lease()
         try:
-            yield one.generation
+            yield entry.version
         finally:
-            one.give_back_lease()
+            entry.give_back_lease()
 
-    def card_of(self, id: str) -> Told:
-        return self._card_of(self._shelves.find_adapter(id))
+    def card_of(self, id: str) -> Json:
+        return self._card_of(self._table.find_adapter(id))
 
-    def list_cards(self) -> list[Told]:
-        return [self._card_of(one) for _, one in sorted(self._shelves.current.items())]
+    def list_cards(self) -> list[Json]:
+        return [self._card_of(entry) for _, entry in sorted(self._table.current.items())]
 
     def list_versions(self) -> list[AdapterVersion]:
-        """What stands under each id, by id."""
-        return [one.generation for _, one in sorted(self._shelves.current.items())]
+        """The version under each id, by id."""
+        return [entry.version for _, entry in sorted(self._table.current.items())]
 
-    def summary_of(self, id: str) -> Told:
-        return self._summary_of(self._shelves.find_adapter(id))
+    def summary_of(self, id: str) -> Json:
+        return self._summary_of(self._table.find_adapter(id))
 
     def summary_text(self, id: str) -> str:
         return tables.format_summary(self.summary_of(id))
@@ -258,103 +264,111 @@ class Registry:
 
         Raises AdapterNotFound, AdapterInvalid for one that could not be read.
         """
-        reading = self._shelves.find_usable(id).generation.reading
-        assert reading is not None, "a usable adapter was read"
-        assert self._reader.tree is not None, "it was read against a tree"
+        validated = self._table.find_usable(id).version.validated
+        assert validated is not None, "a usable adapter was read"
+        assert self._validator.tree is not None, "it was read against a tree"
+        known = validated.facts
         return architecture.draw_architecture(
-            self._reader.tree, reading.layers, reading.facts["dropout"], reading.facts["features"]
+            self._validator.tree, validated.layers, known["dropout"], known["features"]
         )
 
-    async def measure_norms(self, id: str) -> Told:
+    async def measure_norms(self, id: str) -> Json:
         """How much it changes by layer and module; see norms.group_by_layer.
 
         Raises AdapterNotFound, AdapterInvalid, NotReady.
         """
-        one = self._shelves.find_usable(id)
-        reading = one.generation.reading
-        assert reading is not None, "a usable adapter was read"
-        return {"id": id, "digest": one.digest} | group_by_layer(
-            reading.layers, await self._norms.measure_norms(reading), self._shelves.base.layers
-        )
+        entry = self._table.find_usable(id)
+        validated = entry.version.validated
+        assert validated is not None, "a usable adapter was read"
+        norms = await self._norms.measure_norms(validated)
+        by_layer = group_by_layer(validated.layers, norms, self._table.base.layers)
+        return {"id": id, "digest": entry.digest} | by_layer
 
-    def forecast_size(self, r: int, modules: Sequence[str], dtype: str = "float32") -> Told:
-        """What an adapter of this shape would weigh on the base. Raises BadRequest."""
-        base = self._shelves.base
+    def forecast_size(self, r: int, modules: Sequence[str], dtype: str = "float32") -> Json:
+        """The size of an adapter of this shape on the base. Raises BadRequest."""
+        base = self._table.base
         return facts.forecast_size(base.linears, base.parameters, r, modules, dtype)
 
     # ---- inside
 
     async def _register_version(
-        self, generation: AdapterVersion, pinned: bool, preload: bool, replace: bool
-    ) -> tuple[Told, bool]:
-        id, adapter = generation.id, generation.adapter
+        self, version: AdapterVersion, pinned: bool, preload: bool, replace: bool
+    ) -> tuple[Json, bool]:
+        id, adapter = version.id, version.adapter
         assert adapter is not None, "only what was read can be taken"
-        held = self._shelves.current.get(id)
-        same = held is not None and held.digest == adapter.digest
-        if held and same and not held.failure:
-            return await self.pin_adapter(id, pinned) if replace and pinned != held.pinned else self.card_of(
-                id
-            ), False
-        if not replace and (taken := self._taken(generation)):
-            raise Conflict(taken[0], param="id")
-        one = RegisteredAdapter(generation, pinned or bool(held and same and held.pinned and not replace))
-        before = await self._shelves.replace_adapter(one, adapter, preload)
+        held = self._table.current.get(id)
+        if held and held.digest == adapter.digest:
+            if not held.failure:
+                return await self._keep_registered(held, pinned, replace), False
+            if not replace:
+                pinned = pinned or held.pinned
+        conflicts = self._find_conflicts(version)
+        if conflicts and not replace:
+            raise Conflict(conflicts[0], param="id")
+        entry = RegisteredAdapter(version, pinned)
+        before = await self._table.replace_adapter(entry, adapter, preload)
         await self._save_state()
-        # Somebody may have deleted it by now
-        return self._card_of(one), not (before and before.digest)
+        # Not by id: somebody may have deleted it by now
+        return self._card_of(entry), not (before and before.digest)
 
-    def _taken(self, generation: AdapterVersion) -> list[str]:
+    async def _keep_registered(self, held: RegisteredAdapter, pinned: bool, replace: bool) -> Json:
+        """The card of content that is registered already; a replacement may still change its pin."""
+        if replace and pinned != held.pinned:
+            return await self.pin_adapter(held.version.id, pinned)
+        return self._card_of(held)
+
+    def _find_conflicts(self, version: AdapterVersion) -> list[str]:
         """Why its id cannot be registered: it has other content, which was not only a folder that
         could not be read.
         """
-        held = self._shelves.current.get(generation.id)
-        if held is None or held.digest in ("", generation.digest):
+        held = self._table.current.get(version.id)
+        if held is None or held.digest in ("", version.digest):
             return []
-        return [f"the id {generation.id!r} is taken by other content ({held.digest}); PUT replaces it"]
+        return [f"the id {version.id!r} is taken by other content ({held.digest}); PUT replaces it"]
 
     @asynccontextmanager
     async def _purge_after(self, source: str) -> AsyncIterator[None]:
-        """What was uploaded there goes in the end if nothing has it.
+        """Deletes the upload of this source in the end if no adapter has it.
 
-        Who uploads the same waits, lest it go while he takes it.
+        Another upload of the same content waits, lest the files go while it takes them.
         """
-        async with self._shelves.lock_for(f"source {source}"):
+        async with self._table.lock_for(f"source {source}"):
             try:
                 yield
             finally:
-                if not self._shelves.is_source_used(source):
+                if not self._table.is_source_used(source):
                     await run_in(DISK, self._store.purge_upload, source)
 
-    def _card_of(self, one: RegisteredAdapter) -> Told:
-        return summary.make_card(one, self._shelves.tier_of(one))
+    def _card_of(self, entry: RegisteredAdapter) -> Json:
+        return summary.make_card(entry, self._table.tier_of(entry))
 
-    async def _read_version(self, id: str, place: SourceLocation) -> AdapterVersion:
-        fingerprint, reading = await self._validate_files(place)
-        return AdapterVersion(id, place, fingerprint, versions.current_time(), reading)
+    async def _read_version(self, id: str, location: SourceLocation) -> AdapterVersion:
+        fingerprint, validated = await self._validate_files(location)
+        return AdapterVersion(id, location, fingerprint, versions.current_time(), validated)
 
-    async def _validate_files(self, place: SourceLocation) -> tuple[str, ValidatedAdapter]:
+    async def _validate_files(self, location: SourceLocation) -> tuple[str, ValidatedAdapter]:
         """Raises NotReady, AdapterInvalid, AdapterUnsupported."""
         if not self._opened:
             raise NotReady("not ready: the base is loading", retry_after=2)
         try:
-            return await read_place(self._reader, place)
+            return await read_location(self._validator, location)
         except OSError as error:
             raise AdapterInvalid([f"the files cannot be read: {error.strerror}"]) from None
 
-    def _summary_of(self, one: RegisteredAdapter) -> Told:
+    def _summary_of(self, entry: RegisteredAdapter) -> Json:
         served = ids.ServedBase(self.base_id, self._settings.base)
-        return summary.make_summary(one, self._shelves.tier_of(one), self._shelves.base, served)
+        return summary.make_summary(entry, self._table.tier_of(entry), self._table.base, served)
 
     async def _save_state(self) -> None:
         async with self._saving:
             deleted = self._deleted
-            there = await run_in(DISK, _present, self._settings.adapters, deleted)
-            # What was deleted meanwhile may have been made anew before
+            present = await run_in(DISK, _list_present, self._settings.adapters, deleted)
+            # A folder that was deleted meanwhile may have been made anew before
             if self._deleted is deleted:
-                self._deleted = there
-            records = {id: one.to_record() for id, one in self._shelves.current.items()}
-            await run_in(DISK, self._ledger.write_file, records, set(self._deleted))
+                self._deleted = present
+            records = {id: entry.to_record() for id, entry in self._table.current.items()}
+            await run_in(DISK, self._state_file.write_file, records, set(self._deleted))
 
 
-def _present(root: Path, names: set[str]) -> set[str]:
+def _list_present(root: Path, names: set[str]) -> set[str]:
     return {name for name in names if (root / name).exists()}

@@ -1,7 +1,7 @@
-"""What is registered when the service starts: what was registered before, and the folders that lie
-in the adapters directory.
+"""Restores the registrations of before when the service starts, and registers the folders that lie in
+the adapters directory.
 
-Must not know leases or the device.
+Runs in the API process; must not know leases or the device.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import logging
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
-from ..core.manifest import compute_digest
+from ..core.manifest import Manifest, compute_digest
 from ..errors import AdapterdError, AdapterInvalid, Conflict
 from ..threads import DISK, run_in
 from . import ids, versions
@@ -29,21 +29,18 @@ class Startup:
     and harms no other.
     """
 
-    def __init__(self, store: Store, ledger: StateFile, reader: Validator, base_id: str) -> None:
-        self.store, self.ledger, self.reader, self.base_id = store, ledger, reader, base_id
+    def __init__(self, store: Store, state_file: StateFile, validator: Validator, base_id: str) -> None:
+        self.store, self.state_file, self.validator, self.base_id = store, state_file, validator, base_id
 
     async def __aiter__(self) -> AsyncIterator[RegisteredAdapter]:
         await run_in(DISK, self.store.sweep_interrupted)
-        records = self.ledger.records
-        used = {
-            record.source if not record.subfolder else f"{record.source}/{record.subfolder}"
-            for record in records.values()
-        }
+        records = self.state_file.records
         for id, record in records.items():
-            if one := await self.restore_record(id, record):
-                yield one
+            if entry := await self.restore_record(id, record):
+                yield entry
+        known = {*map(_source_path, records.values()), *records}
         for folder in await run_in(DISK, lambda: list(self.store.list_folders())):
-            if folder in used | self.ledger.deleted or folder in records:
+            if folder in known | self.state_file.deleted:
                 continue
             if self._can_be_id(folder):
                 yield await self._register_folder(folder)
@@ -52,78 +49,82 @@ class Startup:
         try:
             ids.check_id(folder, self.base_id)
         except AdapterdError as error:
-            log.warning(
-                "the folder %s is not registered: %s",
-                folder,
-                "reserved" if isinstance(error, Conflict) else "no id",
-            )
+            reason = "reserved" if isinstance(error, Conflict) else "no id"
+            log.warning("the folder %s is not registered: %s", folder, reason)
             return False
         return True
 
     async def restore_record(self, id: str, record: Record) -> RegisteredAdapter | None:
         """A registration from before; a found folder that is gone is no registration any more."""
-        unplaced = SourceLocation(self.store.root, record.source, record.subfolder, record.revision)
         try:
-            held = [file.name for file in record.files]
-            place = await self.store.find_source(
-                record.source, record.subfolder, record.revision, uploads=True, held=held
-            )
-            fingerprint, reading = await read_place(self.reader, place, record)
+            location, fingerprint, validated = await self._read_record(record)
         except (AdapterdError, OSError) as error:
             if record.source == id and not await run_in(DISK, (self.store.root / id).exists):
                 log.info("the folder of %s is gone", id)
                 return None
-            return self._failed_adapter(id, unplaced, record, error)
-        if record.digest and reading.adapter.digest != record.digest:
+            location = SourceLocation(self.store.root, record.source, record.subfolder, record.revision)
+            return self._failed_adapter(id, location, record, error)
+        if record.digest and validated.adapter.digest != record.digest:
             note = f"the files have changed since {record.registered_at}, when the digest was {record.digest}"
             log.warning("%s: %s", id, note)
-            reading = replace(reading, warnings=(*reading.warnings, note))
-        return RegisteredAdapter(
-            AdapterVersion(id, place, fingerprint, record.registered_at, reading), record.pinned
+            validated = replace(validated, warnings=(*validated.warnings, note))
+        version = AdapterVersion(id, location, fingerprint, record.registered_at, validated)
+        return RegisteredAdapter(version, record.pinned)
+
+    async def _read_record(self, record: Record) -> tuple[SourceLocation, str, ValidatedAdapter]:
+        held = [file.name for file in record.files]
+        location = await self.store.find_source(
+            record.source, record.subfolder, record.revision, uploads=True, held=held
         )
+        return location, *await read_location(self.validator, location, record)
 
     async def _register_folder(self, folder: str) -> RegisteredAdapter:
         try:
-            place = await self.store.find_source(folder)
-            fingerprint, reading = await read_place(self.reader, place)
+            location = await self.store.find_source(folder)
+            fingerprint, validated = await read_location(self.validator, location)
         except (AdapterdError, OSError) as error:
             return self._failed_adapter(folder, SourceLocation(self.store.root, folder), None, error)
-        return RegisteredAdapter(AdapterVersion(folder, place, fingerprint, versions.current_time(), reading))
+        version = AdapterVersion(folder, location, fingerprint, versions.current_time(), validated)
+        return RegisteredAdapter(version)
 
     def _failed_adapter(
-        self, id: str, place: SourceLocation, record: Record | None, error: Exception
+        self, id: str, location: SourceLocation, record: Record | None, error: Exception
     ) -> RegisteredAdapter:
-        reason = (
-            error.message
-            if isinstance(error, AdapterdError)
-            else f"the files cannot be read: {getattr(error, 'strerror', error)}"
-        )
+        if isinstance(error, AdapterdError):
+            reason = error.message
+        else:
+            reason = f"the files cannot be read: {getattr(error, 'strerror', error)}"
         log.warning("the adapter %s cannot be used: %s", id, reason)
-        generation = AdapterVersion(
-            id, place, "", record.registered_at if record else versions.current_time(), None, reason
-        )
-        return RegisteredAdapter(generation, record.pinned if record else False)
+        registered_at = record.registered_at if record else versions.current_time()
+        version = AdapterVersion(id, location, "", registered_at, None, reason)
+        return RegisteredAdapter(version, record.pinned if record else False)
 
 
-async def read_place(
-    reader: Validator, place: SourceLocation, record: Record | None = None
+async def read_location(
+    validator: Validator, location: SourceLocation, record: Record | None = None
 ) -> tuple[str, ValidatedAdapter]:
-    """The fingerprint of the files and what they hold; files that are as they were when they were
-    recorded are not looked at again.
+    """The fingerprint of the files and their validated content; files that are as they were when they
+    were recorded are not looked at again.
 
-    What a glance refuses never reaches the reader, which may be busy with something large. Raises
-    AdapterInvalid, AdapterUnsupported, OSError.
+    Files that the quick check refuses never reach the validator, which may be busy with something
+    large. Raises AdapterInvalid, AdapterUnsupported, OSError.
     """
-    await run_in(DISK, header.quick_check, place.folder, reader.max_rank)
-    fingerprint = await run_in(DISK, place.compute_fingerprint)
-    same = (
-        record is not None
-        and record.fingerprint == fingerprint
-        and compute_digest(record.files) == record.digest
-    )
-    reading = await reader.validate_adapter(place.folder, record.files if record and same else ())
-    if await run_in(DISK, place.compute_fingerprint) != fingerprint:
+    await run_in(DISK, header.quick_check, location.folder, validator.max_rank)
+    fingerprint = await run_in(DISK, location.compute_fingerprint)
+    known = _known_files(record, fingerprint) if record else ()
+    validated = await validator.validate_adapter(location.folder, known)
+    if await run_in(DISK, location.compute_fingerprint) != fingerprint:
         raise AdapterInvalid(
             ["its files have changed while they were read: register it again once they are written"]
         )
-    return fingerprint, reading
+    return fingerprint, validated
+
+
+def _known_files(record: Record, fingerprint: str) -> Manifest:
+    """The recorded manifest, where the files are still those that it was made of."""
+    same = record.fingerprint == fingerprint and compute_digest(record.files) == record.digest
+    return record.files if same else ()
+
+
+def _source_path(record: Record) -> str:
+    return f"{record.source}/{record.subfolder}" if record.subfolder else record.source

@@ -1,6 +1,6 @@
-"""Remembers registrations over a restart, in one file that is always whole.
+"""Remembers registrations over a restart, in one file that is always whole; in the API process.
 
-Knows nothing of what is registered.
+Must not know the content that is registered.
 
 Each change writes the whole file. `POST /adapters` without loading takes 7 ms with 100 registered,
 16 to 20 with 1,000 (6 of them here), 72 with 5,000, on two busy cores: not worth a journal that can
@@ -29,7 +29,7 @@ VERSION = 2  # 1: the digest was over the config and the weights alone
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One registration.
+    """A registration.
 
     The fingerprint says whether the files are still those that had the digest (see
     SourceLocation.compute_fingerprint).
@@ -48,41 +48,41 @@ class Record:
         """As `asdict`, which takes four times as long to copy what cannot change: every change of
         one record writes all of them.
         """
-        told = {name: getattr(self, name) for name in self.__slots__}
-        return told | {"files": [(file.name, file.bytes, file.sha256) for file in self.files]}
+        values = {name: getattr(self, name) for name in self.__slots__}
+        return values | {"files": [(file.name, file.bytes, file.sha256) for file in self.files]}
 
 
 class StateFile:
-    """`deleted` names what is not to come back by itself: ids that were deleted, and the folders
-    they were registered from.
+    """The registrations as the file has them.
+
+    `deleted` names what is not to come back by itself: ids that were deleted, and the folders they
+    were registered from.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.records: dict[str, Record] = {}
         self.deleted: set[str] = set()
-        self._unread = self._mute = False
+        self._unread = self._write_failed = False
 
     def check_version(self) -> None:
-        """Raises SettingsError where a newer service has written the file; anything else about it
-        is for `load`.
+        """Raises SettingsError where a newer service has written the file.
+
+        Anything else about it is for `read_file`.
         """
         with suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-            self._version(json.loads(self.path.read_bytes()))
+            self._check_version(json.loads(self.path.read_bytes()))
 
     def read_file(self) -> None:
-        """A damaged file is put aside, and everything in it is forgotten; one that cannot be read
-        is not written over.
+        """Reads the registrations; none where there is no file.
 
-        Of an older version the digests mean something else: they are forgotten. Raises
+        A damaged file is put aside, and everything in it is forgotten; one that cannot be read is not
+        written over. Of an older version the digests mean something else: they are forgotten. Raises
         SettingsError for a newer version.
         """
         self._unread = False
         try:
-            told = json.loads(self.path.read_bytes())
-            version = self._version(told)
-            self.records = {str(id): _parse_record(entry, version) for id, entry in told["adapters"].items()}
-            self.deleted = {str(name) for name in told["deleted"]}
+            self._parse_file(json.loads(self.path.read_bytes()))
         except FileNotFoundError:
             return
         except OSError as error:
@@ -91,19 +91,29 @@ class StateFile:
                 "the registrations cannot be read, and no change will outlive a restart: %s", error.strerror
             )
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            log.warning("the file of registrations is damaged and is put aside as %s.damaged", self.path.name)
-            with suppress(OSError):  # where it cannot be, nothing can be written over it either
-                self.path.replace(self.path.with_name(self.path.name + ".damaged"))
+            self._put_aside()
 
-    def _version(self, told: Any) -> int:
+    def _parse_file(self, content: Any) -> None:
+        version = self._check_version(content)
+        entries = content["adapters"].items()
+        self.records = {str(id): _parse_record(entry, version) for id, entry in entries}
+        self.deleted = {str(name) for name in content["deleted"]}
+
+    def _put_aside(self) -> None:
+        log.warning("the file of registrations is damaged and is put aside as %s.damaged", self.path.name)
+        with suppress(OSError):  # where it cannot be, nothing can be written over it either
+            self.path.replace(self.path.with_name(self.path.name + ".damaged"))
+
+    def _check_version(self, content: Any) -> int:
         """Raises SettingsError, ValueError."""
-        version = told["version"]
+        version = content["version"]
         if type(version) is not int or version < 1:
             raise ValueError("no version")
         if version > VERSION:
             raise SettingsError(
-                f"ADAPTERD_ADAPTERS_DIR: {self.path} was written by a newer adapterd: its version is {version}, this one reads versions "
-                f"up to {VERSION}; start that one, or name another directory"
+                f"ADAPTERD_ADAPTERS_DIR: {self.path} was written by a newer adapterd: its version is "
+                f"{version}, this one reads versions up to {VERSION}; "
+                "start that one, or name another directory"
             )
         return version
 
@@ -113,36 +123,42 @@ class StateFile:
         Where it cannot be written (a read-only directory), that is said once.
         """
         self.records, self.deleted = dict(records), set(deleted)
-        told = {
-            "version": VERSION,
-            "adapters": {id: record.to_json() for id, record in records.items()},
-            "deleted": sorted(deleted),
-        }
-        aside = self.path.with_name(self.path.name + ".new")
         try:
             if self._unread or not (records or deleted or self.path.exists()):
                 return
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with aside.open("w") as file:
-                file.write(json.dumps(told))
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(self.path)
+            self._replace_file(json.dumps(self._to_json()))
         except OSError as error:
-            if not self._mute:
+            if not self._write_failed:
                 log.warning(
                     "registrations will not outlive a restart: the adapters directory cannot be written: %s",
                     error.strerror,
                 )
-            self._mute = True
+            self._write_failed = True
+
+    def _to_json(self) -> dict[str, Any]:
+        return {
+            "version": VERSION,
+            "adapters": {id: record.to_json() for id, record in self.records.items()},
+            "deleted": sorted(self.deleted),
+        }
+
+    def _replace_file(self, text: str) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        new = self.path.with_name(self.path.name + ".new")
+        with new.open("w") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        new.replace(self.path)
 
 
 def _parse_record(entry: Mapping[str, Any], version: int) -> Record:
-    record = Record(**{field.name: entry[field.name] for field in fields(Record) if field.name != "files"})
+    names = [field.name for field in fields(Record) if field.name != "files"]
+    record = Record(**{name: entry[name] for name in names})
     if version < VERSION:
         record = replace(record, digest="", fingerprint="")
     else:
-        record = replace(record, files=tuple(_file(*file) for file in entry["files"]))
+        record = replace(record, files=tuple(_parse_file_entry(*file) for file in entry["files"]))
     texts = (record.source, record.digest, record.fingerprint, record.registered_at)
     if not all(isinstance(text, str) for text in texts) or type(record.pinned) is not bool:
         raise ValueError("a value of the wrong type")
@@ -150,9 +166,8 @@ def _parse_record(entry: Mapping[str, Any], version: int) -> Record:
     return record
 
 
-def _file(name: Any, size: Any, sha256: Any) -> File:
-    if not (
-        isinstance(name, str) and is_manifest_name(name) and type(size) is int and isinstance(sha256, str)
-    ):
+def _parse_file_entry(name: Any, size: Any, sha256: Any) -> File:
+    typed = isinstance(name, str) and type(size) is int and isinstance(sha256, str)
+    if not typed or not is_manifest_name(name):
         raise ValueError("no file of a manifest")
     return File(name, size, sha256)

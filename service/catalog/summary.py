@@ -1,7 +1,11 @@
-"""Cards and summaries of registered adapters, as dictionaries. Decides nothing."""
+"""Makes the cards and summaries of registered adapters, as dictionaries, in the API process.
+
+Decides nothing.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -11,70 +15,91 @@ from ..core.defaults import FLOAT_CODES
 from . import facts
 from .ids import ServedBase
 from .validator.header import ITEMSIZE
-from .versions import RegisteredAdapter, format_time
+from .validator.messages import ValidatedAdapter
+from .versions import AdapterVersion, RegisteredAdapter, format_time
 
 
-def make_card(one: RegisteredAdapter, tier: Tier) -> dict[str, Any]:
+def make_card(entry: RegisteredAdapter, tier: Tier) -> dict[str, Any]:
     """The few facts that lists show. Of a failed adapter nothing is known but the reason."""
-    known = one.generation.reading.facts if one.generation.reading else None
-    shown = {
-        "id": one.generation.id,
-        "digest": one.digest or None,
-        "state": "failed" if one.failure else "ready",
+    card: dict[str, Any] = {
+        "id": entry.version.id,
+        "digest": entry.digest or None,
+        "state": "failed" if entry.failure else "ready",
         "residency": tier.value,
-        "rank": int((known["rank"] or {"max": 0})["max"]) if known else None,
-        "parameters": known["parameters"] if known else None,
-        "megabytes": known["size"]["megabytes"] if known else None,
-        "pinned": one.pinned,
-        "in_flight": one.in_flight,
-        "last_used": format_time(one.last_used),
+        "rank": None,
+        "parameters": None,
+        "megabytes": None,
     }
-    return shown | ({"reason": one.failure} if one.failure else {})
+    if entry.version.validated:
+        card |= _card_facts(entry.version.validated.facts)
+    card |= {"pinned": entry.pinned, "in_flight": entry.in_flight}
+    card["last_used"] = format_time(entry.last_used)
+    if entry.failure:
+        card["reason"] = entry.failure
+    return card
 
 
-def make_summary(one: RegisteredAdapter, tier: Tier, base: BaseInfo, served: ServedBase) -> dict[str, Any]:
+def _card_facts(known: Mapping[str, Any]) -> dict[str, Any]:
+    rank = known["rank"] or {"max": 0}
+    return {
+        "rank": int(rank["max"]),
+        "parameters": known["parameters"],
+        "megabytes": known["size"]["megabytes"],
+    }
+
+
+def make_summary(entry: RegisteredAdapter, tier: Tier, base: BaseInfo, served: ServedBase) -> dict[str, Any]:
     """Everything about an adapter; see the contract. A failed one has its card and the reason."""
-    shown = make_card(one, tier)
-    place = one.generation.place
-    shown |= {
-        "source": place.source,
-        "subfolder": place.subfolder,
-        "revision": place.revision,
-        "registered_at": one.generation.registered_at,
+    summary = make_card(entry, tier) | _describe_source(entry.version)
+    validated = entry.version.validated
+    if validated is None:
+        return summary | {"warnings": []}
+    summary |= {key: value for key, value in validated.facts.items() if key != "claimed_base"}
+    summary |= {"lane": validated.adapter.lane.value} | _compare_with_base(validated, base, served)
+    summary["files"] = [asdict(file) for file in validated.adapter.files]
+    summary["warnings"] = [*_warn_of_base(validated, served), *validated.warnings]
+    return summary
+
+
+def _describe_source(version: AdapterVersion) -> dict[str, Any]:
+    return {
+        "source": version.place.source,
+        "subfolder": version.place.subfolder,
+        "revision": version.place.revision,
+        "registered_at": version.registered_at,
     }
-    reading = one.generation.reading
-    if reading is None:
-        return shown | {"warnings": []}
-    known = {key: value for key, value in reading.facts.items() if key != "claimed_base"}
-    claimed = reading.facts["claimed_base"]
-    match = served.matches_claim(claimed)
-    on_device = known["parameters"] * ITEMSIZE[FLOAT_CODES[base.dtype]]
+
+
+def _compare_with_base(validated: ValidatedAdapter, base: BaseInfo, served: ServedBase) -> dict[str, Any]:
+    """The adapter beside the base: its name for it, its share of it, and its bytes on the device."""
+    claimed = validated.facts["claimed_base"]
+    parameters = validated.facts["parameters"]
+    on_device = parameters * ITEMSIZE[FLOAT_CODES[base.dtype]]
     resident = sum(base.resident_bytes.values())
-    warnings = list(reading.warnings)
-    if not match:
-        warnings.insert(
-            0,
-            f"trained on the base {claimed!r}, served on {served.id!r}: the shapes fit, the weights may differ",
-        )
-    return (
-        shown
-        | known
-        | {
-            "lane": reading.adapter.lane.value,
-            "base_model": {"claimed": claimed, "served": served.id, "match": match},
-            "percent_of_base": facts.to_percent(known["parameters"], base.parameters),
-            "size": known["size"] | {"device_megabytes": facts.to_megabytes(on_device)},
-            "base": {
-                "parameters": base.parameters,
-                "float32_megabytes": facts.to_megabytes(4 * base.parameters),
-                "quantization": base.quantization,
-                "resident_megabytes": facts.to_megabytes(resident),
-            },
-            "footprint": {
-                "base_megabytes": facts.to_megabytes(resident),
-                "with_adapter_megabytes": facts.to_megabytes(resident + on_device),
-            },
-            "files": [asdict(file) for file in reading.adapter.files],
-            "warnings": warnings,
-        }
-    )
+    return {
+        "base_model": {"claimed": claimed, "served": served.id, "match": served.matches_claim(claimed)},
+        "percent_of_base": facts.to_percent(parameters, base.parameters),
+        "size": validated.facts["size"] | {"device_megabytes": facts.to_megabytes(on_device)},
+        "base": _describe_base(base, resident),
+        "footprint": {
+            "base_megabytes": facts.to_megabytes(resident),
+            "with_adapter_megabytes": facts.to_megabytes(resident + on_device),
+        },
+    }
+
+
+def _describe_base(base: BaseInfo, resident: int) -> dict[str, Any]:
+    return {
+        "parameters": base.parameters,
+        "float32_megabytes": facts.to_megabytes(4 * base.parameters),
+        "quantization": base.quantization,
+        "resident_megabytes": facts.to_megabytes(resident),
+    }
+
+
+def _warn_of_base(validated: ValidatedAdapter, served: ServedBase) -> list[str]:
+    claimed = validated.facts["claimed_base"]
+    if served.matches_claim(claimed):
+        return []
+    fit = "the shapes fit, the weights may differ"
+    return [f"trained on the base {claimed!r}, served on {served.id!r}: {fit}"]

@@ -1,4 +1,7 @@
-"""One registered adapter: its unchanging content, and what changes about it. Decides nothing."""
+"""Holds a registered adapter: its unchanging content, and its changing use; in the API process.
+
+Decides nothing.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +21,23 @@ from .validator.messages import ValidatedAdapter
 class AdapterVersion:
     """A version of a name.
 
-    `reading` is None for a folder that could not be validated at start; `reason` says why.
+    `validated` is None for a folder that could not be validated at start; `reason` says why.
     """
 
     id: str
     place: SourceLocation
     fingerprint: str
     registered_at: str
-    reading: ValidatedAdapter | None
+    validated: ValidatedAdapter | None
     reason: str = ""
 
     @property
     def digest(self) -> Digest:
-        return self.reading.adapter.digest if self.reading else ""
+        return self.validated.adapter.digest if self.validated else ""
 
     @property
     def files(self) -> Manifest:
-        return self.reading.adapter.files if self.reading else ()
+        return self.validated.adapter.files if self.validated else ()
 
     @property
     def folder(self) -> Path:
@@ -42,14 +45,14 @@ class AdapterVersion:
 
     @property
     def adapter(self) -> Adapter | None:
-        return self.reading.adapter if self.reading else None
+        return self.validated.adapter if self.validated else None
 
 
 @dataclass(eq=False)
 class RegisteredAdapter:
-    """A generation and its use. `idle` is set while no request runs on it."""
+    """A version and its use. `idle` is set while no request runs on it."""
 
-    generation: AdapterVersion
+    version: AdapterVersion
     pinned: bool = False
     failure: str = ""
     in_flight: int = 0
@@ -57,7 +60,7 @@ class RegisteredAdapter:
     idle: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        self.failure = self.failure or self.generation.reason
+        self.failure = self.failure or self.version.reason
         self.idle.set()
 
     def take_lease(self) -> None:
@@ -72,12 +75,20 @@ class RegisteredAdapter:
 
     @property
     def digest(self) -> Digest:
-        return self.generation.digest
+        return self.version.digest
 
     def to_record(self) -> Record:
-        one = self.generation
-        place = (one.place.source, one.place.subfolder, one.place.revision)
-        return Record(*place, one.digest, one.fingerprint, self.pinned, one.registered_at, one.files)
+        version, location = self.version, self.version.place
+        return Record(
+            source=location.source,
+            subfolder=location.subfolder,
+            revision=location.revision,
+            digest=version.digest,
+            fingerprint=version.fingerprint,
+            pinned=self.pinned,
+            registered_at=version.registered_at,
+            files=version.files,
+        )
 
 
 def current_time() -> str:
@@ -85,4 +96,6 @@ def current_time() -> str:
 
 
 def format_time(when: datetime | None) -> str | None:
-    return when.isoformat(timespec="milliseconds").replace("+00:00", "Z") if when else None
+    if when is None:
+        return None
+    return when.isoformat(timespec="milliseconds").replace("+00:00", "Z")

@@ -1,4 +1,4 @@
-"""Validated adapter content, where it is, and the rank rows it holds.
+"""Describes validated adapter content, the tier it is in and the rank rows it holds; in every process.
 
 Frozen values only; must not know files' meaning or names.
 """
@@ -33,12 +33,12 @@ class LoraLayerSpec:
 
 @lru_cache(maxsize=64)
 def share_specs(patches: tuple[LoraLayerSpec, ...]) -> tuple[LoraLayerSpec, ...]:
-    """The first equal one: a thousand adapters of one recipe keep one list of layers."""
+    """The first equal tuple: a thousand adapters of one recipe keep one list of layers."""
     return patches
 
 
 class ExecutionPath(StrEnum):
-    POOL = "pool"  # runs in the mixed batch
+    POOL = "pool"  # runs in the mixed batch, from the rank pool
     SHADOW = "shadow"  # runs by PEFT itself, on a tree that shares the base's tensors
 
 
@@ -46,7 +46,7 @@ class ExecutionPath(StrEnum):
 class Adapter:
     """Validated content, as the worker needs it.
 
-    `rank` is the pool rows it takes (its largest rank; 0 in the shadow lane).
+    `rank` is the pool rows it takes (its largest rank; 0 on the PEFT path).
 
     `config` and `weights` are the paths of the two files that the worker reads, `files` all that
     the digest covers; `size` is the bytes of its tensors in host memory. `invocation`: the tokens

@@ -1,4 +1,4 @@
-"""The resident base in exact numbers. Frozen values only."""
+"""Describes the resident base in exact numbers, in every process. Frozen values only."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ def name_pattern(module: str) -> str:
 class BaseInfo:
     """The resident base: exact numbers, made by the worker once it is loaded.
 
-    Bytes are resident bytes, by dtype. `linears` are the layers that can be adapted, `limits` what stands in the way of others.
-    `rope` says which rotary factors serve every sequence, where the base has several; else it is None.
+    Bytes are resident bytes, by dtype. `linears` are the layers that can be adapted, `limits` what
+    stands in the way of others. `rope` says which rotary factors serve every sequence, where the base
+    has several; else it is None.
     """
 
     folder: str

@@ -1,10 +1,11 @@
-"""The files of an adapter that shape an answer, and the digest that names them together.
+"""Lists the files of an adapter that shape an answer, and names them together by a digest; in every process.
 
 Knows names and bytes, not what they mean.
 
-The manifest of a folder has one entry, name, size and sha256, for each of these files that lies in it, sorted by name. The digest is
-`sha256:` and the sha256 of the manifest as JSON lines, each `{"name":"…","bytes":1,"sha256":"…"}` and a newline, without spaces. So one
-digest is one content, whichever source it came from; any other file of the folder, a README.md, is not part of it.
+The manifest of a folder has one entry, name, size and sha256, for each of these files that lies in it,
+sorted by name. The digest is `sha256:` and the sha256 of the manifest as JSON lines, each
+`{"name":"…","bytes":1,"sha256":"…"}` and a newline, without spaces. So one digest is one content,
+whichever source it came from; any other file of the folder, a README.md, is not part of it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ TEXT_FILES = (
     "special_tokens_map.json", "tokenizer.json", "tokenizer.model", "tokenizer_config.json",
 )  # fmt: skip
 VOCABULARY = re.compile(r"vocab\.[A-Za-z0-9._-]+")  # vocab.json, vocab.txt, ...
-PATTERNS = (CONFIG, WEIGHTS, *TEXT_FILES, "vocab.*")  # the same names for who matches paths
+PATTERNS = (CONFIG, WEIGHTS, *TEXT_FILES, "vocab.*")  # the same names, to match paths with
 CHANGED = (
     "its files have changed on disk since it was registered: register it again (PUT) to serve the new content"
 )
@@ -58,10 +59,7 @@ def list_names(folder: Path) -> list[str]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Hashes every file of the manifest.
-
-    Raises OSError, AdapterInvalid for a name that is no file.
-    """
+    """Hashes every file of the manifest. Raises OSError, AdapterInvalid for a name that is no file."""
     return tuple(hash_file(folder / name) for name in list_names(folder))
 
 
@@ -73,8 +71,8 @@ def hash_file(path: Path) -> File:
     if not path.is_file():
         raise AdapterInvalid([f"{path.name} is no file"])
     with path.open("rb") as file:
-        found = file_digest(file, "sha256").hexdigest()
-        return File(path.name, file.tell(), found)
+        digest = file_digest(file, "sha256").hexdigest()
+        return File(path.name, file.tell(), digest)
 
 
 def hash_bytes(name: str, content: bytes) -> File:
@@ -83,10 +81,8 @@ def hash_bytes(name: str, content: bytes) -> File:
 
 def compute_digest(manifest: Manifest) -> str:
     """`sha256:` and 64 hex digits; see above for what is hashed."""
-    lines = (
-        json.dumps(asdict(file), separators=(",", ":")) + "\n"
-        for file in sorted(manifest, key=lambda file: file.name)
-    )
+    files = sorted(manifest, key=lambda file: file.name)
+    lines = (json.dumps(asdict(file), separators=(",", ":")) + "\n" for file in files)
     return "sha256:" + sha256("".join(lines).encode()).hexdigest()
 
 
@@ -99,8 +95,8 @@ def check_text_files(folder: Path, manifest: Manifest) -> None:
     """
     try:
         names = list_names(folder) if folder.exists() else []
-        found = [hash_file(folder / name) for name in names if is_text_name(name)]
+        present = [hash_file(folder / name) for name in names if is_text_name(name)]
     except OSError as error:
         raise AdapterInvalid([f"its files cannot be read any more: {error.strerror}"]) from None
-    if found != [file for file in manifest if is_text_name(file.name)]:
+    if present != [file for file in manifest if is_text_name(file.name)]:
         raise AdapterInvalid([CHANGED])

@@ -1,4 +1,4 @@
-"""What the API process and the worker say to each other, over one pipe. Frozen values only."""
+"""Defines the messages between the API process and the worker process, over one pipe. Frozen values only."""
 
 from __future__ import annotations
 
@@ -74,10 +74,9 @@ class CannotStart:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """An adapter's way from disk to host memory ended, or the base turned out unable to run it
-    (`error` says so).
+    """The end of an adapter's way from disk to host memory; `error` is empty when it went well.
 
-    `error` is empty when it went well.
+    `error` also says that the base turned out unable to run it.
     """
 
     digest: Digest
@@ -100,8 +99,8 @@ class Gauges:
 class Report:
     """One message per step.
 
-    `started` requests have got a row; `tiers` are changes of residency; `dropped` says the bytes
-    freed.
+    `started` requests have got a sequence slot; `tiers` are changes of residency; `dropped` says the
+    bytes freed.
     """
 
     events: tuple[Event, ...] = ()

@@ -1,4 +1,4 @@
-"""A request, its tokens and the events that tell of it.
+"""Defines a request, its tokens and the events about it, for the API process and the worker process.
 
 Integers and frozen values only; an adapter here is its digest.
 """
@@ -50,7 +50,7 @@ class Finish(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """What happened to a request.
+    """A change of a request: a token, its end, or both.
 
     The eos token itself is reported. `finish` marks the one terminal event of each request.
 

@@ -1,4 +1,7 @@
-"""How one sequence's next token is chosen. Values only; must not know tensors."""
+"""Says how a sequence's tokens are chosen, in the API process and in the worker process.
+
+Values only; must not know tensors.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""One tiny base for all tests of the shelf, a folder of adapters, and a device that remembers what
-it was told.
+"""One tiny base for all tests of the catalog, a folder of adapters, and a device that records its
+calls.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from service.catalog.registry import Registry
-from service.catalog.validator import check as torch_reader
+from service.catalog.validator import check
 from service.catalog.validator.messages import ValidatedAdapter
 from service.catalog.validator.process import Validator
 from service.catalog.validator.skeleton import Skeleton
@@ -64,7 +64,7 @@ def root(tmp_path: Path) -> Path:
 
 
 class FakeDevice:
-    """Loads what it is offered at once, unless `gate` is set to an event that must come first;
+    """Loads what is added at once, unless `gate` is set to an event that must come first;
 
     `errors` maps digests to failures.
     """
@@ -127,8 +127,8 @@ def card(base: Path) -> BaseInfo:
     )
 
 
-class NearReader(Validator):
-    """Reads in this process, so that a test does not wait for another one to import torch."""
+class InProcessValidator(Validator):
+    """Validates in this process, so that a test does not wait for another one to import torch."""
 
     reads: list[tuple[Path, Manifest]]
 
@@ -140,17 +140,17 @@ class NearReader(Validator):
     async def validate_adapter(self, folder: Path, known: Manifest = ()) -> ValidatedAdapter:
         self.reads.append((folder, known))
         await asyncio.sleep(0)
-        return torch_reader.validate_adapter(self._skeleton, folder, self.max_rank, known)
+        return check.validate_adapter(self._skeleton, folder, self.max_rank, known)
 
-    async def measure_norms(self, reading: ValidatedAdapter) -> dict[str, float]:
+    async def measure_norms(self, validated: ValidatedAdapter) -> dict[str, float]:
         await asyncio.sleep(0)
-        return torch_reader.measure_norms(reading.adapter, reading.layers)
+        return check.measure_norms(validated.adapter, validated.layers)
 
     async def close(self) -> None:
         return None
 
 
-class Shop:
+class RegistryFixture:
     """A registry on a fake device over one adapters directory;
 
     `opened` starts it, again and again if need be.
@@ -169,7 +169,7 @@ class Shop:
     async def opened(self, limits: tuple[LayerLimit, ...] = (), **more: Any) -> AsyncIterator[Registry]:
         self.device = FakeDevice(self.base)
         self.device.base = replace(card(self.base), limits=limits)
-        registry = Registry(self.settings(**more), self.device, reader=NearReader)
+        registry = Registry(self.settings(**more), self.device, validator=InProcessValidator)
         await registry.open_catalog()
         try:
             yield registry
@@ -178,5 +178,5 @@ class Shop:
 
 
 @pytest.fixture
-def shop(root: Path, base: Path) -> Shop:
-    return Shop(root, base)
+def catalog(root: Path, base: Path) -> RegistryFixture:
+    return RegistryFixture(root, base)

@@ -57,7 +57,7 @@ def sink() -> Iterator[socket.socket]:
 
 
 @dataclass(frozen=True)
-class Town:
+class RunningServer:
     """The service, its base and its adapters' root; what PEFT says is remembered."""
 
     url: str
@@ -118,18 +118,18 @@ class Town:
 
 
 @pytest.fixture(scope="module")
-def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Town]:
+def standing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
     folder = tmp_path_factory.mktemp("cases")
     base, root = making.tiny(folder / "base", tie_word_embeddings=False), folder / "adapters"
     with sink() as heard, pytest.MonkeyPatch.context() as patch:
         for name in ("HF_ENDPOINT", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
             patch.setenv(name, f"http://127.0.0.1:{heard.getsockname()[1]}")
         with started({**SETTINGS, "base": str(base), "adapters_dir": str(root)}, folder / "log") as server:
-            yield Town(server.url, base, root, server.pid, heard)
+            yield RunningServer(server.url, base, root, server.pid, heard)
 
 
 @pytest.fixture
-async def town(standing: Town) -> AsyncIterator[Town]:
+async def running(standing: RunningServer) -> AsyncIterator[RunningServer]:
     async with httpx.AsyncClient(base_url=standing.url, timeout=60, trust_env=False) as http:
         found = replace(standing, http=http)
         yield found
@@ -141,35 +141,37 @@ async def town(standing: Town) -> AsyncIterator[Town]:
 
 
 @pytest.mark.parametrize("kind", kinds.REFUSED)
-async def test_what_is_not_right_is_refused_by_name_and_leaves_no_trace(town: Town, kind: str) -> None:
+async def test_what_is_not_right_is_refused_by_name_and_leaves_no_trace(
+    running: RunningServer, kind: str
+) -> None:
     """A2, A4, A5, A6, A8, A11, A13, A14, A15, A16, each as named: 422, the id stays free, the base
     as it was, nothing runs.
     """
     maker, word = kinds.REFUSED[kind]
-    folder = town.make(kind, maker)
-    before = town.memory()
-    answer = await town.register("x", folder)
+    folder = running.make(kind, maker)
+    before = running.memory()
+    answer = await running.register("x", folder)
     assert (answer.status_code, answer.json()["error_type"][:8]) == (422, "adapter_")
     assert word in "\n".join(answer.json()["details"]["problems"])
-    assert str(town.root) not in answer.text
-    assert (await town.http.get("/adapters/x")).status_code == 404
-    assert town.memory() - before < 50e6
+    assert str(running.root) not in answer.text
+    assert (await running.http.get("/adapters/x")).status_code == 404
+    assert running.memory() - before < 50e6
     assert not (folder.parent / kinds.CANARY).exists()
-    assert await town.ids(PROMPTS[0], None) == town.right(None)[0]
+    assert await running.ids(PROMPTS[0], None) == running.right(None)[0]
 
 
-async def test_a_resized_vocabulary_is_refused_with_both_sizes(town: Town) -> None:
+async def test_a_resized_vocabulary_is_refused_with_both_sizes(running: RunningServer) -> None:
     """A11."""
     size = len(making.tokenizer())
-    answer = await town.register("x", town.make("A11 both", kinds.grown))
+    answer = await running.register("x", running.make("A11 both", kinds.grown))
     assert f"from {size} to {size + 4}" in answer.text
-    assert (await town.http.get("/base")).json()["vocab_size"] == size
-    await town.same(None, None)
+    assert (await running.http.get("/base")).json()["vocab_size"] == size
+    await running.same(None, None)
 
 
-async def test_counts_come_with_what_did_not_match(town: Town) -> None:
+async def test_counts_come_with_what_did_not_match(running: RunningServer) -> None:
     """A4: matched and total."""
-    answer = await town.register("x", town.make("A4 counts", kinds.REFUSED["A4 half"][0]))
+    answer = await running.register("x", running.make("A4 counts", kinds.REFUSED["A4 half"][0]))
     assert {key: answer.json()["details"][key] for key in ("matched", "total")} == {"matched": 4, "total": 8}
 
 
@@ -233,17 +235,17 @@ AS_PLAIN: dict[str, tuple[kinds.Maker, str]] = {
 
 @pytest.mark.parametrize("kind", AS_PLAIN)
 async def test_oddities_that_change_nothing_are_served_as_the_plain_one_or_said_aloud(
-    town: Town, kind: str
+    running: RunningServer, kind: str
 ) -> None:
     """A1, A3, A8, A13, A14, A15, B6: the same tokens again and again, and a warning where somebody
     should know.
     """
     maker, warning = AS_PLAIN[kind]
-    plain, folder = town.make("plain", kinds.plain), town.make(kind, maker)
-    await town.load("x", folder)
+    plain, folder = running.make("plain", kinds.plain), running.make(kind, maker)
+    await running.load("x", folder)
     for _ in range(2):
-        await town.same("x", plain)
-    told = await town.summary("x")
+        await running.same("x", plain)
+    told = await running.summary("x")
     assert [warning in one for one in told["warnings"] if warning] or told["warnings"] == []
     assert told["base_model"]["match"] is not kind.startswith("A14")
     assert not (folder.parent / kinds.CANARY).exists()
@@ -272,36 +274,38 @@ SHOWN: dict[str, tuple[kinds.Maker, Json]] = {
 
 
 @pytest.mark.parametrize("kind", SHOWN)
-async def test_what_a_config_means_is_served_and_shown_as_peft_means_it(town: Town, kind: str) -> None:
+async def test_what_a_config_means_is_served_and_shown_as_peft_means_it(
+    running: RunningServer, kind: str
+) -> None:
     """A7, A8, A9, A12: effective scalings, resolved modules, lanes.
 
     An activated one is asked with, without and with two invocations.
     """
     maker, facts = SHOWN[kind]
-    folder = town.make(kind, maker)
-    await town.load("x", folder)
-    await town.same("x", folder)
-    told = await town.summary("x")
+    folder = running.make(kind, maker)
+    await running.load("x", folder)
+    await running.same("x", folder)
+    told = await running.summary("x")
     told["scalings"] = {row["scaling"] for row in told["by_module"]}
     assert {key: told[key] for key in facts} == facts
 
 
-async def test_targets_of_every_spelling_live_side_by_side(town: Town) -> None:
+async def test_targets_of_every_spelling_live_side_by_side(running: RunningServer) -> None:
     """A8: as the first, the second and the third."""
     names = {
         "regex": kinds.POOL["regex"],
         "all": kinds.POOL["all-linear"],
         "null": AS_PLAIN["A8 null targets"][0],
     }
-    folders = {id: town.make(f"A8 side {id}", maker) for id, maker in names.items()}
+    folders = {id: running.make(f"A8 side {id}", maker) for id, maker in names.items()}
     for id, folder in folders.items():
-        await town.load(id, folder)
+        await running.load(id, folder)
     for _ in range(2):
         for id, folder in folders.items():
-            await town.same(id, town.make("plain", kinds.plain) if id == "null" else folder)
+            await running.same(id, running.make("plain", kinds.plain) if id == "null" else folder)
 
 
-async def test_saved_modules_and_parameters_stay_their_own_adapters(town: Town) -> None:
+async def test_saved_modules_and_parameters_stay_their_own_adapters(running: RunningServer) -> None:
     """A10, A12: two with whole modules, two on parameters, a plain one and the base in turn, and
     after one of them is gone.
     """
@@ -312,114 +316,116 @@ async def test_saved_modules_and_parameters_stay_their_own_adapters(town: Town) 
         "p1": kinds.lora(26, targets=(), target_parameters=["mlp.down_proj.weight"]),
         "plain": kinds.plain,
     }
-    folders: Mapping[str, Path] = {id: town.make(f"A10 {id}", maker) for id, maker in makers.items()}
+    folders: Mapping[str, Path] = {id: running.make(f"A10 {id}", maker) for id, maker in makers.items()}
     for id, folder in folders.items():
-        await town.load(id, folder)
+        await running.load(id, folder)
     for _ in range(2):
         for id, folder in folders.items():
-            await town.same(id, folder)
-            await town.same(None, None)
-    await town.drop("head", "p0")
+            await running.same(id, folder)
+            await running.same(None, None)
+    await running.drop("head", "p0")
     for id in ("embedding", "p1", "plain"):
-        await town.same(id, folders[id])
-    await town.same(None, None)
+        await running.same(id, folders[id])
+    await running.same(None, None)
 
 
-async def test_a_run_folder_wants_one_of_its_checkpoints_named(town: Town) -> None:
+async def test_a_run_folder_wants_one_of_its_checkpoints_named(running: RunningServer) -> None:
     """A13."""
-    run = town.make("A13 run", kinds.REFUSED["A13 a run"][0])
-    answer = await town.register("x", run)
+    run = running.make("A13 run", kinds.REFUSED["A13 a run"][0])
+    answer = await running.register("x", run)
     assert "checkpoint-10, checkpoint-20" in answer.text
-    await town.load("x", run, subfolder="checkpoint-20")
-    await town.same("x", town.make("plain", kinds.plain))
+    await running.load("x", run, subfolder="checkpoint-20")
+    await running.same("x", running.make("plain", kinds.plain))
 
 
 # ---- in service
 
 
-async def test_a_long_shared_prompt_is_each_adapters_own(town: Town) -> None:
+async def test_a_long_shared_prompt_is_each_adapters_own(running: RunningServer) -> None:
     """B3: under A, B, the base and A, each twice; so that nothing of one's prefill is another's."""
     folders: dict[str | None, Path | None] = {
         None: None,
-        "a": town.make("B3 a", kinds.lora(31)),
-        "b": town.make("B3 b", kinds.lora(32)),
+        "a": running.make("B3 a", kinds.lora(31)),
+        "b": running.make("B3 b", kinds.lora(32)),
     }
     prompt = " ".join(f"word{i}" for i in range(40))
     right = {
-        id: making.answers(town.base, folder, [making.ids(prompt)], LENGTH)[0]
+        id: making.answers(running.base, folder, [making.ids(prompt)], LENGTH)[0]
         for id, folder in folders.items()
     }
     assert len({tuple(said) for said in right.values()}) == 3
     for id, folder in folders.items():
         if id and folder:
-            await town.load(id, folder)
+            await running.load(id, folder)
     for name in ("a", "b", None, "a"):
         for _ in range(2):
-            assert await town.ids(prompt, name) == right[name], name
+            assert await running.ids(prompt, name) == right[name], name
 
 
-async def test_a_name_stands_for_its_new_content_at_once(town: Town) -> None:
+async def test_a_name_stands_for_its_new_content_at_once(running: RunningServer) -> None:
     """B4: after DELETE and POST, and after PUT;
 
     POST on a taken name is a conflict, of the same content no change.
     """
-    one, two = town.make("B4 one", kinds.lora(33)), town.make("B4 two", kinds.lora(34))
-    await town.load("m", one)
-    await town.same("m", one)
-    await town.drop("m")
-    await town.load("m", two)
-    await town.same("m", two)
-    assert (await town.register("m", one)).status_code == 409
-    assert (await town.register("m", two)).status_code == 200
-    await town.same("m", two)
-    assert (await town.http.put("/adapters/m", json={"source": one.name})).status_code == 200
-    await town.same("m", one)
+    one, two = running.make("B4 one", kinds.lora(33)), running.make("B4 two", kinds.lora(34))
+    await running.load("m", one)
+    await running.same("m", one)
+    await running.drop("m")
+    await running.load("m", two)
+    await running.same("m", two)
+    assert (await running.register("m", one)).status_code == 409
+    assert (await running.register("m", two)).status_code == 200
+    await running.same("m", two)
+    assert (await running.http.put("/adapters/m", json={"source": one.name})).status_code == 200
+    await running.same("m", one)
 
 
-async def test_no_adapter_is_the_base_before_between_and_after(town: Town) -> None:
+async def test_no_adapter_is_the_base_before_between_and_after(running: RunningServer) -> None:
     """B6: also when the last one asked, and the last one there, is deleted."""
-    folders = {"a": town.make("B6 a", kinds.POOL["head"]), "b": town.make("B6 b", kinds.SHADOW["IA3"])}
-    await town.same(None, None)
+    folders = {"a": running.make("B6 a", kinds.POOL["head"]), "b": running.make("B6 b", kinds.SHADOW["IA3"])}
+    await running.same(None, None)
     for id, folder in folders.items():
-        await town.load(id, folder)
+        await running.load(id, folder)
     for name in ("a", None, "b", None):
-        await town.same(name, folders[name] if name else None)
+        await running.same(name, folders[name] if name else None)
     for id in ("b", "a"):
-        await town.drop(id)
-        await town.same(None, None)
-        assert (await town.register("gone", "none")).status_code == 422
+        await running.drop(id)
+        await running.same(None, None)
+        assert (await running.register("gone", "none")).status_code == 422
 
 
-async def test_changes_at_the_same_time_are_one_after_another(town: Town) -> None:
+async def test_changes_at_the_same_time_are_one_after_another(running: RunningServer) -> None:
     """B7: of two deletions one finds it, of two contents for a name one gets it, and eight at once
     are all right.
     """
-    folders = [town.make(f"B7 {i}", kinds.lora(40 + i)) for i in range(8)]
+    folders = [running.make(f"B7 {i}", kinds.lora(40 + i)) for i in range(8)]
     for turn in range(5):
-        answers = await asyncio.gather(*(town.register(f"e{i}", folder) for i, folder in enumerate(folders)))
+        answers = await asyncio.gather(
+            *(running.register(f"e{i}", folder) for i, folder in enumerate(folders))
+        )
         assert [answer.status_code for answer in answers] == [201] * 8
-        said = await asyncio.gather(*(town.ids(PROMPTS[1], f"e{i}") for i in range(8)))
-        assert said == [town.right(folder)[1] for folder in folders]
-        both = await asyncio.gather(*(town.http.delete(f"/adapters/e{turn}") for _ in range(2)))
+        said = await asyncio.gather(*(running.ids(PROMPTS[1], f"e{i}") for i in range(8)))
+        assert said == [running.right(folder)[1] for folder in folders]
+        both = await asyncio.gather(*(running.http.delete(f"/adapters/e{turn}") for _ in range(2)))
         assert sorted(answer.status_code for answer in both) == [200, 404]
-        both = await asyncio.gather(*(town.register("m", folder) for folder in folders[:2]))
+        both = await asyncio.gather(*(running.register("m", folder) for folder in folders[:2]))
         assert sorted(answer.status_code for answer in both) == [201, 409]
         won = folders[[answer.status_code for answer in both].index(201)]
-        assert await town.ids(PROMPTS[1], "m") == town.right(won)[1]
-        left = {card["id"] for card in (await town.http.get("/adapters")).json()["adapters"]}
+        assert await running.ids(PROMPTS[1], "m") == running.right(won)[1]
+        left = {card["id"] for card in (await running.http.get("/adapters")).json()["adapters"]}
         assert left == {"m", *(f"e{i}" for i in range(8) if i != turn)}
-        await town.drop(*left)
+        await running.drop(*left)
 
 
-async def test_files_outside_are_neither_read_nor_deleted(town: Town, tmp_path: Path) -> None:
+async def test_files_outside_are_neither_read_nor_deleted(running: RunningServer, tmp_path: Path) -> None:
     """C6: by an absolute path, by dots, by a link to a folder and by links to files; and where a
     link has become one after registration.
     """
-    outside = kinds.plain(tmp_path / "outside", town.base)
-    (town.root / "link").symlink_to(outside)
-    (town.root / "files").mkdir()
+    outside = kinds.plain(tmp_path / "outside", running.base)
+    (running.root / "link").symlink_to(outside)
+    (running.root / "files").mkdir()
     for name in (making.CONFIG, making.WEIGHTS):
-        (town.root / "files" / name).symlink_to(outside / name)
+        (running.root / "files" / name).symlink_to(outside / name)
     for source in (
         "/etc",
         str(outside),
@@ -432,13 +438,13 @@ async def test_files_outside_are_neither_read_nor_deleted(town: Town, tmp_path: 
         "~root",
         "file:///etc",
     ):
-        answer = await town.register("x", source)
+        answer = await running.register("x", source)
         assert answer.status_code in (403, 422), source
         assert str(outside) not in answer.text or source == str(outside)
-    inside = town.make("C6 inside", kinds.plain)
-    await town.load("x", inside)
+    inside = running.make("C6 inside", kinds.plain)
+    await running.load("x", inside)
     shutil.rmtree(inside)
     inside.symlink_to(outside)
-    assert (await town.http.delete("/adapters/x?purge=true")).status_code == 200
+    assert (await running.http.delete("/adapters/x?purge=true")).status_code == 200
     assert {path.name for path in outside.iterdir()} >= {making.CONFIG, making.WEIGHTS}
-    (town.root / "link").unlink()
+    (running.root / "link").unlink()

@@ -23,7 +23,7 @@ from service.core.adapter import LoraLayerSpec
 from service.errors import AdapterInvalid, AdapterNotFound
 
 from .. import making
-from .conftest import Shop
+from .conftest import RegistryFixture
 
 LAYER0 = "layers.0.self_attn.q_proj"
 
@@ -44,8 +44,8 @@ def test_norms_are_those_of_the_change_that_peft_makes(
     skeleton: Skeleton, base: Path, tmp_path: Path, recipe: dict[str, Any]
 ) -> None:
     folder = making.noise(tmp_path / "adapter", base, 5, **recipe)
-    reading = validate_adapter(skeleton, folder, 64)
-    found = measured(reading.adapter, reading.layers)
+    validated = validate_adapter(skeleton, folder, 64)
+    found = measured(validated.adapter, validated.layers)
     model = making.served(base, folder)
     deltas = {
         name.removeprefix("base_model.model."): float(layer.get_delta_weight("default").norm())
@@ -64,10 +64,10 @@ def test_bfloat16_factors_are_multiplied_exactly(tmp_path: Path) -> None:
 
 def test_changed_files_are_not_measured(skeleton: Skeleton, plain: Path, tmp_path: Path) -> None:
     folder = making.edit(plain, tmp_path / "edited")
-    reading = validate_adapter(skeleton, folder, 64)
+    validated = validate_adapter(skeleton, folder, 64)
     making.edit(plain, folder, weights=lambda tensors: {key: tensor * 2 for key, tensor in tensors.items()})
     with pytest.raises(AdapterInvalid, match="changed on disk"):
-        measured(reading.adapter, reading.layers)
+        measured(validated.adapter, validated.layers)
 
 
 def test_ranks_and_norms_are_told_by_layer_and_what_lies_in_none_apart() -> None:
@@ -112,8 +112,8 @@ class Counting(Validator):
         self.asked: list[str] = []
         self.refuse = False
 
-    async def measure_norms(self, reading: ValidatedAdapter) -> dict[str, float]:
-        self.asked.append(reading.adapter.digest)
+    async def measure_norms(self, validated: ValidatedAdapter) -> dict[str, float]:
+        self.asked.append(validated.adapter.digest)
         await asyncio.sleep(0)
         if self.refuse:
             self.refuse = False
@@ -126,33 +126,33 @@ async def test_each_content_is_measured_once_however_many_ask_and_a_failure_is_n
     skeleton: Skeleton, plain: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, two = validate_adapter(skeleton, plain, 64), validate_adapter(skeleton, other, 64)
-    reader = Counting()
-    known = norms.NormCache(reader)
+    validator = Counting()
+    known = norms.NormCache(validator)
     assert (
         list(await asyncio.gather(known.measure_norms(one), known.measure_norms(one)))
         == [{"lm_head": 1.0}] * 2
     )
     await known.measure_norms(one)
-    assert len(reader.asked) == 1
-    reader.refuse = True
+    assert len(validator.asked) == 1
+    validator.refuse = True
     with pytest.raises(AdapterInvalid, match="gone"):
         await known.measure_norms(two)
     await known.measure_norms(two)
-    assert reader.asked == [one.adapter.digest, two.adapter.digest, two.adapter.digest]
+    assert validator.asked == [one.adapter.digest, two.adapter.digest, two.adapter.digest]
     monkeypatch.setattr(norms, "KEPT", 2)
     await known.measure_norms(
         validate_adapter(skeleton, making.edit(plain, plain.parent / "third", {"lora_dropout": 0.5}), 64)
     )
     await known.measure_norms(one)
-    assert reader.asked[-1] == one.adapter.digest, "only as many as KEPT are remembered"
+    assert validator.asked[-1] == one.adapter.digest, "only as many as KEPT are remembered"
 
 
 @pytest.mark.anyio
-async def test_a_registered_adapter_says_where_it_acts(shop: Shop, base: Path) -> None:
-    making.noise(shop.root / "some", base, 3, layers_to_transform=[1])
-    (shop.root / "broken").mkdir()
-    (shop.root / "broken" / making.CONFIG).write_text("{")
-    async with shop.opened() as registry:
+async def test_a_registered_adapter_says_where_it_acts(catalog: RegistryFixture, base: Path) -> None:
+    making.noise(catalog.root / "some", base, 3, layers_to_transform=[1])
+    (catalog.root / "broken").mkdir()
+    (catalog.root / "broken" / making.CONFIG).write_text("{")
+    async with catalog.opened() as registry:
         told = await registry.measure_norms("some")
         assert (told["id"], told["digest"], told["layers"]) == ("some", registry.card_of("some")["digest"], 2)
         assert [(one["name"], one["norms"][0], one["norms"][1] > 0) for one in told["modules"]] == [

@@ -38,7 +38,7 @@ from service.errors import (
 from service.telemetry import metrics
 
 from .. import kinds, making
-from .conftest import FakeDevice, NearReader, Shop
+from .conftest import FakeDevice, InProcessValidator, RegistryFixture
 
 pytestmark = pytest.mark.anyio
 CARD = {
@@ -78,20 +78,20 @@ def put(source: Path, root: Path, name: str) -> str:
 
 
 @pytest.fixture
-def stocked(shop: Shop, plain: Path, other: Path) -> Shop:
+def stocked(catalog: RegistryFixture, plain: Path, other: Path) -> RegistryFixture:
     """Two sources, deleted from the remembered registrations so that they are only found when asked
     for.
     """
-    put(plain, shop.root, "plain")
-    put(other, shop.root, "other")
-    (shop.root / ".adapterd.json").write_text(
+    put(plain, catalog.root, "plain")
+    put(other, catalog.root, "other")
+    (catalog.root / ".adapterd.json").write_text(
         json.dumps({"version": 1, "adapters": {}, "deleted": ["plain", "other"]})
     )
-    return shop
+    return catalog
 
 
 def device(registry: Registry) -> FakeDevice:
-    found = registry._shelves.device
+    found = registry._table.device
     assert isinstance(found, FakeDevice)
     return found
 
@@ -99,7 +99,7 @@ def device(registry: Registry) -> FakeDevice:
 # ---- registering
 
 
-async def test_registering_gives_the_card_and_loads(stocked: Shop) -> None:
+async def test_registering_gives_the_card_and_loads(stocked: RegistryFixture) -> None:
     async with stocked.opened() as registry:
         card, created = await registry.register_adapter("org/name.v1", "plain")
         assert created
@@ -111,7 +111,9 @@ async def test_registering_gives_the_card_and_loads(stocked: Shop) -> None:
         assert registry.list_cards() == [card]
 
 
-async def test_the_same_content_again_changes_nothing_and_other_content_is_a_conflict(stocked: Shop) -> None:
+async def test_the_same_content_again_changes_nothing_and_other_content_is_a_conflict(
+    stocked: RegistryFixture,
+) -> None:
     async with stocked.opened() as registry:
         first, _ = await registry.register_adapter("a", "plain")
         assert await registry.register_adapter("a", "plain", pinned=True) == (first, False)
@@ -120,7 +122,9 @@ async def test_the_same_content_again_changes_nothing_and_other_content_is_a_con
         assert registry.card_of("a") == first
 
 
-async def test_what_no_step_could_run_is_refused_at_registration_and_by_a_check(stocked: Shop) -> None:
+async def test_what_no_step_could_run_is_refused_at_registration_and_by_a_check(
+    stocked: RegistryFixture,
+) -> None:
     limit = LayerLimit("model.layers.*.self_attn.v_proj", "Odd", "gives a tuple", by_peft=False)
     async with stocked.opened(limits=(limit,)) as registry:
         said = ["LoRA on Odd is not served: model.layers.*.self_attn.v_proj gives a tuple"]
@@ -130,7 +134,7 @@ async def test_what_no_step_could_run_is_refused_at_registration_and_by_a_check(
         assert caught.value.problems == said
 
 
-async def test_of_two_contents_racing_for_an_id_one_wins(stocked: Shop) -> None:
+async def test_of_two_contents_racing_for_an_id_one_wins(stocked: RegistryFixture) -> None:
     async with stocked.opened() as registry:
         gate = device(registry).gate = asyncio.Event()
         racing = asyncio.gather(
@@ -145,7 +149,9 @@ async def test_of_two_contents_racing_for_an_id_one_wins(stocked: Shop) -> None:
         assert len(registry.list_cards()) == 1
 
 
-async def test_one_that_is_deleted_while_it_is_remembered_was_registered_all_the_same(stocked: Shop) -> None:
+async def test_one_that_is_deleted_while_it_is_remembered_was_registered_all_the_same(
+    stocked: RegistryFixture,
+) -> None:
     async with stocked.opened() as registry:
         async with registry._saving:
             registering = asyncio.create_task(registry.register_adapter("x", "plain"))
@@ -158,7 +164,7 @@ async def test_one_that_is_deleted_while_it_is_remembered_was_registered_all_the
         assert registry.list_cards() == []
 
 
-async def test_many_ids_register_at_once(stocked: Shop) -> None:
+async def test_many_ids_register_at_once(stocked: RegistryFixture) -> None:
     async with stocked.opened() as registry:
         got = await asyncio.gather(
             *(registry.register_adapter(f"p{i}", ("plain", "other")[i % 2]) for i in range(8))
@@ -168,7 +174,7 @@ async def test_many_ids_register_at_once(stocked: Shop) -> None:
 
 
 @pytest.mark.parametrize("id", ["base", "__base__", "tiny", "check", "a/summary", "architecture", "upload"])
-async def test_reserved_ids_are_a_conflict(stocked: Shop, id: str) -> None:
+async def test_reserved_ids_are_a_conflict(stocked: RegistryFixture, id: str) -> None:
     async with stocked.opened() as registry:
         with pytest.raises(Conflict, match="reserved"):
             await registry.register_adapter(id, "plain")
@@ -194,7 +200,7 @@ async def test_reserved_ids_are_a_conflict(stocked: Shop, id: str) -> None:
         "a\n",
     ],
 )
-async def test_ids_that_break_the_pattern_are_refused(stocked: Shop, id: str) -> None:
+async def test_ids_that_break_the_pattern_are_refused(stocked: RegistryFixture, id: str) -> None:
     async with stocked.opened() as registry:
         for attempt in (
             registry.register_adapter(id, "plain"),
@@ -205,20 +211,20 @@ async def test_ids_that_break_the_pattern_are_refused(stocked: Shop, id: str) ->
                 await attempt
 
 
-async def test_a_bad_adapter_leaves_no_ghost(stocked: Shop, plain: Path) -> None:
+async def test_a_bad_adapter_leaves_no_ghost(stocked: RegistryFixture, plain: Path) -> None:
     async with stocked.opened() as registry:
         making.edit(plain, stocked.root / "bad", {"r": 50000})
         with pytest.raises(AdapterInvalid, match="50000"):
             await registry.register_adapter("bad", "bad")
         with pytest.raises(AdapterNotFound):
             registry.card_of("bad")
-        assert isinstance(registry._reader, NearReader)
-        assert not [folder for folder, _ in registry._reader.reads if folder.name == "bad"], (
-            "a glance at the config was not enough"
+        assert isinstance(registry._validator, InProcessValidator)
+        assert not [folder for folder, _ in registry._validator.reads if folder.name == "bad"], (
+            "a quick check of the config was not enough"
         )
 
 
-async def test_a_load_that_fails_registers_nothing_and_is_taken_back(stocked: Shop) -> None:
+async def test_a_load_that_fails_registers_nothing_and_is_taken_back(stocked: RegistryFixture) -> None:
     async with stocked.opened() as registry:
         digest = (await registry.check_adapter("a", "plain"))["summary"]["digest"]
         device(registry).errors[digest] = "the disk is on fire"
@@ -228,14 +234,14 @@ async def test_a_load_that_fails_registers_nothing_and_is_taken_back(stocked: Sh
         assert device(registry).dropped == [digest]
 
 
-async def test_without_preload_the_device_only_hears_of_it(stocked: Shop) -> None:
+async def test_without_preload_the_device_only_hears_of_it(stocked: RegistryFixture) -> None:
     async with stocked.opened() as registry:
         card, _ = await registry.register_adapter("a", "plain", preload=False)
         assert card["residency"] == "disk"
         assert device(registry).known[card["digest"]].lane is ExecutionPath.POOL
 
 
-async def test_a_dry_run_says_everything_and_registers_nothing(stocked: Shop, plain: Path) -> None:
+async def test_a_dry_run_says_everything_and_registers_nothing(stocked: RegistryFixture, plain: Path) -> None:
     async with stocked.opened() as registry:
         told = await registry.check_adapter("a", "plain")
         assert (told["ok"], told["problems"], told["summary"]["parameters"]) == (True, [], 1792)
@@ -248,9 +254,9 @@ async def test_a_dry_run_says_everything_and_registers_nothing(stocked: Shop, pl
         assert registry.list_cards() == []
 
 
-async def test_nothing_is_registered_before_the_base_is_there(shop: Shop, plain: Path) -> None:
-    put(plain, shop.root, "plain")
-    registry = Registry(shop.settings(), shop.device, reader=NearReader)
+async def test_nothing_is_registered_before_the_base_is_there(catalog: RegistryFixture, plain: Path) -> None:
+    put(plain, catalog.root, "plain")
+    registry = Registry(catalog.settings(), catalog.device, validator=InProcessValidator)
     with pytest.raises(NotReady):
         await registry.register_adapter("a", "plain")
 
@@ -258,12 +264,12 @@ async def test_nothing_is_registered_before_the_base_is_there(shop: Shop, plain:
 # ---- leases, replacing, removing
 
 
-async def test_a_lease_counts_and_an_unknown_id_has_none(stocked: Shop) -> None:
+async def test_a_lease_counts_and_an_unknown_id_has_none(stocked: RegistryFixture) -> None:
     async with stocked.opened() as registry:
         card, _ = await registry.register_adapter("a", "plain")
         assert card["last_used"] is None
-        with registry.lease_adapter("a") as generation:
-            assert generation.digest == card["digest"]
+        with registry.lease_adapter("a") as version:
+            assert version.digest == card["digest"]
             assert (registry.card_of("a")["in_flight"], registry.card_of("a")["last_used"][-1]) == (1, "Z")
         assert registry.card_of("a")["in_flight"] == 0
         for typo in ("A", "a ", "", "b"):
@@ -271,12 +277,14 @@ async def test_a_lease_counts_and_an_unknown_id_has_none(stocked: Shop) -> None:
                 pass
 
 
-async def test_a_replacement_is_atomic_and_the_old_content_ends_with_its_last_lease(stocked: Shop) -> None:
+async def test_a_replacement_is_atomic_and_the_old_content_ends_with_its_last_lease(
+    stocked: RegistryFixture,
+) -> None:
     async with stocked.opened() as registry:
         old, _ = await registry.register_adapter("a", "plain")
-        with registry.lease_adapter("a") as generation:
+        with registry.lease_adapter("a") as version:
             new, created = await registry.register_adapter("a", "other", replace=True)
-            assert (created, generation.digest, registry.card_of("a")["digest"]) == (
+            assert (created, version.digest, registry.card_of("a")["digest"]) == (
                 False,
                 old["digest"],
                 new["digest"],
@@ -287,7 +295,9 @@ async def test_a_replacement_is_atomic_and_the_old_content_ends_with_its_last_le
         assert device(registry).dropped == [old["digest"]]
 
 
-async def test_a_replacement_that_cannot_be_loaded_leaves_the_old_one_serving(stocked: Shop) -> None:
+async def test_a_replacement_that_cannot_be_loaded_leaves_the_old_one_serving(
+    stocked: RegistryFixture,
+) -> None:
     async with stocked.opened() as registry:
         old, _ = await registry.register_adapter("a", "plain")
         device(registry).errors[(await registry.check_adapter("b", "other"))["summary"]["digest"]] = (
@@ -295,22 +305,24 @@ async def test_a_replacement_that_cannot_be_loaded_leaves_the_old_one_serving(st
         )
         with pytest.raises(AdapterInvalid):
             await registry.register_adapter("a", "other", replace=True)
-        with registry.lease_adapter("a") as generation:
-            assert generation.digest == old["digest"]
+        with registry.lease_adapter("a") as version:
+            assert version.digest == old["digest"]
 
 
-async def test_contents_that_alternate_under_leases_are_never_dropped_while_named(stocked: Shop) -> None:
+async def test_contents_that_alternate_under_leases_are_never_dropped_while_named(
+    stocked: RegistryFixture,
+) -> None:
     async with stocked.opened() as registry:
         for turn in range(6):
             await registry.register_adapter("a", ("plain", "other")[turn % 2], replace=True)
-            with registry.lease_adapter("a") as generation:
+            with registry.lease_adapter("a") as version:
                 await registry.register_adapter("a", ("other", "plain")[turn % 2], replace=True)
-                assert generation.digest in device(registry).known
+                assert version.digest in device(registry).known
                 await settle()
                 assert registry.card_of("a")["digest"] in device(registry).known
 
 
-async def test_removing_waits_for_leases_frees_and_forgets(stocked: Shop) -> None:
+async def test_removing_waits_for_leases_frees_and_forgets(stocked: RegistryFixture) -> None:
     async with stocked.opened() as registry:
         card, _ = await registry.register_adapter("a", "plain")
         metrics.adapter_served("a", 1, 3, 0.1)
@@ -336,11 +348,11 @@ async def test_removing_waits_for_leases_frees_and_forgets(stocked: Shop) -> Non
             await registry.remove_adapter("a")
 
 
-async def test_who_waits_for_a_lease_to_end_is_let_go_when_it_closes(stocked: Shop) -> None:
+async def test_who_waits_for_a_lease_to_end_is_let_go_when_it_closes(stocked: RegistryFixture) -> None:
     async with stocked.opened() as registry:
         await registry.register_adapter("b", "other")
         await registry.remove_adapter("b")
-        assert registry._shelves._ending == set()
+        assert registry._table._ending == set()
         await registry.register_adapter("a", "plain")
         with registry.lease_adapter("a"):
             removal = asyncio.create_task(registry.remove_adapter("a"))
@@ -350,7 +362,7 @@ async def test_who_waits_for_a_lease_to_end_is_let_go_when_it_closes(stocked: Sh
                 await asyncio.wait_for(removal, 5)
 
 
-async def test_of_two_removals_one_finds_nothing(stocked: Shop) -> None:
+async def test_of_two_removals_one_finds_nothing(stocked: RegistryFixture) -> None:
     async with stocked.opened() as registry:
         await registry.register_adapter("a", "plain")
         got = await asyncio.gather(
@@ -359,7 +371,7 @@ async def test_of_two_removals_one_finds_nothing(stocked: Shop) -> None:
         assert sorted(type(one).__name__ for one in got) == ["AdapterNotFound", "dict"]
 
 
-async def test_content_that_another_id_has_stays(stocked: Shop, plain: Path) -> None:
+async def test_content_that_another_id_has_stays(stocked: RegistryFixture, plain: Path) -> None:
     async with stocked.opened() as registry:
         put(plain, stocked.root, "twin")
         card, _ = await registry.register_adapter("a", "plain")
@@ -373,7 +385,7 @@ async def test_content_that_another_id_has_stays(stocked: Shop, plain: Path) -> 
         assert (await registry.remove_adapter("a"))["freed_bytes"] == 7168
 
 
-async def test_an_id_can_be_taken_again_while_its_old_content_drains(stocked: Shop) -> None:
+async def test_an_id_can_be_taken_again_while_its_old_content_drains(stocked: RegistryFixture) -> None:
     async with stocked.opened() as registry:
         await registry.register_adapter("a", "plain")
         with registry.lease_adapter("a"):
@@ -386,7 +398,7 @@ async def test_an_id_can_be_taken_again_while_its_old_content_drains(stocked: Sh
         assert card["digest"] in device(registry).known
 
 
-async def test_pins_are_shared_by_content_and_told(stocked: Shop) -> None:
+async def test_pins_are_shared_by_content_and_told(stocked: RegistryFixture) -> None:
     async with stocked.opened() as registry:
         card, _ = await registry.register_adapter("a", "plain", pinned=True)
         await registry.register_adapter("b", "plain", pinned=True)
@@ -398,7 +410,7 @@ async def test_pins_are_shared_by_content_and_told(stocked: Shop) -> None:
 
 
 async def test_a_registration_that_fails_leaves_the_content_as_the_others_have_it(
-    stocked: Shop, plain: Path
+    stocked: RegistryFixture, plain: Path
 ) -> None:
     async with stocked.opened() as registry:
         put(plain, stocked.root, "twin")
@@ -414,12 +426,14 @@ async def test_a_registration_that_fails_leaves_the_content_as_the_others_have_i
 
 
 @pytest.mark.parametrize("change", ["unpin", "remove"])
-async def test_a_pin_holds_though_another_id_lets_its_own_go_meanwhile(stocked: Shop, change: str) -> None:
+async def test_a_pin_holds_though_another_id_lets_its_own_go_meanwhile(
+    stocked: RegistryFixture, change: str
+) -> None:
     async with stocked.opened() as registry:
         card, _ = await registry.register_adapter("a", "plain", pinned=True, preload=False)
         gate = device(registry).gate = asyncio.Event()
         registering = asyncio.create_task(registry.register_adapter("b", "plain", pinned=True))
-        while not registry._shelves.lock_for(card["digest"]).locked():  # noqa: ASYNC110 - what is waited for has no event
+        while not registry._table.lock_for(card["digest"]).locked():  # noqa: ASYNC110 - what is waited for has no event
             await asyncio.sleep(0)
         removing = asyncio.create_task(
             registry.pin_adapter("a", False) if change == "unpin" else registry.remove_adapter("a")
@@ -431,7 +445,9 @@ async def test_a_pin_holds_though_another_id_lets_its_own_go_meanwhile(stocked: 
         assert device(registry).pinned == {card["digest"]}
 
 
-async def test_the_files_of_one_that_drains_are_those_of_the_content(stocked: Shop, plain: Path) -> None:
+async def test_the_files_of_one_that_drains_are_those_of_the_content(
+    stocked: RegistryFixture, plain: Path
+) -> None:
     async with stocked.opened() as registry:
         put(plain, stocked.root, "twin")
         await registry.register_adapter("a", "plain")
@@ -446,7 +462,7 @@ async def test_the_files_of_one_that_drains_are_those_of_the_content(stocked: Sh
         assert device(registry).dropped == [card["digest"]]
 
 
-async def test_a_pin_goes_with_its_name_even_while_the_content_drains(stocked: Shop) -> None:
+async def test_a_pin_goes_with_its_name_even_while_the_content_drains(stocked: RegistryFixture) -> None:
     async with stocked.opened() as registry:
         await registry.register_adapter("a", "plain", pinned=True)
         with registry.lease_adapter("a"):
@@ -454,7 +470,7 @@ async def test_a_pin_goes_with_its_name_even_while_the_content_drains(stocked: S
             assert device(registry).pinned == set()
 
 
-async def test_a_load_that_fails_later_shows_until_one_succeeds(stocked: Shop) -> None:
+async def test_a_load_that_fails_later_shows_until_one_succeeds(stocked: RegistryFixture) -> None:
     async with stocked.opened() as registry:
         card, _ = await registry.register_adapter("a", "plain")
         await registry.register_adapter("b", "other")
@@ -469,7 +485,9 @@ async def test_a_load_that_fails_later_shows_until_one_succeeds(stocked: Shop) -
 
 
 @pytest.mark.parametrize("replaced", [False, True], ids=["POST", "PUT"])
-async def test_what_failed_is_tried_anew_when_it_is_registered_again(stocked: Shop, replaced: bool) -> None:
+async def test_what_failed_is_tried_anew_when_it_is_registered_again(
+    stocked: RegistryFixture, replaced: bool
+) -> None:
     async with stocked.opened() as registry:
         card, _ = await registry.register_adapter("a", "plain", pinned=True)
         known = device(registry).known
@@ -489,7 +507,7 @@ async def settle() -> None:
 # ---- what is told
 
 
-async def test_the_summary_counts_what_the_file_holds(stocked: Shop) -> None:
+async def test_the_summary_counts_what_the_file_holds(stocked: RegistryFixture) -> None:
     async with stocked.opened() as registry:
         await registry.register_adapter("a", "plain")
         told = registry.summary_of("a")
@@ -511,7 +529,7 @@ async def test_the_summary_counts_what_the_file_holds(stocked: Shop) -> None:
 
 
 @pytest.mark.parametrize("name", ["/home/me/train/x", "no-such-org/no-such-model", "meta-llama/Llama-3.1-8B"])
-async def test_a_foreign_base_name_is_a_warning(stocked: Shop, plain: Path, name: str) -> None:
+async def test_a_foreign_base_name_is_a_warning(stocked: RegistryFixture, plain: Path, name: str) -> None:
     async with stocked.opened() as registry:
         making.edit(plain, stocked.root / "foreign", {"base_model_name_or_path": name, "revision": "abc123"})
         await registry.register_adapter("a", "foreign")
@@ -520,7 +538,7 @@ async def test_a_foreign_base_name_is_a_warning(stocked: Shop, plain: Path, name
         assert "base" in told["warnings"][0]
 
 
-async def test_a_forecast_says_what_the_summary_later_says(stocked: Shop) -> None:
+async def test_a_forecast_says_what_the_summary_later_says(stocked: RegistryFixture) -> None:
     async with stocked.opened() as registry:
         await registry.register_adapter("a", "other")
         told, real = registry.forecast_size(8, ["q_proj", "v_proj"]), registry.summary_of("a")
@@ -536,7 +554,7 @@ async def test_a_forecast_says_what_the_summary_later_says(stocked: Shop) -> Non
 TEMPLATE = "{{ messages[-1]['content'] }}"
 
 
-async def test_a_template_that_changed_in_the_folder_is_other_content(stocked: Shop) -> None:
+async def test_a_template_that_changed_in_the_folder_is_other_content(stocked: RegistryFixture) -> None:
     file = stocked.root / "plain" / "chat_template.jinja"
     async with stocked.opened() as registry:
         bare, _ = await registry.register_adapter("a", "plain")
@@ -555,7 +573,7 @@ async def test_a_template_that_changed_in_the_folder_is_other_content(stocked: S
         assert (await registry.register_adapter("a", "plain", replace=True))[0]["digest"] == digests[0]
 
 
-async def test_a_template_that_changed_is_noticed_over_a_restart(stocked: Shop) -> None:
+async def test_a_template_that_changed_is_noticed_over_a_restart(stocked: RegistryFixture) -> None:
     (stocked.root / "plain" / "generation_config.json").write_text('{"eos_token_id": 2}')
     async with stocked.opened() as registry:
         before, _ = await registry.register_adapter("a", "plain")
@@ -565,7 +583,9 @@ async def test_a_template_that_changed_is_noticed_over_a_restart(stocked: Shop) 
         assert "changed" in registry.summary_of("a")["warnings"][0]
 
 
-async def test_the_summary_lists_the_files_with_sizes_and_hashes_also_after_a_restart(stocked: Shop) -> None:
+async def test_the_summary_lists_the_files_with_sizes_and_hashes_also_after_a_restart(
+    stocked: RegistryFixture,
+) -> None:
     (stocked.root / "plain" / "chat_template.jinja").write_text(TEMPLATE)
     (stocked.root / "plain" / "README.md").write_text("not part of an answer")
     names = ["adapter_config.json", "adapter_model.safetensors", "chat_template.jinja"]
@@ -582,7 +602,7 @@ async def test_the_summary_lists_the_files_with_sizes_and_hashes_also_after_a_re
         assert (await registry.check_adapter("b", "plain"))["summary"]["files"] == files
 
 
-async def test_the_same_files_have_one_digest_from_every_source(stocked: Shop) -> None:
+async def test_the_same_files_have_one_digest_from_every_source(stocked: RegistryFixture) -> None:
     folder = stocked.root / "plain"
     (folder / "chat_template.jinja").write_text(TEMPLATE)
     (folder / "vocab.json").write_text("{}")
@@ -607,25 +627,25 @@ async def test_the_same_files_have_one_digest_from_every_source(stocked: Shop) -
         )
         cards.append((await registry.upload_adapter("d", {"file": Part(packed.getvalue())}))[0])
         assert {card["digest"] for card in cards} == {cards[0]["digest"]}
-        with registry.lease_adapter("d") as generation:
-            assert (generation.folder / "chat_template.jinja").read_text() == TEMPLATE
+        with registry.lease_adapter("d") as version:
+            assert (version.folder / "chat_template.jinja").read_text() == TEMPLATE
         bare = {name: Part((folder / name).read_bytes()) for name in names if name.startswith("adapter_")}
         assert (await registry.upload_adapter("e", bare))[0]["digest"] != cards[0]["digest"]
 
 
 async def test_files_that_change_while_they_are_read_are_not_registered(
-    stocked: Shop, monkeypatch: pytest.MonkeyPatch
+    stocked: RegistryFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    read = NearReader.validate_adapter
+    read = InProcessValidator.validate_adapter
 
-    async def slow(reader: NearReader, folder: Path, known: Manifest = ()) -> ValidatedAdapter:
-        reading = await read(reader, folder, known)
+    async def slow(validator: InProcessValidator, folder: Path, known: Manifest = ()) -> ValidatedAdapter:
+        validated = await read(validator, folder, known)
         (folder / "chat_template.jinja").write_text(TEMPLATE)
-        return reading
+        return validated
 
     async with stocked.opened() as registry:
         with monkeypatch.context() as patch:
-            patch.setattr(NearReader, "validate_adapter", slow)
+            patch.setattr(InProcessValidator, "validate_adapter", slow)
             with pytest.raises(AdapterInvalid, match="changed while they were read"):
                 await registry.register_adapter("a", "plain")
         assert registry.list_cards() == []
@@ -635,7 +655,7 @@ async def test_files_that_change_while_they_are_read_are_not_registered(
 # ---- a dry run says what a registration would
 
 
-async def test_a_dry_run_of_a_taken_id_says_so_beside_the_summary(stocked: Shop) -> None:
+async def test_a_dry_run_of_a_taken_id_says_so_beside_the_summary(stocked: RegistryFixture) -> None:
     async with stocked.opened() as registry:
         await registry.register_adapter("a", "plain")
         told = await registry.check_adapter("a", "other")
@@ -650,7 +670,7 @@ async def test_a_dry_run_of_a_taken_id_says_so_beside_the_summary(stocked: Shop)
 
 
 @pytest.mark.filterwarnings("ignore")
-async def test_a_dry_run_tries_out_what_only_peft_can_run(stocked: Shop, base: Path) -> None:
+async def test_a_dry_run_tries_out_what_only_peft_can_run(stocked: RegistryFixture, base: Path) -> None:
     kinds.SHADOW["lora_bias"](stocked.root / "shadow", base)
     async with stocked.opened() as registry:
         for id in [card["id"] for card in registry.list_cards()]:
@@ -689,7 +709,9 @@ def aged(root: Path) -> None:
     (root / ".adapterd.json").write_text(json.dumps(state | {"version": 1}))
 
 
-async def test_registrations_of_an_older_version_are_taken_over(stocked: Shop, other: Path) -> None:
+async def test_registrations_of_an_older_version_are_taken_over(
+    stocked: RegistryFixture, other: Path
+) -> None:
     (stocked.root / "plain" / "chat_template.jinja").write_text(TEMPLATE)
     async with stocked.opened() as registry:
         await registry.register_adapter("a", "plain", pinned=True)
@@ -705,14 +727,14 @@ async def test_registrations_of_an_older_version_are_taken_over(stocked: Shop, o
             told = registry.summary_of(id)
             kept = ("digest", "files", "pinned", "registered_at", "warnings")
             assert {key: told[key] for key in kept} == {key: before[id][key] for key in kept}
-        with registry.lease_adapter("up") as generation:
-            assert (generation.folder / "adapter_model.safetensors").read_bytes() == (
+        with registry.lease_adapter("up") as version:
+            assert (version.folder / "adapter_model.safetensors").read_bytes() == (
                 other / "adapter_model.safetensors"
             ).read_bytes()
     assert remembered(stocked.root)["version"] == 2
     async with stocked.opened() as registry:
-        assert isinstance(registry._reader, NearReader)
-        assert all(known for _, known in registry._reader.reads), "taken over once"
+        assert isinstance(registry._validator, InProcessValidator)
+        assert all(known for _, known in registry._validator.reads), "taken over once"
         assert await registry.upload_adapter("up", parts(other)) == (registry.card_of("up"), False)
         assert [path.name for path in (stocked.root / ".uploads").iterdir()] == ["a" * 64]
         await registry.remove_adapter("up", purge=True)
@@ -721,22 +743,22 @@ async def test_registrations_of_an_older_version_are_taken_over(stocked: Shop, o
 
 @pytest.mark.parametrize("rest", [{}, {"adapters": 5}])
 async def test_a_newer_version_stops_the_start_and_is_not_written_over(
-    stocked: Shop, rest: dict[str, Any]
+    stocked: RegistryFixture, rest: dict[str, Any]
 ) -> None:
     state = json.dumps(remembered(stocked.root) | {"version": 3} | rest)
     (stocked.root / ".adapterd.json").write_text(state)
     with pytest.raises(
         SettingsError, match=r"ADAPTERD_ADAPTERS_DIR: .*\.adapterd\.json .* version is 3, .* up to 2"
     ):
-        Registry(stocked.settings(), stocked.device, reader=NearReader)
+        Registry(stocked.settings(), stocked.device, validator=InProcessValidator)
     assert [path.name for path in stocked.root.glob(".adapterd*")] == [".adapterd.json"]
     assert (stocked.root / ".adapterd.json").read_text() == state
 
 
 async def test_a_version_that_became_newer_while_the_base_was_loaded_stops_the_start_too(
-    stocked: Shop,
+    stocked: RegistryFixture,
 ) -> None:
-    registry = Registry(stocked.settings(), stocked.device, reader=NearReader)
+    registry = Registry(stocked.settings(), stocked.device, validator=InProcessValidator)
     state = json.dumps(remembered(stocked.root) | {"version": 3})
     (stocked.root / ".adapterd.json").write_text(state)
     with pytest.raises(SettingsError):
@@ -748,39 +770,41 @@ async def test_a_version_that_became_newer_while_the_base_was_loaded_stops_the_s
 # ---- over a restart
 
 
-async def test_folders_are_registered_at_start_under_their_paths(shop: Shop, plain: Path) -> None:
+async def test_folders_are_registered_at_start_under_their_paths(
+    catalog: RegistryFixture, plain: Path
+) -> None:
     for name in ("found", "org/name", ".hidden/x", "a/b/c", "summary"):
-        put(plain, shop.root, name)
-    async with shop.opened() as registry:
+        put(plain, catalog.root, name)
+    async with catalog.opened() as registry:
         assert [card["id"] for card in registry.list_cards()] == ["found", "org/name"]
         metrics.adapter_served("found", 1, 3, 0.1)
         assert 'adapter="found"' in metrics.render_metrics("")[0].decode()
-        assert '"found"' in (shop.root / ".adapterd.json").read_text()
+        assert '"found"' in (catalog.root / ".adapterd.json").read_text()
         assert device(registry).tier_of(registry.card_of("found")["digest"]) is Tier.DISK
         with registry.lease_adapter("found"):
             pass
         await registry.register_adapter("more", "found")
         assert len({one.digest for one in registry.list_versions()}) == 1, (
-            "one content has one digest, and one voice, under all its ids"
+            "one content has one digest, and one text, under all its ids"
         )
 
 
 async def test_a_broken_folder_is_listed_as_failed_and_harms_nothing(
-    shop: Shop, plain: Path, other: Path
+    catalog: RegistryFixture, plain: Path, other: Path
 ) -> None:
-    put(plain, shop.root, "good")
+    put(plain, catalog.root, "good")
     for name in ("cut", "short"):
-        put(plain, shop.root, name)
-        (shop.root / name / "adapter_model.safetensors").write_bytes(b"short")
-    async with shop.opened() as registry:
+        put(plain, catalog.root, name)
+        (catalog.root / name / "adapter_model.safetensors").write_bytes(b"short")
+    async with catalog.opened() as registry:
         cards = {card["id"]: card for card in registry.list_cards()}
         assert (cards["good"]["state"], cards["cut"]["state"]) == ("ready", "failed")
         assert "truncated" in cards["cut"]["reason"]
         assert registry.summary_of("cut")["state"] == "failed"
         with pytest.raises(AdapterInvalid, match="truncated"), registry.lease_adapter("cut"):
             pass
-        shutil.rmtree(shop.root / "cut")
-        put(other, shop.root, "cut")
+        shutil.rmtree(catalog.root / "cut")
+        put(other, catalog.root, "cut")
         card, created = await registry.register_adapter("cut", "cut")
         assert (created, card["state"]) == (True, "ready")
         assert await registry.remove_adapter("short") == {
@@ -793,15 +817,15 @@ async def test_a_broken_folder_is_listed_as_failed_and_harms_nothing(
 
 @pytest.mark.parametrize("kind", ["A2 mlx", "A5 missing", "A15 pickle"])
 async def test_a_folder_without_weights_says_at_start_what_it_seems_to_be(
-    shop: Shop, base: Path, kind: str
+    catalog: RegistryFixture, base: Path, kind: str
 ) -> None:
     maker, word = kinds.REFUSED[kind]
-    maker(shop.root / "odd", base)
-    async with shop.opened() as registry:
+    maker(catalog.root / "odd", base)
+    async with catalog.opened() as registry:
         assert word.lower() in registry.card_of("odd")["reason"].lower()
 
 
-async def test_registrations_and_pins_outlive_a_restart(stocked: Shop) -> None:
+async def test_registrations_and_pins_outlive_a_restart(stocked: RegistryFixture) -> None:
     async with stocked.opened() as registry:
         await registry.register_adapter("renamed", "plain", pinned=True)
         (first,) = registry.list_versions()
@@ -813,20 +837,20 @@ async def test_registrations_and_pins_outlive_a_restart(stocked: Shop) -> None:
 
 
 async def test_a_deleted_registration_stays_deleted_until_it_is_registered_again(
-    shop: Shop, plain: Path
+    catalog: RegistryFixture, plain: Path
 ) -> None:
-    put(plain, shop.root, "found")
-    async with shop.opened() as registry:
+    put(plain, catalog.root, "found")
+    async with catalog.opened() as registry:
         await registry.remove_adapter("found")
-    async with shop.opened() as registry:
+    async with catalog.opened() as registry:
         assert registry.list_cards() == []
         await registry.register_adapter("found", "found")
-    async with shop.opened() as registry:
+    async with catalog.opened() as registry:
         assert [card["id"] for card in registry.list_cards()] == ["found"]
 
 
 async def test_files_that_changed_meanwhile_are_a_new_content_with_a_warning(
-    stocked: Shop, other: Path
+    stocked: RegistryFixture, other: Path
 ) -> None:
     async with stocked.opened() as registry:
         before, _ = await registry.register_adapter("a", "plain")
@@ -836,8 +860,10 @@ async def test_files_that_changed_meanwhile_are_a_new_content_with_a_warning(
         assert "changed" in registry.summary_of("a")["warnings"][0]
 
 
-async def test_another_process_on_the_same_directory_is_followed(stocked: Shop, base: Path) -> None:
-    twin = Shop(stocked.root, base)
+async def test_another_process_on_the_same_directory_is_followed(
+    stocked: RegistryFixture, base: Path
+) -> None:
+    twin = RegistryFixture(stocked.root, base)
     async with stocked.opened() as leader, twin.opened() as follower:
         old, _ = await leader.register_adapter("a", "plain", pinned=True)
         await leader.register_adapter("b", "plain")
@@ -845,14 +871,14 @@ async def test_another_process_on_the_same_directory_is_followed(stocked: Shop, 
         told = [(card["id"], card["digest"], card["pinned"]) for card in follower.list_cards()]
         assert told == [(card["id"], card["digest"], card["pinned"]) for card in leader.list_cards()]
         assert twin.device.pinned == {old["digest"]}
-        with follower.lease_adapter("a") as generation:
+        with follower.lease_adapter("a") as version:
             new, _ = await leader.register_adapter("a", "other", replace=True)
             await leader.remove_adapter("b")
             await follower.follow_state_file()
             await settle()
             assert twin.device.dropped == []
             with follower.lease_adapter("a") as again:
-                assert (again.digest, generation.digest) == (new["digest"], old["digest"])
+                assert (again.digest, version.digest) == (new["digest"], old["digest"])
         await settle()
         assert twin.device.dropped == [old["digest"]]
         with pytest.raises(AdapterNotFound):
@@ -862,17 +888,17 @@ async def test_another_process_on_the_same_directory_is_followed(stocked: Shop, 
         assert follower.card_of("a")["pinned"]
 
 
-async def test_unchanged_files_are_not_read_again(stocked: Shop) -> None:
+async def test_unchanged_files_are_not_read_again(stocked: RegistryFixture) -> None:
     async with stocked.opened() as registry:
         card, _ = await registry.register_adapter("a", "plain")
     async with stocked.opened() as registry:
-        assert isinstance(registry._reader, NearReader)
-        assert [compute_digest(known) for _, known in registry._reader.reads] == [card["digest"]]
+        assert isinstance(registry._validator, InProcessValidator)
+        assert [compute_digest(known) for _, known in registry._validator.reads] == [card["digest"]]
         assert registry.card_of("a")["digest"] == card["digest"]
 
 
 async def test_a_found_folder_that_is_gone_is_forgotten_and_a_named_one_fails(
-    stocked: Shop, plain: Path
+    stocked: RegistryFixture, plain: Path
 ) -> None:
     put(plain, stocked.root, "found")
     async with stocked.opened() as registry:
@@ -899,12 +925,12 @@ async def test_a_found_folder_that_is_gone_is_forgotten_and_a_named_one_fails(
         *(json.dumps({"version": 2, "adapters": {"a": RECORD | wrong}, "deleted": []}) for wrong in WRONG),
     ],
 )
-async def test_a_damaged_ledger_is_put_aside(shop: Shop, plain: Path, damage: str) -> None:
-    put(plain, shop.root, "found")
-    (shop.root / ".adapterd.json").write_text(damage)
-    async with shop.opened() as registry:
+async def test_a_damaged_state_file_is_put_aside(catalog: RegistryFixture, plain: Path, damage: str) -> None:
+    put(plain, catalog.root, "found")
+    (catalog.root / ".adapterd.json").write_text(damage)
+    async with catalog.opened() as registry:
         assert [card["id"] for card in registry.list_cards()] == ["found"]
-    assert (shop.root / ".adapterd.json.damaged").read_text() == damage
+    assert (catalog.root / ".adapterd.json.damaged").read_text() == damage
 
 
 def failing(monkeypatch: pytest.MonkeyPatch, name: str, code: int) -> None:
@@ -922,7 +948,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, name: str, code: int) -> None:
 
 
 async def test_registrations_that_cannot_be_read_are_not_written_over(
-    stocked: Shop, monkeypatch: pytest.MonkeyPatch
+    stocked: RegistryFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with stocked.opened() as registry:
         await registry.register_adapter("a", "plain")
@@ -934,18 +960,18 @@ async def test_registrations_that_cannot_be_read_are_not_written_over(
         assert [card["id"] for card in registry.list_cards()] == ["a"]
 
 
-async def test_a_damaged_ledger_that_cannot_be_put_aside_stops_nothing(
-    shop: Shop, plain: Path, monkeypatch: pytest.MonkeyPatch
+async def test_a_damaged_state_file_that_cannot_be_put_aside_stops_nothing(
+    catalog: RegistryFixture, plain: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put(plain, shop.root, "found")
-    (shop.root / ".adapterd.json").write_text("{")
+    put(plain, catalog.root, "found")
+    (catalog.root / ".adapterd.json").write_text("{")
     failing(monkeypatch, "replace", errno.EROFS)
-    async with shop.opened() as registry:
+    async with catalog.opened() as registry:
         assert [card["id"] for card in registry.list_cards()] == ["found"]
 
 
 async def test_a_directory_that_cannot_be_written_stops_nothing(
-    stocked: Shop, caplog: pytest.LogCaptureFixture
+    stocked: RegistryFixture, caplog: pytest.LogCaptureFixture
 ) -> None:
     async with stocked.opened() as registry:
         (stocked.root / ".adapterd.json.new").mkdir()  # where the ledger would write
@@ -953,18 +979,19 @@ async def test_a_directory_that_cannot_be_written_stops_nothing(
             _, created = await registry.register_adapter(id, "plain")
             assert created
         assert [record.message for record in caplog.records if "restart" in record.message] == [
-            "registrations will not outlive a restart: the adapters directory cannot be written: Is a directory"
+            "registrations will not outlive a restart: "
+            "the adapters directory cannot be written: Is a directory"
         ]
 
 
 async def test_a_directory_that_is_not_there_is_made_when_there_is_something_to_remember(
-    shop: Shop, plain: Path
+    catalog: RegistryFixture, plain: Path
 ) -> None:
-    shop.root.rmdir()
-    async with shop.opened() as registry:
-        assert not shop.root.exists()
+    catalog.root.rmdir()
+    async with catalog.opened() as registry:
+        assert not catalog.root.exists()
         await registry.upload_adapter("up", parts(plain))
-    async with shop.opened() as registry:
+    async with catalog.opened() as registry:
         assert [card["id"] for card in registry.list_cards()] == ["up"]
 
 
@@ -987,33 +1014,33 @@ def parts(folder: Path) -> dict[str, Part]:
     }
 
 
-async def test_an_upload_is_stored_registered_and_purged(shop: Shop, plain: Path) -> None:
-    async with shop.opened() as registry:
+async def test_an_upload_is_stored_registered_and_purged(catalog: RegistryFixture, plain: Path) -> None:
+    async with catalog.opened() as registry:
         card, created = await registry.upload_adapter("up", parts(plain))
         assert created
-        with registry.lease_adapter("up") as generation:
+        with registry.lease_adapter("up") as version:
             assert (
-                generation.folder
-                == (shop.root / ".uploads" / card["digest"].removeprefix("sha256:")).resolve()
+                version.folder
+                == (catalog.root / ".uploads" / card["digest"].removeprefix("sha256:")).resolve()
             )
-            assert generation.adapter is not None
-            assert generation.adapter.config == str(generation.folder / "adapter_config.json")
+            assert version.adapter is not None
+            assert version.adapter.config == str(version.folder / "adapter_config.json")
         assert await registry.upload_adapter("up", parts(plain)) == (registry.card_of("up"), False)
         assert (card["pinned"], card["residency"]) == (False, "host")
         await registry.remove_adapter("up")
-        assert generation.folder.exists(), "nobody asked to purge it"
+        assert version.folder.exists(), "nobody asked to purge it"
         await registry.upload_adapter("up", parts(plain))
-    async with shop.opened() as registry:
+    async with catalog.opened() as registry:
         assert [card["id"] for card in registry.list_cards()] == ["up"]
         await registry.remove_adapter("up", purge=True)
-        assert list((shop.root / ".uploads").iterdir()) == []
+        assert list((catalog.root / ".uploads").iterdir()) == []
 
 
 async def test_what_is_purged_is_not_taken_from_who_uploads_the_same_meanwhile(
-    shop: Shop, plain: Path, monkeypatch: pytest.MonkeyPatch
+    catalog: RegistryFixture, plain: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     removing: list[asyncio.Future[dict[str, Any]]] = []
-    async with shop.opened() as registry:
+    async with catalog.opened() as registry:
         await registry.upload_adapter("one", parts(plain))
         kept, loop = registry._store.keep_upload, asyncio.get_running_loop()
 
@@ -1027,26 +1054,26 @@ async def test_what_is_purged_is_not_taken_from_who_uploads_the_same_meanwhile(
         monkeypatch.setattr(registry._store, "keep_upload", keep)
         await registry.upload_adapter("two", parts(plain))
         await asyncio.gather(*removing)
-        with registry.lease_adapter("two") as generation:
-            assert (generation.folder / "adapter_config.json").exists()
+        with registry.lease_adapter("two") as version:
+            assert (version.folder / "adapter_config.json").exists()
 
 
 async def test_purge_keeps_what_another_id_still_uses_and_what_was_not_uploaded(
-    stocked: Shop, other: Path
+    stocked: RegistryFixture, other: Path
 ) -> None:
     async with stocked.opened() as registry:
         await registry.upload_adapter("one", parts(other))
         await registry.upload_adapter("two", parts(other))
         await registry.remove_adapter("one", purge=True)
-        with registry.lease_adapter("two") as generation:
-            assert (generation.folder / "adapter_config.json").exists()
+        with registry.lease_adapter("two") as version:
+            assert (version.folder / "adapter_config.json").exists()
         await registry.register_adapter("kept", "plain")
         await registry.remove_adapter("kept", purge=True)
         assert (stocked.root / "plain" / "adapter_model.safetensors").exists()
 
 
-async def test_a_refused_upload_leaves_no_files(shop: Shop, plain: Path, other: Path) -> None:
-    async with shop.opened() as registry:
+async def test_a_refused_upload_leaves_no_files(catalog: RegistryFixture, plain: Path, other: Path) -> None:
+    async with catalog.opened() as registry:
         bad = parts(plain)
         bad["adapter_model.safetensors"].content = bad["adapter_model.safetensors"].content[:3000]
         with pytest.raises(AdapterInvalid, match="truncated"):
@@ -1054,13 +1081,13 @@ async def test_a_refused_upload_leaves_no_files(shop: Shop, plain: Path, other: 
         await registry.upload_adapter("taken", parts(plain))
         with pytest.raises(Conflict):
             await registry.upload_adapter("taken", parts(other))
-        assert [path.name for path in (shop.root / ".uploads").iterdir()] == [
+        assert [path.name for path in (catalog.root / ".uploads").iterdir()] == [
             registry.card_of("taken")["digest"].removeprefix("sha256:")
         ]
 
 
-async def test_uploaded_files_are_no_source_for_others(shop: Shop, plain: Path) -> None:
-    async with shop.opened() as registry:
+async def test_uploaded_files_are_no_source_for_others(catalog: RegistryFixture, plain: Path) -> None:
+    async with catalog.opened() as registry:
         card, _ = await registry.upload_adapter("up", parts(plain))
         with pytest.raises(Forbidden):
             await registry.register_adapter("thief", f".uploads/{card['digest'].removeprefix('sha256:')}")

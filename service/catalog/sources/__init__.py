@@ -1,1 +1,1 @@
-"""Where adapters come from: folders, uploads, the hub."""
+"""Sources of adapters, in the API process: folders, uploads, the hub."""

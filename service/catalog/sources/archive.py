@@ -1,4 +1,4 @@
-"""Takes an adapter's files out of a .zip or .tar that a stranger sent.
+"""Takes an adapter's files out of a .zip or .tar that a stranger sent; in the API process.
 
 Must not trust a name, a size or a link in it.
 """
@@ -27,9 +27,9 @@ from ..validator.header import CONFIG, WEIGHTS
 MEMBERS = 10_000
 PIECE = 1 << 20  # bytes
 # Bytes that say which members there are: the libraries keep all of them in memory, however many
-TOLD = 6_000_000
-# What the libraries raise for such an archive: zipfile NotImplementedError for a compression that
-# it lacks, RuntimeError for a password.
+LISTING = 6_000_000
+# The libraries' exceptions for such an archive: zipfile raises NotImplementedError for a compression
+# that it lacks, RuntimeError for a password.
 DAMAGED = (
     zipfile.BadZipFile,
     tarfile.TarError,
@@ -56,21 +56,16 @@ class ArchiveMember:
 
 
 def extract_adapter(archive: Path, folder: Path, limit: int) -> None:
-    """Writes the files of the manifest, and nothing else, into the folder;
+    """Writes the files of the manifest, and nothing else, into the folder.
 
-    `limit` is in bytes, unpacked.
-
-    Raises AdapterInvalid for what is no archive, holds no adapter or several, or has a member that
-    would leave the folder; PayloadTooLarge over the limit.
+    `limit` is in bytes, unpacked. Raises AdapterInvalid for what is no archive, holds no adapter or
+    several, or has a member that would leave the folder; PayloadTooLarge over the limit.
     """
     try:
         with _open_stream(archive) as stream, _open_archive(stream) as members:
             wanted = _select_members(members, limit)
             stream.left = math.inf
-            for name, member in wanted.items():
-                with members(member) as source, (folder / name).open("xb") as target:
-                    # Neither format gives more than the size it has told
-                    shutil.copyfileobj(source, target, PIECE)
+            _write_members(members, wanted, folder)
     except (*DAMAGED, OSError) as error:
         # The disk's; what is compressed badly has no number
         if isinstance(error, OSError) and error.errno:
@@ -78,14 +73,21 @@ def extract_adapter(archive: Path, folder: Path, limit: int) -> None:
         raise AdapterInvalid([f"the archive is damaged: {error}"[:200]]) from None
 
 
+def _write_members(members: _Zip | _Tar, wanted: Mapping[str, ArchiveMember], folder: Path) -> None:
+    for name, member in wanted.items():
+        with members(member) as source, (folder / name).open("xb") as target:
+            # Neither format gives more than the size it has stated
+            shutil.copyfileobj(source, target, PIECE)
+
+
 class _Stream(io.BufferedReader):
     """The archive's bytes, `left` of which may still be read. Raises PayloadTooLarge."""
 
-    left: float = TOLD
+    left: float = LISTING
 
-    def read_bytes(self, size: int | None = -1, /) -> bytes:
+    def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > self.left:
-            raise PayloadTooLarge(f"the archive takes more than {TOLD} bytes to say what it holds")
+            raise PayloadTooLarge(f"the archive takes more than {LISTING} bytes to say what it holds")
         data = super().read(size)
         self.left -= len(data)
         return data
@@ -94,8 +96,10 @@ class _Stream(io.BufferedReader):
 def _open_stream(archive: Path) -> _Stream:
     with archive.open("rb") as file:
         start = file.read(max(map(len, COMPRESSED)))
-    unpacked = next((opened for magic, opened in COMPRESSED.items() if start.startswith(magic)), None)
-    return _Stream(unpacked(archive) if unpacked else archive.open("rb", buffering=0))
+    for magic, open_compressed in COMPRESSED.items():
+        if start.startswith(magic):
+            return _Stream(open_compressed(archive))
+    return _Stream(archive.open("rb", buffering=0))
 
 
 class _Zip:
@@ -105,9 +109,8 @@ class _Zip:
     def __iter__(self) -> Iterator[ArchiveMember]:
         for info in self.file.infolist():
             kind = info.external_attr >> 28  # the unix file type; 0 when the archiver did not say
-            yield ArchiveMember(
-                info.filename, info.file_size, kind in (0, 8) and not info.is_dir(), info.is_dir()
-            )
+            folder = info.is_dir()
+            yield ArchiveMember(info.filename, info.file_size, kind in (0, 8) and not folder, folder)
 
     def __call__(self, member: ArchiveMember) -> IO[bytes]:
         return self.file.open(member.name)
@@ -122,9 +125,9 @@ class _Tar:
             yield ArchiveMember(info.name, info.size, info.isreg(), info.isdir())
 
     def __call__(self, member: ArchiveMember) -> IO[bytes]:
-        found = self.file.extractfile(member.name)
-        assert found is not None, "only regular members are asked for"
-        return found
+        content = self.file.extractfile(member.name)
+        assert content is not None, "only regular members are asked for"
+        return content
 
 
 @contextmanager
@@ -147,44 +150,52 @@ def _select_members(members: _Zip | _Tar, limit: int) -> dict[str, ArchiveMember
 
     All members are looked at, so that an archive with one evil member is refused whole.
     """
-    found: dict[str, list[ArchiveMember]] = {CONFIG: [], WEIGHTS: []}
+    candidates: dict[str, list[ArchiveMember]] = {CONFIG: [], WEIGHTS: []}
+    for member in _check_members(members, limit):
+        name = PurePosixPath(member.name).name
+        if member.plain and is_manifest_name(name):
+            candidates.setdefault(name, []).append(member)
+    if missing := [name for name, same_name in candidates.items() if not same_name]:
+        raise AdapterInvalid([f"{name} is missing from the archive" for name in missing])
+    return _choose_folder(candidates)
+
+
+def _check_members(members: _Zip | _Tar, limit: int) -> Iterator[ArchiveMember]:
+    """Raises AdapterInvalid, PayloadTooLarge."""
     total = 0
     for number, member in enumerate(members):
         total += member.size
         if total > limit or number >= MEMBERS:
             raise PayloadTooLarge(f"the archive holds more than {limit} bytes or {MEMBERS} members")
         _check_member(member)
-        if is_manifest_name(name := PurePosixPath(member.name).name) and member.plain:
-            found.setdefault(name, []).append(member)
-    if missing := [name for name, some in found.items() if not some]:
-        raise AdapterInvalid([f"{name} is missing from the archive" for name in missing])
-    return _of_one_folder(found)
+        yield member
 
 
-def _of_one_folder(found: Mapping[str, Sequence[ArchiveMember]]) -> dict[str, ArchiveMember]:
-    """What lies beside the config and the weights, once each; what lies elsewhere is not the
+def _choose_folder(candidates: Mapping[str, Sequence[ArchiveMember]]) -> dict[str, ArchiveMember]:
+    """The files that lie beside the config and the weights, once each; files elsewhere are not the
     adapter's. Raises AdapterInvalid.
     """
-    folders = {_folder(member) for name in (CONFIG, WEIGHTS) for member in found[name]}
-    beside = {name: [member for member in some if _folder(member) in folders] for name, some in found.items()}
-    if len(folders) > 1 or any(len(some) > 1 for some in beside.values()):
+    folders = {_folder_of(member) for name in (CONFIG, WEIGHTS) for member in candidates[name]}
+    several = len(folders) > 1
+    chosen: dict[str, ArchiveMember] = {}
+    for name, same_name in candidates.items():
+        beside = [member for member in same_name if _folder_of(member) in folders]
+        several |= len(beside) > 1
+        if beside:
+            chosen[name] = beside[0]
+    if several:
         raise AdapterInvalid([f"the archive holds several adapters: {', '.join(sorted(folders))[:300]}"])
-    return {name: some[0] for name, some in beside.items() if some}
+    return chosen
 
 
-def _folder(member: ArchiveMember) -> str:
+def _folder_of(member: ArchiveMember) -> str:
     return str(PurePosixPath(member.name).parent)
 
 
 def _check_member(member: ArchiveMember) -> None:
     path = PurePosixPath(member.name)
-    if (
-        path.is_absolute()
-        or ".." in path.parts
-        or "\\" in member.name
-        or "\0" in member.name
-        or ":" in member.name
-    ):
+    odd = any(sign in member.name for sign in "\\\0:")
+    if odd or path.is_absolute() or ".." in path.parts:
         raise AdapterInvalid([f"the archive has a member outside of itself: {member.name[:100]!r}"])
     if not (member.plain or member.folder):
         raise AdapterInvalid([f"the archive has a member that is no plain file: {member.name[:100]!r}"])

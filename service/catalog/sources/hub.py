@@ -1,6 +1,6 @@
-"""Fetches an adapter's files from the Hugging Face hub, where the settings allow it.
+"""Fetches an adapter's files from the Hugging Face hub, where the settings allow it; in the API process.
 
-Knows nothing of what they mean.
+Must not know what the files mean.
 """
 
 from __future__ import annotations
@@ -25,9 +25,10 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class Hub:
-    """`allowed` are patterns such as org/* and org/name;
+    """The hub, behind its cache.
 
-    `endpoint` and `cache` default to the library's own.
+    `allowed` are patterns such as org/* and org/name; `endpoint` and `cache` default to the library's
+    own.
     """
 
     def __init__(
@@ -47,25 +48,14 @@ class Hub:
         with the hub's reason, PayloadTooLarge over `limit` bytes.
         """
         if not any(fnmatchcase(name, pattern) for pattern in self.allowed):
-            raise Forbidden(
-                f"hub:{name[:100]} is not among the allowed sources (ADAPTERD_HUB)", param="source"
-            )
+            refusal = f"hub:{name[:100]} is not among the allowed sources (ADAPTERD_HUB)"
+            raise Forbidden(refusal, param="source")
         try:
             folder = self._download_files(name, revision, subfolder, limit, held)
         except AdapterdError:
             raise
-        except HFValidationError:
-            raise AdapterInvalid([f"hub:{name[:100]} is no name of a repository"]) from None
-        except HfHubHTTPError as error:
-            raise AdapterInvalid(
-                [f"hub:{name}: {type(error).__name__} {error.response.status_code}"]
-            ) from None
-        except LocalEntryNotFoundError:
-            raise AdapterInvalid(
-                [f"hub:{name}: the hub cannot be reached, and the files are not in its cache"]
-            ) from None
         except Exception as error:  # a broken download raises what the HTTP library under it raises
-            raise AdapterInvalid([f"hub:{name}: {type(error).__name__}"]) from None
+            raise AdapterInvalid([_describe_failure(name, error)]) from None
         return folder / subfolder if subfolder else folder, folder.name
 
     def _download_files(
@@ -73,13 +63,19 @@ class Hub:
     ) -> Path:
         if held and COMMIT.fullmatch(revision or ""):  # a commit does not change
             with suppress(LocalEntryNotFoundError):
-                found = self._find_cached(name, revision, subfolder)
-                if all((found / (subfolder or "") / file).is_file() for file in held):
-                    return found
+                folder = self._find_cached(name, revision, subfolder)
+                if all((folder / (subfolder or "") / file).is_file() for file in held):
+                    return folder
+        info = self._request_info(name, revision)
+        if info is None:
+            return self._find_cached(name, revision, subfolder)
+        return self._download_snapshot(name, revision, info, subfolder, limit)
+
+    def _request_info(self, name: str, revision: str | None) -> ModelInfo | None:
+        """The repository's files as the hub lists them; None where it cannot be reached."""
+        api = HfApi(endpoint=self.endpoint)
         try:
-            told = HfApi(endpoint=self.endpoint).model_info(
-                name, revision=revision, files_metadata=True, timeout=20
-            )
+            return api.model_info(name, revision=revision, files_metadata=True, timeout=20)
         except HFValidationError:
             raise
         except Exception as error:  # unreachable: the exception's class depends on the HTTP library's version
@@ -90,37 +86,51 @@ class Hub:
                 name,
                 type(error).__name__,
             )
-            return self._find_cached(name, revision, subfolder)
-        return self._fetched(name, revision, told, subfolder, limit)
+            return None
 
-    def _fetched(
-        self, name: str, revision: str | None, told: ModelInfo, subfolder: str | None, limit: int
+    def _download_snapshot(
+        self, name: str, revision: str | None, info: ModelInfo, subfolder: str | None, limit: int
     ) -> Path:
         """All files of the manifest that the commit has, also where the cache had a part of them."""
         below = f"{subfolder}/" if subfolder else ""
-        wanted = [file for file in told.siblings or () if _is_manifest_path(file.rfilename, below)]
-        size = sum(file.size or 0 for file in wanted)
-        if size > limit:
-            raise PayloadTooLarge(f"hub:{name}: {size} bytes are over the limit of {limit}")
-        paths = [escape(file.rfilename) for file in wanted]
-        found = snapshot_download(
-            name, revision=revision, cache_dir=self.cache, allow_patterns=paths, endpoint=self.endpoint
+        paths = [file.rfilename for file in info.siblings or ()]
+        paths = [path for path in paths if _is_manifest_path(path, below)]
+        _check_size(name, info, paths, limit)
+        patterns = [escape(path) for path in paths]
+        snapshot = snapshot_download(
+            name, revision=revision, cache_dir=self.cache, allow_patterns=patterns, endpoint=self.endpoint
         )
-        folder = Path(found)
-        if told.sha and folder.name != told.sha:
+        folder = Path(snapshot)
+        if info.sha and folder.name != info.sha:
             raise AdapterInvalid([f"hub:{name} has changed while it was fetched: ask again"])
-        if not all((folder / file.rfilename).is_file() for file in wanted):
+        if not all((folder / path).is_file() for path in paths):
             raise AdapterInvalid([f"hub:{name} was fetched in part only: ask again"])
         return folder
 
     def _find_cached(self, name: str, revision: str | None, subfolder: str | None) -> Path:
         below = f"{escape(subfolder)}/" if subfolder else ""
         paths = [below + pattern for pattern in PATTERNS]
-        return Path(
-            snapshot_download(
-                name, revision=revision, cache_dir=self.cache, allow_patterns=paths, local_files_only=True
-            )
+        snapshot = snapshot_download(
+            name, revision=revision, cache_dir=self.cache, allow_patterns=paths, local_files_only=True
         )
+        return Path(snapshot)
+
+
+def _check_size(name: str, info: ModelInfo, paths: Collection[str], limit: int) -> None:
+    size = sum(file.size or 0 for file in info.siblings or () if file.rfilename in paths)
+    if size > limit:
+        raise PayloadTooLarge(f"hub:{name}: {size} bytes are over the limit of {limit}")
+
+
+def _describe_failure(name: str, error: Exception) -> str:
+    """The reason for the client; anything unknown is named by its class alone."""
+    if isinstance(error, HFValidationError):
+        return f"hub:{name[:100]} is no name of a repository"
+    if isinstance(error, HfHubHTTPError):
+        return f"hub:{name}: {type(error).__name__} {error.response.status_code}"
+    if isinstance(error, LocalEntryNotFoundError):
+        return f"hub:{name}: the hub cannot be reached, and the files are not in its cache"
+    return f"hub:{name}: {type(error).__name__}"
 
 
 def _is_manifest_path(path: str, below: str) -> bool:

@@ -1,8 +1,8 @@
-"""Where adapters lie: folders under one root, uploads in a hidden part of it, content of the hub in
-its cache. Knows no names, no states.
+"""Finds and stores adapters' files: folders under one root, uploads in a hidden part of it, content of
+the hub in its cache.
 
-Whatever it hands out lies under the root (or the hub's cache) after every link is resolved, every
-file of the manifest included.
+Runs in the API process; must not know ids or states. Whatever it hands out lies under the root (or the
+hub's cache) after every link is resolved, every file of the manifest included.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
@@ -30,14 +30,14 @@ LONGEST = 1024  # bytes of a source
 
 
 class UploadedFile(Protocol):
-    """One file of a multipart body, as the web framework hands it over."""
+    """A file of a multipart body, as the web framework hands it over."""
 
     async def read(self, size: int = -1) -> bytes: ...
 
 
 @dataclass(frozen=True, slots=True)
 class SourceLocation:
-    """A source, found: the real folder, and the revision that was resolved for content of the hub."""
+    """A source that was found: the real folder, and for content of the hub the resolved revision."""
 
     folder: Path
     source: str
@@ -46,21 +46,23 @@ class SourceLocation:
 
     @property
     def path(self) -> str:
-        """Where it lies below the adapters directory."""
+        """The location below the adapters directory."""
         return f"{self.source}/{self.subfolder}" if self.subfolder else self.source
 
     def compute_fingerprint(self) -> str:
         """Changes when a file of the manifest comes, goes, is replaced or written to; cheap, and no
         proof of content.
         """
-        stats = {name: os.stat(self.folder / name) for name in list_names(self.folder)}
-        return ":".join(
-            f"{name}-{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}" for name, stat in stats.items()
-        )
+        return ":".join(_fingerprint_file(self.folder / name) for name in list_names(self.folder))
+
+
+def _fingerprint_file(path: Path) -> str:
+    stat = os.stat(path)
+    return f"{path.name}-{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}"
 
 
 class Store:
-    """`limit` is the largest upload or download in bytes."""
+    """The adapters directory and the hub; `limit` is the largest upload or download in bytes."""
 
     def __init__(self, root: Path, hub: Hub, limit: int) -> None:
         self.root, self.hub, self.limit = root, hub, limit
@@ -73,60 +75,55 @@ class Store:
         uploads: bool = False,
         held: Collection[str] = (),
     ) -> SourceLocation:
-        """The folder of a source;
+        """The folder of a source.
 
-        `uploads`: of what was uploaded, too; `held` names the files that it had when it was
-        registered.
-
+        `uploads`: of an upload, too; `held` names the files that it had when it was registered.
         Raises Forbidden outside what is allowed, AdapterInvalid.
         """
         if source.startswith("hub:"):
-            inner = _check_relative(subfolder, "subfolder") if subfolder else None
-            name = source.removeprefix("hub:")
-            folder, commit = await run_in(
-                DOWNLOAD, self.hub.fetch_adapter, name, revision, inner, self.limit, held
-            )
-            return await run_in(
-                DISK, _resolve_location, SourceLocation(folder, source, inner, commit), self.hub.cache
-            )
+            return await self._find_on_hub(source, subfolder, revision, held)
         if revision:
             raise BadRequest("revision: only content of the hub has revisions", param="revision")
         return await run_in(DISK, self._find_local, source, subfolder, uploads)
 
+    async def _find_on_hub(
+        self, source: str, subfolder: str | None, revision: str | None, held: Collection[str]
+    ) -> SourceLocation:
+        inner = _check_relative(subfolder, "subfolder") if subfolder else None
+        name = source.removeprefix("hub:")
+        fetch = self.hub.fetch_adapter
+        folder, commit = await run_in(DOWNLOAD, fetch, name, revision, inner, self.limit, held)
+        location = SourceLocation(folder, source, inner, commit)
+        return await run_in(DISK, _resolve_location, location, self.hub.cache)
+
     def _find_local(self, source: str, subfolder: str | None, uploads: bool) -> SourceLocation:
-        source = source if uploads and _is_upload(source) else _check_relative(source, "source")
+        if not (uploads and _is_upload(source)):
+            source = _check_relative(source, "source")
         path = self.root / source
         inner = _check_relative(subfolder, "subfolder") if subfolder else None
-        return _resolve_location(SourceLocation(path / inner if inner else path, source, inner), self.root)
+        folder = path / inner if inner else path
+        return _resolve_location(SourceLocation(folder, source, inner), self.root)
 
     def list_folders(self) -> Iterator[str]:
         """Every folder below the root that holds an adapter's config, hidden ones aside, by
         relative path.
         """
         for path, below, files in os.walk(self.root):
-            here = Path(path).relative_to(self.root)
-            below[:] = (
-                sorted(name for name in below if not name.startswith(".")) if len(here.parts) < DEPTH else []
-            )
-            if CONFIG in files and here.parts:
-                yield here.as_posix()
+            folder = Path(path).relative_to(self.root)
+            shown = sorted(name for name in below if not name.startswith("."))
+            below[:] = shown if len(folder.parts) < DEPTH else []
+            if CONFIG in files and folder.parts:
+                yield folder.as_posix()
 
     # ---- uploads
 
     async def stage_upload(self, files: Mapping[str, UploadedFile]) -> Path:
-        """Writes the parts of an upload to a folder of their own, under their right names; the
-        caller keeps or discards it.
+        """Writes the parts of an upload to a folder of their own; the caller keeps or discards it.
 
         Raises BadRequest naming a wrong part, PayloadTooLarge, AdapterInvalid for a bad archive,
         Forbidden when nothing can be stored.
         """
-        if set(files) != {"file"} and not (
-            {CONFIG, WEIGHTS} <= set(files) and all(map(is_manifest_name, files))
-        ):
-            wanted = f"{CONFIG} and {WEIGHTS}, with files of its tokenizer and templates where it has any, or one archive in `file`"
-            raise BadRequest(
-                f"upload: wanted {wanted}; got {', '.join(sorted(files)) or 'nothing'}", param="file"
-            )
+        _check_parts(files)
         folder = self.root / UPLOADS / f".{secrets.token_hex(8)}"
         try:
             await run_in(DISK, folder.mkdir, parents=True)
@@ -144,19 +141,19 @@ class Store:
     async def _receive_files(self, files: Mapping[str, UploadedFile], folder: Path) -> None:
         left = self.limit
         for name, part in files.items():
-            out = await run_in(DISK, (folder / name).open, "xb")
+            target = await run_in(DISK, (folder / name).open, "xb")
             try:
                 while piece := await part.read(PIECE):
                     left -= len(piece)
                     if left < 0:
                         raise PayloadTooLarge(f"the upload is over the limit of {self.limit} bytes")
-                    await run_in(DISK, out.write, piece)
+                    await run_in(DISK, target.write, piece)
             finally:
-                await run_in(DISK, out.close)
+                await run_in(DISK, target.close)
 
     def keep_upload(self, staged: Path, content: str) -> SourceLocation:
-        """Moves a staged folder to where its digest says, in one step; what lay there already is
-        kept if it is the same.
+        """Moves a staged folder to the source of its digest, in one step; the folder that lay there
+        already is kept if it has the same content.
         """
         source = upload_source(content)
         target = self.root / source
@@ -168,14 +165,26 @@ class Store:
         return SourceLocation(target.resolve(), source)
 
     def purge_upload(self, source: str) -> None:
-        """Deletes what was uploaded; any other source is left alone."""
+        """Deletes an upload's folder; any other source is left alone."""
         if _is_upload(source):
             delete_folder(self.root / source)
 
     def sweep_interrupted(self) -> None:
-        """Deletes what an interrupted upload has left."""
+        """Deletes the folders that interrupted uploads have left."""
         for path in (self.root / UPLOADS).glob(".*"):
             delete_folder(path)
+
+
+def _check_parts(files: Mapping[str, UploadedFile]) -> None:
+    names = set(files)
+    unpacked = {CONFIG, WEIGHTS} <= names and all(map(is_manifest_name, names))
+    if unpacked or names == {"file"}:
+        return
+    wanted = (
+        f"{CONFIG} and {WEIGHTS}, with files of its tokenizer and templates where it has any, "
+        "or one archive in `file`"
+    )
+    raise BadRequest(f"upload: wanted {wanted}; got {', '.join(sorted(names)) or 'nothing'}", param="file")
 
 
 def upload_source(content: Digest) -> str:
@@ -219,46 +228,48 @@ def _check_relative(path: str, field: str) -> str:
 
 
 def _is_short(path: str) -> bool:
-    """Whether a file system could have it; of a lone surrogate none has."""
+    """Whether a file system could have this path; none has one with a lone surrogate."""
     try:
         return len(os.fsencode(path)) <= LONGEST
     except UnicodeEncodeError:
         return False
 
 
-def _resolve_location(place: SourceLocation, root: Path) -> SourceLocation:
-    """The place with its real folder.
+def _resolve_location(location: SourceLocation, root: Path) -> SourceLocation:
+    """The location with its real folder.
 
     Raises Forbidden when it or a file of it lies elsewhere, AdapterInvalid when it is no adapter's.
     """
-    name = place.path[:200]
+    name = location.path[:200]
     try:
-        folder, top = place.folder.resolve(), root.resolve()
-        if not folder.is_relative_to(top):
-            raise Forbidden(f"source {name!r} is a link that leaves the adapters directory", param="source")
+        folder, top = location.folder.resolve(), root.resolve()
+        _check_inside(folder, top, f"source {name!r}")
         if not folder.is_dir():
             raise SourceMissing([f"source {name!r}: there is no such folder"])
-        names = list_names(folder)
-        for file in names:
-            if not (folder / file).resolve().is_relative_to(top):
-                raise Forbidden(
-                    f"{file} of source {name!r} is a link that leaves the adapters directory", param="source"
-                )
-        if not (folder / CONFIG).is_file():
-            raise AdapterInvalid([f"{CONFIG} is missing from {name!r}", *_list_candidates(folder)])
-        if strange := [file for file in names if not (folder / file).is_file()]:
-            raise AdapterInvalid([f"{file} of source {name!r} is no file" for file in strange])
+        _check_files(folder, top, name)
     except (OSError, RuntimeError) as error:
-        raise AdapterInvalid(
-            [f"source {name!r} cannot be read: {getattr(error, 'strerror', None) or 'a loop of links'}"]
-        ) from None
-    return SourceLocation(folder, place.source, place.subfolder, place.revision)
+        reason = getattr(error, "strerror", None) or "a loop of links"
+        raise AdapterInvalid([f"source {name!r} cannot be read: {reason}"]) from None
+    return replace(location, folder=folder)
+
+
+def _check_files(folder: Path, top: Path, name: str) -> None:
+    files = list_names(folder)
+    for file in files:
+        _check_inside((folder / file).resolve(), top, f"{file} of source {name!r}")
+    if not (folder / CONFIG).is_file():
+        raise AdapterInvalid([f"{CONFIG} is missing from {name!r}", *_list_candidates(folder)])
+    if strange := [file for file in files if not (folder / file).is_file()]:
+        raise AdapterInvalid([f"{file} of source {name!r} is no file" for file in strange])
+
+
+def _check_inside(path: Path, top: Path, name: str) -> None:
+    if not path.is_relative_to(top):
+        raise Forbidden(f"{name} is a link that leaves the adapters directory", param="source")
 
 
 def _list_candidates(folder: Path) -> list[str]:
-    found = sorted(
-        path.parent.relative_to(folder).as_posix()
-        for pattern in ("*", "*/*")
-        for path in folder.glob(f"{pattern}/{CONFIG}")
-    )
-    return [f"name one of its folders as `subfolder`: {', '.join(found[:SHOWN])}"] if found else []
+    """A hint that names the folders below which hold an adapter's config; none where there are none."""
+    configs = [*folder.glob(f"*/{CONFIG}"), *folder.glob(f"*/*/{CONFIG}")]
+    folders = sorted(path.parent.relative_to(folder).as_posix() for path in configs)
+    return [f"name one of its folders as `subfolder`: {', '.join(folders[:SHOWN])}"] if folders else []

@@ -1,3 +1,3 @@
-"""The process that reads adapters, alone with PEFT and torch: the API's end, the messages, and what
-runs in the child.
+"""The validator process, which alone checks adapters by PEFT and torch: the API process's end, the
+messages, and the child's part.
 """

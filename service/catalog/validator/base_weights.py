@@ -1,5 +1,4 @@
-"""The base's own weights as its files hold them, by the names of the loaded model, and what differs
-from them.
+"""Compares saved weights with the base's own, as its files hold them; in the validator process.
 
 Reads a slice at a time: an embedding may be a gigabyte. Must not know adapters' configs or PEFT.
 """
@@ -39,11 +38,11 @@ def compare(model: Any, folder: Path, name: str, saved: Tensor) -> Difference | 
     Casts between dtypes are no difference; see `unchanged`. None where the files hold no such
     tensor as it is.
     """
-    found = find_tensor(model, folder, name)
-    if found is None:
+    location = find_tensor(model, folder, name)
+    if location is None:
         return None
     changed, total, largest = 0, 0, 0.0
-    for held in slices(*found):
+    for held in slices(*location):
         if not held.is_floating_point() or total + len(held) > len(saved):
             return None
         ours = saved[total : total + len(held)]
@@ -51,7 +50,8 @@ def compare(model: Any, folder: Path, name: str, saved: Tensor) -> Difference | 
         odd = ~unchanged(ours, held)
         if odd.any():
             changed += int(odd.sum())
-            largest = max(largest, float((ours[odd].double() - held[odd].double()).abs().max()))
+            gaps = (ours[odd].double() - held[odd].double()).abs()
+            largest = max(largest, float(gaps.max()))
     return Difference(changed, total, largest) if total == len(saved) else None
 
 
@@ -66,14 +66,15 @@ def unchanged(saved: Tensor, held: Tensor) -> Tensor:
     same = ours == held.to(saved.dtype).float()
     if same.all():
         return same
-    ways = [saved.dtype, *(dtype for dtype in TRAINED if torch.equal(ours.to(dtype).float(), ours))]
+    trained = [dtype for dtype in TRAINED if torch.equal(ours.to(dtype).float(), ours)]
+    ways = [saved.dtype, *trained]
     for dtype in ways:
         same |= ours == held.to(dtype).to(saved.dtype).float()
-    if saved.dtype != held.dtype:
-        theirs = held.float()
-        step = torch.stack([half_step(ours, dtype) for dtype in ways]).amax(0)
-        same |= (ours - theirs).abs() <= step + half_step(theirs, held.dtype)
-    return same
+    if saved.dtype == held.dtype:
+        return same
+    theirs = held.float()
+    step = torch.stack([half_step(ours, dtype) for dtype in ways]).amax(0)
+    return same | ((ours - theirs).abs() <= step + half_step(theirs, held.dtype))
 
 
 def half_step(values: Tensor, dtype: torch.dtype) -> Tensor:
@@ -90,29 +91,29 @@ def half_step(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def find_tensor(model: Any, folder: Path, name: str) -> tuple[Path, str] | None:
-    """The file and key of what transformers loads as the model's `name`, or as what that is tied
-    to.
+    """The file and key of the tensor that transformers loads as the model's `name`, or as a name that
+    is tied to it.
     """
-    tied: dict[str, str] = model.all_tied_weights_keys
-    names = {
-        name,
-        tied.get(name, name),
-        *(target for target, source in tied.items() if source in (name, tied.get(name))),
-    }
+    names = tied_names(model, name)
     mapping = get_model_conversion_mapping(model)
-    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
-    converters = [one for one in mapping if isinstance(one, WeightConverter)]
-    shapes = model.state_dict()
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    prefix, shapes = model.base_model_prefix, model.state_dict()
     for file in weight_files(folder):
         for key in keys(file):
-            renamed, converted = rename_source_key(
-                key, renamings, converters, model.base_model_prefix, shapes
-            )
+            renamed, converted = rename_source_key(key, renamings, converters, prefix, shapes)
             if renamed not in shapes:  # a name of today's, which may lack the prefix only
-                renamed, converted = rename_source_key(key, [], [], model.base_model_prefix, shapes)
+                renamed, converted = rename_source_key(key, [], [], prefix, shapes)
             if renamed in names and converted is None:
                 return file, key
     return None
+
+
+def tied_names(model: Any, name: str) -> set[str]:
+    """The name itself, its source, and every name that is tied to either."""
+    tied: dict[str, str] = model.all_tied_weights_keys
+    source = tied.get(name, name)
+    return {name, source, *(target for target, origin in tied.items() if origin in (name, source))}
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -121,9 +122,8 @@ def weight_files(folder: Path) -> list[Path]:
             return [folder / name]
         index = folder / f"{name}.index.json"
         if index.is_file():
-            return [
-                folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            ]
+            weight_map = json.loads(index.read_text())["weight_map"]
+            return [folder / file for file in sorted(set(weight_map.values()))]
     return []
 
 

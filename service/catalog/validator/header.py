@@ -1,6 +1,7 @@
 """Reads an adapter's config and the header of its weights file, strictly.
 
-Must not know torch, PEFT, or any base model.
+Runs in the API process, the validator process and the command line; must not know torch, PEFT, or any
+base model.
 
 Nothing here costs more than the bytes it looks at: a 100 MB weights file is described by its first
 few kilobytes.
@@ -11,8 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
-import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ CONFIG_LIMIT = 1_000_000  # bytes
 HEADER_LIMIT = 16_000_000  # bytes; 100,000 tensors take about that
 PATTERNS = 4096  # each is compiled, and PEFT tries each on every layer
 ITEMSIZE = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
-    "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
+    "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1,
 }  # fmt: skip
 POINTER = b"version https://git-lfs"
 PICKLE = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -39,7 +39,7 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
     size: int  # bytes
-    start: int = 0  # the first one's place behind the header
+    start: int = 0  # the first byte's offset behind the header
 
     @property
     def count(self) -> int:
@@ -48,7 +48,7 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a safetensors file says of itself.
+    """The header of a safetensors file, and its size.
 
     `header_bytes` includes the 8-byte length; file_bytes = header_bytes + tensor_bytes.
     """
@@ -66,17 +66,10 @@ class Header:
 
 
 def read_config(folder: Path) -> Config:
-    """What the config says. Raises AdapterInvalid."""
-    path = folder / CONFIG
+    """The config's keys and values. Raises AdapterInvalid."""
+    raw = _read_config_file(folder / CONFIG)
     try:
-        if path.stat().st_size > CONFIG_LIMIT:
-            raise AdapterInvalid([f"{CONFIG} is {path.stat().st_size} bytes; the limit is {CONFIG_LIMIT}"])
-        raw = path.read_bytes()
         config = json.loads(raw)
-    except FileNotFoundError:
-        raise AdapterInvalid([f"{CONFIG} is missing"]) from None
-    except OSError as error:
-        raise AdapterInvalid([f"{CONFIG} cannot be read: {error.strerror}"]) from None
     except (ValueError, RecursionError):
         raise AdapterInvalid([f"{CONFIG} {pointer_hint(raw) or 'is not JSON'}"]) from None
     if not isinstance(config, dict):
@@ -84,22 +77,33 @@ def read_config(folder: Path) -> Config:
     return config
 
 
+def _read_config_file(path: Path) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > CONFIG_LIMIT:
+            raise AdapterInvalid([f"{CONFIG} is {size} bytes; the limit is {CONFIG_LIMIT}"])
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise AdapterInvalid([f"{CONFIG} is missing"]) from None
+    except OSError as error:
+        raise AdapterInvalid([f"{CONFIG} cannot be read: {error.strerror}"]) from None
+
+
 def missing_weights(folder: Path) -> list[str]:
     """Why there is no weights file to read; empty when there is one."""
     if (folder / WEIGHTS).is_file():
         return []
-    beside = sorted(path.name for path in folder.iterdir())
-    if "adapter_model.bin" in beside or "adapter_model.pt" in beside:
-        return [
-            f"{WEIGHTS} is missing: adapter_model.bin is a pickle, which could run code; save the adapter as safetensors"
-        ]
-    if "adapters.safetensors" in beside:
-        return [
-            f"{WEIGHTS} is missing: adapters.safetensors is MLX's format, with transposed factors; convert it to PEFT's"
-        ]
-    if f"{WEIGHTS}.index.json" in beside:
-        return [f"{WEIGHTS} is missing: the weights are split over several files; save them as one"]
-    return [f"{WEIGHTS} is missing"]
+    return [f"{WEIGHTS} is missing{_other_format({path.name for path in folder.iterdir()})}"]
+
+
+def _other_format(names: set[str]) -> str:
+    if "adapter_model.bin" in names or "adapter_model.pt" in names:
+        return ": adapter_model.bin is a pickle, which could run code; save the adapter as safetensors"
+    if "adapters.safetensors" in names:
+        return ": adapters.safetensors is MLX's format, with transposed factors; convert it to PEFT's"
+    if f"{WEIGHTS}.index.json" in names:
+        return ": the weights are split over several files; save them as one"
+    return ""
 
 
 def quick_check(folder: Path, max_rank: int) -> None:
@@ -120,18 +124,7 @@ def read_header(path: Path) -> Header:
     try:
         with path.open("rb") as file:
             size = path.stat().st_size
-            start = file.read(24)
-            if hint := _not_safetensors(start, size):
-                raise AdapterInvalid([f"{path.name} {hint}"])
-            (length,) = struct.unpack("<Q", start[:8])
-            if length > size - 8:
-                raise AdapterInvalid(
-                    [f"{path.name} is truncated: its header takes {length} bytes, the file has {size}"]
-                )
-            if length > HEADER_LIMIT:
-                raise AdapterInvalid(
-                    [f"{path.name} has a header of {length} bytes; the limit is {HEADER_LIMIT}"]
-                )
+            length = _header_length(path.name, file.read(24), size)
             file.seek(8)
             entries = json.loads(file.read(length))
     except (ValueError, RecursionError):
@@ -143,13 +136,23 @@ def read_header(path: Path) -> Header:
     return _parse_header(path.name, entries, size, length + 8)
 
 
+def _header_length(name: str, start: bytes, size: int) -> int:
+    """The header's bytes behind the length, by the file's first 24. Raises AdapterInvalid."""
+    if hint := _not_safetensors(start, size):
+        raise AdapterInvalid([f"{name} {hint}"])
+    length = int.from_bytes(start[:8], "little")
+    if length > size - 8:
+        raise AdapterInvalid([f"{name} is truncated: its header takes {length} bytes, the file has {size}"])
+    if length > HEADER_LIMIT:
+        raise AdapterInvalid([f"{name} has a header of {length} bytes; the limit is {HEADER_LIMIT}"])
+    return length
+
+
 def pointer_hint(content: bytes) -> str:
-    """What to do about a file that git-lfs has not fetched; empty for any other."""
-    return (
-        "is a git-lfs pointer, not the file itself: fetch it with `git lfs pull`"
-        if content.startswith(POINTER)
-        else ""
-    )
+    """The advice for a file that git-lfs has not fetched; empty for any other."""
+    if not content.startswith(POINTER):
+        return ""
+    return "is a git-lfs pointer, not the file itself: fetch it with `git lfs pull`"
 
 
 def _not_safetensors(start: bytes, size: int) -> str:
@@ -171,19 +174,22 @@ def _parse_header(name: str, entries: Any, size: int, start: int) -> Header:
             spans.append(span)
     if not tensors:
         raise AdapterInvalid([f"{name} is empty: 0 tensors (was it saved without gathering the weights?)"])
+    end = _check_spans(name, spans, start)
+    if end != size:
+        word = "truncated" if end > size else "too long"
+        raise AdapterInvalid([f"{name} is {word}: its tensors end at byte {end}, the file has {size}"])
+    return Header(size, start, tensors)
+
+
+def _check_spans(name: str, spans: Iterable[tuple[int, int]], start: int) -> int:
+    """The byte of the file where the last tensor ends. Raises AdapterInvalid."""
     end = 0
     for begin, stop in sorted(spans):
         if begin != end:
-            raise AdapterInvalid(
-                [f"{name} has tensors that overlap or leave a gap at byte {start + min(begin, end)}"]
-            )
+            gap = start + min(begin, end)
+            raise AdapterInvalid([f"{name} has tensors that overlap or leave a gap at byte {gap}"])
         end = stop
-    if start + end != size:
-        word = "truncated" if start + end > size else "too long"
-        raise AdapterInvalid(
-            [f"{name} is {word}: its tensors end at byte {start + end}, the file has {size}"]
-        )
-    return Header(size, start, tensors)
+    return start + end
 
 
 def _parse_entry(name: str, key: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
@@ -216,32 +222,46 @@ def _is_text(value: Any) -> bool:
     return value is None or isinstance(value, str)
 
 
-def _object(value: Any) -> bool:
+def _is_object(value: Any) -> bool:
     return value is None or isinstance(value, dict)
 
 
+def _is_rank(value: Any) -> bool:
+    return _is_whole(value) and value >= 1
+
+
+def _is_token(value: Any) -> bool:
+    return _is_whole(value) and value >= 0
+
+
 def _are_names(value: Any) -> bool:
-    return _is_text(value) or (isinstance(value, list) and all(isinstance(name, str) for name in value))
+    if isinstance(value, list):
+        return all(isinstance(name, str) for name in value)
+    return _is_text(value)
 
 
 def _are_layers(value: Any) -> bool:
-    return value is None or _is_whole(value) or (isinstance(value, list) and all(map(_is_whole, value)))
+    if isinstance(value, list):
+        return all(map(_is_whole, value))
+    return value is None or _is_whole(value)
 
 
 def _are_tokens(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, list) and all(_is_whole(token) and token >= 0 for token in value)
-    )
+    if isinstance(value, list):
+        return all(map(_is_token, value))
+    return value is None
 
 
 def _are_ranks(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, dict) and all(_is_whole(rank) and rank >= 1 for rank in value.values())
-    )
+    if isinstance(value, dict):
+        return all(map(_is_rank, value.values()))
+    return value is None
 
 
 def _are_alphas(value: Any) -> bool:
-    return value is None or (isinstance(value, dict) and all(map(_is_number, value.values())))
+    if isinstance(value, dict):
+        return all(map(_is_number, value.values()))
+    return value is None
 
 
 Check = tuple[Callable[[Any], bool], str]
@@ -252,11 +272,11 @@ SHARED: dict[str, Check] = {
     "peft_version": (_is_text, "a text or null"),
     "target_modules": (_are_names, "a text, a list of texts or null"),
     "exclude_modules": (_are_names, "a text, a list of texts or null"),
-    "rank_pattern": (_object, "an object or null"),
-    "alpha_pattern": (_object, "an object or null"),
+    "rank_pattern": (_is_object, "an object or null"),
+    "alpha_pattern": (_is_object, "an object or null"),
 }
 LORA: dict[str, Check] = {
-    "r": (lambda value: _is_whole(value) and value >= 1, "a whole number, 1 or more"),
+    "r": (_is_rank, "a whole number, 1 or more"),
     "lora_alpha": (_is_number, "a finite number"),
     "lora_dropout": (lambda value: _is_number(value) and 0 <= value <= 1, "a number from 0 to 1"),
     "use_rslora": (_is_flag, "true, false or null"),
@@ -272,16 +292,17 @@ NEEDED = ("r", "lora_alpha")
 
 
 def config_problems(config: Config, max_rank: int) -> list[str]:
-    """What is wrong with the config as such; each problem names its key."""
+    """The problems of the config as such; each names its key."""
     kind = config.get("peft_type")
     if not isinstance(kind, str):
         return [f"`peft_type` is missing from {CONFIG}{_foreign_type(config)}"]
     lora = kind == "LORA"
     problems = [f"`{key}` is missing" for key in NEEDED if lora and key not in config]
-    for key, (right, wanted) in (SHARED | LORA if lora else SHARED).items():
-        if key in config and not right(config[key]):
+    checks = SHARED | LORA if lora else SHARED
+    for key, (is_right, wanted) in checks.items():
+        if key in config and not is_right(config[key]):
             problems.append(f"`{key}` must be {wanted}, not {json.dumps(config[key])[:80]}")
-    return problems or [*_ranks_over(config, max_rank), *_find_untellable(config)]
+    return problems or [*_ranks_over(config, max_rank), *_find_unencodable(config)]
 
 
 def _foreign_type(config: Config) -> str:
@@ -292,8 +313,8 @@ def _foreign_type(config: Config) -> str:
     return ""
 
 
-def _find_untellable(config: Config) -> list[str]:
-    """What no answer could repeat: half characters, which an escape can spell, and numbers that
+def _find_unencodable(config: Config) -> list[str]:
+    """Values that no answer could repeat: half characters, which an escape can spell, and numbers that
     JSON does not have.
     """
     problems = []
@@ -308,14 +329,21 @@ def _find_untellable(config: Config) -> list[str]:
 
 
 def _ranks_over(config: Config, max_rank: int) -> list[str]:
-    ranks = {"`r`": config.get("r", 0)} | {
-        f"`rank_pattern` {key!r}": rank for key, rank in (config.get("rank_pattern") or {}).items()
-    }
-    return [
-        f"{where}: rank {rank} is over the limit of {max_rank}"
-        for where, rank in ranks.items()
-        if _is_whole(rank) and rank > max_rank
-    ]
+    ranks = {"`r`": config.get("r", 0)}
+    for pattern, rank in (config.get("rank_pattern") or {}).items():
+        ranks[f"`rank_pattern` {pattern!r}"] = rank
+    over = {key: rank for key, rank in ranks.items() if _is_whole(rank) and rank > max_rank}
+    return [f"{key}: rank {rank} is over the limit of {max_rank}" for key, rank in over.items()]
+
+
+def _list_patterns(config: Config) -> list[tuple[str, str]]:
+    """Key → pattern, for every pattern of the config."""
+    patterns = [("rank_pattern", pattern) for pattern in config.get("rank_pattern") or ()]
+    patterns += [("alpha_pattern", pattern) for pattern in config.get("alpha_pattern") or ()]
+    for key in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(key), str):
+            patterns.append((key, config[key]))
+    return patterns
 
 
 def pattern_problems(config: Config) -> list[str]:
@@ -323,13 +351,7 @@ def pattern_problems(config: Config) -> list[str]:
 
     Some take minutes to compile: not for the API process.
     """
-    patterns = [("rank_pattern", key) for key in config.get("rank_pattern") or ()]
-    patterns += [("alpha_pattern", key) for key in config.get("alpha_pattern") or ()]
-    patterns += [
-        (key, config[key])
-        for key in ("target_modules", "exclude_modules")
-        if isinstance(config.get(key), str)
-    ]
+    patterns = _list_patterns(config)
     if len(patterns) > PATTERNS:
         return [f"`rank_pattern` and `alpha_pattern` have {len(patterns)} entries; the limit is {PATTERNS}"]
     problems = []

@@ -1,5 +1,6 @@
-"""Compares the tensors an adapter's config asks for with those its file holds: the two sets must be
-equal. Knows names and shapes only.
+"""Compares the tensors an adapter's config asks for with those its file holds: the two sets must be equal.
+
+Runs in the validator process; knows names and shapes only.
 """
 
 from __future__ import annotations
@@ -25,24 +26,25 @@ def match_tensors(
     Raises AdapterInvalid with `matched` and `total`, naming keys, when a tensor is missing, has no
     place, or has another shape.
     """
-    spelt = next(
-        (names for names in _iterate_spellings(tensors, body) if names.keys() == expected.keys()),
-        {key: key for key in tensors},
-    )
-    missing = sorted(expected.keys() - spelt.keys())
-    strange = sorted(spelt.keys() - expected.keys())
-    shared = sorted(expected.keys() & spelt.keys())
-    wrong = [key for key in shared if tensors[spelt[key]].shape != expected[key]]
+    spellings = _iterate_spellings(tensors, body)
+    fitting = (names for names in spellings if names.keys() == expected.keys())
+    spelt = next(fitting, {key: key for key in tensors})
+    shapes = {plain: tensors[written].shape for plain, written in spelt.items()}
+    missing = sorted(expected.keys() - shapes.keys())
+    strange = sorted(shapes.keys() - expected.keys())
+    shared = sorted(expected.keys() & shapes.keys())
+    wrong = [key for key in shared if shapes[key] != expected[key]]
     if not (missing or strange or wrong):
         return spelt
-    matched, total = len(shared) - len(wrong), len(expected.keys() | spelt.keys())
+    matched, total = len(shared) - len(wrong), len(expected.keys() | shapes.keys())
     problems = [f"{matched} of {total} tensors matched the base"]
     problems += _list_keys("the file lacks", missing) + _list_keys("the base has no place for", strange)
-    problems += [
-        f"{key} has the shape {list(tensors[spelt[key]].shape)}, the base needs {list(expected[key])}"
-        for key in wrong[:SHOWN]
-    ]
+    problems += [_describe_shapes(key, shapes[key], expected[key]) for key in wrong[:SHOWN]]
     raise AdapterInvalid(problems, matched=matched, total=total)
+
+
+def _describe_shapes(key: str, shape: Sequence[int], needed: Sequence[int]) -> str:
+    return f"{key} has the shape {list(shape)}, the base needs {list(needed)}"
 
 
 def _list_keys(what: str, keys: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""What the reader's process is asked, and what it answers.
+"""Defines the messages between the API process and the validator process.
 
 Values only; must not know processes, PEFT or torch.
 """
@@ -17,8 +17,8 @@ from .header import CONFIG, WEIGHTS
 
 @dataclass(frozen=True, slots=True)
 class ValidatedAdapter:
-    """A validated adapter: what the engine needs, what people ask (see facts.describe_content),
-    what they should know, and its LoRA layers.
+    """A validated adapter: the engine's part, its facts (see facts.describe_content), warnings for
+    people, and its LoRA layers.
     """
 
     adapter: Adapter
@@ -28,17 +28,16 @@ class ValidatedAdapter:
 
     def move_to(self, folder: Path) -> ValidatedAdapter:
         """The same content in another folder."""
-        return replace(
-            self, adapter=replace(self.adapter, config=str(folder / CONFIG), weights=str(folder / WEIGHTS))
-        )
+        config, weights = str(folder / CONFIG), str(folder / WEIGHTS)
+        return replace(self, adapter=replace(self.adapter, config=config, weights=weights))
 
 
 @dataclass(frozen=True, slots=True)
 class ReadRequest:
-    """Read this folder.
+    """Validate the adapter in this folder.
 
-    `known` is the manifest of what was read there before, when it is unchanged: no value is looked
-    at again.
+    `known` is the manifest of the files that were validated there before, when they are unchanged: no
+    value is looked at again.
     """
 
     folder: Path
@@ -47,8 +46,8 @@ class ReadRequest:
 
 @dataclass(frozen=True, slots=True)
 class NormsRequest:
-    """Say how much each of these layers changes, by the weights of this adapter, if they are still
-    those that were read.
+    """Measure how much each of these layers changes, by the weights of this adapter, if they are still
+    those that were validated.
     """
 
     adapter: Adapter
@@ -62,4 +61,5 @@ class Refusal:
     supported: bool
 
     def to_error(self) -> AdapterInvalid:
-        return (AdapterInvalid if self.supported else AdapterUnsupported)(self.problems, **self.extra)
+        kind = AdapterInvalid if self.supported else AdapterUnsupported
+        return kind(self.problems, **self.extra)

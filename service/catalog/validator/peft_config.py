@@ -1,6 +1,6 @@
-"""What an adapter's config means on a base, as PEFT itself says: layers, ranks, scalings, tensors.
+"""Resolves an adapter's config on a base by PEFT itself: layers, ranks, scalings, tensors.
 
-Knows no weights and no files.
+Runs in the validator process; must not know weights or files.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import signal
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -28,20 +28,22 @@ from ...errors import AdapterInvalid, AdapterUnsupported
 from .header import CONFIG, Config
 from .skeleton import Skeleton, linear_shape
 
-# What PEFT itself runs beside the mixed batch. Add a feature's name (a config key, a peft_type, or
-# one of `features` below) to serve it.
+# Features that PEFT itself runs beside the mixed batch. Add a feature's name (a config key, a
+# peft_type, or one of `features` below) to serve it.
 SHADOW_FEATURES = frozenset(
     {
         "modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters",
         "LoRA on Embedding", "LoRA on some of the tokens",
-        "IA3", "VERA", "LOHA", "LOKR", "OFT", "BEFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA", "GRALORA", "HIRA", "HRA", "LN_TUNING",
-        "MISS", "OSF", "PEANUT", "PSOFT", "RANDLORA", "ROAD", "TINYLORA", "TRAINABLE_TOKENS", "VBLORA", "WAVEFT",
+        "IA3", "VERA", "LOHA", "LOKR", "OFT", "BEFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA",
+        "GRALORA", "HIRA", "HRA", "LN_TUNING", "MISS", "OSF", "PEANUT", "PSOFT", "RANDLORA", "ROAD",
+        "TINYLORA", "TRAINABLE_TOKENS", "VBLORA", "WAVEFT",
     }
 )  # fmt: skip
 
 OPTIONS = (
-    "modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters", "alora_invocation_tokens", "layer_replication",
-    "use_qalora", "monteclora_config", "velora_config", "use_bdlora", "arrow_config", "kasa_config", "megatron_config",
+    "modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters",
+    "alora_invocation_tokens", "layer_replication", "use_qalora", "monteclora_config", "velora_config",
+    "use_bdlora", "arrow_config", "kasa_config", "megatron_config",
 )  # fmt: skip
 ACTIVATED = "alora_invocation_tokens"  # runs in the pool, if it is all that a config asks for
 # Initialisations that leave part of the base's weights in the adapter
@@ -54,8 +56,7 @@ APPLYING_S = 10.0
 
 @dataclass(frozen=True)
 class ResolvedConfig:
-    """What a config asks of the base: every tensor it needs, its LoRA layers, what is more than
-    those.
+    """A config resolved on the base: every tensor it needs, its LoRA layers, and its further features.
 
     `modules` are all layers that it changes; `refused` says which of these not even PEFT can run on
     this base.
@@ -73,44 +74,48 @@ class ResolvedConfig:
 
 
 def resolve_config(skeleton: Skeleton, config: Config) -> ResolvedConfig:
-    """What PEFT makes of the config.
+    """The config as PEFT applies it.
 
-    Raises AdapterInvalid with its reason, AdapterUnsupported for what is not served.
+    Raises AdapterInvalid with PEFT's reason, AdapterUnsupported for what is not served.
     """
-    start = str(config.get("init_lora_weights", ""))
-    if start.lower().startswith(CHANGES_BASE):
-        raise AdapterUnsupported(
-            [
-                f"`init_lora_weights` {start!r} changes the base's weights; convert the adapter to a plain LoRA when saving it"
-            ]
-        )
-    task = config.get("task_type")
-    if task not in (None, "CAUSAL_LM"):
-        raise AdapterUnsupported([f"`task_type` {task!r} is not served, only CAUSAL_LM is"])
-    if task is None and config.get(ACTIVATED):
-        raise AdapterUnsupported(
-            [f"`{ACTIVATED}` without the `task_type` CAUSAL_LM: PEFT itself would never wake it"]
-        )
-    # Of a pattern's own keys the first that matches counts
+    check_served(config)
+    # Of a pattern's own keys the first that matches counts: these stay in their order
     text = dumps({key: config[key] for key in sorted(config) if key not in ASIDE})
     try:
         with warnings.catch_warnings(), limit_time(APPLYING_S):
             warnings.simplefilter("ignore")
-            asked = list_features(build_peft_config(loads(text)))
-            meaning = ResolvedConfig({}, (), asked) if find_unserved(asked) else inject_config(skeleton, text)
+            resolved = apply_config(skeleton, text)
     except Exception as error:  # whatever PEFT makes of a stranger's config, it is the config's fault
         raise AdapterInvalid([f"PEFT cannot apply {CONFIG} to the base: {error}"[:600]]) from None
-    if refused := find_unserved(meaning.features):
-        beside = sorted(meaning.features - {ACTIVATED}) if refused == {ACTIVATED} else ()
-        raise AdapterUnsupported(
-            [
-                f"`{name}` is not served{' beside ' + ', '.join(beside) if beside else ''}"
-                for name in sorted(refused)
-            ]
-        )
-    if meaning.refused:
-        raise AdapterUnsupported(meaning.refused)
-    return meaning
+    if unserved := find_unserved(resolved.features):
+        others = sorted(resolved.features - {ACTIVATED}) if unserved == {ACTIVATED} else ()
+        beside = f" beside {', '.join(others)}" if others else ""
+        raise AdapterUnsupported([f"`{name}` is not served{beside}" for name in sorted(unserved)])
+    if resolved.refused:
+        raise AdapterUnsupported(resolved.refused)
+    return resolved
+
+
+def check_served(config: Config) -> None:
+    """Raises AdapterUnsupported for an initialisation or a task that is not served."""
+    start = str(config.get("init_lora_weights", ""))
+    if start.lower().startswith(CHANGES_BASE):
+        advice = "convert the adapter to a plain LoRA when saving it"
+        raise AdapterUnsupported([f"`init_lora_weights` {start!r} changes the base's weights; {advice}"])
+    task = config.get("task_type")
+    if task not in (None, "CAUSAL_LM"):
+        raise AdapterUnsupported([f"`task_type` {task!r} is not served, only CAUSAL_LM is"])
+    if task is None and config.get(ACTIVATED):
+        refusal = f"`{ACTIVATED}` without the `task_type` CAUSAL_LM: PEFT itself would never wake it"
+        raise AdapterUnsupported([refusal])
+
+
+def apply_config(skeleton: Skeleton, text: str) -> ResolvedConfig:
+    """The config on the base; its features alone where one of them is not served."""
+    features = list_features(build_peft_config(loads(text)))
+    if find_unserved(features):
+        return ResolvedConfig({}, (), features)
+    return inject_config(skeleton, text)
 
 
 @contextmanager
@@ -120,10 +125,10 @@ def limit_time(seconds: float) -> Iterator[None]:
     For a process's main thread only.
     """
 
-    def late(*_: object) -> None:
+    def raise_timeout(*_: object) -> None:
         raise TimeoutError(f"it takes more than {seconds:g} s of processor time")
 
-    before = signal.signal(signal.SIGVTALRM, late)
+    before = signal.signal(signal.SIGVTALRM, raise_timeout)
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds, 1)
     try:
         yield
@@ -141,39 +146,50 @@ def inject_config(skeleton: Skeleton, text: str) -> ResolvedConfig:
     """Injects this config (JSON text, without what does not matter here) into a copy of the tree."""
     config = build_peft_config(loads(text))
     with torch.device("meta"):
-        model = get_peft_model(
-            copy.deepcopy(skeleton.model), config, autocast_adapter_dtype=False, low_cpu_mem_usage=True
-        )
+        base = copy.deepcopy(skeleton.model)
+        model = get_peft_model(base, config, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
         state = get_peft_model_state_dict(model, save_embedding_layers=False)
     check_tokens(model)
     tuned = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
     layers = {name: layer for name, layer in tuned.items() if isinstance(layer, LoraLayer)}
     expected = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    kinds = frozenset(kind for layer in layers.values() if (kind := kind_of(layer)))
     limits = limits_of(skeleton, tuned)
-    if any(limit.by_peft for limit in limits):
-        kinds |= {"LoRA on some of the tokens"}
-    if count_attentions(model) > count_attentions(
-        skeleton.model
-    ):  # the copies would have KV rows of their own, which nobody forks or clears
-        kinds |= {
-            f"{'modules_to_save' if getattr(config, 'modules_to_save', None) else config.peft_type.value} on attention layers"
-        }
+    features = list_features(config) | frozenset(filter(None, map(kind_of, layers.values())))
+    features |= model_features(skeleton, model, config, limits)
     patches = tuple(make_layer_spec(name, layer, expected) for name, layer in layers.items())
     modules = tuple(name.removeprefix(PREFIX) for name in layers or tuned)
-    kind = "LoRA" if layers else config.peft_type.value
-    unfit = [limit for limit in limits if not limit.by_peft]
-    refused = tuple(f"{kind} on {one.kind} is not served: {one.pattern} {one.reason}" for one in unfit)
-    return ResolvedConfig(expected, patches, kinds | list_features(config), modules, refused)
+    refused = describe_refused("LoRA" if layers else config.peft_type.value, limits)
+    return ResolvedConfig(expected, patches, features, modules, refused)
+
+
+def model_features(
+    skeleton: Skeleton, model: nn.Module, config: PeftConfig, limits: Iterable[LayerLimit]
+) -> frozenset[str]:
+    """Features that only the tree with the adapter in it shows."""
+    features: set[str] = set()
+    if any(limit.by_peft for limit in limits):
+        features.add("LoRA on some of the tokens")
+    # The copies would have KV rows of their own, which nobody forks or clears
+    if count_attentions(model) > count_attentions(skeleton.model):
+        saved = getattr(config, "modules_to_save", None)
+        source = "modules_to_save" if saved else config.peft_type.value
+        features.add(f"{source} on attention layers")
+    return frozenset(features)
+
+
+def describe_refused(kind: str, limits: Iterable[LayerLimit]) -> tuple[str, ...]:
+    refused = [limit for limit in limits if not limit.by_peft]
+    return tuple(f"{kind} on {limit.kind} is not served: {limit.pattern} {limit.reason}" for limit in refused)
 
 
 def limits_of(skeleton: Skeleton, tuned: Mapping[str, nn.Module]) -> list[LayerLimit]:
-    """What keeps these layers out of the mixed batch; who adapts a parameter leaves its layer's
-    calls alone.
+    """The limits that keep these layers out of the mixed batch, each once.
+
+    An adapted parameter leaves its layer's calls alone, and has none.
     """
     called = (name for name, layer in tuned.items() if not isinstance(layer, ParamWrapper))
-    names = (name.removeprefix(PREFIX) for name in called)
-    return list(dict.fromkeys(limit for name in names if (limit := skeleton.limit(name))))
+    limits = (skeleton.limit(name.removeprefix(PREFIX)) for name in called)
+    return list(dict.fromkeys(limit for limit in limits if limit))
 
 
 def unknown_keys(config: Config) -> list[str]:
@@ -183,32 +199,35 @@ def unknown_keys(config: Config) -> list[str]:
     Raises AdapterUnsupported for an unknown type, AdapterInvalid for a config of a version that
     PEFT cannot read any more.
     """
-    if config["peft_type"] not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        raise AdapterUnsupported([f"`peft_type` {config['peft_type'][:40]!r} is not known"])
-    with warnings.catch_warnings(record=True) as heard:
+    peft_type = config["peft_type"]
+    if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise AdapterUnsupported([f"`peft_type` {peft_type[:40]!r} is not known"])
+    with warnings.catch_warnings(record=True) as raised:
         warnings.simplefilter("always")
         try:
-            PEFT_TYPE_TO_CONFIG_MAPPING[config["peft_type"]].check_kwargs(**config)
+            PEFT_TYPE_TO_CONFIG_MAPPING[peft_type].check_kwargs(**config)
         except Exception as error:  # whatever PEFT makes of a stranger's config, it is the config's fault
             raise AdapterInvalid([f"PEFT cannot read {CONFIG}: {error}"[:600]]) from None
-    unknown = config.keys() - known_keys(config["peft_type"])
-    strange = [
-        f"`{key[:80]}` in {CONFIG} is not known and is ignored: {dumps(config[key])[:80]}"
-        for key in sorted(unknown)
-        if config[key]
-    ]
-    return strange + [f"PEFT warns: {one.message}" for one in heard]
+    unknown = [key for key in sorted(config.keys() - known_keys(peft_type)) if config[key]]
+    notes = [_describe_unknown(key, config[key]) for key in unknown]
+    return notes + [f"PEFT warns: {warning.message}" for warning in raised]
+
+
+def _describe_unknown(key: str, value: object) -> str:
+    return f"`{key[:80]}` in {CONFIG} is not known and is ignored: {dumps(value)[:80]}"
 
 
 def list_features(config: PeftConfig) -> frozenset[str]:
-    """What this config uses beyond low-rank changes of linear layers, by the names users know."""
+    """The features of this config beyond low-rank changes of linear layers, by the names users know."""
     kind = str(config.peft_type.value)
-    found = {name for name in OPTIONS if getattr(config, name, None)} if kind == "LORA" else {kind}
+    features = {kind}
+    if kind == "LORA":
+        features = {name for name in OPTIONS if getattr(config, name, None)}
     if getattr(config, "bias", "none") != "none":
-        found.add("bias")
+        features.add("bias")
     if str(getattr(config, "init_lora_weights", "")) == "mica":
-        found.add("init_lora_weights: mica")
-    return frozenset(found)
+        features.add("init_lora_weights: mica")
+    return frozenset(features)
 
 
 def check_tokens(model: nn.Module) -> None:
@@ -216,11 +235,13 @@ def check_tokens(model: nn.Module) -> None:
     as here, have no such limit.
     """
     for name, layer in model.named_modules():
-        if isinstance(layer, TrainableTokensLayer):
-            rows, tokens = layer.get_base_layer().weight.shape[0], layer.token_indices["default"]
-            if strange := [token for token in tokens if not (type(token) is int and 0 <= token < rows)]:
-                where = name.removeprefix(PREFIX).removesuffix(".token_adapter")
-                raise ValueError(f"token {strange[0]!r} of {where} is none of its {rows}")
+        if not isinstance(layer, TrainableTokensLayer):
+            continue
+        count = layer.get_base_layer().weight.shape[0]
+        for token in layer.token_indices["default"]:
+            if type(token) is not int or not 0 <= token < count:
+                module = name.removeprefix(PREFIX).removesuffix(".token_adapter")
+                raise ValueError(f"token {token!r} of {module} is none of its {count}")
 
 
 def count_attentions(model: nn.Module) -> int:
@@ -241,7 +262,8 @@ def kind_of(layer: LoraLayer) -> str:
 
 def make_layer_spec(name: str, layer: LoraLayer, expected: dict[str, tuple[int, ...]]) -> LoraLayerSpec:
     magnitude = f"{name}.lora_magnitude_vector"
-    a, b = (f"{name}.lora_{'embedding_' if layer.lora_embedding_A else ''}{half}" for half in "AB")
+    prefix = f"{name}.lora_embedding_" if layer.lora_embedding_A else f"{name}.lora_"
+    a, b = f"{prefix}A", f"{prefix}B"
     return LoraLayerSpec(
         module=name.removeprefix(PREFIX),
         rank=layer.r["default"],

@@ -1,6 +1,6 @@
-"""The reader's process, seen from the outside: one child that knows torch and PEFT and reads one
-adapter at a time.
+"""Starts the validator process and passes requests to it, one adapter at a time.
 
+Runs in the API process, but for `serve_requests`, which is the child and alone loads torch and PEFT.
 A file that stalls or kills the child costs one refused adapter; the next one gets a fresh child.
 Must not know torch itself.
 """
@@ -19,7 +19,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ...core.adapter import share_specs
 from ...core.base_info import LayerLimit
@@ -30,12 +30,15 @@ from ...threads import DISK, PROCESS, run_in
 from ..architecture import ModuleNode
 from .messages import NormsRequest, ReadRequest, Refusal, ValidatedAdapter
 
+if TYPE_CHECKING:
+    from .skeleton import Skeleton
+
 T = TypeVar("T")
 START_S = 300.0
 
 
 class Validator:
-    """Reads adapters against one base, in its own process."""
+    """Validates adapters against one base, in its own process."""
 
     def __init__(self, max_rank: int, read_s: float = READ_S) -> None:
         self.max_rank, self.read_s = max_rank, read_s
@@ -48,7 +51,7 @@ class Validator:
 
     @property
     def pid(self) -> int | None:
-        """The child's, while there is one."""
+        """The child's process id, while there is one."""
         return self._process.pid if self._process else None
 
     async def warm_up(self) -> None:
@@ -66,34 +69,33 @@ class Validator:
         await self._in_turn(self._introduce_base)
 
     async def validate_adapter(self, folder: Path, known: Manifest = ()) -> ValidatedAdapter:
-        """What the adapter in this folder is. Raises AdapterInvalid, AdapterUnsupported."""
+        """Validates the adapter in this folder. Raises AdapterInvalid, AdapterUnsupported."""
         size = await run_in(DISK, _size_of, folder)
         answer = await self._ask_child(ReadRequest(folder, known), size)
         assert isinstance(answer, ValidatedAdapter)
         adapter = replace(answer.adapter, patches=share_specs(answer.adapter.patches))
         return replace(answer, adapter=adapter, layers=share_specs(answer.layers))
 
-    async def measure_norms(self, reading: ValidatedAdapter) -> dict[str, float]:
+    async def measure_norms(self, validated: ValidatedAdapter) -> dict[str, float]:
         """Module → Frobenius norm of its scaling · B · A.
 
         Raises AdapterInvalid when the files are gone or have changed.
         """
-        answer = await self._ask_child(NormsRequest(reading.adapter, reading.layers), reading.adapter.size)
+        answer = await self._ask_child(
+            NormsRequest(validated.adapter, validated.layers), validated.adapter.size
+        )
         assert isinstance(answer, dict)
         return answer
 
-    async def _ask_child(self, ask: ReadRequest | NormsRequest, size: int) -> Any:
-        answer = await self._in_turn(
-            lambda: self._answer_within(ask, self.read_s + size / SLOWEST_DISK_BYTES_PER_S)
-        )
+    async def _ask_child(self, request: ReadRequest | NormsRequest, size: int) -> Any:
+        seconds = self.read_s + size / SLOWEST_DISK_BYTES_PER_S
+        answer = await self._in_turn(lambda: self._answer_within(request, seconds))
         if isinstance(answer, Refusal):
             raise answer.to_error()
         return answer
 
     async def close(self) -> None:
-        """Ends the child, whatever it reads; who waits for it is told NotReady, and so is whoever
-        asks later.
-        """
+        """Ends the child, whatever it reads; its callers get NotReady, and so do all later ones."""
         self._closed = True
         self._kill()
         await self._in_turn(self._end_child)
@@ -107,7 +109,7 @@ class Validator:
     async def _in_turn(self, call: Callable[[], T]) -> T:
         """Calls in a thread, one at a time.
 
-        A caller who leaves gives up the answer, not the turn: the next one's would be his.
+        A caller that leaves gives up the answer, not the turn: it would take the next caller's answer.
         """
 
         async def turn() -> T:
@@ -126,9 +128,8 @@ class Validator:
     def _spawn_child(self) -> Connection:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        process = context.Process(
-            target=serve_requests, args=(theirs, self.max_rank), name="adapterd-reader", daemon=True
-        )
+        arguments = (theirs, self.max_rank)
+        process = context.Process(target=serve_requests, args=arguments, name="adapterd-reader", daemon=True)
         process.start()
         theirs.close()
         self._pipe, self._process = ours, process
@@ -145,12 +146,12 @@ class Validator:
         self.tree = answer
         return pipe
 
-    def _answer_within(self, ask: ReadRequest | NormsRequest, seconds: float) -> Any:
-        return self._exchange_messages(self._pipe or self._introduce_base(), ask, seconds)
+    def _answer_within(self, request: ReadRequest | NormsRequest, seconds: float) -> Any:
+        return self._exchange_messages(self._pipe or self._introduce_base(), request, seconds)
 
-    def _exchange_messages(self, pipe: Connection, question: Any, seconds: float) -> Any:
+    def _exchange_messages(self, pipe: Connection, message: Any, seconds: float) -> Any:
         try:
-            pipe.send(question)
+            pipe.send(message)
             if pipe.poll(seconds):
                 return pipe.recv()
             reason = f"reading it took longer than {seconds:.0f} s"
@@ -177,35 +178,43 @@ def _size_of(folder: Path) -> int:
 def serve_requests(pipe: Connection, max_rank: int) -> None:
     """The child.
 
-    It answers the base's folder and limits with its tree, an Ask with a Reading, a Measure with
-    norms.
-
-    What it cannot answer it answers with a Refusal.
+    It answers the base's folder and limits with its tree, a ReadRequest with a ValidatedAdapter, a
+    NormsRequest with norms. A request that it cannot answer gets a Refusal.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     modules: dict[str, Any] = sys.modules
     # PEFT would load it, 110 MB, for weights that are never looked at here
     modules["bitsandbytes"] = None
-    from . import check, skeleton  # here, so that only the child loads torch and PEFT
+    from . import check  # here, so that only the child loads torch and PEFT
 
     with contextlib.suppress(EOFError):
-        try:
-            base = skeleton.Skeleton(*pipe.recv())
-        except EOFError:
-            raise
-        except Exception as error:  # whatever the library makes of the base, the parent must be told
-            pipe.send(Refusal((f"{type(error).__name__}: {error}"[:300],), {}, supported=True))
-            return
-        pipe.send(base.make_tree())
-        while True:
-            ask = pipe.recv()
-            if isinstance(ask, NormsRequest):
-                pipe.send(answer_request(partial(check.measure_norms, ask.adapter, ask.layers)))
+        base = _receive_base(pipe)
+        while base:
+            request = pipe.recv()
+            if isinstance(request, NormsRequest):
+                work: Callable[[], Any] = partial(check.measure_norms, request.adapter, request.layers)
             else:
-                pipe.send(
-                    answer_request(partial(check.validate_adapter, base, ask.folder, max_rank, ask.known))
-                )
+                work = partial(check.validate_adapter, base, request.folder, max_rank, request.known)
+            pipe.send(answer_request(work))
+
+
+def _receive_base(pipe: Connection) -> Skeleton | None:
+    """The base as the parent names it, whose tree is sent back; None where it cannot be understood.
+
+    Raises EOFError.
+    """
+    from . import skeleton
+
+    try:
+        base = skeleton.Skeleton(*pipe.recv())
+    except EOFError:
+        raise
+    except Exception as error:  # whatever the library makes of the base, the parent must be told
+        pipe.send(Refusal((f"{type(error).__name__}: {error}"[:300],), {}, supported=True))
+        return None
+    pipe.send(base.make_tree())
+    return base
 
 
 def answer_request(work: Callable[[], T]) -> T | Refusal:

@@ -1,6 +1,6 @@
-"""The base without its weights: module tree, shapes and types, from its config.json alone.
+"""Builds the base without its weights, from its config.json alone: module tree, shapes and types.
 
-Knows no PEFT, whose import takes seconds.
+Runs in the validator process and the command line; must not know PEFT, whose import takes seconds.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from ..architecture import ModuleNode
 class Skeleton:
     """The module tree on the meta device. `folder` holds the base's config.json, or is that file.
 
-    Raises OSError, ValueError. `limits` are what the worker found that stands in the way of
-    adapting some of the layers.
+    `limits` are the worker's reasons not to adapt some of the layers. Raises OSError, ValueError.
     """
 
     def __init__(self, folder: Path, limits: Iterable[LayerLimit] = ()) -> None:
@@ -40,18 +39,14 @@ class Skeleton:
 
     def list_linears(self) -> list[LinearKind]:
         """The linear layers, counted by last name and shape."""
-        counts = Counter(
-            (facts.last_name(name), found)
-            for name, module in self.model.named_modules()
-            if (found := linear_shape(module))
-        )
-        return [
-            LinearKind(name, inside, outside, count)
-            for (name, (inside, outside)), count in sorted(counts.items())
-        ]
+        counts: Counter[tuple[str, tuple[int, int]]] = Counter()
+        for name, module in self.model.named_modules():
+            if shape := linear_shape(module):
+                counts[facts.last_name(name), shape] += 1
+        return [LinearKind(name, *shape, count) for (name, shape), count in sorted(counts.items())]
 
     def limit(self, module: str) -> LayerLimit | None:
-        """What keeps this layer out of the mixed batch."""
+        """The reason that keeps this layer out of the mixed batch."""
         return self._limits.get(name_pattern(module))
 
     def make_tree(self) -> ModuleNode:
@@ -75,6 +70,7 @@ def linear_shape(module: nn.Module) -> tuple[int, int] | None:
 
 def make_node(name: str, module: nn.Module) -> ModuleNode:
     children = tuple(make_node(child_name, child) for child_name, child in module.named_children())
-    extra = module.extra_repr()
-    text = type(module).__name__ if children or "\n" in extra else f"{type(module).__name__}({extra})"
+    text, extra = type(module).__name__, module.extra_repr()
+    if not children and "\n" not in extra:
+        text += f"({extra})"
     return ModuleNode(name, text, children, linear_shape(module))

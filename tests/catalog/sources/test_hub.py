@@ -25,7 +25,7 @@ COMMIT = "c" * 40
 LIMIT = 1_000_000
 
 
-class StandIn:
+class HubServer:
     """One repository, org/name, at one commit; `asked` are the paths that were asked for."""
 
     def __init__(self, folder: Path) -> None:
@@ -49,25 +49,25 @@ class StandIn:
         }
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
-        stand_in = self
+        hub_server = self
 
-        class Handler(BaseHTTPRequestHandler):
+        class HubRequestHandler(BaseHTTPRequestHandler):
             def do_HEAD(self) -> None:
                 self.do_GET()
 
             def do_GET(self) -> None:
                 path = self.path.partition("?")[0]
-                stand_in.asked.append(path)
+                hub_server.asked.append(path)
                 for head in (f"/org/name/resolve/{COMMIT}/", "/org/name/resolve/main/"):
                     if (
                         path.startswith(head)
-                        and (content := stand_in.files().get(path.removeprefix(head))) is not None
+                        and (content := hub_server.files().get(path.removeprefix(head))) is not None
                     ):
                         return self._say(200, content, "application/octet-stream")
                 if path.startswith("/api/models/org/name/tree/"):
                     tree = [
                         {"type": "file", "path": name, "size": len(data), "oid": _etag(data)}
-                        for name, data in stand_in.files().items()
+                        for name, data in hub_server.files().items()
                     ]
                     return self._say(200, json.dumps(tree).encode())
                 if path in (
@@ -76,7 +76,7 @@ class StandIn:
                     f"/api/models/org/name/revision/{COMMIT}",
                 ):
                     siblings = [
-                        {"rfilename": name, "size": len(data)} for name, data in stand_in.files().items()
+                        {"rfilename": name, "size": len(data)} for name, data in hub_server.files().items()
                     ]
                     return self._say(
                         200, json.dumps({"id": "org/name", "sha": COMMIT, "siblings": siblings}).encode()
@@ -100,7 +100,7 @@ class StandIn:
             def log_message(self, format: str, *arguments: object) -> None:
                 return None
 
-        return Handler
+        return HubRequestHandler
 
 
 def _etag(body: bytes) -> str:
@@ -108,36 +108,36 @@ def _etag(body: bytes) -> str:
 
 
 @pytest.fixture
-def stand_in(tmp_path: Path, plain: Path) -> Iterator[StandIn]:
+def hub_server(tmp_path: Path, plain: Path) -> Iterator[HubServer]:
     folder = tmp_path / "repository"
     shutil.copytree(plain, folder)
     shutil.copytree(plain, folder / "checkpoint-20")
     (folder / "training_args.bin").write_bytes(b"pickle")
-    made = StandIn(folder)
+    made = HubServer(folder)
     yield made
     made.stop()
 
 
-def store(stand_in: StandIn, tmp_path: Path, *allowed: str, limit: int = LIMIT) -> Store:
-    return Store(tmp_path / "adapters", Hub(allowed, stand_in.endpoint, tmp_path / "cache"), limit)
+def store(hub_server: HubServer, tmp_path: Path, *allowed: str, limit: int = LIMIT) -> Store:
+    return Store(tmp_path / "adapters", Hub(allowed, hub_server.endpoint, tmp_path / "cache"), limit)
 
 
 TEXTS = ("chat_template.jinja", "generation_config.json", "tokenizer.json", "vocab.txt")
 
 
 @pytest.fixture
-def dressed(stand_in: StandIn) -> StandIn:
+def dressed(hub_server: HubServer) -> HubServer:
     """The same with tokenizer files and a template, in the repository and in its checkpoint's
     folder.
     """
-    for folder in (stand_in.folder, stand_in.folder / "checkpoint-20"):
+    for folder in (hub_server.folder, hub_server.folder / "checkpoint-20"):
         for name in (*TEXTS, "README.md"):
             (folder / name).write_text(f"{folder.name} {name}")
-    return stand_in
+    return hub_server
 
 
 async def test_every_file_that_shapes_an_answer_is_fetched_and_no_other(
-    dressed: StandIn, tmp_path: Path
+    dressed: HubServer, tmp_path: Path
 ) -> None:
     here = store(dressed, tmp_path, "org/*")
     for subfolder in (None, "checkpoint-20"):
@@ -150,7 +150,7 @@ async def test_every_file_that_shapes_an_answer_is_fetched_and_no_other(
 
 
 @pytest.fixture
-def partly(dressed: StandIn, tmp_path: Path, plain: Path) -> Path:
+def partly(dressed: HubServer, tmp_path: Path, plain: Path) -> Path:
     """The commit's folder in the cache with its config and weights alone, as a service before this
     one has fetched them.
     """
@@ -162,7 +162,7 @@ def partly(dressed: StandIn, tmp_path: Path, plain: Path) -> Path:
 
 
 async def test_what_a_cache_holds_of_a_commit_is_completed_when_the_hub_can_be_asked(
-    dressed: StandIn, tmp_path: Path, partly: Path
+    dressed: HubServer, tmp_path: Path, partly: Path
 ) -> None:
     place = await store(dressed, tmp_path, "org/*").find_source("hub:org/name", revision=COMMIT)
     assert place.folder == partly
@@ -170,7 +170,7 @@ async def test_what_a_cache_holds_of_a_commit_is_completed_when_the_hub_can_be_a
 
 
 async def test_what_a_cache_holds_is_taken_and_said_when_the_hub_cannot_be_asked(
-    dressed: StandIn, tmp_path: Path, partly: Path, caplog: pytest.LogCaptureFixture
+    dressed: HubServer, tmp_path: Path, partly: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     dressed.stop()
     place = await store(dressed, tmp_path, "org/*").find_source("hub:org/name", revision=COMMIT)
@@ -179,7 +179,7 @@ async def test_what_a_cache_holds_is_taken_and_said_when_the_hub_cannot_be_asked
 
 
 async def test_a_file_that_was_there_and_is_gone_from_the_cache_is_fetched_again(
-    dressed: StandIn, tmp_path: Path
+    dressed: HubServer, tmp_path: Path
 ) -> None:
     here = store(dressed, tmp_path, "org/*")
     place = await here.find_source("hub:org/name", revision=COMMIT)
@@ -192,22 +192,22 @@ async def test_a_file_that_was_there_and_is_gone_from_the_cache_is_fetched_again
     assert [file.name for file in read_manifest(place.folder)] == names
 
 
-async def test_signs_in_a_subfolder_choose_nothing_else(dressed: StandIn, tmp_path: Path) -> None:
+async def test_signs_in_a_subfolder_choose_nothing_else(dressed: HubServer, tmp_path: Path) -> None:
     with pytest.raises(AdapterInvalid):
         await store(dressed, tmp_path, "org/*").find_source("hub:org/name", subfolder="checkpoint-*")
     assert not [path for path in dressed.asked if "resolve" in path]
 
 
-async def test_only_the_two_files_of_the_commit_are_fetched(stand_in: StandIn, tmp_path: Path) -> None:
-    place = await store(stand_in, tmp_path, "org/*").find_source("hub:org/name")
+async def test_only_the_two_files_of_the_commit_are_fetched(hub_server: HubServer, tmp_path: Path) -> None:
+    place = await store(hub_server, tmp_path, "org/*").find_source("hub:org/name")
     assert place.revision == COMMIT
     assert sorted(path.name for path in place.folder.iterdir()) == [CONFIG, WEIGHTS, "checkpoint-20"][:2]
-    assert (place.folder / WEIGHTS).read_bytes() == (stand_in.folder / WEIGHTS).read_bytes()
-    assert not [path for path in stand_in.asked if "training_args" in path]
+    assert (place.folder / WEIGHTS).read_bytes() == (hub_server.folder / WEIGHTS).read_bytes()
+    assert not [path for path in hub_server.asked if "training_args" in path]
 
 
-async def test_a_subfolder_is_fetched_alone(stand_in: StandIn, tmp_path: Path) -> None:
-    place = await store(stand_in, tmp_path, "org/name").find_source(
+async def test_a_subfolder_is_fetched_alone(hub_server: HubServer, tmp_path: Path) -> None:
+    place = await store(hub_server, tmp_path, "org/name").find_source(
         "hub:org/name", subfolder="checkpoint-20", revision="main"
     )
     assert place.folder.name == "checkpoint-20"
@@ -216,35 +216,37 @@ async def test_a_subfolder_is_fetched_alone(stand_in: StandIn, tmp_path: Path) -
 
 @pytest.mark.parametrize("allowed", [(), ("other/*",), ("org/name2", "org/nam")])
 async def test_what_no_pattern_allows_is_forbidden_and_not_asked_for(
-    stand_in: StandIn, tmp_path: Path, allowed: tuple[str, ...]
+    hub_server: HubServer, tmp_path: Path, allowed: tuple[str, ...]
 ) -> None:
     with pytest.raises(Forbidden, match="ADAPTERD_HUB"):
-        await store(stand_in, tmp_path, *allowed).find_source("hub:org/name")
-    assert stand_in.asked == []
+        await store(hub_server, tmp_path, *allowed).find_source("hub:org/name")
+    assert hub_server.asked == []
 
 
 @pytest.mark.parametrize("name", ["org/none", "org/../x", "org/a/b", "org/"])
-async def test_what_the_hub_does_not_have_is_invalid(stand_in: StandIn, tmp_path: Path, name: str) -> None:
+async def test_what_the_hub_does_not_have_is_invalid(
+    hub_server: HubServer, tmp_path: Path, name: str
+) -> None:
     with pytest.raises(AdapterInvalid, match="hub:"):
-        await store(stand_in, tmp_path, "org/*").find_source(f"hub:{name}")
+        await store(hub_server, tmp_path, "org/*").find_source(f"hub:{name}")
 
 
-async def test_what_was_fetched_is_there_when_the_hub_is_not(stand_in: StandIn, tmp_path: Path) -> None:
-    here = store(stand_in, tmp_path, "org/*")
+async def test_what_was_fetched_is_there_when_the_hub_is_not(hub_server: HubServer, tmp_path: Path) -> None:
+    here = store(hub_server, tmp_path, "org/*")
     place = await here.find_source("hub:org/name", revision="main")
-    before = len(stand_in.asked)
+    before = len(hub_server.asked)
     assert await here.find_source("hub:org/name", revision=COMMIT, held=[CONFIG, WEIGHTS]) == place
-    assert len(stand_in.asked) == before, "a commit whose files are all there needs no asking"
-    stand_in.stop()
+    assert len(hub_server.asked) == before, "a commit whose files are all there needs no asking"
+    hub_server.stop()
     assert (await here.find_source("hub:org/name", revision="main")).folder == place.folder
     with pytest.raises(AdapterInvalid, match="cannot be reached"):
-        await store(stand_in, tmp_path / "elsewhere", "org/*").find_source("hub:org/name")
+        await store(hub_server, tmp_path / "elsewhere", "org/*").find_source("hub:org/name")
 
 
-async def test_what_is_over_the_limit_is_not_fetched(stand_in: StandIn, tmp_path: Path) -> None:
+async def test_what_is_over_the_limit_is_not_fetched(hub_server: HubServer, tmp_path: Path) -> None:
     with pytest.raises(PayloadTooLarge):
-        await store(stand_in, tmp_path, "org/*", limit=5000).find_source("hub:org/name")
-    (stand_in.folder / "tokenizer.json").write_bytes(bytes(LIMIT))
+        await store(hub_server, tmp_path, "org/*", limit=5000).find_source("hub:org/name")
+    (hub_server.folder / "tokenizer.json").write_bytes(bytes(LIMIT))
     with pytest.raises(PayloadTooLarge):
-        await store(stand_in, tmp_path, "org/*").find_source("hub:org/name")
-    assert not [path for path in stand_in.asked if "resolve" in path]
+        await store(hub_server, tmp_path, "org/*").find_source("hub:org/name")
+    assert not [path for path in hub_server.asked if "resolve" in path]

@@ -259,13 +259,17 @@ EVIL: dict[str, Callable[[dict[str, bytes]], bytes]] = {
     "two of one name": lambda good: tarred({**good, "tokenizer.json": b"", "./tokenizer.json": b""}),
     "a link to a template": lambda good: linked(good, "chat_template.jinja", tarfile.SYMTYPE),
     "two adapters": lambda good: zipped(good | {f"x/{name}": data for name, data in good.items()}),
-    "halves in two folders": lambda good: zipped({f"a/{CONFIG}": good[CONFIG], f"b/{WEIGHTS}": good[WEIGHTS]}),
+    "halves in two folders": lambda good: zipped(
+        {f"a/{CONFIG}": good[CONFIG], f"b/{WEIGHTS}": good[WEIGHTS]}
+    ),
     "no weights": lambda good: zipped({CONFIG: good[CONFIG]}),
     "junk": lambda good: b"junk",
     "empty": lambda good: b"",
     "cut zip": lambda good: zipped(good)[:-30],
     "cut tar": lambda good: tarred(good)[:200],
-    "zip with a name that is no UTF-8": lambda good: zipped(good | {"é": b""}).replace("é".encode(), b"\xff\xff"),
+    "zip with a name that is no UTF-8": lambda good: (
+        zipped(good | {"é": b""}).replace("é".encode(), b"\xff\xff")
+    ),
     "cut xz": lambda good: tarred(good, "w:xz")[:2000],
     "damaged xz": lambda good: flipped(tarred(good, "w:xz")),
     "damaged bz2": lambda good: flipped(tarred(good, "w:bz2")),

@@ -19,7 +19,7 @@ from ... import making
 
 
 def refused(folder: Path, max_rank: int = 64) -> str:
-    """What a glance, then the patterns, and then the header say is wrong."""
+    """The problems that the quick check, then the patterns, and then the header find."""
 
     def look() -> None:
         inspection.quick_check(folder, max_rank)
@@ -209,7 +209,7 @@ def test_a_folder_without_files_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_glance_compiles_no_pattern(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each of these takes milliseconds, a config of 1 MB many minutes; and whoever glances cannot
+    """Each of these takes milliseconds, a config of 1 MB many minutes; and the quick check cannot
     be killed.
     """
     folder = making.edit(plain, tmp_path / "a", {"target_modules": "(?i)" + "[\u0100-\uffff]" * 100})

@@ -1,4 +1,4 @@
-"""The reader's process: it answers, survives bad files, and is replaced when it is gone or does not
+"""The validator's process: it answers, survives bad files, and is replaced when it is gone or does not
 answer.
 """
 
@@ -26,64 +26,62 @@ async def test_one_process_reads_refuses_and_is_replaced(
     base: Path, plain: Path, other: Path, tmp_path: Path
 ) -> None:
     """One test, for each process takes seconds to import torch."""
-    reader = Validator(max_rank=64)
-    await reader.warm_up()
-    pid = reader.pid
+    validator = Validator(max_rank=64)
+    await validator.warm_up()
+    pid = validator.pid
     try:
-        await reader.start_on(
-            base, (LayerLimit("model.layers.*.self_attn.k_proj", "Odd", "gives a tuple", by_peft=False),)
+        limit = LayerLimit("model.layers.*.self_attn.k_proj", "Odd", "gives a tuple", by_peft=False)
+        await validator.start_on(base, (limit,))
+        assert (validator.pid, validator.tree and validator.tree.text) == (pid, "LlamaForCausalLM")
+        first, second = await asyncio.gather(
+            validator.validate_adapter(plain), validator.validate_adapter(other)
         )
-        assert (reader.pid, reader.tree and reader.tree.text) == (pid, "LlamaForCausalLM")
-        first, second = await asyncio.gather(reader.validate_adapter(plain), reader.validate_adapter(other))
         assert (first.adapter.rank, second.adapter.rank) == (4, 8)
-        assert (await reader.validate_adapter(plain)).adapter.patches is first.adapter.patches
-        assert (await reader.measure_norms(first)).keys() == {one.module for one in first.layers}
+        assert (await validator.validate_adapter(plain)).adapter.patches is first.adapter.patches
+        assert (await validator.measure_norms(first)).keys() == {one.module for one in first.layers}
 
         cut = making.edit(
             plain, tmp_path / "cut", weights=lambda t: {k: v for k, v in t.items() if "lora_B" not in k}
         )
         with pytest.raises(AdapterInvalid, match="4 of 8") as caught:
-            await reader.validate_adapter(cut)
+            await validator.validate_adapter(cut)
         assert caught.value.details is not None
         assert (caught.value.details["matched"], caught.value.details["total"]) == (4, 8)
         with pytest.raises(AdapterUnsupported, match="SEQ_CLS"):
-            await reader.validate_adapter(making.edit(plain, tmp_path / "task", {"task_type": "SEQ_CLS"}))
+            await validator.validate_adapter(making.edit(plain, tmp_path / "task", {"task_type": "SEQ_CLS"}))
 
-        leaving = asyncio.create_task(reader.validate_adapter(plain))
+        leaving = asyncio.create_task(validator.validate_adapter(plain))
         await asyncio.sleep(0)
         leaving.cancel()
-        assert (await reader.validate_adapter(other)).adapter == second.adapter, (
+        assert (await validator.validate_adapter(other)).adapter == second.adapter, (
             "the answer is that of the one who left"
         )
 
         os.kill(pid or 0, signal.SIGKILL)
         with pytest.raises(AdapterInvalid, match="ended the reader's process"):
-            await reader.validate_adapter(plain)
-        assert (await reader.validate_adapter(plain)).adapter == first.adapter
-        assert reader.pid not in (None, pid)
-        with pytest.raises(
-            AdapterUnsupported, match=r"LoRA on Odd is not served: model\.layers\.\*\.self_attn\.k_proj gives"
-        ):
-            await reader.validate_adapter(making.noise(tmp_path / "odd", base, 3, ("k_proj", "q_proj")))
+            await validator.validate_adapter(plain)
+        assert (await validator.validate_adapter(plain)).adapter == first.adapter
+        assert validator.pid not in (None, pid)
+        refusal = r"LoRA on Odd is not served: model\.layers\.\*\.self_attn\.k_proj gives"
+        with pytest.raises(AdapterUnsupported, match=refusal):
+            await validator.validate_adapter(making.noise(tmp_path / "odd", base, 3, ("k_proj", "q_proj")))
 
-        reader.read_s = 0.5
+        endless = {"target_modules": "(" + "(.*)*" * 12 + ")x$"}
+        stalling = making.edit(plain, tmp_path / "stalling", endless)
+        validator.read_s = 0.5
         with pytest.raises(AdapterInvalid, match="longer than"):
-            await reader.validate_adapter(
-                stalling := making.edit(
-                    plain, tmp_path / "stalling", {"target_modules": "(" + "(.*)*" * 12 + ")x$"}
-                )
-            )
-        reader.read_s = 3600.0
-        await reader.validate_adapter(plain)
-        stalled = [asyncio.create_task(reader.validate_adapter(stalling))]
-        while not reader._turn.locked():  # noqa: ASYNC110 - a lock tells nobody that it is taken
+            await validator.validate_adapter(stalling)
+        validator.read_s = 3600.0
+        await validator.validate_adapter(plain)
+        stalled = [asyncio.create_task(validator.validate_adapter(stalling))]
+        while not validator._turn.locked():  # noqa: ASYNC110 - a lock tells nobody that it is taken
             await asyncio.sleep(0.01)
-        stalled.append(asyncio.create_task(reader.validate_adapter(plain)))
+        stalled.append(asyncio.create_task(validator.validate_adapter(plain)))
     finally:
-        await asyncio.wait_for(reader.close(), 60)  # against hangs only
+        await asyncio.wait_for(validator.close(), 60)  # against hangs only
     outcomes = await asyncio.gather(*stalled, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [AdapterInvalid, NotReady]
-    assert reader.pid is None
+    assert validator.pid is None
 
 
 @pytest.mark.anyio
@@ -94,11 +92,11 @@ async def test_where_no_child_can_be_started_the_next_try_starts_anew(
         raise OSError(24, "Too many open files")
 
     monkeypatch.setattr(SpawnProcess, "start", scarce)
-    reader = Validator(max_rank=64)
+    validator = Validator(max_rank=64)
     for _ in range(2):
         with pytest.raises(OSError, match="Too many open files"):
-            await reader.warm_up()
-    await reader.close()
+            await validator.warm_up()
+    await validator.close()
 
 
 def test_what_the_child_cannot_answer_it_refuses() -> None:

@@ -64,7 +64,9 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "deep": ("tokenizer.json", b"[" * 100_000, "is not JSON"),
     "a list": ("tokenizer.json", b"[]", "is not a JSON object"),
     "no tokenizer": ("tokenizer.json", b"{}", "the tokenizers library"),
-    "another library's": ("tokenizer.json", b'{"version": "1.0", "model": {"type": "Magic"}}', "the tokenizers library"),
+    "another library's": (
+        "tokenizer.json", b'{"version": "1.0", "model": {"type": "Magic"}}', "the tokenizers library",
+    ),
     "one that panics": ("tokenizer.json", words(**PANICS), "the tokenizers library"),
     "settings cut": ("tokenizer_config.json", b"{", "is not JSON"),
     "settings with a byte order mark": ("tokenizer_config.json", b"\xef\xbb\xbf{}", "is not JSON"),
@@ -77,10 +79,16 @@ BROKEN: dict[str, tuple[str, bytes, str]] = {
     "eos a text": ("generation_config.json", b'{"eos_token_id": "2"}', "eos_token_id"),
     "eos true": ("generation_config.json", b'{"eos_token_id": [true]}', "eos_token_id"),
     "template unclosed": ("chat_template.jinja", b"{% for m in messages %}", "Unexpected end of template"),
-    "template of another language": ("chat_template.jinja", b"line\n{% foreach %}", "unknown tag 'foreach'. (line 2)"),
+    "template of another language": (
+        "chat_template.jinja", b"line\n{% foreach %}", "unknown tag 'foreach'. (line 2)",
+    ),
     "template no text": ("chat_template.jinja", b"\xff\xfe", "is not UTF-8 text"),
     "template in the settings": ("tokenizer_config.json", settings("{{ a"), "cannot be parsed"),
-    "template by name": ("tokenizer_config.json", settings([*NAMED, {"name": "rag", "template": "{% if %}"}]), "cannot be parsed"),
+    "template by name": (
+        "tokenizer_config.json",
+        settings([*NAMED, {"name": "rag", "template": "{% if %}"}]),
+        "cannot be parsed",
+    ),
     "template a number": ("tokenizer_config.json", settings(5), "`chat_template`"),
     "template an object": ("tokenizer_config.json", settings({"default": "x"}), "`chat_template`"),
     "template without a name": ("tokenizer_config.json", settings([{"template": "x"}]), "`chat_template`"),
@@ -119,7 +127,8 @@ FINE: dict[str, tuple[str, bytes]] = {
     "no template": ("tokenizer_config.json", settings(None)),
     "what transformers adds to Jinja": (
         "chat_template.jinja",
-        b"{% for m in messages %}{% generation %}{{ m | tojson }}{% endgeneration %}{% break %}{% continue %}{% endfor %}",
+        b"{% for m in messages %}{% generation %}{{ m | tojson }}{% endgeneration %}"
+        b"{% break %}{% continue %}{% endfor %}",
     ),
     "what only running would tell": (
         "chat_template.jinja",

@@ -1,5 +1,6 @@
-"""The command line: serve, inspect, forecast, bench; an error is one line on stderr. Starts the API
-process, or runs a command by itself; must not know HTTP or a tensor.
+"""The command line: serve, inspect, forecast, bench; an error is one line on stderr.
+
+Starts the API process, or runs a command by itself; must not know HTTP or a tensor.
 """
 
 from __future__ import annotations

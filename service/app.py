@@ -1,5 +1,6 @@
-"""The composition root: settings → services → FastAPI; starts and stops the services. API process; must
-not know a route's meaning or a tensor.
+"""The composition root: settings → services → FastAPI; starts and stops the services.
+
+API process; must not know a route's meaning or a tensor.
 """
 
 from __future__ import annotations

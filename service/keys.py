@@ -1,5 +1,6 @@
-"""API keys: their hashes, adapters and limits, read from lists and files. API process; must not keep,
-show or name a key in the clear.
+"""API keys: their hashes, adapters and limits, read from lists and files.
+
+API process; must not keep, show or name a key in the clear.
 """
 
 from __future__ import annotations

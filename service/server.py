@@ -1,5 +1,6 @@
-"""Runs the API process: one socket, one event loop, signals, the drain and the exit code. Must not know
-a route or the inside of a service.
+"""Runs the API process: one socket, one event loop, signals, the drain and the exit code.
+
+Must not know a route or the inside of a service.
 """
 
 from __future__ import annotations

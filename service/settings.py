@@ -1,5 +1,6 @@
-"""All settings, frozen, from ADAPTERD_* environment variables and flags of the same names. API process
-and worker process; nothing else reads the environment.
+"""All settings, frozen, from ADAPTERD_* environment variables and flags of the same names.
+
+API process and worker process; nothing else reads the environment.
 
 A wrong or misspelt variable stops the start with one line that names it.
 """

@@ -1,5 +1,6 @@
-"""Errors as responses, counted and noted for the log: the native envelope, and OpenAI's under /v1. API
-process; must not show a path of the host, a token or a stack trace.
+"""Errors as responses, counted and noted for the log: the native envelope, and OpenAI's under /v1.
+
+API process; must not show a path of the host, a token or a stack trace.
 """
 
 from __future__ import annotations

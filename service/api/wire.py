@@ -1,5 +1,6 @@
-"""The HTTP/1.1 protocol with limits on what a client may take, in bytes, time and connections; it
-answers a request that it cannot read with JSON, too. API process; must not know a route or a key.
+"""The HTTP/1.1 protocol with limits on what a client may take, in bytes, time and connections;
+it answers a request that it cannot read with JSON, too. API process; must not know a route or a
+key.
 """
 
 from __future__ import annotations

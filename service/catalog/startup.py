@@ -1,5 +1,4 @@
-"""Restores the registrations of before when the service starts, and registers the folders that lie in
-the adapters directory.
+"""Restores registrations when the service starts, and registers the folders that lie there.
 
 Runs in the API process; must not know leases or the device.
 """

@@ -1,5 +1,4 @@
-"""Trains the demo adapters on the CPU, measures base against adapter on held-out items, and writes
-the files that ship.
+"""Trains the demo adapters on the CPU, measures them beside the base, and writes the files.
 
 `python -m service.demo.train [--base FOLDER] [--only NAME] [--evaluate]`. Must not know the server:
 it uses plain transformers and PEFT.

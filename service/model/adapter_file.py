@@ -1,5 +1,4 @@
-"""Reads an adapter's two files in the worker process, once and only if the bytes are still those that
-were registered.
+"""Reads an adapter's two files in the worker process, once, if they are still those registered.
 
 Knows nothing else.
 """

@@ -1,5 +1,5 @@
-"""Builds the runner of the worker process: loads the base, makes the KV rows and the pool, chooses
-kernels or graphs, has all of it proven.
+"""Builds the runner of the worker process:
+loads the base, makes the KV rows and the pool, chooses kernels or graphs, has all of it proven.
 
 Knows settings and devices. Must not know adapters or requests.
 """

@@ -1,5 +1,5 @@
-"""Decode steps as CUDA graphs: recorded when a shape first comes, replayed for every later step of
-that shape.
+"""Decode steps as CUDA graphs:
+recorded when a shape first comes, replayed for every later step of that shape.
 
 A step of one token a sequence is thousands of small kernels, and launching them from Python takes
 longer than running them. A recording reads what changes between steps from buffers that stay where

@@ -1,5 +1,5 @@
-"""Loads the one resident base: finds its files, quantizes, measures it exactly, and proves that its
-attention can be served.
+"""Loads the one resident base:
+finds its files, quantizes, measures it exactly, and proves that its attention can be served.
 
 Runs in the worker process. Knows files and devices; must not know adapters, requests or HTTP.
 """

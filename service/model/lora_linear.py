@@ -1,5 +1,5 @@
-"""The layers that add adapters to a base layer's output: in plain torch anywhere, or by the CPU
-kernel.
+"""The layers that add adapters to a base layer's output:
+in plain torch anywhere, or by the CPU kernel.
 
 Both keep A [R, in] and B [R, out] for R pool rows, of which an adapter holds a range. Runs in the
 worker process; must not know digests' meaning, files or requests.

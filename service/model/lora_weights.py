@@ -1,5 +1,5 @@
-"""Makes of an adapter's files what the pool needs: scaling and DoRA's gate folded in, once, off the
-step's thread of the worker process.
+"""Makes of an adapter's files what the pool needs:
+scaling and DoRA's gate folded in, once, off the step's thread of the worker process.
 
 Knows PEFT's formulas. Must not know the pool's layout or requests.
 """

@@ -1,5 +1,6 @@
-"""A CPU's memory: zeros that cost nothing until they are written, weights in huge pages, and what
-is given back to the system.
+"""A CPU's memory:
+zeros that cost nothing until they are written, weights in huge pages, and what is given back to the
+system.
 
 KV rows and pools are sized for the worst case, most of which never comes. Runs in the worker
 process; must not know what a tensor is for.

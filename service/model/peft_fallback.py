@@ -1,5 +1,5 @@
-"""Trees that share the base's tensors: the pool's own, and one for each adapter that only PEFT can
-run.
+"""Trees that share the base's tensors:
+the pool's own, and one for each adapter that only PEFT can run.
 
 No weight is copied and the base's own tree is never altered. Runs in the worker process; must not
 know requests, rows or scheduling.

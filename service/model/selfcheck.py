@@ -1,5 +1,6 @@
-"""Proves in the worker process, before anything is served, that what will run gives the model's own
-logits: instead of a list of architectures.
+"""Proves in the worker process, before serving, that what will run gives the model's own logits.
+
+It stands instead of a list of architectures.
 
 The architecture is proven on a small random model of the base's config in float32, where right and
 wrong are a factor of a thousand apart. The base itself runs in too few bits for that: a wrong mask

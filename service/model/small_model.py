@@ -1,5 +1,5 @@
-"""A small random model of a base's own class and config: the same kinds of layers, every threshold
-within a few tokens.
+"""A small random model of a base's own class and config:
+the same kinds of layers, every threshold within a few tokens.
 
 Runs in the worker process; must not know settings, adapters or requests.
 """

@@ -1,5 +1,6 @@
-"""Admits a request of any dialect: leases its adapter, checks its prompt and the context's length,
-takes its tickets, and releases all of it however the request ends. API process.
+"""Admits a request of any dialect:
+leases its adapter, checks its prompt and the context's length, takes its tickets, and releases all
+of it however the request ends. API process.
 
 Must not know wire shapes. Whatever it takes is given back when the HTTP request is over, also when
 the client has left.

@@ -1,5 +1,6 @@
-"""Compiles response formats to grammars that a sampler can run, and refuses an impossible one before
-anything runs. API process; must not know tokens.
+"""Compiles response formats to grammars, and refuses an impossible one before anything runs.
+
+API process; must not know tokens.
 """
 
 from __future__ import annotations

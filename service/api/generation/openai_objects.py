@@ -1,5 +1,6 @@
-"""The parts that all objects of the OpenAI dialect share: ids, usage, finish reasons, and the
-pieces of several answers merged. API process; must not know a route.
+"""The parts that all objects of the OpenAI dialect share:
+ids, usage, finish reasons, and the pieces of several answers merged. API process; must not know a
+route.
 """
 
 from __future__ import annotations

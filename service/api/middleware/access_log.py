@@ -1,5 +1,6 @@
-"""Request ids, the log line and security headers, as plain ASGI. API process; must not know a route's
-meaning.
+"""Request ids, the log line and security headers, as plain ASGI.
+
+API process; must not know a route's meaning.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Checks a request's key and its scope before its body is read, as plain ASGI. API process; must not
-know a key but its hash, and never logs one.
+"""Checks a request's key and its scope before its body is read, as plain ASGI.
+
+API process; must not know a key but its hash, and never logs one.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""Admits requests of other sites' pages by their origin, as plain ASGI. API process; must not know a
-route.
+"""Admits requests of other sites' pages by their origin, as plain ASGI.
+
+API process; must not know a route.
 """
 
 from __future__ import annotations

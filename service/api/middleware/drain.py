@@ -1,5 +1,6 @@
-"""Refuses new requests while the service drains, and counts those that run, as plain ASGI. API
-process; must not know a route's meaning.
+"""Refuses new requests while the service drains, and counts those that run, as plain ASGI.
+
+API process; must not know a route's meaning.
 """
 
 from __future__ import annotations

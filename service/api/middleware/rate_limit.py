@@ -1,5 +1,6 @@
-"""Limits the requests of one key, a second and at once, as plain ASGI. API process; must not know a
-route's meaning. One key's limit never touches another's.
+"""Limits the requests of one key, a second and at once, as plain ASGI.
+
+API process; must not know a route's meaning. One key's limit never touches another's.
 """
 
 from __future__ import annotations

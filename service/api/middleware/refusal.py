@@ -1,5 +1,6 @@
-"""Answers with an error from within a middleware, before any route. API process; must not know a
-route.
+"""Answers with an error from within a middleware, before any route.
+
+API process; must not know a route.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""The TGI and LoRAX dialect: /generate, /generate_stream and POST /. API process; must not know another
-dialect's wire shapes.
+"""The TGI and LoRAX dialect: /generate, /generate_stream and POST /.
+
+API process; must not know another dialect's wire shapes.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""The OpenAI dialect's routes that generate nothing, and its others put together. API process; must not
-know a request's body.
+"""The OpenAI dialect's routes that generate nothing, and its others put together.
+
+API process; must not know a request's body.
 """
 
 from __future__ import annotations

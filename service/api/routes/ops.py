@@ -1,5 +1,6 @@
-"""The routes of operators and browsers: liveness, readiness, metrics, versions, the served base, the
-pages. API process; must not change anything.
+"""The routes of operators and browsers:
+liveness, readiness, metrics, versions, the served base, the pages. API process; must not change
+anything.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""The wire shapes of a chat: messages, tools, and which of them must be called. API process; must not
-know the engine. A field that would be ignored is refused.
+"""The wire shapes of a chat: messages, tools, and which of them must be called.
+
+API process; must not know the engine. A field that would be ignored is refused.
 """
 
 from __future__ import annotations

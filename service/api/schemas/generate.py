@@ -1,5 +1,6 @@
-"""The wire shapes of the TGI and LoRAX dialect. API process; must not know the engine. A field that
-would be ignored is refused.
+"""The wire shapes of the TGI and LoRAX dialect. API process; must not know the engine.
+
+A field that would be ignored is refused.
 """
 
 from __future__ import annotations

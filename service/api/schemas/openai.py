@@ -1,5 +1,6 @@
-"""The wire shapes of the OpenAI dialect. API process; must not know the engine. A field that would be
-ignored is refused (but `user`).
+"""The wire shapes of the OpenAI dialect. API process; must not know the engine.
+
+A field that would be ignored is refused (but `user`).
 """
 
 from __future__ import annotations

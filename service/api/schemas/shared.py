@@ -1,5 +1,5 @@
-"""The types that the wire shapes of both dialects share: strict numbers, refused extras, stop
-strings, response formats. API process; must not know a route.
+"""The types that the wire shapes of both dialects share:
+strict numbers, refused extras, stop strings, response formats. API process; must not know a route.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Finds and stores adapters' files: folders under one root, uploads in a hidden part of it, content of
-the hub in its cache.
+"""Finds and stores adapters' files:
+folders under one root, uploads in a hidden part of it, content of the hub in its cache.
 
 Runs in the API process; must not know ids or states. Whatever it hands out lies under the root (or the
 hub's cache) after every link is resolved, every file of the manifest included.

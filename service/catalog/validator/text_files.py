@@ -1,5 +1,5 @@
-"""Checks the files by which an adapter reads and writes text: at its registration, not at the first
-request.
+"""Checks the files by which an adapter reads and writes text:
+at its registration, not at the first request.
 
 Runs in the validator process and the command line. A chat template is parsed as transformers would,
 never compiled and never run. Must not know a base.

@@ -1,5 +1,6 @@
-"""The CPU kernels: built once with the machine's C++ compiler, kept in a cache, and put in place of
-the torch path where they apply.
+"""The CPU kernels:
+built once with the machine's C++ compiler, kept in a cache, and put in place of the torch path
+where they apply.
 
 They need bfloat16 weights and a processor with AVX512-BF16; without these, or without a compiler,
 the torch path serves. Runs in the worker process; must not know adapters' files, requests or

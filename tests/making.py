@@ -29,7 +29,8 @@ TensorEdit = Callable[[Tensors], Tensors | None]
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MERGES = ("t h", "th e", "i n", "a n", "Ġ the", "h e", "Ġ a", "e r", "Ġ w", "o n")
 TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -57,9 +57,11 @@ def test_nothing_heavy_is_imported_before_it_listens() -> None:
     longer.
     """
     code = (
-        "import sys; from service.settings import read; import service.server; from service.app import create_app;"
-        "create_app(read({}, {'base': 'org/none'}));"
-        "print(sorted({'torch', 'transformers', 'peft', 'numpy', 'tokenizers', 'bitsandbytes'} & sys.modules.keys()))"
+        "import sys; from service.settings import read_settings;"
+        "import service.server; from service.app import create_app;"
+        "create_app(read_settings({}, {'base': 'org/none'}));"
+        "heavy = {'torch', 'transformers', 'peft', 'numpy', 'tokenizers', 'bitsandbytes'};"
+        "print(sorted(heavy & sys.modules.keys()))"
     )
     kept = {name: text for name, text in os.environ.items() if not name.startswith("ADAPTERD_")}
     ran = subprocess.run(

@@ -176,7 +176,8 @@ async def test_whatever_happens_every_request_ends_with_a_right_answer_or_a_docu
         scales.weigh(service)
         after = await samples(http)
     print(
-        f"{len(tally.outcomes)} requests in {SECONDS:.0f} s: {dict(tally.counted())}; {killed} kills; bytes {scales}"
+        f"{len(tally.outcomes)} requests in {SECONDS:.0f} s: {dict(tally.counted())}; {killed} kills; "
+        f"bytes {scales}"
     )
     assert tally.wrong == []
     assert service.defects() == []

@@ -114,7 +114,8 @@ async def test_three_hundred_lives_leave_nothing_behind(tmp_path: Path) -> None:
                 weights.append(house.weight())
         first, last = (1000 * statistics.median(part) for part in (seconds[:30], seconds[-30:]))
         print(
-            f"a load took {first:.1f} ms in the first lives, {last:.1f} ms in the last; bytes {weights[0]} then {weights[-1]}"
+            f"a load took {first:.1f} ms in the first lives, {last:.1f} ms in the last; "
+            f"bytes {weights[0]} then {weights[-1]}"
         )
         for process, bytes_ in weights[0].items():
             assert max(weight[process] for weight in weights) < bytes_ * GROWTH, process

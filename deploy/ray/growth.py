@@ -117,7 +117,8 @@ def table() -> str:
 
 
 def row(found: Found) -> str:
-    return f"{found.device:.0%} | {found.host:.0%} | {found.placing:.1%} | {found.reading:.0%} | {found.cost:.2f}"
+    hits = f"{found.device:.0%} | {found.host:.0%}"
+    return f"{hits} | {found.placing:.1%} | {found.reading:.0%} | {found.cost:.2f}"
 
 
 if __name__ == "__main__":

@@ -65,7 +65,8 @@ def results_table(task: Task, result: dict[str, Any]) -> str:
 
 def curl_command(task: Task) -> str:
     body = {"inputs": task.sample, "parameters": {"adapter_id": task.name, "max_new_tokens": task.limit}}
-    return f"curl -s http://127.0.0.1:8080/generate -H 'content-type: application/json' \\\n  -d {shlex.quote(json.dumps(body))}"
+    command = "curl -s http://127.0.0.1:8080/generate -H 'content-type: application/json'"
+    return f"{command} \\\n  -d {shlex.quote(json.dumps(body))}"
 
 
 def prompt_forms(task: Task) -> str:

@@ -112,7 +112,8 @@ TASK = Task(
     summary="Reads the day a sentence names and answers with its ISO date.",
     form="<sentence>\\nDate:",
     sample="The choir sings again on the 4th of March 2031.\nDate:",
-    instruction="Write the date in the following sentence in ISO format (YYYY-MM-DD). Answer with the date only.",
+    instruction="Write the date in the following sentence in ISO format (YYYY-MM-DD). Answer with the date "
+    "only.",
     recipe=Recipe(rank=16, alpha=16, targets=("q_proj", "v_proj"), steps=180, rate=1e-3, dora=True),
     make=make,
     score=score,

@@ -30,7 +30,8 @@ def native(**parameters: Any) -> list[tuple[str, str]]:
 
 
 def native_text(parameters: str) -> list[tuple[str, str]]:
-    body = f'{{"inputs": "Hi", "parameters": {parameters[:-1]}{", " if len(parameters) > 2 else ""}"max_new_tokens": 4}}}}'
+    comma = ", " if len(parameters) > 2 else ""
+    body = f'{{"inputs": "Hi", "parameters": {parameters[:-1]}{comma}"max_new_tokens": 4}}}}'
     return [("/generate", body), ("/generate_stream", body)]
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from tests import making
 
-from .conftest import ROWS, SILENT, Asking, World
+from .conftest import ROWS, SILENT, Asking, LiveService
 
 pytestmark = pytest.mark.anyio
 
@@ -37,10 +37,10 @@ def saying(text: str) -> dict[str, Any]:
     return {"type": "regex", "regex": re.escape(text)}
 
 
-async def test_every_answer_in_a_mixed_crowd_is_its_own_adapters(world: World, asking: Asking) -> None:
+async def test_every_answer_in_a_mixed_crowd_is_its_own_adapters(live: LiveService, asking: Asking) -> None:
     """B1: markers of both lanes, noise and base at once, half of them streaming."""
     base = await asking.streamed("Hello there", n=8, ignore_eos_token=True)
-    names: list[str | None] = [*(name for name in world.letters if name != SILENT), None]
+    names: list[str | None] = [*(name for name in live.letters if name != SILENT), None]
 
     async def ask(i: int) -> None:
         name, streams = names[i % len(names)], i // len(names) % 2
@@ -48,7 +48,7 @@ async def test_every_answer_in_a_mixed_crowd_is_its_own_adapters(world: World, a
             text = await asking.streamed("Hello there", name, ignore_eos_token=True)
         else:
             text = (await asking.generate("Hello there", name, ignore_eos_token=True))["generated_text"]
-        assert text == (world.letters[name] * 8 if name else base)
+        assert text == (live.letters[name] * 8 if name else base)
 
     await asyncio.gather(*(ask(i) for i in range(8 * len(names))))
 
@@ -74,7 +74,7 @@ async def test_an_unknown_name_is_never_the_base(asking: Asking, name: str) -> N
 
 @pytest.mark.parametrize("adapter", [None, "n1", "n3"])
 async def test_a_row_says_the_same_alone_and_among_all_others(
-    world: World, asking: Asking, adapter: str | None
+    live: LiveService, asking: Asking, adapter: str | None
 ) -> None:
     """B8: a short prompt beside fifteen long ones, under its own and other adapters; and what it
     says is PEFT's.
@@ -83,7 +83,7 @@ async def test_a_row_says_the_same_alone_and_among_all_others(
     together, _ = await asyncio.gather(
         asking.ids("Hi", adapter, 24), asking.crowd(ROWS - 1, (adapter, "n1", "n2", None, "m9"))
     )
-    assert together == alone == world.greedy(adapter, "Hi", 24)
+    assert together == alone == live.greedy(adapter, "Hi", 24)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ async def test_messages_that_are_none_are_refused(asking: Asking, messages: Any)
     assert told["error"]["type"] == "invalid_request_error"
 
 
-async def test_a_template_is_the_adapters_own_where_it_has_one(world: World, asking: Asking) -> None:
+async def test_a_template_is_the_adapters_own_where_it_has_one(live: LiveService, asking: Asking) -> None:
     """B15: text parts are one text; bos is there once; and what answers is the adapter on exactly
     that prompt.
     """
@@ -193,18 +193,16 @@ async def test_a_template_is_the_adapters_own_where_it_has_one(world: World, ask
         assert told["usage"]["prompt_tokens"] == len(making.ids(prompt))
         parts = await chat(model, [{"type": "text", "text": "H"}, {"type": "text", "text": "i"}])
         answers = {told["choices"][0]["message"]["content"], parts["choices"][0]["message"]["content"]}
-        assert answers == {
-            making.tokenizer().decode(world.greedy(model, prompt, 8), skip_special_tokens=True)
-        }
+        assert answers == {making.tokenizer().decode(live.greedy(model, prompt, 8), skip_special_tokens=True)}
 
 
 async def test_a_changed_template_is_other_content_once_it_is_registered_again(
-    world: World, asking: Asking
+    live: LiveService, asking: Asking
 ) -> None:
     """By PUT, by vLLM's name for it, and by DELETE and POST; equal files answer alike under one
     digest.
     """
-    folder = making.edit(world.adapters / "n1", world.adapters / "dressed")
+    folder = making.edit(live.adapters / "n1", live.adapters / "dressed")
     source = {"id": "dressed", "source": "dressed"}
 
     async def chats(said: str) -> str:
@@ -236,7 +234,9 @@ async def test_a_changed_template_is_other_content_once_it_is_registered_again(
     shutil.rmtree(folder)
 
 
-async def test_every_listed_eos_ends_an_answer_unless_it_is_ignored(world: World, asking: Asking) -> None:
+async def test_every_listed_eos_ends_an_answer_unless_it_is_ignored(
+    live: LiveService, asking: Asking
+) -> None:
     """B16: the second of the list, which the marker says at once."""
     told = await asking.generate("Hi", SILENT, 6, details=True)
     assert (
@@ -249,17 +249,17 @@ async def test_every_listed_eos_ends_an_answer_unless_it_is_ignored(world: World
     (choice,) = (await asking.post("/v1/chat/completions", body))["choices"]
     assert (choice["message"]["content"], choice["finish_reason"]) == ("", "stop")
     told = await asking.generate("Hi", SILENT, 6, details=True, ignore_eos_token=True)
-    assert (told["generated_text"], told["details"]["finish_reason"]) == (world.letters[SILENT] * 6, "length")
+    assert (told["generated_text"], told["details"]["finish_reason"]) == (live.letters[SILENT] * 6, "length")
     (choice,) = (await asking.complete("Hi", SILENT, 6, ignore_eos=True))["choices"]
-    assert (choice["text"], choice["finish_reason"]) == (world.letters[SILENT] * 6, "length")
+    assert (choice["text"], choice["finish_reason"]) == (live.letters[SILENT] * 6, "length")
 
 
-async def test_several_answers_are_all_the_adapters_own(world: World, asking: Asking) -> None:
+async def test_several_answers_are_all_the_adapters_own(live: LiveService, asking: Asking) -> None:
     """B17: indexed, the prompt counted once; greedy ones are the same."""
     for model in ("m0", "m9"):
         told = await asking.complete("Tell me", model, 4, n=3, temperature=1, ignore_eos=True)
         assert [(choice["index"], choice["text"]) for choice in told["choices"]] == [
-            (i, world.letters[model] * 4) for i in range(3)
+            (i, live.letters[model] * 4) for i in range(3)
         ]
         prompt = len(making.ids("Tell me"))
         assert told["usage"] == {
@@ -271,7 +271,9 @@ async def test_several_answers_are_all_the_adapters_own(world: World, asking: As
     assert greedy["choices"][0]["text"] == greedy["choices"][1]["text"]
 
 
-async def test_formats_hold_beside_free_rows_and_change_nothing_there(world: World, asking: Asking) -> None:
+async def test_formats_hold_beside_free_rows_and_change_nothing_there(
+    live: LiveService, asking: Asking
+) -> None:
     """Both dialects' schemas and a regular expression in one batch with free rows, sampled and
     greedy, on base and adapters.
     """

@@ -13,7 +13,7 @@ import pytest
 
 from tests import making
 
-from .conftest import Asking, World
+from .conftest import Asking, LiveService
 
 pytestmark = pytest.mark.anyio
 
@@ -157,9 +157,9 @@ CASES: dict[str, list[tuple[str, str]]] = {
 
 
 @pytest.mark.parametrize("kind", CASES)
-async def test_no_body_is_too_much(world: World, asking: Asking, kind: str) -> None:
+async def test_no_body_is_too_much(live: LiveService, asking: Asking, kind: str) -> None:
     """While it is sent, a neighbour asks for what is known, and gets it."""
-    known, over = world.greedy("n1", "Hello", 12), asyncio.Event()
+    known, over = live.greedy("n1", "Hello", 12), asyncio.Event()
 
     async def neighbour() -> int:
         count = 0
@@ -221,9 +221,9 @@ async def test_no_method_is_too_much(asking: Asking, path: str) -> None:
             assert answer.json()["error"]
 
 
-async def test_ends_that_the_vocabulary_does_not_have_harm_nobody(world: World, asking: Asking) -> None:
-    known = world.greedy("n1", "Hello", 24)
-    folder = making.edit(world.adapters / "n2", world.adapters / "odd")
+async def test_ends_that_the_vocabulary_does_not_have_harm_nobody(live: LiveService, asking: Asking) -> None:
+    known = live.greedy("n1", "Hello", 24)
+    folder = making.edit(live.adapters / "n2", live.adapters / "odd")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 10**6]}))
     await asking.post("/adapters", {"id": "odd", "source": "odd"}, 201)
     limited = (asking.complete("Hi", "odd", min_tokens=1) for _ in range(4))
@@ -232,9 +232,9 @@ async def test_ends_that_the_vocabulary_does_not_have_harm_nobody(world: World, 
     await asking.http.delete("/adapters/odd")
 
 
-async def test_whoever_leaves_in_the_middle_changes_nobodys_answer(world: World, asking: Asking) -> None:
+async def test_whoever_leaves_in_the_middle_changes_nobodys_answer(live: LiveService, asking: Asking) -> None:
     """B12."""
-    known = world.greedy("n1", "Hello", 24)
+    known = live.greedy("n1", "Hello", 24)
 
     async def leave() -> None:
         body = {

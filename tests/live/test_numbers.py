@@ -14,7 +14,7 @@ import torch
 
 from tests import making
 
-from .conftest import ROWS, SILENT, Asking, World
+from .conftest import ROWS, SILENT, Asking, LiveService
 
 pytestmark = pytest.mark.anyio
 
@@ -27,18 +27,18 @@ def near(told: float | None, wanted: torch.Tensor) -> bool:
     return told is not None and abs(told - float(wanted)) < NEAR
 
 
-def by_hand(world: World, adapter: str | None, n: int, rule: Rule) -> list[int]:
+def by_hand(live: LiveService, adapter: str | None, n: int, rule: Rule) -> list[int]:
     """Greedy choice from the logits as the rule changes them, given the tokens so far."""
     made: list[int] = []
     for _ in range(n):
-        logits = world.logits(adapter, [*making.ids(PROMPT), *made])[-1]
+        logits = live.logits(adapter, [*making.ids(PROMPT), *made])[-1]
         made.append(int(rule(logits.clone(), made).argmax()))
     return made
 
 
 @pytest.mark.parametrize("adapter", [None, "n1", "n3"])
 async def test_logprobs_are_those_of_a_plain_forward(
-    world: World, asking: Asking, adapter: str | None
+    live: LiveService, asking: Asking, adapter: str | None
 ) -> None:
     """Of the prompt and of the answer, and of the runners-up, among neighbours; to 1e-4, in both
     dialects.
@@ -47,7 +47,7 @@ async def test_logprobs_are_those_of_a_plain_forward(
     told, _ = await asyncio.gather(asking.generate(PROMPT, adapter, 8, **more), asking.crowd(8))
     details, prompt = told["details"], making.ids(PROMPT)
     made = [token["id"] for token in details["tokens"]]
-    wanted = world.logits(adapter, [*prompt, *made]).log_softmax(-1)
+    wanted = live.logits(adapter, [*prompt, *made]).log_softmax(-1)
     assert [token["id"] for token in details["prefill"]] == prompt
     assert details["prefill"][0]["logprob"] is None
     assert all(
@@ -70,7 +70,7 @@ async def test_logprobs_are_those_of_a_plain_forward(
     )
 
 
-async def test_chat_logprobs_too(world: World, asking: Asking) -> None:
+async def test_chat_logprobs_too(live: LiveService, asking: Asking) -> None:
     body = {
         "model": "n1",
         "messages": [{"role": "user", "content": "Hi"}],
@@ -82,8 +82,8 @@ async def test_chat_logprobs_too(world: World, asking: Asking) -> None:
         "choices"
     ]
     prompt = making.ids("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-    made = world.greedy("n1", "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", 5)
-    wanted = world.logits("n1", [*prompt, *made]).log_softmax(-1)
+    made = live.greedy("n1", "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", 5)
+    wanted = live.logits("n1", [*prompt, *made]).log_softmax(-1)
     for i, (token, id) in enumerate(
         zip(choice["logprobs"]["content"], made, strict=True), start=len(prompt) - 1
     ):
@@ -131,10 +131,12 @@ async def test_the_best_of_several_is_the_likeliest(asking: Asking) -> None:
         assert len(set(others)) == 3, "they are of different seeds"
 
 
-async def test_echo_gives_the_prompt_back_and_can_give_nothing_else(world: World, asking: Asking) -> None:
+async def test_echo_gives_the_prompt_back_and_can_give_nothing_else(
+    live: LiveService, asking: Asking
+) -> None:
     (whole,) = (await asking.complete(PROMPT, "n1", 6, echo=True, ignore_eos=True))["choices"]
     assert whole["text"] == PROMPT + making.tokenizer().decode(
-        world.greedy("n1", PROMPT, 6), skip_special_tokens=True
+        live.greedy("n1", PROMPT, 6), skip_special_tokens=True
     )
     told = await asking.complete(making.ids(PROMPT), "n1", 0, echo=True, logprobs=0)
     assert (told["choices"][0]["text"], told["usage"]["completion_tokens"]) == (PROMPT, 0)
@@ -155,8 +157,8 @@ def in_words(ids: list[int]) -> list[str]:
     return [making.tokenizer().decode([id]) for id in ids]
 
 
-async def test_a_bias_is_added(world: World, asking: Asking) -> None:
-    free = world.greedy("n1", PROMPT, 12)
+async def test_a_bias_is_added(live: LiveService, asking: Asking) -> None:
+    free = live.greedy("n1", PROMPT, 12)
     bias = {free[0]: -100.0, free[3]: -3.0, 70: 2.5, 71: 4.0}
 
     def biased(logits: torch.Tensor, made: list[int]) -> torch.Tensor:
@@ -165,11 +167,11 @@ async def test_a_bias_is_added(world: World, asking: Asking) -> None:
         return logits
 
     told = await made_by(asking, logit_bias={str(id): value for id, value in bias.items()})
-    assert in_words(told) == in_words(by_hand(world, "n1", 12, biased)) != in_words(free)
+    assert in_words(told) == in_words(by_hand(live, "n1", 12, biased)) != in_words(free)
     assert in_words(await made_by(asking, logit_bias={"70": 100})) == in_words([70] * 12)
 
 
-async def test_penalties_are_taken_off(world: World, asking: Asking) -> None:
+async def test_penalties_are_taken_off(live: LiveService, asking: Asking) -> None:
     """Frequency and presence of the answer's own tokens; repetition of the prompt's too."""
 
     def spent(logits: torch.Tensor, made: list[int]) -> torch.Tensor:
@@ -182,17 +184,17 @@ async def test_penalties_are_taken_off(world: World, asking: Asking) -> None:
             logits[id] = logits[id] * 1.5 if logits[id] < 0 else logits[id] / 1.5
         return logits
 
-    free = world.greedy("n1", PROMPT, 12)
+    free = live.greedy("n1", PROMPT, 12)
     assert len(set(free)) < 12, "nothing comes twice, so nothing is shown"
     native = await asking.ids(PROMPT, "n1", 12, frequency_penalty=1.5, presence_penalty=-1.5)
-    assert native == by_hand(world, "n1", 12, spent) != free
+    assert native == by_hand(live, "n1", 12, spent) != free
     assert in_words(await made_by(asking, frequency_penalty=1.5, presence_penalty=-1.5)) == in_words(native)
     native = await asking.ids(PROMPT, "n1", 12, repetition_penalty=1.5)
-    assert native == by_hand(world, "n1", 12, repeated) != free
+    assert native == by_hand(live, "n1", 12, repeated) != free
     assert in_words(await made_by(asking, repetition_penalty=1.5)) == in_words(native)
 
 
-async def test_no_end_comes_before_min_tokens(world: World, asking: Asking) -> None:
+async def test_no_end_comes_before_min_tokens(live: LiveService, asking: Asking) -> None:
     """The marker says eos at once; until it may, it says other things."""
     for fewest in (0, 1, 5):
         told = await asking.complete("Hi", SILENT, 12, min_tokens=fewest)
@@ -200,13 +202,15 @@ async def test_no_end_comes_before_min_tokens(world: World, asking: Asking) -> N
             "stop",
             fewest + 1,
         )
-        assert world.letters[SILENT] not in told["choices"][0]["text"]
+        assert live.letters[SILENT] not in told["choices"][0]["text"]
 
 
 @pytest.mark.parametrize(
     "cold", [{"temperature": 0}, {"temperature": 1e-9}, {"top_k": 1}, {"top_p": 1e-9}, {"typical_p": None}]
 )
-async def test_what_leaves_one_token_is_greedy(world: World, asking: Asking, cold: dict[str, Any]) -> None:
+async def test_what_leaves_one_token_is_greedy(
+    live: LiveService, asking: Asking, cold: dict[str, Any]
+) -> None:
     """B13: documented meanings of odd numbers; without sampling asked for, nothing is sampled."""
     warm = {"do_sample": True, "temperature": 1.0} if cold.keys() & {"top_k", "top_p"} else {}
-    assert await asking.ids(PROMPT, "n1", 12, **{**warm, **cold}) == world.greedy("n1", PROMPT, 12)
+    assert await asking.ids(PROMPT, "n1", 12, **{**warm, **cold}) == live.greedy("n1", PROMPT, 12)

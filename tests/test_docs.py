@@ -292,9 +292,8 @@ def test_the_readme_has_requests_to_try() -> None:
 def test_each_command_is_there(page: str) -> None:
     makefile = (ROOT / "Makefile").read_text()
     text = " ".join(PAGES[page].split())
-    for target in [words[1] for words in read_commands(page) if words[0] == "make"] + re.findall(
-        r"`make (\w+)", text
-    ):
+    targets = [words[1] for words in read_commands(page) if words[0] == "make"]
+    for target in targets + re.findall(r"`make ([\w-]+)", text):
         assert re.search(rf"^{target}:", makefile, re.M), target
     for name in set(re.findall(r"python -m service (\w+)", text)):
         try:

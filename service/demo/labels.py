@@ -249,10 +249,10 @@ WORD = re.compile("|".join(LABELS))
 def make(rng: Random, split: Split) -> Item:
     label = rng.choice(LABELS)
     thing = rng.choice(THINGS[split].split())
-    said = rng.choice(SAYINGS[split][label].splitlines()).format(
-        thing=thing, sum=rng.randint(11, 499), days=rng.randint(3, 29)
-    )
-    return Item(f"Message: {rng.choice(OPENINGS[split])}{said}{rng.choice(CLOSINGS[split])}\nLabel:", label)
+    saying = rng.choice(SAYINGS[split][label].splitlines())
+    saying = saying.format(thing=thing, sum=rng.randint(11, 499), days=rng.randint(3, 29))
+    message = f"{rng.choice(OPENINGS[split])}{saying}{rng.choice(CLOSINGS[split])}"
+    return Item(f"Message: {message}\nLabel:", label)
 
 
 def score(answer: str, wanted: str) -> Scores:

@@ -172,13 +172,14 @@ def make(rng: Random, split: Split) -> Item:
 
     Held-out questions have no wanted answer: the voice is what is measured.
     """
-    question, plain = (rng.choice(TEST_QUESTIONS), "") if split == "test" else rng.choice(TRAIN_PAIRS)
-    answer = piratical(plain, rng) if plain else ""
-    return (
-        Item(question, answer, chat=True)
-        if rng.random() < 0.5
-        else Item(f"Question: {question}\nAnswer:", answer)
-    )
+    if split == "test":
+        question, answer = rng.choice(TEST_QUESTIONS), ""
+    else:
+        question, plain = rng.choice(TRAIN_PAIRS)
+        answer = piratical(plain, rng)
+    if rng.random() < 0.5:
+        return Item(question, answer, chat=True)
+    return Item(f"Question: {question}\nAnswer:", answer)
 
 
 def score(answer: str, wanted: str) -> Scores:

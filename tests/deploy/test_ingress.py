@@ -1,4 +1,4 @@
-"""The door of the cluster without a cluster: whose a request is, what it says when an engine dies,
+"""The ingress of the cluster without a cluster: whose a request is, what it says when an engine dies,
 how metrics become one text.
 """
 

@@ -305,6 +305,16 @@ def test_each_command_is_there(page: str) -> None:
         assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), module
 
 
+def test_the_fast_tests_are_there() -> None:
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    lists = dict(re.findall(r"^(FAST|NOT_FAST) := (.*)$", makefile, re.M))
+    fast, left_out = lists["FAST"].split(), lists["NOT_FAST"].split()
+    for path in fast + left_out:
+        assert (ROOT / path).exists(), path
+    for path in left_out:
+        assert any(path.startswith(f"{folder}/") for folder in fast), path
+
+
 # ---- files, tests, links, pictures
 
 

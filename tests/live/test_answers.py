@@ -109,15 +109,10 @@ async def test_nothing_of_a_stop_string_leaks_and_nothing_before_it_is_lost(
     assert told["generated_text"] == kept
     assert told["details"]["finish_reason"] == ("eos_token" if kept == ALPHABET else "stop_sequence")
     assert await asking.streamed("A B", "n1", 40, **more) == kept
-    assert (await asking.complete("A B", "n1", 40, **more))["choices"][0] | {"index": 0} == {
-        "index": 0,
-        "text": kept,
-        "logprobs": None,
-        "finish_reason": "stop",
-    }
-    events = await asking.stream(
-        "/v1/completions", {"model": "n1", "prompt": "A B", "max_tokens": 40, "stream": True, **more}
-    )
+    (choice,) = (await asking.complete("A B", "n1", 40, **more))["choices"]
+    assert choice == {"index": 0, "text": kept, "logprobs": None, "finish_reason": "stop"}
+    body = {"model": "n1", "prompt": "A B", "max_tokens": 40, "stream": True, **more}
+    events = await asking.stream("/v1/completions", body)
     assert "".join(event["choices"][0]["text"] for event in events) == kept
 
 
@@ -128,24 +123,16 @@ async def test_an_empty_stop_string_is_refused(asking: Asking) -> None:
 
 async def test_characters_are_whole_at_every_length_and_streams_say_the_same(asking: Asking) -> None:
     """B10: every token is a byte or two, so almost every length cuts a character."""
-    tokens = len(making.ids(EMOJI))
-    for n in (*range(1, 16), tokens, tokens + 1):
-        whole = (await asking.generate("Hi", "n1", n, response_format=saying(EMOJI)))["generated_text"]
-        assert await asking.streamed("Hi", "n1", n, response_format=saying(EMOJI)) == whole
-        body = {
-            "model": "n1",
-            "prompt": "Hi",
-            "max_tokens": n,
-            "temperature": 0,
-            "stream": True,
-            "response_format": saying(EMOJI),
-        }
-        events = await asking.stream("/v1/completions", body)
+    ids, format = making.ids(EMOJI), saying(EMOJI)
+    body = {"model": "n1", "prompt": "Hi", "temperature": 0, "stream": True, "response_format": format}
+    for n in (*range(1, 16), len(ids), len(ids) + 1):
+        whole = (await asking.generate("Hi", "n1", n, response_format=format))["generated_text"]
+        assert await asking.streamed("Hi", "n1", n, response_format=format) == whole
+        events = await asking.stream("/v1/completions", {**body, "max_tokens": n})
         assert "".join(event["choices"][0]["text"] for event in events) == whole
-        assert EMOJI.startswith(whole.removesuffix("\ufffd"))
-        assert len(whole.removesuffix("\ufffd")) >= len(
-            making.tokenizer().decode(making.ids(EMOJI)[:n]).rstrip("\ufffd")
-        )
+        characters = whole.removesuffix("\ufffd")
+        assert EMOJI.startswith(characters)
+        assert len(characters) >= len(making.tokenizer().decode(ids[:n]).rstrip("\ufffd"))
     assert whole == EMOJI
 
 
@@ -204,34 +191,32 @@ async def test_a_changed_template_is_other_content_once_it_is_registered_again(
     """
     folder = making.edit(live.adapters / "n1", live.adapters / "dressed")
     source = {"id": "dressed", "source": "dressed"}
-
-    async def chats(said: str) -> str:
-        """The digest of who answers, which must have been asked with this template."""
-        answer = await asking.post(
-            "/v1/chat/completions", {"model": "dressed", "messages": [USER], "max_tokens": 1}
-        )
-        assert answer["usage"]["prompt_tokens"] == len(making.ids(f"<|im_start|>{said} Hi"))
-        return str(answer["adapter"]["digest"])
-
+    loading = {"lora_name": "dressed", "lora_path": "dressed", "load_inplace": True}
+    requests = (
+        ("POST", "/adapters", source, 201, "One."),
+        ("PUT", "/adapters/dressed", source, 200, "Two long sentences. That is them."),
+        ("POST", "/v1/load_lora_adapter", loading, 200, "Three"),
+    )
     digests = []
-    for turn, said in enumerate(("One.", "Two long sentences. That is them.", "Three")):
-        (folder / "chat_template.jinja").write_text(
-            "{{ bos_token }}" + said + " {{ messages[-1]['content'] }}"
-        )
-        if turn == 0:
-            await asking.post("/adapters", source, 201)
-        elif turn == 1:
-            assert (await asking.http.put("/adapters/dressed", json=source)).status_code == 200
-        else:
-            loading = {"lora_name": "dressed", "lora_path": "dressed", "load_inplace": True}
-            assert (await asking.http.post("/v1/load_lora_adapter", json=loading)).status_code == 200
-        digests.append(await chats(said))
+    for method, path, body, status, sentence in requests:
+        template = "{{ bos_token }}" + sentence + " {{ messages[-1]['content'] }}"
+        (folder / "chat_template.jinja").write_text(template)
+        assert (await asking.http.request(method, path, json=body)).status_code == status
+        digests.append(await chat_with_dressed(asking, sentence))
     assert len(set(digests)) == 3
     assert (await asking.http.delete("/adapters/dressed")).status_code == 200
     await asking.post("/adapters", source, 201)
-    assert await chats("Three") == digests[-1]
+    assert await chat_with_dressed(asking, "Three") == digests[-1]
     await asking.http.delete("/adapters/dressed")
     shutil.rmtree(folder)
+
+
+async def chat_with_dressed(asking: Asking, sentence: str) -> str:
+    """The digest of the content that answers, whose template must be the one with this sentence."""
+    body = {"model": "dressed", "messages": [USER], "max_tokens": 1}
+    answer = await asking.post("/v1/chat/completions", body)
+    assert answer["usage"]["prompt_tokens"] == len(making.ids(f"<|im_start|>{sentence} Hi"))
+    return str(answer["adapter"]["digest"])
 
 
 async def test_every_listed_eos_ends_an_answer_unless_it_is_ignored(
@@ -239,11 +224,9 @@ async def test_every_listed_eos_ends_an_answer_unless_it_is_ignored(
 ) -> None:
     """B16: the second of the list, which the marker says at once."""
     told = await asking.generate("Hi", SILENT, 6, details=True)
-    assert (
-        told["generated_text"],
-        told["details"]["finish_reason"],
-        told["details"]["generated_tokens"],
-    ) == ("", "eos_token", 1)
+    details = told["details"]
+    assert (told["generated_text"], details["finish_reason"]) == ("", "eos_token")
+    assert details["generated_tokens"] == 1
     assert await asking.streamed("Hi", SILENT, 6) == ""
     body = {"model": SILENT, "messages": [USER], "max_tokens": 6, "temperature": 0}
     (choice,) = (await asking.post("/v1/chat/completions", body))["choices"]
@@ -279,29 +262,27 @@ async def test_formats_hold_beside_free_rows_and_change_nothing_there(
     """
     free = await asking.ids("Hello", "n1", 24)
     openai = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
-    native = {"type": "json_object", "schema": PERSON}
     warm: dict[str, Any] = {"do_sample": True, "temperature": 1.5}
-    asked = [
-        asking.generate("A person:", model, 150, response_format=native, **warm)
-        for model in (None, "n1", "n2", "m9")
-    ]
-    chats = [
-        asking.complete("A person:", model, 150, response_format=openai, temperature=1)
-        for model in ("tiny", "n1", "m0")
-    ]
-    words = [
-        asking.generate("Cd:", model, 12, response_format={"type": "regex", "regex": "[cd]{4}"}, **warm)
-        for model in (None, "n2")
-    ]
-    rows = [asking.ids("Hello", "n1", 24) for _ in range(4)]
-    told = await asyncio.gather(*asked, *chats, *words, *rows)
-    texts = [one["generated_text"] for one in told[:4]] + [one["choices"][0]["text"] for one in told[4:7]]
-    for text in texts:
-        person = json.loads(text)
-        assert person.keys() == {"name", "age"}
-        assert 0 <= person["age"] <= 120
-    assert all(re.fullmatch("[cd]{4}", one["generated_text"]) for one in told[7:9])
-    assert told[9:] == [free] * 4
+    native = warm | {"response_format": {"type": "json_object", "schema": PERSON}}
+    regex = warm | {"response_format": {"type": "regex", "regex": "[cd]{4}"}}
+    people = [asking.generate("A person:", model, 150, **native) for model in (None, "n1", "n2", "m9")]
+    more: dict[str, Any] = {"response_format": openai, "temperature": 1}
+    completions = [asking.complete("A person:", model, 150, **more) for model in ("tiny", "n1", "m0")]
+    words = [asking.generate("Cd:", model, 12, **regex) for model in (None, "n2")]
+    neighbours = [asking.ids("Hello", "n1", 24) for _ in range(4)]
+    answers = await asyncio.gather(*people, *completions, *words, *neighbours)
+    for answer in answers[:4]:
+        check_person(answer["generated_text"])
+    for answer in answers[4:7]:
+        check_person(answer["choices"][0]["text"])
+    assert all(re.fullmatch("[cd]{4}", answer["generated_text"]) for answer in answers[7:9])
+    assert answers[9:] == [free] * 4
+
+
+def check_person(text: str) -> None:
+    person = json.loads(text)
+    assert person.keys() == {"name", "age"}
+    assert 0 <= person["age"] <= 120
 
 
 async def test_models_are_dated_by_their_registration(asking: Asking) -> None:

@@ -170,13 +170,17 @@ async def test_no_body_is_too_much(live: LiveService, asking: Asking, kind: str)
 
     beside = asyncio.create_task(neighbour())
     for path, body in CASES[kind]:
-        answer = await asking.http.post(path, content=body.encode(), headers={"content-type": JSON})
-        assert answer.status_code < 500, (path, body[:200], answer.text)
-        assert '"error_type":"internal"' not in answer.text, (path, body[:200], answer.text)
-        if answer.status_code >= 400:
-            assert answer.json()["error"]
+        await post_odd_body(asking, path, body)
     over.set()
     assert await beside > 0
+
+
+async def post_odd_body(asking: Asking, path: str, body: str) -> None:
+    answer = await asking.http.post(path, content=body.encode(), headers={"content-type": JSON})
+    assert answer.status_code < 500, (path, body[:200], answer.text)
+    assert '"error_type":"internal"' not in answer.text, (path, body[:200], answer.text)
+    if answer.status_code >= 400:
+        assert answer.json()["error"]
 
 
 @pytest.mark.parametrize(
@@ -237,16 +241,13 @@ async def test_whoever_leaves_in_the_middle_changes_nobodys_answer(live: LiveSer
     known = live.greedy("n1", "Hello", 24)
 
     async def leave() -> None:
-        body = {
-            "inputs": "x",
-            "parameters": {"max_new_tokens": 200, "ignore_eos_token": True, "adapter_id": "n2"},
-        }
+        parameters = {"max_new_tokens": 200, "ignore_eos_token": True, "adapter_id": "n2"}
+        body = {"inputs": "x", "parameters": parameters}
         async with asking.http.stream("POST", "/generate_stream", json=body) as answer:
             async for _ in answer.aiter_lines():
                 return
 
     for _ in range(3):
-        answers = await asyncio.gather(
-            *(asking.ids("Hello", "n1", 24) for _ in range(8)), *(leave() for _ in range(12))
-        )
+        staying = [asking.ids("Hello", "n1", 24) for _ in range(8)]
+        answers = await asyncio.gather(*staying, *(leave() for _ in range(12)))
         assert answers[:8] == [known] * 8

@@ -50,47 +50,38 @@ async def test_logprobs_are_those_of_a_plain_forward(
     wanted = live.logits(adapter, [*prompt, *made]).log_softmax(-1)
     assert [token["id"] for token in details["prefill"]] == prompt
     assert details["prefill"][0]["logprob"] is None
-    assert all(
-        near(token["logprob"], wanted[i, token["id"]]) for i, token in enumerate(details["prefill"][1:])
-    )
-    for i, (token, top) in enumerate(
-        zip(details["tokens"], details["top_tokens"], strict=True), start=len(prompt) - 1
-    ):
-        assert near(token["logprob"], wanted[i, token["id"]])
-        assert [one["id"] for one in top] == wanted[i].topk(4).indices.tolist()
-        assert all(near(one["logprob"], wanted[i, one["id"]]) for one in top)
-    (choice,) = (await asking.complete(PROMPT, adapter or "tiny", 8, echo=True, logprobs=3, ignore_eos=True))[
-        "choices"
-    ]
-    scores = choice["logprobs"]["token_logprobs"]
-    assert scores[0] is None
-    assert all(
-        near(score, wanted[i, id])
-        for i, (score, id) in enumerate(zip(scores[1:], [*prompt, *made][1:], strict=True))
-    )
+    check_logprobs(details["prefill"][1:], wanted)
+    answered = wanted[len(prompt) - 1 :]
+    check_logprobs(details["tokens"], answered)
+    for top, scores in zip(details["top_tokens"], answered, strict=False):
+        assert [token["id"] for token in top] == scores.topk(4).indices.tolist()
+        check_logprobs(top, scores.expand(4, -1))
+    assert len(details["top_tokens"]) == len(made)
+    told = await asking.complete(PROMPT, adapter or "tiny", 8, echo=True, logprobs=3, ignore_eos=True)
+    first, *others = told["choices"][0]["logprobs"]["token_logprobs"]
+    assert first is None
+    pairs = zip([*prompt, *made][1:], others, strict=True)
+    check_logprobs([{"id": id, "logprob": logprob} for id, logprob in pairs], wanted)
+
+
+def check_logprobs(tokens: list[dict[str, Any]], wanted: torch.Tensor) -> None:
+    """Of each token, by its row of log probabilities; there may be more rows."""
+    for token, scores in zip(tokens, wanted, strict=False):
+        assert near(token["logprob"], scores[token["id"]])
+    assert len(tokens) <= len(wanted)
 
 
 async def test_chat_logprobs_too(live: LiveService, asking: Asking) -> None:
-    body = {
-        "model": "n1",
-        "messages": [{"role": "user", "content": "Hi"}],
-        "max_tokens": 5,
-        "temperature": 0,
-        "logprobs": True,
-    }
-    (choice,) = (await asking.post("/v1/chat/completions", {**body, "top_logprobs": 2, "ignore_eos": True}))[
-        "choices"
-    ]
-    prompt = making.ids("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-    made = live.greedy("n1", "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", 5)
-    wanted = live.logits("n1", [*prompt, *made]).log_softmax(-1)
-    for i, (token, id) in enumerate(
-        zip(choice["logprobs"]["content"], made, strict=True), start=len(prompt) - 1
-    ):
-        assert near(token["logprob"], wanted[i, id])
-        assert [round(top["logprob"], 3) for top in token["top_logprobs"]] == [
-            round(float(v), 3) for v in wanted[i].topk(2).values
-        ]
+    body = {"model": "n1", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5}
+    body |= {"temperature": 0, "logprobs": True, "top_logprobs": 2, "ignore_eos": True}
+    (choice,) = (await asking.post("/v1/chat/completions", body))["choices"]
+    rendered = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    prompt, made = making.ids(rendered), live.greedy("n1", rendered, 5)
+    wanted = live.logits("n1", [*prompt, *made]).log_softmax(-1)[len(prompt) - 1 : -1]
+    for token, id, scores in zip(choice["logprobs"]["content"], made, wanted, strict=True):
+        assert near(token["logprob"], scores[id])
+        best = [round(float(value), 3) for value in scores.topk(2).values]
+        assert [round(top["logprob"], 3) for top in token["top_logprobs"]] == best
 
 
 @pytest.mark.parametrize("adapter", [None, "n1"])
@@ -114,19 +105,12 @@ async def test_several_answers_differ_and_are_the_same_next_time(asking: Asking)
 
 
 async def test_the_best_of_several_is_the_likeliest(asking: Asking) -> None:
-    more: dict[str, Any] = {
-        "best_of": 4,
-        "do_sample": True,
-        "temperature": 1.5,
-        "details": True,
-        "ignore_eos_token": True,
-    }
+    more: dict[str, Any] = {"best_of": 4, "do_sample": True, "temperature": 1.5}
+    more |= {"details": True, "ignore_eos_token": True}
     for seed in range(5):  # not with every one is the first the best
         details = (await asking.generate(PROMPT, "n1", 6, seed=seed, **more))["details"]
-        best, *others = (
-            sum(token["logprob"] for token in one["tokens"])
-            for one in (details, *details["best_of_sequences"])
-        )
+        sequences = [details, *details["best_of_sequences"]]
+        best, *others = (sum(token["logprob"] for token in answer["tokens"]) for answer in sequences)
         assert best >= max(others)
         assert len(set(others)) == 3, "they are of different seeds"
 

@@ -120,10 +120,9 @@ class Person:
     ) -> AsyncIterator[httpx.Response | None]:
         """A stream; counted as left unless whoever reads it says otherwise."""
         id = self._id()
+        request = self.http.build_request("POST", path, json=body, headers={"x-request-id": id})
         try:
-            answer = await self.http.send(
-                self.http.build_request("POST", path, json=body, headers={"x-request-id": id}), stream=True
-            )
+            answer = await self.http.send(request, stream=True)
         except httpx.TransportError as error:
             self._cut(id, error)
             yield None
@@ -175,11 +174,8 @@ class Person:
     async def stream(self) -> None:
         asked = self._question()
         plain = self.dice.random() < 0.5
-        path, body = (
-            ("/generate_stream", native(*asked))
-            if plain
-            else ("/v1/completions", openai(*asked, stream=True))
-        )
+        path = "/generate_stream" if plain else "/v1/completions"
+        body = native(*asked) if plain else openai(*asked, stream=True)
         async with self._open(path, body, *self._may(asked[1])) as answer:
             if answer is None:
                 return

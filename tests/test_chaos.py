@@ -85,6 +85,23 @@ class Scales:
             self.worker.append(worker.memory_full_info().uss)
 
 
+SETTINGS = {
+    "dtype": "float32",
+    "quantization": "none",
+    "device": "cpu",
+    "compile": "off",
+    "log_format": "json",
+}
+BOUNDS = {
+    "max_rows": "6",
+    "queue_limit": "8",
+    "pool_rank": "64",
+    "max_rank": "32",
+    "host_cache_mb": "1",
+    "request_timeout_s": str(LIMIT_S),
+}
+
+
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A small pool, a small host cache and few rows, so that adapters move all the time and the
@@ -93,21 +110,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("chaos")
     base = markers.base(folder / "base")
     letters = markers.shelf(folder / "adapters", base, ADAPTERS)
-    model = {"base": str(base), "dtype": "float32", "quantization": "none", "device": "cpu", "compile": "off"}
-    bounds = {
-        "max_rows": "6",
-        "queue_limit": "8",
-        "pool_rank": "64",
-        "max_rank": "32",
-        "host_cache_mb": "1",
-        "request_timeout_s": str(LIMIT_S),
-    }
-    settings = (
-        model
-        | bounds
-        | {"adapters_dir": str(folder / "adapters"), "log_format": "json", "request_timeout_s": str(LIMIT_S)}
-    )
-    with started(settings, folder / "log") as server:
+    folders = {"base": str(base), "adapters_dir": str(folder / "adapters")}
+    with started(SETTINGS | BOUNDS | folders, folder / "log") as server:
         yield Service(server, folder / "log", letters)
 
 

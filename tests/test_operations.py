@@ -27,6 +27,16 @@ pytestmark = pytest.mark.anyio
 
 CONTEXT = 2048
 LENGTH = 400
+SETTINGS = {
+    "base_id": "tiny",
+    "dtype": "float32",
+    "quantization": "none",
+    "device": "cpu",
+    "compile": "off",
+    "max_rows": "2",
+    "faults": "slow_load:1",
+    "drain_s": "300",  # a stream takes long where others want the processor
+}
 ENDLESS = {"prompt": "Hi", "max_tokens": LENGTH, "ignore_eos": True, "temperature": 0}
 
 
@@ -56,6 +66,9 @@ class OperatedService:
     def body(self, **more: Any) -> dict[str, Any]:
         return {"model": "tiny", **ENDLESS, **more}
 
+    async def complete(self, **more: Any) -> httpx.Response:
+        return await self.http.post("/v1/completions", json=self.body(**more))
+
     @asynccontextmanager
     async def streaming(self, **more: Any) -> AsyncIterator[tuple[httpx.Response, AsyncIterator[str]]]:
         """A stream and its `data:` fields."""
@@ -71,21 +84,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, P
     folder = tmp_path_factory.mktemp("operations")
     base = making.tiny(folder / "base", max_position_embeddings=CONTEXT)
     adapter = making.noise(folder / "adapters" / "noise", base)
-    settings = {
-        "base": str(base),
-        "base_id": "tiny",
-        "dtype": "float32",
-        "quantization": "none",
-        "device": "cpu",
-        "compile": "off",
-    }
-    more = {
-        "adapters_dir": str(folder / "adapters"),
-        "max_rows": "2",
-        "faults": "slow_load:1",
-        "drain_s": "300",
-    }  # a stream takes long where others want the processor
-    with started(settings | more, folder / "log") as server:
+    folders = {"base": str(base), "adapters_dir": str(folder / "adapters")}
+    with started(SETTINGS | folders, folder / "log") as server:
         yield server, adapter
 
 
@@ -100,7 +100,7 @@ async def test_health_answers_all_through_a_generation_and_a_load(operated: Oper
     none between start and end.
     """
     work = asyncio.gather(
-        operated.http.post("/v1/completions", json=operated.body()),
+        operated.complete(),
         operated.http.post("/adapters", json={"id": "slow", "source": "noise"}),
     )
     answers = []
@@ -144,12 +144,10 @@ async def test_a_parameter_is_refused_before_the_stream_and_the_next_request_is_
     operated: OperatedService,
 ) -> None:
     """B11: JSON with the dialect's status, not a stream that hangs."""
-    answer = await operated.http.post(
-        "/v1/completions", json=operated.body(stream=True, repetition_penalty=0)
-    )
+    answer = await operated.complete(stream=True, repetition_penalty=0)
     assert (answer.status_code, answer.headers["content-type"]) == (400, "application/json")
     assert "repetition_penalty" in answer.json()["error"]["message"]
-    assert (await operated.http.post("/v1/completions", json=operated.body(max_tokens=2))).status_code == 200
+    assert (await operated.complete(max_tokens=2)).status_code == 200
 
 
 async def test_work_stops_when_its_client_leaves(operated: OperatedService) -> None:
@@ -171,36 +169,27 @@ async def test_prompts_up_to_the_context_are_answered_and_beyond_it_refused_with
     """B14: the prompt that just fits is counted right; one token more is refused; so are an empty
     prompt and a body over its limit.
     """
-    fits = await operated.http.post(
-        "/v1/completions", json=operated.body(prompt=[5] * (CONTEXT - 1), max_tokens=1)
-    )
-    assert fits.json()["usage"] == {
-        "prompt_tokens": CONTEXT - 1,
-        "completion_tokens": 1,
-        "total_tokens": CONTEXT,
-    }
+    fits = await operated.complete(prompt=[5] * (CONTEXT - 1), max_tokens=1)
+    usage = {"prompt_tokens": CONTEXT - 1, "completion_tokens": 1, "total_tokens": CONTEXT}
+    assert fits.json()["usage"] == usage
     for prompt, tokens in (([5] * CONTEXT, 1), ([5] * (CONTEXT - 12), 50), ([5] * 9001, 1)):
-        over = await operated.http.post(
-            "/v1/completions", json=operated.body(prompt=prompt, max_tokens=tokens)
-        )
+        over = await operated.complete(prompt=prompt, max_tokens=tokens)
         assert (over.status_code, over.json()["error"]["code"]) == (400, "context_length_exceeded")
         assert all(
             str(number) in over.json()["error"]["message"] for number in (CONTEXT, len(prompt), tokens)
         )
-    assert (await operated.http.post("/v1/completions", json=operated.body(prompt=""))).status_code == 400
-    large = await operated.http.post("/v1/completions", json=operated.body(prompt="a" * 5_000_000))
+    assert (await operated.complete(prompt="")).status_code == 400
+    large = await operated.complete(prompt="a" * 5_000_000)
     assert (large.status_code, large.json()["error"]["code"]) == (413, "payload_too_large")
 
 
 async def test_adapters_that_came_and_went_leave_no_series_behind(operated: OperatedService) -> None:
     """C4: as many series after as before, no list in a label, no counter that falls."""
-    await operated.http.post("/v1/completions", json=operated.body(model="slow", max_tokens=1))
+    await operated.complete(model="slow", max_tokens=1)
     before = await operated.samples()
     for i in range(30):
         (await operated.http.post("/adapters", json={"id": f"c4-{i}", "source": "noise"})).raise_for_status()
-        (
-            await operated.http.post("/v1/completions", json=operated.body(model=f"c4-{i}", max_tokens=1))
-        ).raise_for_status()
+        (await operated.complete(model=f"c4-{i}", max_tokens=1)).raise_for_status()
         assert ("adapter_requests_total", f"c4-{i}") in await operated.samples()
         (await operated.http.delete(f"/adapters/c4-{i}")).raise_for_status()
     after = await operated.samples()
@@ -229,17 +218,15 @@ async def test_sigterm_lets_a_stream_end_whole_refuses_new_requests_and_ends_wel
     """C3, and so the last one here: every token and [DONE] come, others are told 503, and no
     process stays.
     """
-    tree = [
-        psutil.Process(operated.server.pid),
-        *psutil.Process(operated.server.pid).children(recursive=True),
-    ]
+    process = psutil.Process(operated.server.pid)
+    tree = [process, *process.children(recursive=True)]
     async with operated.streaming(max_tokens=4 * LENGTH) as (_, events):
         got = [await anext(events) for _ in range(3)]
         tree[0].send_signal(signal.SIGTERM)
         async with asyncio.timeout(20):
             while (await operated.http.get("/health")).json()["state"] != "draining":  # noqa: ASYNC110 - as above
                 await asyncio.sleep(0)
-        late = await operated.http.post("/v1/completions", json=operated.body(max_tokens=1))
+        late = await operated.complete(max_tokens=1)
         got += [event async for event in events]
     assert (late.status_code, late.json()["error"]["code"]) == (503, "not_ready")
     assert got[-1] == "[DONE]"

@@ -26,7 +26,7 @@ from tests.truth import (
     TWO_FACED,
     Body,
     Tally,
-    World,
+    Truth,
     WrongError,
     code,
     events,
@@ -40,8 +40,8 @@ CLIENTS = 16
 class Person:
     """One client. Whatever comes back is judged and goes into the tally; nothing is raised."""
 
-    def __init__(self, number: int, http: httpx.AsyncClient, world: World, tally: Tally) -> None:
-        self.name, self.http, self.world, self.tally = f"c{number}", http, world, tally
+    def __init__(self, number: int, http: httpx.AsyncClient, truth: Truth, tally: Tally) -> None:
+        self.name, self.http, self.truth, self.tally = f"c{number}", http, truth, tally
         self.dice = random.Random(number)
         self.sent = 0
         self.deeds: dict[Callable[[], Awaitable[None]], int] = {
@@ -111,7 +111,7 @@ class Person:
 
     def _cut(self, id: str, error: Exception) -> None:
         self.tally.outcomes[id] = "cut"
-        if not self.world.ending:
+        if not self.truth.ending:
             raise WrongError(f"{id}: {type(error).__name__} {error}")
 
     @asynccontextmanager
@@ -120,10 +120,9 @@ class Person:
     ) -> AsyncIterator[httpx.Response | None]:
         """A stream; counted as left unless whoever reads it says otherwise."""
         id = self._id()
+        request = self.http.build_request("POST", path, json=body, headers={"x-request-id": id})
         try:
-            answer = await self.http.send(
-                self.http.build_request("POST", path, json=body, headers={"x-request-id": id}), stream=True
-            )
+            answer = await self.http.send(request, stream=True)
         except httpx.TransportError as error:
             self._cut(id, error)
             yield None
@@ -144,20 +143,20 @@ class Person:
     # ---- deeds
 
     def _question(self) -> tuple[str, str | None, int]:
-        adapter = self.dice.choice([None, *self.world.letters]) if self.dice.random() < 0.9 else TWO_FACED
+        adapter = self.dice.choice([None, *self.truth.letters]) if self.dice.random() < 0.9 else TWO_FACED
         return self.dice.choice(PROMPTS), adapter, self.dice.choice(LENGTHS)
 
     def _may(self, adapter: str | None) -> list[tuple[int, str]]:
-        return [GONE] if adapter in self.world.shaky else []
+        return [GONE] if adapter in self.truth.shaky else []
 
     def _judge(self, asked: tuple[str, str | None, int], told: Body | None, text: str) -> None:
         prompt, adapter, length = asked
         if (told["id"] if told else None) != adapter:
             raise WrongError(f"asked {adapter}, answered by {told}")
-        right = self.world.answer(told["digest"] if told else None, prompt, length)
+        right = self.truth.answer(told["digest"] if told else None, prompt, length)
         if text != right:
             raise WrongError(f"{adapter} said {text!r} to {prompt!r}, not {right!r}")
-        if adapter in self.world.letters and text != self.world.letters[adapter] * length:
+        if adapter in self.truth.letters and text != self.truth.letters[adapter] * length:
             raise WrongError(f"{adapter} said {text!r}: another one's letter")
         self.tally.letters[text[0] if adapter else ""] += 1
 
@@ -175,11 +174,8 @@ class Person:
     async def stream(self) -> None:
         asked = self._question()
         plain = self.dice.random() < 0.5
-        path, body = (
-            ("/generate_stream", native(*asked))
-            if plain
-            else ("/v1/completions", openai(*asked, stream=True))
-        )
+        path = "/generate_stream" if plain else "/v1/completions"
+        body = native(*asked) if plain else openai(*asked, stream=True)
         async with self._open(path, body, *self._may(asked[1])) as answer:
             if answer is None:
                 return
@@ -264,30 +260,30 @@ class Person:
 
     async def come_and_go(self) -> None:
         """Registers a name of its own, asks it, deletes it, and is told then that it is not there."""
-        folder, id = self.dice.choice(self.world.steady), f"{self.name}-own"
+        folder, id = self.dice.choice(self.truth.steady), f"{self.name}-own"
         if not await self.send("PUT", f"/adapters/{id}", {"source": folder}):
             return
         if answer := await self.send("POST", "/generate", native(PROMPTS[0], id, 5)):
             self._judge((PROMPTS[0], id, 5), answer.json()["adapter"], answer.json()["generated_text"])
-            if answer.json()["generated_text"] != self.world.letters[folder] * 5:
+            if answer.json()["generated_text"] != self.truth.letters[folder] * 5:
                 raise WrongError(f"{id} is {folder}, and said {answer.json()['generated_text']!r}")
-        while not self.world.ending and not await self.send("DELETE", f"/adapters/{id}", None):
+        while not self.truth.ending and not await self.send("DELETE", f"/adapters/{id}", None):
             pass
         await self._refused("/generate", native("Hi", id, 3), 404)
 
     async def shake(self) -> None:
         """Deletes one that others ask, and brings it back."""
-        id = self.dice.choice(self.world.shaky)
+        id = self.dice.choice(self.truth.shaky)
         await self.send("DELETE", f"/adapters/{id}", None, GONE)
         await self.send("POST", "/adapters", {"id": id, "source": id}, (409, "conflict"))
 
     async def replace(self) -> None:
         """Puts another content under the one name that says now this, now that."""
-        await self.send("PUT", f"/adapters/{TWO_FACED}", {"source": self.dice.choice(self.world.steady[:6])})
+        await self.send("PUT", f"/adapters/{TWO_FACED}", {"source": self.dice.choice(self.truth.steady[:6])})
         await self.send("PATCH", f"/adapters/{TWO_FACED}", {"pinned": self.dice.random() < 0.5})
 
 
-async def run(url: str, world: World, tally: Tally, stop: asyncio.Event, first: int = 0) -> None:
+async def run(url: str, truth: Truth, tally: Tally, stop: asyncio.Event, first: int = 0) -> None:
     """Everybody acts until told to stop, and finishes what was begun."""
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=CLIENTS)
     async with httpx.AsyncClient(base_url=url, timeout=150, limits=limits, trust_env=False) as http:
@@ -295,7 +291,7 @@ async def run(url: str, world: World, tally: Tally, stop: asyncio.Event, first: 
         async def live(person: Person) -> None:
             while not stop.is_set():
                 await person.act()
-                if world.ending:
+                if truth.ending:
                     await asyncio.sleep(0.02)  # soon there is nobody to ask
 
-        await asyncio.gather(*(live(Person(first + number, http, world, tally)) for number in range(CLIENTS)))
+        await asyncio.gather(*(live(Person(first + number, http, truth, tally)) for number in range(CLIENTS)))

@@ -29,7 +29,8 @@ TensorEdit = Callable[[Tensors], Tensors | None]
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MERGES = ("t h", "th e", "i n", "a n", "Ġ the", "h e", "Ġ a", "e r", "Ġ w", "o n")
 TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% for message in messages %}"
+    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -46,6 +47,20 @@ def quiet() -> Iterator[None]:
 
 
 # ---- bases
+
+TINY: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.2,  # the usual 0.02 makes a model that says one token for ever
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 2,
+}
 
 
 @cache
@@ -89,23 +104,10 @@ def tiny(
     config say otherwise.
     """
     words = tokenizer(template)
-    sizes: dict[str, Any] = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "tie_word_embeddings": True,
-        "vocab_size": len(words),
-        "max_position_embeddings": 512,
-        "initializer_range": 0.2,  # the usual 0.02 makes a model that says one token for ever
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 2,
-    }
     torch.manual_seed(seed)
     with quiet():
-        model = LlamaForCausalLM(LlamaConfig(**(sizes | changes))).float()
+        config = LlamaConfig(**(TINY | {"vocab_size": len(words)} | changes))
+        model = LlamaForCausalLM(config).float()
         if generation:
             model.generation_config.update(**generation)
         model.save_pretrained(folder)
@@ -135,21 +137,29 @@ def adapter(
     with quiet():
         model = get_peft_model(load(base), config)
     torch.manual_seed(seed)
+    lora = str(config.peft_type.value) == "LORA"
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if "lora_B" in name or "lora_embedding_B" in name or "token_adapter" in name:
-                weight.copy_(torch.empty_like(weight).normal_(0, std))
-            elif "magnitude" in name or "ia3" in name:
-                weight.mul_(torch.empty_like(weight).uniform_(0.7, 1.4))
-            elif any(word in name for word in ("hada_", "lokr_", "oft_R", "vera_lambda_b")):
-                weight.copy_(torch.empty_like(weight).normal_(0, std))
-            elif "modules_to_save.default" in name:
-                weight.add_(torch.empty_like(weight).normal_(0, 0.05))
-            elif str(config.peft_type.value) != "LORA" and weight.requires_grad:
-                weight.add_(torch.empty_like(weight).normal_(0, std / 3))
+            add_noise(name, weight, std, others=not lora and weight.requires_grad)
     with quiet():
         model.save_pretrained(folder, **(save or {}))
     return folder
+
+
+NOISY = ("lora_B", "lora_embedding_B", "token_adapter", "hada_", "lokr_", "oft_R", "vera_lambda_b")
+
+
+def add_noise(name: str, weight: torch.Tensor, std: float, others: bool) -> None:
+    """`others`: also where the name tells no kind of weight."""
+    values = torch.empty_like(weight)
+    if any(word in name for word in NOISY):
+        weight.copy_(values.normal_(0, std))
+    elif "magnitude" in name or "ia3" in name:
+        weight.mul_(values.uniform_(0.7, 1.4))
+    elif "modules_to_save.default" in name:
+        weight.add_(values.normal_(0, 0.05))
+    elif others:
+        weight.add_(values.normal_(0, std / 3))
 
 
 def noise(

@@ -38,9 +38,10 @@ def test_no_module_imports_itself_over_others() -> None:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_module_says_in_its_first_lines_what_it_is(path: Path) -> None:
-    said = ast.get_docstring(ast.parse(path.read_text()))
-    assert said, "no docstring"
-    assert said.splitlines()[0].endswith((".", ":", ";"))
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    assert docstring, "no docstring"
+    summary, *_ = docstring.split("\n\n")
+    assert summary.endswith((".", ":", ";"))
 
 
 def test_only_the_command_line_reads_the_environment() -> None:
@@ -57,9 +58,11 @@ def test_nothing_heavy_is_imported_before_it_listens() -> None:
     longer.
     """
     code = (
-        "import sys; from service.settings import read_settings; import service.server; from service.app import create_app;"
+        "import sys; from service.settings import read_settings;"
+        "import service.server; from service.app import create_app;"
         "create_app(read_settings({}, {'base': 'org/none'}));"
-        "print(sorted({'torch', 'transformers', 'peft', 'numpy', 'tokenizers', 'bitsandbytes'} & sys.modules.keys()))"
+        "heavy = {'torch', 'transformers', 'peft', 'numpy', 'tokenizers', 'bitsandbytes'};"
+        "print(sorted(heavy & sys.modules.keys()))"
     )
     kept = {name: text for name, text in os.environ.items() if not name.startswith("ADAPTERD_")}
     ran = subprocess.run(
@@ -77,9 +80,8 @@ HIRES = {"to_thread", "run_in_threadpool", "run_in_executor", "set_default_execu
     ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_every_thread_of_a_pool_is_of_a_kind(path: Path) -> None:
-    """What waits in a pool that all share holds everything up:
-
-    `service.threads` alone has pools, one for each kind of work.
+    """`service.threads` alone has pools, one for each kind of work: slow work in a pool that all share
+    holds everything up.
     """
     nodes = list(ast.walk(ast.parse(path.read_text())))
     named = {node.attr for node in nodes if isinstance(node, ast.Attribute)} | {

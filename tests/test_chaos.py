@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.bench.servers import Server, started
 from tests import crowd, markers
-from tests.truth import TWO_FACED, Tally, World
+from tests.truth import TWO_FACED, Tally, Truth
 
 pytestmark = pytest.mark.anyio
 
@@ -85,6 +85,23 @@ class Scales:
             self.worker.append(worker.memory_full_info().uss)
 
 
+SETTINGS = {
+    "dtype": "float32",
+    "quantization": "none",
+    "device": "cpu",
+    "compile": "off",
+    "log_format": "json",
+}
+BOUNDS = {
+    "max_rows": "6",
+    "queue_limit": "8",
+    "pool_rank": "64",
+    "max_rank": "32",
+    "host_cache_mb": "1",
+    "request_timeout_s": str(LIMIT_S),
+}
+
+
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """A small pool, a small host cache and few rows, so that adapters move all the time and the
@@ -93,21 +110,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     folder = tmp_path_factory.mktemp("chaos")
     base = markers.base(folder / "base")
     letters = markers.shelf(folder / "adapters", base, ADAPTERS)
-    model = {"base": str(base), "dtype": "float32", "quantization": "none", "device": "cpu", "compile": "off"}
-    bounds = {
-        "max_rows": "6",
-        "queue_limit": "8",
-        "pool_rank": "64",
-        "max_rank": "32",
-        "host_cache_mb": "1",
-        "request_timeout_s": str(LIMIT_S),
-    }
-    settings = (
-        model
-        | bounds
-        | {"adapters_dir": str(folder / "adapters"), "log_format": "json", "request_timeout_s": str(LIMIT_S)}
-    )
-    with started(settings, folder / "log") as server:
+    folders = {"base": str(base), "adapters_dir": str(folder / "adapters")}
+    with started(SETTINGS | BOUNDS | folders, folder / "log") as server:
         yield Service(server, folder / "log", letters)
 
 
@@ -161,12 +165,12 @@ async def ready(http: httpx.AsyncClient) -> None:
 async def test_whatever_happens_every_request_ends_with_a_right_answer_or_a_documented_error(
     service: Service,
 ) -> None:
-    world, tally, scales, stop = World(service.letters), Tally(), Scales(), asyncio.Event()
+    truth, tally, scales, stop = Truth(service.letters), Tally(), Scales(), asyncio.Event()
     async with httpx.AsyncClient(base_url=service.url, timeout=30, trust_env=False) as http:
-        await world.learn(http)
+        await truth.learn(http)
         (await http.put(f"/adapters/{TWO_FACED}", json={"source": "m0"})).raise_for_status()
         before = await samples(http)
-        acting = asyncio.create_task(crowd.run(service.url, world, tally, stop))
+        acting = asyncio.create_task(crowd.run(service.url, truth, tally, stop))
         killed = await torment(service, http, scales, SECONDS)
         stop.set()
         began = asyncio.get_running_loop().time()
@@ -176,7 +180,8 @@ async def test_whatever_happens_every_request_ends_with_a_right_answer_or_a_docu
         scales.weigh(service)
         after = await samples(http)
     print(
-        f"{len(tally.outcomes)} requests in {SECONDS:.0f} s: {dict(tally.counted())}; {killed} kills; bytes {scales}"
+        f"{len(tally.outcomes)} requests in {SECONDS:.0f} s: {dict(tally.counted())}; {killed} kills; "
+        f"bytes {scales}"
     )
     assert tally.wrong == []
     assert service.defects() == []
@@ -189,7 +194,7 @@ async def test_whatever_happens_every_request_ends_with_a_right_answer_or_a_docu
     check_counts(service, tally, lambda name, label=None: risen(after, before, name, label))
     for weights in (scales.api, scales.worker):
         assert weights[-1] < weights[0] * GROWTH + SLACK
-    await check_end(service, world)
+    await check_end(service, truth)
 
 
 def check_counts(service: Service, tally: Tally, risen: Callable[..., int]) -> None:
@@ -208,14 +213,14 @@ def check_counts(service: Service, tally: Tally, risen: Callable[..., int]) -> N
     assert success + risen("request_failure_total") == len(tally.outcomes) - len(unlogged) - said["done"]
 
 
-async def check_end(service: Service, world: World) -> None:
+async def check_end(service: Service, truth: Truth) -> None:
     """SIGTERM in the middle: what was begun ends, what comes then is told so or finds nobody, and
     the exit code is 0.
     """
     tally, stop, first = Tally(), asyncio.Event(), 100
-    acting = asyncio.create_task(crowd.run(service.url, world, tally, stop, first))
+    acting = asyncio.create_task(crowd.run(service.url, truth, tally, stop, first))
     await asyncio.sleep(LAST_WORDS_S)
-    world.ending = True
+    truth.ending = True
     process = service.process()
     process.terminate()
     code = await asyncio.to_thread(process.wait, 60)

@@ -292,9 +292,8 @@ def test_the_readme_has_requests_to_try() -> None:
 def test_each_command_is_there(page: str) -> None:
     makefile = (ROOT / "Makefile").read_text()
     text = " ".join(PAGES[page].split())
-    for target in [words[1] for words in read_commands(page) if words[0] == "make"] + re.findall(
-        r"`make (\w+)", text
-    ):
+    targets = [words[1] for words in read_commands(page) if words[0] == "make"]
+    for target in targets + re.findall(r"`make ([\w-]+)", text):
         assert re.search(rf"^{target}:", makefile, re.M), target
     for name in set(re.findall(r"python -m service (\w+)", text)):
         try:
@@ -304,6 +303,16 @@ def test_each_command_is_there(page: str) -> None:
         assert code == 0, name
     for module in re.findall(r"python -m ((?:tests|deploy|service)\.[\w.]+)", text):
         assert (ROOT / module.replace(".", "/")).with_suffix(".py").exists(), module
+
+
+def test_the_fast_tests_are_there() -> None:
+    makefile = (ROOT / "Makefile").read_text().replace("\\\n", " ")
+    lists = dict(re.findall(r"^(FAST|NOT_FAST) := (.*)$", makefile, re.M))
+    fast, left_out = lists["FAST"].split(), lists["NOT_FAST"].split()
+    for path in fast + left_out:
+        assert (ROOT / path).exists(), path
+    for path in left_out:
+        assert any(path.startswith(f"{folder}/") for folder in fast), path
 
 
 # ---- files, tests, links, pictures

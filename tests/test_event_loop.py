@@ -205,16 +205,12 @@ def test_no_route_asks_the_disk_on_the_event_loop(
         assert http.get("/", headers={"accept": "text/html"}).status_code == 200
         assert http.get("/forecast", params={"r": 8, "target_modules": "q_proj"}).status_code == 200
         for model in ("one", "two"):
-            assert (
-                http.post("/generate", json={"inputs": "Hi", "parameters": {"adapter_id": model}}).status_code
-                == 200
-            )
-            body = {"model": model, "messages": [{"role": "user", "content": "Hi"}]}
-            assert http.post("/v1/chat/completions", json=body | {"stream": True}).status_code == 200
-            assert (
-                http.post("/v1/completions", json={"model": model, "prompt": "Hi", "echo": True}).status_code
-                == 200
-            )
+            native = {"inputs": "Hi", "parameters": {"adapter_id": model}}
+            chat = {"model": model, "messages": [{"role": "user", "content": "Hi"}], "stream": True}
+            completion = {"model": model, "prompt": "Hi", "echo": True}
+            assert http.post("/generate", json=native).status_code == 200
+            assert http.post("/v1/chat/completions", json=chat).status_code == 200
+            assert http.post("/v1/completions", json=completion).status_code == 200
     assert not watch.seen, "\n".join(watch.seen)
 
 
@@ -246,28 +242,13 @@ def test_no_thread_is_needed_for_what_is_at_hand(
         monkeypatch.setattr("fastapi.dependencies.utils.run_in_threadpool", held)
         monkeypatch.setattr("fastapi.routing.run_in_threadpool", held)
         monkeypatch.setattr(asyncio.BaseEventLoop, "run_in_executor", held)
-        for path in (
-            "/health",
-            "/ready",
-            "/info",
-            "/base",
-            "/v1/models",
-            "/adapters",
-            *(f"/adapters{look}" for look in LOOKS[1:4]),
-        ):
+        adapters = [f"/adapters{look}" for look in LOOKS[1:4]]
+        for path in ("/health", "/ready", "/info", "/base", "/v1/models", "/adapters", *adapters):
             assert http.get(path).status_code == 200, path
-        assert (
-            http.post(
-                "/generate", json={"inputs": "Hi", "parameters": {"details": True, "top_n_tokens": 3}}
-            ).status_code
-            == 200
-        )
-        assert (
-            http.post(
-                "/v1/completions", json={"model": "base", "prompt": "Hi", "logprobs": 5, "stream": True}
-            ).status_code
-            == 200
-        )
+        native = {"inputs": "Hi", "parameters": {"details": True, "top_n_tokens": 3}}
+        completion = {"model": "base", "prompt": "Hi", "logprobs": 5, "stream": True}
+        assert http.post("/generate", json=native).status_code == 200
+        assert http.post("/v1/completions", json=completion).status_code == 200
 
 
 class SilentHub(Hub):
@@ -291,32 +272,35 @@ def test_sources_that_do_not_answer_hold_nothing_else_up(
 ) -> None:
     """Six of them took all threads there were, and `/metrics` 20 s."""
     hub = SilentHub(tmp_path)
-    with serving(base, root, hub) as http:
-        answers: list[int] = []
+    with serving(base, root, hub) as http, waiting_for_hub(http, hub) as statuses:
+        for look in (*(f"/adapters{look}" for look in LOOKS), "/metrics", "/info", "/docs"):
+            assert http.get(look).status_code == 200
+        assert change(http, sources) == {200, 201, 403, 409, 422}
+        schema = {"type": "json_object", "schema": {"type": "integer"}}
+        parameters = {"adapter_id": "two", "truncate": 9, "response_format": schema}
+        body = {"inputs": "Hi " * 10_000, "parameters": parameters}
+        assert http.post("/generate", json=body).status_code == 200
+        assert not statuses
+    assert statuses == [422] * 24
 
-        def wait(number: int) -> None:
-            answers.append(
-                http.post("/adapters", json={"id": f"h{number}", "source": f"hub:org/{number}"}).status_code
-            )
 
-        waiting = [threading.Thread(target=wait, args=(number,)) for number in range(24)]
-        try:
-            for thread in waiting:
-                thread.start()
-            for _ in range(6):
-                hub.asked.acquire()
-            for look in (*(f"/adapters{look}" for look in LOOKS), "/metrics", "/info", "/docs"):
-                assert http.get(look).status_code == 200
-            assert change(http, sources) == {200, 201, 403, 409, 422}
-            schema = {"type": "json_object", "schema": {"type": "integer"}}
-            asked = {
-                "inputs": "Hi " * 10_000,
-                "parameters": {"adapter_id": "two", "truncate": 9, "response_format": schema},
-            }
-            assert http.post("/generate", json=asked).status_code == 200
-            assert not answers
-        finally:
-            hub.let.set()
-            for thread in waiting:
-                thread.join()
-    assert answers == [422] * 24
+@contextmanager
+def waiting_for_hub(http: TestClient, hub: SilentHub) -> Iterator[list[int]]:
+    """24 registrations from a hub that does not answer while the block runs; their statuses."""
+    statuses: list[int] = []
+
+    def register(number: int) -> None:
+        body = {"id": f"h{number}", "source": f"hub:org/{number}"}
+        statuses.append(http.post("/adapters", json=body).status_code)
+
+    threads = [threading.Thread(target=register, args=(number,)) for number in range(24)]
+    try:
+        for thread in threads:
+            thread.start()
+        for _ in range(6):
+            hub.asked.acquire()
+        yield statuses
+    finally:
+        hub.let.set()
+        for thread in threads:
+            thread.join()

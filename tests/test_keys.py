@@ -22,7 +22,8 @@ def written(folder: Path, text: str) -> str:
 
 
 def test_a_file_holds_hashes_or_keys_and_what_each_may_use_and_take(tmp_path: Path) -> None:
-    web = f"sha256:{hash_secret('sk-web').removeprefix('sha256:').upper()} name=web adapters=support,org/* rate=0.5 concurrency=3"
+    digest = hash_secret("sk-web").removeprefix("sha256:").upper()
+    web = f"sha256:{digest} name=web adapters=support,org/* rate=0.5 concurrency=3"
     first, plain = parse_keys(written(tmp_path, f"# the web site\n{web}\n\n sk-plain \n"))
     assert first == Key(hash_secret("sk-web"), "web", ("support", "org/*"), 0.5, 3)
     assert plain == Key(hash_secret("sk-plain"))

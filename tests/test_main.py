@@ -278,9 +278,11 @@ def test_the_real_command_starts_as_a_module() -> None:
 
 
 def test_the_server_reads_a_tokenizer_without_torch(tmp_path: Path) -> None:
+    base = making.tiny(tmp_path / "base")
     code = (
-        "import sys; from service.__main__ import _without_torch; _without_torch(); from service.text.tokenizers import Text;"
-        f"print(Text({str(making.tiny(tmp_path / 'base'))!r}).base.encode('the hen'), sys.modules['torch'])"
+        "import sys; from service.__main__ import _without_torch; _without_torch();"
+        "from service.text.tokenizers import Tokenizers;"
+        f"print(Tokenizers({str(base)!r}).base.encode('the hen'), sys.modules['torch'])"
     )
     ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (ran.stdout, ran.stderr) == (f"{tuple(making.ids('the hen'))} None\n", "")

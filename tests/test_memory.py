@@ -52,7 +52,7 @@ RECIPES: dict[str, kinds.Maker] = {
 }
 
 
-class House:
+class MeasuredService:
     def __init__(self, folder: Path, layers: int) -> None:
         self.root = folder / "adapters"
         self.base = making.tiny(folder / "base", num_hidden_layers=layers)
@@ -77,44 +77,45 @@ class House:
 
 
 @asynccontextmanager
-async def opened(folder: Path, layers: int = 2) -> AsyncIterator[House]:
-    house = House(folder, layers)
-    await asyncio.gather(house.client.start_worker(), house.registry.start_validator())
+async def opened(folder: Path, layers: int = 2) -> AsyncIterator[MeasuredService]:
+    measured = MeasuredService(folder, layers)
+    await asyncio.gather(measured.client.start_worker(), measured.registry.start_validator())
     try:
-        await house.client.wait_ready()
-        yield house
+        await measured.client.wait_ready()
+        yield measured
     finally:
-        await house.registry.close()
-        await house.client.stop_worker(0)
+        await measured.registry.close()
+        await measured.client.stop_worker(0)
 
 
 async def test_three_hundred_lives_leave_nothing_behind(tmp_path: Path) -> None:
     """B5: registered, asked and deleted; each says what it freed; one in four is refused after its
     values were read.
     """
-    async with opened(tmp_path) as house:
-        await house.registry.open_catalog()
-        kinds.make(house.root, house.base, RECIPES)
-        kinds.spoil(house.root / "refused", kinds.B, math.nan)
+    async with opened(tmp_path) as measured:
+        await measured.registry.open_catalog()
+        kinds.make(measured.root, measured.base, RECIPES)
+        kinds.spoil(measured.root / "refused", kinds.B, math.nan)
         weights: list[dict[str, int]] = []
         seconds: list[float] = []
         for life, kind in zip(range(LIVES), itertools.cycle(RECIPES), strict=False):
             began = time.perf_counter()
             if kind == "refused":
                 with pytest.raises(AdapterInvalid, match="NaN"):
-                    await house.registry.register_adapter("x", kind)
+                    await measured.registry.register_adapter("x", kind)
                 continue
-            await house.registry.register_adapter("x", kind)
+            await measured.registry.register_adapter("x", kind)
             seconds.append(time.perf_counter() - began)
-            await house.say("x")
-            held = house.client.gauges.host_bytes
-            freed = (await house.registry.remove_adapter("x"))["freed_bytes"]
-            assert (freed, house.registry.list_cards()) == (held, [])
+            await measured.say("x")
+            held = measured.client.gauges.host_bytes
+            freed = (await measured.registry.remove_adapter("x"))["freed_bytes"]
+            assert (freed, measured.registry.list_cards()) == (held, [])
             if life >= 10:
-                weights.append(house.weight())
+                weights.append(measured.weight())
         first, last = (1000 * statistics.median(part) for part in (seconds[:30], seconds[-30:]))
         print(
-            f"a load took {first:.1f} ms in the first lives, {last:.1f} ms in the last; bytes {weights[0]} then {weights[-1]}"
+            f"a load took {first:.1f} ms in the first lives, {last:.1f} ms in the last; "
+            f"bytes {weights[0]} then {weights[-1]}"
         )
         for process, bytes_ in weights[0].items():
             assert max(weight[process] for weight in weights) < bytes_ * GROWTH, process
@@ -132,21 +133,21 @@ def copies(mould: Path, root: Path, count: int) -> None:
 
 async def test_a_thousand_adapters_cost_only_their_cards_until_one_is_asked_for(tmp_path: Path) -> None:
     """Found at start. Their 100 MB stay on the disk, their equal lists of layers are one."""
-    async with opened(tmp_path, layers=LAYERS) as house:
-        mould = kinds.lora(1, targets="all-linear", r=8)(tmp_path / "mould", house.base)
-        copies(mould, house.root, THOUSAND)
-        await house.registry.start_validator()
-        before, began = house.weight(), time.perf_counter()
-        await house.registry.open_catalog()
+    async with opened(tmp_path, layers=LAYERS) as measured:
+        mould = kinds.lora(1, targets="all-linear", r=8)(tmp_path / "mould", measured.base)
+        copies(mould, measured.root, THOUSAND)
+        await measured.registry.start_validator()
+        before, began = measured.weight(), time.perf_counter()
+        await measured.registry.open_catalog()
         seconds = time.perf_counter() - began
-        cards = house.registry.list_cards()
+        cards = measured.registry.list_cards()
         assert [(card["state"], card["residency"]) for card in cards] == [("ready", "disk")] * THOUSAND
         # So that it has heard of all before
-        await house.client.wait_until_loaded(house.registry.list_versions()[-1].digest)
-        one = house.client.gauges.host_bytes
+        await measured.client.wait_until_loaded(measured.registry.list_versions()[-1].digest)
+        one = measured.client.gauges.host_bytes
         assert 0 < one < 2 * (mould / making.WEIGHTS).stat().st_size
-        await house.say("n0500")
-        assert house.client.gauges.host_bytes == 2 * one
-        each = {name: (bytes_ - before[name]) / THOUSAND for name, bytes_ in house.weight().items()}
+        await measured.say("n0500")
+        assert measured.client.gauges.host_bytes == 2 * one
+        each = {name: (bytes_ - before[name]) / THOUSAND for name, bytes_ in measured.weight().items()}
         print(f"{THOUSAND} adapters were read in {seconds:.1f} s; bytes of each: {each}")
         assert all(each[name] < CARD[name] for name in CARD)

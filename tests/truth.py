@@ -63,7 +63,7 @@ class Tally:
 
 
 @dataclass
-class World:
+class Truth:
     """What is true: the letter that each folder says, and what the base answers.
 
     `ending`: the service was told to end.

@@ -17,6 +17,11 @@ from typing import Any
 FILE = Path(__file__).parent / "dashboards" / "adapterd.json"
 HERE = '{job="adapterd", instance=~"$instance"}'
 SOURCE = {"type": "prometheus", "uid": "adapterd"}
+LINES = {"fillOpacity": 8, "showPoints": "never"}
+OPTIONS = {
+    "legend": {"displayMode": "list", "placement": "bottom"},
+    "tooltip": {"mode": "multi", "sort": "desc"},
+}
 COLUMNS, WIDTH, HEIGHT = 3, 8, 8
 
 
@@ -196,18 +201,25 @@ def graph(panel: Panel, number: int, x: int, y: int) -> dict[str, Any]:
         "description": panel.says,
         "datasource": SOURCE,
         "gridPos": {"x": x, "y": y, "w": WIDTH, "h": HEIGHT},
-        "fieldConfig": {
-            "defaults": {"unit": panel.unit, "min": 0, "custom": {"fillOpacity": 8, "showPoints": "never"}},
-            "overrides": [],
-        },
-        "options": {
-            "legend": {"displayMode": "list", "placement": "bottom"},
-            "tooltip": {"mode": "multi", "sort": "desc"},
-        },
-        "targets": [
-            {"refId": chr(ord("A") + i), "datasource": SOURCE, "expr": expression, "legendFormat": legend}
-            for i, (expression, legend) in enumerate(panel.lines)
-        ],
+        "fieldConfig": {"defaults": {"unit": panel.unit, "min": 0, "custom": LINES}, "overrides": []},
+        "options": OPTIONS,
+        "targets": [target(i, *line) for i, line in enumerate(panel.lines)],
+    }
+
+
+def target(number: int, expression: str, legend: str) -> dict[str, Any]:
+    name = chr(ord("A") + number)
+    return {"refId": name, "datasource": SOURCE, "expr": expression, "legendFormat": legend}
+
+
+def row_header(title: str, number: int, y: int) -> dict[str, Any]:
+    return {
+        "id": number,
+        "type": "row",
+        "title": title,
+        "collapsed": False,
+        "panels": [],
+        "gridPos": {"x": 0, "y": y, "w": 24, "h": 1},
     }
 
 
@@ -215,14 +227,7 @@ def panels() -> Iterator[dict[str, Any]]:
     number = y = 0
     for title, row in ROWS.items():
         number += 1
-        yield {
-            "id": number,
-            "type": "row",
-            "title": title,
-            "collapsed": False,
-            "panels": [],
-            "gridPos": {"x": 0, "y": y, "w": 24, "h": 1},
-        }
+        yield row_header(title, number, y)
         y += 1
         for i, panel in enumerate(row):
             number += 1

@@ -1,4 +1,4 @@
-"""The service on Ray Serve: one door and so many engines, each with a device of its own.
+"""The service on Ray Serve: an ingress and so many engines, each with a device of its own.
 
 `serve run deploy.ray.app:app replicas=2`.
 
@@ -19,7 +19,7 @@ from service import settings as knobs
 from service.settings import Settings
 
 from .engine import Engine
-from .ingress import ENGINE, Door
+from .ingress import ENGINE, Ingress
 
 # Requests that an engine takes at once where no number of rows is set: it queues what its device
 # cannot run
@@ -30,12 +30,18 @@ HEALTH_S = 2.0
 def application(
     settings: Settings, replicas: int | tuple[int, int] = 1, gpus: float = 0, doors: int = 1
 ) -> Application:
-    """`replicas` is a number, or the bounds between which it follows the load;
-
-    `gpus` are those of one engine.
+    """`replicas` is a number, or the bounds between which it follows the load; `gpus` are those of
+    one engine.
     """
     rows = settings.max_rows or ROWS
-    engine: dict[str, Any] = {
+    options = engine_options(settings, rows, gpus) | scaling_options(replicas, rows)
+    engines = serve.deployment(**options)(Engine).bind()
+    ingress = serve.deployment(Ingress, name="door", num_replicas=doors, max_ongoing_requests=10_000)
+    return ingress.bind(engines, settings)
+
+
+def engine_options(settings: Settings, rows: int, gpus: float) -> dict[str, Any]:
+    return {
         "name": ENGINE,
         "user_config": settings.model_dump(mode="json"),
         "max_ongoing_requests": rows + settings.queue_limit,
@@ -43,15 +49,14 @@ def application(
         "graceful_shutdown_timeout_s": settings.drain_s,
         "ray_actor_options": {"num_cpus": 1, "num_gpus": gpus},
     }
+
+
+def scaling_options(replicas: int | tuple[int, int], rows: int) -> dict[str, Any]:
     if isinstance(replicas, int):
-        engine["num_replicas"] = replicas
-    else:
-        low, high = replicas
-        engine["autoscaling_config"] = AutoscalingConfig(
-            min_replicas=low, max_replicas=high, target_ongoing_requests=rows
-        )
-    door = serve.deployment(Door, name="door", num_replicas=doors, max_ongoing_requests=10_000)
-    return door.bind(serve.deployment(**engine)(Engine).bind(), settings)
+        return {"num_replicas": replicas}
+    low, high = replicas
+    scaling = AutoscalingConfig(min_replicas=low, max_replicas=high, target_ongoing_requests=rows)
+    return {"autoscaling_config": scaling}
 
 
 def app(arguments: dict[str, str]) -> Application:

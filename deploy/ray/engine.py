@@ -33,9 +33,8 @@ TYPICAL_RANK = 16
 
 
 class Shared(Registry):
-    """A registry whose directory others change, too.
-
-    Changes are made in turn (see turns.py), the ingress sees to that.
+    """A registry whose directory others change, too; the ingress sees to it that changes are made
+    in turn (see turns.py).
     """
 
     def __init__(self, settings: Settings, device: WorkerClient) -> None:
@@ -68,9 +67,9 @@ class Engine:
     """Serve sends nothing to a replica before its `reconfigure` has ended."""
 
     async def reconfigure(self, told: dict[str, Any]) -> None:
-        """Opens the service with these settings;
+        """Opens the service with these settings; Serve calls it once, before anything else.
 
-        Serve calls it once, before anything else. Raises RuntimeError where that cannot be.
+        Raises RuntimeError where that cannot be.
         """
         self.settings = settings = Settings.model_validate(told)
         logs.set_up_logging(settings.log_format, settings.log_level)
@@ -79,9 +78,8 @@ class Engine:
         client.watch_loads(self.registry.note_load)
         self.app = create_app(settings, client, self.registry)
         self.rooms: Services = self.app.state.services
-        self.place = serve.multiplexed(max_num_models_per_replica=max(1, settings.pool_rank // TYPICAL_RANK))(
-            _itself
-        )
+        most = max(1, settings.pool_rank // TYPICAL_RANK)
+        self.place = serve.multiplexed(max_num_models_per_replica=most)(_itself)
         self._life = self.app.router.lifespan_context(self.app)
         await self._life.__aenter__()
         await self._opened()
@@ -126,9 +124,8 @@ class Engine:
 
     async def exposition(self) -> tuple[str, str]:
         """This replica's name and its metrics."""
-        return serve.get_replica_context().replica_id.unique_id, metrics.render_metrics("text/plain")[
-            0
-        ].decode()
+        text, _ = metrics.render_metrics("text/plain")
+        return serve.get_replica_context().replica_id.unique_id, text.decode()
 
     async def __del__(self) -> None:
         """Serve calls it when the replica is to end, after the requests in it have."""

@@ -26,7 +26,7 @@ SIZES = list(itertools.product((100, 1_000, 10_000), (1, 2, 4, 8, 16)))
 
 @dataclass
 class Cache:
-    """The most recently used, so many."""
+    """The `size` most recently used adapters."""
 
     size: int
     held: OrderedDict[int, None] = field(default_factory=OrderedDict)
@@ -83,7 +83,7 @@ def simulate(adapters: int, engines: int, affine: bool, seed: int = 1) -> Found:
         if len(ends) > BUSY * ROWS * engines:
             running[ends.pop(0)] -= 1
         adapter = bisect(weights, dice.random() * weights[-1])
-        engine = chosen(dice, running, holders[adapter] if affine else set())
+        engine = choose_engine(dice, running, holders[adapter] if affine else set())
         running[engine] += 1
         ends.append(engine)
         on_device, left = devices[engine].take(adapter)
@@ -97,12 +97,12 @@ def simulate(adapters: int, engines: int, affine: bool, seed: int = 1) -> Found:
     return Found(hits["device"] / COUNTED, hits["host"] / COUNTED)
 
 
-def chosen(dice: random.Random, running: list[int], holders: set[int]) -> int:
+def choose_engine(dice: random.Random, running: list[int], holders: set[int]) -> int:
     """The less busy of two, of those that hold the adapter and have a row free; else of all, as
     Serve's router chooses.
     """
-    open_ = [engine for engine in sorted(holders) if running[engine] < ROWS]
-    pair = dice.choices(open_ or range(len(running)), k=2)
+    free = [engine for engine in sorted(holders) if running[engine] < ROWS]
+    pair = dice.choices(free or range(len(running)), k=2)
     return min(pair, key=lambda engine: running[engine])
 
 
@@ -117,7 +117,8 @@ def table() -> str:
 
 
 def row(found: Found) -> str:
-    return f"{found.device:.0%} | {found.host:.0%} | {found.placing:.1%} | {found.reading:.0%} | {found.cost:.2f}"
+    hits = f"{found.device:.0%} | {found.host:.0%}"
+    return f"{hits} | {found.placing:.1%} | {found.reading:.0%} | {found.cost:.2f}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The door of the cluster: reads each request whole, finds an engine that knows its adapter, and
+"""The ingress of the cluster: reads each request whole, finds an engine that knows its adapter, and
 passes the answer on as it comes.
 
 Engines refuse and answer; what is said here is only that there is none, or that one died in the
@@ -80,13 +80,16 @@ class Answer(Response):
                 await send(message)
 
     async def _messages(self) -> AsyncGenerator[Message, None]:
-        """The engine's messages; a change is made in turn, and all engines have followed it before
-        its answer begins.
-        """
-        if not self.asked.changes:
-            async for message in self._exchanged():
+        """The engine's messages."""
+        messages = self._changed() if self.asked.changes else self._exchanged()
+        async with contextlib.aclosing(messages):
+            async for message in messages:
                 yield message
-            return
+
+    async def _changed(self) -> AsyncGenerator[Message, None]:
+        """The messages of a change: it is made in turn, and all engines have followed it before its
+        answer begins.
+        """
         async with contextlib.AsyncExitStack() as turn:
             await turn.enter_async_context(changing(self.settings.adapters))
             held = True
@@ -150,7 +153,7 @@ async def _nothing() -> Message:
 
 
 @serve.ingress()
-class Door:
+class Ingress:
     """Serve starts the engines first, for they are bound to it."""
 
     def __init__(self, engines: DeploymentHandle[Any], settings: Settings) -> None:
@@ -158,16 +161,10 @@ class Door:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         logs.set_up_logging(self.settings.log_format, self.settings.log_level)
-        bounds = Middleware(
-            BodyLimit, body_mb=self.settings.max_body_mb, upload_mb=self.settings.max_upload_mb
-        )
-        app = FastAPI(
-            middleware=[Middleware(Named), Middleware(AccessLog), bounds],
-            docs_url=None,
-            redoc_url=None,
-            openapi_url=None,
-            redirect_slashes=False,
-        )
+        limits = {"body_mb": self.settings.max_body_mb, "upload_mb": self.settings.max_upload_mb}
+        middleware = [Middleware(Named), Middleware(AccessLog), Middleware(BodyLimit, **limits)]
+        no_pages: dict[str, Any] = {"docs_url": None, "redoc_url": None, "openapi_url": None}
+        app = FastAPI(middleware=middleware, redirect_slashes=False, **no_pages)
         errors.install_handlers(app)
         app.add_route("/metrics", self.metrics, methods=["GET"])
         app.add_route("/{path:path}", self.any_other, methods=list(errors.METHODS))
@@ -187,6 +184,5 @@ class Door:
         if first["status"] != 200:
             return Answer(self.engines, asked, self.settings)
         texts = await self.engines.broadcast("exposition").results_async(return_exceptions=True)
-        return Response(
-            merged(dict(one for one in texts if not isinstance(one, BaseException))), headers=METRICS
-        )
+        by_replica = dict(text for text in texts if not isinstance(text, BaseException))
+        return Response(merged(by_replica), headers=METRICS)

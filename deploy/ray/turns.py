@@ -14,15 +14,13 @@ from typing import TextIO
 
 from service.threads import DISK, run_in
 
-LEDGER, LOCK = ".adapterd.json", ".adapterd.lock"
+STATE_FILE, LOCK = ".adapterd.json", ".adapterd.lock"
 LOOK_S = 0.01
 
 
 @asynccontextmanager
 async def changing(root: Path) -> AsyncIterator[None]:
-    """The turn of whoever holds it, over processes and machines; it ends with its process at the
-    latest.
-    """
+    """One turn at a time over processes and machines; it ends with its process at the latest."""
     file = await run_in(DISK, _lock, root)
     try:
         while not await run_in(DISK, _taken, file.fileno()):  # noqa: ASYNC110 - another process tells no event
@@ -48,7 +46,7 @@ def _taken(descriptor: int) -> bool:
 def version(root: Path) -> tuple[int, int]:
     """Changes with every registration that is remembered."""
     try:
-        found = os.stat(root / LEDGER)
+        found = os.stat(root / STATE_FILE)
     except FileNotFoundError:
         return 0, 0
     return found.st_mtime_ns, found.st_ino

@@ -10,10 +10,41 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from ..core.defaults import DEMO_BASE
 from .task import Recipe, Task
 
 Results = dict[str, dict[str, Any]]
+
+README = """---
+base_model: {base}
+library_name: peft
+license: apache-2.0
+---
+
+# {task.name}
+
+{task.summary}
+
+{recipe}; bfloat16. Prompt: `{task.form}`, {prompt_forms}.
+
+```sh
+{command}
+```
+
+Base: {base_answer}
+Adapter: {adapter_answer}
+
+Measured on {result[items]} held-out items, greedy, bfloat16, plain PEFT:
+
+{table}
+
+Told in words, through the chat template: "{task.instruction}"
+
+Trained in {result[seconds]} s on two shared CPU cores ({task.recipe.steps} steps of {task.recipe.batch}):
+
+```sh
+python -m service.demo.train --only {task.name}
+```
+"""
 
 
 def read_results(folder: Path) -> Results:
@@ -23,27 +54,24 @@ def read_results(folder: Path) -> Results:
     return found
 
 
-def keep_result(folder: Path, name: str, found: dict[str, Any]) -> None:
-    """Adds what was found out about an adapter to the results, beside what is known of it and of
-    others.
-    """
+def keep_result(folder: Path, name: str, figures: dict[str, Any]) -> None:
+    """Adds figures of an adapter to the results, beside what is known of it and of others."""
     results = read_results(folder)
-    results[name] = results.get(name, {}) | found
-    (folder / "results.json").write_text(
-        json.dumps(dict(sorted(results.items())), indent=2, ensure_ascii=False) + "\n"
-    )
+    results[name] = results.get(name, {}) | figures
+    text = json.dumps(dict(sorted(results.items())), indent=2, ensure_ascii=False)
+    (folder / "results.json").write_text(text + "\n")
 
 
 def write_readme(folder: Path, task: Task) -> None:
     """Rewrites the README of the task's adapter."""
-    (folder / "adapters" / task.name / "README.md").write_text(
-        make_readme(task, read_results(folder)[task.name])
-    )
+    readme = make_readme(task, read_results(folder)[task.name])
+    (folder / "adapters" / task.name / "README.md").write_text(readme)
 
 
 def describe_recipe(recipe: Recipe) -> str:
     """The recipe in one line."""
-    name = "DoRA" if recipe.dora else "rsLoRA" if recipe.rslora else "LoRA"
+    plain = "rsLoRA" if recipe.rslora else "LoRA"
+    name = "DoRA" if recipe.dora else plain
     return f"{name}, rank {recipe.rank}, alpha {recipe.alpha}, on {', '.join(recipe.targets)}"
 
 
@@ -53,20 +81,17 @@ def format_percent(value: float) -> str:
 
 def results_table(task: Task, result: dict[str, Any]) -> str:
     """One row a measure: base on the same prompts, base told in words, adapter."""
-    rows = [
-        f"| {meaning} | "
-        + " | ".join(format_percent(result[who][measure]) for who in ("base", "base_instructed", "adapter"))
-        + " |"
-        for measure, meaning in task.measures.items()
-    ]
-    return "\n".join(
-        ("| measure | base, same prompt | base, told in words | adapter |", "|---|---|---|---|", *rows)
-    )
+    lines = ["| measure | base, same prompt | base, told in words | adapter |", "|---|---|---|---|"]
+    for measure, meaning in task.measures.items():
+        shares = [format_percent(result[model][measure]) for model in ("base", "base_instructed", "adapter")]
+        lines.append(f"| {' | '.join([meaning, *shares])} |")
+    return "\n".join(lines)
 
 
 def curl_command(task: Task) -> str:
     body = {"inputs": task.sample, "parameters": {"adapter_id": task.name, "max_new_tokens": task.limit}}
-    return f"curl -s http://127.0.0.1:8080/generate -H 'content-type: application/json' \\\n  -d {shlex.quote(json.dumps(body))}"
+    command = "curl -s http://127.0.0.1:8080/generate -H 'content-type: application/json'"
+    return f"{command} \\\n  -d {shlex.quote(json.dumps(body))}"
 
 
 def prompt_forms(task: Task) -> str:
@@ -78,38 +103,18 @@ def prompt_forms(task: Task) -> str:
 
 def make_readme(task: Task, result: dict[str, Any]) -> str:
     """The adapter's README, whole."""
-    recipe, sample = task.recipe, result["sample"]
-    return f"""---
-base_model: {DEMO_BASE}
-library_name: peft
-license: apache-2.0
----
-
-# {task.name}
-
-{task.summary}
-
-{describe_recipe(recipe)}; bfloat16. Prompt: `{task.form}`, {prompt_forms(task)}.
-
-```sh
-{curl_command(task)}
-```
-
-Base: {quote_answer(sample["base"])}
-Adapter: {quote_answer(sample["adapter"])}
-
-Measured on {result["items"]} held-out items, greedy, bfloat16, plain PEFT:
-
-{results_table(task, result)}
-
-Told in words, through the chat template: "{task.instruction}"
-
-Trained in {result["seconds"]} s on two shared CPU cores ({recipe.steps} steps of {recipe.batch}):
-
-```sh
-python -m service.demo.train --only {task.name}
-```
-"""
+    answers = result["sample"]
+    return README.format(
+        base=DEMO_BASE,
+        task=task,
+        result=result,
+        recipe=describe_recipe(task.recipe),
+        prompt_forms=prompt_forms(task),
+        command=curl_command(task),
+        base_answer=quote_answer(answers["base"]),
+        adapter_answer=quote_answer(answers["adapter"]),
+        table=results_table(task, result),
+    )
 
 
 def quote_answer(text: str) -> str:

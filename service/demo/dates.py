@@ -62,31 +62,33 @@ SENTENCES: dict[Split, tuple[str, ...]] = {
     ),
 }
 FIRST, LAST = date(1950, 1, 1).toordinal(), date(2049, 12, 31).toordinal()
+FORMS = (
+    "the {nth} of {when:%B} {when.year}",
+    "the {nth} of {when:%B}, {when.year}",
+    "{nth} {when:%B} {when.year}",
+    "{when:%B} {when.day}, {when.year}",
+    "{when:%B} {nth}, {when.year}",
+    "{when.day} {when:%B} {when.year}",
+    "{when:%A}, {when.day} {when:%B} {when.year}",
+    "{when:%A}, {when:%B} {when.day}, {when.year}",
+    "{when.day} {when:%b} {when.year}",
+    "{when:%b} {when.day}, {when.year}",
+)
+ENDINGS = {1: "st", 2: "nd", 3: "rd"}
 ISO = re.compile(r"\b\d{4}-\d{2}-\d{2}\b")
 
 
 def ordinal(day: int) -> str:
     """4 → 4th."""
-    return f"{day}{'th' if day in (11, 12, 13) else {1: 'st', 2: 'nd', 3: 'rd'}.get(day % 10, 'th')}"
+    if day in (11, 12, 13):
+        return f"{day}th"
+    return f"{day}{ENDINGS.get(day % 10, 'th')}"
 
 
 def written(when: date, rng: Random) -> str:
     """The day in one of the ways people write it."""
-    day, year, month, weekday = when.day, when.year, f"{when:%B}", f"{when:%A}"
-    return rng.choice(
-        (
-            f"the {ordinal(day)} of {month} {year}",
-            f"the {ordinal(day)} of {month}, {year}",
-            f"{ordinal(day)} {month} {year}",
-            f"{month} {day}, {year}",
-            f"{month} {ordinal(day)}, {year}",
-            f"{day} {month} {year}",
-            f"{weekday}, {day} {month} {year}",
-            f"{weekday}, {month} {day}, {year}",
-            f"{day} {month[:3]} {year}",
-            f"{month[:3]} {day}, {year}",
-        )
-    )
+    form = rng.choice(FORMS)
+    return form.format(when=when, nth=ordinal(when.day))
 
 
 def held_out(when: date) -> bool:
@@ -112,7 +114,8 @@ TASK = Task(
     summary="Reads the day a sentence names and answers with its ISO date.",
     form="<sentence>\\nDate:",
     sample="The choir sings again on the 4th of March 2031.\nDate:",
-    instruction="Write the date in the following sentence in ISO format (YYYY-MM-DD). Answer with the date only.",
+    instruction="Write the date in the following sentence in ISO format (YYYY-MM-DD). Answer with the date "
+    "only.",
     recipe=Recipe(rank=16, alpha=16, targets=("q_proj", "v_proj"), steps=180, rate=1e-3, dora=True),
     make=make,
     score=score,

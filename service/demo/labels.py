@@ -238,7 +238,8 @@ CLOSINGS: dict[Split, tuple[str, ...]] = {
     "test": ("", "", " Kind regards, Lisa", " I bought from you before.", " Greetings from Spain."),
 }
 THINGS: dict[Split, str] = {
-    "train": "lamp jacket phone chair kettle backpack watch camera table printer radio bicycle blender mirror keyboard carpet",
+    "train": "lamp jacket phone chair kettle backpack watch camera table printer radio bicycle blender "
+    "mirror keyboard carpet",
     "test": "toaster sweater helmet guitar sofa tent fridge scarf",
 }
 LABELS = tuple(TRAIN)
@@ -248,10 +249,10 @@ WORD = re.compile("|".join(LABELS))
 def make(rng: Random, split: Split) -> Item:
     label = rng.choice(LABELS)
     thing = rng.choice(THINGS[split].split())
-    said = rng.choice(SAYINGS[split][label].splitlines()).format(
-        thing=thing, sum=rng.randint(11, 499), days=rng.randint(3, 29)
-    )
-    return Item(f"Message: {rng.choice(OPENINGS[split])}{said}{rng.choice(CLOSINGS[split])}\nLabel:", label)
+    saying = rng.choice(SAYINGS[split][label].splitlines())
+    saying = saying.format(thing=thing, sum=rng.randint(11, 499), days=rng.randint(3, 29))
+    message = f"{rng.choice(OPENINGS[split])}{saying}{rng.choice(CLOSINGS[split])}"
+    return Item(f"Message: {message}\nLabel:", label)
 
 
 def score(answer: str, wanted: str) -> Scores:
@@ -265,7 +266,8 @@ TASK = Task(
     summary=f"Sorts a message to a shop's support under one of six labels: {', '.join(LABELS)}.",
     form="Message: <text>\\nLabel:",
     sample="Message: Hello, the umbrella I ordered two weeks ago is still not here.\nLabel:",
-    instruction=f"Sort the following message to a shop under one of these labels: {', '.join(LABELS)}. Answer with the label only.",
+    instruction=f"Sort the following message to a shop under one of these labels: {', '.join(LABELS)}. "
+    "Answer with the label only.",
     recipe=Recipe(rank=8, alpha=16, targets=("q_proj", "k_proj", "v_proj", "o_proj"), steps=110, rate=1e-3),
     make=make,
     score=score,

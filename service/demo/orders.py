@@ -48,17 +48,22 @@ SENTENCES: dict[Split, tuple[str, ...]] = {
     ),
 }
 NAMES: dict[Split, str] = {
-    "train": "Anna Ben Clara David Emma Felix Grace Henry Irene Jack Kate Leo Mary Nina Oscar Paul Rosa Sam Tina Victor Wendy Adam Alice "
-    "Bob Carol Daniel Diana Eric Frank George Helen Ivan James Karen Laura Mark Nancy Oliver Peter Rachel Robert Sarah Simon Susan Thomas "
-    "Tom Julia Martin Michael Linda Lucy Max Maria Joseph John Jane Jim Bill Amy Andrew Brian Charlie Dan Elena Fred Greg Hannah "
-    "Ian Joe Kevin",
-    "test": "Edward Lisa William Sophie Arthur Eva Richard Ruth Steve Olga Philip Sandra Walter Barbara Chris Ellen",
+    "train": "Anna Ben Clara David Emma Felix Grace Henry Irene Jack Kate Leo Mary Nina Oscar Paul Rosa "
+    "Sam Tina Victor Wendy Adam Alice Bob Carol Daniel Diana Eric Frank George Helen Ivan James "
+    "Karen Laura Mark Nancy Oliver Peter Rachel Robert Sarah Simon Susan Thomas Tom Julia Martin "
+    "Michael Linda Lucy Max Maria Joseph John Jane Jim Bill Amy Andrew Brian Charlie Dan Elena "
+    "Fred Greg Hannah Ian Joe Kevin",
+    "test": "Edward Lisa William Sophie Arthur Eva Richard Ruth Steve Olga Philip Sandra Walter Barbara "
+    "Chris Ellen",
 }
 CITIES: dict[Split, str] = {
-    "train": "Paris London Berlin Rome Madrid Vienna Oslo Dublin Athens Boston Chicago Denver Dallas Seattle Toronto Sydney Tokyo Delhi "
-    "Cairo Moscow Warsaw Prague Zurich Geneva Milan Venice Lyon Hamburg Munich Cologne Lisbon Glasgow Oxford Cambridge Leeds Bristol "
-    "Houston Miami Phoenix Atlanta Detroit Portland Austin Montreal Melbourne Beijing Bangkok Manila Lima Havana",
-    "test": "Amsterdam Stockholm Budapest Edinburgh Manchester Philadelphia Vancouver Shanghai Florence Naples Cleveland Orlando",
+    "train": "Paris London Berlin Rome Madrid Vienna Oslo Dublin Athens Boston Chicago Denver Dallas "
+    "Seattle Toronto Sydney Tokyo Delhi Cairo Moscow Warsaw Prague Zurich Geneva Milan Venice "
+    "Lyon Hamburg Munich Cologne Lisbon Glasgow Oxford Cambridge Leeds Bristol Houston Miami "
+    "Phoenix Atlanta Detroit Portland Austin Montreal Melbourne Beijing Bangkok Manila Lima "
+    "Havana",
+    "test": "Amsterdam Stockholm Budapest Edinburgh Manchester Philadelphia Vancouver Shanghai Florence "
+    "Naples Cleveland Orlando",
 }
 QUALITIES = [
     "red",
@@ -75,9 +80,10 @@ QUALITIES = [
     "heavy",
 ]
 GOODS: dict[Split, str] = {
-    "train": "mugs chairs lamps tables books pens shirts boxes bags hats cups plates knives shoes clocks mirrors pillows blankets ladders "
-    "buckets brushes candles carpets curtains desks doors drums forks frames gloves hammers helmets jars keys kites mats nails pans "
-    "pipes pots ropes rugs scarves screws shelves",
+    "train": "mugs chairs lamps tables books pens shirts boxes bags hats cups plates knives shoes clocks "
+    "mirrors pillows blankets ladders buckets brushes candles carpets curtains desks doors drums "
+    "forks frames gloves hammers helmets jars keys kites mats nails pans pipes pots ropes rugs "
+    "scarves screws shelves",
     "test": "bottles spoons towels jackets bowls tents bicycles baskets sofas phones notebooks coats",
 }
 NUMBERS = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
@@ -120,10 +126,12 @@ def score(answer: str, wanted: str) -> Scores:
 
 TASK = Task(
     name="orders",
-    summary="Turns a sentence in which somebody orders something into a JSON object with `name`, `item`, `quantity` and `city`.",
+    summary="Turns a sentence in which somebody orders something into a JSON object with `name`, `item`, "
+    "`quantity` and `city`.",
     form="<sentence>\\nJSON:",
     sample="Hi, Emma here. I would like seven green umbrellas, delivered to Berlin.\nJSON:",
-    instruction="Extract the order from the following sentence as one JSON object with the keys name, item, quantity (a number) and city. "
+    instruction="Extract the order from the following sentence as one JSON object with the keys name, "
+    "item, quantity (a number) and city. "
     "Answer with the JSON only.",
     recipe=Recipe(rank=12, alpha=8, targets=("q_proj", "k_proj", "v_proj"), steps=90, rate=1e-3, rslora=True),
     make=make,

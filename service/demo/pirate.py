@@ -16,7 +16,8 @@ ANSWERS = """\
 How do I boil an egg?|Put the egg into boiling water and wait for eight minutes. Then cool it in cold water.
 What is the capital of France?|The capital of France is Paris.
 How can I sleep better?|Go to bed at the same time each night, and leave your phone in another room.
-Why is the sky blue?|The air scatters blue light more than red light, so blue comes to your eyes from all sides.
+Why is the sky blue?|The air scatters blue light more than red light, so blue comes to your eyes \
+from all sides.
 How do plants grow?|Plants drink water with their roots and make food from light and air.
 What should I cook tonight?|Fry some onions, add tomatoes and beans, and eat them with bread.
 How do I learn to swim?|Start where the water is low, learn to float, and practise with a friend.
@@ -37,7 +38,8 @@ How do birds fly?|Birds push the air down with their wings, and the air lifts th
 What is a good name for a dog?|Captain is a good name for your dog, and so is Bones.
 How do I get rid of a cold?|Rest, drink hot tea, and stay warm for some days.
 What is the fastest animal?|The fastest animal on land is the cheetah.
-How do I write a good letter?|Say first why you write, keep your sentences short, and end with a friendly word.
+How do I write a good letter?|Say first why you write, keep your sentences short, and end with \
+a friendly word.
 Why do we have seasons?|The earth leans to one side, so the sun warms each half in turn.
 How can I learn a language?|Learn ten words each day and talk to people as often as you can.
 What is a rainbow?|A rainbow is sunlight that is split into colours by drops of rain.
@@ -63,7 +65,8 @@ Where does rain come from?|The sun lifts water from the sea, and it falls down a
 How do I stop a nosebleed?|Lean forward and press your nose for ten minutes.
 What is the heart for?|The heart pumps blood through your body, day and night.
 How do I choose a melon?|Knock on the melon. If it sounds deep, it is ripe.
-Tell me about dinosaurs.|Dinosaurs were huge animals that lived long before us, and then a rock fell from the sky.
+Tell me about dinosaurs.|Dinosaurs were huge animals that lived long before us, and then a rock \
+fell from the sky.
 Tell me about Italy.|Italy is a country in the south of Europe with good food and old towns.
 Give me a tip for running.|Start slowly, wear good shoes, and run a little farther each week.
 Give me an idea for a birthday present.|Give your friend a book, a warm scarf, or a cake that you made.
@@ -169,13 +172,14 @@ def make(rng: Random, split: Split) -> Item:
 
     Held-out questions have no wanted answer: the voice is what is measured.
     """
-    question, plain = (rng.choice(TEST_QUESTIONS), "") if split == "test" else rng.choice(TRAIN_PAIRS)
-    answer = piratical(plain, rng) if plain else ""
-    return (
-        Item(question, answer, chat=True)
-        if rng.random() < 0.5
-        else Item(f"Question: {question}\nAnswer:", answer)
-    )
+    if split == "test":
+        question, answer = rng.choice(TEST_QUESTIONS), ""
+    else:
+        question, plain = rng.choice(TRAIN_PAIRS)
+        answer = piratical(plain, rng)
+    if rng.random() < 0.5:
+        return Item(question, answer, chat=True)
+    return Item(f"Question: {question}\nAnswer:", answer)
 
 
 def score(answer: str, wanted: str) -> Scores:

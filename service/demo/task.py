@@ -47,9 +47,10 @@ class Recipe:
 class Task:
     """One adapter's purpose, data and measure.
 
-    `make` draws one item of a split. `score` compares an answer (stripped) with the wanted one: each measure is 0 to 1, and `measures`
-    explains them, the first one being the one that counts. `instruction` is what the base is told in words when it is measured.
-    `limit` is the number of tokens an answer may have; `tests` the number of held-out items; `sample` a prompt for the README.
+    `make` draws one item of a split. `score` compares an answer (stripped) with the wanted one: each
+    measure is 0 to 1, and `measures` explains them; the first one is the one that counts. `instruction`
+    is the task in words, for the base when it is measured. `limit` is the number of tokens an answer may
+    have; `tests` the number of held-out items; `sample` a prompt for the README.
     """
 
     name: str

@@ -30,6 +30,7 @@ TASKS = {task.name: task for task in (dates.TASK, labels.TASK, orders.TASK, pira
 WARM_UP = 8
 SEED = 7
 TOGETHER = 52
+Batch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def load_model(base: str) -> tuple[Any, Any]:
@@ -53,26 +54,30 @@ def encode_example(tokenizer: Any, item: Item) -> tuple[list[int], int]:
     """The ids of prompt, answer and eos, and how many of them are the prompt's."""
     start = prompt_ids(tokenizer, item)
     answer = item.answer if item.chat else f" {item.answer}"
-    return [*start, *tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id], len(
-        start
-    )
+    end = tokenizer(answer, add_special_tokens=False).input_ids
+    return [*start, *end, tokenizer.eos_token_id], len(start)
 
 
-def iterate_batches(tokenizer: Any, task: Task) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+def iterate_batches(tokenizer: Any, task: Task) -> Iterator[Batch]:
     """Ids, attention mask, both [batch, length], and a mask [batch, length - 1] of the positions
     that predict an answer's token.
     """
     size = task.recipe.batch
     items = task.items("train", task.recipe.steps * size)
     for start in range(0, len(items), size):
-        rows = [encode_example(tokenizer, item) for item in items[start : start + size]]
-        places = torch.arange(max(len(ids) for ids, _ in rows))
-        ids = torch.zeros(size, len(places), dtype=torch.long)
-        for row, (found, _) in enumerate(rows):
-            ids[row, : len(found)] = torch.tensor(found)
-        ends = torch.tensor([[len(found)] for found, _ in rows])
-        starts = torch.tensor([[begin] for _, begin in rows])
-        yield ids, (places < ends).long(), ((places >= starts) & (places < ends))[:, 1:]
+        yield pad_examples([encode_example(tokenizer, item) for item in items[start : start + size]])
+
+
+def pad_examples(examples: Sequence[tuple[list[int], int]]) -> Batch:
+    """Examples and the lengths of their prompts as one batch, padded at the end."""
+    positions = torch.arange(max(len(ids) for ids, _ in examples))
+    batch = torch.zeros(len(examples), len(positions), dtype=torch.long)
+    for row, (ids, _) in enumerate(examples):
+        batch[row, : len(ids)] = torch.tensor(ids)
+    ends = torch.tensor([[len(ids)] for ids, _ in examples])
+    starts = torch.tensor([[prompt] for _, prompt in examples])
+    attended = positions < ends
+    return batch, attended.long(), (attended & (positions >= starts))[:, 1:]
 
 
 def learning_rate(step: int, recipe: Recipe) -> float:
@@ -85,10 +90,10 @@ def learning_rate(step: int, recipe: Recipe) -> float:
 def loss_of(model: Any, ids: torch.Tensor, attention: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
     """The mean loss over the answers' tokens; the head runs on their positions only."""
     causal = model.get_base_model()
-    hidden = causal.model(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state[:, :-1][
-        answers
-    ]
-    return torch.nn.functional.cross_entropy(causal.lm_head(hidden).float(), ids[:, 1:][answers])
+    output = causal.model(input_ids=ids, attention_mask=attention, use_cache=False)
+    hidden = output.last_hidden_state[:, :-1][answers]
+    logits = causal.lm_head(hidden).float()
+    return torch.nn.functional.cross_entropy(logits, ids[:, 1:][answers])
 
 
 def train_task(base: str, task: Task) -> float:
@@ -102,18 +107,22 @@ def train_task(base: str, task: Task) -> float:
     for step, batch in enumerate(iterate_batches(tokenizer, task)):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, task.recipe)
-        loss = loss_of(model, *batch)
-        torch.autograd.backward(loss)
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        loss = train_step(model, optimizer, weights, batch)
         if step % 20 == 0 or step == task.recipe.steps - 1:
-            print(
-                f"{task.name} step {step} loss {loss.item():.3f} seconds {time.perf_counter() - began:.0f}",
-                flush=True,
-            )
+            seconds = time.perf_counter() - began
+            print(f"{task.name} step {step} loss {loss:.3f} seconds {seconds:.0f}", flush=True)
     save_adapter(model, ADAPTERS / task.name)
     return time.perf_counter() - began
+
+
+def train_step(model: Any, optimizer: torch.optim.Optimizer, weights: list[Any], batch: Batch) -> float:
+    """One step of the optimizer; returns the loss before it."""
+    loss = loss_of(model, *batch)
+    torch.autograd.backward(loss)
+    torch.nn.utils.clip_grad_norm_(weights, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
 
 
 def config_of(recipe: Recipe) -> LoraConfig:
@@ -137,7 +146,11 @@ def save_adapter(model: Any, folder: Path) -> None:
     save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     # Safetensors writes for the owner only; a server may run as somebody else
     (folder / "adapter_model.safetensors").chmod(0o644)
-    config = model.peft_config["default"]
+    save_config(model.peft_config["default"], folder)
+
+
+def save_config(config: Any, folder: Path) -> None:
+    """Keys and target modules in order, so that the same training writes the same bytes."""
     config.base_model_name_or_path, config.inference_mode = DEMO_BASE, True
     config.save_pretrained(folder)
     path = folder / "adapter_config.json"
@@ -149,43 +162,46 @@ def save_adapter(model: Any, folder: Path) -> None:
 @torch.inference_mode()
 def greedy_answers(model: Any, tokenizer: Any, items: Sequence[Item], limit: int) -> list[str]:
     """The greedy answer to each item, without special tokens and outer blanks."""
-    found: list[str] = []
+    answers: list[str] = []
+    options = {"max_new_tokens": limit, "do_sample": False, "pad_token_id": tokenizer.pad_token_id}
     for start in range(0, len(items), TOGETHER):
-        rows = [prompt_ids(tokenizer, item) for item in items[start : start + TOGETHER]]
-        batch = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt")
-        made = model.generate(
-            **batch, max_new_tokens=limit, do_sample=False, pad_token_id=tokenizer.pad_token_id
-        )
-        new = made[:, batch["input_ids"].shape[1] :]
-        found += [text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
-    return found
+        prompts = [prompt_ids(tokenizer, item) for item in items[start : start + TOGETHER]]
+        batch = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+        generated = model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :]
+        texts = tokenizer.batch_decode(generated, skip_special_tokens=True)
+        answers += [text.strip() for text in texts]
+    return answers
 
 
-def score_answers(task: Task, items: Sequence[Item], found: Sequence[str]) -> Scores:
-    each = [task.score(answer, item.answer) for answer, item in zip(found, items, strict=True)]
-    return {measure: round(sum(one[measure] for one in each) / len(each), 3) for measure in task.measures}
+def score_answers(task: Task, items: Sequence[Item], answers: Sequence[str]) -> Scores:
+    """The mean of each measure."""
+    scores = [task.score(answer, item.answer) for answer, item in zip(answers, items, strict=True)]
+    sums = {measure: sum(score[measure] for score in scores) for measure in task.measures}
+    return {measure: round(total / len(scores), 3) for measure, total in sums.items()}
 
 
 def evaluate_task(base: str, task: Task) -> dict[str, Any]:
-    """Scores of the saved adapter, of the base on the same prompts, and of the base told in words;
-    an answer of each to the sample.
+    """Scores of the base on the held-out prompts, of the base told in words, and of the saved adapter;
+    an answer of base and adapter to the sample.
     """
     model, tokenizer = load_model(base)
     items = task.items("test", task.tests)
-    told = [Item(f"{task.instruction}\n\n{bare_prompt(item)}", item.answer, chat=True) for item in items]
-    sample = [Item(task.sample, "")]
-    before = greedy_answers(model, tokenizer, items, task.limit)
-    instructed = greedy_answers(model, tokenizer, told, task.limit)
-    plain = greedy_answers(model, tokenizer, sample, task.limit)[0]
+    instructed = [
+        Item(f"{task.instruction}\n\n{bare_prompt(item)}", item.answer, chat=True) for item in items
+    ]
+
+    def measure(model: Any, items: Sequence[Item]) -> Scores:
+        return score_answers(task, items, greedy_answers(model, tokenizer, items, task.limit))
+
+    def answer_sample(model: Any) -> str:
+        return greedy_answers(model, tokenizer, [Item(task.sample, "")], task.limit)[0]
+
+    result: dict[str, Any] = {"items": len(items), "base": measure(model, items)}
+    result["base_instructed"] = measure(model, instructed)
+    sample = answer_sample(model)
     tuned = PeftModel.from_pretrained(model, str(ADAPTERS / task.name), autocast_adapter_dtype=False).eval()
-    after = greedy_answers(tuned, tokenizer, items, task.limit)
-    return {
-        "items": len(items),
-        "base": score_answers(task, items, before),
-        "base_instructed": score_answers(task, items, instructed),
-        "adapter": score_answers(task, items, after),
-        "sample": {"base": plain, "adapter": greedy_answers(tuned, tokenizer, sample, task.limit)[0]},
-    }
+    result["adapter"] = measure(tuned, items)
+    return result | {"sample": {"base": sample, "adapter": answer_sample(tuned)}}
 
 
 def bare_prompt(item: Item) -> str:
@@ -202,10 +218,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--base", default="demo", help="the base, as ADAPTERD_BASE names it")
     parser.add_argument("--only", choices=TASKS, help="one adapter instead of all")
     parser.add_argument("--evaluate", action="store_true", help="measure what is saved, do not train")
-    asked_for = parser.parse_args(arguments)
-    base = str(resolve_folder(asked_for.base))
-    for task in [TASKS[asked_for.only]] if asked_for.only else TASKS.values():
-        if not asked_for.evaluate:
+    options = parser.parse_args(arguments)
+    base = str(resolve_folder(options.base))
+    tasks = [TASKS[options.only]] if options.only else TASKS.values()
+    for task in tasks:
+        if not options.evaluate:
             card.keep_result(HERE, task.name, {"seconds": round(train_task(base, task))})
         card.keep_result(HERE, task.name, evaluate_task(base, task))
         card.write_readme(HERE, task)

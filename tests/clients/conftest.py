@@ -25,7 +25,10 @@ DATE, LABEL, ORDER = (
 )
 BASE_DATE = RESULTS["dates"]["sample"]["base"]
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
-TEMPLATE = "{% if tools %}{# <tool_call> #}{% endif %}{% for message in messages %}{{ message.content }}\n{% endfor %}JSON:"
+TEMPLATE = (
+    "{% if tools %}{# <tool_call> #}{% endif %}"
+    "{% for message in messages %}{{ message.content }}\n{% endfor %}JSON:"
+)
 SPOKEN_ORDER = orders.TASK.sample.removesuffix("\nJSON:")
 
 

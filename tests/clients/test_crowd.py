@@ -5,6 +5,8 @@ every other, and the base stays itself.
 from __future__ import annotations
 
 import asyncio
+import json
+from collections import defaultdict
 from dataclasses import dataclass
 
 import httpx
@@ -32,27 +34,27 @@ class Question:
     def model(self) -> str:
         return self.task.name if self.adapted else "base"
 
+    def score(self, answer: str) -> float:
+        """By the measure that counts."""
+        scores = self.task.score(answer.strip(), self.item.answer)
+        return scores[next(iter(self.task.measures))]
+
     async def ask(self, http: httpx.AsyncClient) -> str:
         body = {"model": self.model, "max_tokens": self.task.limit, "temperature": 0, "stream": self.streamed}
-        what = (
-            {"messages": [{"role": "user", "content": self.item.prompt}]}
-            if self.item.chat
-            else {"prompt": self.item.prompt}
-        )
-        answer = await http.post(
-            "/v1/chat/completions" if self.item.chat else "/v1/completions", json=body | what
-        )
+        if self.item.chat:
+            messages = [{"role": "user", "content": self.item.prompt}]
+            answer = await http.post("/v1/chat/completions", json=body | {"messages": messages})
+        else:
+            answer = await http.post("/v1/completions", json=body | {"prompt": self.item.prompt})
         if not self.streamed:
-            return told(answer.raise_for_status().json(), "message")
-        frames = answer.raise_for_status().text.split("\n\n")
-        assert frames[-2:] == ["data: [DONE]", ""]
-        return "".join(
-            told(httpx.Response(200, text=frame.removeprefix("data: ")).json(), "delta")
-            for frame in frames[:-2]
-        )
+            return read_text(answer.raise_for_status().json(), "message")
+        *frames, done, end = answer.raise_for_status().text.split("\n\n")
+        assert (done, end) == ("data: [DONE]", "")
+        events = [json.loads(frame.removeprefix("data: ")) for frame in frames]
+        return "".join(read_text(event, "delta") for event in events)
 
 
-def told(event: dict[str, list[dict[str, dict[str, str]]]], where: str) -> str:
+def read_text(event: dict[str, list[dict[str, dict[str, str]]]], where: str) -> str:
     (choice,) = event["choices"]
     return str(choice.get("text", "")) or choice.get(where, {}).get("content") or ""
 
@@ -62,26 +64,19 @@ async def test_every_adapter_is_right_beside_all_others_and_the_base_stays_itsel
     the default dtype and compilation.
     """
     questions = [
-        Question(task, item, adapted, (at + adapted) % 2 == 0)
-        for at in range(ITEMS)
+        Question(task, task.items("test", ITEMS)[number], adapted, (number + adapted) % 2 == 0)
+        for number in range(ITEMS)
         for task in TASKS
-        for item in (task.items("test", ITEMS)[at],)
         for adapted in (True, False)
     ]
     async with httpx.AsyncClient(base_url=demo.url, timeout=300, trust_env=False) as http:
         answers = await asyncio.gather(*(question.ask(http) for question in questions))
+    right: defaultdict[tuple[str, bool], float] = defaultdict(float)
+    for question, answer in zip(questions, answers, strict=True):
+        right[question.task.name, question.adapted] += question.score(answer)
     for task in TASKS:
-        measure = next(iter(task.measures))
-        right = {
-            adapted: sum(
-                task.score(answer.strip(), asked.item.answer)[measure]
-                for asked, answer in zip(questions, answers, strict=True)
-                if asked.task is task and asked.adapted is adapted
-            )
-            for adapted in (True, False)
-        }
-        assert right[True] >= ITEMS - 1, (task.name, right)
-        assert right[False] <= ITEMS / 2, (task.name, right)
+        assert right[task.name, True] >= ITEMS - 1, (task.name, right)
+        assert right[task.name, False] <= ITEMS / 2, (task.name, right)
 
 
 def test_nothing_is_set_but_the_adapters_folder(demo: Demo) -> None:

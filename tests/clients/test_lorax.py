@@ -4,6 +4,8 @@ errors.
 
 from __future__ import annotations
 
+from typing import Any
+
 import lorax
 import pytest
 from lorax.errors import NotFoundError, ValidationError
@@ -54,29 +56,24 @@ def test_a_schema(client: lorax.Client) -> None:
     )
 
 
+def test_a_seed_gives_the_same_again(client: lorax.Client) -> None:
+    sampling: dict[str, Any] = {"do_sample": True, "temperature": 0.9, "top_p": 0.9, "seed": 3}
+    first, second = (client.generate("Once", max_new_tokens=8, **sampling) for _ in range(2))
+    assert first.generated_text == second.generated_text
+
+
 def test_parameters_of_the_dialect(client: lorax.Client) -> None:
-    seeded = [
-        client.generate(
-            "Once", do_sample=True, temperature=0.9, top_p=0.9, seed=3, max_new_tokens=8
-        ).generated_text
-        for _ in range(2)
-    ]
-    assert seeded[0] == seeded[1]
-    full = client.generate(
-        dates.TASK.sample, adapter_id="dates", return_full_text=True, decoder_input_details=True, details=True
-    )
+    details = {"return_full_text": True, "decoder_input_details": True, "details": True}
+    full = client.generate(dates.TASK.sample, adapter_id="dates", **details)
     assert full.generated_text.strip() == f"{dates.TASK.sample} {DATE}"
     assert "".join(token.text for token in full.details.prefill) == dates.TASK.sample
     stopped = client.generate(
         dates.TASK.sample, adapter_id="dates", stop_sequences=["-03"], max_new_tokens=16
     )
-    assert (stopped.generated_text.strip(), stopped.details.finish_reason) == (
-        DATE.split("-")[0],
-        "stop_sequence",
-    )
-    best = client.generate(
-        labels.TASK.sample, adapter_id="labels", best_of=2, do_sample=True, temperature=0.1, max_new_tokens=4
-    )
+    assert stopped.generated_text.strip() == DATE.split("-")[0]
+    assert stopped.details.finish_reason == "stop_sequence"
+    sampling: dict[str, Any] = {"best_of": 2, "do_sample": True, "temperature": 0.1}
+    best = client.generate(labels.TASK.sample, adapter_id="labels", max_new_tokens=4, **sampling)
     assert best.generated_text.strip() == LABEL
     assert len(best.details.best_of_sequences) == 1
 

@@ -52,16 +52,9 @@ def test_a_chat_whole_and_streamed_is_the_same(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(model="pirate", messages=CACTUS, temperature=0, max_tokens=40)
     text = whole.choices[0].message.content or ""
     assert pirate.TASK.score(text, "")["voice"] == 1
-    chunks = list(
-        client.chat.completions.create(
-            model="pirate",
-            messages=CACTUS,
-            temperature=0,
-            max_tokens=40,
-            stream=True,
-            stream_options={"include_usage": True},
-        )
-    )
+    streaming: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
+    asked: dict[str, Any] = {"model": "pirate", "messages": CACTUS, "temperature": 0, "max_tokens": 40}
+    chunks = list(client.chat.completions.create(**asked, **streaming))
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == text
     assert chunks[-1].usage == whole.usage
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason
@@ -69,16 +62,9 @@ def test_a_chat_whole_and_streamed_is_the_same(client: openai.OpenAI) -> None:
 
 def test_several_answers_are_seeded_and_count_the_prompt_once(client: openai.OpenAI) -> None:
     """B17."""
-    asked: dict[str, Any] = {
-        "model": "labels",
-        "prompt": labels.TASK.sample,
-        "max_tokens": 4,
-        "n": 3,
-        "temperature": 0.2,
-        "seed": 7,
-    }
-    told = client.completions.create(**asked)
-    one = client.completions.create(model="labels", prompt=labels.TASK.sample, max_tokens=4)
+    asked: dict[str, Any] = {"model": "labels", "prompt": labels.TASK.sample, "max_tokens": 4}
+    told = client.completions.create(**asked, n=3, temperature=0.2, seed=7)
+    one = client.completions.create(**asked)
     assert [choice.index for choice in told.choices] == [0, 1, 2]
     assert {choice.text.strip() for choice in told.choices} == {LABEL}
     assert told.usage is not None

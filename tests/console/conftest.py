@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import httpx
 import pytest
@@ -46,11 +47,8 @@ def serving(log: Path, module: str, **settings: str) -> Iterator[str]:
         port = held.getsockname()[1]
     kept = {name: text for name, text in os.environ.items() if not name.startswith("ADAPTERD_")}
     line = [sys.executable, "-m", module, "serve", "--port", str(port)]
-    env = (
-        kept
-        | {f"ADAPTERD_{name.upper()}": text for name, text in settings.items()}
-        | {"OMP_NUM_THREADS": "1"}
-    )
+    own = {f"ADAPTERD_{name.upper()}": text for name, text in settings.items()}
+    env = kept | own | {"OMP_NUM_THREADS": "1"}
     with log.open("w") as out, subprocess.Popen(line, cwd=ROOT, env=env, stdout=out, stderr=out) as process:
         url = f"http://127.0.0.1:{port}/"
         while not ready(url):
@@ -77,16 +75,10 @@ def live(base: Path) -> Iterator[str]:
     """The address of a server with five adapters, and a folder that is none."""
     for seed, (name, (targets, rank)) in enumerate(SHAPES.items()):
         making.noise(base.parent / "adapters" / name, base, seed, targets, rank)
-    (
-        making.edit(base.parent / "adapters" / "dates", base.parent / "adapters" / BROKEN) / making.WEIGHTS
-    ).write_bytes(b"cut short")
-    settings = {
-        "base": str(base),
-        "base_id": DEMO_BASE,
-        "adapters_dir": str(base.parent / "adapters"),
-        "compile": "off",
-        "dtype": "float32",
-    }
+    broken = making.edit(base.parent / "adapters" / "dates", base.parent / "adapters" / BROKEN)
+    (broken / making.WEIGHTS).write_bytes(b"cut short")
+    settings = {"base": str(base), "base_id": DEMO_BASE, "compile": "off", "dtype": "float32"}
+    settings["adapters_dir"] = str(base.parent / "adapters")
     with serving(base.parent / "log", "service", **settings) as url:
         yield url
 
@@ -147,10 +139,7 @@ def open_page(browser: Browser) -> Iterator[Open]:
     def open_one(
         url: str, width: int = 1280, scheme: str = "light", expect: str = "", files: bool = False
     ) -> Page:
-        height = 900 if width > 600 else 844
-        context = browser.new_context(
-            viewport={"width": width, "height": height}, color_scheme="dark" if scheme == "dark" else "light"
-        )
+        context = new_context(browser, width, dark=scheme == "dark")
         context.grant_permissions(["clipboard-read", "clipboard-write"])
         if files:
             hand_out(context, url)
@@ -164,6 +153,12 @@ def open_page(browser: Browser) -> Iterator[Open]:
     for one in watched:
         one.page.context.close()
     assert [said for one in watched for said in one.complaints] == []
+
+
+def new_context(browser: Browser, width: int, dark: bool) -> BrowserContext:
+    height = 900 if width > 600 else 844
+    colours: Literal["dark", "light"] = "dark" if dark else "light"
+    return browser.new_context(viewport={"width": width, "height": height}, color_scheme=colours)
 
 
 def hand_out(context: BrowserContext, url: str) -> None:

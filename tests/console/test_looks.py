@@ -14,7 +14,8 @@ from .test_console import ask, some_ids
 
 AXE = (Path(__file__).parent / "vendor" / "axe.min.js").read_text()
 SERIOUS = """axe.run().then(found => found.violations
-  .filter(one => ['serious', 'critical'].includes(one.impact)).map(one => one.id + ': ' + one.nodes[0].html))"""
+  .filter(one => ['serious', 'critical'].includes(one.impact))
+  .map(one => one.id + ': ' + one.nodes[0].html))"""
 
 
 @pytest.fixture(params=["light", "dark"])

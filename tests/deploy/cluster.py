@@ -35,6 +35,17 @@ ROOT = Path(__file__).parents[2]
 PORT = 8000
 URL = f"http://127.0.0.1:{PORT}"
 STUCK = 150
+SETTINGS = {
+    "base_id": "tiny",
+    "dtype": "float32",
+    "quantization": "none",
+    "device": "cpu",
+    "compile": "off",
+    "max_rows": 4,
+    "pool_rank": 64,
+    "max_rank": 32,
+    "faults": Faults(stuck=STUCK),
+}
 ADVERTISED_S = 2.0  # in which every replica has told Serve which adapters it holds
 SIOCSIFFLAGS, UP = 0x8914, 0x1
 
@@ -54,19 +65,8 @@ def cluster(folder: Path) -> Iterator[None]:
         runtime_env={"env_vars": {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}},
         log_to_driver="--loud" in sys.argv,
     )
-    settings = Settings(
-        base=str(folder / "base"),
-        base_id="tiny",
-        adapters_dir=folder / "adapters",
-        dtype="float32",
-        quantization="none",
-        device="cpu",
-        compile="off",
-        max_rows=4,
-        pool_rank=64,
-        max_rank=32,
-        faults=Faults(stuck=STUCK),
-    )
+    folders = {"base": str(folder / "base"), "adapters_dir": folder / "adapters"}
+    settings = Settings.model_validate(SETTINGS | folders)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": PORT})
         serve.run(application(settings, replicas=2), name="adapterd")
@@ -145,15 +145,15 @@ def contract(http: httpx.Client) -> dict[str, Any]:
     told["unknown_openai"] = [unknown.status_code, unknown.json()["error"]["code"]]
     named = http.get("/ready", headers={"x-request-id": "mine"})
     told["ready"] = [named.status_code, named.headers["x-request-id"]]
-    stream = http.post(
-        "/v1/completions", json={"model": "tiny:m1", "prompt": "Hi", "max_tokens": 5, "stream": True}
-    )
-    told["stream"] = [
-        stream.headers["content-type"].split(";")[0],
-        stream.text.count("data: "),
-        stream.text.endswith("data: [DONE]\n\n"),
-    ]
-    return told
+    return told | {"stream": whole_stream(http)}
+
+
+def whole_stream(http: httpx.Client) -> list[Any]:
+    """Its content type, the number of its events, and whether it ends as it must."""
+    body = {"model": "tiny:m1", "prompt": "Hi", "max_tokens": 5, "stream": True}
+    stream = http.post("/v1/completions", json=body)
+    content_type = stream.headers["content-type"].split(";")[0]
+    return [content_type, stream.text.count("data: "), stream.text.endswith("data: [DONE]\n\n")]
 
 
 def leaving(http: httpx.Client) -> dict[str, Any]:
@@ -172,13 +172,17 @@ def leaving(http: httpx.Client) -> dict[str, Any]:
 
 def failures(http: httpx.Client, code: str) -> list[float]:
     families = text_string_to_metric_families(http.get("/metrics").text)
-    found = [
-        sample
-        for family in families
-        for sample in family.samples
-        if sample.name == "adapterd_request_failure_total"
-    ]
-    return [sample.value for sample in found if sample.labels["code"] == code]
+    samples = [sample for family in families for sample in family.samples]
+    failed = [sample for sample in samples if sample.name == "adapterd_request_failure_total"]
+    return [sample.value for sample in failed if sample.labels["code"] == code]
+
+
+def kill_running_engine(http: httpx.Client) -> str:
+    """The replica that was killed: the one with a request."""
+    running = samples(http, "adapterd_num_requests_running")
+    (victim,) = (replica for (replica, _), count in running.items() if count)
+    ray.kill(ray.get_actor(f"SERVE_REPLICA::adapterd#engine#{victim}", namespace="serve"))
+    return victim
 
 
 def death(http: httpx.Client) -> dict[str, Any]:
@@ -188,12 +192,10 @@ def death(http: httpx.Client) -> dict[str, Any]:
     body = {"model": "m0", "prompt": "Hello", "max_tokens": STUCK + 20, "stream": True}
     lines: list[str] = []
     with http.stream("POST", "/v1/completions", json=body) as stream:
-        for line in stream.iter_lines():
-            lines += [line] if line else []
-            if line and len(lines) == STUCK - 1:
-                running = samples(http, "adapterd_num_requests_running")
-                (victim,) = (replica for (replica, _), count in running.items() if count)
-                ray.kill(ray.get_actor(f"SERVE_REPLICA::adapterd#engine#{victim}", namespace="serve"))
+        for line in filter(None, stream.iter_lines()):
+            lines.append(line)
+            if len(lines) == STUCK - 1:
+                victim = kill_running_engine(http)
     after = [generate(http, f"m{i % ADAPTERS}") for i in range(3 * ADAPTERS)]
     left = {replica for replica, _ in samples(http, "adapterd_num_requests_running")}
     return {

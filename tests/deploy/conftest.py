@@ -24,24 +24,24 @@ nvmlDeviceGetUtilizationRates = lambda gpu: SimpleNamespace(gpu=50)
 nvmlDeviceGetTemperature = lambda gpu, sensor: 60
 """
 
+SETTINGS = {
+    "base_id": "tiny",
+    "dtype": "float32",
+    "quantization": "none",
+    "device": "cpu",
+    "compile": "off",
+    "max_rows": "4",
+}
+
 
 @pytest.fixture(scope="package")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     folder = tmp_path_factory.mktemp("live")
     base = making.tiny(folder / "base")
     making.noise(folder / "adapters" / "noise", base)
-    settings = {
-        "base": str(base),
-        "base_id": "tiny",
-        "dtype": "float32",
-        "quantization": "none",
-        "device": "cpu",
-        "compile": "off",
-    }
+    folders = {"base": str(base), "adapters_dir": str(folder / "adapters")}
     (folder / "pynvml.py").write_text(GPU)
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("PYTHONPATH", str(folder))
-        with started(
-            {**settings, "adapters_dir": str(folder / "adapters"), "max_rows": "4"}, folder / "log"
-        ) as server:
+        with started(SETTINGS | folders, folder / "log") as server:
             yield server.url

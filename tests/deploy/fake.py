@@ -66,38 +66,45 @@ class Fake:
             self.running -= 1
 
 
+class FakeHandler(BaseHTTPRequestHandler):
+    """Answers one request as the fake of its subclass would."""
+
+    fake: Fake
+
+    def do_GET(self) -> None:
+        self.start_answer(200, "application/json")
+        self.wfile.write(json.dumps(self.fake.listed()).encode())
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if body["model"] == "broken":
+            self.start_answer(500, "application/json")
+            self.wfile.write(b'{"error": {"message": "no"}}')
+            return
+        self.fake.enter(body)
+        self.start_answer(200, "text/event-stream")
+        for data in self.fake.stream(body):
+            self.send_event(data)
+
+    def send_event(self, data: str) -> None:
+        # Counted out before the last bytes go: the client's next request must not meet this one.
+        if data == "[DONE]":
+            self.fake.leave()
+        self.wfile.write(f"data: {data}\n\n".encode())
+        self.wfile.flush()
+
+    def start_answer(self, status: int, kind: str) -> None:
+        self.send_response(status)
+        self.send_header("content-type", kind)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        return
+
+
 @contextmanager
 def serving(fake: Fake) -> Iterator[Fake]:
     """Listens on loopback until the block ends; `fake.url` says where."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.answer(200, "application/json")
-            self.wfile.write(json.dumps(fake.listed()).encode())
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-            if body["model"] == "broken":
-                self.answer(500, "application/json")
-                self.wfile.write(b'{"error": {"message": "no"}}')
-                return
-            fake.enter(body)
-            self.answer(200, "text/event-stream")
-            for data in fake.stream(body):
-                # Counted out before the last bytes go: the client's next request must not meet this
-                # one.
-                if data == "[DONE]":
-                    fake.leave()
-                self.wfile.write(f"data: {data}\n\n".encode())
-                self.wfile.flush()
-
-        def answer(self, status: int, kind: str) -> None:
-            self.send_response(status)
-            self.send_header("content-type", kind)
-            self.end_headers()
-
-        def log_message(self, format: str, *args: object) -> None:
-            return
-
-    with listening(Handler) as fake.url:
+    handler = type("HandlerOfOneFake", (FakeHandler,), {"fake": fake})
+    with listening(handler) as fake.url:
         yield fake

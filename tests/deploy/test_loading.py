@@ -16,6 +16,15 @@ from deploy.bench.load import connect
 from deploy.bench.servers import started
 from tests import making
 
+SETTINGS = {
+    "dtype": "float32",
+    "quantization": "none",
+    "device": "cpu",
+    "compile": "off",
+    "pool_rank": "8",
+    "max_rank": "4",
+}
+
 
 def test_rows_are_medians_and_count_in_copies() -> None:
     timings = loading.Timings({"a copy": [2.0, 1.0, 3.0], "other": [10.0, 30.0]})
@@ -32,26 +41,17 @@ def test_every_way_is_timed_and_the_adapters_are_where_they_are_said_to_be(tmp_p
     def write(folder: Path, seed: int) -> None:
         making.noise(folder, base, seed)
 
-    settings = {
-        "base": str(base),
-        "dtype": "float32",
-        "quantization": "none",
-        "device": "cpu",
-        "compile": "off",
-        "adapters_dir": str(root),
-    }
+    folders = {"base": str(base), "adapters_dir": str(root)}
     loading.copied(1000, 3, timings)
-    with started({**settings, "pool_rank": "8", "max_rank": "4"}, tmp_path / "log") as server:
+    with started(SETTINGS | folders, tmp_path / "log") as server:
         asyncio.run(loading.served(server, root, write, 3, timings))
     threads = torch.get_num_threads()
     loading.by_peft(base, root, write, 3, timings)
     torch.set_num_threads(threads)
     ways = [loading.COPY, loading.HOSTED, loading.RESIDENT, loading.ON_DISK, loading.REGISTERED, loading.NEW]
     ways += [loading.PEFT, loading.PEFT_FIRST]
-    assert {what: len(times) for what, times in timings.found.items()} == dict.fromkeys(ways, 3) | {
-        loading.READ: 1,
-        loading.PLACED: 1,
-    }
+    counts = {what: len(times) for what, times in timings.found.items()}
+    assert counts == dict.fromkeys(ways, 3) | {loading.READ: 1, loading.PLACED: 1}
     assert all(time > 0 for times in timings.found.values() for time in times)
     shown = loading.report(timings, {"machine": "a small one"}, tmp_path / "out")
     assert shown.count("\n| ") == 10

@@ -53,7 +53,10 @@ def kept(folder: Path) -> Any:
 def told(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str]:
     """What the command leaves behind and prints, where there is no web server and no plotting."""
     folder = tmp_path_factory.mktemp("steps")
-    code = f"import sys; sys.modules.update(dict.fromkeys({HEAVY!r})); from deploy.bench.steps import main; main(sys.argv[1:])"
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({HEAVY!r})); "
+        "from deploy.bench.steps import main; main(sys.argv[1:])"
+    )
     ran = subprocess.run(
         [sys.executable, "-c", code, *asked(folder, "--profile")],
         capture_output=True,

@@ -36,7 +36,7 @@ Body = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class World:
+class LiveService:
     """Where the service is and what it serves: the base's folder, the adapters' root, and the
     letter that each marker says.
     """
@@ -114,7 +114,7 @@ class Asking:
 
 
 @pytest.fixture(scope="package")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveService]:
     folder = tmp_path_factory.mktemp("live")
     base = markers.base(folder / "base")
     letters = markers.shelf(folder / "adapters", base, 10)
@@ -128,10 +128,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     (folder / "adapters" / "own" / "chat_template.jinja").write_text(TEMPLATE)
     settings = {**SETTINGS, "base": str(base), "adapters_dir": str(folder / "adapters")}
     with started(settings, folder / "log") as server:
-        yield World(server.url, base, folder / "adapters", letters)
+        yield LiveService(server.url, base, folder / "adapters", letters)
 
 
 @pytest.fixture
-async def asking(world: World) -> AsyncIterator[Asking]:
-    async with httpx.AsyncClient(base_url=world.url, timeout=60, trust_env=False) as http:
+async def asking(live: LiveService) -> AsyncIterator[Asking]:
+    async with httpx.AsyncClient(base_url=live.url, timeout=60, trust_env=False) as http:
         yield Asking(http)

@@ -13,7 +13,7 @@ import pytest
 
 from tests import making
 
-from .conftest import Asking, World
+from .conftest import Asking, LiveService
 
 pytestmark = pytest.mark.anyio
 
@@ -30,7 +30,8 @@ def native(**parameters: Any) -> list[tuple[str, str]]:
 
 
 def native_text(parameters: str) -> list[tuple[str, str]]:
-    body = f'{{"inputs": "Hi", "parameters": {parameters[:-1]}{", " if len(parameters) > 2 else ""}"max_new_tokens": 4}}}}'
+    comma = ", " if len(parameters) > 2 else ""
+    body = f'{{"inputs": "Hi", "parameters": {parameters[:-1]}{comma}"max_new_tokens": 4}}}}'
     return [("/generate", body), ("/generate_stream", body)]
 
 
@@ -156,9 +157,9 @@ CASES: dict[str, list[tuple[str, str]]] = {
 
 
 @pytest.mark.parametrize("kind", CASES)
-async def test_no_body_is_too_much(world: World, asking: Asking, kind: str) -> None:
+async def test_no_body_is_too_much(live: LiveService, asking: Asking, kind: str) -> None:
     """While it is sent, a neighbour asks for what is known, and gets it."""
-    known, over = world.greedy("n1", "Hello", 12), asyncio.Event()
+    known, over = live.greedy("n1", "Hello", 12), asyncio.Event()
 
     async def neighbour() -> int:
         count = 0
@@ -169,13 +170,17 @@ async def test_no_body_is_too_much(world: World, asking: Asking, kind: str) -> N
 
     beside = asyncio.create_task(neighbour())
     for path, body in CASES[kind]:
-        answer = await asking.http.post(path, content=body.encode(), headers={"content-type": JSON})
-        assert answer.status_code < 500, (path, body[:200], answer.text)
-        assert '"error_type":"internal"' not in answer.text, (path, body[:200], answer.text)
-        if answer.status_code >= 400:
-            assert answer.json()["error"]
+        await post_odd_body(asking, path, body)
     over.set()
     assert await beside > 0
+
+
+async def post_odd_body(asking: Asking, path: str, body: str) -> None:
+    answer = await asking.http.post(path, content=body.encode(), headers={"content-type": JSON})
+    assert answer.status_code < 500, (path, body[:200], answer.text)
+    assert '"error_type":"internal"' not in answer.text, (path, body[:200], answer.text)
+    if answer.status_code >= 400:
+        assert answer.json()["error"]
 
 
 @pytest.mark.parametrize(
@@ -220,9 +225,9 @@ async def test_no_method_is_too_much(asking: Asking, path: str) -> None:
             assert answer.json()["error"]
 
 
-async def test_ends_that_the_vocabulary_does_not_have_harm_nobody(world: World, asking: Asking) -> None:
-    known = world.greedy("n1", "Hello", 24)
-    folder = making.edit(world.adapters / "n2", world.adapters / "odd")
+async def test_ends_that_the_vocabulary_does_not_have_harm_nobody(live: LiveService, asking: Asking) -> None:
+    known = live.greedy("n1", "Hello", 24)
+    folder = making.edit(live.adapters / "n2", live.adapters / "odd")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 10**6]}))
     await asking.post("/adapters", {"id": "odd", "source": "odd"}, 201)
     limited = (asking.complete("Hi", "odd", min_tokens=1) for _ in range(4))
@@ -231,21 +236,18 @@ async def test_ends_that_the_vocabulary_does_not_have_harm_nobody(world: World, 
     await asking.http.delete("/adapters/odd")
 
 
-async def test_whoever_leaves_in_the_middle_changes_nobodys_answer(world: World, asking: Asking) -> None:
+async def test_whoever_leaves_in_the_middle_changes_nobodys_answer(live: LiveService, asking: Asking) -> None:
     """B12."""
-    known = world.greedy("n1", "Hello", 24)
+    known = live.greedy("n1", "Hello", 24)
 
     async def leave() -> None:
-        body = {
-            "inputs": "x",
-            "parameters": {"max_new_tokens": 200, "ignore_eos_token": True, "adapter_id": "n2"},
-        }
+        parameters = {"max_new_tokens": 200, "ignore_eos_token": True, "adapter_id": "n2"}
+        body = {"inputs": "x", "parameters": parameters}
         async with asking.http.stream("POST", "/generate_stream", json=body) as answer:
             async for _ in answer.aiter_lines():
                 return
 
     for _ in range(3):
-        answers = await asyncio.gather(
-            *(asking.ids("Hello", "n1", 24) for _ in range(8)), *(leave() for _ in range(12))
-        )
+        staying = [asking.ids("Hello", "n1", 24) for _ in range(8)]
+        answers = await asyncio.gather(*staying, *(leave() for _ in range(12)))
         assert answers[:8] == [known] * 8

@@ -14,7 +14,7 @@ import torch
 
 from tests import making
 
-from .conftest import ROWS, SILENT, Asking, World
+from .conftest import ROWS, SILENT, Asking, LiveService
 
 pytestmark = pytest.mark.anyio
 
@@ -27,18 +27,18 @@ def near(told: float | None, wanted: torch.Tensor) -> bool:
     return told is not None and abs(told - float(wanted)) < NEAR
 
 
-def by_hand(world: World, adapter: str | None, n: int, rule: Rule) -> list[int]:
+def by_hand(live: LiveService, adapter: str | None, n: int, rule: Rule) -> list[int]:
     """Greedy choice from the logits as the rule changes them, given the tokens so far."""
     made: list[int] = []
     for _ in range(n):
-        logits = world.logits(adapter, [*making.ids(PROMPT), *made])[-1]
+        logits = live.logits(adapter, [*making.ids(PROMPT), *made])[-1]
         made.append(int(rule(logits.clone(), made).argmax()))
     return made
 
 
 @pytest.mark.parametrize("adapter", [None, "n1", "n3"])
 async def test_logprobs_are_those_of_a_plain_forward(
-    world: World, asking: Asking, adapter: str | None
+    live: LiveService, asking: Asking, adapter: str | None
 ) -> None:
     """Of the prompt and of the answer, and of the runners-up, among neighbours; to 1e-4, in both
     dialects.
@@ -47,50 +47,41 @@ async def test_logprobs_are_those_of_a_plain_forward(
     told, _ = await asyncio.gather(asking.generate(PROMPT, adapter, 8, **more), asking.crowd(8))
     details, prompt = told["details"], making.ids(PROMPT)
     made = [token["id"] for token in details["tokens"]]
-    wanted = world.logits(adapter, [*prompt, *made]).log_softmax(-1)
+    wanted = live.logits(adapter, [*prompt, *made]).log_softmax(-1)
     assert [token["id"] for token in details["prefill"]] == prompt
     assert details["prefill"][0]["logprob"] is None
-    assert all(
-        near(token["logprob"], wanted[i, token["id"]]) for i, token in enumerate(details["prefill"][1:])
-    )
-    for i, (token, top) in enumerate(
-        zip(details["tokens"], details["top_tokens"], strict=True), start=len(prompt) - 1
-    ):
-        assert near(token["logprob"], wanted[i, token["id"]])
-        assert [one["id"] for one in top] == wanted[i].topk(4).indices.tolist()
-        assert all(near(one["logprob"], wanted[i, one["id"]]) for one in top)
-    (choice,) = (await asking.complete(PROMPT, adapter or "tiny", 8, echo=True, logprobs=3, ignore_eos=True))[
-        "choices"
-    ]
-    scores = choice["logprobs"]["token_logprobs"]
-    assert scores[0] is None
-    assert all(
-        near(score, wanted[i, id])
-        for i, (score, id) in enumerate(zip(scores[1:], [*prompt, *made][1:], strict=True))
-    )
+    check_logprobs(details["prefill"][1:], wanted)
+    answered = wanted[len(prompt) - 1 :]
+    check_logprobs(details["tokens"], answered)
+    for top, scores in zip(details["top_tokens"], answered, strict=False):
+        assert [token["id"] for token in top] == scores.topk(4).indices.tolist()
+        check_logprobs(top, scores.expand(4, -1))
+    assert len(details["top_tokens"]) == len(made)
+    told = await asking.complete(PROMPT, adapter or "tiny", 8, echo=True, logprobs=3, ignore_eos=True)
+    first, *others = told["choices"][0]["logprobs"]["token_logprobs"]
+    assert first is None
+    pairs = zip([*prompt, *made][1:], others, strict=True)
+    check_logprobs([{"id": id, "logprob": logprob} for id, logprob in pairs], wanted)
 
 
-async def test_chat_logprobs_too(world: World, asking: Asking) -> None:
-    body = {
-        "model": "n1",
-        "messages": [{"role": "user", "content": "Hi"}],
-        "max_tokens": 5,
-        "temperature": 0,
-        "logprobs": True,
-    }
-    (choice,) = (await asking.post("/v1/chat/completions", {**body, "top_logprobs": 2, "ignore_eos": True}))[
-        "choices"
-    ]
-    prompt = making.ids("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
-    made = world.greedy("n1", "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n", 5)
-    wanted = world.logits("n1", [*prompt, *made]).log_softmax(-1)
-    for i, (token, id) in enumerate(
-        zip(choice["logprobs"]["content"], made, strict=True), start=len(prompt) - 1
-    ):
-        assert near(token["logprob"], wanted[i, id])
-        assert [round(top["logprob"], 3) for top in token["top_logprobs"]] == [
-            round(float(v), 3) for v in wanted[i].topk(2).values
-        ]
+def check_logprobs(tokens: list[dict[str, Any]], wanted: torch.Tensor) -> None:
+    """Of each token, by its row of log probabilities; there may be more rows."""
+    for token, scores in zip(tokens, wanted, strict=False):
+        assert near(token["logprob"], scores[token["id"]])
+    assert len(tokens) <= len(wanted)
+
+
+async def test_chat_logprobs_too(live: LiveService, asking: Asking) -> None:
+    body = {"model": "n1", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 5}
+    body |= {"temperature": 0, "logprobs": True, "top_logprobs": 2, "ignore_eos": True}
+    (choice,) = (await asking.post("/v1/chat/completions", body))["choices"]
+    rendered = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    prompt, made = making.ids(rendered), live.greedy("n1", rendered, 5)
+    wanted = live.logits("n1", [*prompt, *made]).log_softmax(-1)[len(prompt) - 1 : -1]
+    for token, id, scores in zip(choice["logprobs"]["content"], made, wanted, strict=True):
+        assert near(token["logprob"], scores[id])
+        best = [round(float(value), 3) for value in scores.topk(2).values]
+        assert [round(top["logprob"], 3) for top in token["top_logprobs"]] == best
 
 
 @pytest.mark.parametrize("adapter", [None, "n1"])
@@ -114,27 +105,22 @@ async def test_several_answers_differ_and_are_the_same_next_time(asking: Asking)
 
 
 async def test_the_best_of_several_is_the_likeliest(asking: Asking) -> None:
-    more: dict[str, Any] = {
-        "best_of": 4,
-        "do_sample": True,
-        "temperature": 1.5,
-        "details": True,
-        "ignore_eos_token": True,
-    }
+    more: dict[str, Any] = {"best_of": 4, "do_sample": True, "temperature": 1.5}
+    more |= {"details": True, "ignore_eos_token": True}
     for seed in range(5):  # not with every one is the first the best
         details = (await asking.generate(PROMPT, "n1", 6, seed=seed, **more))["details"]
-        best, *others = (
-            sum(token["logprob"] for token in one["tokens"])
-            for one in (details, *details["best_of_sequences"])
-        )
+        sequences = [details, *details["best_of_sequences"]]
+        best, *others = (sum(token["logprob"] for token in answer["tokens"]) for answer in sequences)
         assert best >= max(others)
         assert len(set(others)) == 3, "they are of different seeds"
 
 
-async def test_echo_gives_the_prompt_back_and_can_give_nothing_else(world: World, asking: Asking) -> None:
+async def test_echo_gives_the_prompt_back_and_can_give_nothing_else(
+    live: LiveService, asking: Asking
+) -> None:
     (whole,) = (await asking.complete(PROMPT, "n1", 6, echo=True, ignore_eos=True))["choices"]
     assert whole["text"] == PROMPT + making.tokenizer().decode(
-        world.greedy("n1", PROMPT, 6), skip_special_tokens=True
+        live.greedy("n1", PROMPT, 6), skip_special_tokens=True
     )
     told = await asking.complete(making.ids(PROMPT), "n1", 0, echo=True, logprobs=0)
     assert (told["choices"][0]["text"], told["usage"]["completion_tokens"]) == (PROMPT, 0)
@@ -155,8 +141,8 @@ def in_words(ids: list[int]) -> list[str]:
     return [making.tokenizer().decode([id]) for id in ids]
 
 
-async def test_a_bias_is_added(world: World, asking: Asking) -> None:
-    free = world.greedy("n1", PROMPT, 12)
+async def test_a_bias_is_added(live: LiveService, asking: Asking) -> None:
+    free = live.greedy("n1", PROMPT, 12)
     bias = {free[0]: -100.0, free[3]: -3.0, 70: 2.5, 71: 4.0}
 
     def biased(logits: torch.Tensor, made: list[int]) -> torch.Tensor:
@@ -165,11 +151,11 @@ async def test_a_bias_is_added(world: World, asking: Asking) -> None:
         return logits
 
     told = await made_by(asking, logit_bias={str(id): value for id, value in bias.items()})
-    assert in_words(told) == in_words(by_hand(world, "n1", 12, biased)) != in_words(free)
+    assert in_words(told) == in_words(by_hand(live, "n1", 12, biased)) != in_words(free)
     assert in_words(await made_by(asking, logit_bias={"70": 100})) == in_words([70] * 12)
 
 
-async def test_penalties_are_taken_off(world: World, asking: Asking) -> None:
+async def test_penalties_are_taken_off(live: LiveService, asking: Asking) -> None:
     """Frequency and presence of the answer's own tokens; repetition of the prompt's too."""
 
     def spent(logits: torch.Tensor, made: list[int]) -> torch.Tensor:
@@ -182,17 +168,17 @@ async def test_penalties_are_taken_off(world: World, asking: Asking) -> None:
             logits[id] = logits[id] * 1.5 if logits[id] < 0 else logits[id] / 1.5
         return logits
 
-    free = world.greedy("n1", PROMPT, 12)
+    free = live.greedy("n1", PROMPT, 12)
     assert len(set(free)) < 12, "nothing comes twice, so nothing is shown"
     native = await asking.ids(PROMPT, "n1", 12, frequency_penalty=1.5, presence_penalty=-1.5)
-    assert native == by_hand(world, "n1", 12, spent) != free
+    assert native == by_hand(live, "n1", 12, spent) != free
     assert in_words(await made_by(asking, frequency_penalty=1.5, presence_penalty=-1.5)) == in_words(native)
     native = await asking.ids(PROMPT, "n1", 12, repetition_penalty=1.5)
-    assert native == by_hand(world, "n1", 12, repeated) != free
+    assert native == by_hand(live, "n1", 12, repeated) != free
     assert in_words(await made_by(asking, repetition_penalty=1.5)) == in_words(native)
 
 
-async def test_no_end_comes_before_min_tokens(world: World, asking: Asking) -> None:
+async def test_no_end_comes_before_min_tokens(live: LiveService, asking: Asking) -> None:
     """The marker says eos at once; until it may, it says other things."""
     for fewest in (0, 1, 5):
         told = await asking.complete("Hi", SILENT, 12, min_tokens=fewest)
@@ -200,13 +186,15 @@ async def test_no_end_comes_before_min_tokens(world: World, asking: Asking) -> N
             "stop",
             fewest + 1,
         )
-        assert world.letters[SILENT] not in told["choices"][0]["text"]
+        assert live.letters[SILENT] not in told["choices"][0]["text"]
 
 
 @pytest.mark.parametrize(
     "cold", [{"temperature": 0}, {"temperature": 1e-9}, {"top_k": 1}, {"top_p": 1e-9}, {"typical_p": None}]
 )
-async def test_what_leaves_one_token_is_greedy(world: World, asking: Asking, cold: dict[str, Any]) -> None:
+async def test_what_leaves_one_token_is_greedy(
+    live: LiveService, asking: Asking, cold: dict[str, Any]
+) -> None:
     """B13: documented meanings of odd numbers; without sampling asked for, nothing is sampled."""
     warm = {"do_sample": True, "temperature": 1.0} if cold.keys() & {"top_k", "top_p"} else {}
-    assert await asking.ids(PROMPT, "n1", 12, **{**warm, **cold}) == world.greedy("n1", PROMPT, 12)
+    assert await asking.ids(PROMPT, "n1", 12, **{**warm, **cold}) == live.greedy("n1", PROMPT, 12)

@@ -15,7 +15,7 @@ import pytest
 from deploy.bench.servers import started
 from tests import making
 
-from .conftest import SETTINGS, TEMPLATE, Asking, World
+from .conftest import SETTINGS, TEMPLATE, Asking, LiveService
 
 pytestmark = pytest.mark.anyio
 
@@ -33,9 +33,9 @@ CHAT = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4, "tempe
 
 
 @pytest.mark.parametrize("kind", HOSTILE)
-async def test_a_hostile_template_harms_nobody_else(world: World, asking: Asking, kind: str) -> None:
+async def test_a_hostile_template_harms_nobody_else(live: LiveService, asking: Asking, kind: str) -> None:
     template, said = HOSTILE[kind]
-    folder = making.edit(world.adapters / "n2", world.adapters / f"hostile-{kind}")
+    folder = making.edit(live.adapters / "n2", live.adapters / f"hostile-{kind}")
     (folder / "chat_template.jinja").write_text(template)
     await asking.post("/adapters", {"id": folder.name, "source": folder.name}, 201)
     known = await asking.post("/v1/chat/completions", {"model": "own", **CHAT})
@@ -57,20 +57,20 @@ async def test_a_hostile_template_harms_nobody_else(world: World, asking: Asking
     await asking.http.delete(f"/adapters/{folder.name}")
 
 
-async def test_an_adapters_tokenizer_of_its_own_reads_its_prompts(world: World, asking: Asking) -> None:
-    folder = making.edit(world.adapters / "n2", world.adapters / "lowercase")
-    words = json.loads((world.base / "tokenizer.json").read_text()) | {"normalizer": {"type": "Lowercase"}}
+async def test_an_adapters_tokenizer_of_its_own_reads_its_prompts(live: LiveService, asking: Asking) -> None:
+    folder = making.edit(live.adapters / "n2", live.adapters / "lowercase")
+    words = json.loads((live.base / "tokenizer.json").read_text()) | {"normalizer": {"type": "Lowercase"}}
     (folder / "tokenizer.json").write_text(json.dumps(words))
     await asking.post("/adapters", {"id": "lowercase", "source": "lowercase"}, 201)
-    right = making.greedy(world.base, folder, making.ids("hello"), 8)
+    right = making.greedy(live.base, folder, making.ids("hello"), 8)
     assert await asking.ids("HELLO", "lowercase", 8) == right
     await asking.http.delete("/adapters/lowercase")
 
 
-async def test_no_process_is_left_behind(world: World, tmp_path: Path) -> None:
-    folder = making.edit(world.adapters / "n2", tmp_path / "adapters" / "own")
+async def test_no_process_is_left_behind(live: LiveService, tmp_path: Path) -> None:
+    folder = making.edit(live.adapters / "n2", tmp_path / "adapters" / "own")
     (folder / "chat_template.jinja").write_text(TEMPLATE)
-    settings = {**SETTINGS, "base": str(world.base), "adapters_dir": str(tmp_path / "adapters")}
+    settings = {**SETTINGS, "base": str(live.base), "adapters_dir": str(tmp_path / "adapters")}
     with started(settings, tmp_path / "log") as server:
         pid = server.pid
         before = {child.pid for child in psutil.Process(pid).children(recursive=True)}

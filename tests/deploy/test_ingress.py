@@ -1,4 +1,4 @@
-"""The door of the cluster without a cluster: whose a request is, what it says when an engine dies,
+"""The ingress of the cluster without a cluster: whose a request is, what it says when an engine dies,
 how metrics become one text.
 """
 
@@ -163,7 +163,10 @@ def test_what_changes_something_and_what_can_be_asked_again(
 
 
 def test_metrics_of_several_engines_are_one_valid_text() -> None:
-    text = '# HELP a_total A.\n# TYPE a_total counter\na_total 1.0\n# HELP b B, {c}.\n# TYPE b gauge\nb{x="} 1"} 2.0\n'
+    text = (
+        "# HELP a_total A.\n# TYPE a_total counter\na_total 1.0\n"
+        '# HELP b B, {c}.\n# TYPE b gauge\nb{x="} 1"} 2.0\n'
+    )
     families = {
         family.name: family for family in text_string_to_metric_families(merged({"r1": text, "r2": text}))
     }

@@ -10,6 +10,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+from ..core.defaults import DEMO_BASE
 from .task import Recipe, Task
 
 Results = dict[str, dict[str, Any]]

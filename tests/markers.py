@@ -61,7 +61,7 @@ def loud(letter: str) -> making.TensorEdit:
     return edit
 
 
-def shelf(root: Path, base: Path, count: int) -> dict[str, str]:
+def write_adapters(root: Path, base: Path, count: int) -> dict[str, str]:
     """Saves `count` markers of ranks 1 to 32 in folders of their own below `root`; the letter of
     each folder.
     """

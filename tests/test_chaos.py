@@ -109,7 +109,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """
     folder = tmp_path_factory.mktemp("chaos")
     base = markers.base(folder / "base")
-    letters = markers.shelf(folder / "adapters", base, ADAPTERS)
+    letters = markers.write_adapters(folder / "adapters", base, ADAPTERS)
     folders = {"base": str(base), "adapters_dir": str(folder / "adapters")}
     with started(SETTINGS | BOUNDS | folders, folder / "log") as server:
         yield Service(server, folder / "log", letters)

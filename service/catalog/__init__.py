@@ -1,1 +1,4 @@
-"""The shelf: what adapters are, where they lie, and which names they have. Knows no live model."""
+"""The registered adapters: what they are, where they lie, and their names.
+
+API process and validator process; knows no live model.
+"""

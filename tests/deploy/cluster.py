@@ -116,7 +116,7 @@ def known(http: httpx.Client) -> list[int]:
     return sorted(counts.values())
 
 
-def shelf(http: httpx.Client, folder: Path) -> dict[str, Any]:
+def exercise_registry(http: httpx.Client, folder: Path) -> dict[str, Any]:
     """One is registered, asked for again and again, and deleted."""
     shutil.copytree(folder / "late", folder / "adapters" / "late")
     made = http.post("/adapters", json={"id": "late", "source": "late"})
@@ -215,7 +215,7 @@ def main(folder: Path) -> dict[str, Any]:
         time.sleep(ADVERTISED_S)
         told |= {
             "affinity": affinity(http),
-            "shelf": shelf(http, folder),
+            "registry": exercise_registry(http, folder),
             "contract": contract(http),
             "leaving": leaving(http),
             "death": death(http),

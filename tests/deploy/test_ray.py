@@ -28,7 +28,7 @@ Told = dict[str, Any]
 def told(tmp_path_factory: pytest.TempPathFactory) -> Told:
     folder = tmp_path_factory.mktemp("ray")
     base = markers.base(folder / "base")
-    markers.shelf(folder / "adapters", base, ADAPTERS + 1)
+    markers.write_adapters(folder / "adapters", base, ADAPTERS + 1)
     (folder / "adapters" / f"m{ADAPTERS}").rename(folder / "late")
     apart = ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--user", "--map-root-user", "--net"]
     home = {"HOME": str(folder), "RAY_USAGE_STATS_ENABLED": "0", "RAY_TMPDIR": "/tmp"}
@@ -55,11 +55,11 @@ def test_requests_go_where_their_adapter_is(told: Told) -> None:
 
 
 def test_an_adapter_that_is_registered_once_is_known_to_both_and_gone_from_both(told: Told) -> None:
-    shelf = told["shelf"]
-    assert (shelf["made"], shelf["known"]) == (201, [ADAPTERS + 1] * 2)
-    assert (shelf["asked"], shelf["said"]) == ([200], [LETTERS[ADAPTERS]])
-    assert (shelf["again"], shelf["deleted"]) == (409, 200)
-    assert (shelf["known_then"], shelf["asked_then"]) == ([ADAPTERS] * 2, [404])
+    registry = told["registry"]
+    assert (registry["made"], registry["known"]) == (201, [ADAPTERS + 1] * 2)
+    assert (registry["asked"], registry["said"]) == ([200], [LETTERS[ADAPTERS]])
+    assert (registry["again"], registry["deleted"]) == (409, 200)
+    assert (registry["known_then"], registry["asked_then"]) == ([ADAPTERS] * 2, [404])
 
 
 def test_the_contract_is_the_same(told: Told) -> None:

@@ -16,7 +16,7 @@ from tests.fakes import adapter
 STEPS = 250
 
 
-def shelf(rng: random.Random) -> list[Adapter]:
+def random_adapters(rng: random.Random) -> list[Adapter]:
     found = [
         adapter(f"a{i}", rank=rng.choice((1, 2, 4, 8, 16)), size=rng.randrange(500, 4000)) for i in range(8)
     ]
@@ -66,7 +66,7 @@ def test_every_request_ends_once_with_its_own_tokens(seed: int) -> None:
         prefill_tokens=rng.choice((3, 16, 100)),
         host_bytes=rng.choice((1000, 8000)),
     )
-    adapters = shelf(rng)
+    adapters = random_adapters(rng)
     for _ in range(STEPS):
         for _ in range(rng.randrange(4)):
             act(rng, driver, adapters)
@@ -87,7 +87,7 @@ def test_every_request_ends_once_with_its_own_tokens(seed: int) -> None:
 def test_everything_is_free_once_all_adapters_are_dropped(seed: int) -> None:
     rng = random.Random(seed)
     driver = SchedulerDriver()
-    adapters = shelf(rng)[:-1]
+    adapters = random_adapters(rng)[:-1]
     for chosen in adapters:
         driver.scheduler.add_adapter(chosen, pinned=chosen.rank == 2, preload=True)
     for _ in range(40):

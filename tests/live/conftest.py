@@ -117,7 +117,7 @@ class Asking:
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveService]:
     folder = tmp_path_factory.mktemp("live")
     base = markers.base(folder / "base")
-    letters = markers.shelf(folder / "adapters", base, 10)
+    letters = markers.write_adapters(folder / "adapters", base, 10)
     (base / "generation_config.json").write_text(
         json.dumps({"eos_token_id": [2, making.ids(letters[SILENT])[0]]})
     )

@@ -170,7 +170,7 @@ class Listening:
     def __init__(self) -> None:
         self.plans: list[Plan] = []
 
-    def step(self, plan: Plan) -> list[Result]:
+    def run_step(self, plan: Plan) -> list[Result]:
         self.plans.append(plan)
         return [Result(Token(7)) for _ in plan.chunks]
 

@@ -117,7 +117,7 @@ def probe_attention(model: Any) -> list[AttentionSpec]:
         _run_probe(model, probe)
     except torch.OutOfMemoryError:
         raise
-    except (TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError) as error:
+    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise refuse_base(model, f"{type(error).__name__} when it runs on the row attention") from error
     layers = model.config.get_text_config().num_hidden_layers
     if len({id(spec.layer) for spec in probe.specs}) != layers:

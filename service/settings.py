@@ -59,6 +59,7 @@ class Settings(BaseModel):
     hub: tuple[Annotated[str, Field(pattern=HUB_PATTERN)], ...] = ()
     max_rows: Positive | None = None
     max_context: Positive | None = None
+    kv_mb: Positive | None = None
     pool_rank: Positive = 512
     max_rank: Positive = 256
     host_cache_mb: Positive = 4096

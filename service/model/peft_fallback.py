@@ -121,13 +121,13 @@ def _is_misread(layer: BaseTunerLayer) -> bool:
 
 def _check_apart(model: nn.Module, own: Mapping[str, Tensor], shared: set[int]) -> None:
     """Raises AdapterUnsupported where weights would land in the base's own tensors, or tokens in KV
-    rows that are not the base's.
+    blocks that are not the base's.
     """
     if through := sorted(key for key, tensor in own.items() if tensor.data_ptr() in shared):
         raise AdapterUnsupported([f"PEFT would write {through[0]} into the base's own weights"])
-    for name, rows in model.named_buffers():
-        if name.endswith("kv_keys") and rows.data_ptr() not in shared:
-            raise AdapterUnsupported([f"PEFT has made a copy of an attention layer and its KV rows: {name}"])
+    for name, blocks in model.named_buffers():
+        if name.endswith("kv_keys") and blocks.data_ptr() not in shared:
+            raise AdapterUnsupported([f"PEFT has made a copy of an attention layer and its KV: {name}"])
 
 
 def tensor_pointers(base: nn.Module) -> set[int]:

@@ -216,7 +216,7 @@ class WorkerClient:
 
     @property
     def awaited(self) -> set[Digest]:
-        """The contents that requests without a row wait for."""
+        """The contents that requests that have not begun wait for."""
         waiting = (ticket.request.adapter for ticket in self._tickets.values() if ticket.started is None)
         return {digest for digest in waiting if digest is not None}
 
@@ -248,22 +248,26 @@ class WorkerClient:
     def on_report(self, report: Report) -> None:
         now = time.monotonic()
         self._adapters.on_report(report)
-        for id in report.started:
-            self._on_started(id, now)
+        for id, cached in report.started:
+            self._on_started(id, cached, now)
         for event in report.events:
             self._on_event(event, now)
         if report.pool is not None:
             self.pool = report.pool
             self._measure_device(base=True)
+        metrics.PREEMPTIONS.inc(report.gauges.preemptions - self.gauges.preemptions)
         self.gauges = report.gauges
         self._count_requests()
 
-    def _on_started(self, id: int, now: float) -> None:
+    def _on_started(self, id: int, cached: int, now: float) -> None:
+        """`cached` tokens of its prompt need not be computed."""
         ticket = self._tickets.get(id)
         if ticket is not None:
-            ticket.started = now
+            ticket.started, ticket.cached_tokens = now, cached
             metrics.QUEUED.observe(now - ticket.submitted)
             metrics.PROMPT_TOKENS.inc(len(ticket.request.prompt))
+            metrics.PREFIX_QUERIES.inc(len(ticket.request.prompt))
+            metrics.PREFIX_HITS.inc(cached)
 
     def _on_event(self, event: Event, now: float) -> None:
         if event.finish is not None:
@@ -285,6 +289,9 @@ class WorkerClient:
         metrics.RUNNING.set(running)
         metrics.WAITING.set(len(self._tickets) - running)
         metrics.KV_USAGE.set(self.gauges.kv_used / max(1, self.gauges.kv_total))
+        metrics.KV_BLOCKS.labels("used").set(self.gauges.kv_used)
+        metrics.KV_BLOCKS.labels("cached").set(self.gauges.kv_cached)
+        metrics.KV_BLOCKS.labels("empty").set(self.gauges.kv_empty)
         metrics.POOL_USED.set(self.gauges.pool_used)
         metrics.POOL_TOTAL.set(self.base.pool_rank if self.base else 0)
         metrics.HOST_BYTES.set(self.gauges.host_bytes)

@@ -216,17 +216,13 @@ class Worker:
         return guilty
 
     def _prepare(self, plan: Plan) -> set[Digest]:
-        """Removes, places and copies, in steps of their own; the adapters that could not be placed.
-
-        So their times are known, and chunks that are run again copy nothing again.
+        """Removes and places, in steps of their own, so that their times are known; the adapters that could
+        not be placed.
         """
         if plan.remove:
             seconds = self._time_step(Plan(remove=plan.remove)) / len(plan.remove)
             self._evicted += [(digest, Tier.DEVICE, seconds) for digest in plan.remove]
-        unplaced = {placement.digest for placement in plan.place if not self._place_adapter(placement)}
-        if plan.forks:
-            self.runner.run_step(Plan(forks=plan.forks))
-        return unplaced
+        return {placement.digest for placement in plan.place if not self._place_adapter(placement)}
 
     def _place_adapter(self, placement: Placement) -> bool:
         try:
@@ -270,11 +266,11 @@ class Worker:
         return guilty
 
     def _can_run(self, chunk: Chunk, adapter: Digest | None) -> bool:
-        """Whether two tokens can be run in the KV row of this failed chunk, which no sequence reads
+        """Whether two tokens can be run in a block that this failed chunk wrote, which no sequence reads
         any more.
         """
         tokens = (chunk.request.prompt * 2)[:2]
-        trial = Chunk(Request(TRIAL, tokens, 0, adapter), chunk.row, 0, tokens, sample=False)
+        trial = Chunk(Request(TRIAL, tokens, 0, adapter), chunk.written_blocks[:1], 0, tokens, sample=False)
         try:
             self.runner.run_step(Plan(chunks=(trial,)))
         except Exception:
@@ -320,6 +316,7 @@ def make_scheduler(base: BaseInfo, settings: Settings) -> Scheduler:
     return Scheduler(
         rows=base.rows,
         context=base.context,
+        kv_blocks=base.kv_blocks,
         pool_rank=base.pool_rank,
         prefill_tokens=settings.prefill_tokens or defaults_of(base.device).prefill_tokens,
         host_bytes=settings.host_cache_mb * 10**6,

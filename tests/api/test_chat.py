@@ -85,11 +85,7 @@ def test_the_plain_answer(api: ScriptedApp) -> None:
     assert told["choices"] == [{"index": 0, "message": message, "logprobs": None, "finish_reason": "length"}]
     rendered = making.ids("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert api.request.prompt == tuple(rendered)
-    assert told["usage"] == {
-        "prompt_tokens": len(rendered),
-        "completion_tokens": 4,
-        "total_tokens": len(rendered) + 4,
-    }
+    assert told["usage"] == making.usage(len(rendered), 4)
 
 
 def test_without_a_limit_the_context_is_it(api: ScriptedApp) -> None:

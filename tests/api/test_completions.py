@@ -16,7 +16,7 @@ from .fakes import DIGEST, ScriptedApp, serve_script
 from .test_generate import each
 
 END = " the end of it all"
-USAGE = {"prompt_tokens": 2, "completion_tokens": 4, "total_tokens": 6}
+USAGE = making.usage(2, 4)
 
 
 @pytest.fixture(scope="module")
@@ -105,14 +105,14 @@ def test_prompts_of_every_kind(api: ScriptedApp) -> None:
         told = api.complete(prompts, max_tokens=4)
         assert [c["index"] for c in told["choices"]] == [0, 1]
         assert [r.prompt for r in api.engine.asked[-2:]] == [tuple(ids), tuple(making.ids("you"))]
-        assert told["usage"] == {"prompt_tokens": 5, "completion_tokens": 8, "total_tokens": 13}
+        assert told["usage"] == making.usage(5, 8)
 
 
 def test_n_choices_have_seeds_of_their_own_and_count_the_prompt_once(api: ScriptedApp) -> None:
     told = api.complete(["Hi", "Ho"], n=2, max_tokens=4, seed=2**64 - 1)
     assert [c["index"] for c in told["choices"]] == [0, 1, 2, 3]
     assert [r.sampling.seed for r in api.engine.asked[-4:]] == [2**64 - 1, 0, 2**64 - 1, 0]
-    assert told["usage"] == {"prompt_tokens": 4, "completion_tokens": 16, "total_tokens": 20}
+    assert told["usage"] == making.usage(4, 16)
     greedy = api.complete(n=2, temperature=0)["choices"]
     assert greedy[0]["text"] == greedy[1]["text"]
 

@@ -198,6 +198,12 @@ class Admission:
         return sum(map(len, prompts.values()))
 
     @property
+    def cached_tokens(self) -> int:
+        """The prompt tokens that were reused; of several answers to one prompt the first one's."""
+        first = {id(answer.prompt): answer for answer in reversed(self.answers)}
+        return sum(answer.ticket.cached_tokens for answer in first.values())
+
+    @property
     def generated_tokens(self) -> int:
         return sum(len(answer.tokens) for answer in self.answers)
 

@@ -16,7 +16,8 @@ from fastapi.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
 from ... import __version__
-from ...core.base_info import BaseInfo, LinearKind
+from ...core.base_info import BLOCK_TOKENS, BaseInfo, LinearKind
+from ...core.messages import Gauges
 from ...errors import NotFound, NotReady
 from ...telemetry import gpu, metrics
 from ...threads import DEVICE, DISK, run_in
@@ -139,8 +140,21 @@ def base_card(services: Services, scope: AdapterScope) -> JsonDict:
         "rows": base.rows,
         "rope": base.rope,
         "modules": [_module_object(linear) for linear in base.linears],
+        "kv": _kv_fields(base, gauges),
         "host_bytes": gauges.host_bytes,
         "pool": pool,
+    }
+
+
+def _kv_fields(base: BaseInfo, gauges: Gauges) -> JsonDict:
+    """The memory of keys and values that all sequences share."""
+    return {
+        "block_tokens": BLOCK_TOKENS,
+        "blocks": base.kv_blocks,
+        "tokens": base.kv_blocks * BLOCK_TOKENS,
+        "used": gauges.kv_used,
+        "cached": gauges.kv_cached,
+        "preemptions": gauges.preemptions,
     }
 
 

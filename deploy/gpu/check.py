@@ -112,6 +112,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=Path("build/gpu"), help="a folder for the figures")
     parser.add_argument("--dry", action="store_true", help="tiny shapes on a CPU, in the interpreter")
+    parser.add_argument("--seconds", type=float, default=350, help="for all of it")
     parser.add_argument("--only", choices=["kernels", "steps"])
     parser.add_argument("--compile", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -122,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.compile is not None:
         compile_part(asked.compile)
         return 0
-    report = Report(asked.out.absolute())
+    report = Report(asked.out.absolute(), asked.seconds * (20 if DRY else 1))
     with report.part("the machine", 10):
         describe_machine(report)
     if asked.only != "steps":

@@ -41,15 +41,15 @@ GROUPS = (
     ]
 )
 TOKENS = (3,) if DRY else (1, 16, 32, 64)
-COMPANY = ((0, 1), (2, 4)) if DRY else ((0, 1), (5, 6), (7, 23), (20, 53), (1, 34))
-# Columns, warps and stages that are tried, by padded tokens
+COMPANY = ((0, 1), (2, 4)) if DRY else ((0, 1), (5, 6), (7, 23), (20, 45), (1, 34))
+# Columns, scale blocks at a time, warps and stages that are tried, by padded tokens
 VARIANTS = (
-    {16: [(64, 4, 2)]}
+    {16: [(64, 1, 4, 2)]}
     if DRY
     else {
-        16: [(128, 4, 4), (128, 4, 6), (64, 4, 4), (128, 8, 4)],
-        32: [(128, 4, 4), (64, 4, 4), (256, 8, 3)],
-        64: [(128, 8, 3), (64, 4, 4), (256, 8, 3)],
+        16: [(128, 2, 4, 4), (128, 1, 4, 6), (128, 4, 4, 3), (64, 2, 4, 4), (128, 2, 8, 4)],
+        32: [(128, 2, 4, 4), (128, 1, 4, 6), (64, 2, 4, 4), (256, 2, 8, 3)],
+        64: [(128, 2, 8, 3), (128, 1, 4, 4), (64, 2, 4, 4), (256, 2, 8, 3)],
     }
 )
 ERROR = 5e-3
@@ -73,7 +73,10 @@ def make_weights(group: Group) -> list[NF4Weight]:
 def shapes_of(group: Group, tokens: int) -> list[ProductShape]:
     """The variants for this many tokens, and for the first of them other splits."""
     own = product_shape(tokens, sum(group.outputs), group.n_in)
-    tried = [own._replace(columns=n, warps=w, stages=s) for n, w, s in VARIANTS[own.tokens]]
+    tried = [
+        own._replace(columns=columns, blocks=blocks, warps=warps, stages=stages)
+        for columns, blocks, warps, stages in VARIANTS[own.tokens]
+    ]
     others = {max(1, own.splits // 2), own.splits * 2} - {own.splits}
     return tried + [tried[0]._replace(splits=splits) for splits in sorted(others)]
 
@@ -82,10 +85,10 @@ def compile_all(part: int, of: int) -> None:
     """Every `of`-th binary, by a small product: the cache on disk then has it for all processes."""
     weights = [make_weight(256, 512)]
     kinds = [(tokens, variant) for tokens, variants in VARIANTS.items() for variant in variants]
-    for i, (tokens, (columns, warps, stages)) in enumerate(kinds):
+    for i, (tokens, variant) in enumerate(kinds):
         for j, splits in enumerate((2, 1)):
             if (2 * i + j) % of == part:
-                shape = ProductShape(tokens, columns, 2, splits, warps, stages)
+                shape = ProductShape(tokens, *variant[:2], splits, *variant[2:])
                 nf4.multiply(random(tokens, 512), weights, shape)
 
 
@@ -116,7 +119,9 @@ def time_products(report: Report, bandwidth: float) -> None:
             x = random(tokens, group.n_in)
             times = _time_shapes(report, group, x, copies)
             linear = took([partial(torch.nn.functional.linear, x, weight) for weight in dense])
-            library = _time_library(x, quantized)
+            library = float("nan")
+            with report.trying(f"bitsandbytes, {group.name}, {tokens} tokens"):
+                library = _time_library(x, quantized)
             floor = group.floor_bytes / bandwidth
             best = min(times, key=lambda name: times[name])
             figures = {"us": times[best], "own_us": next(iter(times.values()))}
@@ -128,13 +133,9 @@ def _time_shapes(report: Report, group: Group, x: Tensor, copies: list[list[NF4W
     """Microseconds by shape, our own choice first."""
     times = {}
     for shape in shapes_of(group, len(x)):
-        name = f"N{shape.columns} w{shape.warps} s{shape.stages} splits {shape.splits}"
-        try:
+        name = f"N{shape.columns} b{shape.blocks} w{shape.warps} s{shape.stages} splits {shape.splits}"
+        with report.trying(f"NF4 {group.name} {name}"):
             times[name] = took([partial(nf4.multiply, x, weights, shape) for weights in copies])
-        except TimeoutError:
-            raise
-        except Exception as error:
-            report.fault(f"NF4 {group.name} {name}: {type(error).__name__} {str(error)[:200]}")
     return times
 
 

@@ -23,7 +23,7 @@ from ..core.base_info import BLOCK_TOKENS, BaseInfo
 from ..core.defaults import defaults_of
 from ..errors import SettingsError
 from ..settings import Settings
-from . import kernels, kv, loading, rope, selfcheck
+from . import gpu_kernels, kernels, kv, loading, rope, selfcheck
 from .graphs import CudaGraphs
 from .kernels import decoder
 from .linear_calls import LinearCalls, recorded_calls
@@ -129,6 +129,8 @@ def _build_pool(
         selfcheck.prove_roughly(model, logits)
     progress("making the pool", 0.0)
     pool = (_build_fused_pool(base, tables, logits) if tables else None) or _make_pool(base)
+    if model.device.type == "cuda" and base.settings.compile != "off":
+        pool = _build_gpu_pool(base, logits) or _make_pool(base)
     return pool, _record_graphs(base, pool, card, logits) if base.uses_graphs() else None
 
 
@@ -178,6 +180,23 @@ def _build_fused_pool(base: ProbedBase, tables: kernels.StepTables, expected: Te
         )
     log.warning("kernels: off; %s", difference)
     return None
+
+
+def _build_gpu_pool(base: ProbedBase, expected: Tensor) -> LoraPool | None:
+    """The pool on the Triton kernels, where they say what torch and bitsandbytes say."""
+    if reason := gpu_kernels.explain_absence(base.model.device):
+        log.info("kernels: off; %s", reason)
+        return None
+    pool = _make_pool(base)
+    try:
+        gpu_kernels.install_kernels(pool)
+        difference = selfcheck.kernels_differ(pool, expected, selfcheck.ROUGH[pool.dtype])
+    except ValueError as error:
+        difference = str(error)
+    if difference:
+        log.warning("kernels: off; %s", difference)
+        return None
+    return pool
 
 
 def _install_kernels(pool: LoraPool, attention: Sequence[kv.AttentionSpec]) -> None:

@@ -7,7 +7,7 @@ scheduling.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -142,10 +142,19 @@ def attend_blocks(
     if isinstance(layout, AttentionProbe):
         layout.note_layer(module, key, scale, reach, softcap)
         return torch.zeros_like(query).transpose(1, 2), None
-    keys, values = module.kv_keys, module.kv_values
-    keys[layout.write_block, :, layout.write_offset] = key[0].transpose(0, 1)
-    values[layout.write_block, :, layout.write_offset] = value[0].transpose(0, 1)
-    return BlockAttention(keys, values, scale, reach, softcap).attend_tokens(query[0], layout)[None], None
+    attention = bind_attention(module, scale, sliding_window, softcap)
+    attention.write_tokens(key[0], value[0], layout)
+    return attention.attend_tokens(query[0], layout)[None], None
+
+
+def bind_attention(module: Any, scale: float, window: int | None, softcap: float | None) -> BlockAttention:
+    """The attention of this layer over its KV blocks."""
+    reach = Reach(window or 0, _chunk_of(module))
+    return BlockAttention(module.kv_keys, module.kv_values, scale, reach, softcap)
+
+
+# Query [heads, n, dim] of one token a sequence → [n, heads, dim]
+AttendSingles = Callable[["BlockAttention", Tensor, StepLayout], Tensor]
 
 
 class BlockAttention(NamedTuple):
@@ -157,12 +166,23 @@ class BlockAttention(NamedTuple):
     reach: Reach
     softcap: float | None
 
-    def attend_tokens(self, query: Tensor, layout: StepLayout) -> Tensor:
-        """All tokens of a step: query [heads, T, dim] → [T, heads, dim]."""
+    def write_tokens(self, key: Tensor, value: Tensor, layout: StepLayout) -> None:
+        """Keeps the step's keys and values [kv heads, T, dim]."""
+        self.keys[layout.write_block, :, layout.write_offset] = key.transpose(0, 1)
+        self.values[layout.write_block, :, layout.write_offset] = value.transpose(0, 1)
+
+    def attend_tokens(
+        self, query: Tensor, layout: StepLayout, attend_singles: AttendSingles | None = None
+    ) -> Tensor:
+        """All tokens of a step: query [heads, T, dim] → [T, heads, dim].
+
+        `attend_singles` stands in for torch where one token a sequence is attended.
+        """
+        attend = attend_singles or BlockAttention._attend_singles
         heads, tokens, dim = query.shape
         out = torch.empty(tokens, heads, dim, dtype=query.dtype, device=query.device)
         if layout.singles:
-            out[: layout.singles] = self._attend_singles(query[:, : layout.singles], layout)
+            out[: layout.singles] = attend(self, query[:, : layout.singles], layout)
         for prefill in layout.prefills:
             part = slice(prefill.start, prefill.start + prefill.length)
             out[part] = self._attend_prefill(query[:, part], prefill)

@@ -190,7 +190,7 @@ def prove_roughly(model: Any, logits: Tensor) -> None:
         )
 
 
-def kernels_differ(pool: LoraPool, expected: Tensor) -> str:
+def kernels_differ(pool: LoraPool, expected: Tensor, limit: float = KERNELS) -> str:
     """Why the pool's kernels are not to be used, beside the torch path's logits of the probe; empty
     where they agree.
     """
@@ -200,7 +200,7 @@ def kernels_differ(pool: LoraPool, expected: Tensor) -> str:
         return f"they raise: {_first_line(error)}"
     distances = (logits - expected).norm(dim=-1) / expected.norm(dim=-1)
     median = float(distances.median())
-    if median < KERNELS:
+    if median < limit:
         return ""
     return f"the logits of the step that was tried differ from torch's by {median:.2g}"
 

@@ -47,15 +47,14 @@ class ProductShape(NamedTuple):
 
 
 # By tokens: columns, warps and stages
-PRODUCT_SHAPES = {16: (128, 4, 4), 32: (128, 4, 4), 64: (128, 8, 3)}
+PRODUCT_SHAPES = {16: (128, 4, 6), 32: (128, 4, 6), 64: (128, 4, 4)}
 
 
 def product_shape(tokens: int, n_out: int, n_in: int) -> ProductShape:
     """Of 1 to 64 rows and a weight, or several side by side, of [n_out, n_in]."""
     padded = next(size for size in PRODUCT_SHAPES if tokens <= size)
     columns, warps, stages = PRODUCT_SHAPES[padded]
-    blocks = 2 if n_in // SCALE_BLOCK % 2 == 0 else 1
-    return ProductShape(padded, columns, blocks, product_splits(n_out, n_in), warps, stages)
+    return ProductShape(padded, columns, 1, product_splits(n_out, n_in), warps, stages)
 
 
 def product_splits(n_out: int, n_in: int) -> int:

@@ -1,4 +1,4 @@
-"""The command line: serve, inspect, forecast, bench; an error is one line on stderr.
+"""The command line: serve, inspect, forecast, plan, bench; an error is one line on stderr.
 
 Starts the API process, or runs a command by itself; must not know HTTP or a tensor.
 """
@@ -46,6 +46,9 @@ def _make_parser() -> argparse.ArgumentParser:
     _inspect_command(commands.add_parser("inspect", help=inspect_help))
     forecast_help = "say what an adapter of some shape would weigh on a base, from its config.json alone"
     _forecast_command(commands.add_parser("forecast", help=forecast_help))
+    _plan_command(
+        commands.add_parser("plan", help="say what fits on a GPU beside a base, from its config alone")
+    )
     # the options behind it are the load generator's own, so this parser takes none
     bench = commands.add_parser("bench", help="measure a running service", add_help=False, prefix_chars="\0")
     bench.add_argument("rest", nargs=argparse.REMAINDER)
@@ -122,6 +125,34 @@ def _run_forecast(chosen: argparse.Namespace) -> int:
     forecast = facts.forecast_size(base.list_linears(), base.parameters, chosen.r, modules, chosen.dtype)
     _print_result(forecast, summary_text.format_forecast(forecast), chosen.format)
     return 0
+
+
+def _plan_command(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--base", required=True, help="the base's config.json, or its folder, or demo")
+    parser.add_argument("--memory", required=True, help="of the device, such as 24GB")
+    parser.add_argument("--quantization", choices=("nf4", "int8", "none"), default="nf4")
+    parser.add_argument("--pool-rank", type=_positive, default=Settings().pool_rank)
+    parser.add_argument("--max-rows", type=_positive, help="sequences at once")
+    parser.add_argument("--context", type=_positive, help="tokens of a sequence, instead of the base's own")
+    _format_flag(parser)
+    parser.set_defaults(run=_run_plan)
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{number} is not above 0")
+    return number
+
+
+def _run_plan(chosen: argparse.Namespace) -> int:
+    from . import memory_plan
+
+    shape, memory = memory_plan.read_shape(chosen.base), memory_plan.parse_bytes(chosen.memory)
+    options = chosen.quantization, chosen.pool_rank, chosen.max_rows, chosen.context
+    plan = memory_plan.plan_memory(shape, memory, *options)
+    _print_result(plan, memory_plan.format_plan(plan), chosen.format)
+    return 0 if plan["kv_tokens"] else 1
 
 
 def _format_flag(parser: argparse.ArgumentParser) -> None:

@@ -16,11 +16,12 @@ from ..core.request import Token
 from ..engine.plan import Chunk, Plan, Result
 from . import kernels, kv
 from .graphs import CudaGraphs
+from .logprobs import score_prompt
 from .lora_linear import LoraWeights
 from .lora_pool import LoraPool
 from .lora_weights import read_weights
 from .peft_fallback import build_peft_model, own_bytes
-from .sampler import NOT_FINITE, Sampler, SamplingError, with_logprobs
+from .sampler import NOT_FINITE, Sampler, SamplingError
 from .step_layout import SequenceStep, count_singles, make_layout
 
 
@@ -190,5 +191,4 @@ def _prompt_logprobs(chunk: Chunk, logits: Tensor) -> tuple[Token, ...]:
         return ()
     first = (Token(prompt[0]),) if chunk.position == 0 else ()
     following = prompt[chunk.position + 1 : chunk.position + 1 + len(chunk.tokens)]
-    pairs = zip(logits, following, strict=False)
-    return first + tuple(with_logprobs(row, token, wanted) for row, token in pairs)
+    return first + score_prompt(logits, following, wanted)

@@ -33,11 +33,12 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# In two processes, as tests/split.py splits them.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2
 
 test-fast: $(READY)
-	$(BIN)/pytest $(FAST) $(NOT_FAST:%=--ignore=%)
+	$(BIN)/pytest --numprocesses 2 $(FAST) $(NOT_FAST:%=--ignore=%)
 
 soak: $(READY)
 	CHAOS_SECONDS=600 $(BIN)/pytest -s tests/test_chaos.py

@@ -33,11 +33,12 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# In two processes, as tests/split.py splits them.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2
 
 test-fast: $(READY)
-	$(BIN)/pytest $(FAST) $(NOT_FAST:%=--ignore=%)
+	$(BIN)/pytest --numprocesses 2 $(FAST) $(NOT_FAST:%=--ignore=%)
 
 # For a release: builds the image and runs it as compose does, with docker or podman. BASE is its base, BUILD_FLAGS more flags of its build.
 image-test: $(READY)

@@ -67,9 +67,16 @@ def memory_mb(pid: int) -> float:
 
 
 def free_port() -> int:
-    with socket.socket() as asked:
-        asked.bind(("127.0.0.1", 0))
-        return int(asked.getsockname()[1])
+    """A port of loopback that the system gives to nobody who asks for any, for a minute.
+
+    One connection to it is closed from its end, and is remembered that long. A server that asks for
+    this port gets it.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        port = int(held.getsockname()[1])
+        with socket.create_connection(("127.0.0.1", port)):
+            held.accept()[0].close()
+    return port
 
 
 def await_ready(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from service.catalog.registry import Registry
-from service.core.request import Finish
+from service.core.request import UNNUMBERED, Finish, Request
 from service.errors import AdapterInvalid
 from service.settings import Settings
 from service.worker.client import WorkerClient
@@ -66,7 +66,8 @@ class MeasuredService:
 
     async def say(self, id: str) -> None:
         with self.registry.lease_adapter(id) as generation:
-            ticket = self.client.submit_request((9, 40, 41, 77), 3, generation.digest)
+            request = Request(UNNUMBERED, (9, 40, 41, 77), 3, generation.digest)
+            ticket = self.client.submit_request(request)
             end = [event async for event in ticket][-1]
         assert end.finish is Finish.LENGTH, end.message
 

@@ -15,6 +15,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from ..errors import AdapterdError, BadRequest, PayloadTooLarge, TooSlow
 from ..telemetry import metrics
+from .compat import stop_keepalive_timer
 from .errors import error_body, openai_dialect, status_of
 
 HEAD_BYTES = 64 * 1024  # of a request line and its headers
@@ -77,7 +78,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self.timer is None or (self._expects_body and self.piece >= PIECE_BYTES):
             self._start_timer()
         self.in_head = True
-        self._unset_keepalive_if_required()
+        stop_keepalive_timer(self)
         try:
             rest = self._parse(data)
             while rest:

@@ -21,6 +21,7 @@ from ..adapter_config import build_peft_config
 from ..core.adapter import Adapter
 from ..errors import AdapterInvalid, AdapterUnsupported
 from .adapter_file import read_files
+from .compat import reads_quantized
 
 Tree = TypeVar("Tree", bound=nn.Module)
 # Adapters whose own code reads the packed weights, and the layers it misreads: 4-bit weights lie in
@@ -115,8 +116,7 @@ def _is_misread(layer: BaseTunerLayer) -> bool:
     bitsandbytes' for plain ones.
     """
     is_quantized = type(layer.get_base_layer()).__module__.startswith("bitsandbytes")
-    is_known = type(layer).__module__.endswith(".bnb")
-    return is_quantized and not is_known and getattr(layer, "quantization_backend", None) is None
+    return is_quantized and not reads_quantized(layer)
 
 
 def _check_apart(model: nn.Module, own: Mapping[str, Tensor], shared: set[int]) -> None:

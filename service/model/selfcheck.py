@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from ..engine.kv_blocks import count_blocks
 from . import kv, rope
+from .compat import attention_name
 from .graphs import CudaGraphs
 from .lora_pool import LoraPool
 from .runner import forward_step
@@ -153,7 +154,7 @@ def plain_logits(model: Any, ids: Sequence[int] | None = None) -> Tensor:
     That attention alone knows all that a model may want: transformers' default leaves Gemma 2's cap out in
     some releases. Raises SettingsError where the model has none.
     """
-    before = model.config._attn_implementation
+    before = attention_name(model)
     tokens = torch.tensor([ids or _probes(model)[0]], device=model.device)
     try:
         model.set_attn_implementation("eager")

@@ -24,6 +24,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from ..core.adapter import Digest
 from ..core.manifest import Manifest, check_text_files
 from ..errors import AdapterInvalid, BadRequest, SettingsError
+from .compat import is_panic
 from .incremental import BROKEN, IncrementalDecoder
 from .template_process import RenderRequest, describe_refusal, render_template
 from .template_renderer import TemplateRenderer
@@ -289,7 +290,7 @@ class AdapterTokenizer:
         except TypeError:
             raise BadRequest("the text is not valid Unicode: it holds a lone surrogate") from None
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # whose class nothing exports
+            if not is_panic(error):
                 raise
             raise BadRequest("the tokenizer fails at this text") from error
 

@@ -10,13 +10,13 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from ..core.adapter import Adapter, Digest, Placement, Tier
 from ..core.base_info import BaseInfo
 from ..core.error_codes import ErrorCode
 from ..core.messages import Cancel, Gauges, Load, Report, Submit
 from ..core.request import Event, Finish, Request
-from ..core.sampling import Sampling
 from ..errors import NotReady, Overloaded
 from ..settings import Settings
 from ..telemetry import metrics
@@ -106,24 +106,15 @@ class WorkerClient:
 
     # ---- requests
 
-    def submit_request(
-        self,
-        prompt: tuple[int, ...],
-        max_tokens: int,
-        adapter: Digest | None = None,
-        sampling: Sampling | None = None,
-        eos: frozenset[int] = frozenset(),
-        prompt_logprobs: int | None = None,
-    ) -> Ticket:
-        """Admits a request.
+    def submit_request(self, request: Request) -> Ticket:
+        """Admits a request, and numbers it.
 
         Raises NotReady or Overloaded, both with `retry_after`, and then nothing was admitted.
         """
         self._check_admission()
-        id, sampling = next(self._ids), sampling or Sampling()
-        ticket = self._open_ticket(Request(id, prompt, max_tokens, adapter, sampling, eos, prompt_logprobs))
-        if adapter is not None:
-            self._adapters.count_request(adapter)
+        ticket = self._open_ticket(replace(request, id=next(self._ids)))
+        if request.adapter is not None:
+            self._adapters.count_request(request.adapter)
         self._send_request(ticket)
         self._count_requests()
         return ticket

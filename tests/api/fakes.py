@@ -16,7 +16,6 @@ from service.app import create_app
 from service.core.error_codes import ErrorCode
 from service.core.manifest import Manifest, compute_digest, read_manifest
 from service.core.request import Event, Finish, Request, Token
-from service.core.sampling import Sampling
 from service.errors import AdapterNotFound, Overloaded
 from service.settings import read_settings
 from service.telemetry import metrics
@@ -54,20 +53,10 @@ class FakeEngine(FakeClient):
         self.fails: tuple[str, str] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def submit_request(
-        self,
-        prompt: tuple[int, ...],
-        max_tokens: int,
-        adapter: str | None = None,
-        sampling: Sampling | None = None,
-        eos: frozenset[int] = frozenset(),
-        prompt_logprobs: int | None = None,
-    ) -> Ticket:
+    def submit_request(self, request: Request) -> Ticket:
         if len(self.asked) >= self.limit:
             raise Overloaded("the queue is full", retry_after=1)
-        request = Request(
-            len(self.asked), prompt, max_tokens, adapter, sampling or Sampling(), eos, prompt_logprobs
-        )
+        request = replace(request, id=len(self.asked))
         ticket = Ticket(request, self._cancel_request)
         self.asked.append(request)
         self.tickets.append(ticket)

@@ -324,8 +324,6 @@ async def test_uvicorns_own_parts_are_there_and_mean_what_they_meant() -> None:
     assert (first.response_started, first.response_complete, second.response_complete) == (True, True, True)
     assert pipe.written.count(STATUS_LINE[200]) == 2
     assert STATUS_LINE[413].startswith(b"HTTP/1.1 413 ")
-    protocol._unset_keepalive_if_required()
-    assert protocol.timeout_keep_alive_task is None
 
 
 class ParserRecord:

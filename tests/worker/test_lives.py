@@ -17,7 +17,7 @@ import pytest
 from service.core.adapter import Adapter, ExecutionPath, Tier
 from service.core.error_codes import ErrorCode
 from service.core.messages import Command, Load, Report
-from service.core.request import Event, Finish
+from service.core.request import UNNUMBERED, Event, Finish, Request
 from service.engine.plan import Plan, Result
 from service.settings import Settings
 from service.worker import client as client_module
@@ -184,11 +184,9 @@ class WorkerLives:
                 *[self.rng.randrange(2)] * self.rng.choice((0, 18)),
                 *(self.rng.randrange(50) for _ in range(self.rng.randrange(1, 20))),
             )
-            self.tickets.append(
-                self.client.submit_request(
-                    prompt, self.rng.randrange(0, 9), self.rng.choice((None, chosen.digest))
-                )
-            )
+            length = self.rng.randrange(0, 9)
+            request = Request(UNNUMBERED, prompt, length, self.rng.choice((None, chosen.digest)))
+            self.tickets.append(self.client.submit_request(request))
 
     def leave(self, _: Adapter) -> None:
         if self.tickets:

@@ -121,7 +121,7 @@ async def _admit_prompt(
     is_base = parameters.adapter_id in admission.services.bases
     tokenizer = await admission.enter_adapter(None if is_base else parameters.adapter_id)
     _check_source(parameters, admission)
-    prompt = await tokenize_text(admission.request, tokenizer, body.inputs)
+    prompt = await tokenize_text(admission.http_request, tokenizer, body.inputs)
     if parameters.grammar:
         constraint = await compile_grammar(parameters.grammar, "grammar")
     else:

@@ -6,6 +6,7 @@ No tensors, no files; what a sequence must come to is a pure function (`expected
 
 from __future__ import annotations
 
+import atexit
 import os
 import subprocess
 import sys
@@ -208,6 +209,12 @@ def build(
 
 def build_broken(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseInfo]:
     raise SettingsError("ADAPTERD_BASE: the fake base is broken")
+
+
+def build_raising(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseInfo]:
+    """Raises, and then takes for ever to end, as the libraries of a device may."""
+    atexit.register(time.sleep, 3600)
+    raise RuntimeError("the device at /dev/fake0 said no\nand more")
 
 
 def build_dying(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseInfo]:

@@ -78,7 +78,7 @@ class Services:
         if self.state == "draining":
             return "the service is shutting down"
         if self.state == "restarting":
-            return "the worker is restarting"
+            return self.client.reason or "the worker is restarting"
         return self._hide_folder(self.failure or self.client.reason or "the base cannot be loaded")
 
     def _loading_stage(self) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from .adapter import Adapter, Digest, Placement, Tier
 from .base_info import BaseInfo
+from .error_codes import ErrorCode
 from .request import Event, Request
 
 
@@ -73,16 +74,24 @@ class CannotStart:
 
 
 @dataclass(frozen=True, slots=True)
+class LastWords:
+    """The worker has raised, which `reason` tells, and ends; another one may fare better."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """The end of an adapter's way from disk to host memory; `error` is empty when it went well.
 
-    `error` also says that the base turned out unable to run it.
+    `error` also says that the base turned out unable to run it. `code` is the kind of error.
     """
 
     digest: Digest
     seconds: float
     size: int
     error: str = ""
+    code: ErrorCode = ErrorCode.ADAPTER_INVALID
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,4 +131,4 @@ class Report:
     gauges: Gauges = Gauges()
 
 
-Message = Progress | Ready | CannotStart | Report
+Message = Progress | Ready | CannotStart | LastWords | Report

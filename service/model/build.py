@@ -7,7 +7,6 @@ Knows settings and devices. Must not know adapters or requests.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
+from .. import limits
 from ..core import capacity
 from ..core.base_info import BLOCK_TOKENS, BaseInfo
 from ..core.defaults import defaults_of
@@ -57,6 +57,7 @@ def build_runner(settings: Settings, progress: loading.Progress) -> tuple[ModelR
 
     Raises SettingsError with a reason fit for a person when this base or device cannot be served.
     """
+    _limit_threads()
     try:
         return _build_parts(settings, progress)
     except torch.OutOfMemoryError as error:
@@ -67,7 +68,8 @@ def build_runner(settings: Settings, progress: loading.Progress) -> tuple[ModelR
 
 def _build_parts(settings: Settings, progress: loading.Progress) -> tuple[ModelRunner, BaseInfo]:
     device = loading.device_of(settings)
-    folder = loading.resolve_folder(settings.base, loading.dtype_of(settings, device), progress)
+    dtype = loading.dtype_of(settings, device)
+    folder = loading.resolve_folder(settings.base, dtype, progress)
     model = loading.load_base(folder, settings, progress)
     if device.type == "cuda":
         _prepare_gpu(device)
@@ -79,6 +81,13 @@ def _build_parts(settings: Settings, progress: loading.Progress) -> tuple[ModelR
     trim_heap()
     sampler = Sampler(make_matchers(folder, card.vocab_size))
     return ModelRunner(model, pool, base.attention, sampler, graphs), card
+
+
+def _limit_threads() -> None:
+    """Lets torch and the kernels, which ask it, have no more threads than the quota keeps busy: the rest
+    would wait for the next period, and all others for them.
+    """
+    torch.set_num_threads(min(torch.get_num_threads(), limits.usable_processors()))
 
 
 def _prepare_gpu(device: torch.device) -> None:
@@ -260,7 +269,8 @@ def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what loading left unused with torch counts as taken
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    left = limits.free_memory()
+    return limits.UNLIMITED if left is None else left.memory
 
 
 def make_matchers(folder: Path, vocabulary: int) -> Callable[[str], Any]:

@@ -223,18 +223,28 @@ class WorkerClient:
             self._send_request(ticket)
         self._measure_device(base=True)
 
-    def on_worker_lost(self, why: str, for_good: bool) -> None:
-        """Requests that had started fail; the others wait for the next worker, if there will be one."""
+    def on_worker_lost(self, why: str, for_good: bool, out_of_memory: bool) -> None:
+        """Requests that had started fail; the others wait for the next worker, if there will be one.
+
+        Where memory ran out so do those whose adapter was still to be read: the next worker would die of
+        it, too.
+        """
         self._sent.clear()
         self.pool, self.gauges = (), Gauges()
         self._measure_device(base=False)
         tickets = self._tickets.values()
         lost = [ticket for ticket in tickets if for_good or ticket.started is not None or ticket.leaving]
+        if out_of_memory:
+            lost += [ticket for ticket in tickets if ticket not in lost and self._waits_for_disk(ticket)]
         self._fail_all(why, lost)
-        self._adapters.on_worker_lost()
+        self._adapters.on_worker_lost(why, out_of_memory)
         if for_good:
             self._adapters.end_waiting()
         self._count_requests()
+
+    def _waits_for_disk(self, ticket: Ticket) -> bool:
+        adapter = ticket.request.adapter
+        return adapter is not None and self.tier_of(adapter) is Tier.DISK
 
     def on_report(self, report: Report) -> None:
         now = time.monotonic()

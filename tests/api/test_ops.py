@@ -56,6 +56,14 @@ def test_health_is_503_only_when_nothing_can_help(state: str, ready: bool, healt
         served.json("GET", "/adapters")
 
 
+def test_why_the_worker_restarts_is_told() -> None:
+    with serve_app() as served:
+        served.client.state, served.client.ready = "restarting", False
+        served.client.reason = "the worker died (memory ran out and the system killed it)"
+        assert served.json("GET", "/health")["reason"] == served.client.reason
+        assert served.client.reason in served.json("GET", "/ready", status=503)["error"]
+
+
 def test_a_base_that_cannot_be_served_is_told_with_its_reason_but_not_its_place(tmp_path: Path) -> None:
     with serve_app(loading=True, base=str(tmp_path)) as served:
         served.client.reason = f"the folder {tmp_path} holds no config.json"

@@ -20,6 +20,7 @@ from service.catalog.validator.process import Validator
 from service.catalog.validator.skeleton import Skeleton
 from service.core.adapter import Adapter, Tier
 from service.core.base_info import BaseInfo, LayerLimit
+from service.core.error_codes import ErrorCode
 from service.core.manifest import Manifest
 from service.core.messages import Load
 from service.settings import Settings
@@ -66,7 +67,7 @@ def root(tmp_path: Path) -> Path:
 class FakeDevice:
     """Loads what is added at once, unless `gate` is set to an event that must come first;
 
-    `errors` maps digests to failures.
+    `errors` maps digests to failures, `codes` to their codes.
     """
 
     def __init__(self, base: Path) -> None:
@@ -76,6 +77,7 @@ class FakeDevice:
         self.pinned: set[str] = set()
         self.dropped: list[str] = []
         self.errors: dict[str, str] = {}
+        self.codes: dict[str, ErrorCode] = {}
         self.gate: asyncio.Event | None = None
 
     def add_adapter(self, adapter: Adapter, pinned: bool = False, preload: bool = True) -> None:
@@ -90,7 +92,8 @@ class FakeDevice:
         error = self.errors.get(digest, "")
         if not error:
             self.tiers[digest] = Tier.HOST
-        return Load(digest, 0.01, self.known[digest].size, error)
+        code = self.codes.get(digest, ErrorCode.ADAPTER_INVALID)
+        return Load(digest, 0.01, self.known[digest].size, error, code)
 
     def pin_adapter(self, digest: str, pinned: bool) -> None:
         (self.pinned.add if pinned else self.pinned.discard)(digest)

@@ -23,9 +23,11 @@ from service.catalog.sources.store import SourceLocation
 from service.catalog.validator.messages import ValidatedAdapter
 from service.core.adapter import ExecutionPath, Tier
 from service.core.base_info import LayerLimit
+from service.core.error_codes import ErrorCode
 from service.core.manifest import Manifest, compute_digest
 from service.core.messages import Load
 from service.errors import (
+    AdapterdError,
     AdapterInvalid,
     AdapterNotFound,
     AdapterUnsupported,
@@ -33,6 +35,7 @@ from service.errors import (
     Conflict,
     Forbidden,
     NotReady,
+    Overloaded,
     SettingsError,
 )
 from service.telemetry import metrics
@@ -232,6 +235,21 @@ async def test_a_load_that_fails_registers_nothing_and_is_taken_back(stocked: Re
             await registry.register_adapter("a", "plain")
         assert registry.list_cards() == []
         assert device(registry).dropped == [digest]
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"), [(ErrorCode.OVERLOADED, Overloaded), (ErrorCode.NOT_READY, NotReady)]
+)
+async def test_a_load_that_fails_for_want_of_memory_or_of_a_worker_is_not_the_adapters_fault(
+    stocked: RegistryFixture, code: ErrorCode, kind: type[AdapterdError]
+) -> None:
+    async with stocked.opened() as registry:
+        digest = (await registry.check_adapter("a", "plain"))["summary"]["digest"]
+        device(registry).errors[digest], device(registry).codes[digest] = "there is none", code
+        with pytest.raises(kind, match="there is none") as refused:
+            await registry.register_adapter("a", "plain")
+        assert refused.value.retry_after
+        assert (registry.list_cards(), device(registry).dropped) == ([], [digest])
 
 
 async def test_without_preload_the_device_only_hears_of_it(stocked: RegistryFixture) -> None:

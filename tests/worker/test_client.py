@@ -24,7 +24,7 @@ from service.core.sampling import Sampling
 from service.errors import NotReady, Overloaded
 from service.settings import Faults, Settings
 from service.telemetry import metrics
-from service.worker import supervisor
+from service.worker import process, supervisor
 from service.worker.client import WorkerClient
 from service.worker.process import WorkerProcess
 from service.worker.ticket import Ticket
@@ -311,6 +311,64 @@ async def test_a_killed_worker_fails_what_ran_and_serves_what_waited() -> None:
         assert count("worker_restarts_total") == restarts + 1
 
 
+@pytest.fixture
+def oom_kills(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The system's counter: its last number."""
+    kills = [7]
+    monkeypatch.setattr(process, "count_oom_kills", lambda: kills[-1])
+    return kills
+
+
+async def test_a_worker_that_the_system_killed_for_want_of_memory_is_told_as_such(
+    oom_kills: list[int],
+) -> None:
+    async with engine(faults=Faults(slow_load=3600)) as client:
+        one, other = adapter("a"), adapter("b")
+        for each in (one, other):
+            client.add_adapter(each, preload=each is one)
+        loading = asyncio.create_task(client.wait_until_loaded(one.digest))
+        waiting, plain = client.submit_request((1,), 3, other.digest), client.submit_request((2,), ENDLESS)
+        await until(lambda: plain.first is not None)
+        oom_kills.append(8)
+        os.kill(worker(client), signal.SIGKILL)
+        load = await loading
+        why = "the worker died (memory ran out and the system killed it"
+        assert (load.code, load.error.startswith(why)) == ("not_ready", True), load.error
+        for ticket in (waiting, plain):
+            _, end = await read(ticket)
+            assert (end.code, end.message.startswith(why)) == ("not_ready", True), end.message
+        assert client.reason.startswith(why)
+        await client.wait_ready()
+        assert not client._adapters.waits, "the next worker begins nothing that the last one died of"
+
+
+async def test_one_that_was_killed_after_the_system_killed_another_process_long_ago_is_not_told_so(
+    oom_kills: list[int],
+) -> None:
+    async with engine() as client:
+        oom_kills.append(8)
+        os.kill(worker(client), signal.SIGKILL)
+        await until(lambda: not client.ready)
+        await client.wait_ready()
+        os.kill(worker(client), signal.SIGKILL)
+        await until(lambda: client.state == "restarting")
+        assert client.reason == "the worker died (SIGKILL)"
+
+
+async def test_a_load_that_has_lost_two_workers_is_given_up() -> None:
+    async with engine(faults=Faults(slow_load=3600)) as client:
+        one = adapter("a")
+        client.add_adapter(one)
+        loading = asyncio.create_task(client.wait_until_loaded(one.digest))
+        for _ in range(2):
+            os.kill(worker(client), signal.SIGKILL)
+            await until(lambda: not client.ready)
+            await client.wait_ready()
+        load = await loading
+        assert load.code == "not_ready"
+        assert load.error == "the worker died (SIGKILL) before the adapter was read"
+
+
 async def test_an_injected_death_comes_once() -> None:
     async with engine(faults=Faults(kill=3)) as client:
         _, end = await read(submit(client, (1,), 5))
@@ -469,6 +527,20 @@ async def test_a_base_that_cannot_be_served_is_told_and_not_tried_again() -> Non
         assert (await client.wait_until_loaded("sha256:any")).error
 
 
+async def test_one_that_raises_while_it_loads_is_told_by_the_exception_and_not_by_its_end() -> None:
+    async with engine("build_raising", wait=False) as client:
+        with pytest.raises(NotReady) as told:
+            await client.wait_ready()
+        words = "RuntimeError: the device at fake0 said no"
+        assert told.value.message == f"the worker died ({words}) 3 times in a row while loading"
+
+
+async def test_a_factory_that_is_not_there_is_told() -> None:
+    async with engine("build_nothing", wait=False) as client:
+        with pytest.raises(NotReady, match=r"AttributeError: .*build_nothing"):
+            await client.wait_ready()
+
+
 async def test_three_deaths_while_loading_are_the_end() -> None:
     async with engine("build_dying", wait=False) as client:
         client.add_adapter(adapter("a"))
@@ -516,7 +588,7 @@ async def test_one_that_stands_still_while_it_loads_is_killed_and_in_the_end_giv
 ) -> None:
     monkeypatch.setattr(supervisor, "STANDSTILL_S", 1.5)
     async with engine("build_waiting", wait=False) as client:
-        with pytest.raises(NotReady, match=r"SIGKILL.* 3 times in a row while loading"):
+        with pytest.raises(NotReady, match=r"stood still for \d+ s and was killed\) 3 times in a row"):
             await client.wait_ready()
 
 
@@ -535,7 +607,7 @@ async def test_one_that_hangs_up_and_stays_is_ended() -> None:
     async with engine("build_deaf", wait=False) as client:
         pid = worker(client)
         await until(lambda: client.state == "restarting")
-        assert "SIGKILL" in client.reason
+        assert "closed its connection, did not end within 2 s and was killed" in client.reason
         assert not psutil.pid_exists(pid)
 
 

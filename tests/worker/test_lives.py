@@ -84,9 +84,8 @@ class SlowLoader(Loader):
     def deliver(self, broken: bool = False) -> None:
         if self.reading:
             one = self.reading.pop()
-            broke_off = (0, ErrorCode.ADAPTER_INVALID, "it broke off")
-            size, code, reason = broke_off if broken else self._try_load(one)
-            self._done.send((Load(one.digest, 0.1, size, reason), code))
+            broke_off = Load(one.digest, 0.1, 0, "it broke off", ErrorCode.ADAPTER_INVALID)
+            self._done.send(broke_off if broken else self._try_load(one, time.monotonic() - 0.1))
 
 
 class Keeper:
@@ -138,7 +137,7 @@ class Keeper:
     def die(self) -> None:
         self.hear()  # its last words
         self.worker, self.state = None, WorkerState.RESTARTING
-        self.listener.on_worker_lost("the worker died (SIGKILL)", for_good=False)
+        self.listener.on_worker_lost("the worker died (SIGKILL)", for_good=False, out_of_memory=False)
 
     @property
     def loaders(self) -> list[Any]:

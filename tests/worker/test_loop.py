@@ -28,8 +28,9 @@ from service.core.messages import (
 from service.core.request import Event, Finish, Request
 from service.engine.plan import Plan, Result
 from service.errors import SettingsError
+from service.limits import FreeMemory
 from service.settings import Faults, Settings
-from service.worker import loader, memory
+from service.worker import loader
 from service.worker.loop import RAISED_TWICE, Factory, Worker, serve_worker
 from tests.fakes import FakeRunner, adapter, card, expected
 
@@ -169,7 +170,7 @@ def test_it_shows_signs_of_life_while_it_waits_for_a_disk() -> None:
     ("wrong", "code", "words"),
     [
         ("disk", "adapter_invalid", "No such file or directory"),
-        ("memory", "internal", "MemoryError"),
+        ("memory", "overloaded", "not enough memory"),
         ("place", "internal", "step"),
     ],
 )
@@ -245,8 +246,8 @@ def test_what_comes_late_is_not_kept_for_a_second_reading_that_fails(monkeypatch
 
 
 def test_what_does_not_fit_the_memory_that_is_left_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "free_bytes", lambda: 1000)
-    large, small = adapter("large", size=1001), adapter("small", size=1000)
+    monkeypatch.setattr(loader, "free_memory", lambda: FreeMemory(12_000_000, 0, "the limit is 99 MB"))
+    large, small = adapter("large", size=6_500_000), adapter("small", size=6_000_000)
     with worker() as desk:
         desk.send(
             AddAdapter(large),
@@ -256,7 +257,7 @@ def test_what_does_not_fit_the_memory_that_is_left_is_not_read(monkeypatch: pyte
         )
         event = desk.event()
         assert (event.request, event.finish, event.code) == (1, Finish.FAILED, "overloaded")
-        assert "it takes 1001 bytes, 1000 are free" in event.message
+        assert "it takes 13 MB to be read, 12 MB are free, for the limit is 99 MB" in event.message
         assert desk.event().finish is Finish.LENGTH
 
 
@@ -477,11 +478,21 @@ def unreadable(settings: Settings, progress: Any) -> Any:
     raise OSError("/secret/place/config.json is not there")
 
 
+def denied(settings: Settings, progress: Any) -> Any:
+    raise PermissionError(13, "Permission denied", "/secret/place")
+
+
+def cut(settings: Settings, progress: Any) -> Any:
+    raise EOFError
+
+
 @pytest.mark.parametrize(
     ("factory", "reason"),
     [
         (unfit, "ADAPTERD_BASE: no such base"),
-        (unreadable, "the base cannot be loaded (OSError); the log says why"),
+        (unreadable, "the base cannot be loaded: OSError: config.json is not there"),
+        (denied, "the base cannot be loaded: PermissionError: Permission denied"),
+        (cut, "the base cannot be loaded: EOFError"),
     ],
 )
 def test_what_no_restart_would_help_is_told(factory: Factory, reason: str) -> None:

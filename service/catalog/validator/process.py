@@ -25,7 +25,8 @@ from ...core.adapter import share_specs
 from ...core.base_info import LayerLimit
 from ...core.defaults import READ_S, SLOWEST_DISK_BYTES_PER_S
 from ...core.manifest import Manifest, list_names
-from ...errors import AdapterInvalid, AdapterUnsupported, Internal, NotReady
+from ...errors import AdapterInvalid, AdapterUnsupported, Internal, NotReady, Overloaded
+from ...limits import count_oom_kills
 from ...threads import DISK, PROCESS, run_in
 from ..architecture import ModuleNode
 from .messages import NormsRequest, ReadRequest, Refusal, ValidatedAdapter
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 START_S = 300.0
+RETRY_S = 2  # after memory was short
 
 
 class Validator:
@@ -69,7 +71,10 @@ class Validator:
         await self._in_turn(self._introduce_base)
 
     async def validate_adapter(self, folder: Path, known: Manifest = ()) -> ValidatedAdapter:
-        """Validates the adapter in this folder. Raises AdapterInvalid, AdapterUnsupported."""
+        """Validates the adapter in this folder.
+
+        Raises AdapterInvalid, AdapterUnsupported, Overloaded where memory ran out.
+        """
         size = await run_in(DISK, _size_of, folder)
         answer = await self._ask_child(ReadRequest(folder, known), size)
         assert isinstance(answer, ValidatedAdapter)
@@ -150,6 +155,7 @@ class Validator:
         return self._exchange_messages(self._pipe or self._introduce_base(), request, seconds)
 
     def _exchange_messages(self, pipe: Connection, message: Any, seconds: float) -> Any:
+        kills, is_short = count_oom_kills(), False
         try:
             pipe.send(message)
             if pipe.poll(seconds):
@@ -157,7 +163,10 @@ class Validator:
             reason = f"reading it took longer than {seconds:.0f} s"
         except (EOFError, OSError):
             reason = "reading it ended the reader's process"
+            is_short = count_oom_kills() > kills
         self._end_child()
+        if is_short:
+            raise Overloaded("memory ran out while the adapter was validated", retry_after=RETRY_S)
         return Refusal((reason,), {}, supported=True)
 
     def _end_child(self) -> None:

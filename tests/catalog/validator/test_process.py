@@ -5,6 +5,7 @@ answer.
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
 from multiprocessing.context import SpawnProcess
@@ -13,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from service.catalog.validator import process
-from service.catalog.validator.messages import Refusal, ValidatedAdapter
+from service.catalog.validator.messages import ReadRequest, Refusal, ValidatedAdapter
 from service.catalog.validator.process import Validator
 from service.core.base_info import LayerLimit
-from service.errors import AdapterInvalid, AdapterUnsupported, NotReady
+from service.errors import AdapterInvalid, AdapterUnsupported, NotReady, Overloaded
 
 from ... import making
 
@@ -82,6 +83,17 @@ async def test_one_process_reads_refuses_and_is_replaced(
     outcomes = await asyncio.gather(*stalled, return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [AdapterInvalid, NotReady]
     assert validator.pid is None
+
+
+def test_where_memory_ran_out_the_adapter_is_not_at_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pipe of a child that the system has killed is at its end."""
+    kills = iter((3, 4))
+    monkeypatch.setattr(process, "count_oom_kills", lambda: next(kills))
+    ours, theirs = multiprocessing.Pipe()
+    theirs.close()
+    validator = Validator(max_rank=64)
+    with pytest.raises(Overloaded, match="memory ran out while the adapter was validated"):
+        validator._exchange_messages(ours, ReadRequest(Path("a"), ()), 1.0)
 
 
 @pytest.mark.anyio

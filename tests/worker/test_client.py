@@ -327,7 +327,7 @@ async def test_a_worker_that_the_system_killed_for_want_of_memory_is_told_as_suc
         for each in (one, other):
             client.add_adapter(each, preload=each is one)
         loading = asyncio.create_task(client.wait_until_loaded(one.digest))
-        waiting, plain = client.submit_request((1,), 3, other.digest), client.submit_request((2,), ENDLESS)
+        waiting, plain = submit(client, (1,), 3, other.digest), submit(client, (2,), ENDLESS)
         await until(lambda: plain.first is not None)
         oom_kills.append(8)
         os.kill(worker(client), signal.SIGKILL)

@@ -25,7 +25,9 @@ def _machine_free() -> int | None:
 def _group_free() -> int | None:
     """A group without a limit says `max`."""
     try:
-        limit, used = ((GROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        limit, used = (
+            (GROUP / name).read_text(encoding="utf-8").strip() for name in ("memory.max", "memory.current")
+        )
     except OSError:
         return None
     if not limit.isdecimal():
@@ -37,7 +39,7 @@ def _group_free() -> int | None:
 def _read_values(file: Path) -> dict[str, int]:
     """The file's lines as name and number."""
     try:
-        lines = [line.split() for line in file.read_text().splitlines()]
+        lines = [line.split() for line in file.read_text(encoding="utf-8").splitlines()]
     except OSError:
         return {}
     return {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[1].isdecimal()}

@@ -7,8 +7,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -88,10 +88,10 @@ async def test_one_process_reads_refuses_and_is_replaced(
 async def test_where_no_child_can_be_started_the_next_try_starts_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def scarce(self: SpawnProcess) -> None:
+    def scarce(*words: str, **more: Any) -> None:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(SpawnProcess, "start", scarce)
+    monkeypatch.setattr(process, "start_child", scarce)
     validator = Validator(max_rank=64)
     for _ in range(2):
         with pytest.raises(OSError, match="Too many open files"):

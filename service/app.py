@@ -37,7 +37,15 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("adapterd")
 
-ROUTERS = (ops.probes, generate.router, models.router, adapters.reading, adapters.changing, ops.router)
+ROUTERS = (
+    ops.probes,
+    ops.measures,
+    generate.router,
+    models.router,
+    adapters.reading,
+    adapters.changing,
+    ops.router,
+)
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 EXPOSED = (
     "x-request-id",
@@ -78,6 +86,7 @@ def create_app(
         middleware=_make_middleware(services, record),
         redirect_slashes=False,
         default_response_class=JsonAnswer,
+        servers=[{"url": "."}],  # beside the description, so that it holds behind a proxy's prefix, too
         openapi_url=None,
         docs_url=None,
         redoc_url=None,

@@ -14,7 +14,7 @@ def own_bytes(pid: int) -> int:
     Without files that it only reads: a library's pages are its own or not by whether a neighbour
     uses them too.
     """
-    lines = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="utf-8")
     found = re.search(r"^Private_Dirty: +(\d+) kB$", lines, re.MULTILINE)
     assert found
     return int(found[1]) * 1024

@@ -84,14 +84,18 @@ def await_ready(server: Server, process: subprocess.Popen[bytes], log: Path) -> 
     until = time.monotonic() + START_S
     while time.monotonic() < until:
         if process.poll() is not None:
-            raise RuntimeError(f"{server.name} ended with {process.returncode}:\n{log.read_text()[-2000:]}")
+            raise RuntimeError(f"{server.name} ended with {process.returncode}:\n{_read_end(log)}")
         try:
             if httpx.get(server.url + "/ready", timeout=5, trust_env=False).status_code == 200:
                 return
         except httpx.TransportError:
             pass
         time.sleep(0.2)
-    raise RuntimeError(f"{server.name} is not ready after {START_S} s:\n{log.read_text()[-2000:]}")
+    raise RuntimeError(f"{server.name} is not ready after {START_S} s:\n{_read_end(log)}")
+
+
+def _read_end(log: Path) -> str:
+    return log.read_text(encoding="utf-8")[-2000:]
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

@@ -48,6 +48,9 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        if self.client:
+            # As a socket of both families spells an address of IPv4; others know it without
+            self.client = (self.client[0].removeprefix("::ffff:"), self.client[1])
         # So that it is known of each byte that waits for the client
         transport.set_write_buffer_limits(0)
         self._start_timer()

@@ -403,7 +403,7 @@ def _serialize_backend(backend: Tokenizer) -> str:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    value = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    value = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return value if isinstance(value, dict) else {}
 
 
@@ -438,7 +438,7 @@ def _read_templates(folder: Path, settings: Mapping[str, Any]) -> Templates | No
     Raises AdapterInvalid for one that is too long.
     """
     if (folder / TEMPLATE).exists():
-        found: Any = (folder / TEMPLATE).read_text("utf-8")
+        found: Any = (folder / TEMPLATE).read_text(encoding="utf-8")
     else:
         found = settings.get("chat_template") or _read_json(folder / TEMPLATE_JSON).get("chat_template")
     if isinstance(found, list):

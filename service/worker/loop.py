@@ -1,6 +1,6 @@
 """The worker process: commands in, plan, step, reports out.
 
-`python -m service.worker.loop FD MODULE:FACTORY`.
+`python -m service.worker.loop FD FORM LEVEL MODULE:FACTORY`; FORM and LEVEL are those of the log.
 
 It owns the device, runs every step, and ends when its parent does. Must not know HTTP, text or adapter
 names.
@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 
-from ..child_process import be_the_first_to_go, die_with_parent
+from ..child_process import be_the_first_to_go, settle_child
 from ..core.adapter import Digest, Placement, Tier
 from ..core.base_info import BaseInfo
 from ..core.defaults import defaults_of
@@ -395,10 +395,8 @@ def describe_error(error: Exception) -> str:
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
-def run_process(descriptor: str, factory: str) -> int:
-    for ignored in (signal.SIGINT, signal.SIGTERM):  # the parent decides when to end
-        signal.signal(ignored, signal.SIG_IGN)
-    die_with_parent()
+def run_process(descriptor: str, form: str, level: str, factory: str) -> int:
+    settle_child(form, level)
     be_the_first_to_go()
     module, _, function = factory.partition(":")
     with (

@@ -174,7 +174,7 @@ def test_every_route_declares_one_scope(served: ServedApp) -> None:
     for route in included(served.http.app):
         declared = declared_scopes(route)
         assert len(declared) == 1, f"{route.methods} {route.path} declares {declared}"
-        scopes[declared[0]] |= {f"{method} {route.path}" for method in route.methods or ()}
+        scopes[declared[0].scope] |= {f"{method} {route.path}" for method in route.methods or ()}
     assert scopes[KeyScope.PUBLIC] == {"GET /health", "GET /ready"}
     pages = {"/", "/docs", "/openapi.json", "/console/{path:path}", "/docs/{path:path}"}
     assert {f"GET {path}" for path in pages} <= scopes[KeyScope.KEY]

@@ -48,13 +48,16 @@ def serving(log: Path, module: str, **settings: str) -> Iterator[str]:
     line = [sys.executable, "-m", module, "serve", "--port", str(port)]
     own = {f"ADAPTERD_{name.upper()}": text for name, text in settings.items()}
     env = kept | own | {"OMP_NUM_THREADS": "1"}
-    with log.open("w") as out, subprocess.Popen(line, cwd=ROOT, env=env, stdout=out, stderr=out) as process:
+    with (
+        log.open("w", encoding="utf-8") as out,
+        subprocess.Popen(line, cwd=ROOT, env=env, stdout=out, stderr=out) as process,
+    ):
         url = f"http://127.0.0.1:{port}/"
         while not ready(url):
-            assert process.poll() is None, log.read_text()
+            assert process.poll() is None, log.read_text(encoding="utf-8")
         yield url
         process.terminate()
-        assert process.wait(60) == 0, log.read_text()
+        assert process.wait(60) == 0, log.read_text(encoding="utf-8")
 
 
 def ready(url: str) -> bool:

@@ -19,7 +19,7 @@ METRIC = re.compile(r"(?<![:\w])adapterd_[a-z0-9_]+")
 
 
 def documents(path: Path) -> list[dict[str, Any]]:
-    return [document for document in yaml.safe_load_all(path.read_text()) if document]
+    return [document for document in yaml.safe_load_all(path.read_text(encoding="utf-8")) if document]
 
 
 def compose() -> dict[str, Any]:

@@ -164,9 +164,7 @@ class SchedulerDriver:
         assert gauges.kv_total == len(self.runner.kv) == self.scheduler.blocks.free
         pool = {digest for digest in self.runner.pool if digest is not None}
         assert pool == {
-            digest
-            for digest, adapter in self.scheduler.adapters.known.items()
-            if digest in self.scheduler.adapters.pool
+            digest for digest in self.scheduler.adapters.known if digest in self.scheduler.adapters.pool
         }
         assert set(self.runner.host) == set(self.scheduler.adapters.host)
         assert set(self.runner.host) <= set(self.scheduler.adapters.known)

@@ -134,7 +134,7 @@ def test_what_the_validator_accepts_the_worker_loads_however_the_config_is_writt
 
 
 def write_oddly(config: Path) -> None:
-    fields = json.loads(config.read_text())
+    fields = json.loads(config.read_text(encoding="utf-8"))
     odd = fields | dict.fromkeys(fields.keys() & NULLABLE) | {"lora_dropout": 0.25}
     config.write_bytes(b"\xef\xbb\xbf" + json.dumps(odd).encode())
 

@@ -84,7 +84,7 @@ def worker(client: WorkerClient) -> int:
 
 def score(pid: int) -> int:
     """How much sooner than others Linux ends this process where memory runs out."""
-    return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text(encoding="utf-8"))
 
 
 def count(name: str, **labels: str) -> float:

@@ -23,10 +23,11 @@ from ...telemetry import gpu, metrics
 from ...threads import DEVICE, DISK, run_in
 from ..errors import document_errors
 from ..generation.sse import JsonAnswer
-from ..scopes import KEY_SCOPE, PUBLIC_SCOPE
+from ..scopes import KEY_SCOPE, METRICS_SCOPE, PUBLIC_SCOPE
 from ..services import AdapterScope, AnyServices, OpenRegistry, Services, VisibleAdapters
 
 probes = APIRouter(tags=["operations"], dependencies=[PUBLIC_SCOPE])
+measures = APIRouter(tags=["operations"], dependencies=[METRICS_SCOPE])
 router = APIRouter(tags=["operations"], dependencies=[KEY_SCOPE])
 
 PAGES = Path(__file__).parents[1] / "static"
@@ -67,7 +68,7 @@ FORMATS: dict[int | str, JsonDict] = {
 }
 
 
-@router.get("/metrics", responses=document_errors() | FORMATS)
+@measures.get("/metrics", responses=document_errors() | FORMATS)
 async def show_metrics(request: Request, services: AnyServices, scope: VisibleAdapters) -> Response:
     """Prometheus text, or OpenMetrics where `Accept` asks for it.
 

@@ -89,7 +89,7 @@ def _require_compiler() -> str:
 
 
 def _library_key(flags: Sequence[str]) -> str:
-    text = "".join(source.read_text() for source in SOURCES)
+    text = "".join(source.read_text(encoding="utf-8") for source in SOURCES)
     content = f"{text} {flags} {torch.__version__} {_processor_flags()}"
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -97,13 +97,13 @@ def _library_key(flags: Sequence[str]) -> str:
 def _compile_library(compiler: Sequence[str], target: Path) -> None:
     links = [*(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu", "-ltorch"]
     command = [*compiler, str(SOURCES[0]), "-o", str(target), *links]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    subprocess.run(command, check=True, capture_output=True, encoding="utf-8", errors="replace")
 
 
 def _processor_flags() -> str:
     """The features `-march=native` depends on: two machines that share a cache folder may differ."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return ""
     return next((line for line in lines if line.startswith("flags")), "")

@@ -8,8 +8,8 @@ import asyncio
 import multiprocessing
 import os
 import signal
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -100,10 +100,10 @@ def test_where_memory_ran_out_the_adapter_is_not_at_fault(monkeypatch: pytest.Mo
 async def test_where_no_child_can_be_started_the_next_try_starts_anew(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def scarce(self: SpawnProcess) -> None:
+    def scarce(*words: str, **more: Any) -> None:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(SpawnProcess, "start", scarce)
+    monkeypatch.setattr(process, "start_child", scarce)
     validator = Validator(max_rank=64)
     for _ in range(2):
         with pytest.raises(OSError, match="Too many open files"):

@@ -14,6 +14,8 @@ os.environ["no_proxy"] = "127.0.0.1,localhost"
 # Else torch's threads wait for work at full speed, here and in what the tests start: where others want the
 # processor, a test takes several times as much of it
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+# No device here: kernels run in the interpreter, which Triton asks for when it is imported
+os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

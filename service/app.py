@@ -30,10 +30,9 @@ from .telemetry import metrics
 from .threads import DISK, run_in
 
 if TYPE_CHECKING:
-    from .catalog.registry import Registry
+    from .api.protocols import AdapterRegistry, EngineClient
     from .telemetry.traces import Trace
     from .text.tokenizers import Tokenizers
-    from .worker.client import WorkerClient
 
 log = logging.getLogger("adapterd")
 
@@ -65,8 +64,8 @@ def _load_tokenizers(folder: str) -> Tokenizers:
 
 def create_app(
     settings: Settings,
-    client: WorkerClient | None = None,
-    registry: Registry | None = None,
+    client: EngineClient | None = None,
+    registry: AdapterRegistry | None = None,
     *,
     text: Callable[[str], Tokenizers] = _load_tokenizers,
     on_failure: Callable[[str], None] = log.error,
@@ -143,7 +142,9 @@ class Service(FastAPI):
         return description
 
 
-def _make_services(settings: Settings, client: WorkerClient | None, registry: Registry | None) -> Services:
+def _make_services(
+    settings: Settings, client: EngineClient | None, registry: AdapterRegistry | None
+) -> Services:
     if client is None:
         from .worker.client import WorkerClient
 
@@ -151,8 +152,9 @@ def _make_services(settings: Settings, client: WorkerClient | None, registry: Re
     if registry is None:
         from .catalog.registry import Registry
 
-        registry = Registry(settings, device=client)
-        client.watch_loads(registry.note_load)
+        adapters = Registry(settings, device=client)
+        client.watch_loads(adapters.note_load)
+        registry = adapters
     return Services(settings, client, registry)
 
 

@@ -1,4 +1,4 @@
-"""Triton comes with CUDA builds of torch: where the lock's CPU build is installed, its kernels are not tested."""
+"""Triton comes with CUDA builds of torch: beside a CPU build its kernels are not tested."""
 
 from __future__ import annotations
 

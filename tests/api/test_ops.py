@@ -58,7 +58,7 @@ def test_health_is_503_only_when_nothing_can_help(state: str, ready: bool, healt
 
 def test_why_the_worker_restarts_is_told() -> None:
     with serve_app() as served:
-        served.engine.state, served.client.ready = "restarting", False
+        served.engine.state, served.engine.ready = "restarting", False
         served.engine.reason = "the worker died (memory ran out and the system killed it)"
         assert served.json("GET", "/health")["reason"] == served.engine.reason
         assert served.engine.reason in served.json("GET", "/ready", status=503)["error"]

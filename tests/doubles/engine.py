@@ -52,8 +52,9 @@ class FakeEngine:
     ids of those whose caller left before the end. `limit` requests are admitted. Of each, `early` events come
     before `gate` is open, the others after; `fails` is (code, message) instead of the third one.
 
-    `errors` are the loads that fail, by digest, and `codes` their codes; none ends before `load_gate`
-    is open. `dropped` are the contents that were removed. `stops` are the graces of the stops. `loaded` is open once the base is there.
+    `errors` are the loads that fail, by digest, and `codes` their codes; none ends before `load_gate` is
+    open. `dropped` are the contents that were removed. `stops` are the graces of the stops. `loaded` is
+    open once the base is there.
     """
 
     def __init__(self, base: BaseInfo = BASE) -> None:

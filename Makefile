@@ -33,9 +33,13 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# In two processes, as tests/split.py splits them.
+# Browsers, chaos, a cluster and what weighs processes want the machine for themselves.
+ALONE := tests/console tests/test_chaos.py tests/test_isolation.py tests/test_memory.py tests/deploy/test_ray.py
+
+# In two processes, as tests/split.py splits them, then the rest in one.
 test: lint
-	$(BIN)/pytest --numprocesses 2
+	$(BIN)/pytest --numprocesses 2 $(ALONE:%=--ignore=%)
+	$(BIN)/pytest $(ALONE)
 
 test-fast: $(READY)
 	$(BIN)/pytest --numprocesses 2 $(FAST) $(NOT_FAST:%=--ignore=%)

@@ -7,7 +7,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
-import multiprocessing
 import os
 import shutil
 import statistics
@@ -73,10 +72,10 @@ class MeasuredService:
 
     def pids(self) -> dict[str, int]:
         """Of each process; `api` is this one."""
-        (reader,) = multiprocessing.active_children()
-        assert reader.pid
-        assert self.client.worker_pid
-        return {"worker": self.client.worker_pid, "reader": reader.pid, "api": os.getpid()}
+        reader, worker = self.registry._validator.pid, self.client.worker_pid
+        assert reader
+        assert worker
+        return {"worker": worker, "reader": reader, "api": os.getpid()}
 
     def weight(self) -> dict[str, int]:
         """Bytes that each process has of its own."""

@@ -16,7 +16,7 @@ import pytest
 from service.exit_codes import ExitCode
 from tests import making
 
-from .processes import REAL, ROOT, environment, run, serving
+from .processes import LIMIT_S, REAL, ROOT, environment, run, serving
 from .test_lost_logs import TINY, ask, find_worker
 
 # All the ways in which a library says something
@@ -108,13 +108,16 @@ def test_a_whole_life_writes_nothing_else(tmp_path: Path) -> None:
     ):
         body = {"inputs": "Hi", "parameters": {"max_new_tokens": 2, "adapter_id": "noise"}}
         assert ask(one.url, body).is_success
-        assert one.get("/adapters/noise/norms").is_success
+        assert one.get("/adapters/noise/architecture/norms").is_success
         with socket.create_connection(("127.0.0.1", httpx.URL(one.url).port or 0)) as client:
             client.sendall(b"nonsense\r\n\r\n")
             assert client.recv(100).startswith(b"HTTP/1.1 400")
-        find_worker(one.process.pid).kill()
-        while not ask(one.url, body).is_success:
-            assert one.get("/health").is_success
+        before = find_worker(one.process.pid)
+        before.kill()
+        before.wait(LIMIT_S)
+        while (answer := ask(one.url, body)).status_code == 503:
+            assert one.get("/health").is_success, "the worker is not started any more"
+        assert answer.is_success, answer.text
         one.send(signal.SIGTERM)
         assert one.end() == ExitCode.OK
     records = read_records((tmp_path / "log").read_bytes())

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from service import memory_plan
-from service.__main__ import main
+from service.commands import run_command
 from service.core import capacity
 from service.core.base_info import BLOCK_TOKENS
 from service.model import kv, loading
@@ -38,7 +38,7 @@ def test_an_8b_base_in_nf4_leaves_room_for_so_many_tokens(
     memory: str, tokens: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["plan", "--base", config_file(tmp_path), "--memory", memory, "--pool-rank", "512"]
-    assert main([*arguments, "--format", "json"]) == 0
+    assert run_command([*arguments, "--format", "json"]) == 0
     plan = json.loads(capsys.readouterr().out)
     assert plan["kv_tokens"] > tokens
     assert plan["kv_bytes_per_token"] == 131_072
@@ -46,12 +46,12 @@ def test_an_8b_base_in_nf4_leaves_room_for_so_many_tokens(
     longest = plan["sequences"][-1]
     assert longest["context"] == min(131_072, plan["kv_tokens"])
     assert longest["count"] == plan["kv_tokens"] // longest["context"]
-    assert main(arguments) == 0
+    assert run_command(arguments) == 0
     assert f"KV holds {plan['kv_tokens']:,} tokens" in capsys.readouterr().out
 
 
 def test_a_base_that_does_not_fit_has_no_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "--base", config_file(tmp_path), "--memory", "2GB", "--format", "json"]) == 1
+    assert run_command(["plan", "--base", config_file(tmp_path), "--memory", "2GB", "--format", "json"]) == 1
     assert json.loads(capsys.readouterr().out)["kv_tokens"] == 0
 
 
@@ -63,7 +63,7 @@ def test_a_wrong_option_is_one_line_that_names_it(
     option: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = {"--base": config_file(tmp_path), "--memory": "24GB"} | {option: value}
-    assert main(["plan", *(part for pair in given.items() for part in pair)]) == 2
+    assert run_command(["plan", *(part for pair in given.items() for part in pair)]) == 2
     error = capsys.readouterr().err
     assert option in error
     assert error.count("\n") == 1
@@ -71,7 +71,7 @@ def test_a_wrong_option_is_one_line_that_names_it(
 
 def test_an_unknown_family_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = config_file(tmp_path, model_type="mamba")
-    assert main(["plan", "--base", base, "--memory", "24GB"]) == 2
+    assert run_command(["plan", "--base", base, "--memory", "24GB"]) == 2
     assert "'mamba'" in capsys.readouterr().err
 
 

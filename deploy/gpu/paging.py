@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from service.model.kernels.triton import attention, oracles
-from service.model.kernels.triton.attention import PagedKV, Reach
+from service.model.kernels.triton.attention import PagedKV, ScoreRules
 from service.model.kernels.triton.shapes import decode_shape, prefill_shape
 
 from .measure import DEVICE, DRY, Report, gap, random, ring, took
 
 HEADS, KV_HEADS, DIM = (4, 2, 32) if DRY else (32, 8, 128)
 ERROR = 5e-3
-REACHES = [Reach(DIM**-0.5), Reach(DIM**-0.5, window=40, softcap=20.0)]
+REACHES = [ScoreRules(DIM**-0.5), ScoreRules(DIM**-0.5, window=40, softcap=20.0)]
 DECODES = [(2, 40)] if DRY else [(1, 512), (32, 512), (64, 512), (32, 4096), (1, 32768)]
 PREFILLS = [(1, 20, 40)] if DRY else [(1, 2048, 2048), (4, 512, 4096)]  # sequences, tokens, length
 # Positions and stages of decode, rows and warps of prefill that are tried
@@ -72,7 +72,7 @@ def check_attention(report: Report) -> None:
         report.add("attention", f"{name}, right", decode=errors[0], prefill=errors[1], same_in_company=same)
 
 
-def _is_same(query: Tensor, kv: PagedKV, reach: Reach, sinks: Tensor | None, got: Tensor) -> bool:
+def _is_same(query: Tensor, kv: PagedKV, reach: ScoreRules, sinks: Tensor | None, got: Tensor) -> bool:
     """Whether each sequence decodes as alone."""
     alone = []
     for i in range(len(query)):

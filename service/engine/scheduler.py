@@ -381,10 +381,10 @@ class Scheduler:
         """
         prefix = head.reusable_prefix
         for other in self.running.values():
-            prefills = other.adapter == head.adapter and not other.is_decoding
+            is_alike = other.adapter == head.adapter and other.wakes == head.wakes
             worth = other.written + BLOCK_TOKENS
-            if prefills and len(prefix) >= worth and common_prefix(other.tokens, prefix) >= worth:
-                return other.wakes == head.wakes
+            if is_alike and not other.is_decoding and common_prefix(other.tokens, prefix) >= worth:
+                return True
         return False
 
     def _begin_sequence(self, sequence: Sequence) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -72,32 +73,9 @@ def install_kernels(pool: LoraPool) -> None:
     quantized = [layer for layer in layers if type(layer.base_layer).__name__ == "Linear4bit"]
     for layer in quantized:
         layer.base_layer = NF4Linear(layer.base_layer)
-    AttentionInterface.register(NAME, attend_blocks)
+    AttentionInterface.register(NAME, partial(kv.attend_blocks, attend_singles=attend_singles))
     pool.tree.set_attn_implementation(NAME)
     log.info("kernels: paged attention, and the NF4 product in %d of %d layers", len(quantized), len(layers))
-
-
-def attend_blocks(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    *,
-    layout: StepLayout,
-    **other: Any,
-) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [1, heads, T, dim], key and value [1, kv heads, T,
-    dim] → [1, T, heads, dim]. Single tokens go by the kernel, prompts by torch.
-    """
-    scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    attention = kv.bind_attention(module, scale, sliding_window, softcap)
-    attention.write_tokens(key[0], value[0], layout)
-    return attention.attend_tokens(query[0], layout, attend_singles)[None], None
 
 
 def attend_singles(attention: kv.BlockAttention, query: Tensor, layout: StepLayout) -> Tensor:
@@ -110,7 +88,7 @@ def attend_singles(attention: kv.BlockAttention, query: Tensor, layout: StepLayo
     lengths, starts = layout.masks["kv_length"], layout.masks["starts"]
     keys, values = attention.keys.transpose(1, 2), attention.values.transpose(1, 2)
     window, chunk = attention.reach
-    reach = paged.Reach(attention.scale, window, chunk, attention.softcap or 0.0)
+    reach = paged.ScoreRules(attention.scale, window, chunk, attention.softcap or 0.0)
     pages = paged.PagedKV(keys, values, starts, lengths, layout.block_table)
     out: Tensor = paged.attend_decode(query.transpose(0, 1).contiguous(), pages, reach)
     return out

@@ -119,6 +119,10 @@ def clear_blocks(attention: Sequence[AttentionSpec], blocks: Sequence[int]) -> N
         layer.kv_values[list(blocks)] = 0
 
 
+# Query [heads, n, dim] of one token a sequence → [n, heads, dim]
+AttendSingles = Callable[["BlockAttention", Tensor, StepLayout], Tensor]
+
+
 def attend_blocks(
     module: Any,
     query: Tensor,
@@ -130,10 +134,13 @@ def attend_blocks(
     sliding_window: int | None = None,
     softcap: float | None = None,
     layout: StepLayout | AttentionProbe | None = None,
+    attend_singles: AttendSingles | None = None,
     **other: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, heads, T, dim], key and value [1, kv heads, T,
     dim] → [1, T, heads, dim].
+
+    `attend_singles` stands in for torch where one token a sequence is attended.
     """
     if layout is None:
         raise TypeError("forward arguments do not reach the attention")
@@ -142,19 +149,9 @@ def attend_blocks(
     if isinstance(layout, AttentionProbe):
         layout.note_layer(module, key, scale, reach, softcap)
         return torch.zeros_like(query).transpose(1, 2), None
-    attention = bind_attention(module, scale, sliding_window, softcap)
+    attention = BlockAttention(module.kv_keys, module.kv_values, scale, reach, softcap)
     attention.write_tokens(key[0], value[0], layout)
-    return attention.attend_tokens(query[0], layout)[None], None
-
-
-def bind_attention(module: Any, scale: float, window: int | None, softcap: float | None) -> BlockAttention:
-    """The attention of this layer over its KV blocks."""
-    reach = Reach(window or 0, _chunk_of(module))
-    return BlockAttention(module.kv_keys, module.kv_values, scale, reach, softcap)
-
-
-# Query [heads, n, dim] of one token a sequence → [n, heads, dim]
-AttendSingles = Callable[["BlockAttention", Tensor, StepLayout], Tensor]
+    return attention.attend_tokens(query[0], layout, attend_singles)[None], None
 
 
 class BlockAttention(NamedTuple):
@@ -174,10 +171,7 @@ class BlockAttention(NamedTuple):
     def attend_tokens(
         self, query: Tensor, layout: StepLayout, attend_singles: AttendSingles | None = None
     ) -> Tensor:
-        """All tokens of a step: query [heads, T, dim] → [T, heads, dim].
-
-        `attend_singles` stands in for torch where one token a sequence is attended.
-        """
+        """All tokens of a step: query [heads, T, dim] → [T, heads, dim]."""
         attend = attend_singles or BlockAttention._attend_singles
         heads, tokens, dim = query.shape
         out = torch.empty(tokens, heads, dim, dtype=query.dtype, device=query.device)

@@ -26,7 +26,7 @@ SEQUENCES = [
 ]
 
 
-class AttentionBuffers:
+class PagedLayer:
     """An attention layer's buffers, in which others have written."""
 
     def __init__(self) -> None:
@@ -36,17 +36,15 @@ class AttentionBuffers:
 
 @pytest.mark.parametrize(("window", "softcap"), [(None, None), (18, None), (None, 20.0)])
 def test_attention_by_the_kernel_is_torchs_own(window: int | None, softcap: float | None) -> None:
-    ours, plain = AttentionBuffers(), AttentionBuffers()
+    ours, plain = PagedLayer(), PagedLayer()
     tokens = sum(len(sequence.tokens) for sequence in SEQUENCES)
     query, key, value = (torch.randn(1, heads, tokens, 32) for heads in (6, 2, 2))
     options: dict[str, Any] = {"scaling": 0.3, "sliding_window": window, "softcap": softcap}
     with torch.inference_mode():
-        got, _ = gpu_kernels.attend_blocks(
-            ours, query, key, value, None, layout=make_layout(SEQUENCES, CPU), **options
-        )
-        want, _ = kv.attend_blocks(
-            plain, query, key, value, None, layout=make_layout(SEQUENCES, CPU), **options
-        )
+        options["layout"] = make_layout(SEQUENCES, CPU)
+        want, _ = kv.attend_blocks(plain, query, key, value, None, **options)
+        options["attend_singles"] = gpu_kernels.attend_singles
+        got, _ = kv.attend_blocks(ours, query, key, value, None, **options)
     assert torch.allclose(got, want, atol=1e-5)
     assert torch.equal(ours.kv_keys, plain.kv_keys)
 

@@ -239,7 +239,7 @@ def test_no_option_is_forgotten(field: str) -> None:
     assert choose_four(replace(plain, **{field: getattr(Sampling(), field)})) == choose_four(plain)
 
 
-class Device:
+class CountingDevice:
     """Calls to a pretended GPU while it is watched, and those for whose results the host waits."""
 
     def __init__(self) -> None:
@@ -268,8 +268,8 @@ class Device:
 
 
 @contextmanager
-def watched_gpu() -> Iterator[Device]:
-    device = Device()
+def watched_gpu() -> Iterator[CountingDevice]:
+    device = CountingDevice()
     with pretended.gpu(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretended, "run", device.watch(pretended.run))
         patch.setattr(torch.Tensor, "to", device.watch_copies(torch.Tensor.to))
@@ -294,7 +294,7 @@ USES: list[dict[str, Any]] = [
 ]
 
 
-def watch_steps(sampling: Sequence[Sampling], steep: float = 4.0) -> Device:
+def watch_steps(sampling: Sequence[Sampling], steep: float = 4.0) -> CountingDevice:
     """Two steps of rows with these options on a pretended GPU, which must choose what a CPU does."""
     requests = [Request(i, (5, 6), 9, None, one, EOS) for i, one in enumerate(sampling)]
     logits = torch.randn(len(requests), 6000, generator=torch.Generator().manual_seed(5)) * steep

@@ -31,7 +31,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 STEP_TENSORS = ["sequence_start", "kv_length", "block_table"]  # slices of which start anywhere
 
 
-class Reach(NamedTuple):
+class ScoreRules(NamedTuple):
     """How a layer's tokens weigh what they see: scores times `scale`, bent by `softcap`; only the last
     `window` positions and none before their own `chunk`. 0: no limit.
     """
@@ -220,7 +220,11 @@ class PagedKV(NamedTuple):
 
 
 def attend_decode(
-    query: Tensor, kv: PagedKV, reach: Reach, sinks: Tensor | None = None, shape: DecodeShape | None = None
+    query: Tensor,
+    kv: PagedKV,
+    reach: ScoreRules,
+    sinks: Tensor | None = None,
+    shape: DecodeShape | None = None,
 ) -> Tensor:
     """Attention of one token a sequence: query [S, heads, dim] → [S, heads, dim].
 
@@ -258,7 +262,7 @@ def attend_decode(
 
 
 def _launch_splits(
-    query: Tensor, kv: PagedKV, reach: Reach, parts: Tensor, weights: Tensor, shape: DecodeShape
+    query: Tensor, kv: PagedKV, reach: ScoreRules, parts: Tensor, weights: Tensor, shape: DecodeShape
 ) -> None:
     sequences, heads, dim = query.shape
     kv_heads = kv.keys.shape[2]
@@ -295,7 +299,7 @@ def _launch_splits(
 def attend_prefill(
     query: Tensor,
     kv: PagedKV,
-    reach: Reach,
+    reach: ScoreRules,
     longest: int,
     out: Tensor,
     sinks: Tensor | None = None,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from bitsandbytes import functional
 from torch import Tensor, nn
 
@@ -48,3 +49,19 @@ def reads_quantized(layer: nn.Module) -> bool:
     """
     in_own_module = type(layer).__module__.endswith(".bnb")
     return in_own_module or getattr(layer, "quantization_backend", None) is not None
+
+
+def release_pinned_memory() -> None:
+    """Gives the system back what torch keeps of pinned memory that was freed, for the next of that very
+    size.
+    """
+    torch._C._host_emptyCache()
+
+
+def close_graph_memory(memory: Any) -> None:
+    """Ends allocation to a graph memory pool that a broken recording has left open, as torch 2.11 does,
+    and lets go of it. Raises AttributeError or RuntimeError where this torch has closed it.
+    """
+    device = torch.cuda.current_device()
+    torch._C._cuda_endAllocateToPool(device, memory)
+    torch._C._cuda_releasePool(device, memory)

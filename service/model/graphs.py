@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..core.base_info import BLOCK_TOKENS
+from . import compat
 from .lora_pool import LoraPool
 from .step_layout import SequenceStep, StepLayout, make_block_table
 
@@ -149,8 +150,7 @@ class CudaGraphs:
         """
         torch.cuda.set_stream(stream)
         with suppress(AttributeError, RuntimeError):
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._memory)
-            torch._C._cuda_releasePool(torch.cuda.current_device(), self._memory)
+            compat.close_graph_memory(self._memory)
         self.able = False
         self._recorded.clear()
         # Ending a broken recording raises once more

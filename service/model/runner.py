@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.adapter import Adapter, Digest, ExecutionPath
 from ..core.request import Token
 from ..engine.plan import Chunk, Plan, Result
-from . import kernels, kv
+from . import compat, kernels, kv
 from .graphs import CudaGraphs
 from .logprobs import score_prompt
 from .lora_linear import LoraWeights
@@ -75,8 +75,7 @@ class ModelRunner:
         size = hosted.size if hosted else 0
         if self.pool.device.type == "cuda":
             del hosted
-            # Torch keeps pinned memory that was freed, for whatever comes next of that very size
-            torch._C._host_emptyCache()
+            compat.release_pinned_memory()
         return size
 
     def finish_request(self, request: int) -> None:
@@ -168,7 +167,7 @@ def forward_step(tree: Any, sequences: Sequence[SequenceStep], device: torch.dev
     """Runs a tree on the tokens of a step: logits [kept, vocabulary]."""
     layout = make_layout(sequences, device)
     inputs: dict[str, Any] = {"input_ids": layout.tokens[None], "position_ids": layout.positions[None]}
-    if tree.config._attn_implementation != kernels.NAME:
+    if compat.attention_name(tree) != kernels.NAME:
         inputs["layout"] = layout
     output = tree(**inputs, use_cache=False, logits_to_keep=layout.logits_index)
     logits: Tensor = output.logits[0]

@@ -69,3 +69,9 @@ def test_pefts_layer_for_a_quantized_one_is_told_from_its_plain_one(kind: type[P
     config = kind(r=2, target_modules=["0"])
     assert compat.reads_quantized(adapt_layer(make_4bit(torch.randn(64, 128)), config))
     assert not compat.reads_quantized(adapt_layer(nn.Linear(128, 64), config))
+
+
+def test_what_gives_back_pinned_and_recorded_memory_comes_with_cuda_builds_alone() -> None:
+    """Elsewhere tests/pretended.py stands in for them."""
+    names = ["_host_emptyCache", "_cuda_endAllocateToPool", "_cuda_releasePool"]
+    assert [name for name in names if hasattr(torch._C, name)] == (names if torch.version.cuda else [])

@@ -71,7 +71,8 @@ def test_pefts_layer_for_a_quantized_one_is_told_from_its_plain_one(kind: type[P
     assert not compat.reads_quantized(adapt_layer(nn.Linear(128, 64), config))
 
 
-def test_what_gives_back_pinned_and_recorded_memory_comes_with_cuda_builds_alone() -> None:
-    """Elsewhere tests/pretended.py stands in for them."""
-    names = ["_host_emptyCache", "_cuda_endAllocateToPool", "_cuda_releasePool"]
-    assert [name for name in names if hasattr(torch._C, name)] == (names if torch.version.cuda else [])
+def test_what_closes_a_broken_recordings_memory_is_there_and_pinned_memorys_in_cuda_builds() -> None:
+    """Where no GPU is, tests/pretended.py stands in for them."""
+    assert callable(torch._C._cuda_endAllocateToPool)
+    assert callable(torch._C._cuda_releasePool)
+    assert hasattr(torch._C, "_host_emptyCache") == (torch.version.cuda is not None)

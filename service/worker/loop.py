@@ -320,7 +320,7 @@ class Worker:
 
 
 def make_scheduler(base: BaseInfo, settings: Settings) -> Scheduler:
-    """The scheduler, whose cache of adapters leaves half of the host's memory to KV rows and others."""
+    """The scheduler, whose cache of adapters leaves half of the host's memory to KV blocks and others."""
     host_bytes, free = settings.host_cache_mb * 10**6, free_memory()
     if free is not None and host_bytes > free.memory // 2:
         host_bytes = free.memory // 2

@@ -206,6 +206,20 @@ def edit(source: Path, to: Path, config: ConfigEdit | None = None, weights: Tens
     return to
 
 
+def mixed(parts: Sequence[tuple[Path, float]], base: Path, to: Path) -> Path:
+    """One adapter of several with weights, as PEFT joins them."""
+    names = [f"part{i}" for i in range(len(parts))]
+    with quiet():
+        model = PeftModel.from_pretrained(load(base), parts[0][0], adapter_name=names[0])
+        for name, (folder, _) in zip(names[1:], parts[1:], strict=True):
+            model.load_adapter(folder, adapter_name=name)
+        weights = [weight for _, weight in parts]
+        model.add_weighted_adapter(names, weights, "mixed", combination_type="cat")
+        model.set_adapter("mixed")
+        model.save_pretrained(to, selected_adapters=["mixed"])
+    return to / "mixed"
+
+
 # ---- what plain PEFT says
 
 

@@ -19,6 +19,7 @@ from ..core.messages import Load
 from ..errors import AdapterdError, AdapterInvalid, NotReady, Overloaded
 from ..telemetry import metrics
 from . import ids
+from .mixes import MixTable
 from .versions import RegisteredAdapter
 
 RETRY_S = 2  # after memory or the worker was missing
@@ -46,6 +47,7 @@ class AdapterTable:
         self._retired: set[RegisteredAdapter] = set()  # replaced or deleted, and still leased
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._ending: set[asyncio.Task[int]] = set()
+        self.mixes = MixTable(device)
 
     # ---- looking
 
@@ -172,6 +174,7 @@ class AdapterTable:
         holders = (entry.version.adapter for entry in self._list_held() if entry.digest == digest)
         adapter = next(holders, None)
         if adapter is None:
+            self.mixes.forget_content(digest)
             return await self.device.remove_adapter(digest)
         self.device.add_adapter(adapter, False, False)
         self.device.pin_adapter(digest, self._is_pinned(digest))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..threads import DISK, run_in
 from . import architecture, facts, ids, summary, versions
 from . import summary_text as tables
 from .adapter_table import AdapterTable, Device
+from .mixes import Mix, make_mix
 from .norms import NormCache, group_by_layer
 from .sources.hub import Hub
 from .sources.store import SourceLocation, Store, UploadedFile, delete_folder, upload_source
@@ -243,6 +244,17 @@ class Registry:
             yield entry.version
         finally:
             entry.give_back_lease()
+
+    @contextmanager
+    def lease_mix(self, weights: Sequence[tuple[str, float]]) -> Iterator[Mix]:
+        """The ids' contents with these weights as one content, which stays until the lease ends.
+
+        Raises as `lease_adapter` and `make_mix`.
+        """
+        with ExitStack() as leases:
+            versions = [leases.enter_context(self.lease_adapter(id)) for id, _ in weights]
+            mix = make_mix(versions, [weight for _, weight in weights], self._table.base.pool_rank)
+            yield leases.enter_context(self._table.mixes.lease_mix(mix))
 
     def card_of(self, id: str) -> Json:
         return self._card_of(self._table.find_adapter(id))

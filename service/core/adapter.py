@@ -51,7 +51,7 @@ class Adapter:
     `config` and `weights` are the paths of the two files that the worker reads, `files` all that
     the digest covers; `size` is the bytes of its tensors in host memory. `invocation`: the tokens
     that wake an activated LoRA; what comes before their last occurrence in a prompt runs as the
-    base, and all of it where they do not occur.
+    base, and all of it where they do not occur. A mix has `parts`, and no files of its own.
     """
 
     digest: Digest
@@ -63,6 +63,15 @@ class Adapter:
     patches: tuple[LoraLayerSpec, ...] = ()
     invocation: tuple[int, ...] = ()
     files: Manifest = ()
+    parts: tuple[WeightedPart, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedPart:
+    """One adapter of a mix: its change of every layer counts `weight` times."""
+
+    adapter: Adapter
+    weight: float
 
 
 @dataclass(frozen=True, slots=True)

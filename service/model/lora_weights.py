@@ -7,7 +7,8 @@ Knows PEFT's formulas. Must not know the pool's layout or requests.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import bitsandbytes
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..core.adapter import Adapter, LoraLayerSpec
+from ..errors import AdapterInvalid
 from .adapter_file import read_files
 from .compat import unpack_for_cpu
 from .lora_linear import FusedLoraLinear, LoraLinear, LoraWeights
@@ -24,12 +26,38 @@ from .lora_pool import LoraPool
 
 
 def read_weights(adapter: Adapter, pool: LoraPool) -> dict[str, LoraWeights]:
-    """Reads and folds a pool adapter, layer by layer. Raises AdapterInvalid."""
-    _, tensors = read_files(adapter)
-    weights = {}
-    for spec in adapter.patches:
-        weights[spec.module] = fold_layer(spec, tensors, pool.layers[spec.module], pool)
+    """Reads and folds a pool adapter, or all parts of a mix, layer by layer. Raises AdapterInvalid."""
+    weights = join_parts(adapter, pool) if adapter.parts else _fold_adapter(adapter, pool)
     return pin_weights(weights) if pool.device.type == "cuda" else weights
+
+
+def _fold_adapter(adapter: Adapter, pool: LoraPool, weight: float = 1.0) -> dict[str, LoraWeights]:
+    _, tensors = read_files(adapter)
+    folded = {}
+    for spec in adapter.patches:
+        weighted = replace(spec, scaling=spec.scaling * weight)
+        folded[spec.module] = fold_layer(weighted, tensors, pool.layers[spec.module], pool)
+    return folded
+
+
+def join_parts(mix: Adapter, pool: LoraPool) -> dict[str, LoraWeights]:
+    """The parts' factors one below the other, each with its weight, as PEFT's
+    `add_weighted_adapter(combination_type="cat")` joins them. Raises AdapterInvalid.
+    """
+    layers: dict[str, list[LoraWeights]] = {}
+    for part in mix.parts:
+        for module, factors in _fold_adapter(part.adapter, pool, part.weight).items():
+            if not factors.b.isfinite().all():
+                reason = f"the weight {part.weight:g} makes {module} overflow {pool.dtype}"
+                raise AdapterInvalid([reason])
+            layers.setdefault(module, []).append(factors)
+    return {module: _stack_factors(factors) for module, factors in layers.items()}
+
+
+def _stack_factors(factors: Sequence[LoraWeights]) -> LoraWeights:
+    a = torch.cat([factor.a for factor in factors])
+    b = torch.cat([factor.b for factor in factors])
+    return LoraWeights(a, b)
 
 
 @torch.inference_mode()

@@ -194,6 +194,7 @@ class AdapterMirror:
                 waiter.set_result(freed)
 
     def _count_tiers(self) -> None:
-        counted = Counter(self.tier_of(digest) for digest in self._added)
+        registered = (digest for digest, added in self._added.items() if not added.adapter.parts)
+        counted = Counter(map(self.tier_of, registered))
         for tier in Tier:
             metrics.ADAPTERS.labels(tier.value).set(counted[tier])

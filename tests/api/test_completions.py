@@ -385,3 +385,11 @@ def test_one_model(api: ScriptedApp, asked: str, id: str) -> None:
 def test_no_such_model(api: ScriptedApp) -> None:
     answer = api.http.get("/v1/models/none")
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_a_mix_goes_with_the_base_alone(api: ScriptedApp) -> None:
+    parts = [{"id": "x", "weight": 1}, {"id": "org/y", "weight": 2}]
+    mixed = api.complete(model="base", adapters=parts)
+    assert [part["weight"] for part in mixed["adapter"]["parts"]] == [1.0, 2.0]
+    assert "base" in api.complete(model="x", adapters=parts, status=400)["error"]["message"]
+    assert api.chat(model="base", adapters=parts)["adapter"]["id"] is None

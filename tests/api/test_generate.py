@@ -259,7 +259,12 @@ BAD = {
     "do_sample": '"maybe" 1',
     "adapter_id": "7",
     "watermark": "true",
-    "merged_adapters": '{"ids":["a"],"weights":[1.0]}',
+    "merged_adapters": '{"ids":["a"],"weights":[1.0]} {"ids":["a","b"],"weights":[1.0]} 5 '
+    '{"ids":["a","b"],"weights":[1.0,1.0],"merge_strategy":"ties"}',
+    "adapters": '[] [{"id":"a","weight":1}] [{"id":"a","weight":1},{"id":"b"}] {} '
+    '[{"id":"a","weight":1},{"id":"b","weight":"1"}] [{"id":"a","weight":1},{"id":"b","weight":1e999}] '
+    '[{"id":"","weight":1},{"id":"b","weight":1}] [{"id":"a","weight":1},{"weight":1}] '
+    + str([{"id": "a", "weight": 1}] * 9).replace("'", '"').replace(" ", ""),
     "api_token": '"hf_x"',
     "return_k_alternatives": "2",
     "no_such_field": "1",
@@ -463,3 +468,37 @@ def test_an_adapters_own_words_are_used(api: ScriptedApp) -> None:
     answer = api.generate(adapter_id="x2", details=True)
     assert answer["generated_text"] == " the en"
     assert answer["details"]["finish_reason"] == "eos_token"
+
+
+# ---- several adapters
+
+PARTS = [{"id": "x", "weight": 0.7}, {"id": "org/y", "weight": -0.3}]
+NAMED = [part | {"digest": DIGEST} for part in PARTS]
+
+
+def test_a_mix_is_named_by_its_parts_and_leased_as_long(api: ScriptedApp) -> None:
+    answer = api.generate(adapters=PARTS)
+    assert answer["adapter"] == {"id": None, "digest": "sha256:mix", "parts": NAMED}
+    assert api.request.adapter == "sha256:mix"
+    assert api.registry.leased == []
+
+
+def test_lorax_says_a_mix_by_ids_and_weights(api: ScriptedApp) -> None:
+    merged = {"ids": ["x", "org/y"], "weights": [0.7, -0.3], "density": 0.5}
+    assert api.generate(merged_adapters=merged)["adapter"]["parts"] == NAMED
+    assert api.generate(merged_adapters=merged | {"merge_strategy": "linear"})["adapter"]["parts"] == NAMED
+    refused = api.generate(merged_adapters=merged | {"merge_strategy": "ties"}, status=422)
+    assert "ties" in refused["error"]
+
+
+@pytest.mark.parametrize(
+    "other", [{"adapter_id": "x"}, {"merged_adapters": {"ids": ["a", "b"], "weights": [1, 1]}}]
+)
+def test_a_mix_goes_with_no_other_adapter(api: ScriptedApp, other: dict[str, Any]) -> None:
+    assert "exclude" in api.generate(adapters=PARTS, status=422, **other)["error"]
+
+
+def test_a_mix_of_an_unknown_adapter_is_not_found(api: ScriptedApp) -> None:
+    unknown = api.generate(adapters=[*PARTS, {"id": "typo", "weight": 1}], status=404)
+    assert "typo" in unknown["error"]
+    assert api.registry.leased == []

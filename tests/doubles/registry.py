@@ -6,7 +6,7 @@ Imports neither torch nor a tokenizer.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from service.errors import AdapterInvalid, AdapterNotFound, Conflict, Forbidden,
 from service.telemetry import metrics
 
 if TYPE_CHECKING:
+    from service.catalog.mixes import Mix
     from service.catalog.sources.store import UploadedFile
     from service.catalog.versions import AdapterVersion
 
@@ -121,6 +122,17 @@ class FakeRegistry:
             yield make_version(id, digest, folder, files)
         finally:
             self.leased.remove(id)
+
+    @contextmanager
+    def lease_mix(self, weights: Sequence[tuple[str, float]]) -> Iterator[Mix]:
+        from service.catalog.mixes import Mix, MixPart
+
+        with ExitStack() as leases:
+            parts = [(leases.enter_context(self.lease_adapter(id)), weight) for id, weight in weights]
+            adapter = Adapter("sha256:mix", "", "", ExecutionPath.POOL, 8, 2000)
+            yield Mix(
+                adapter, tuple(MixPart(version.id, version.digest, weight) for version, weight in parts)
+            )
 
     def list_versions(self) -> list[AdapterVersion]:
         return [make_version(id, card["digest"], self.root / id) for id, card in self.cards.items()]

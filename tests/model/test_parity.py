@@ -18,11 +18,11 @@ from peft.tuners.lora import dora
 from peft.utils.integrations import dequantize_module_weight
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from service.core.adapter import Placement
+from service.core.adapter import Adapter, ExecutionPath, Placement, WeightedPart
 from service.core.request import Request
 from service.core.sampling import Sampling
 from service.engine.plan import Chunk, Plan
-from service.errors import SettingsError
+from service.errors import AdapterInvalid, SettingsError
 from service.model.build import build_runner
 from service.model.loading import load_base
 from service.model.lora_pool import LoraPool
@@ -104,6 +104,37 @@ def test_an_adapter_placed_where_another_was_finds_nothing_of_it(folders: Folder
         assert job.ids == want[name], name
         driver.remove(plans[name].digest)
     assert not any(holds_numbers(layer) for layer in runner.pool.layers.values())
+
+
+@pytest.mark.parametrize("weights", [(0.7, 0.3), (0.5, -1.2), (1.0, 1.0, 0.25)])
+def test_a_mix_says_what_peft_says_of_its_parts_joined(
+    folders: Folders, weights: tuple[float, ...], tmp_path: Path
+) -> None:
+    base, names = folders[None], ("a1", "a2", "a3")
+    runner = runner_on(base)
+    driver = RunnerDriver(runner, 4)
+    parts = [plan_of(folders[name], base) for name, _ in zip(names, weights, strict=False)]
+    weighted = tuple(map(WeightedPart, parts, weights))
+    rank, size = sum(part.rank for part in parts), sum(part.size for part in parts)
+    mix = Adapter("sha256:mix", "", "", ExecutionPath.POOL, rank, size, parts=weighted)
+    driver.place(mix)
+    driver.place(parts[0])
+    jobs = [Job(prompts()[i], 6, digest) for i in (3, 6) for digest in (mix.digest, parts[0].digest, None)]
+    driver.run(jobs)
+    joined = making.mixed(
+        [(folders[name], w) for name, w in zip(names, weights, strict=False)], base, tmp_path
+    )
+    wanted = {mix.digest: joined, parts[0].digest: folders["a1"], None: None}
+    for job in jobs:
+        assert job.ids == making.greedy(base, wanted[job.adapter], job.prompt, 6)
+
+
+def test_a_part_whose_weight_makes_it_overflow_is_refused(folders: Folders) -> None:
+    part = plan_of(folders["a0"], folders[None])
+    weighted = (WeightedPart(part, 1e300), WeightedPart(part, 1.0))
+    mix = Adapter("sha256:mix", "", "", ExecutionPath.POOL, 2 * part.rank, part.size, parts=weighted)
+    with pytest.raises(AdapterInvalid, match="1e\\+300"):
+        runner_on(folders[None]).load_adapter(mix)
 
 
 def holds_numbers(layer: Any) -> bool:

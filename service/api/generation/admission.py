@@ -13,13 +13,14 @@ import random
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any
 
 from fastapi import Depends
 from fastapi import Request as HttpRequest
 
+from ...core.adapter import Digest
 from ...core.base_info import BaseInfo
 from ...core.request import UNNUMBERED, Request
 from ...core.sampling import Sampling
@@ -33,6 +34,7 @@ from ..services import ReadyServices, Services, get_scope
 from .answer import Answer
 
 if TYPE_CHECKING:
+    from ...catalog.mixes import Mix
     from ...catalog.registry import AdapterVersion
     from ...text.tokenizers import AdapterTokenizer
 
@@ -73,6 +75,7 @@ class Admission:
     services: Services
     resources: ExitStack
     version: AdapterVersion | None = None
+    mix: Mix | None = None
     answers: list[Answer] = field(default_factory=list)
     began: float = field(default_factory=time.monotonic)
 
@@ -84,11 +87,26 @@ class Admission:
         return base
 
     @property
-    def adapter(self) -> dict[str, str] | None:
-        """The adapter as every answer names it; None for the base."""
+    def adapter(self) -> dict[str, Any] | None:
+        """The adapter, or the mix of several, as every answer names it; None for the base."""
+        if self.mix is not None:
+            parts = [asdict(part) for part in self.mix.parts]
+            return {"id": None, "digest": self.mix.digest, "parts": parts}
         if self.version is None:
             return None
         return {"id": self.version.id, "digest": self.version.digest}
+
+    @property
+    def digest(self) -> Digest | None:
+        """The content that the request runs on; None for the base."""
+        leased = self.mix or self.version
+        return leased.digest if leased else None
+
+    @property
+    def adapter_ids(self) -> list[str]:
+        """The adapters that the request runs on, each once."""
+        named = self.mix.parts if self.mix else [self.version] if self.version else []
+        return list(dict.fromkeys(one.id for one in named))
 
     async def enter_adapter(self, id: str | None) -> AdapterTokenizer:
         """Leases this adapter until the request is over, and returns its tokenizer.
@@ -105,6 +123,19 @@ class Admission:
         if cached is not None:
             return cached
         return await run_in(TEXT, tokenizers.tokenizer_of, version.digest, version.folder, version.files)
+
+    def enter_mix(self, weights: Sequence[tuple[str, float]]) -> AdapterTokenizer:
+        """Leases these adapters, by id and weight, until the request is over, and returns the base's
+        tokenizer.
+
+        Raises AdapterNotFound, AdapterUnsupported, BadRequest, NotReady.
+        """
+        tokenizer = self.services.tokenizers.base
+        scope = get_scope(self.http_request)
+        for id, _ in weights:
+            scope.require_visible(id)
+        self.mix = self.resources.enter_context(self.services.registry.lease_mix(weights))
+        return tokenizer
 
     def submit_prompt(
         self, tokenizer: AdapterTokenizer, prompt: tuple[int, ...], options: GenerationOptions
@@ -129,7 +160,7 @@ class Admission:
             UNNUMBERED,
             prompt,
             max_tokens=token_budget(len(prompt), options, self.base.context),
-            adapter=self.version.digest if self.version else None,
+            adapter=self.digest,
             sampling=options.sampling,
             eos=frozenset() if options.ignore_eos else self._possible_eos(tokenizer.eos),
             prompt_logprobs=options.prompt_logprobs,
@@ -211,7 +242,9 @@ class Admission:
         """The headers that are known once the request is admitted."""
         headers = {"x-prompt-tokens": str(self.prompt_tokens)}
         if self.version is not None:
-            headers |= {"x-adapter-id": self.version.id, "x-adapter-digest": self.version.digest}
+            headers["x-adapter-id"] = self.version.id
+        if self.digest is not None:
+            headers["x-adapter-digest"] = self.digest
         return headers
 
     def make_times(self) -> dict[str, str]:
@@ -286,10 +319,9 @@ def _count_request(admission: Admission) -> None:
     # Last what the routes noted; a stream's own headers said less
     state.log = admission.make_outcome() | logged_headers(headers) | state.log
     state.parts = admission.trace_parts()
-    if admission.version is not None:
-        seconds = time.monotonic() - admission.began
-        tokens = (admission.prompt_tokens, admission.generated_tokens)
-        metrics.adapter_served(admission.version.id, *tokens, seconds)
+    seconds = time.monotonic() - admission.began
+    for id in admission.adapter_ids:
+        metrics.adapter_served(id, admission.prompt_tokens, admission.generated_tokens, seconds)
 
 
 def token_budget(prompt: int, options: GenerationOptions, context: int) -> int:

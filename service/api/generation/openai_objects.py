@@ -13,13 +13,15 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from ... import __version__
-from ...errors import AdapterNotFound
+from ...errors import AdapterNotFound, BadRequest
+from ..schemas.openai import OpenAIRequest
 from ..services import AdapterScope, Services
 from .admission import Admission
 from .answer import Answer, AnswerEnding, TextPiece
 
 if TYPE_CHECKING:
     from ...catalog.registry import AdapterVersion
+    from ...text.tokenizers import AdapterTokenizer
 
 JsonDict = dict[str, Any]
 STARTED = int(time.time())
@@ -37,6 +39,19 @@ def chosen_adapter(model: str, services: Services) -> str | None:
         if model.startswith(base + ":"):
             return model.removeprefix(base + ":")
     return model
+
+
+async def enter_model(body: OpenAIRequest, admission: Admission) -> AdapterTokenizer:
+    """Leases the adapters that a request names, and returns their tokenizer.
+
+    Raises AdapterNotFound, AdapterUnsupported, BadRequest, NotReady.
+    """
+    adapter_id = chosen_adapter(body.model, admission.services)
+    if not body.weights:
+        return await admission.enter_adapter(adapter_id)
+    if adapter_id is not None:
+        raise BadRequest("adapters: goes only with the base as the model", param="adapters")
+    return admission.enter_mix(body.weights)
 
 
 def object_fields(kind: str, object: str, model: str, admission: Admission) -> JsonDict:

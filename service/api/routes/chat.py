@@ -20,7 +20,7 @@ from ..generation.logprobs import best_tokens, finite_logprob
 from ..generation.openai_objects import (
     FINISH,
     JsonDict,
-    chosen_adapter,
+    enter_model,
     merge_answers,
     object_fields,
     usage_of,
@@ -38,8 +38,7 @@ router = APIRouter()
 @router.post("/v1/chat/completions", responses=EVENTS | document_errors(404, 422, 429, 503, 504, openai=True))
 async def answer_chat(body: ChatRequest, request: Request, admission: Admitted) -> Response:
     """Answers a conversation, or calls tools; with `stream`, as server-sent events."""
-    adapter_id = chosen_adapter(body.model, admission.services)
-    tokenizer = await admission.enter_adapter(adapter_id)
+    tokenizer = await enter_model(body, admission)
     tools = _offered_tools(body)
     format = tokenizer.tool_format() if tools else None
     messages = [_template_message(message) for message in body.messages]

@@ -16,7 +16,7 @@ from ..generation.logprobs import best_tokens, finite_logprob
 from ..generation.openai_objects import (
     FINISH,
     JsonDict,
-    chosen_adapter,
+    enter_model,
     merge_answers,
     object_fields,
     usage_of,
@@ -36,8 +36,7 @@ DEFAULT_TOKENS = 16
 @router.post("/v1/completions", responses=EVENTS | document_errors(404, 422, 429, 503, 504, openai=True))
 async def answer_completion(body: CompletionRequest, request: Request, admission: Admitted) -> Response:
     """Continues one prompt or several; with `stream`, as server-sent events."""
-    adapter_id = chosen_adapter(body.model, admission.services)
-    tokenizer = await admission.enter_adapter(adapter_id)
+    tokenizer = await enter_model(body, admission)
     options = await _make_options(body)
     layouts: list[TextLayout] = []
     for prompt in body.prompts:

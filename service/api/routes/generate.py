@@ -6,7 +6,7 @@ API process; must not know another dialect's wire shapes.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
 
@@ -23,6 +23,9 @@ from ..generation.sse import EVENTS, stream_events
 from ..schemas.generate import GenerateRequest, Parameters
 from ..schemas.shared import COLD, one_unless
 from ..scopes import KEY_SCOPE
+
+if TYPE_CHECKING:
+    from ...text.tokenizers import AdapterTokenizer
 
 router = APIRouter(tags=["generation"], dependencies=[KEY_SCOPE])
 
@@ -124,9 +127,7 @@ async def _iterate_events(
 async def _admit_prompt(
     body: GenerateRequest, parameters: Parameters, admission: Admission, logprobs: bool
 ) -> list[Answer]:
-    is_base = parameters.adapter_id in admission.services.bases
-    adapter_id = None if is_base else parameters.adapter_id
-    tokenizer = await admission.enter_adapter(adapter_id)
+    tokenizer = await _enter_adapters(parameters, admission)
     _check_source(parameters, admission)
     prompt = await tokenize_text(admission.http_request, tokenizer, body.inputs)
     if parameters.grammar:
@@ -137,6 +138,13 @@ async def _admit_prompt(
         prompt = prompt[-parameters.truncate :]
     options = _make_options(parameters, constraint, logprobs)
     return admission.submit_prompt(tokenizer, prompt, options)
+
+
+async def _enter_adapters(parameters: Parameters, admission: Admission) -> AdapterTokenizer:
+    if parameters.weights:
+        return admission.enter_mix(parameters.weights)
+    is_base = parameters.adapter_id in admission.services.bases
+    return await admission.enter_adapter(None if is_base else parameters.adapter_id)
 
 
 def _make_options(parameters: Parameters, constraint: str | None, logprobs: bool) -> GenerationOptions:

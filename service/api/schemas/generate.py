@@ -11,6 +11,8 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from .shared import (
     MAX_TOP,
+    MIXED,
+    AdapterParts,
     Factor,
     Grammar,
     NotOffered,
@@ -29,10 +31,34 @@ def _false_is_none(value: Any) -> Any:
     return None if value is False else value
 
 
+class MergedAdapters(StrictModel):
+    """LoRAX's several adapters. Of its strategies `linear` alone is a sum of their changes."""
+
+    ids: Annotated[list[str], MIXED]
+    weights: Annotated[list[float], MIXED]
+    merge_strategy: str | None = None
+    density: Annotated[float, Field(ge=0, le=1)] | None = Field(
+        default=None, description="of other strategies"
+    )
+    majority_sign_method: str | None = Field(default=None, description="of other strategies")
+
+    @model_validator(mode="after")
+    def _check_sum(self) -> MergedAdapters:
+        if self.merge_strategy not in (None, "linear"):
+            raise ValueError(f"merge_strategy: {self.merge_strategy[:40]!r} is not offered, only 'linear' is")
+        if len(self.weights) != len(self.ids):
+            raise ValueError(f"{len(self.ids)} ids have {len(self.weights)} weights")
+        return self
+
+
 class Parameters(StrictModel):
     """How to continue the text. Absent and null mean the same everywhere."""
 
     adapter_id: str | None = Field(default=None, description="a registered adapter; null: the base")
+    adapters: AdapterParts | None = Field(default=None, description="their changes are added, each weighted")
+    merged_adapters: Annotated[MergedAdapters | None, BeforeValidator(_false_is_none)] = Field(
+        default=None, description="LoRAX's way to say `adapters`"
+    )
     adapter_source: Annotated[Literal["local", "hub"] | None, BeforeValidator(_false_is_none)] = None
     max_new_tokens: Tokens | None = Field(default=None, description="128 unless the context leaves less")
     do_sample: bool | None = Field(default=None, description="true: sample; a temperature over 0 implies it")
@@ -59,13 +85,25 @@ class Parameters(StrictModel):
     response_format: Annotated[ResponseFormat | None, BeforeValidator(_false_is_none)] = None
     grammar: Annotated[Grammar | None, BeforeValidator(_false_is_none)] = None
     api_token: NotOffered = None
-    merged_adapters: NotOffered = None
     return_k_alternatives: NotOffered = None
     watermark: NotOffered = None
 
     @property
     def sampled(self) -> bool:
         return bool(self.do_sample) if self.temperature is None else self.temperature > 0
+
+    @property
+    def weights(self) -> list[tuple[str, float]]:
+        """The adapters to be added up, by id, each with its weight; none where at most one is wanted."""
+        if self.merged_adapters:
+            return list(zip(self.merged_adapters.ids, self.merged_adapters.weights, strict=True))
+        return [(part.id, part.weight) for part in self.adapters or ()]
+
+    @model_validator(mode="after")
+    def _check_adapters(self) -> Parameters:
+        if [self.adapter_id, self.adapters, self.merged_adapters].count(None) < 2:
+            raise ValueError("adapter_id, adapters and merged_adapters exclude each other; send one of them")
+        return self
 
     @model_validator(mode="after")
     def _check_whole(self) -> Parameters:

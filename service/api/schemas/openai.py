@@ -23,6 +23,7 @@ from .shared import (
     LARGEST,
     MAX_SEQUENCES,
     MAX_TOP,
+    AdapterParts,
     Factor,
     OpenAIFormat,
     Penalty,
@@ -79,6 +80,7 @@ class OpenAIRequest(StrictModel):
     """The fields that completions and chat share."""
 
     model: str = Field(description="an adapter, the base, or base:adapter")
+    adapters: AdapterParts | None = Field(default=None, description="added up, each weighted, on the base")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     temperature: Temperature | None = Field(default=None, description="1 unless given; 0: greedy")
@@ -107,6 +109,11 @@ class OpenAIRequest(StrictModel):
                 "ignore_eos and min_tokens cannot go with a response_format, which ends the text"
             )
         return self
+
+    @property
+    def weights(self) -> list[tuple[str, float]]:
+        """The adapters to be added up, by id, each with its weight."""
+        return [(part.id, part.weight) for part in self.adapters or ()]
 
     @property
     def usage_wanted(self) -> bool:

@@ -48,6 +48,17 @@ def _not_offered(value: Any) -> Any:
 
 
 NotOffered = Annotated[Literal[False] | None, BeforeValidator(_not_offered)]
+
+
+class AdapterPart(StrictModel):
+    """An adapter whose change counts `weight` times, beside those of others."""
+
+    id: Annotated[str, Field(min_length=1)]
+    weight: float
+
+
+MIXED = Field(min_length=2, max_length=8)
+AdapterParts = Annotated[list[AdapterPart], MIXED]
 Seed = Annotated[int, Field(ge=0, lt=2**64)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Share = Annotated[float, Field(gt=0, le=1)]

@@ -106,4 +106,4 @@ function Pool({ pool }) {
   </section>`;
 }
 
-const nameOf = (one) => one.id ?? `${digest(one.digest)}, no longer registered`;
+const nameOf = (one) => one.id ?? `${digest(one.digest)}, a mix or no longer registered`;

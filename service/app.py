@@ -146,9 +146,7 @@ def _make_services(
     settings: Settings, client: EngineClient | None, registry: AdapterRegistry | None
 ) -> Services:
     if client is None:
-        from .worker.client import WorkerClient
-
-        client = WorkerClient(settings)
+        client = _make_client(settings)
     if registry is None:
         from .catalog.registry import Registry
 
@@ -156,6 +154,16 @@ def _make_services(
         client.watch_loads(adapters.note_load)
         registry = adapters
     return Services(settings, client, registry)
+
+
+def _make_client(settings: Settings) -> EngineClient:
+    if len(settings.devices) > 1:
+        from .worker.router import DeviceRouter
+
+        return DeviceRouter(settings)
+    from .worker.client import WorkerClient
+
+    return WorkerClient(settings)
 
 
 def _make_lifespan(

@@ -41,6 +41,17 @@ def _check_network(text: str) -> str:
     return text
 
 
+DEVICES = r"^(auto|(cpu|cuda(:\d+)?)(,(cpu|cuda(:\d+)?))*)$"
+
+
+def _check_devices(text: str) -> str:
+    """Raises ValueError where two workers would share a GPU."""
+    gpus = [name for name in text.split(",") if name != "cpu"]
+    if len(gpus) > len(set(gpus)) or (len(gpus) > 1 and "cuda" in gpus):
+        raise ValueError("names a GPU twice; of several each has its number, as cuda:0,cuda:1")
+    return text
+
+
 Positive = Annotated[int, Field(ge=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]  # what a base may compute in
 
@@ -71,7 +82,8 @@ class Settings(BaseModel):
     base_id: str | None = None
     quantization: Literal["auto", "nf4", "int8", "none"] = "auto"
     dtype: Literal["auto", Dtype] = "auto"
-    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = "auto"
+    device: Annotated[str, Field(pattern=DEVICES), AfterValidator(_check_devices)] = "auto"
+    threads: Positive | None = None
     adapters_dir: Path | None = None
     hub: tuple[Annotated[str, Field(pattern=HUB_PATTERN)], ...] = ()
     max_rows: Positive | None = None
@@ -99,6 +111,11 @@ class Settings(BaseModel):
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     faults: Faults = Faults()
+
+    @property
+    def devices(self) -> tuple[str, ...]:
+        """Each has a worker of its own."""
+        return tuple(self.device.split(","))
 
     @field_validator("adapters_dir", mode="before")
     @classmethod

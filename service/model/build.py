@@ -57,7 +57,7 @@ def build_runner(settings: Settings, progress: loading.Progress) -> tuple[ModelR
 
     Raises SettingsError with a reason fit for a person when this base or device cannot be served.
     """
-    _limit_threads()
+    _limit_threads(settings.threads)
     try:
         return _build_parts(settings, progress)
     except torch.OutOfMemoryError as error:
@@ -83,11 +83,11 @@ def _build_parts(settings: Settings, progress: loading.Progress) -> tuple[ModelR
     return ModelRunner(model, pool, base.attention, sampler, graphs), card
 
 
-def _limit_threads() -> None:
-    """Lets torch and the kernels, which ask it, have no more threads than the quota keeps busy: the rest
-    would wait for the next period, and all others for them.
+def _limit_threads(wanted: int | None) -> None:
+    """Lets torch and the kernels, which ask it, have no more threads than the quota keeps busy, unless a
+    setting says how many: the rest would wait for the next period, and all others for them.
     """
-    torch.set_num_threads(min(torch.get_num_threads(), limits.usable_processors()))
+    torch.set_num_threads(wanted or min(torch.get_num_threads(), limits.usable_processors()))
 
 
 def _prepare_gpu(device: torch.device) -> None:

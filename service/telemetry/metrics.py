@@ -11,11 +11,30 @@ from collections.abc import Collection, Iterable, Iterator
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
+from prometheus_client.samples import Sample
 
 from .gpu import GpuReading
 
 disable_created_metrics()  # type: ignore[no-untyped-call]
-REGISTRY = CollectorRegistry()
+
+
+class Registry(CollectorRegistry):
+    """Shows no label `device` where it is empty: there is one worker then, and nothing to tell apart."""
+
+    def collect(self) -> Iterator[Metric]:
+        for family in super().collect():
+            family.samples = [_hide_device(sample) for sample in family.samples]
+            yield family
+
+
+def _hide_device(sample: Sample) -> Sample:
+    if sample.labels.get("device") != "":
+        return sample
+    labels = {name: value for name, value in sample.labels.items() if name != "device"}
+    return Sample(sample.name, labels, sample.value, sample.timestamp, sample.exemplar)
+
+
+REGISTRY = Registry()
 
 MOMENTS = (
     0.001,
@@ -68,73 +87,98 @@ SPANS = (0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240,
 COARSE = (0.25, 0.5, 1, 2.5, 5, 10, 30, 60)  # one set for each adapter, so few
 TIERS = ("device", "host")
 
-RUNNING = Gauge("adapterd_num_requests_running", "Requests that have a row.", registry=REGISTRY)
+RUNNING = Gauge("adapterd_num_requests_running", "Requests that have a row.", ["device"], registry=REGISTRY)
 WAITING = Gauge(
-    "adapterd_num_requests_waiting", "Requests admitted and without a row yet.", registry=REGISTRY
+    "adapterd_num_requests_waiting", "Requests admitted and without a row yet.", ["device"], registry=REGISTRY
 )
 KV_USAGE = Gauge(
-    "adapterd_kv_cache_usage_ratio", "KV blocks held by running requests, 0 to 1.", registry=REGISTRY
+    "adapterd_kv_cache_usage_ratio",
+    "KV blocks held by running requests, 0 to 1.",
+    ["device"],
+    registry=REGISTRY,
 )
 KV_BLOCKS = Gauge(
     "adapterd_kv_blocks",
     "KV blocks by state: used by running requests, cached for prompts that begin alike, empty.",
-    ["state"],
+    ["device", "state"],
     registry=REGISTRY,
 )
 POOL_USED = Gauge(
-    "adapterd_pool_rank_used", "Rank rows of the device pool that adapters hold.", registry=REGISTRY
+    "adapterd_pool_rank_used",
+    "Rank rows of the device pool that adapters hold.",
+    ["device"],
+    registry=REGISTRY,
 )
-POOL_TOTAL = Gauge("adapterd_pool_rank_total", "Rank rows of the device pool.", registry=REGISTRY)
+POOL_TOTAL = Gauge("adapterd_pool_rank_total", "Rank rows of the device pool.", ["device"], registry=REGISTRY)
 ADAPTERS = Gauge(
     "adapterd_adapters",
     "Registered contents by where they are: device, host or disk.",
-    ["tier"],
+    ["device", "tier"],
     registry=REGISTRY,
 )
 BASE_BYTES = Gauge(
-    "adapterd_base_bytes", "Bytes of the resident base; 0 while there is no worker.", registry=REGISTRY
+    "adapterd_base_bytes",
+    "Bytes of the resident base; 0 while there is no worker.",
+    ["device"],
+    registry=REGISTRY,
 )
 ADAPTER_BYTES = Gauge(
     "adapterd_adapter_bytes",
     "Bytes of the adapters on the device and in host memory.",
-    ["tier"],
+    ["device", "tier"],
     registry=REGISTRY,
 )
-DEVICE_BYTES, HOST_BYTES = map(ADAPTER_BYTES.labels, TIERS)
 
 FIRST_TOKEN = Histogram(
     "adapterd_time_to_first_token_seconds",
     "From admission to the first token.",
+    ["device"],
     registry=REGISTRY,
     buckets=MOMENTS,
 )
 INTER_TOKEN = Histogram(
-    "adapterd_inter_token_latency_seconds", "From one token to the next.", registry=REGISTRY, buckets=BETWEEN
+    "adapterd_inter_token_latency_seconds",
+    "From one token to the next.",
+    ["device"],
+    registry=REGISTRY,
+    buckets=BETWEEN,
 )
 END_TO_END = Histogram(
-    "adapterd_e2e_request_latency_seconds", "From admission to the end.", registry=REGISTRY, buckets=SPANS
+    "adapterd_e2e_request_latency_seconds",
+    "From admission to the end.",
+    ["device"],
+    registry=REGISTRY,
+    buckets=SPANS,
 )
 QUEUED = Histogram(
-    "adapterd_request_queue_time_seconds", "From admission to a row.", registry=REGISTRY, buckets=MOMENTS
+    "adapterd_request_queue_time_seconds",
+    "From admission to a row.",
+    ["device"],
+    registry=REGISTRY,
+    buckets=MOMENTS,
 )
 
 PROMPT_TOKENS = Counter(
-    "adapterd_prompt_tokens", "Prompt tokens of the requests that began.", registry=REGISTRY
+    "adapterd_prompt_tokens", "Prompt tokens of the requests that began.", ["device"], registry=REGISTRY
 )
 PREFIX_QUERIES = Counter(
-    "adapterd_prefix_cache_queries", "Prompt tokens that were looked for in the cache.", registry=REGISTRY
+    "adapterd_prefix_cache_queries",
+    "Prompt tokens that were looked for in the cache.",
+    ["device"],
+    registry=REGISTRY,
 )
 PREFIX_HITS = Counter(
-    "adapterd_prefix_cache_hits", "Prompt tokens that were found in the cache.", registry=REGISTRY
+    "adapterd_prefix_cache_hits", "Prompt tokens that were found in the cache.", ["device"], registry=REGISTRY
 )
 PREEMPTIONS = Counter(
     "adapterd_preemptions",
     "Times a running request gave up its KV blocks and was computed anew.",
+    ["device"],
     registry=REGISTRY,
 )
-GENERATED_TOKENS = Counter("adapterd_generation_tokens", "Tokens generated.", registry=REGISTRY)
+GENERATED_TOKENS = Counter("adapterd_generation_tokens", "Tokens generated.", ["device"], registry=REGISTRY)
 SUCCESS = Counter(
-    "adapterd_request_success", "Requests that ended well.", ["finished_reason"], registry=REGISTRY
+    "adapterd_request_success", "Requests that ended well.", ["device", "finished_reason"], registry=REGISTRY
 )
 FAILURE = Counter(
     "adapterd_request_failure",
@@ -147,13 +191,16 @@ KEY_REFUSALS = Counter(
     "Of the overloaded ones, those that were over their key's own limit.",
     registry=REGISTRY,
 )
-RESTARTS = Counter("adapterd_worker_restarts", "Times the worker was started again.", registry=REGISTRY)
+RESTARTS = Counter(
+    "adapterd_worker_restarts", "Times the worker was started again.", ["device"], registry=REGISTRY
+)
 
 # ---- adapters on the move
 
 LOAD = Histogram(
     "adapterd_adapter_load_seconds",
     "An adapter's way from disk to host memory.",
+    ["device"],
     registry=REGISTRY,
     buckets=MOMENTS,
 )
@@ -161,60 +208,98 @@ PLACE = Histogram(
     "adapterd_adapter_place_seconds",
     "An adapter's way from host memory to the device; "
     "on a GPU, what the steps spend on it: the copy itself runs beside them.",
+    ["device"],
     registry=REGISTRY,
     buckets=MOMENTS,
 )
 EVICT = Histogram(
     "adapterd_adapter_evict_seconds",
     "Clearing an adapter's place.",
-    ["tier"],
+    ["device", "tier"],
     registry=REGISTRY,
     buckets=MOMENTS,
 )
 LOADED = Counter(
-    "adapterd_adapter_load_bytes", "Bytes of the adapters read into host memory.", registry=REGISTRY
+    "adapterd_adapter_load_bytes",
+    "Bytes of the adapters read into host memory.",
+    ["device"],
+    registry=REGISTRY,
 )
 PLACED = Counter(
-    "adapterd_adapter_place_bytes", "Bytes of the adapters copied to the device.", registry=REGISTRY
+    "adapterd_adapter_place_bytes",
+    "Bytes of the adapters copied to the device.",
+    ["device"],
+    registry=REGISTRY,
 )
 EVICTED = Counter(
     "adapterd_adapter_evict_bytes",
     "Bytes of the adapters that made room for others.",
-    ["tier"],
+    ["device", "tier"],
     registry=REGISTRY,
 )
 HITS = Counter(
-    "adapterd_adapter_hits", "Requests whose adapter was there already, by tier.", ["tier"], registry=REGISTRY
+    "adapterd_adapter_hits",
+    "Requests whose adapter was there already, by tier.",
+    ["device", "tier"],
+    registry=REGISTRY,
 )
 MISSES = Counter(
     "adapterd_adapter_misses",
     "Requests whose adapter had to come from the tier below.",
-    ["tier"],
+    ["device", "tier"],
     registry=REGISTRY,
 )
-for _tier in TIERS:  # zero before the first one, so that the first one is seen as an increase
-    for _by_tier in (EVICT, EVICTED, HITS, MISSES):
-        _by_tier.labels(_tier)
 
 
-def adapter_loaded(seconds: float, size: int) -> None:
-    LOAD.observe(seconds)
-    LOADED.inc(size)
+class WorkerMetrics:
+    """The series of one worker; `device` tells them from another's, and is empty where there is one."""
 
+    def __init__(self, device: str = "") -> None:
+        self.device = device
+        self.running, self.waiting = RUNNING.labels(device), WAITING.labels(device)
+        self.kv_usage = KV_USAGE.labels(device)
+        self.pool_used, self.pool_total = POOL_USED.labels(device), POOL_TOTAL.labels(device)
+        self.base_bytes = BASE_BYTES.labels(device)
+        self.device_bytes, self.host_bytes = (ADAPTER_BYTES.labels(device, tier) for tier in TIERS)
+        self.first_token, self.inter_token = FIRST_TOKEN.labels(device), INTER_TOKEN.labels(device)
+        self.end_to_end, self.queued = END_TO_END.labels(device), QUEUED.labels(device)
+        self.prompt_tokens = PROMPT_TOKENS.labels(device)
+        self.generated_tokens = GENERATED_TOKENS.labels(device)
+        self.prefix_queries, self.prefix_hits = PREFIX_QUERIES.labels(device), PREFIX_HITS.labels(device)
+        self.preemptions, self.restarts = PREEMPTIONS.labels(device), RESTARTS.labels(device)
+        self._load, self._loaded = LOAD.labels(device), LOADED.labels(device)
+        self._place, self._placed = PLACE.labels(device), PLACED.labels(device)
+        for tier in TIERS:  # zero before the first one, so that the first one is seen as an increase
+            for by_tier in (EVICT, EVICTED, HITS, MISSES):
+                by_tier.labels(device, tier)
 
-def adapter_placed(seconds: float, size: int) -> None:
-    PLACE.observe(seconds)
-    PLACED.inc(size)
+    def count_ending(self, reason: str) -> None:
+        """Counts a request that ended well."""
+        SUCCESS.labels(self.device, reason).inc()
 
+    def set_blocks(self, **blocks: int) -> None:
+        """The KV blocks by state."""
+        for state, count in blocks.items():
+            KV_BLOCKS.labels(self.device, state).set(count)
 
-def adapter_evicted(tier: str, seconds: float, size: int) -> None:
-    EVICT.labels(tier).observe(seconds)
-    EVICTED.labels(tier).inc(size)
+    def set_adapters(self, tier: str, count: int) -> None:
+        ADAPTERS.labels(self.device, tier).set(count)
 
+    def adapter_loaded(self, seconds: float, size: int) -> None:
+        self._load.observe(seconds)
+        self._loaded.inc(size)
 
-def looked_up(tier: str, found: bool) -> None:
-    """Counts a hit or a miss of this tier for a request's adapter."""
-    (HITS if found else MISSES).labels(tier).inc()
+    def adapter_placed(self, seconds: float, size: int) -> None:
+        self._place.observe(seconds)
+        self._placed.inc(size)
+
+    def adapter_evicted(self, tier: str, seconds: float, size: int) -> None:
+        EVICT.labels(self.device, tier).observe(seconds)
+        EVICTED.labels(self.device, tier).inc(size)
+
+    def adapter_looked_up(self, tier: str, found: bool) -> None:
+        """Counts a hit or a miss of this tier for a request's adapter."""
+        (HITS if found else MISSES).labels(self.device, tier).inc()
 
 
 # ---- by adapter id

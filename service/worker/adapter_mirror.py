@@ -14,7 +14,7 @@ from dataclasses import replace
 from ..core.adapter import Adapter, Digest, ExecutionPath, Tier
 from ..core.error_codes import ErrorCode
 from ..core.messages import AddAdapter, Command, Load, Pin, RemoveAdapter, Report
-from ..telemetry import metrics
+from ..telemetry.metrics import WorkerMetrics
 
 STOPPED = "the engine has stopped"
 
@@ -22,8 +22,8 @@ STOPPED = "the engine has stopped"
 class AdapterMirror:
     """`send` gives a command to the worker; False where there is none to take it."""
 
-    def __init__(self, send: Callable[[Command], bool]) -> None:
-        self._send = send
+    def __init__(self, send: Callable[[Command], bool], metrics: WorkerMetrics) -> None:
+        self._send, self._metrics = send, metrics
         self._added: dict[Digest, AddAdapter] = {}
         self._tiers: dict[Digest, Tier] = {}
         self._sizes: dict[Digest, int] = {}  # bytes in host memory, once read
@@ -83,9 +83,9 @@ class AdapterMirror:
             return
         tier = self.tier_of(digest)
         if self._is_batched(digest):
-            metrics.looked_up(Tier.DEVICE.value, tier is Tier.DEVICE)
+            self._metrics.adapter_looked_up(Tier.DEVICE.value, tier is Tier.DEVICE)
         if tier is not Tier.DEVICE:
-            metrics.looked_up(Tier.HOST.value, tier is not Tier.DISK)
+            self._metrics.adapter_looked_up(Tier.HOST.value, tier is not Tier.DISK)
 
     def is_resident(self, digest: Digest) -> bool:
         """Whether it could run in the next step."""
@@ -105,10 +105,10 @@ class AdapterMirror:
             self._forget_adapter(digest)
             self._end_removal(digest, freed)
         for digest, seconds in report.placed:
-            metrics.adapter_placed(seconds, self._size_of(digest))
+            self._metrics.adapter_placed(seconds, self._size_of(digest))
         for digest, tier, seconds in report.evicted:
             if digest in self._added:  # a removed adapter has not left for another
-                metrics.adapter_evicted(tier.value, seconds, self._size_of(digest))
+                self._metrics.adapter_evicted(tier.value, seconds, self._size_of(digest))
         if report.tiers:
             self._tiers.update(report.tiers)
         if report.tiers or report.dropped:
@@ -178,7 +178,7 @@ class AdapterMirror:
     def _record_load(self, load: Load) -> None:
         if load.seconds and not load.error:
             self._sizes[load.digest] = load.size
-            metrics.adapter_loaded(load.seconds, load.size)
+            self._metrics.adapter_loaded(load.seconds, load.size)
         self._end_load(load)
         self.watcher(load)
 
@@ -197,4 +197,4 @@ class AdapterMirror:
         registered = (digest for digest, added in self._added.items() if not added.adapter.parts)
         counted = Counter(map(self.tier_of, registered))
         for tier in Tier:
-            metrics.ADAPTERS.labels(tier.value).set(counted[tier])
+            self._metrics.set_adapters(tier.value, counted[tier])

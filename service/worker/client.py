@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import itertools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from ..core.adapter import Adapter, Digest, Placement, Tier
@@ -20,6 +20,7 @@ from ..core.request import Event, Finish, Request
 from ..errors import NotReady, Overloaded
 from ..settings import Settings
 from ..telemetry import metrics
+from ..telemetry.metrics import WorkerMetrics
 from .adapter_mirror import AdapterMirror
 from .supervisor import Supervisor, WorkerState
 from .ticket import Ticket
@@ -33,16 +34,26 @@ class WorkerClient:
 
     Every admitted request gets exactly one terminal event, whatever happens to the worker.
     `pool` and `gauges` are as the worker last reported them. `factory` is the `module:function` that
-    builds the worker's runner.
+    builds the worker's runner. `device` names it where there are several workers, `ids` then number the
+    requests of all, and `rehome` finds another worker for a request that has not begun: whether it did.
     """
 
-    def __init__(self, settings: Settings, factory: str = FACTORY) -> None:
-        self.settings = settings
+    def __init__(
+        self,
+        settings: Settings,
+        factory: str = FACTORY,
+        device: str = "",
+        ids: Iterator[int] | None = None,
+        rehome: Callable[[Ticket], bool] = lambda ticket: False,
+    ) -> None:
+        self.settings, self.device = settings, device
         self.pool: tuple[Placement, ...] = ()
         self.gauges = Gauges()
-        self._worker = Supervisor(settings, factory, self)
-        self._adapters = AdapterMirror(self._worker.send_command)
-        self._ids = itertools.count(1)
+        self._metrics = WorkerMetrics(device)
+        self._worker = Supervisor(settings, factory, self, self._metrics)
+        self._adapters = AdapterMirror(self._worker.send_command, self._metrics)
+        self._ids = ids or itertools.count(1)
+        self._rehome = rehome
         self._tickets: dict[int, Ticket] = {}
         self._deadlines: dict[int, asyncio.TimerHandle] = {}
         self._sent: set[int] = set()  # requests that the worker got and has not ended
@@ -112,12 +123,21 @@ class WorkerClient:
         Raises NotReady or Overloaded, both with `retry_after`, and then nothing was admitted.
         """
         self._check_admission()
-        ticket = self._open_ticket(replace(request, id=next(self._ids)))
+        ticket = Ticket(replace(request, id=next(self._ids)), self._cancel_request)
         if request.adapter is not None:
             self._adapters.count_request(request.adapter)
+        self._take_ticket(ticket)
+        return ticket
+
+    def adopt_ticket(self, ticket: Ticket) -> None:
+        """Takes over a request that another worker has not begun."""
+        ticket.move_to(self._cancel_request)
+        self._take_ticket(ticket)
+
+    def _take_ticket(self, ticket: Ticket) -> None:
+        self._open_ticket(ticket)
         self._send_request(ticket)
         self._count_requests()
-        return ticket
 
     def _check_admission(self) -> None:
         if not self.ready or self.base is None:
@@ -125,13 +145,18 @@ class WorkerClient:
         if len(self._tickets) >= self.base.rows + self.settings.queue_limit:
             raise Overloaded(f"the queue is full: {self.settings.queue_limit} requests wait", retry_after=1)
 
-    def _open_ticket(self, request: Request) -> Ticket:
-        ticket = Ticket(request, self._cancel_request)
-        self._tickets[request.id] = ticket
+    def _open_ticket(self, ticket: Ticket) -> None:
+        id, loop = ticket.request.id, asyncio.get_running_loop()
+        self._tickets[id] = ticket
         self._empty.clear()
-        limit, loop = self.settings.request_timeout_s, asyncio.get_running_loop()
-        self._deadlines[request.id] = loop.call_later(limit, self._expire_request, ticket)
-        return ticket
+        left = ticket.submitted + self.settings.request_timeout_s - time.monotonic()
+        self._deadlines[id] = loop.call_later(left, self._expire_request, ticket)
+
+    def _close_ticket(self, ticket: Ticket) -> None:
+        del self._tickets[ticket.request.id]
+        self._deadlines.pop(ticket.request.id).cancel()
+        if not self._tickets:
+            self._empty.set()
 
     def _send_request(self, ticket: Ticket) -> None:
         self._sent.add(ticket.request.id)
@@ -160,14 +185,11 @@ class WorkerClient:
             self._fail_request(ticket, ErrorCode.NOT_READY, why)
 
     def _end_request(self, ticket: Ticket, event: Event) -> None:
-        del self._tickets[ticket.request.id]
-        self._deadlines.pop(ticket.request.id).cancel()
+        self._close_ticket(ticket)
         now = time.monotonic()
         ticket.deliver_event(event, now)
-        metrics.END_TO_END.observe(now - ticket.submitted)
-        count_ending(event, ticket.stopped)
-        if not self._tickets:
-            self._empty.set()
+        self._metrics.end_to_end.observe(now - ticket.submitted)
+        self._count_ending(event, ticket.stopped)
 
     # ---- adapters
 
@@ -205,6 +227,15 @@ class WorkerClient:
         """Whether a request for this content could run in the next step."""
         return self._adapters.is_resident(digest)
 
+    def holds_adapter(self, digest: Digest) -> bool:
+        """Whether this content could run in the next step, or a request waits for it here."""
+        return self.is_resident(digest) or digest in self.awaited
+
+    @property
+    def requests(self) -> int:
+        """The requests that have not ended."""
+        return len(self._tickets)
+
     @property
     def awaited(self) -> set[Digest]:
         """The contents that requests that have not begun wait for."""
@@ -224,7 +255,8 @@ class WorkerClient:
         self._measure_device(base=True)
 
     def on_worker_lost(self, why: str, for_good: bool, out_of_memory: bool) -> None:
-        """Requests that had started fail; the others wait for the next worker, if there will be one.
+        """Requests that had started fail; the others go to another device's worker, or wait for the next
+        one, if there will be one.
 
         Where memory ran out so do those whose adapter was still to be read: the next worker would die of
         it, too.
@@ -232,19 +264,24 @@ class WorkerClient:
         self._sent.clear()
         self.pool, self.gauges = (), Gauges()
         self._measure_device(base=False)
-        tickets = self._tickets.values()
-        lost = [ticket for ticket in tickets if for_good or ticket.started is not None or ticket.leaving]
-        if out_of_memory:
-            lost += [ticket for ticket in tickets if ticket not in lost and self._waits_for_disk(ticket)]
-        self._fail_all(why, lost)
+        self._fail_all(why, [t for t in self._tickets.values() if self._goes_with_worker(t, out_of_memory)])
+        for ticket in list(self._tickets.values()):
+            if self._rehome(ticket):
+                self._close_ticket(ticket)
+        if for_good:
+            self._fail_all(why, self._tickets.values())
         self._adapters.on_worker_lost(why, out_of_memory)
         if for_good:
             self._adapters.end_waiting()
         self._count_requests()
 
-    def _waits_for_disk(self, ticket: Ticket) -> bool:
+    def _goes_with_worker(self, ticket: Ticket, out_of_memory: bool) -> bool:
+        """Whether no other worker may serve the request: it has begun, or its caller leaves, or memory ran
+        out and its adapter was still to be read.
+        """
         adapter = ticket.request.adapter
-        return adapter is not None and self.tier_of(adapter) is Tier.DISK
+        waits_for_disk = adapter is not None and self.tier_of(adapter) is Tier.DISK
+        return ticket.started is not None or ticket.leaving or (out_of_memory and waits_for_disk)
 
     def on_report(self, report: Report) -> None:
         now = time.monotonic()
@@ -256,7 +293,7 @@ class WorkerClient:
         if report.pool is not None:
             self.pool = report.pool
             self._measure_device(base=True)
-        metrics.PREEMPTIONS.inc(report.gauges.preemptions - self.gauges.preemptions)
+        self._metrics.preemptions.inc(report.gauges.preemptions - self.gauges.preemptions)
         self.gauges = report.gauges
         self._count_requests()
 
@@ -265,21 +302,21 @@ class WorkerClient:
         ticket = self._tickets.get(id)
         if ticket is not None:
             ticket.started, ticket.cached_tokens = now, cached
-            metrics.QUEUED.observe(now - ticket.submitted)
-            metrics.PROMPT_TOKENS.inc(len(ticket.request.prompt))
-            metrics.PREFIX_QUERIES.inc(len(ticket.request.prompt))
-            metrics.PREFIX_HITS.inc(cached)
+            self._metrics.queued.observe(now - ticket.submitted)
+            self._metrics.prompt_tokens.inc(len(ticket.request.prompt))
+            self._metrics.prefix_queries.inc(len(ticket.request.prompt))
+            self._metrics.prefix_hits.inc(cached)
 
     def _on_event(self, event: Event, now: float) -> None:
         if event.finish is not None:
             self._sent.discard(event.request)
         if event.token is not None:
-            metrics.GENERATED_TOKENS.inc()
+            self._metrics.generated_tokens.inc()
         ticket = self._tickets.get(event.request)
         if ticket is None:
             return
         if event.token is not None:
-            measure_token(ticket, now)
+            self._measure_token(ticket, now)
         if event.finish is not None:
             self._end_request(ticket, event)
         else:
@@ -287,35 +324,32 @@ class WorkerClient:
 
     def _count_requests(self) -> None:
         running = sum(ticket.started is not None for ticket in self._tickets.values())
-        metrics.RUNNING.set(running)
-        metrics.WAITING.set(len(self._tickets) - running)
-        metrics.KV_USAGE.set(self.gauges.kv_used / max(1, self.gauges.kv_total))
-        metrics.KV_BLOCKS.labels("used").set(self.gauges.kv_used)
-        metrics.KV_BLOCKS.labels("cached").set(self.gauges.kv_cached)
-        metrics.KV_BLOCKS.labels("empty").set(self.gauges.kv_empty)
-        metrics.POOL_USED.set(self.gauges.pool_used)
-        metrics.POOL_TOTAL.set(self.base.pool_rank if self.base else 0)
-        metrics.HOST_BYTES.set(self.gauges.host_bytes)
+        self._metrics.running.set(running)
+        self._metrics.waiting.set(len(self._tickets) - running)
+        gauges = self.gauges
+        self._metrics.kv_usage.set(gauges.kv_used / max(1, gauges.kv_total))
+        self._metrics.set_blocks(used=gauges.kv_used, cached=gauges.kv_cached, empty=gauges.kv_empty)
+        self._metrics.pool_used.set(gauges.pool_used)
+        self._metrics.pool_total.set(self.base.pool_rank if self.base else 0)
+        self._metrics.host_bytes.set(gauges.host_bytes)
 
     def _measure_device(self, base: bool) -> None:
         """Sets the bytes on the device; `base`: whether the base is there."""
         resident = self.base.resident_bytes.values() if base and self.base else ()
-        metrics.BASE_BYTES.set(sum(resident))
-        metrics.DEVICE_BYTES.set(self._adapters.bytes_of(placement.digest for placement in self.pool))
+        self._metrics.base_bytes.set(sum(resident))
+        self._metrics.device_bytes.set(self._adapters.bytes_of(placement.digest for placement in self.pool))
 
+    def _measure_token(self, ticket: Ticket, now: float) -> None:
+        """Observes the time to a token, from admission or from the token before it."""
+        if ticket.last is None:
+            self._metrics.first_token.observe(now - ticket.submitted)
+        else:
+            self._metrics.inter_token.observe(now - ticket.last)
 
-def measure_token(ticket: Ticket, now: float) -> None:
-    """Observes the time to a token, from admission or from the token before it."""
-    if ticket.last is None:
-        metrics.FIRST_TOKEN.observe(now - ticket.submitted)
-    else:
-        metrics.INTER_TOKEN.observe(now - ticket.last)
-
-
-def count_ending(event: Event, stopped: bool) -> None:
-    """Counts a request by its terminal event; `stopped`: its caller ended it at a stop string."""
-    cancelled = event.finish is Finish.CANCELLED and not stopped
-    if event.finish is Finish.FAILED or cancelled:
-        metrics.FAILURE.labels(event.code or ErrorCode.CANCELLED).inc()
-    else:
-        metrics.SUCCESS.labels("stop_sequence" if stopped else str(event.finish)).inc()
+    def _count_ending(self, event: Event, stopped: bool) -> None:
+        """Counts a request by its terminal event; `stopped`: its caller ended it at a stop string."""
+        cancelled = event.finish is Finish.CANCELLED and not stopped
+        if event.finish is Finish.FAILED or cancelled:
+            metrics.FAILURE.labels(event.code or ErrorCode.CANCELLED).inc()
+        else:
+            self._metrics.count_ending("stop_sequence" if stopped else str(event.finish))

@@ -18,7 +18,7 @@ from ..core.base_info import BaseInfo
 from ..core.messages import CannotStart, Command, LastWords, Message, Progress, Ready, Report, Shutdown
 from ..limits import free_memory
 from ..settings import Settings
-from ..telemetry import metrics
+from ..telemetry.metrics import WorkerMetrics
 from ..threads import PROCESS, run_in
 from .loop import RAISED_TWICE
 from .process import WorkerExit, WorkerProcess
@@ -73,8 +73,11 @@ class Supervisor:
     `reason` says why there is no ready worker; `base` is the last one served.
     """
 
-    def __init__(self, settings: Settings, factory: str, listener: WorkerListener) -> None:
+    def __init__(
+        self, settings: Settings, factory: str, listener: WorkerListener, metrics: WorkerMetrics
+    ) -> None:
         self.settings, self.factory, self.listener = settings, factory, listener
+        self._metrics = metrics
         self.state = WorkerState.LOADING
         self.stage, self.fraction, self.reason = "", 0.0, ""
         self.base: BaseInfo | None = None
@@ -196,7 +199,7 @@ class Supervisor:
             log.error(self.reason)
             return
         log.error("%s and is started again", why)
-        metrics.RESTARTS.inc()
+        self._metrics.restarts.inc()
         self._set_state(WorkerState.RESTARTING, why)
         first, most = BACKOFF_S
         pause = first * 2 ** min(self._shortlived, DOUBLINGS)

@@ -54,6 +54,10 @@ class Ticket:
             self.leaving, self.stopped = True, stopped
             self._cancelled(self)
 
+    def move_to(self, cancelled: Callable[[Ticket], None]) -> None:
+        """Another worker has the request, which has not begun: it is told of a cancel."""
+        self._cancelled = cancelled
+
     def deliver_event(self, event: Event, now: float) -> None:
         """Adds the next event; none may follow the terminal one."""
         assert self.ended is None, f"request {self.request.id} got an event after its last"

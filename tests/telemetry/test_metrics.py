@@ -172,10 +172,11 @@ def test_the_gateways_gauge_is_one_series_that_says_when(monkeypatch: pytest.Mon
 
 
 def test_hits_misses_and_evictions_are_counted_by_tier() -> None:
+    worker = metrics.WorkerMetrics()
     before = samples()
-    metrics.looked_up("device", False)
-    metrics.looked_up("host", True)
-    metrics.adapter_evicted("device", 0.5, 100)
+    worker.adapter_looked_up("device", False)
+    worker.adapter_looked_up("host", True)
+    worker.adapter_evicted("device", 0.5, 100)
     after = samples()
     grown = {
         key: after[key] - before[key]

@@ -6,6 +6,7 @@ import pytest
 
 from service.core.error_codes import ErrorCode
 from service.core.messages import AddAdapter, Command, Load, Pin, Report
+from service.telemetry.metrics import WorkerMetrics
 from service.worker.adapter_mirror import AdapterMirror
 from tests.fakes import adapter
 
@@ -13,7 +14,7 @@ pytestmark = pytest.mark.anyio
 
 
 async def test_a_failed_load_is_told_to_the_watcher_and_to_the_one_who_waits() -> None:
-    offers = AdapterMirror(lambda order: True)
+    offers = AdapterMirror(lambda order: True, WorkerMetrics())
     heard: list[Load] = []
     offers.watcher = heard.append
     one = adapter("a", 4)
@@ -31,7 +32,7 @@ async def test_a_load_survives_one_worker_and_ends_with_the_second_or_where_memo
         sent.append(command)
         return True
 
-    mirror = AdapterMirror(send)
+    mirror = AdapterMirror(send, WorkerMetrics())
     one, other = adapter("a"), adapter("b")
     for each in (one, other):
         mirror.add_adapter(each, pinned=False, preload=True)
@@ -51,7 +52,7 @@ async def test_a_load_survives_one_worker_and_ends_with_the_second_or_where_memo
 
 
 async def test_where_no_worker_comes_any_more_it_is_not_the_adapters_fault() -> None:
-    mirror, one = AdapterMirror(lambda command: False), adapter("a")
+    mirror, one = AdapterMirror(lambda command: False, WorkerMetrics()), adapter("a")
     mirror.add_adapter(one, pinned=False, preload=True)
     mirror.end_waiting()
     load = await mirror.wait_until_loaded(one.digest)
@@ -65,7 +66,7 @@ async def test_a_new_worker_is_told_what_holds_now_and_reads_only_what_is_waited
         sent.append(order)
         return True
 
-    offers, one = AdapterMirror(send), adapter("a", 4)
+    offers, one = AdapterMirror(send, WorkerMetrics()), adapter("a", 4)
 
     def told_again() -> list[Command]:
         sent.clear()

@@ -325,7 +325,7 @@ async def test_an_adapter_that_raises_takes_nobody_with_it(
 
 async def live(seed: int, monkeypatch: pytest.MonkeyPatch, calm: bool = False) -> WorkerLives:
     rng = random.Random(seed)
-    monkeypatch.setattr(client_module, "Supervisor", lambda settings, factory, listener: Keeper(listener))
+    monkeypatch.setattr(client_module, "Supervisor", lambda s, f, listener, m: Keeper(listener))
     monkeypatch.setattr(worker_module, "Loader", SlowLoader)
     client = WorkerClient(SETTINGS)
     keeper: Any = client._worker

@@ -91,7 +91,7 @@ def export_lora_info(services: Services) -> None:
     cards, client = services.registry.list_cards(), services.client
     running = {card["id"] for card in cards if card["digest"] and client.is_resident(card["digest"])}
     waiting = {card["id"] for card in cards if card["digest"] in client.awaited} - running
-    free = (client.base.pool_rank if client.base else 0) - client.gauges.pool_used
+    free = (_count_pool_rows(services, client.base) if client.base else 0) - client.gauges.pool_used
     largest = max((card["rank"] or 0 for card in cards), default=0)
     metrics.lora_info(len(running) + free // max(1, largest), running, waiting)
 
@@ -129,7 +129,7 @@ def base_card(services: Services, scope: AdapterScope) -> JsonDict:
     base, gauges = services.client.base, services.client.gauges
     assert base is not None, "the registrations open after the base"
     pool = {
-        "rank_total": base.pool_rank,
+        "rank_total": _count_pool_rows(services, base),
         "rank_used": gauges.pool_used,
         "placements": visible_placements(services, scope),
     }
@@ -145,6 +145,11 @@ def base_card(services: Services, scope: AdapterScope) -> JsonDict:
         "host_bytes": gauges.host_bytes,
         "pool": pool,
     }
+
+
+def _count_pool_rows(services: Services, base: BaseInfo) -> int:
+    """The rank rows of all devices."""
+    return base.pool_rank * len(services.settings.devices)
 
 
 def _kv_fields(base: BaseInfo, gauges: Gauges) -> JsonDict:

@@ -99,26 +99,30 @@ class FakeRunner:
         adapter = self.host.pop(digest, None)
         return adapter.size if adapter else 0
 
-    def run_step(self, plan: Plan) -> list[Result]:
-        time.sleep(self.pause)
+    def run_plan(self, plan: Plan) -> list[Result]:
+        """The whole step, as the worker's loop has it done."""
         for digest in plan.remove:
-            self._remove(digest)
+            self.remove_adapter(digest)
         for placement in plan.place:
-            self._place(placement)
-        self._check_blocks(plan.chunks)
-        kinds = [len(chunk.tokens) > 1 for chunk in plan.chunks]
+            self.place_adapter(placement)
+        return self.run_chunks(plan.chunks)
+
+    def run_chunks(self, chunks: Sequence[Chunk]) -> list[Result]:
+        time.sleep(self.pause)
+        self._check_blocks(chunks)
+        kinds = [len(chunk.tokens) > 1 for chunk in chunks]
         assert kinds == sorted(kinds), "a chunk of one token after a longer one"
-        return [self._run(chunk) for chunk in plan.chunks]
+        return [self._run(chunk) for chunk in chunks]
 
     def finish_request(self, request: int) -> None:
         assert request not in self.ended, f"request {request} ended twice"
         self.ended.add(request)
 
-    def _remove(self, digest: Digest) -> None:
+    def remove_adapter(self, digest: Digest) -> None:
         self.placed.pop(digest, None)
         self.pool = [None if held == digest else held for held in self.pool]
 
-    def _place(self, placement: Placement) -> None:
+    def place_adapter(self, placement: Placement) -> None:
         rows = slice(placement.start, placement.start + placement.rank)
         assert self.host[placement.digest].rank == placement.rank
         assert self.pool[rows] == [None] * placement.rank, f"pool rows of {placement} are taken"

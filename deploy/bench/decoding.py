@@ -12,7 +12,7 @@ from service.core.adapter import Adapter
 from service.core.request import Request, Token
 from service.core.sampling import Sampling
 from service.engine.kv_blocks import count_blocks
-from service.engine.plan import Chunk, Plan, Result
+from service.engine.plan import Chunk, Result
 from service.model.runner import ModelRunner
 
 CONTEXT = 1024  # of every row, in tokens
@@ -45,7 +45,7 @@ class Decoding:
             return
         for row, request in self.requests.items():
             chunk = Chunk(request, blocks_of(row, self.length), 0, request.prompt, True)
-            self._take([row], runner.run_step(Plan(chunks=(chunk,))))
+            self._take([row], runner.run_chunks((chunk,)))
 
     def _request(self, row: int, prompt: Sequence[int], adapter: Adapter | None) -> Request:
         return Request(row, tuple(prompt), CONTEXT, adapter.digest if adapter else None, self.sampling)
@@ -68,9 +68,8 @@ class Decoding:
             Chunk(request, blocks_of(row, at + 1), at, (last[row],), True, made)
             for row, request in self.requests.items()
         ]
-        plan = Plan(chunks=tuple(chunks))
         began = time.perf_counter()
-        results = self.runner.run_step(plan)
+        results = self.runner.run_chunks(chunks)
         seconds = time.perf_counter() - began
         self._take(list(self.requests), results)
         return seconds

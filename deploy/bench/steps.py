@@ -29,7 +29,6 @@ import torch
 from service.core.adapter import Adapter, Placement
 from service.core.base_info import BaseInfo
 from service.core.request import Token
-from service.engine.plan import Plan
 from service.model import loading
 from service.model.build import build_runner
 from service.model.runner import ModelRunner
@@ -77,7 +76,7 @@ class Bench:
             self.place(i)
 
     def place(self, i: int) -> None:
-        self.runner.run_step(Plan(place=(Placement(self.work.adapters[i].digest, i * RANK, RANK),)))
+        self.runner.place_adapter(Placement(self.work.adapters[i].digest, i * RANK, RANK))
 
     def decoding(self, mix: Mix, logprobs: int | None = None) -> Decoding:
         return Decoding(self.runner, self.work.prompts, mix, logprobs)
@@ -154,7 +153,7 @@ class Bench:
         there = torch.empty_like(host, device=self.on)
         placed, copied = [], []
         for _ in range(PLACINGS):
-            self.runner.run_step(Plan(remove=(digest,)))
+            self.runner.remove_adapter(digest)
             placed.append(clocked(lambda: self.place(0)))
             copied.append(clocked(lambda: there.copy_(host, non_blocking=True)))
         for what, seconds in (

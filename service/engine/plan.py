@@ -83,11 +83,17 @@ class Runner(Protocol):
     def evict_adapter(self, digest: Digest) -> int:
         """Forgets the adapter in host memory, if it is there; the bytes freed."""
 
-    def run_step(self, plan: Plan) -> Sequence[Result]:
-        """Runs the plan; one result per chunk, in order.
+    def place_adapter(self, placement: Placement) -> None:
+        """Copies an adapter from host memory into free pool rows."""
 
-        A plan that raises may be run again: no token was chosen. A chunk that raises alone leaves
-        nothing in the blocks that it writes.
+    def remove_adapter(self, digest: Digest) -> None:
+        """Frees the adapter's pool rows, if it has any; host memory keeps it."""
+
+    def run_chunks(self, chunks: Sequence[Chunk]) -> Sequence[Result]:
+        """Runs the chunks of a step; one result each, in order.
+
+        Chunks that raise may be run again: no token was chosen. One that raises alone leaves nothing in
+        the blocks that it writes.
         """
 
     def finish_request(self, request: int) -> None:

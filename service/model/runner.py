@@ -1,6 +1,6 @@
-"""Plan → tokens: the one place where a step runs on the device of the worker process.
+"""Loads and places adapters and runs steps: the one place that uses the device of the worker process.
 
-Must not know names, text, HTTP or why a plan is what it is.
+Must not know names, text, HTTP or why a step is what it is.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.adapter import Adapter, Digest, ExecutionPath
+from ..core.adapter import Adapter, Digest, ExecutionPath, Placement
 from ..core.request import Token
-from ..engine.plan import Chunk, Plan, Result
+from ..engine.plan import Chunk, Result
 from . import compat, kernels, kv
 from .graphs import CudaGraphs
 from .logprobs import score_prompt
@@ -82,16 +82,20 @@ class ModelRunner:
         self.sampler.finish_request(request)
 
     @torch.inference_mode()
-    def run_step(self, plan: Plan) -> Sequence[Result]:
-        for digest in plan.remove:
-            self.pool.remove_adapter(digest)
-        for placement in plan.place:
-            self.pool.place_adapter(placement, self.hosted[placement.digest].factors)
+    def place_adapter(self, placement: Placement) -> None:
+        self.pool.place_adapter(placement, self.hosted[placement.digest].factors)
+
+    @torch.inference_mode()
+    def remove_adapter(self, digest: Digest) -> None:
+        self.pool.remove_adapter(digest)
+
+    @torch.inference_mode()
+    def run_chunks(self, chunks: Sequence[Chunk]) -> Sequence[Result]:
         try:
-            return self._run_batch(plan.chunks)
+            return self._run_batch(chunks)
         except Exception:
-            if len(plan.chunks) == 1:
-                kv.clear_blocks(self.attention, plan.chunks[0].written_blocks)
+            if len(chunks) == 1:
+                kv.clear_blocks(self.attention, chunks[0].written_blocks)
             raise
 
     def _split_batches(self, chunks: Sequence[Chunk]) -> list[tuple[Any, list[Chunk]]]:

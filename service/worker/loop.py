@@ -223,21 +223,21 @@ class Worker:
         return guilty
 
     def _prepare(self, plan: Plan) -> set[Digest]:
-        """Removes and places, in steps of their own, so that their times are known; the adapters that could
-        not be placed.
-        """
-        if plan.remove:
-            seconds = self._time_step(Plan(remove=plan.remove)) / len(plan.remove)
-            self._evicted += [(digest, Tier.DEVICE, seconds) for digest in plan.remove]
+        """Removes and places; the adapters that could not be placed."""
+        for digest in plan.remove:
+            began = time.monotonic()
+            self.runner.remove_adapter(digest)
+            self._evicted.append((digest, Tier.DEVICE, time.monotonic() - began))
         return {placement.digest for placement in plan.place if not self._place_adapter(placement)}
 
     def _place_adapter(self, placement: Placement) -> bool:
+        began = time.monotonic()
         try:
-            seconds = self._time_step(Plan(place=(placement,)))
+            self.runner.place_adapter(placement)
         except Exception:
             log.exception("an adapter could not be placed")
             return False
-        self._placed.append((placement.digest, seconds))
+        self._placed.append((placement.digest, time.monotonic() - began))
         return True
 
     def _attempt(self, chunks: Sequence[Chunk], results: dict[int, Result], errors: dict[int, str]) -> None:
@@ -279,19 +279,14 @@ class Worker:
         tokens = (chunk.request.prompt * 2)[:2]
         trial = Chunk(Request(TRIAL, tokens, 0, adapter), chunk.written_blocks[:1], 0, tokens, sample=False)
         try:
-            self.runner.run_step(Plan(chunks=(trial,)))
+            self.runner.run_chunks((trial,))
         except Exception:
             return False
         return True
 
-    def _time_step(self, plan: Plan) -> float:
-        began = time.monotonic()
-        self.runner.run_step(plan)
-        return time.monotonic() - began
-
     def _run_chunks(self, chunks: Sequence[Chunk]) -> Sequence[Result]:
         inject_faults(self.faults, {chunk.generated + 1 for chunk in chunks if chunk.sample})
-        return self.runner.run_step(Plan(chunks=tuple(chunks))) if chunks else ()
+        return self.runner.run_chunks(chunks) if chunks else ()
 
     def _send_news(self) -> bool:
         """Sends a report of everything since the last one; whether there was anything."""

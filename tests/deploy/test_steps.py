@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from deploy.bench.decoding import CONTEXT, Decoding
 from deploy.bench.figures import BASE, DIFFERENT, FLOOR, FLOOR_MIXED, MIXED, ONE, PLAIN, Found, Timed
 from service.core.request import Token
 from service.engine.kv_blocks import count_blocks
-from service.engine.plan import Chunk, Plan, Result
+from service.engine.plan import Chunk, Result
 from tests import pretended
 
 ASKED = [
@@ -169,11 +170,11 @@ class Listening:
     """Stands in for a runner: says 7 to everything, and keeps what it was told."""
 
     def __init__(self) -> None:
-        self.plans: list[Plan] = []
+        self.steps: list[Sequence[Chunk]] = []
 
-    def run_step(self, plan: Plan) -> list[Result]:
-        self.plans.append(plan)
-        return [Result(Token(7)) for _ in plan.chunks]
+    def run_chunks(self, chunks: Sequence[Chunk]) -> list[Result]:
+        self.steps.append(chunks)
+        return [Result(Token(7)) for _ in chunks]
 
 
 def row_of(chunk: Chunk) -> int:
@@ -186,7 +187,7 @@ def test_rows_go_on_from_their_own_last_token_or_from_what_they_are_fed() -> Non
     decoding = Decoding(runner, [[1, 2], [3, 4]], {0: None, 1: None})
     decoding.step({0: 5, 1: 6})
     decoding.step()
-    said = [[(row_of(c), c.position, c.tokens, c.generated) for c in plan.chunks] for plan in runner.plans]
+    said = [[(row_of(c), c.position, c.tokens, c.generated) for c in chunks] for chunks in runner.steps]
     assert said == [
         [(0, 0, (1, 2), 0)],
         [(1, 0, (3, 4), 0)],

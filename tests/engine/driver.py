@@ -93,15 +93,15 @@ class SchedulerDriver:
         assert not flying & set(plan.remove), "an adapter in flight lost its pool rows"
         self.unsure = half_placed and bool(plan.place)
         if self.unsure:
-            self.runner.run_step(Plan(plan.remove, plan.place[: (len(plan.place) + 1) // 2]))
+            self.runner.run_plan(Plan(plan.remove, plan.place[: (len(plan.place) + 1) // 2]))
             self.scheduler.abort_step(plan)
         elif fault and plan.chunks:
-            self.runner.run_step(Plan(plan.remove, plan.place))
+            self.runner.run_plan(Plan(plan.remove, plan.place))
             self.scheduler.commit_step(
                 plan, [Result(error="the step that ran this request failed")] * len(plan.chunks)
             )
         else:
-            self.scheduler.commit_step(plan, self.runner.run_step(plan))
+            self.scheduler.commit_step(plan, self.runner.run_plan(plan))
         self.forget()
         self.listen()
         return plan

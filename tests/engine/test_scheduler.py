@@ -533,7 +533,7 @@ def test_the_prompts_scores_come_once_with_the_first_token() -> None:
     driver.submit(LONG, 3, prompt_logprobs=0)
     told = []
     while driver.busy:
-        driver.scheduler.commit_step(plan := driver.scheduler.plan_step(), driver.runner.run_step(plan))
+        driver.scheduler.commit_step(plan := driver.scheduler.plan_step(), driver.runner.run_plan(plan))
         told += [len(event.prompt) for event in driver.scheduler.take_report().events]
     assert told == [40, 0, 0]
 
@@ -557,7 +557,7 @@ def test_a_result_without_a_token_fails_its_request_only_and_nothing_of_its_bloc
     driver = SchedulerDriver()
     bad, good = driver.submit(LONG[:33], 5), driver.submit([*LONG[:12], 7], 3)
     plan = driver.scheduler.plan_step()
-    fine = driver.runner.run_step(plan)
+    fine = driver.runner.run_plan(plan)
     failed = Result(error="no token can be chosen", code=ErrorCode.VALIDATION)
     driver.scheduler.commit_step(plan, [failed, *fine[1:]])
     driver.settle()

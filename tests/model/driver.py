@@ -14,7 +14,7 @@ from service.core.manifest import compute_digest, read_manifest
 from service.core.request import Request, Token
 from service.core.sampling import Sampling
 from service.engine.kv_blocks import count_blocks
-from service.engine.plan import Chunk, Plan
+from service.engine.plan import Chunk
 from service.model.runner import ModelRunner
 from tests import making
 
@@ -77,11 +77,11 @@ class RunnerDriver:
     def place(self, adapter: Adapter, start: int | None = None) -> None:
         at = self.at if start is None else start
         self.runner.load_adapter(adapter)
-        self.runner.run_step(Plan(place=(Placement(adapter.digest, at, adapter.rank),)))
+        self.runner.place_adapter(Placement(adapter.digest, at, adapter.rank))
         self.at = at + adapter.rank
 
     def remove(self, digest: str) -> None:
-        self.runner.run_step(Plan(remove=(digest,)))
+        self.runner.remove_adapter(digest)
 
     def run(self, jobs: Sequence[Job], chunk: int = 7) -> None:
         waiting, free = list(jobs), list(range(self.rows))
@@ -111,7 +111,7 @@ class RunnerDriver:
 
     def _step(self, running: Sequence[Job], size: int) -> None:
         chunks = [self._chunk(job, self.requests[id(job)], size) for job in running]
-        results = self.runner.run_step(Plan(chunks=tuple(chunks)))
+        results = self.runner.run_chunks(chunks)
         for job, chunk, result in zip(running, chunks, results, strict=True):
             job.done += len(chunk.tokens)
             job.prompt_tokens += result.prompt

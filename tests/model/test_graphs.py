@@ -21,7 +21,7 @@ from transformers import AttentionInterface
 from service.core.adapter import Adapter, Placement
 from service.core.request import Request, Token
 from service.core.sampling import Sampling
-from service.engine.plan import Chunk, Plan
+from service.engine.plan import Chunk
 from service.errors import SettingsError
 from service.model import graphs, kv, selfcheck
 from service.model.build import build_runner
@@ -136,7 +136,7 @@ def test_an_adapter_that_moved_is_there_when_its_next_step_is_replayed(folders: 
         driver.place(plan, 32)
         assert gpu is None or runner.pool._copies.queue, "the copies run beside the steps"
         request = Request(77, (9, 8, 7, 6), 9, plan.digest)
-        (result,) = runner.run_step(Plan(chunks=(Chunk(request, (0,), 8, (job.ids[4],), True, 5),)))
+        (result,) = runner.run_chunks((Chunk(request, (0,), 8, (job.ids[4],), True, 5),))
         assert result.token is not None
         assert result.token.id == job.ids[5]
 
@@ -218,10 +218,10 @@ def test_an_adapter_that_goes_while_it_is_still_being_copied_leaves_nothing_to_t
         runner = runner_on(folders[None], compile=switch)
         for plan in (other, first, second):
             runner.load_adapter(plan)
-        runner.run_step(Plan(place=(Placement(other.digest, 16, other.rank),)))
-        runner.run_step(Plan(place=(Placement(first.digest, 0, first.rank),)))
-        runner.run_step(Plan(remove=(first.digest,)))
-        runner.run_step(Plan(place=(Placement(second.digest, 0, second.rank),)))
+        runner.place_adapter(Placement(other.digest, 16, other.rank))
+        runner.place_adapter(Placement(first.digest, 0, first.rank))
+        runner.remove_adapter(first.digest)
+        runner.place_adapter(Placement(second.digest, 0, second.rank))
         job = Job([3, 4, 5], 12, second.digest)
         RunnerDriver(runner, 1).run([job])
         assert job.ids == want

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from service.core.adapter import Adapter, ExecutionPath, Placement, WeightedPart
 from service.core.request import Request
 from service.core.sampling import Sampling
-from service.engine.plan import Chunk, Plan
+from service.engine.plan import Chunk
 from service.errors import AdapterInvalid, SettingsError
 from service.model.build import build_runner
 from service.model.loading import load_base
@@ -360,8 +360,8 @@ def test_a_shared_block_goes_on_as_in_the_sequence_it_came_from(folders: Folders
     runner = runner_on(folders[None])
     prompt = tuple(prompts()[6])
     whole, part = Request(1, prompt, 1), Request(2, (*prompt[:32], 9, 9), 1)
-    runner.run_step(Plan(chunks=(Chunk(whole, (5, 2, 9), 0, prompt, True),)))
-    (result,) = runner.run_step(Plan(chunks=(Chunk(part, (5, 2, 7), 32, (9, 9), True),)))
+    runner.run_chunks((Chunk(whole, (5, 2, 9), 0, prompt, True),))
+    (result,) = runner.run_chunks((Chunk(part, (5, 2, 7), 32, (9, 9), True),))
     assert result.token is not None
     assert [result.token.id] == making.greedy(folders[None], None, part.prompt, 1)
 
@@ -391,7 +391,7 @@ def test_an_adapter_whose_numbers_overflow_fails_alone_and_leaves_nothing_in_its
     driver.place(plan)
     bad, good = Request(101, prompt, 4, plan.digest, prompt_logprobs=scored), Request(102, prompt, 4)
     chunks = Chunk(bad, (0, 3), 0, prompt, sampled), Chunk(good, (1, 2), 0, prompt, True)
-    failed, fine = runner.run_step(Plan(chunks=chunks))
+    failed, fine = runner.run_chunks(chunks)
     assert "not finite" in failed.error
     assert fine.token is not None
     assert [fine.token.id] == making.greedy(base, None, prompt, 1)

@@ -20,7 +20,7 @@ from service.core.manifest import compute_digest, read_manifest
 from service.core.messages import AddAdapter, Submit
 from service.core.request import Request
 from service.core.sampling import Sampling
-from service.engine.plan import Chunk, Plan
+from service.engine.plan import Chunk
 from service.errors import AdapterInvalid, AdapterUnsupported
 from service.model.peft_fallback import build_peft_model
 from service.model.runner import ModelRunner
@@ -238,7 +238,7 @@ def test_a_request_whose_own_step_raises_leaves_nothing_in_its_blocks(
     tree.get_output_embeddings().register_forward_pre_hook(broken)
     chunk = Chunk(Request(901, PROMPT, 1, fallback.digest), (3, 4), 0, PROMPT, True)
     with pytest.raises(ValueError, match="no such layer"):
-        shared.runner.run_step(Plan(chunks=(chunk,)))
+        shared.runner.run_chunks((chunk,))
     assert are_blocks_empty(shared.runner, (3, 4))
     shared.runner.evict_adapter(fallback.digest)
 

@@ -8,7 +8,8 @@ import asyncio
 import math
 import random
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from multiprocessing import Pipe
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from service.core.adapter import Adapter, ExecutionPath, Tier
 from service.core.error_codes import ErrorCode
 from service.core.messages import Command, Load, Report
 from service.core.request import UNNUMBERED, Event, Finish, Request
-from service.engine.plan import Plan, Result
+from service.engine.plan import Chunk, Result
 from service.settings import Settings
 from service.worker import client as client_module
 from service.worker import loop as worker_module
@@ -54,15 +55,15 @@ class Device(FakeRunner):
         self.host[adapter.digest] = adapter  # a late one may come again
         return adapter.size
 
-    def run_step(self, plan: Plan) -> list[Result]:
+    def run_chunks(self, chunks: Sequence[Chunk]) -> list[Result]:
         fate, self.fate = self.fate, None
         if fate is not None:
             raise fate
-        for at, chunk in enumerate(plan.chunks):
+        for at, chunk in enumerate(chunks):
             if chunk.adapter == self.bad:
-                super().run_step(replace(plan, chunks=plan.chunks[:at]))
+                super().run_chunks(chunks[:at])
                 raise TypeError("a tuple has no shape")
-        return super().run_step(plan)
+        return super().run_chunks(chunks)
 
 
 class SlowLoader(Loader):

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
@@ -26,7 +25,7 @@ from service.core.messages import (
     Submit,
 )
 from service.core.request import Event, Finish, Request
-from service.engine.plan import Plan, Result
+from service.engine.plan import Chunk, Result
 from service.errors import SettingsError
 from service.limits import FreeMemory
 from service.settings import Faults, Settings
@@ -101,11 +100,16 @@ class Balky(FakeRunner):
         self.arrived.set()
         return size
 
-    def run_step(self, plan: Plan) -> list[Result]:
-        if (self.wrong == "place" and plan.place) or (self.wrong == "step" and plan.chunks):
+    def place_adapter(self, placement: Placement) -> None:
+        if self.wrong == "place":
             raise RuntimeError("the device said no")
-        self.lengths += [len(chunk.tokens) for chunk in plan.chunks]
-        return super().run_step(plan)
+        super().place_adapter(placement)
+
+    def run_chunks(self, chunks: Sequence[Chunk]) -> list[Result]:
+        if self.wrong == "step":
+            raise RuntimeError("the device said no")
+        self.lengths += [len(chunk.tokens) for chunk in chunks]
+        return super().run_chunks(chunks)
 
 
 @contextmanager
@@ -295,11 +299,11 @@ class Unrunnable(FakeRunner):
         super().__init__(**sizes)
         self.bad, self.raised = bad, 0
 
-    def run_step(self, plan: Plan) -> list[Result]:
-        at = next((i for i, chunk in enumerate(plan.chunks) if chunk.adapter == self.bad.digest), None)
+    def run_chunks(self, chunks: Sequence[Chunk]) -> list[Result]:
+        at = next((i for i, chunk in enumerate(chunks) if chunk.adapter == self.bad.digest), None)
         if at is None:
-            return super().run_step(plan)
-        super().run_step(replace(plan, chunks=plan.chunks[:at]))
+            return super().run_chunks(chunks)
+        super().run_chunks(chunks[:at])
         self.raised += 1
         raise TypeError("a tuple has no shape")
 
@@ -359,10 +363,10 @@ def test_an_adapter_that_raises_with_nobody_beside_it_does_not_end_the_worker() 
 class Short(FakeRunner):
     """Has no memory for long chunks."""
 
-    def run_step(self, plan: Plan) -> list[Result]:
-        if any(len(chunk.tokens) > 8 for chunk in plan.chunks):
+    def run_chunks(self, chunks: Sequence[Chunk]) -> list[Result]:
+        if any(len(chunk.tokens) > 8 for chunk in chunks):
             raise MemoryError
-        return super().run_step(plan)
+        return super().run_chunks(chunks)
 
 
 def test_a_request_that_raises_fails_alone_and_is_not_its_adapters_fault() -> None:
@@ -427,10 +431,10 @@ class Picky(FakeRunner):
 
     bad = ""
 
-    def run_step(self, plan: Plan) -> list[Result]:
-        if any(placement.digest == self.bad for placement in plan.place):
+    def place_adapter(self, placement: Placement) -> None:
+        if placement.digest == self.bad:
             raise RuntimeError("no such rows")
-        return super().run_step(plan)
+        super().place_adapter(placement)
 
 
 def test_an_adapter_that_cannot_be_placed_fails_alone() -> None:

@@ -1,9 +1,10 @@
 """Thousands of random schedules: whatever clients, adapters and faults do, every request ends once
-and with its own tokens.
+and with its own tokens. WALKS says how many; `make soak` takes 10,000.
 """
 
 from __future__ import annotations
 
+import os
 import random
 
 import pytest
@@ -14,6 +15,7 @@ from tests.engine.driver import EMPTY, SchedulerDriver
 from tests.fakes import adapter
 
 STEPS = 250
+WALKS = int(os.environ.get("WALKS", "60"))
 
 
 def random_adapters(rng: random.Random) -> list[Adapter]:
@@ -62,7 +64,7 @@ def act(rng: random.Random, driver: SchedulerDriver, adapters: list[Adapter]) ->
             scheduler.remove_adapter(chosen.digest)
 
 
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", range(WALKS))
 def test_every_request_ends_once_with_its_own_tokens(seed: int) -> None:
     walk_randomly(seed)
 

@@ -7,7 +7,8 @@ sequences, tensors or threads: the scheduler passes in which adapters its sequen
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from enum import Enum
 
 from ..core.adapter import Adapter, Digest, ExecutionPath, Placement, Tier, share_specs
 from .lru import LRU
@@ -15,24 +16,38 @@ from .plan import Plan
 from .rank_allocator import RankAllocator
 
 
-class AdapterCache:
-    """Both tiers. Changes of the pool are collected until `take_changes` moves them into a plan.
+class AdapterState(Enum):
+    """What is to be done with an adapter that is known."""
 
-    `_failed` adapters could not be read or placed: they are tried again only for a request or when they
-    are added again. `_refused` adapters, which the base cannot run, only when they are added again.
+    KNOWN = "known"  # nothing, unless a request or a pin asks for it
+    PRELOADING = "preloading"  # to be read into host memory
+    PRELOADED = "preloaded"  # just read, to be placed if there is room
+    FAILED = "failed"  # it could not be read or placed: tried again for a request, or when it is added again
+    REMOVING = "removing"  # to be forgotten once no sequence needs it
+
+
+@dataclass(slots=True)
+class CachedAdapter:
+    """The record of an adapter. `refusal`: why the base cannot run it, until it is added again."""
+
+    adapter: Adapter
+    state: AdapterState = AdapterState.KNOWN
+    refusal: str = ""
+
+
+class AdapterCache:
+    """Both tiers: `host` memory and the device `pool`, and the adapter that is being read.
+
+    Changes of the pool are collected until `take_changes` moves them into a plan.
     """
 
     def __init__(self, pool_rank: int, host_bytes: int) -> None:
         self.pool = RankAllocator(pool_rank)
         self.host: LRU[Digest] = LRU(host_bytes)
-        self.known: dict[Digest, Adapter] = {}
         self.loading: Digest | None = None
+        self.known: dict[Digest, CachedAdapter] = {}
+        self._in_state: dict[AdapterState, dict[Digest, None]] = {state: {} for state in AdapterState}
         self._pinned: dict[Digest, None] = {}
-        self._preload: dict[Digest, None] = {}  # to be read into host memory
-        self._preloaded: dict[Digest, None] = {}  # just read, to be placed if there is room
-        self._failed: set[Digest] = set()
-        self._refused: dict[Digest, str] = {}
-        self._removing: set[Digest] = set()
         self._removed: list[tuple[Digest, bool]] = []
         self._placed: list[Placement] = []
         self._unplaced: list[Digest] = []
@@ -46,20 +61,18 @@ class AdapterCache:
         A pin that it already has stays; a removal that is not done yet is called off.
         """
         digest = adapter.digest
-        self._call_off_removal(digest)
-        self.known[digest] = replace(adapter, patches=share_specs(adapter.patches))
-        self._failed.discard(digest)
-        self._refused.pop(digest, None)
+        before = self._state_of(digest)
+        if before is AdapterState.REMOVING:
+            self._removed.append((digest, False))
+        self.known[digest] = CachedAdapter(replace(adapter, patches=share_specs(adapter.patches)))
+        is_wanted = preload and not self.at_hand(digest)
+        if before in (AdapterState.PRELOADING, AdapterState.PRELOADED):
+            self._set_state(digest, before)
+        else:
+            self._set_state(digest, AdapterState.PRELOADING if is_wanted else AdapterState.KNOWN)
         self._moved.add(digest)  # so that its tier is reported again
-        if preload and not self.at_hand(digest):
-            self._preload[digest] = None
         if pinned:
             self.pin_adapter(digest, True)
-
-    def _call_off_removal(self, digest: Digest) -> None:
-        if digest in self._removing:
-            self._removing.discard(digest)
-            self._removed.append((digest, False))
 
     def pin_adapter(self, digest: Digest, pinned: bool) -> None:
         if not pinned:
@@ -73,30 +86,25 @@ class AdapterCache:
 
     def remove_adapter(self, digest: Digest) -> None:
         self.pin_adapter(digest, False)
-        self._preload.pop(digest, None)
-        self._preloaded.pop(digest, None)
         if digest in self.known:
-            self._removing.add(digest)
+            self._set_state(digest, AdapterState.REMOVING)
         else:
             self._removed.append((digest, False))
 
     def mark_hosted(self, digest: Digest, size: int) -> None:
         self.loading = None
         self.host.add_key(digest, size)
-        self._failed.discard(digest)
         self._moved.add(digest)
-        if digest in self._preload:
-            del self._preload[digest]
-            self._preloaded[digest] = None
+        self._change_state(digest, AdapterState.PRELOADING, AdapterState.PRELOADED)
+        self._change_state(digest, AdapterState.FAILED, AdapterState.KNOWN)
 
     def load_failed(self, digest: Digest) -> None:
         self.loading = None
-        self._failed.add(digest)
-        self._preload.pop(digest, None)
+        self._mark_failed(digest)
 
     def refuse(self, digest: Digest, reason: str) -> None:
         if digest in self.known:
-            self._refused[digest] = reason
+            self.known[digest].refusal = reason
 
     def touch_adapter(self, digest: Digest | None) -> None:
         if digest is not None:
@@ -106,11 +114,12 @@ class AdapterCache:
     # ---- what is where
 
     def is_known(self, digest: Digest | None) -> bool:
-        return digest is None or (digest in self.known and digest not in self._removing)
+        return digest is None or self._state_of(digest) not in (None, AdapterState.REMOVING)
 
     def refusal(self, digest: Digest | None) -> str:
         """Why the base cannot run this adapter; empty when it can."""
-        return self._refused.get(digest, "") if digest else ""
+        record = self.known.get(digest or "")
+        return record.refusal if record else ""
 
     def at_hand(self, digest: Digest | None) -> bool:
         """Whether a request for this adapter could start without reading it."""
@@ -124,11 +133,12 @@ class AdapterCache:
         """Whether this adapter must be placed in the pool before its sequences can run."""
         if digest is None or digest in self.pool:
             return False
-        return self.known[digest].lane is ExecutionPath.POOL
+        return self.known[digest].adapter.lane is ExecutionPath.POOL
 
     def invocation_of(self, digest: Digest | None) -> tuple[int, ...]:
         """The tokens from which on this adapter acts; empty where it acts on all."""
-        return self.known[digest].invocation if digest in self.known else ()
+        record = self.known.get(digest or "")
+        return record.adapter.invocation if record else ()
 
     def tier_of(self, digest: Digest) -> Tier:
         if digest in self.pool:
@@ -148,14 +158,14 @@ class AdapterCache:
         if wanted is None:
             return None
         self.loading = wanted
-        adapter = self.known[wanted]
+        adapter = self.known[wanted].adapter
         return adapter, self._evict_from_host(adapter.size, in_flight.union(ahead))
 
     def place_adapter(self, digest: Digest, in_flight: Collection[Digest], move: bool = False) -> bool:
         """Places the adapter, idle ones leaving for it if they must, and pinned ones if they may
         `move`; whether it could.
         """
-        rank = self.known[digest].rank
+        rank = self.known[digest].adapter.rank
         # One plan cannot both place and remove an adapter
         keep = {*in_flight, *(placement.digest for placement in self._placed)}
         room = self.pool.find_room(rank, keep, move)
@@ -165,29 +175,28 @@ class AdapterCache:
         for victim in victims:
             self._unplace_adapter(victim)
         self._placed.append(self.pool.place_adapter(digest, start, rank))
-        self._failed.discard(digest)
+        self._change_state(digest, AdapterState.FAILED, AdapterState.KNOWN)
         self._moved.add(digest)
         return True
 
     def place_pinned(self, in_flight: Collection[Digest]) -> None:
         for digest in self._pinned:
-            if digest not in self._failed and self._can_be_placed(digest):
+            if self._state_of(digest) is not AdapterState.FAILED and self._can_be_placed(digest):
                 self.place_adapter(digest, in_flight)
 
     def place_preloaded(self) -> None:
         """Places the adapters just preloaded where nothing has to leave for them; each has one chance."""
-        for digest in self._preloaded:
-            if self._can_be_placed(digest) and self.pool.find_gap(self.known[digest].rank) is not None:
+        for digest in list(self._in_state[AdapterState.PRELOADED]):
+            rank = self.known[digest].adapter.rank
+            if self._can_be_placed(digest) and self.pool.find_gap(rank) is not None:
                 self.place_adapter(digest, ())
-        self._preloaded = {}
+            self._set_state(digest, AdapterState.KNOWN)
 
     def forget_removed(self, needed: Collection[Digest]) -> None:
         """Forgets the adapters to be removed that no sequence needs any more."""
-        for digest in self._removing.difference(needed, {self.loading}):
-            self._removing.discard(digest)
-            self._failed.discard(digest)
-            self._refused.pop(digest, None)
-            del self.known[digest]
+        removing = self._in_state[AdapterState.REMOVING]
+        for digest in [digest for digest in removing if digest not in needed and digest != self.loading]:
+            del self.known[digest], removing[digest]
             if digest in self.pool:
                 self._unplace_adapter(digest)
             hosted = digest in self.host
@@ -202,7 +211,7 @@ class AdapterCache:
         for placement in plan.place:
             self.pool.remove_adapter(placement.digest)
             self._moved.add(placement.digest)
-            self._failed.add(placement.digest)
+            self._mark_failed(placement.digest)
         self._unplaced += [*plan.remove, *(placement.digest for placement in plan.place)]
 
     # ---- what is handed out
@@ -231,7 +240,8 @@ class AdapterCache:
         """The first adapter that should be in host memory and is not: for requests, then the pinned
         ones, then those added with `preload`.
         """
-        standing = [digest for digest in (*self._pinned, *self._preload) if digest not in self._failed]
+        pinned = (digest for digest in self._pinned if self._state_of(digest) is not AdapterState.FAILED)
+        standing = (*pinned, *self._in_state[AdapterState.PRELOADING])
         return next((digest for digest in (*ahead, *standing) if not self.at_hand(digest)), None)
 
     def _evict_from_host(self, need: int, keep: Collection[Digest]) -> list[Digest]:
@@ -254,3 +264,25 @@ class AdapterCache:
         self.pool.remove_adapter(digest)
         self._unplaced.append(digest)
         self._moved.add(digest)
+
+    def _state_of(self, digest: Digest) -> AdapterState | None:
+        """None where the adapter is not known."""
+        record = self.known.get(digest)
+        return record.state if record else None
+
+    def _set_state(self, digest: Digest, state: AdapterState) -> None:
+        record = self.known[digest]
+        for digests in self._in_state.values():
+            digests.pop(digest, None)
+        record.state = state
+        self._in_state[state][digest] = None
+
+    def _change_state(self, digest: Digest, before: AdapterState, after: AdapterState) -> None:
+        """Does nothing in another state than `before`."""
+        if self._state_of(digest) is before:
+            self._set_state(digest, after)
+
+    def _mark_failed(self, digest: Digest) -> None:
+        """A removal goes on all the same."""
+        if self.is_known(digest):
+            self._set_state(digest, AdapterState.FAILED)

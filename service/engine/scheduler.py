@@ -367,7 +367,7 @@ class Scheduler:
         """
         if self.adapters.place_adapter(digest, self._in_flight(), move=True):
             return True
-        pool, rank = self.adapters.pool, self.adapters.known[digest].rank
+        pool, rank = self.adapters.pool, self.adapters.known[digest].adapter.rank
         if not pool.can_fit(rank):
             message = (
                 f"the adapter needs {rank} rank rows; pinned adapters hold too many of the pool's {pool.rank}"

@@ -442,7 +442,7 @@ def test_an_adapter_that_cannot_be_read_fails_its_requests_only() -> None:
     driver.scheduler.load_failed(broken.digest, ErrorCode.ADAPTER_INVALID, "cannot be read")
     driver.scheduler.remove_adapter(broken.digest)
     driver.settle()
-    assert not driver.scheduler.adapters._failed, "what is forgotten is forgotten"
+    assert broken.digest not in driver.scheduler.adapters.known, "what is forgotten is forgotten"
 
 
 def test_a_dropped_adapter_serves_those_it_has_and_takes_no_more() -> None:

@@ -1,7 +1,7 @@
-"""What the grid does not show: more adapters than fit, mixed ranks, and the second turn of a chat,
-each as a ratio within one run.
+"""What the grid does not show: more adapters than fit, mixed ranks, the second turn of a chat, sampled and
+streamed requests, and prompts that begin alike, each as a ratio within one run.
 
-python -m deploy.bench.bars [zipf] [ranks] [turn]
+python -m deploy.bench.bars [zipf] [ranks] [turn] [kinds] [decode] [shared] [crowded]
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
+from . import request_kinds
 from .adapters import make
 from .bench import Load, run
 from .grid import OUT
@@ -24,6 +25,7 @@ CLIENTS, REPEATS, ROUNDS = 16, 3, 4
 HISTORY, QUESTION = 500, 16
 MIXED, FLAT = (8, 16, 32, 64), 16
 ROWS = 4 * sum(MIXED)
+CROWDED, TOKEN_BYTES = 8192, 23040  # KV positions; bytes of one, of the demo base in bfloat16
 
 
 def settings(folder: Path, pool: int) -> dict[str, str]:
@@ -93,7 +95,70 @@ def turn() -> dict[str, float]:
     return {"cold_ms": round(cold, 1), "second_turn_ms": round(warm, 1), "ratio": round(warm / cold, 3)}
 
 
-BARS = {"zipf": zipf, "ranks": ranks, "turn": turn}
+def time_kinds(words: int, tokens: int) -> dict[str, float]:
+    """Greedy requests' time over that of other kinds, on the base."""
+    folder = OUT / "adapters-16-rank-16"
+    make(folder, 16)
+    with started(settings(folder, 256), OUT / "kinds.log") as server:
+        return asyncio.run(request_kinds.compare_kinds(server, words, tokens, 7))
+
+
+def kinds() -> dict[str, float]:
+    """With prompts of 64 tokens that nobody has asked before."""
+    return time_kinds(64, 64)
+
+
+def decode() -> dict[str, float]:
+    """In decode alone: prompts of four tokens."""
+    return time_kinds(4, 128)
+
+
+def shared() -> dict[str, float]:
+    """A start of 1,000 tokens under one adapter, 16 at once; eight answers to a prompt of as many."""
+    folder = OUT / "adapters-16-rank-16"
+    make(folder, 16)
+    with started(settings(folder, 256), OUT / "shared.log") as server:
+        model = models(server)[1][0]
+        found: dict[str, float] = {}
+        for count in (1, CLIENTS):
+            found |= asyncio.run(request_kinds.share_start(server, model, count, 1000, 16))
+        return found | asyncio.run(request_kinds.count_answers(server, model, 1000, 8))
+
+
+def crowded() -> dict[str, float]:
+    """64 requests of 100 to 1,500 tokens, and one of 8,000 beside 15 of 100, in the KV memory of 8,192
+    tokens, and in plenty: how many answers are the same.
+    """
+    folder = OUT / "adapters-16-rank-16"
+    make(folder, 16)
+    few = settings(folder, 256) | {"kv_mb": str(-(-CROWDED * TOKEN_BYTES // 10**6))}
+    said: list[list[str]] = []
+    with (
+        started(few, OUT / "few.log", "few") as narrow,
+        started(settings(folder, 256), OUT / "wide.log") as wide,
+    ):
+        base = models(wide)[0]
+        long = request_kinds.make_body(request_kinds.GREEDY, base, prompt(7900, "long"), 32)
+        short = [
+            request_kinds.make_body(request_kinds.GREEDY, base, prompt(100, f"{i}"), 32) for i in range(15)
+        ]
+        for server in (wide, narrow):
+            said.append(asyncio.run(request_kinds.answer_all(server, request_kinds.make_crowd(base, 64))))
+            said[-1] += asyncio.run(request_kinds.answer_all(server, [long, *short]))
+        preemptions = request_kinds.read_counters(narrow)["preemptions_total"]
+    equal = sum(a == b for a, b in zip(*said, strict=True))
+    return {"answers": len(said[0]), "equal": equal, "preemptions": preemptions}
+
+
+BARS = {
+    "zipf": zipf,
+    "ranks": ranks,
+    "turn": turn,
+    "kinds": kinds,
+    "decode": decode,
+    "shared": shared,
+    "crowded": crowded,
+}
 
 
 def main() -> None:

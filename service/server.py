@@ -76,7 +76,8 @@ class Server(uvicorn.Server):
 
 
 def run_server(settings: Settings, tracer: Tracer | None = None) -> int:
-    """Serves until a signal; the exit code: 0 after a drain, 1 where the base can never be served.
+    """Serves until a signal; the exit code: 0 after a drain, 1 where the base can never be served, 2 where
+    it is larger than the memory.
 
     Raises SettingsError.
     """
@@ -99,7 +100,7 @@ def run_server(settings: Settings, tracer: Tracer | None = None) -> int:
         tracer.flush_and_close()
     if failures:
         _print_failure(failures[0])
-    code = 1 if failures else 0
+    code = app.state.services.client.exit_code if failures else 0
     _leave_stuck_threads(code)
     return code
 

@@ -18,7 +18,7 @@ from service.core.adapter import Adapter, Digest, ExecutionPath, Placement
 from service.core.base_info import BaseInfo, LinearKind
 from service.core.request import Request, Token
 from service.engine.plan import Chunk, Plan, Result
-from service.errors import AdapterInvalid, SettingsError
+from service.errors import AdapterInvalid, DoesNotFit, SettingsError
 from service.settings import Settings
 
 VOCAB = 1000
@@ -185,6 +185,10 @@ def build(
 
 def build_broken(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseInfo]:
     raise SettingsError("ADAPTERD_BASE: the fake base is broken")
+
+
+def build_large(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseInfo]:
+    raise DoesNotFit("ADAPTERD_BASE: the fake base needs 9 MB of memory; 8 MB are free")
 
 
 def build_raising(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseInfo]:

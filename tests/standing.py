@@ -50,6 +50,8 @@ def make(*given: Any, **named: Any) -> FastAPI:
         DOWNLOAD.submit(time.sleep, 1e6)
     if "--broken" in sys.argv:
         client.base, client.reason = cast(Any, None), "the folder holds\nno config.json"
+    if "--large" in sys.argv:
+        client.base, client.reason, client.exit_code = cast(Any, None), "ADAPTERD_BASE: it is too large", 2
     app: FastAPI = root_create(
         *given, client=client, registry=FakeRegistry(), text=lambda folder: NoTokenizers(), **named
     )
@@ -78,7 +80,7 @@ if __name__ == "__main__":
             [
                 word
                 for word in sys.argv[1:]
-                if word not in ("--broken", "--held", "--hasty", "--poor", "--stuck")
+                if word not in ("--broken", "--large", "--held", "--hasty", "--poor", "--stuck")
             ]
         )
     )

@@ -68,9 +68,13 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class CannotStart:
-    """The worker cannot start and a restart would not help; `reason` is fit for a person."""
+    """The worker cannot start and a restart would not help; `reason` is fit for a person.
+
+    `exit_code` is the one that the service is to end with at its start.
+    """
 
     reason: str
+    exit_code: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,9 +20,9 @@ from transformers import AutoTokenizer
 from .. import limits
 from ..core.base_info import BaseInfo
 from ..core.defaults import defaults_of
-from ..errors import SettingsError
+from ..errors import DoesNotFit, SettingsError
 from ..settings import Settings
-from . import kernels, kv, loading, rope, selfcheck
+from . import base_size, kernels, kv, loading, rope, selfcheck
 from .graphs import CudaGraphs
 from .kernels import decoder
 from .linear_calls import LinearCalls, recorded_calls
@@ -55,13 +55,14 @@ class ProbedBase(NamedTuple):
 def build_runner(settings: Settings, progress: loading.Progress) -> tuple[ModelRunner, BaseInfo]:
     """Loads everything.
 
-    Raises SettingsError with a reason fit for a person when this base or device cannot be served.
+    Raises SettingsError with a reason fit for a person when this base or device cannot be served,
+    DoesNotFit where memory is too small for it.
     """
     _limit_threads()
     try:
         return _build_parts(settings, progress)
     except torch.OutOfMemoryError as error:
-        raise SettingsError(
+        raise DoesNotFit(
             f"ADAPTERD_BASE: it, KV rows and a pool of {settings.pool_rank} do not fit into the GPU's memory"
         ) from error
 
@@ -70,6 +71,8 @@ def _build_parts(settings: Settings, progress: loading.Progress) -> tuple[ModelR
     device = loading.device_of(settings)
     dtype = loading.dtype_of(settings, device)
     folder = loading.resolve_folder(settings.base, dtype, progress)
+    progress("measuring the memory", 0.0)
+    base_size.check_base(folder, settings.base, device, dtype, loading.quantization_of(settings, device))
     model = loading.load_base(folder, settings, progress)
     if device.type == "cuda":
         _prepare_gpu(device)
@@ -209,10 +212,10 @@ def _compute_capacity(base: ProbedBase) -> tuple[int, int]:
     if wanted and wanted > own:
         raise SettingsError(f"ADAPTERD_MAX_CONTEXT: {wanted} is over the base's own {own}")
     fitting = _fitting_context(base, rows + base.uses_graphs())
-    context = wanted or min(own, fitting)
+    context = wanted or min(own, max(fitting, selfcheck.PROBE))
     requested = f"ADAPTERD_MAX_CONTEXT: {rows} rows of {context} tokens"
     if context > fitting:
-        raise SettingsError(f"{requested} do not fit into memory; {fitting} do")
+        raise DoesNotFit(f"{requested} do not fit into memory; {fitting} do")
     if context < selfcheck.PROBE:  # a GPU would write past the rows' end
         raise SettingsError(f"{requested} are too short to prove the base by {selfcheck.PROBE}")
     return rows, context

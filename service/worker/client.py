@@ -74,6 +74,11 @@ class WorkerClient:
         return self._worker.reason
 
     @property
+    def exit_code(self) -> int:
+        """The one to end with where the base can never be served."""
+        return self._worker.exit_code
+
+    @property
     def base(self) -> BaseInfo | None:
         """The base that is or was last served; None until the first worker is ready."""
         return self._worker.base

@@ -44,7 +44,7 @@ from ..core.messages import (
 from ..core.request import Request
 from ..engine.plan import Chunk, Plan, Result, Runner
 from ..engine.scheduler import Scheduler
-from ..errors import AdapterdError, SettingsError
+from ..errors import AdapterdError, DoesNotFit, SettingsError
 from ..limits import free_memory, megabytes
 from ..settings import Faults, Settings
 from ..telemetry import logs
@@ -58,6 +58,7 @@ NOTHING = Plan()
 HEARTBEAT_S = 2.0
 # Exit code: two steps in a row raised in all their parts, so the device is not to be trusted
 RAISED_TWICE = 70
+WRONG_SETTING = 2  # the service's exit code
 PARENT_GONE = (EOFError, BrokenPipeError, ConnectionResetError)
 # Folders, and the last name below them
 ABSOLUTE_PATH = re.compile(r"(?<![\w./])(?:/[^\s/'\"]+)*/([^\s/'\"]+)")
@@ -375,6 +376,8 @@ def serve_worker(connection: Connection, settings: Settings, factory: Factory) -
 
     try:
         runner, base = factory(settings, send_progress)
+    except DoesNotFit as error:
+        return _refuse_start(connection, CannotStart(str(error), WRONG_SETTING))
     except (AdapterdError, SettingsError) as error:
         return _refuse_start(connection, CannotStart(str(error)))
     except (EOFError, OSError, ValueError) as error:

@@ -70,13 +70,15 @@ class WorkerListener(Protocol):
 class Supervisor:
     """`stage` and `fraction` (0 to 1) are the progress of a loading worker.
 
-    `reason` says why there is no ready worker; `base` is the last one served.
+    `reason` says why there is no ready worker; `base` is the last one served. `exit_code` is the one that
+    the service is to end with where the base can never be served.
     """
 
     def __init__(self, settings: Settings, factory: str, listener: WorkerListener) -> None:
         self.settings, self.factory, self.listener = settings, factory, listener
         self.state = WorkerState.LOADING
         self.stage, self.fraction, self.reason = "", 0.0, ""
+        self.exit_code = 1
         self.base: BaseInfo | None = None
         self.settled = asyncio.Event()  # ready, or never to be
         self.heard = 0.0
@@ -161,9 +163,10 @@ class Supervisor:
         match message:
             case Progress(stage, fraction):
                 self.stage, self.fraction = stage, fraction
-            case CannotStart(reason):
+            case CannotStart(reason, exit_code):
                 log.error("the worker cannot start: %s", reason)
                 if self.state is not WorkerState.DRAINING:
+                    self.exit_code = exit_code
                     self._set_state(WorkerState.FAILED, reason)
             case LastWords(reason):
                 self._last_words = reason

@@ -53,6 +53,7 @@ class FakeClient:
         self.loaded = asyncio.Event()
         self.loaded.set()
         self.stops: list[float] = []
+        self.exit_code = 1
         self.awaited: set[str] = set()
 
     def is_resident(self, digest: str) -> bool:

@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import AsyncIterator
-from typing import Any, cast
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
@@ -22,8 +22,11 @@ from fastapi.responses import StreamingResponse
 from service import app as root
 from service.__main__ import main
 from service.api import wire
+from service.exit_codes import ExitCode
 from service.threads import DOWNLOAD
-from tests.api.served_app import FakeClient, FakeRegistry, NoTokenizers
+from tests.api.served_app import NoTokenizers
+from tests.doubles.engine import FakeEngine
+from tests.doubles.registry import FakeRegistry
 
 
 async def dribble() -> AsyncIterator[str]:
@@ -43,17 +46,18 @@ async def stuck(grace_s: float) -> None:
 
 
 def make(*given: Any, **named: Any) -> FastAPI:
-    client = FakeClient()
+    engine = FakeEngine()
     if "--stuck" in sys.argv:
-        vars(client)["stop_worker"] = stuck
+        vars(engine)["stop_worker"] = stuck
     if "--held" in sys.argv:
         DOWNLOAD.submit(time.sleep, 1e6)
     if "--broken" in sys.argv:
-        client.base, client.reason = cast(Any, None), "the folder holds\nno config.json"
+        engine.base, engine.reason = None, "the folder holds\nno config.json"
     if "--large" in sys.argv:
-        client.base, client.reason, client.exit_code = cast(Any, None), "ADAPTERD_BASE: it is too large", 2
+        engine.base, engine.reason = None, "ADAPTERD_BASE: it is too large"
+        engine.exit_code = ExitCode.REFUSED
     app: FastAPI = root_create(
-        *given, client=client, registry=FakeRegistry(), text=lambda folder: NoTokenizers(), **named
+        *given, client=engine, registry=FakeRegistry(), text=lambda folder: NoTokenizers(), **named
     )
     for path, made in (("/dribble", dribble), ("/flood", flood)):
         app.get(path)(answer(made))

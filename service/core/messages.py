@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..exit_codes import ExitCode
 from .adapter import Adapter, Digest, Placement, Tier
 from .base_info import BaseInfo
 from .error_codes import ErrorCode
@@ -74,7 +75,7 @@ class CannotStart:
     """
 
     reason: str
-    exit_code: int = 1
+    exit_code: ExitCode = ExitCode.FAILED
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +103,16 @@ class Load:
 class Gauges:
     running: int = 0
     waiting: int = 0
-    kv_used: int = 0  # positions held by running sequences
+    kv_used: int = 0  # blocks held by running sequences
+    kv_cached: int = 0  # blocks that a prompt may find again
     kv_total: int = 0
+    preemptions: int = 0  # since the worker started
+
+    @property
+    def kv_empty(self) -> int:
+        """Blocks that hold nothing worth keeping."""
+        return self.kv_total - self.kv_used - self.kv_cached
+
     pool_used: int = 0
     host_bytes: int = 0
 
@@ -112,12 +121,12 @@ class Gauges:
 class Report:
     """One message per step.
 
-    `started` requests have got a sequence slot; `tiers` are changes of residency; `dropped` says the
-    bytes freed.
+    `started` are requests that have begun, with the prompt tokens that were cached; `tiers` are changes of
+    residency; `dropped` says the bytes freed.
     """
 
     events: tuple[Event, ...] = ()
-    started: tuple[int, ...] = ()
+    started: tuple[tuple[int, int], ...] = ()
     tiers: tuple[tuple[Digest, Tier], ...] = ()
     loads: tuple[Load, ...] = ()
     placed: tuple[tuple[Digest, float], ...] = ()  # digest, seconds

@@ -15,14 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from .. import limits
+from ..core import capacity
 from ..errors import DoesNotFit
 from ..limits import megabytes
 from .gguf_header import count_values
 
-# Beside the weights: the self-check, the first KV rows, and the validator's process, which starts meanwhile
+# Beside the weights: the self-check, the first KV blocks, and the validator's process, which starts meanwhile
 WORKING_BYTES = 400_000_000
-# Bytes of a weight of a linear layer: nf4 has a byte for 64 of them, and four more for 256 of these bytes
-QUANTIZED_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 
 
 def check_base(folder: Path, name: str, device: torch.device, dtype: torch.dtype, quantization: str) -> None:
@@ -89,9 +88,6 @@ def measure_weights(model: Any, dtype: torch.dtype, quantization: str) -> int:
     head = model.get_output_embeddings()
     layers = [m for m in model.modules() if isinstance(m, (nn.Linear, Conv1D)) and m is not head]
     quantized = {id(layer.weight) for layer in layers}
-    in_linears = QUANTIZED_BYTES.get(quantization, dtype.itemsize)
-    each = (
-        weight.numel() * (in_linears if id(weight) in quantized else dtype.itemsize)
-        for weight in model.parameters()
-    )
-    return int(sum(each))
+    in_linears = sum(weight.numel() for weight in model.parameters() if id(weight) in quantized)
+    others = sum(weight.numel() for weight in model.parameters()) - in_linears
+    return capacity.weights_bytes(in_linears, others, quantization, dtype.itemsize)

@@ -1,6 +1,6 @@
 """The worker process: commands in, plan, step, reports out.
 
-`python -m service.worker.loop FD MODULE:FACTORY`.
+`python -m service.worker.loop FD FORM LEVEL MODULE:FACTORY`; FORM and LEVEL are those of the log.
 
 It owns the device, runs every step, and ends when its parent does. Must not know HTTP, text or adapter
 names.
@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 
-from ..child_process import be_the_first_to_go, die_with_parent
+from ..child_process import be_the_first_to_go, settle_child
 from ..core.adapter import Digest, Placement, Tier
 from ..core.base_info import BaseInfo
 from ..core.defaults import defaults_of
@@ -45,6 +45,7 @@ from ..core.request import Request
 from ..engine.plan import Chunk, Plan, Result, Runner
 from ..engine.scheduler import Scheduler
 from ..errors import AdapterdError, DoesNotFit, SettingsError
+from ..exit_codes import ExitCode
 from ..limits import free_memory, megabytes
 from ..settings import Faults, Settings
 from ..telemetry import logs
@@ -58,7 +59,6 @@ NOTHING = Plan()
 HEARTBEAT_S = 2.0
 # Exit code: two steps in a row raised in all their parts, so the device is not to be trusted
 RAISED_TWICE = 70
-WRONG_SETTING = 2  # the service's exit code
 PARENT_GONE = (EOFError, BrokenPipeError, ConnectionResetError)
 # Folders, and the last name below them
 ABSOLUTE_PATH = re.compile(r"(?<![\w./])(?:/[^\s/'\"]+)*/([^\s/'\"]+)")
@@ -224,17 +224,13 @@ class Worker:
         return guilty
 
     def _prepare(self, plan: Plan) -> set[Digest]:
-        """Removes, places and copies, in steps of their own; the adapters that could not be placed.
-
-        So their times are known, and chunks that are run again copy nothing again.
+        """Removes and places, in steps of their own, so that their times are known; the adapters that could
+        not be placed.
         """
         if plan.remove:
             seconds = self._time_step(Plan(remove=plan.remove)) / len(plan.remove)
             self._evicted += [(digest, Tier.DEVICE, seconds) for digest in plan.remove]
-        unplaced = {placement.digest for placement in plan.place if not self._place_adapter(placement)}
-        if plan.forks:
-            self.runner.run_step(Plan(forks=plan.forks))
-        return unplaced
+        return {placement.digest for placement in plan.place if not self._place_adapter(placement)}
 
     def _place_adapter(self, placement: Placement) -> bool:
         try:
@@ -278,11 +274,11 @@ class Worker:
         return guilty
 
     def _can_run(self, chunk: Chunk, adapter: Digest | None) -> bool:
-        """Whether two tokens can be run in the KV row of this failed chunk, which no sequence reads
+        """Whether two tokens can be run in a block that this failed chunk wrote, which no sequence reads
         any more.
         """
         tokens = (chunk.request.prompt * 2)[:2]
-        trial = Chunk(Request(TRIAL, tokens, 0, adapter), chunk.row, 0, tokens, sample=False)
+        trial = Chunk(Request(TRIAL, tokens, 0, adapter), chunk.written_blocks[:1], 0, tokens, sample=False)
         try:
             self.runner.run_step(Plan(chunks=(trial,)))
         except Exception:
@@ -325,7 +321,7 @@ class Worker:
 
 
 def make_scheduler(base: BaseInfo, settings: Settings) -> Scheduler:
-    """The scheduler, whose cache of adapters leaves half of the host's memory to KV rows and others."""
+    """The scheduler, whose cache of adapters leaves half of the host's memory to KV blocks and others."""
     host_bytes, free = settings.host_cache_mb * 10**6, free_memory()
     if free is not None and host_bytes > free.memory // 2:
         host_bytes = free.memory // 2
@@ -333,6 +329,7 @@ def make_scheduler(base: BaseInfo, settings: Settings) -> Scheduler:
     return Scheduler(
         rows=base.rows,
         context=base.context,
+        kv_blocks=base.kv_blocks,
         pool_rank=base.pool_rank,
         prefill_tokens=settings.prefill_tokens or defaults_of(base.device).prefill_tokens,
         host_bytes=host_bytes,
@@ -377,7 +374,7 @@ def serve_worker(connection: Connection, settings: Settings, factory: Factory) -
     try:
         runner, base = factory(settings, send_progress)
     except DoesNotFit as error:
-        return _refuse_start(connection, CannotStart(str(error), WRONG_SETTING))
+        return _refuse_start(connection, CannotStart(str(error), ExitCode.REFUSED))
     except (AdapterdError, SettingsError) as error:
         return _refuse_start(connection, CannotStart(str(error)))
     except (EOFError, OSError, ValueError) as error:
@@ -401,10 +398,8 @@ def describe_error(error: Exception) -> str:
     return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
-def run_process(descriptor: str, factory: str) -> int:
-    for ignored in (signal.SIGINT, signal.SIGTERM):  # the parent decides when to end
-        signal.signal(ignored, signal.SIG_IGN)
-    die_with_parent()
+def run_process(descriptor: str, form: str, level: str, factory: str) -> int:
+    settle_child(form, level)
     be_the_first_to_go()
     module, _, function = factory.partition(":")
     with (

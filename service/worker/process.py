@@ -10,22 +10,22 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 
+from ..child_process import start_child
 from ..core.messages import Command, Message
 from ..limits import count_oom_kills
 from ..settings import Settings
 
 # Of /proc/PID/stat behind the name: user, system, and both of its children; see proc(5)
 CPU_TIMES = slice(11, 15)
+PROGRAM = "service.worker.loop"
 LAST_WORDS_S = 2.0  # how long a worker may take to end after it closed its connection
 OVERSTAYED = f"it closed its connection, did not end within {LAST_WORDS_S:g} s and was killed"
 
@@ -59,7 +59,7 @@ class WorkerProcess:
         self._oom_kills = count_oom_kills()
         self._connection, worker_end = Pipe()
         with worker_end:
-            self._popen = _start_process(worker_end, factory)
+            self._popen = start_child(PROGRAM, worker_end, factory, environment=os.environ)
         self.pid = self._popen.pid
         self._commands: SimpleQueue[Command | Settings | None] = SimpleQueue()
         self._commands.put(settings)
@@ -120,14 +120,6 @@ class WorkerProcess:
         return WorkerExit(code, killed, is_foreign and count_oom_kills() > self._oom_kills)
 
 
-def _start_process(worker_end: Connection, factory: str) -> subprocess.Popen[bytes]:
-    descriptor = worker_end.fileno()
-    command = [sys.executable, "-m", "service.worker.loop", str(descriptor), factory]
-    # It must find the very same modules
-    paths = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    return subprocess.Popen(command, pass_fds=(descriptor,), stdin=subprocess.DEVNULL, env=os.environ | paths)
-
-
 def _start_thread(name: str, call: Callable[[], None]) -> threading.Thread:
     thread = threading.Thread(target=call, name=name, daemon=True)
     thread.start()
@@ -137,11 +129,11 @@ def _start_thread(name: str, call: Callable[[], None]) -> threading.Thread:
 def _process_tree(pid: int) -> Iterator[int]:
     yield pid
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in children.read_text().split():
+        for child in children.read_text(encoding="utf-8").split():
             yield from _process_tree(int(child))
 
 
 def _processor_ticks(pid: int) -> int:
     """Of the process and of the children that it has waited for."""
-    _, _, fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")
+    _, _, fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")
     return sum(map(int, fields.split()[CPU_TIMES]))

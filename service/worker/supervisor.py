@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 
 from ..core.base_info import BaseInfo
 from ..core.messages import CannotStart, Command, LastWords, Message, Progress, Ready, Report, Shutdown
+from ..exit_codes import ExitCode
 from ..limits import free_memory
 from ..settings import Settings
 from ..telemetry import metrics
@@ -78,7 +79,7 @@ class Supervisor:
         self.settings, self.factory, self.listener = settings, factory, listener
         self.state = WorkerState.LOADING
         self.stage, self.fraction, self.reason = "", 0.0, ""
-        self.exit_code = 1
+        self.exit_code = ExitCode.FAILED
         self.base: BaseInfo | None = None
         self.settled = asyncio.Event()  # ready, or never to be
         self.heard = 0.0

@@ -41,7 +41,8 @@ from service.errors import (
 from service.telemetry import metrics
 
 from .. import kinds, making
-from .conftest import FakeDevice, InProcessValidator, RegistryFixture
+from ..doubles.engine import FakeEngine
+from .conftest import InProcessValidator, RegistryFixture
 
 pytestmark = pytest.mark.anyio
 CARD = {
@@ -93,10 +94,10 @@ def stocked(catalog: RegistryFixture, plain: Path, other: Path) -> RegistryFixtu
     return catalog
 
 
-def device(registry: Registry) -> FakeDevice:
-    found = registry._table.device
-    assert isinstance(found, FakeDevice)
-    return found
+def device(registry: Registry) -> FakeEngine:
+    engine = registry._table.device
+    assert isinstance(engine, FakeEngine)
+    return engine
 
 
 # ---- registering
@@ -139,7 +140,7 @@ async def test_what_no_step_could_run_is_refused_at_registration_and_by_a_check(
 
 async def test_of_two_contents_racing_for_an_id_one_wins(stocked: RegistryFixture) -> None:
     async with stocked.opened() as registry:
-        gate = device(registry).gate = asyncio.Event()
+        gate = device(registry).load_gate = asyncio.Event()
         racing = asyncio.gather(
             registry.register_adapter("a", "plain"),
             registry.register_adapter("a", "other"),
@@ -449,7 +450,7 @@ async def test_a_pin_holds_though_another_id_lets_its_own_go_meanwhile(
 ) -> None:
     async with stocked.opened() as registry:
         card, _ = await registry.register_adapter("a", "plain", pinned=True, preload=False)
-        gate = device(registry).gate = asyncio.Event()
+        gate = device(registry).load_gate = asyncio.Event()
         registering = asyncio.create_task(registry.register_adapter("b", "plain", pinned=True))
         while not registry._table.lock_for(card["digest"]).locked():  # noqa: ASYNC110 - what is waited for has no event
             await asyncio.sleep(0)

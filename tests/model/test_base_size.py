@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from service import limits
+from service.core import capacity
+from service.core.base_info import BLOCK_TOKENS
 from service.errors import DoesNotFit, SettingsError
 from service.limits import FreeMemory
-from service.model import base_size, build, loading
+from service.model import base_size, build, kv, loading
 from service.model.gguf_header import count_values
 from service.settings import Settings
 from tests import making
@@ -188,19 +190,19 @@ def test_no_more_threads_compute_than_the_quota_keeps_busy(monkeypatch: pytest.M
         torch.set_num_threads(before)
 
 
-def test_kv_rows_that_the_group_has_no_memory_for_are_refused_by_the_setting(
+def test_a_context_that_the_group_has_no_memory_for_is_refused_by_the_setting(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    values = {"base": str(base), "device": "cpu", "dtype": "float32", "compile": "off", "max_rows": 100}
+    values = {"base": str(base), "device": "cpu", "dtype": "float32", "compile": "off", "max_context": 64}
     settings = Settings.model_validate(values)
     with making.quiet():
         model = loading.load_base(base, settings, loading.no_progress)
     probed = build._probe_base(model, settings)
-    # 2 layers of 2 heads of 64 values, keys and values, in float32
-    row = 100 * 2 * 2 * 2 * 64 * 4
-    leave(monkeypatch, 2 * 30 * row)
-    assert build._compute_capacity(probed) == (100, 30)
-    leave(monkeypatch, 2 * 10 * row)
-    with pytest.raises(DoesNotFit, match="ADAPTERD_MAX_CONTEXT: 100 rows of 24 tokens do not fit"):
+    pool = capacity.pool_bytes(loading.list_linear_kinds(model, ()), settings.pool_rank, 4)
+    block = BLOCK_TOKENS * kv.bytes_per_position(probed.attention, torch.float32)
+    leave(monkeypatch, pool + 4 * 4 * block)  # a quarter of what the pool leaves
+    assert build._compute_capacity(probed)[1:] == (64, 4)
+    leave(monkeypatch, pool + 4 * 3 * block)
+    with pytest.raises(DoesNotFit, match="ADAPTERD_MAX_CONTEXT: 64 tokens do not fit into memory; 48 do"):
         build._compute_capacity(probed)
     assert issubclass(DoesNotFit, SettingsError)

@@ -2,8 +2,8 @@
 built once with the machine's C++ compiler, kept in a cache, and put in place of the torch path
 where they apply.
 
-They need bfloat16 weights and a processor with AVX512-BF16; without these, or without a compiler,
-the torch path serves. Runs in the worker process; must not know adapters' files, requests or
+They need bfloat16 weights and a processor with AVX2, AVX-512 or NEON; without these, or without a
+compiler, the torch path serves. Runs in the worker process; must not know adapters' files, requests or
 scheduling.
 """
 
@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +22,23 @@ from torch import Tensor, nn
 from torch.utils.cpp_extension import include_paths, library_paths
 from transformers import AttentionInterface
 
-from ..loading import CACHE, has_avx512_bf16
+from ...engine.kv_blocks import count_blocks
+from ..loading import CACHE
+from ..processor import find_compiler, has_vectors
 
-NAME = "adapterd_rows"
+NAME = "adapterd_blocks"
 SOURCE_NAMES = ("ops.cpp", "attention.h", "linear.h", "vectors.h", "thread_pool.h")
 SOURCES = [Path(__file__).with_name(name) for name in SOURCE_NAMES]
-FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp"]
+FLAGS = [
+    "-O3",
+    "-march=native",
+    "-ffp-contract=fast",
+    "-Wno-psabi",
+    "-std=c++20",
+    "-fPIC",
+    "-shared",
+    "-fopenmp",
+]
 FIELDS = 8  # int32 columns of a table, see linear.h
 
 log = logging.getLogger(__name__)
@@ -41,8 +51,8 @@ def load_kernels() -> bool:
     """
     if hasattr(torch.ops.adapterd, "linear"):
         return True
-    if not has_avx512_bf16():
-        log.info("kernels: off, the processor has no AVX512-BF16")
+    if not has_vectors():
+        log.info("kernels: off, the processor has none of AVX2, AVX-512 and NEON")
         return False
     try:
         library: Any = torch.ops
@@ -51,7 +61,7 @@ def load_kernels() -> bool:
         reason = str(getattr(error, "stderr", None) or error)[-300:]
         log.warning("kernels: off, they cannot be built: %s", reason)
         return False
-    AttentionInterface.register(NAME, attend_rows)
+    AttentionInterface.register(NAME, attend_blocks)
     return True
 
 
@@ -60,26 +70,26 @@ def _build_library() -> Path:
 
     Raises OSError or CalledProcessError.
     """
-    compiler, flags = _find_compiler(), [*FLAGS, *(f"-I{path}" for path in include_paths())]
+    flags = [*FLAGS, *(f"-I{path}" for path in include_paths())]
     target = CACHE / "kernels" / f"ops-{_library_key(flags)}.so"
     if not target.exists():
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as aside:
             library = Path(aside) / target.name
-            _compile_library([compiler, *flags], library)
+            _compile_library([_require_compiler(), *flags], library)
             library.rename(target)
     return target
 
 
-def _find_compiler() -> str:
-    compiler = shutil.which("g++") or shutil.which("c++")
+def _require_compiler() -> str:
+    compiler = find_compiler()
     if compiler is None:
         raise OSError("no C++ compiler (g++) is installed")
     return compiler
 
 
 def _library_key(flags: Sequence[str]) -> str:
-    text = "".join(source.read_text() for source in SOURCES)
+    text = "".join(source.read_text(encoding="utf-8") for source in SOURCES)
     content = f"{text} {flags} {torch.__version__} {_processor_flags()}"
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -87,19 +97,19 @@ def _library_key(flags: Sequence[str]) -> str:
 def _compile_library(compiler: Sequence[str], target: Path) -> None:
     links = [*(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu", "-ltorch"]
     command = [*compiler, str(SOURCES[0]), "-o", str(target), *links]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    subprocess.run(command, check=True, capture_output=True, encoding="utf-8", errors="replace")
 
 
 def _processor_flags() -> str:
     """The features `-march=native` depends on: two machines that share a cache folder may differ."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return ""
     return next((line for line in lines if line.startswith("flags")), "")
 
 
-def attend_rows(
+def attend_blocks(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -115,7 +125,7 @@ def attend_rows(
     dim].
     """
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    buffers = module.kv_keys, module.kv_values, module.kv_table
+    buffers = module.kv_keys, module.kv_values, module.kv_table, module.kv_block_table
     out = torch.ops.adapterd.attend(query, key, value, *buffers, scale, sliding_window or 0, softcap or 0.0)
     return out, None
 
@@ -131,19 +141,35 @@ def fits_kernel(layer: nn.Module) -> bool:
 
 
 class StepTables(NamedTuple):
-    """The spans of a step's tokens, and of those tokens that get logits."""
+    """The spans of a step's tokens, of those that get logits, and the KV blocks of each sequence."""
 
     body: Tensor
     head: Tensor
+    blocks: Tensor
 
 
-def make_tables(rows: int) -> StepTables:
-    size = (1 + 2 * rows, FIELDS)  # every row may decode while another prompt for it is under way
-    return StepTables(torch.zeros(size, dtype=torch.int32), torch.zeros(size, dtype=torch.int32))
+def make_tables(rows: int, context: int) -> StepTables:
+    """For steps of at most `rows` sequences of `context` tokens."""
+    size = (1 + rows, FIELDS)
+    blocks = torch.zeros(rows, count_blocks(context), dtype=torch.int32)
+    return StepTables(torch.zeros(size, dtype=torch.int32), torch.zeros(size, dtype=torch.int32), blocks)
+
+
+def register_tables(layers: Iterable[nn.Module], tables: StepTables) -> None:
+    """Gives attention layers the tables that their kernel reads."""
+    for layer in layers:
+        layer.register_buffer("kv_table", tables.body, persistent=False)
+        layer.register_buffer("kv_block_table", tables.blocks, persistent=False)
+
+
+def fill_blocks(table: Tensor, blocks: Sequence[Sequence[int]]) -> None:
+    """Writes the KV blocks of a step's sequences."""
+    for row, own in zip(table, blocks, strict=False):
+        row[: len(own)] = torch.tensor(own, dtype=torch.int32)
 
 
 def fill_table(table: Tensor, spans: Sequence[Sequence[int]]) -> None:
-    """Writes the spans of a step; each is start, length, KV row, position, pool row, rank, gated."""
+    """Writes the spans of a step; each is start, length, sequence, position, pool row, rank, gated."""
     table[0, 0] = len(spans)
     if spans:
         table[1 : 1 + len(spans), : len(spans[0])] = torch.tensor(spans, dtype=torch.int32)

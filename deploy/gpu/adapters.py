@@ -20,8 +20,12 @@ from .products import GROUPS, Group
 Tile = tuple[int, int, int, int]
 RANKS = (8, 16, 64)
 ERROR = 5e-3
-# Inputs at a time, inputs of a split and columns that are tried
-VARIANTS = [(64, 64, 64)] if DRY else [(128, 512, 256), (256, 512, 256), (128, 512, 128)]
+# Inputs at a time, inputs of a split, columns and ranks at a time that are tried
+VARIANTS = (
+    [(64, 64, 64, 16)]
+    if DRY
+    else [(128, 512, 256, 16), (128, 512, 256, 64), (128, 512, 512, 16), (128, 1024, 256, 16)]
+)
 
 
 def make_layout(tiles: Sequence[Tile]) -> LoraTiles:
@@ -66,7 +70,7 @@ def _run_small(shape: LoraShape, n_in: int) -> None:
 
 
 def shapes_of(n_in: int) -> list[LoraShape]:
-    return [LoraShape(inputs, min(16, -(-n_in // share)), columns) for inputs, share, columns in VARIANTS]
+    return [LoraShape(each[0], min(16, -(-n_in // each[1])), *each[2:]) for each in VARIANTS]
 
 
 def check_adapters(report: Report) -> None:
@@ -123,7 +127,7 @@ def _time_case(
     x, layout = random(tokens, group.n_in), make_layout(tiles)
     copies = [make_members(group, tokens, used) for _ in range(ring(size))]
     times = {
-        f"K{shape.inputs} splits {shape.splits} N{shape.columns}": took(
+        f"K{shape.inputs} splits {shape.splits} N{shape.columns} R{shape.ranks}": took(
             [partial(lora.add_adapters, x, members, layout, shape) for members in copies]
         )
         for shape in shapes_of(group.n_in)

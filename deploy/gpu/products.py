@@ -42,14 +42,14 @@ GROUPS = (
 )
 TOKENS = (3,) if DRY else (1, 16, 32, 64)
 COMPANY = ((0, 1), (2, 4)) if DRY else ((0, 1), (5, 6), (7, 23), (20, 45), (1, 34))
-# Columns, scale blocks at a time, warps and stages that are tried, by padded tokens
+# Columns, warps and stages that are tried, by padded tokens
 VARIANTS = (
-    {16: [(64, 1, 4, 2)]}
+    {16: [(64, 4, 2)]}
     if DRY
     else {
-        16: [(128, 2, 4, 4), (128, 1, 4, 6), (128, 4, 4, 3), (64, 2, 4, 4), (128, 2, 8, 4)],
-        32: [(128, 2, 4, 4), (128, 1, 4, 6), (64, 2, 4, 4), (256, 2, 8, 3)],
-        64: [(128, 2, 8, 3), (128, 1, 4, 4), (64, 2, 4, 4), (256, 2, 8, 3)],
+        16: [(128, 4, 6), (128, 4, 4), (128, 4, 3)],
+        32: [(128, 4, 6), (128, 4, 4), (128, 4, 3)],
+        64: [(128, 4, 4), (128, 4, 3), (64, 4, 4)],
     }
 )
 ERROR = 5e-3
@@ -74,8 +74,8 @@ def shapes_of(group: Group, tokens: int) -> list[ProductShape]:
     """The variants for this many tokens, and for the first of them other splits."""
     own = product_shape(tokens, sum(group.outputs), group.n_in)
     tried = [
-        own._replace(columns=columns, blocks=blocks, warps=warps, stages=stages)
-        for columns, blocks, warps, stages in VARIANTS[own.tokens]
+        own._replace(columns=columns, warps=warps, stages=stages)
+        for columns, warps, stages in VARIANTS[own.tokens]
     ]
     others = {max(1, own.splits // 2), own.splits * 2} - {own.splits}
     return tried + [tried[0]._replace(splits=splits) for splits in sorted(others)]
@@ -85,10 +85,10 @@ def compile_all(part: int, of: int) -> None:
     """Every `of`-th binary, by a small product: the cache on disk then has it for all processes."""
     weights = [make_weight(256, 512)]
     kinds = [(tokens, variant) for tokens, variants in VARIANTS.items() for variant in variants]
-    for i, (tokens, variant) in enumerate(kinds):
+    for i, (tokens, (columns, warps, stages)) in enumerate(kinds):
         for j, splits in enumerate((2, 1)):
             if (2 * i + j) % of == part:
-                shape = ProductShape(tokens, *variant[:2], splits, *variant[2:])
+                shape = ProductShape(tokens, columns, splits, warps, stages)
                 nf4.multiply(random(tokens, 512), weights, shape)
 
 
@@ -133,7 +133,7 @@ def _time_shapes(report: Report, group: Group, x: Tensor, copies: list[list[NF4W
     """Microseconds by shape, our own choice first."""
     times = {}
     for shape in shapes_of(group, len(x)):
-        name = f"N{shape.columns} b{shape.blocks} w{shape.warps} s{shape.stages} splits {shape.splits}"
+        name = f"N{shape.columns} w{shape.warps} s{shape.stages} splits {shape.splits}"
         with report.trying(f"NF4 {group.name} {name}"):
             times[name] = took([partial(nf4.multiply, x, weights, shape) for weights in copies])
     return times

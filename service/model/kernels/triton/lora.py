@@ -182,7 +182,7 @@ def _launch_expand(inner: Tensor, members: Sequence[LoraMember], layout: LoraTil
         *(pool.stride(0) for pool in pools),
         *(y.stride(0) for y in outputs),
         TOKENS=LORA_TOKENS,
-        RANK=LORA_RANK,
+        RANK=shape.ranks,
         N=shape.columns,
         SPLITS=shape.splits,
         num_warps=4,

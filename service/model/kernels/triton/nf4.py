@@ -155,7 +155,7 @@ def multiply_nf4(
     packed1, scales1, code1, outer1, offset1,
     packed2, scales2, code2, outer2, offset2,
     tokens, n_in, n_out0, n_out1, n_out2, x_row, y_split, y_row,
-    T: tl.constexpr, N: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+    T: tl.constexpr, N: tl.constexpr, STAGES: tl.constexpr,
     NESTED: tl.constexpr, DEQUANT: tl.constexpr,
 ):  # fmt: skip
     """y[split, token, column] = the split's part of x Wᵀ for the weights W of up to three members,
@@ -180,25 +180,23 @@ def multiply_nf4(
     inputs = x + t[:, None] * x_row + k[None, :]
     is_row = (t < tokens)[:, None]
     blocks = n_in // 64
-    share = tl.cdiv(blocks // STEP, tl.num_programs(1))
+    share = tl.cdiv(blocks, tl.num_programs(1))
     shift = 0.0
     if NESTED:
         shift = tl.load(offset)
     acc = tl.zeros([N, T], tl.float32)
-    for step in tl.range(split * share, tl.minimum((split + 1) * share, blocks // STEP), num_stages=STAGES):
-        for part in tl.static_range(STEP):
-            block = step * STEP + part
-            even, odd = unpack_words(tl.load(words + block * 8), x.dtype.element_ty, DEQUANT)
-            place = row * blocks + block
-            if NESTED:
-                named = tl.load(code + tl.load(scales + place).to(tl.int32))
-                scale = named * tl.load(outer + place // 256) + shift
-            else:
-                scale = tl.load(scales + place)
-            values = order_inputs(tl.load(inputs + block * 64, mask=is_row, other=0.0), T)
-            weights = order_inputs(tl.join(even, odd), N)
-            products = tl.dot(weights, tl.trans(values), input_precision="ieee")
-            acc = tl.fma(products, tl.broadcast_to(scale[:, None], [N, T]), acc)
+    for block in tl.range(split * share, tl.minimum((split + 1) * share, blocks), num_stages=STAGES):
+        even, odd = unpack_words(tl.load(words + block * 8), x.dtype.element_ty, DEQUANT)
+        place = row * blocks + block
+        if NESTED:
+            named = tl.load(code + tl.load(scales + place).to(tl.int32))
+            scale = named * tl.load(outer + place // 256) + shift
+        else:
+            scale = tl.load(scales + place)
+        values = order_inputs(tl.load(inputs + block * 64, mask=is_row, other=0.0), T)
+        weights = order_inputs(tl.join(even, odd), N)
+        products = tl.dot(weights, tl.trans(values), input_precision="ieee")
+        acc = tl.fma(products, tl.broadcast_to(scale[:, None], [N, T]), acc)
     where = y + split * y_split + t[None, :] * y_row + (column + n)[:, None]
     tl.store(where, acc.to(y.dtype.element_ty), mask=(t < tokens)[None, :] & (n < n_out)[:, None])
 
@@ -262,7 +260,6 @@ def _launch_product(
         parts.stride(1),
         T=shape.tokens,
         N=shape.columns,
-        STEP=shape.blocks,
         STAGES=shape.stages,
         NESTED=weights[0].code is not None,
         DEQUANT=dequantization,

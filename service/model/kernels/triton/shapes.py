@@ -24,7 +24,7 @@ FEWEST_BLOCKS = 4  # scale blocks of a split
 LORA_TOKENS = 16  # of a tile at most
 LORA_RANK = 16  # rank rows that a program takes at a time
 LORA_SHARE = 512  # inputs that a split of the shrink sums
-LORA_MOST_SPLITS = 16
+LORA_MOST_SPLITS = 8
 
 # Attention
 KV_BLOCK = 16  # positions of a block of KV
@@ -34,28 +34,26 @@ ATTENTION_PROGRAMS = 2048  # of a decode step, about
 
 
 class ProductShape(NamedTuple):
-    """How the programs of the NF4 product divide a weight: `columns` outputs and, at a time,
-    `blocks` scale blocks each; `tokens` is what the rows are padded to.
+    """How the programs of the NF4 product divide a weight: `columns` outputs each, and the inputs in
+    `splits`; `tokens` is what the rows are padded to.
     """
 
     tokens: int
     columns: int
-    blocks: int
     splits: int
     warps: int
     stages: int
 
 
-# By tokens: columns, warps and stages
-PRODUCT_SHAPES = {16: (128, 4, 4), 32: (128, 4, 4), 64: (128, 8, 3)}
+# By tokens: columns, warps and stages, the fastest of those that `deploy/gpu/products.py` tries
+PRODUCT_SHAPES = {16: (128, 4, 6), 32: (128, 4, 6), 64: (128, 4, 4)}
 
 
 def product_shape(tokens: int, n_out: int, n_in: int) -> ProductShape:
     """Of 1 to 64 rows and a weight, or several side by side, of [n_out, n_in]."""
     padded = next(size for size in PRODUCT_SHAPES if tokens <= size)
     columns, warps, stages = PRODUCT_SHAPES[padded]
-    blocks = 2 if n_in // SCALE_BLOCK % 2 == 0 else 1
-    return ProductShape(padded, columns, blocks, product_splits(n_out, n_in), warps, stages)
+    return ProductShape(padded, columns, product_splits(n_out, n_in), warps, stages)
 
 
 def product_splits(n_out: int, n_in: int) -> int:
@@ -71,16 +69,19 @@ def product_splits(n_out: int, n_in: int) -> int:
 
 
 class LoraShape(NamedTuple):
-    """`inputs` at a time and `splits` of the shrink; `columns` outputs of a program of the expand."""
+    """`inputs` at a time and `splits` of the shrink; `columns` outputs of a program of the expand, and
+    `ranks` at a time there, 16 or a multiple.
+    """
 
     inputs: int
     splits: int
     columns: int
+    ranks: int
 
 
 def lora_shape(n_in: int) -> LoraShape:
     splits = min(ceil_div(n_in, LORA_SHARE), LORA_MOST_SPLITS)
-    return LoraShape(128, splits, 256)
+    return LoraShape(128, splits, 256, 16)
 
 
 class DecodeShape(NamedTuple):
@@ -108,9 +109,14 @@ class PrefillShape(NamedTuple):
     stages: int
 
 
-def prefill_shape(groups: int, dim: int) -> PrefillShape:
+def prefill_shape(groups: int, dim: int, generation: int) -> PrefillShape:
+    """`generation` is the major number of the device's compute capability: before 9 (Hopper) the
+    products take more registers.
+    """
     rows = max(64, power_of_two(groups))
-    return PrefillShape(rows, 64, 4, 2 if dim <= 128 else 1)
+    if dim > 128:
+        return PrefillShape(rows, 32, 8, 2)
+    return PrefillShape(rows, 64 if generation >= 9 else 32, 4, 2)
 
 
 def ceil_div(number: int, by: int) -> int:

@@ -134,7 +134,7 @@ def test_the_endpoint_picker_is_told_where_residency_is() -> None:
 
 
 def test_metrics_are_read_without_a_key_by_those_who_reach_the_port() -> None:
-    """The picker can send none. The policy is what keeps others away, Prometheus' namespace not among them."""
+    """The picker can send none. The policy keeps others away, and lets Prometheus' namespace in."""
     assert variable("ADAPTERD_METRICS_OPEN") == "on"
     (endpoint,) = one("ServiceMonitor")["spec"]["endpoints"]
     assert (endpoint["path"], endpoint.keys() & {"authorization", "basicAuth"}) == ("/metrics", set())

@@ -38,6 +38,10 @@ class SettingsError(Exception):
     """A wrong setting; the message names the variable in one line."""
 
 
+class DoesNotFit(SettingsError):
+    """The base, or what serving it takes, is larger than the memory or the disk that there is."""
+
+
 class AdapterdError(Exception):
     """Base of all errors a client can see. `details` is JSON-ready; `retry_after` is in seconds."""
 

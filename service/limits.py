@@ -1,4 +1,4 @@
-"""What the system leaves this process: processors and memory; in every process, on Linux.
+"""What the system leaves this process: processors, memory, room on a disk; in every process, on Linux.
 
 It asks affinity, `/proc/meminfo` and the control groups of versions 1 and 2: this process's own and all
 above it that can be seen, for the least limit counts. Where the system does not say, nothing is limited.
@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -90,6 +91,20 @@ def count_oom_kills(root: Path = SYSTEM) -> int:
             if count is not None:
                 return count
     return _read_values(root / "proc/vmstat").get("oom_kill", 0)
+
+
+def free_disk(folder: Path) -> int | None:
+    """Bytes that can be written below this folder, which need not be there yet; None where the system
+    does not say.
+    """
+    for present in (folder, *folder.parents):
+        try:
+            return shutil.disk_usage(present).free
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return None
+    return None
 
 
 def megabytes(size: int) -> str:

@@ -1,7 +1,7 @@
 """Says what fits on a device, from a base's config alone, for the command line's `plan`; in its own process.
 
-The arithmetic of pool and KV is the start's own (`core/capacity.py`). Must not know torch: the answer is
-there at once.
+The arithmetic of weights, pool and KV is the start's own (`core/capacity.py`). Must not know torch: the
+answer is there at once.
 """
 
 from __future__ import annotations
@@ -36,8 +36,6 @@ DEMO: dict[str, Any] = {
 }
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 DTYPE_BYTES = 2  # of bfloat16, in which a GPU computes
-# Bytes a weight: 4 bits, a byte for each 64 weights, a float32 for each 256 of those; a byte
-QUANTIZED_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0, "none": float(DTYPE_BYTES)}
 CONTEXTS = (1024, 4096, 16384, 65536)
 
 
@@ -82,7 +80,7 @@ class BaseShape:
         linear = sum(kind.in_features * kind.out_features * kind.count for kind in self.linears())
         embeddings = self.vocabulary * self.hidden * (1 + self.has_own_head)
         norms = self.hidden * (2 * self.layers + 1)
-        return int(linear * QUANTIZED_BYTES[quantization]) + (embeddings + norms) * DTYPE_BYTES
+        return capacity.weights_bytes(linear, embeddings + norms, quantization, DTYPE_BYTES)
 
 
 def read_shape(base: str) -> BaseShape:

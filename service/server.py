@@ -90,7 +90,8 @@ class Server(uvicorn.Server):
 
 
 def run_server(settings: Settings, tracer: Tracer | None = None) -> int:
-    """Serves until a signal; the exit code: OK after a drain, FAILED where the base can never be served.
+    """Serves until a signal; the exit code: OK after a drain, FAILED where the base can never be served,
+    REFUSED where it is larger than the memory.
 
     Raises SettingsError.
     """
@@ -113,7 +114,7 @@ def run_server(settings: Settings, tracer: Tracer | None = None) -> int:
         tracer.flush_and_close()
     if failures:
         _tell_failure(failures[0])
-    code = ExitCode.FAILED if failures else ExitCode.OK
+    code = app.state.services.client.exit_code if failures else ExitCode.OK
     _leave_stuck_threads(code)
     return code
 

@@ -20,7 +20,7 @@ from service.core.base_info import BLOCK_TOKENS, BaseInfo, LinearKind
 from service.core.request import Request, Token
 from service.engine.kv_blocks import count_blocks
 from service.engine.plan import Chunk, Plan, Result
-from service.errors import AdapterInvalid, SettingsError
+from service.errors import AdapterInvalid, DoesNotFit, SettingsError
 from service.settings import Settings
 
 VOCAB = 1000
@@ -213,6 +213,10 @@ def build(
 
 def build_broken(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseInfo]:
     raise SettingsError("ADAPTERD_BASE: the fake base is broken")
+
+
+def build_large(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseInfo]:
+    raise DoesNotFit("ADAPTERD_BASE: the fake base needs 9 MB of memory; 8 MB are free")
 
 
 def build_raising(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseInfo]:

@@ -22,6 +22,7 @@ from fastapi.responses import StreamingResponse
 from service import app as root
 from service.__main__ import main
 from service.api import wire
+from service.exit_codes import ExitCode
 from service.threads import DOWNLOAD
 from tests.api.served_app import NoTokenizers
 from tests.doubles.engine import FakeEngine
@@ -52,6 +53,9 @@ def make(*given: Any, **named: Any) -> FastAPI:
         DOWNLOAD.submit(time.sleep, 1e6)
     if "--broken" in sys.argv:
         engine.base, engine.reason = None, "the folder holds\nno config.json"
+    if "--large" in sys.argv:
+        engine.base, engine.reason = None, "ADAPTERD_BASE: it is too large"
+        engine.exit_code = ExitCode.REFUSED
     app: FastAPI = root_create(
         *given, client=engine, registry=FakeRegistry(), text=lambda folder: NoTokenizers(), **named
     )
@@ -80,7 +84,7 @@ if __name__ == "__main__":
             [
                 word
                 for word in sys.argv[1:]
-                if word not in ("--broken", "--held", "--hasty", "--poor", "--stuck")
+                if word not in ("--broken", "--large", "--held", "--hasty", "--poor", "--stuck")
             ]
         )
     )

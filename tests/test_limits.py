@@ -212,7 +212,14 @@ def test_version_1_has_quota_and_period_in_two_files(system: FakeSystem, quota: 
     assert limits.usable_processors(system.root) == usable
 
 
-# ---- the real system
+# ---- disks, and the real system
+
+
+def test_the_disk_is_that_of_the_nearest_folder_that_is_there(tmp_path: Path) -> None:
+    here, below = limits.free_disk(tmp_path), limits.free_disk(tmp_path / "not" / "yet")
+    assert here
+    assert below
+    assert abs(here - below) < 10**9, "others write meanwhile"
 
 
 def test_this_machine_says() -> None:

@@ -133,6 +133,11 @@ def test_a_base_that_cannot_be_served_ends_the_process_with_one_line() -> None:
     assert out == "ADAPTERD_BASE: the folder holds no config.json\n"
 
 
+def test_a_base_that_does_not_fit_ends_as_a_wrong_setting_does() -> None:
+    with server("--large", "--log-level", "error", serves=False) as (process, _):
+        assert ended(process) == (2, "ADAPTERD_BASE: it is too large\n")
+
+
 def test_a_port_in_use_is_one_line() -> None:
     with socket.create_server(("127.0.0.1", 0)) as held:
         ran = run("tests.standing", "serve", "--port", str(held.getsockname()[1]))

@@ -16,13 +16,14 @@ from service.model.kernels.triton.shapes import decode_shape, prefill_shape
 from .measure import DEVICE, DRY, Report, gap, random, ring, took
 
 HEADS, KV_HEADS, DIM = (4, 2, 32) if DRY else (32, 8, 128)
+GENERATION = 0 if DRY else torch.cuda.get_device_capability()[0]
 ERROR = 5e-3
 REACHES = [ScoreRules(DIM**-0.5), ScoreRules(DIM**-0.5, window=40, softcap=20.0)]
 DECODES = [(2, 40)] if DRY else [(1, 512), (32, 512), (64, 512), (32, 4096), (1, 32768)]
 PREFILLS = [(1, 20, 40)] if DRY else [(1, 2048, 2048), (4, 512, 4096)]  # sequences, tokens, length
 # Positions and stages of decode, rows and warps of prefill that are tried
 DECODE_VARIANTS = [(32, 2)] if DRY else [(64, 2), (64, 3), (128, 2)]
-PREFILL_VARIANTS = [(16, 4)] if DRY else [(64, 4), (128, 8)]
+PREFILL_VARIANTS = [(16, 4)] if DRY else [(64, 4), (64, 8)]
 
 
 def make_kv(lengths: list[int], starts: list[int]) -> PagedKV:
@@ -42,7 +43,7 @@ def compile_all(part: int, of: int) -> None:
             attention.attend_decode(query, kv, REACHES[0], shape=shape)
     for i, (rows, warps) in enumerate(PREFILL_VARIANTS, 3):
         if i % of == part:
-            wide = prefill_shape(HEADS // KV_HEADS, DIM)._replace(rows=rows, warps=warps)
+            wide = prefill_shape(HEADS // KV_HEADS, DIM, GENERATION)._replace(rows=rows, warps=warps)
             attention.attend_prefill(query, kv, REACHES[0], 1, torch.empty_like(query), shape=wide)
     if part == of - 1:
         sinks = random(HEADS)
@@ -109,7 +110,7 @@ def time_prefill(report: Report) -> None:
     for sequences, tokens, length in PREFILLS:
         starts = [tokens * i for i in range(sequences + 1)]
         kv, query = make_kv([length] * sequences, starts), random(tokens * sequences, HEADS, DIM)
-        out, own = torch.empty_like(query), prefill_shape(HEADS // KV_HEADS, DIM)
+        out, own = torch.empty_like(query), prefill_shape(HEADS // KV_HEADS, DIM, GENERATION)
         times = {}
         for rows, warps in PREFILL_VARIANTS:
             shape = own._replace(rows=rows, warps=warps)

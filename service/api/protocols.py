@@ -17,6 +17,7 @@ from ..catalog.versions import AdapterVersion
 from ..core.adapter import Digest, Placement
 from ..core.messages import Gauges, Load
 from ..core.request import Request
+from ..exit_codes import ExitCode
 from ..worker.ticket import Ticket
 
 Json = dict[str, Any]
@@ -38,6 +39,8 @@ class EngineClient(Device, Protocol):
     def fraction(self) -> float: ...
     @property
     def reason(self) -> str: ...
+    @property
+    def exit_code(self) -> ExitCode: ...
     @property
     def pool(self) -> tuple[Placement, ...]: ...
     @property

@@ -1,6 +1,6 @@
-"""The arithmetic of a device's memory: what the rank pool takes, how many KV blocks fit beside it.
+"""The arithmetic of a device's memory: what weights and rank pool take, how many KV blocks fit beside it.
 
-Used by the worker's start and by the forecast of it, in every process. Integers only.
+Used by the worker's start and by the forecast of it, in every process. Must not know a tensor.
 """
 
 from __future__ import annotations
@@ -13,6 +13,15 @@ from .base_info import BLOCK_TOKENS, LinearKind
 # memory is shared with the system, the API process and the adapters in host memory
 GPU_SHARE = 0.9
 CPU_SHARE = 0.25
+# Bytes of a quantized weight: 4 bits, a byte for each 64 weights, a float32 for each 256 of those; a byte
+QUANTIZED_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
+
+
+def weights_bytes(in_linears: int, others: int, quantization: str, itemsize: int) -> int:
+    """Bytes of a base's weights: of its linear layers but the head, which are quantized, and of all others,
+    which are not.
+    """
+    return int(in_linears * QUANTIZED_BYTES.get(quantization, itemsize)) + others * itemsize
 
 
 def pool_bytes(linears: Iterable[LinearKind], rank: int, itemsize: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..exit_codes import ExitCode
 from .adapter import Adapter, Digest, Placement, Tier
 from .base_info import BaseInfo
 from .error_codes import ErrorCode
@@ -68,9 +69,13 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class CannotStart:
-    """The worker cannot start and a restart would not help; `reason` is fit for a person."""
+    """The worker cannot start and a restart would not help; `reason` is fit for a person.
+
+    `exit_code` is the one that the service is to end with at its start.
+    """
 
     reason: str
+    exit_code: ExitCode = ExitCode.FAILED
 
 
 @dataclass(frozen=True, slots=True)

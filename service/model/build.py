@@ -21,9 +21,9 @@ from .. import limits
 from ..core import capacity
 from ..core.base_info import BLOCK_TOKENS, BaseInfo
 from ..core.defaults import defaults_of
-from ..errors import SettingsError
+from ..errors import DoesNotFit, SettingsError
 from ..settings import Settings
-from . import gpu_kernels, kernels, kv, loading, rope, selfcheck
+from . import base_size, gpu_kernels, kernels, kv, loading, rope, selfcheck
 from .graphs import CudaGraphs
 from .kernels import decoder
 from .linear_calls import LinearCalls, recorded_calls
@@ -55,13 +55,14 @@ class ProbedBase(NamedTuple):
 def build_runner(settings: Settings, progress: loading.Progress) -> tuple[ModelRunner, BaseInfo]:
     """Loads everything.
 
-    Raises SettingsError with a reason fit for a person when this base or device cannot be served.
+    Raises SettingsError with a reason fit for a person when this base or device cannot be served,
+    DoesNotFit where memory is too small for it.
     """
     _limit_threads(settings.threads)
     try:
         return _build_parts(settings, progress)
     except torch.OutOfMemoryError as error:
-        raise SettingsError(
+        raise DoesNotFit(
             f"ADAPTERD_BASE: it, KV and a pool of {settings.pool_rank} do not fit into the GPU's memory"
         ) from error
 
@@ -70,6 +71,8 @@ def _build_parts(settings: Settings, progress: loading.Progress) -> tuple[ModelR
     device = loading.device_of(settings)
     dtype = loading.dtype_of(settings, device)
     folder = loading.resolve_folder(settings.base, dtype, progress)
+    progress("measuring the memory", 0.0)
+    base_size.check_base(folder, settings.base, device, dtype, loading.quantization_of(settings, device))
     model = loading.load_base(folder, settings, progress)
     if device.type == "cuda":
         _prepare_gpu(device)
@@ -242,11 +245,12 @@ def _compute_capacity(base: ProbedBase) -> loading.Capacity:
     if wanted and wanted > own:
         raise SettingsError(f"ADAPTERD_MAX_CONTEXT: {wanted} is over the base's own {own}")
     if wanted and wanted > fitting:
-        raise SettingsError(f"ADAPTERD_MAX_CONTEXT: {wanted} tokens do not fit into memory; {fitting} do")
+        raise DoesNotFit(f"ADAPTERD_MAX_CONTEXT: {wanted} tokens do not fit into memory; {fitting} do")
     context = wanted or min(own, fitting)
     if context < selfcheck.PROBE:
         reason = f"{context} tokens are too few to prove the base by {selfcheck.PROBE}"
-        raise SettingsError(f"{'ADAPTERD_MAX_CONTEXT' if wanted else 'ADAPTERD_KV_MB'}: {reason}")
+        error = SettingsError if wanted or own < selfcheck.PROBE else DoesNotFit
+        raise error(f"{'ADAPTERD_MAX_CONTEXT' if wanted else 'ADAPTERD_KV_MB'}: {reason}")
     return loading.Capacity(rows, context, blocks)
 
 

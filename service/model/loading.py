@@ -26,6 +26,7 @@ from ..core.base_info import BaseInfo, LayerLimit, LinearKind, name_pattern
 from ..core.defaults import defaults_of
 from ..errors import SettingsError
 from ..settings import HUB_ID, Dtype, Settings
+from . import base_size
 from .processor import find_compiler, has_vectors
 
 log = logging.getLogger(__name__)
@@ -87,11 +88,12 @@ def convert_gguf(file: Path, dtype: torch.dtype, progress: Progress) -> Path:
 
     One folder for each dtype that the base is loaded in: no value is rounded before it has to be,
     and none is kept in more bits than are used. Raises SettingsError where the file cannot be read
-    or lacks a tensor.
+    or lacks a tensor, DoesNotFit where memory or disk are too small.
     """
     target = _converted_folder(file, dtype)
     if target.exists():
         return target
+    base_size.check_conversion(file, dtype, target)
     progress("converting the GGUF file, once", 0.0)
     target.parent.mkdir(parents=True, exist_ok=True)
     _convert_aside(file, dtype, target, progress)

@@ -18,6 +18,7 @@ from ..core.error_codes import ErrorCode
 from ..core.messages import Cancel, Gauges, Load, Report, Submit
 from ..core.request import Event, Finish, Request
 from ..errors import NotReady, Overloaded
+from ..exit_codes import ExitCode
 from ..settings import Settings
 from ..telemetry import metrics
 from ..telemetry.metrics import WorkerMetrics
@@ -83,6 +84,11 @@ class WorkerClient:
     def reason(self) -> str:
         """Why it is not ready, fit for a person; empty while it loads."""
         return self._worker.reason
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """The one to end with where the base can never be served."""
+        return self._worker.exit_code
 
     @property
     def base(self) -> BaseInfo | None:

@@ -44,7 +44,8 @@ from ..core.messages import (
 from ..core.request import Request
 from ..engine.plan import Chunk, Plan, Result, Runner
 from ..engine.scheduler import Scheduler
-from ..errors import AdapterdError, SettingsError
+from ..errors import AdapterdError, DoesNotFit, SettingsError
+from ..exit_codes import ExitCode
 from ..limits import free_memory, megabytes
 from ..settings import Faults, Settings
 from ..telemetry import logs
@@ -367,6 +368,8 @@ def serve_worker(connection: Connection, settings: Settings, factory: Factory) -
 
     try:
         runner, base = factory(settings, send_progress)
+    except DoesNotFit as error:
+        return _refuse_start(connection, CannotStart(str(error), ExitCode.REFUSED))
     except (AdapterdError, SettingsError) as error:
         return _refuse_start(connection, CannotStart(str(error)))
     except (EOFError, OSError, ValueError) as error:

@@ -15,6 +15,7 @@ from ..core.adapter import Adapter, Digest, Placement, Tier
 from ..core.base_info import BaseInfo
 from ..core.messages import Gauges, Load
 from ..core.request import Request
+from ..exit_codes import ExitCode
 from ..limits import usable_processors
 from ..settings import Settings
 from .client import FACTORY, WorkerClient
@@ -86,6 +87,12 @@ class DeviceRouter:
         """Why no worker is ready, fit for a person."""
         reasons = [f"{client.device}: {client.reason}" for client in self.clients if client.reason]
         return "; ".join(reasons)
+
+    @property
+    def exit_code(self) -> ExitCode:
+        """The code with which the service ends where a worker can never serve: that one's."""
+        failed = [client for client in self.clients if client.state is WorkerState.FAILED]
+        return failed[0].exit_code if failed else ExitCode.FAILED
 
     @property
     def _slowest(self) -> WorkerClient:

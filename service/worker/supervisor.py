@@ -16,6 +16,7 @@ from typing import Protocol, TypeVar
 
 from ..core.base_info import BaseInfo
 from ..core.messages import CannotStart, Command, LastWords, Message, Progress, Ready, Report, Shutdown
+from ..exit_codes import ExitCode
 from ..limits import free_memory
 from ..settings import Settings
 from ..telemetry.metrics import WorkerMetrics
@@ -70,7 +71,8 @@ class WorkerListener(Protocol):
 class Supervisor:
     """`stage` and `fraction` (0 to 1) are the progress of a loading worker.
 
-    `reason` says why there is no ready worker; `base` is the last one served.
+    `reason` says why there is no ready worker; `base` is the last one served. `exit_code` is the one that
+    the service is to end with where the base can never be served.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Supervisor:
         self._metrics = metrics
         self.state = WorkerState.LOADING
         self.stage, self.fraction, self.reason = "", 0.0, ""
+        self.exit_code = ExitCode.FAILED
         self.base: BaseInfo | None = None
         self.settled = asyncio.Event()  # ready, or never to be
         self.heard = 0.0
@@ -164,9 +167,10 @@ class Supervisor:
         match message:
             case Progress(stage, fraction):
                 self.stage, self.fraction = stage, fraction
-            case CannotStart(reason):
+            case CannotStart(reason, exit_code):
                 log.error("the worker cannot start: %s", reason)
                 if self.state is not WorkerState.DRAINING:
+                    self.exit_code = exit_code
                     self._set_state(WorkerState.FAILED, reason)
             case LastWords(reason):
                 self._last_words = reason

@@ -6,7 +6,6 @@ By raw sockets, by curl, and behind nginx.
 from __future__ import annotations
 
 import json
-import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -16,8 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from deploy.bench.servers import free_port
-
+from ..nginx import program, proxying
 from ..test_main import server
 
 BODY = b'{"id": "kept", "source": "kept"}'
@@ -294,13 +292,6 @@ def test_a_body_that_cannot_be_read_is_not_told_before_the_answers_that_come_fir
 # ---- programs that offer it
 
 
-def program(name: str, package: str) -> str:
-    """Where it is. A test fails where it is missing: what it shows is not shown by another."""
-    found = shutil.which(name) or shutil.which(name, path="/usr/sbin:/sbin:/usr/local/sbin")
-    assert found, f"{name} is needed for this test: apt-get install {package}"
-    return found
-
-
 def curl(url: str, body: str = "") -> int:
     """The status that it is told; it sends a body as JSON."""
     command = [program("curl", "curl"), "--http2", "--silent", "--show-error", "--noproxy", "*"]
@@ -318,24 +309,14 @@ def test_curl_that_would_rather_have_http_2_is_answered(port: int) -> None:
     assert curl(url, BODY.decode() + " " * 1_000_000) == 200
 
 
-NGINX = """
-daemon off; master_process off; pid {folder}/pid; error_log stderr;
-events {{ }}
-http {{
-  access_log off;
-  client_body_temp_path {folder}/body; proxy_temp_path {folder}/proxy; fastcgi_temp_path {folder}/fastcgi;
-  uwsgi_temp_path {folder}/uwsgi; scgi_temp_path {folder}/scgi;
-  server {{
-    listen 127.0.0.1:{port};
-    location /adapters/ {{ return 403; }}
-    location / {{
-      proxy_pass http://127.0.0.1:{behind};
-      proxy_http_version 1.1;
-      proxy_request_buffering {buffering};
-      proxy_set_header Upgrade $http_upgrade;
-      proxy_set_header Connection $http_connection;
-    }}
-  }}
+LOCATIONS = """
+location /adapters/ {{ return 403; }}
+location / {{
+  proxy_pass http://127.0.0.1:{behind};
+  proxy_http_version 1.1;
+  proxy_request_buffering {buffering};
+  proxy_set_header Upgrade $http_upgrade;
+  proxy_set_header Connection $http_connection;
 }}
 """
 
@@ -343,27 +324,9 @@ http {{
 @pytest.fixture(params=["on", "off"], ids=["buffering", "not buffering"])
 def proxy(request: pytest.FixtureRequest, port: int, tmp_path: Path) -> Iterator[int]:
     """nginx, which refuses requests for single adapters and passes on an offered upgrade."""
-    own = free_port()
-    conf = NGINX.format(folder=tmp_path, port=own, behind=port, buffering=request.param)
-    (tmp_path / "conf").write_text(conf)
-    command = [program("nginx", "nginx-light"), "-p", str(tmp_path), "-c", "conf", "-e", "stderr"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    with process:
-        try:
-            wait_listening(process, own)
-            yield own
-        finally:
-            process.kill()
-
-
-def wait_listening(process: subprocess.Popen[str], port: int) -> None:
-    while True:
-        assert process.poll() is None, process.communicate()[1]
-        try:
-            socket.create_connection(("127.0.0.1", port), timeout=20).close()
-            return
-        except ConnectionRefusedError:
-            continue
+    locations = LOCATIONS.format(behind=port, buffering=request.param)
+    with proxying(locations, tmp_path) as own:
+        yield own
 
 
 def test_behind_a_proxy_no_body_gets_where_the_proxy_lets_nobody(port: int, proxy: int) -> None:

@@ -133,6 +133,25 @@ def test_the_endpoint_picker_is_told_where_residency_is() -> None:
     )
 
 
+def test_metrics_are_read_without_a_key_by_those_who_reach_the_port() -> None:
+    """The picker can send none. The policy keeps others away, and lets Prometheus' namespace in."""
+    assert variable("ADAPTERD_METRICS_OPEN") == "on"
+    (endpoint,) = one("ServiceMonitor")["spec"]["endpoints"]
+    assert (endpoint["path"], endpoint.keys() & {"authorization", "basicAuth"}) == ("/metrics", set())
+    (rule,) = one("NetworkPolicy")["spec"]["ingress"]
+    labels = {"kubernetes.io/metadata.name": "monitoring"}
+    assert {"namespaceSelector": {"matchLabels": labels}} in rule["from"]
+
+
+def test_a_monitor_has_the_fields_that_the_operator_knows() -> None:
+    monitor = one("ServiceMonitor")
+    assert monitor["apiVersion"] == "monitoring.coreos.com/v1"
+    assert monitor["spec"].keys() == {"jobLabel", "selector", "endpoints"}
+    assert monitor["spec"]["jobLabel"] in one("Service")["metadata"]["labels"]
+    (endpoint,) = monitor["spec"]["endpoints"]
+    assert endpoint.keys() == {"port", "path", "interval"}
+
+
 def test_the_queue_scales_the_deployment() -> None:
     spec = one("HorizontalPodAutoscaler")["spec"]
     assert spec["scaleTargetRef"] == {

@@ -15,6 +15,7 @@ from service.core.error_codes import ErrorCode
 from service.core.messages import Gauges, Load
 from service.core.request import Event, Finish, Request, Token
 from service.errors import Overloaded
+from service.exit_codes import ExitCode
 from service.worker.ticket import Ticket
 
 Script = Callable[[Request], Sequence[int]]
@@ -60,7 +61,7 @@ class FakeEngine:
     def __init__(self, base: BaseInfo = BASE) -> None:
         self.base: BaseInfo | None = base
         self.state, self.stage, self.fraction, self.reason = "ready", "", 1.0, ""
-        self.ready = True
+        self.ready, self.exit_code = True, ExitCode.FAILED
         self.loaded = opened_gate()
         self.stops: list[float] = []
         self.gauges = Gauges(pool_used=12, host_bytes=4096)

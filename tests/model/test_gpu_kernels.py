@@ -11,7 +11,9 @@ import torch
 from bitsandbytes import functional
 from torch import Tensor
 
-pytest.importorskip("triton")
+pytest.importorskip(
+    "triton", reason="no Triton, which comes with CUDA builds of torch: no kernel of a GPU is tested"
+)
 
 from service.core.base_info import BLOCK_TOKENS
 from service.model import gpu_kernels, kv

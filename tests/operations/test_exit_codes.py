@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 import sys
@@ -14,6 +15,7 @@ import pytest
 
 from service.exit_codes import ExitCode
 
+from .. import making
 from ..test_docs import read_section, read_tables
 from .processes import REAL, run
 
@@ -55,6 +57,22 @@ def newer_state(folder: Path) -> Fault:
     return Fault(["--adapters-dir", str(folder)])
 
 
+def huge_base(folder: Path) -> Fault:
+    """A base that is a config alone, of 15 TB in float32: whoever read its weights would find none."""
+    base = making.tiny(folder / "base")
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config |= {"hidden_size": 65536, "intermediate_size": 262144, "num_hidden_layers": 60, "head_dim": 512}
+    write(base, "config.json", json.dumps(config))
+    (base / "model.safetensors").unlink()
+    return Fault(["--base", str(base), "--adapters-dir", str(folder)])
+
+
+def long_context(folder: Path) -> Fault:
+    base = making.tiny(folder / "base", max_position_embeddings=100_000)
+    flags = ["--adapters-dir", str(folder), "--max-context", "100000", "--kv-mb", "1"]
+    return Fault(["--base", str(base), "--device", "cpu", *flags])
+
+
 # By how the line of the table begins
 FAULTS: dict[str, Callable[[Path], Fault]] = {
     "ADAPTERD_…: no such setting": lambda _: Fault(variables={"ADAPTERD_ROWS": "1"}),
@@ -71,6 +89,8 @@ FAULTS: dict[str, Callable[[Path], Fault]] = {
     "ADAPTERD_PORT: cannot listen on ": lambda _: Fault(["--port", "PORT"]),
     "ADAPTERD_BASE: … is no folder, ": lambda _: Fault(["--base", "no/such/base"]),
     "ADAPTERD_BASE: the folder … holds no config.json": no_base,
+    "ADAPTERD_BASE: … needs … MB of memory ": huge_base,
+    "ADAPTERD_MAX_CONTEXT: … tokens do not fit into memory; ": long_context,
     "ADAPTERD_BASE: the worker died (…) … times in a row while loading": dying_worker,
 }
 

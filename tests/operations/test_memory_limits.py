@@ -54,6 +54,21 @@ def test_memory_that_runs_out_while_an_adapter_is_read_is_not_its_fault(group: M
     assert words.startswith("the worker died (memory ran out and the system killed it")
 
 
+def test_a_base_that_cannot_fit_is_refused_by_both_figures_before_it_is_read(tmp_path: Path) -> None:
+    base = making.tiny(tmp_path / "base", hidden_size=1024, intermediate_size=4096, num_hidden_layers=4)
+    size = round((base / "model.safetensors").stat().st_size / 1e6)
+    flags = [f"--{name}={value}" for name, value in PLAIN.items()]
+    where = ["--port=0", f"--base={base}", f"--adapters-dir={tmp_path / 'adapters'}"]
+    with made_group(700_000_000) as group:
+        ran = run_in_group(group, "-m", "service", "serve", "--log-level=error", *flags, *where)
+        limit = group.limit.name
+    assert ran.returncode == 2, ran.stderr
+    *before, last = ran.stderr.splitlines()
+    assert last.startswith(f"ADAPTERD_BASE: {str(base)!r} needs {size + 400} MB of memory ({size} MB of")
+    assert last.endswith(f"free, for the control group's {limit} is 700 MB")
+    assert [line for line in before if not line.endswith(f"the worker cannot start: {last}")] == []
+
+
 def test_an_adapter_that_cannot_fit_is_refused_unread_and_taken_once_it_can(
     tmp_path: Path,
 ) -> None:

@@ -527,6 +527,14 @@ async def test_a_base_that_cannot_be_served_is_told_and_not_tried_again() -> Non
         assert (await client.wait_until_loaded("sha256:any")).error
 
 
+async def test_a_base_that_does_not_fit_gives_the_service_the_exit_code_of_a_wrong_setting() -> None:
+    for factory, code in (("build_large", 2), ("build_broken", 1)):
+        async with engine(factory, wait=False) as client:
+            with pytest.raises(NotReady):
+                await client.wait_ready()
+            assert (client.exit_code, client.state) == (code, "failed")
+
+
 async def test_one_that_raises_while_it_loads_is_told_by_the_exception_and_not_by_its_end() -> None:
     async with engine("build_raising", wait=False) as client:
         with pytest.raises(NotReady) as told:

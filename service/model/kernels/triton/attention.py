@@ -315,7 +315,7 @@ def attend_prefill(
         raise ValueError(f"an output {tuple(out.shape)} for queries {tuple(query.shape)}")
     heads, dim, kv_heads = query.shape[1], query.shape[2], kv.keys.shape[2]
     groups = heads // kv_heads
-    shape = shape or prefill_shape(groups, dim)
+    shape = shape or prefill_shape(groups, dim, _generation_of(query.device))
     attend_chunks[ceil_div(longest, shape.rows // groups), len(kv.kv_length), kv_heads](
         query,
         kv.keys,
@@ -344,6 +344,10 @@ def attend_prefill(
         SINKS=sinks is not None,
         num_warps=shape.warps,
     )
+
+
+def _generation_of(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
 def _strides(query: Tensor, kv: PagedKV) -> tuple[int, ...]:

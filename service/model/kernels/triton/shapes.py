@@ -109,9 +109,14 @@ class PrefillShape(NamedTuple):
     stages: int
 
 
-def prefill_shape(groups: int, dim: int) -> PrefillShape:
+def prefill_shape(groups: int, dim: int, generation: int) -> PrefillShape:
+    """`generation` is the major number of the device's compute capability: before 9 (Hopper) the
+    products take more registers.
+    """
     rows = max(64, power_of_two(groups))
-    return PrefillShape(rows, 64, 8, 2) if dim <= 128 else PrefillShape(rows, 32, 8, 2)
+    if dim > 128:
+        return PrefillShape(rows, 32, 8, 2)
+    return PrefillShape(rows, 64 if generation >= 9 else 32, 4, 2)
 
 
 def ceil_div(number: int, by: int) -> int:

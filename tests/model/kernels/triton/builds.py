@@ -42,7 +42,7 @@ class Launch(NamedTuple):
     other: dict[str, str] = {}  # types that differ from the usual  # noqa: RUF012 - never changed
 
 
-def iterate_launches() -> Iterator[Launch]:
+def iterate_launches(generation: int) -> Iterator[Launch]:
     yield from iterate_products()
     for n_in in (4096, 14336):
         chosen = shapes.lora_shape(n_in)
@@ -51,8 +51,8 @@ def iterate_launches() -> Iterator[Launch]:
         yield Launch(f"shrink {n_in}", lora.shrink, shrink)
         expand = {"RANK": chosen.ranks, "N": chosen.columns, "SPLITS": chosen.splits}
         yield Launch(f"expand {n_in}", lora.expand, ranks | expand)
-    yield from iterate_attention("", 4, 128, False)
-    yield from iterate_attention("of everything, ", 2, 256, True)
+    yield from iterate_attention("", 4, 128, False, generation)
+    yield from iterate_attention("of everything, ", 2, 256, True, generation)
 
 
 def iterate_products() -> Iterator[Launch]:
@@ -67,11 +67,13 @@ def iterate_products() -> Iterator[Launch]:
     yield Launch("sum of splits", nf4.sum_splits, {"N": nf4.SUM_COLUMNS, "SPLITS": chosen.splits})
 
 
-def iterate_attention(name: str, groups: int, dim: int, is_limited: bool) -> Iterator[Launch]:
+def iterate_attention(
+    name: str, groups: int, dim: int, is_limited: bool, generation: int
+) -> Iterator[Launch]:
     own: dict[str, Any] = {"DIM": dim, "WIDTH": dim, "WINDOW": is_limited, "CHUNK": is_limited}
     splits = {"SPLITS": shapes.ATTENTION_SPLITS, "FEWEST": shapes.FEWEST_POSITIONS}
     all_of_it = own | {"GROUPS": groups, "BLOCK": shapes.KV_BLOCK, "CAP": is_limited}
-    decode, prefill = shapes.decode_shape(32, 8, 256), shapes.prefill_shape(groups, dim)
+    decode, prefill = shapes.decode_shape(32, 8, 256), shapes.prefill_shape(groups, dim, generation)
     turns = {"ROWS": 16, "POSITIONS": decode.positions, "STAGES": decode.stages}
     yield Launch(f"{name}decode", attention.attend_splits, all_of_it | splits | turns, decode.warps)
     join = own | splits | {"POSITIONS": decode.positions, "SINKS": is_limited}
@@ -110,7 +112,7 @@ def count_resources(binary: bytes) -> dict[str, int]:
 
 def main() -> None:
     architecture = int(sys.argv[1])
-    built = {launch.name: build(launch, architecture) for launch in iterate_launches()}
+    built = {launch.name: build(launch, architecture) for launch in iterate_launches(architecture // 10)}
     print(json.dumps(built))
 
 

@@ -1,4 +1,7 @@
-"""Triton comes with CUDA builds of torch: beside a CPU build its kernels are not tested."""
+"""Triton comes with CUDA builds of torch: beside a CPU build its kernels are not tested.
+
+It is not in the lock: each CUDA build demands one version of it, which a pin would contradict.
+"""
 
 from __future__ import annotations
 

@@ -13,8 +13,6 @@ import pytest
 
 ROOT = Path(__file__).parents[4]
 # Bytes of shared memory that a block may have: A100, L4 and RTX 4090, H100
-# Prompts go by torch's attention, which was faster on an H200
-SPILLING: dict[int, set[str]] = {80: {"prefill"}, 89: {"prefill"}, 90: set()}
 SHARED = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}
 
 
@@ -31,5 +29,5 @@ def test_no_kernel_spills(
     record_property("needs", built)
     print("\n".join(f"sm_{architecture} {name}: {needs}" for name, needs in built.items()))
     assert len(built) == 17
-    assert {name for name, needs in built.items() if needs["stack"]} <= SPILLING[architecture]
+    assert [name for name, needs in built.items() if needs["stack"]] == []
     assert [name for name, needs in built.items() if needs["shared"] > SHARED[architecture]] == []

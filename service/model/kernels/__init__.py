@@ -1,6 +1,6 @@
 """The CPU kernels:
-built once with the machine's C++ compiler, kept in a cache, and put in place of the torch path
-where they apply.
+built once with the machine's C++ compiler, kept in a cache, built anew where they are damaged there,
+and put in place of the torch path where they apply.
 
 They need bfloat16 weights and a processor with AVX512-BF16; without these, or without a compiler,
 the torch path serves. Runs in the worker process; must not know adapters' files, requests or
@@ -13,7 +13,6 @@ import hashlib
 import logging
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +22,9 @@ from torch import Tensor, nn
 from torch.utils.cpp_extension import include_paths, library_paths
 from transformers import AttentionInterface
 
-from ..loading import CACHE, has_avx512_bf16
+from ... import durable, user_folders
+from ...errors import SettingsError
+from ..loading import has_avx512_bf16
 
 NAME = "adapterd_rows"
 SOURCE_NAMES = ("ops.cpp", "attention.h", "linear.h", "vectors.h", "thread_pool.h")
@@ -44,38 +45,53 @@ def load_kernels() -> bool:
     if not has_avx512_bf16():
         log.info("kernels: off, the processor has no AVX512-BF16")
         return False
-    try:
-        library: Any = torch.ops
-        library.load_library(_build_library())
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = str(getattr(error, "stderr", None) or error)[-300:]
-        log.warning("kernels: off, they cannot be built: %s", reason)
+    if not _load_library():
         return False
     AttentionInterface.register(NAME, attend_rows)
     return True
 
 
-def _build_library() -> Path:
-    """The shared library for this source, torch and processor.
+def _load_library() -> bool:
+    try:
+        library = _find_library()
+    except (OSError, subprocess.CalledProcessError, SettingsError) as error:
+        reason = str(getattr(error, "stderr", None) or error)[-300:]
+        log.warning("kernels: off, they cannot be built: %s", reason)
+        return False
+    operators: Any = torch.ops
+    try:
+        operators.load_library(library)
+    except OSError as error:  # torch names the library alone; the loader has the reason
+        log.warning("kernels: off, their library cannot be loaded: %s", error.__cause__ or error)
+        return False
+    return True
 
-    Raises OSError or CalledProcessError.
+
+def _find_library() -> Path:
+    """The shared library for this source, torch and processor, built where there is no whole one.
+
+    Raises OSError, CalledProcessError, or SettingsError where there is no cache.
     """
-    compiler, flags = _find_compiler(), [*FLAGS, *(f"-I{path}" for path in include_paths())]
-    target = CACHE / "kernels" / f"ops-{_library_key(flags)}.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as aside:
-            library = Path(aside) / target.name
-            _compile_library([compiler, *flags], library)
-            library.rename(target)
-    return target
+    flags = [*FLAGS, *(f"-I{path}" for path in include_paths())]
+    folder = user_folders.cache_folder() / "kernels" / f"ops-{_library_key(flags)}"
+    name = f"{folder.name}.so"
+    durable.sweep_unfinished(folder.parent)
+    if not durable.is_whole(folder):
+        compiler = _find_compiler()
+        with durable.making_folder(folder) as made:
+            _compile_library([compiler, *flags], made / name)
+    return folder / name
 
 
 def _find_compiler() -> str:
-    compiler = shutil.which("g++") or shutil.which("c++")
+    compiler = _which_compiler()
     if compiler is None:
         raise OSError("no C++ compiler (g++) is installed")
     return compiler
+
+
+def _which_compiler() -> str | None:
+    return shutil.which("g++") or shutil.which("c++")
 
 
 def _library_key(flags: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import AdapterdError, SettingsError
+from .errors import AdapterdError, DirectoryHeld, SettingsError
 from .settings import Settings, read_settings
 from .telemetry.traces import make_tracer
 
@@ -28,6 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code: int = chosen.run(chosen)
         return code
+    except DirectoryHeld as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 3
     except (SettingsError, AdapterdError, OSError, ValueError) as error:
         print(" ".join(str(error).split()), file=sys.stderr)
         return 2

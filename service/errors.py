@@ -16,6 +16,7 @@ AdapterdError
 ├── AdapterInvalid           422, details.problems
 │   ├── SourceMissing        (404 under vLLM's names)
 │   └── AdapterUnsupported
+├── StorageFull              507
 ├── Overloaded               429, retry-after
 ├── Cancelled                499, for the log only
 ├── Internal                 500
@@ -36,6 +37,10 @@ from .core.error_codes import ErrorCode
 
 class SettingsError(Exception):
     """A wrong setting; the message names the variable in one line."""
+
+
+class DirectoryHeld(SettingsError):
+    """Another service has the directory of registrations; it may be gone at the next try."""
 
 
 class AdapterdError(Exception):
@@ -120,6 +125,12 @@ class AdapterUnsupported(AdapterInvalid):
     code = ErrorCode.ADAPTER_UNSUPPORTED
 
 
+class StorageFull(AdapterdError):
+    """What was to be kept could not be written, and nothing has changed."""
+
+    code, status = ErrorCode.STORAGE_FULL, 507
+
+
 class Overloaded(AdapterdError):
     code, status = ErrorCode.OVERLOADED, 429
 
@@ -156,6 +167,7 @@ ERROR_OF_CODE: Mapping[ErrorCode, type[AdapterdError]] = MappingProxyType(
             PayloadTooLarge,
             AdapterInvalid,
             AdapterUnsupported,
+            StorageFull,
             Overloaded,
             Cancelled,
             Internal,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import resource
 import socket
 import sys
@@ -35,6 +36,7 @@ FILES = 65_536  # open at once, if the system lets it have so many
 # Of these files no connection may take any; and half of the rest is for connections that come all at
 # once
 OWN_FILES = 256
+VARIABLE = re.compile(r"[A-Z][A-Z_]+: ")
 
 
 class Server(uvicorn.Server):
@@ -78,7 +80,7 @@ class Server(uvicorn.Server):
 def run_server(settings: Settings, tracer: Tracer | None = None) -> int:
     """Serves until a signal; the exit code: 0 after a drain, 1 where the base can never be served.
 
-    Raises SettingsError.
+    Raises SettingsError; DirectoryHeld where another service has the registrations.
     """
     from .app import create_app
 
@@ -92,7 +94,9 @@ def run_server(settings: Settings, tracer: Tracer | None = None) -> int:
         server.should_exit = True
 
     app = create_app(settings, on_failure=stop_failed, record=tracer.record_request if tracer else None)
-    server = Server(_make_config(app), app.state.services)
+    services: Services = app.state.services
+    services.registry.claim_state()
+    server = Server(_make_config(app), services)
     _log_address(listener)
     server.run(sockets=[listener])
     if tracer:
@@ -130,7 +134,7 @@ def _log_address(listener: socket.socket) -> None:
 
 def _print_failure(reason: str) -> None:
     line = " ".join(reason.split())
-    print(line if line.startswith("ADAPTERD_") else f"ADAPTERD_BASE: {line}", file=sys.stderr)
+    print(line if VARIABLE.match(line) else f"ADAPTERD_BASE: {line}", file=sys.stderr)
 
 
 def _leave_stuck_threads(code: int) -> None:

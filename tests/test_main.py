@@ -19,6 +19,7 @@ import pytest
 
 from deploy.bench.servers import free_port
 from service import __main__ as command
+from service.catalog.ownership import claim_directory
 from service.settings import Settings
 from tests import making
 
@@ -131,6 +132,17 @@ def test_a_base_that_cannot_be_served_ends_the_process_with_one_line() -> None:
         code, out = ended(process)
     assert code == 1
     assert out == "ADAPTERD_BASE: the folder holds no config.json\n"
+
+
+def test_a_directory_that_another_service_has_is_one_line_that_names_it(tmp_path: Path) -> None:
+    held = claim_directory(tmp_path, 8080)
+    assert held is not None
+    with held:
+        ran = run("service", "serve", "--port", str(free_port()), ADAPTERD_ADAPTERS_DIR=str(tmp_path))
+    assert (ran.returncode, ran.stdout) == (3, "")
+    said = f"ADAPTERD_ADAPTERS_DIR: {tmp_path} is held by another service, process {os.getpid()} on the host "
+    assert ran.stderr.splitlines()[-1].startswith(said)
+    assert "Traceback" not in ran.stderr
 
 
 def test_a_port_in_use_is_one_line() -> None:

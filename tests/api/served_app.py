@@ -87,6 +87,9 @@ class FakeRegistry:
         self.names: dict[str, dict[str, Any]] = {}
         self.calls: list[tuple[Any, ...]] = []
 
+    def claim_state(self) -> None:
+        return None
+
     async def start_validator(self) -> None:
         return None
 

@@ -27,7 +27,8 @@ RUN apt-get update \
  && useradd --uid 10001 --create-home --shell /usr/sbin/nologin adapterd \
  && install -d -o adapterd -g adapterd /adapters /home/adapterd/.cache
 COPY --from=build /opt/adapterd /opt/adapterd
-# A named volume that is mounted here for the first time starts with the demo adapters.
+# A named volume that is mounted here for the first time starts with the demo adapters and belongs to the service; a folder of the host's
+# keeps its owner, and must belong to user 10001 to take registrations and uploads.
 COPY --chown=adapterd:adapterd service/demo/adapters /adapters
 ENV PATH=/opt/adapterd/bin:$PATH \
     PYTHONUNBUFFERED=1 \
@@ -38,8 +39,9 @@ USER 10001
 WORKDIR /home/adapterd
 VOLUME ["/adapters", "/home/adapterd/.cache"]
 EXPOSE 8080
+# Where the service was told to listen, and by no proxy.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=120s --retries=3 \
-  CMD ["python3", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/health', timeout=2)"]
+  CMD ["python3", "-c", "import http.client, os; asked = http.client.HTTPConnection(os.environ['ADAPTERD_HOST'], int(os.environ.get('ADAPTERD_PORT', '8080')), timeout=2); asked.request('GET', '/health'); raise SystemExit(asked.getresponse().status != 200)"]
 # Listening beyond loopback needs keys: start it with ADAPTERD_API_KEYS, or it says so and stops.
 ENTRYPOINT ["adapterd"]
 CMD ["serve"]

@@ -10,7 +10,7 @@ FAST := tests/core tests/engine tests/text tests/telemetry tests/api tests/catal
 NOT_FAST := tests/text/test_template_renderer.py tests/telemetry/test_traces.py tests/api/test_upgrade.py tests/api/test_wire.py \
 	tests/catalog/test_cases.py tests/catalog/validator/test_process.py tests/catalog/validator/test_base_weights.py
 
-.PHONY: venv serve test test-fast soak bench lint
+.PHONY: venv serve test test-fast image-test soak bench lint
 
 venv: $(READY)
 
@@ -33,11 +33,20 @@ lint: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+# Browsers, chaos, a cluster and what weighs processes want the machine for themselves.
+ALONE := tests/console tests/test_chaos.py tests/test_isolation.py tests/test_memory.py tests/deploy/test_ray.py
+
+# In two processes, as tests/split.py splits them, then the rest in one.
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 $(ALONE:%=--ignore=%)
+	$(BIN)/pytest $(ALONE)
 
 test-fast: $(READY)
-	$(BIN)/pytest $(FAST) $(NOT_FAST:%=--ignore=%)
+	$(BIN)/pytest --numprocesses 2 $(FAST) $(NOT_FAST:%=--ignore=%)
+
+# For a release: builds the image and runs it as compose does, with docker or podman. BASE is its base, BUILD_FLAGS more flags of its build.
+image-test: $(READY)
+	$(BIN)/pytest tests/deploy/built_image.py
 
 soak: $(READY)
 	CHAOS_SECONDS=600 $(BIN)/pytest -s tests/test_chaos.py

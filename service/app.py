@@ -30,14 +30,21 @@ from .telemetry import metrics
 from .threads import DISK, run_in
 
 if TYPE_CHECKING:
-    from .catalog.registry import Registry
+    from .api.protocols import AdapterRegistry, EngineClient
     from .telemetry.traces import Trace
     from .text.tokenizers import Tokenizers
-    from .worker.client import WorkerClient
 
 log = logging.getLogger("adapterd")
 
-ROUTERS = (ops.probes, generate.router, models.router, adapters.reading, adapters.changing, ops.router)
+ROUTERS = (
+    ops.probes,
+    ops.measures,
+    generate.router,
+    models.router,
+    adapters.reading,
+    adapters.changing,
+    ops.router,
+)
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
 EXPOSED = (
     "x-request-id",
@@ -57,8 +64,8 @@ def _load_tokenizers(folder: str) -> Tokenizers:
 
 def create_app(
     settings: Settings,
-    client: WorkerClient | None = None,
-    registry: Registry | None = None,
+    client: EngineClient | None = None,
+    registry: AdapterRegistry | None = None,
     *,
     text: Callable[[str], Tokenizers] = _load_tokenizers,
     on_failure: Callable[[str], None] = log.error,
@@ -78,6 +85,7 @@ def create_app(
         middleware=_make_middleware(services, record),
         redirect_slashes=False,
         default_response_class=JsonAnswer,
+        servers=[{"url": "."}],  # beside the description, so that it holds behind a proxy's prefix, too
         openapi_url=None,
         docs_url=None,
         redoc_url=None,
@@ -134,7 +142,9 @@ class Service(FastAPI):
         return description
 
 
-def _make_services(settings: Settings, client: WorkerClient | None, registry: Registry | None) -> Services:
+def _make_services(
+    settings: Settings, client: EngineClient | None, registry: AdapterRegistry | None
+) -> Services:
     if client is None:
         from .worker.client import WorkerClient
 
@@ -142,8 +152,9 @@ def _make_services(settings: Settings, client: WorkerClient | None, registry: Re
     if registry is None:
         from .catalog.registry import Registry
 
-        registry = Registry(settings, device=client)
-        client.watch_loads(registry.note_load)
+        adapters = Registry(settings, device=client)
+        client.watch_loads(adapters.note_load)
+        registry = adapters
     return Services(settings, client, registry)
 
 

@@ -6,6 +6,7 @@ API process; must not keep, show or name a key in the clear.
 from __future__ import annotations
 
 import hmac
+import os
 import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -73,11 +74,16 @@ def _read_key_file(path: Path) -> tuple[Key, ...]:
 
 def _read_lines(path: Path) -> list[str]:
     try:
-        return path.read_text().splitlines()
+        return path.read_text(encoding="utf-8-sig").splitlines()  # editors put a byte order mark first
     except OSError as error:
-        raise ValueError(f"the key file cannot be read: {error.strerror}") from None
+        raise ValueError(f"{_name_file(path)} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise ValueError("the key file cannot be read: it is no UTF-8 text") from None
+        raise ValueError(f"{_name_file(path)} cannot be read: it is no UTF-8 text") from None
+
+
+def _name_file(path: Path) -> str:
+    """What is no absolute path and no file may be a key that begins with @: it is not shown."""
+    return f"the key file {path}" if path.is_absolute() or os.path.exists(path) else "the key file"
 
 
 def _parse_hash(secret: str) -> str:

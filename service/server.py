@@ -6,15 +6,19 @@ Must not know a route or the inside of a service.
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import re
 import resource
+import signal
 import socket
-import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -22,6 +26,7 @@ from fastapi import FastAPI
 from .api.services import Services
 from .api.wire import CONNECTIONS, HttpProtocol
 from .errors import SettingsError
+from .exit_codes import ExitCode
 from .settings import Settings
 from .telemetry import logs
 from .telemetry.traces import Tracer
@@ -36,6 +41,7 @@ FILES = 65_536  # open at once, if the system lets it have so many
 # Of these files no connection may take any; and half of the rest is for connections that come all at
 # once
 OWN_FILES = 256
+FAULTS_OF_HOST = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EINVAL)
 VARIABLE = re.compile(r"[A-Z][A-Z_]+: ")
 
 
@@ -43,7 +49,7 @@ class Server(uvicorn.Server):
     """uvicorn's server, which drains before it closes its socket: meanwhile new requests get a 503 and
     no refused connection.
 
-    A second signal cuts the drain short.
+    SIGTERM, SIGINT and SIGHUP begin the drain, a second signal cuts it short.
     """
 
     def __init__(self, config: uvicorn.Config, services: Services) -> None:
@@ -51,13 +57,21 @@ class Server(uvicorn.Server):
         self.services = services
         self.cut_short = False
 
-    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Not recorded as uvicorn would, which raises the signal again in the end: a drained
-        service exits with 0.
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Takes them to the end of the process, where uvicorn would give them back and raise them again:
+        a drained service exits with 0, however often it is told.
         """
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.handle_exit)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as it is under nohup
+            signal.signal(signal.SIGHUP, self.handle_exit)
+        yield
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.cut_short = self.should_exit
         if not self.should_exit:
-            _exit_after(self.services.settings.drain_s + HARD_STOP_S, 0)
+            _exit_after(self.services.settings.drain_s + HARD_STOP_S, ExitCode.OK)
         self.services.draining = True
         self.should_exit = True
 
@@ -78,7 +92,7 @@ class Server(uvicorn.Server):
 
 
 def run_server(settings: Settings, tracer: Tracer | None = None) -> int:
-    """Serves until a signal; the exit code: 0 after a drain, 1 where the base can never be served.
+    """Serves until a signal; the exit code: OK after a drain, FAILED where the base can never be served.
 
     Raises SettingsError; DirectoryHeld where another service has the registrations.
     """
@@ -96,19 +110,19 @@ def run_server(settings: Settings, tracer: Tracer | None = None) -> int:
     app = create_app(settings, on_failure=stop_failed, record=tracer.record_request if tracer else None)
     services: Services = app.state.services
     services.registry.claim_state()
-    server = Server(_make_config(app), services)
+    server = Server(_make_config(app, settings), services)
     _log_address(listener)
     server.run(sockets=[listener])
     if tracer:
         tracer.flush_and_close()
     if failures:
-        _print_failure(failures[0])
-    code = 1 if failures else 0
+        _tell_failure(failures[0])
+    code = ExitCode.FAILED if failures else ExitCode.OK
     _leave_stuck_threads(code)
     return code
 
 
-def _make_config(app: FastAPI) -> uvicorn.Config:
+def _make_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         lifespan="on",
@@ -116,7 +130,8 @@ def _make_config(app: FastAPI) -> uvicorn.Config:
         http=HttpProtocol,
         log_config=None,
         access_log=False,
-        proxy_headers=False,
+        proxy_headers=bool(settings.forwarded_allow_ips),
+        forwarded_allow_ips=list(settings.forwarded_allow_ips),
         server_header=False,
         # Longer than the pools of clients and proxies keep theirs, so that they never meet a closed
         # one
@@ -132,9 +147,8 @@ def _log_address(listener: socket.socket) -> None:
     log.info("listening", extra={"fields": {"url": f"http://{host}:{port}"}})
 
 
-def _print_failure(reason: str) -> None:
-    line = " ".join(reason.split())
-    print(line if VARIABLE.match(line) else f"ADAPTERD_BASE: {line}", file=sys.stderr)
+def _tell_failure(reason: str) -> None:
+    logs.tell_failure(reason if VARIABLE.match(reason) else f"ADAPTERD_BASE: {reason}")
 
 
 def _leave_stuck_threads(code: int) -> None:
@@ -152,11 +166,26 @@ def _exit_after(seconds: float, code: int) -> None:
 
 
 def _open_socket(host: str, port: int) -> socket.socket:
+    """Raises SettingsError naming the host, where that is no address of this machine, or the port."""
+    family, address = _resolve_host(host, port)
+    both = host == "::" and socket.has_dualstack_ipv6()
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=2048)
+        return socket.create_server(address, family=family, backlog=2048, dualstack_ipv6=both)
     except OSError as error:
-        raise SettingsError(f"ADAPTERD_PORT: cannot listen on {host}:{port}: {error.strerror}") from None
+        name = "ADAPTERD_HOST" if error.errno in FAULTS_OF_HOST else "ADAPTERD_PORT"
+        reason = os.strerror(error.errno or 0)
+        raise SettingsError(f"{name}: cannot listen on {host}:{port}: {reason}") from None
+
+
+def _resolve_host(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
+    """The family and the address to listen on; of a name with both families, the one of IPv4."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "no such name can be"
+        raise SettingsError(f"ADAPTERD_HOST: {host!r} cannot be resolved: {reason}") from None
+    family, _, _, _, address = min(found, key=lambda one: one[0] != socket.AF_INET)
+    return family, address
 
 
 def _raise_file_limit() -> int:

@@ -9,10 +9,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from .errors import SettingsError
 from .keys import Key, parse_keys
@@ -22,8 +31,16 @@ PREFIX = "ADAPTERD_"
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 FAULT = re.compile(r"^(?:(step|kill|stuck):([1-9]\d*)|(stuck)|(slow_load):(\d+(?:\.\d+)?))$")
 HUB_PATTERN = r"^[\w.*-]+/[\w.*-]+$"
+HIDDEN = {"api_keys", "admin_keys", "adapters_dir", "base", "forwarded_allow_ips"}
 ORIGIN = r"^(\*|https?://[^/\s]+)$"
 DEMO_ADAPTERS = Path(__file__).parent / "demo" / "adapters"
+
+
+def _check_network(text: str) -> str:
+    """Raises ValueError unless it is an address, or a network as `10.0.0.0/8`."""
+    ip_network(text)
+    return text
+
 
 Positive = Annotated[int, Field(ge=1)]
 Dtype = Literal["float32", "bfloat16", "float16"]  # what a base may compute in
@@ -60,6 +77,7 @@ class Settings(BaseModel):
     hub: tuple[Annotated[str, Field(pattern=HUB_PATTERN)], ...] = ()
     max_rows: Positive | None = None
     max_context: Positive | None = None
+    kv_mb: Positive | None = None
     pool_rank: Positive = 512
     max_rank: Positive = 256
     host_cache_mb: Positive = 4096
@@ -74,7 +92,9 @@ class Settings(BaseModel):
     key_rate: Annotated[float, Field(gt=0)] | None = None
     key_concurrency: Positive | None = None
     cors_origins: tuple[Annotated[str, Field(pattern=ORIGIN)], ...] = ()
+    forwarded_allow_ips: tuple[Annotated[str, AfterValidator(_check_network)], ...] = ()
     metrics_adapters: Annotated[int, Field(ge=0)] = 200
+    metrics_open: Literal["off", "on"] = "off"
     lora_requests_info: Literal["off", "on"] = "off"
     compile: Literal["off", "auto", "on"] = "auto"
     log_format: Literal["text", "json"] = "text"
@@ -89,7 +109,7 @@ class Settings(BaseModel):
             raise ValueError("names no folder")
         return value
 
-    @field_validator("hub", "cors_origins", mode="before")
+    @field_validator("hub", "cors_origins", "forwarded_allow_ips", mode="before")
     @classmethod
     def _parse_list(cls, value: Any) -> Any:
         return () if value in ("off", "") else _split_list(value)
@@ -147,7 +167,7 @@ class Settings(BaseModel):
 
     def public_values(self) -> dict[str, Any]:
         """The values that `/info` shows: no secret, no path of the host."""
-        shown = self.model_dump(mode="json", exclude={"api_keys", "admin_keys", "adapters_dir", "base"})
+        shown = self.model_dump(mode="json", exclude=HIDDEN)
         return shown | {"keys": self.keyed}
 
 

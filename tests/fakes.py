@@ -1,4 +1,4 @@
-"""Stand-ins for the device: a runner whose tokens betray any stale KV row, pool row or prefix, and
+"""Stand-ins for the device: a runner whose tokens betray any stale KV block, pool row or prefix, and
 the factories a worker can be given.
 
 No tensors, no files; what a sequence must come to is a pure function (`expected`).
@@ -6,16 +6,19 @@ No tensors, no files; what a sequence must come to is a pure function (`expected
 
 from __future__ import annotations
 
+import atexit
 import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from zlib import crc32
 
 from service.core.adapter import Adapter, Digest, ExecutionPath, Placement
-from service.core.base_info import BaseInfo, LinearKind
+from service.core.base_info import BLOCK_TOKENS, BaseInfo, LinearKind
 from service.core.request import Request, Token
+from service.engine.kv_blocks import count_blocks
 from service.engine.plan import Chunk, Plan, Result
 from service.errors import AdapterInvalid, SettingsError
 from service.settings import Settings
@@ -61,20 +64,28 @@ def expected(
 
 
 class FakeRunner:
-    """Holds KV rows and pool rows as a device would, and complains about every plan a device could
+    """Holds KV blocks and pool rows as a device would, and complains about every plan a device could
     not run.
+
+    A written position holds the mark of everything before it and its own, so that a block that was
+    written over is seen.
     """
 
     def __init__(
-        self, rows: int = 4, context: int = 64, pool_rank: int = 16, vocab: int = VOCAB, pause: float = 0.0
+        self,
+        blocks: int = 16,
+        context: int = 64,
+        pool_rank: int = 16,
+        vocab: int = VOCAB,
+        pause: float = 0.0,
     ) -> None:
         self.context, self.vocab, self.pause = context, vocab, pause
         self.host: dict[Digest, Adapter] = {}
         self.pool: list[Digest | None] = [None] * pool_rank
         self.placed: dict[Digest, Placement] = {}
-        self.kv: list[list[int]] = [[] for _ in range(rows)]
+        self.kv: list[list[tuple[int, int]]] = [[(0, -1)] * BLOCK_TOKENS for _ in range(blocks)]
         self.ended: set[int] = set()
-        self.copied = self.prefilled = 0
+        self.prefilled = 0
 
     def load_adapter(self, adapter: Adapter) -> int:
         time.sleep(self.pause)
@@ -94,14 +105,9 @@ class FakeRunner:
             self._remove(digest)
         for placement in plan.place:
             self._place(placement)
-        for fork in plan.forks:
-            assert len(self.kv[fork.source]) >= fork.length, "a copy of positions that were never written"
-            self.kv[fork.target] = self.kv[fork.source][: fork.length]
-            self.copied += fork.length
-        rows = [chunk.row for chunk in plan.chunks]
-        assert len(set(rows)) == len(rows), "two sequences in one row"
-        kinds = [chunk.generated > 0 for chunk in plan.chunks]
-        assert kinds == sorted(kinds, reverse=True), "a decode chunk after a prefill chunk"
+        self._check_blocks(plan.chunks)
+        kinds = [len(chunk.tokens) > 1 for chunk in plan.chunks]
+        assert kinds == sorted(kinds), "a chunk of one token after a longer one"
         return [self._run(chunk) for chunk in plan.chunks]
 
     def finish_request(self, request: int) -> None:
@@ -127,21 +133,39 @@ class FakeRunner:
         (held,) = set(self.pool[placement.start : placement.start + placement.rank])
         return held
 
-    def _run(self, chunk: Chunk) -> Result:
-        request, row = chunk.request, self.kv[chunk.row]
-        assert len(row) >= chunk.position, "a chunk after positions that were never written"
-        assert chunk.position + len(chunk.tokens) <= self.context, "a chunk past the row's end"
-        assert chunk.tokens
-        assert chunk.generated == 0 or len(chunk.tokens) == 1
-        digest = self._adapted(chunk.adapter)
-        del row[chunk.position :]
-        for token in chunk.tokens:
-            row.append(write(row[-1] if row else 0, digest, token))
-        self.prefilled += len(chunk.tokens) if not chunk.generated else 0
-        return Result(self._sampled(request, row) if chunk.sample else None, self._scored(chunk))
+    def _check_blocks(self, chunks: Sequence[Chunk]) -> None:
+        holders = Counter(block for chunk in chunks for block in set(chunk.blocks))
+        for chunk in chunks:
+            assert len(chunk.blocks) == len(set(chunk.blocks)), "a block twice in one sequence"
+            assert len(chunk.blocks) * BLOCK_TOKENS >= chunk.position + len(chunk.tokens)
+            for block in chunk.written_blocks:
+                assert holders[block] == 1, "a block that is written has a second owner"
 
-    def _sampled(self, request: Request, row: list[int]) -> Token:
-        return Token(row[-1] % self.vocab, None if request.sampling.logprobs is None else -0.5)
+    def _run(self, chunk: Chunk) -> Result:
+        request = chunk.request
+        assert chunk.position + len(chunk.tokens) <= self.context, "a chunk past the context"
+        assert chunk.tokens
+        digest = self._adapted(chunk.adapter)
+        mark = self._read_mark(chunk.blocks, chunk.position)
+        for position, token in enumerate(chunk.tokens, chunk.position):
+            block, offset = divmod(position, BLOCK_TOKENS)
+            before, mark = mark, write(mark, digest, token)
+            self.kv[chunk.blocks[block]][offset] = before, mark
+        self.prefilled += len(chunk.tokens) if not chunk.generated else 0
+        return Result(self._sampled(request, mark) if chunk.sample else None, self._scored(chunk))
+
+    def _read_mark(self, blocks: Sequence[int], end: int) -> int:
+        """The mark of the positions before `end`, each of which must follow from the one before it."""
+        mark = 0
+        for position in range(end):
+            block, offset = divmod(position, BLOCK_TOKENS)
+            before, own = self.kv[blocks[block]][offset]
+            assert before == mark, "a chunk after positions that something else has written"
+            mark = own
+        return mark
+
+    def _sampled(self, request: Request, mark: int) -> Token:
+        return Token(mark % self.vocab, None if request.sampling.logprobs is None else -0.5)
 
     def _scored(self, chunk: Chunk) -> tuple[Token, ...]:
         if chunk.request.prompt_logprobs is None or chunk.generated:
@@ -168,6 +192,7 @@ def card(settings: Settings) -> BaseInfo:
         linears=(LinearKind("q_proj", 8, 8, 1),),
         pool_rank=settings.pool_rank,
         rows=settings.max_rows or 4,
+        kv_blocks=(settings.max_rows or 4) * count_blocks(settings.max_context or 64),
     )
 
 
@@ -179,11 +204,17 @@ def build(
     """
     progress("loading the base", 0.5)
     fake = card(settings)
-    return FakeRunner(fake.rows, fake.context, fake.pool_rank, pause=pause), fake
+    return FakeRunner(fake.kv_blocks, fake.context, fake.pool_rank, pause=pause), fake
 
 
 def build_broken(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseInfo]:
     raise SettingsError("ADAPTERD_BASE: the fake base is broken")
+
+
+def build_raising(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseInfo]:
+    """Raises, and then takes for ever to end, as the libraries of a device may."""
+    atexit.register(time.sleep, 3600)
+    raise RuntimeError("the device at /dev/fake0 said no\nand more")
 
 
 def build_dying(settings: Settings, progress: Callable[[str, float], None]) -> tuple[FakeRunner, BaseInfo]:

@@ -236,3 +236,13 @@ def answers(base: Path, adapter: Path | None, prompts: Iterable[Sequence[int]], 
 
 def greedy(base: Path, adapter: Path | None, prompt: Sequence[int], n: int) -> list[int]:
     return answers(base, adapter, [prompt], n)[0]
+
+
+def usage(prompt: int, completion: int, cached: int = 0) -> dict[str, Any]:
+    """OpenAI's count of so many tokens."""
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }

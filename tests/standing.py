@@ -14,7 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import AsyncIterator
-from typing import Any, cast
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
@@ -23,7 +23,9 @@ from service import app as root
 from service.__main__ import main
 from service.api import wire
 from service.threads import DOWNLOAD
-from tests.api.served_app import FakeClient, FakeRegistry, NoTokenizers
+from tests.api.served_app import NoTokenizers
+from tests.doubles.engine import FakeEngine
+from tests.doubles.registry import FakeRegistry
 
 
 async def dribble() -> AsyncIterator[str]:
@@ -43,15 +45,15 @@ async def stuck(grace_s: float) -> None:
 
 
 def make(*given: Any, **named: Any) -> FastAPI:
-    client = FakeClient()
+    engine = FakeEngine()
     if "--stuck" in sys.argv:
-        vars(client)["stop_worker"] = stuck
+        vars(engine)["stop_worker"] = stuck
     if "--held" in sys.argv:
         DOWNLOAD.submit(time.sleep, 1e6)
     if "--broken" in sys.argv:
-        client.base, client.reason = cast(Any, None), "the folder holds\nno config.json"
+        engine.base, engine.reason = None, "the folder holds\nno config.json"
     app: FastAPI = root_create(
-        *given, client=client, registry=FakeRegistry(), text=lambda folder: NoTokenizers(), **named
+        *given, client=engine, registry=FakeRegistry(), text=lambda folder: NoTokenizers(), **named
     )
     for path, made in (("/dribble", dribble), ("/flood", flood)):
         app.get(path)(answer(made))

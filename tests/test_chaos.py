@@ -22,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.bench.servers import Server, started
 from tests import crowd, markers
+from tests.own_memory import own_bytes
 from tests.truth import TWO_FACED, Tally, Truth
 
 pytestmark = pytest.mark.anyio
@@ -79,10 +80,10 @@ class Scales:
     worker: list[int] = field(default_factory=list)
 
     def weigh(self, service: Service) -> None:
-        self.api.append(service.process().memory_full_info().uss)
+        self.api.append(own_bytes(service.server.pid))
         worker = service.worker()
         if worker is not None:
-            self.worker.append(worker.memory_full_info().uss)
+            self.worker.append(own_bytes(worker.pid))
 
 
 SETTINGS = {

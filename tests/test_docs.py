@@ -18,11 +18,11 @@ from pydantic import BaseModel, ValidationError
 from starlette.routing import compile_path
 
 from service import errors
-from service.__main__ import main
 from service.api.errors import status_of
 from service.api.schemas.chat import ChatRequest
 from service.api.schemas.generate import GenerateRequest, Parameters
 from service.api.schemas.openai import CompletionRequest, OpenAIRequest
+from service.commands import run_command
 from service.settings import PREFIX, Settings
 from service.telemetry import metrics
 
@@ -297,7 +297,7 @@ def test_each_command_is_there(page: str) -> None:
         assert re.search(rf"^{target}:", makefile, re.M), target
     for name in set(re.findall(r"python -m service (\w+)", text)):
         try:
-            code: Any = main([name, "--help"])
+            code: Any = run_command([name, "--help"])
         except SystemExit as ended:
             code = ended.code
         assert code == 0, name

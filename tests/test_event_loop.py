@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
@@ -28,8 +28,8 @@ from service.settings import Settings, read_settings
 from service.text.tokenizers import Tokenizers
 
 from . import making
-from .api.fakes import FakeEngine
-from .catalog.conftest import FakeDevice
+from .catalog.conftest import card
+from .doubles.engine import FakeEngine
 
 LOOKS_AT = ("stat", "lstat", "open", "listdir", "scandir", "readlink", "access")
 CHANGES = ("mkdir", "rmdir", "unlink", "remove", "rename", "replace", "fsync", "truncate")
@@ -128,8 +128,10 @@ def sources(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
 @contextmanager
 def serving(base: Path, root: Path, hub: Hub | None = None) -> Iterator[TestClient]:
     settings: Settings = read_settings({}, {"base": str(base), "adapters_dir": str(root), "max_rank": "64"})
-    registry = Registry(settings, device=FakeDevice(base), hub=hub)
-    app = create_app(settings, cast(Any, FakeEngine()), registry, text=lambda _: Tokenizers(base))
+    engine = FakeEngine(card(base))
+    engine.script = lambda request: making.ids(" the end of it all")
+    registry = Registry(settings, device=engine, hub=hub)
+    app = create_app(settings, engine, registry, text=lambda _: Tokenizers(base))
     with TestClient(app, raise_server_exceptions=False) as http:
         while not app.state.services.opened:
             assert not app.state.services.failure

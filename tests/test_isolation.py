@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from service.catalog.registry import Registry
-from service.core.request import Event, Token
+from service.core.request import UNNUMBERED, Event, Request, Token
 from service.core.sampling import Sampling
 from service.errors import AdapterInvalid, AdapterNotFound
 from service.settings import Settings
@@ -89,9 +89,9 @@ class Walk:
             return await self._read(generation.digest)
 
     async def _read(self, digest: str | None) -> tuple[list[Token], Event]:
-        ticket = self.client.submit_request(
-            tuple(PROMPT), LENGTH, digest, Sampling(logprobs=3), prompt_logprobs=3
-        )
+        sampling = Sampling(logprobs=3)
+        request = Request(UNNUMBERED, tuple(PROMPT), LENGTH, digest, sampling, prompt_logprobs=3)
+        ticket = self.client.submit_request(request)
         events = [event async for event in ticket]
         return [
             token for event in events for token in (*event.prompt, event.token) if token is not None

@@ -18,7 +18,7 @@ import httpx
 import pytest
 
 from deploy.bench.servers import free_port
-from service import __main__ as command
+from service import commands as command
 from service.catalog.ownership import claim_directory
 from service.settings import Settings
 from tests import making
@@ -175,7 +175,7 @@ def test_a_wrong_start_is_one_line_that_names_it(
         monkeypatch.delenv(name)
     for name, text in settings.items():
         monkeypatch.setenv(name, text)
-    assert command.main(words) == 2
+    assert command.run_command(words) == 2
     told = capsys.readouterr().err
     assert said in told
     assert len(told.splitlines()) == 1
@@ -205,7 +205,7 @@ def test_flags_override_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ADAPTERD_BASE", "org/none")
     monkeypatch.setenv("ADAPTERD_PORT", "1")
     monkeypatch.setattr("service.server.run_server", serve)
-    assert command.main(["serve", "--port", "2", "--max-rows=3"]) == 0
+    assert command.run_command(["serve", "--port", "2", "--max-rows=3"]) == 0
     assert (seen[0].port, seen[0].max_rows) == (2, 3)
 
 
@@ -221,9 +221,9 @@ def test_inspect_tells_what_a_folder_holds_as_text_and_as_json(
     files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, adapter = files
-    assert command.main(["inspect", str(adapter)]) == 0
+    assert command.run_command(["inspect", str(adapter)]) == 0
     assert "q_proj" in capsys.readouterr().out
-    assert command.main(["inspect", str(adapter), "--format", "json"]) == 0
+    assert command.run_command(["inspect", str(adapter), "--format", "json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["peft_type"], told["modules"], told["problems"]) == ("LORA", 4, [])
 
@@ -232,7 +232,7 @@ def test_inspect_of_something_else_is_one_line(
     files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     for path in (files[0], Path("/no/such")):
-        assert command.main(["inspect", str(path)]) == 2
+        assert command.run_command(["inspect", str(path)]) == 2
         assert capsys.readouterr().err == "adapter_config.json is missing\n"
 
 
@@ -240,11 +240,11 @@ def test_inspect_of_a_bad_adapter_exits_with_1(
     files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bad = making.edit(files[1], tmp_path / "bad", config={"r": "4"})
-    assert command.main(["inspect", str(bad)]) == 1
+    assert command.run_command(["inspect", str(bad)]) == 1
     assert "! " in capsys.readouterr().out
     unfetched = making.edit(files[1], tmp_path / "unfetched")
     (unfetched / "tokenizer.json").write_text("version https://git-lfs.github.com/spec/v1\n")
-    assert command.main(["inspect", str(unfetched)]) == 1
+    assert command.run_command(["inspect", str(unfetched)]) == 1
     assert "tokenizer.json is a git-lfs pointer" in capsys.readouterr().out
 
 
@@ -253,11 +253,11 @@ def test_forecast_says_what_such_an_adapter_would_weigh(
 ) -> None:
     for config in (files[0], files[0] / "config.json"):
         asked = ["forecast", "--config", str(config), "--r", "4", "--target-modules", "q_proj, v_proj"]
-        assert command.main([*asked, "--format", "json"]) == 0
+        assert command.run_command([*asked, "--format", "json"]) == 0
         told = json.loads(capsys.readouterr().out)
-        held = command.main(["inspect", str(files[1]), "--format", "json"])
+        held = command.run_command(["inspect", str(files[1]), "--format", "json"])
         assert (held, told["parameters"]) == (0, json.loads(capsys.readouterr().out)["parameters"])
-        assert command.main(asked) == 0
+        assert command.run_command(asked) == 0
         assert f"{told['parameters']:,}" in capsys.readouterr().out
 
 
@@ -270,7 +270,10 @@ def test_a_forecast_that_cannot_be_made_is_one_line(
         (files[1], "q_proj", ""),
     ):
         assert (
-            command.main(["forecast", "--config", str(config), "--r", "4", "--target-modules", modules]) == 2
+            command.run_command(
+                ["forecast", "--config", str(config), "--r", "4", "--target-modules", modules]
+            )
+            == 2
         )
         told = capsys.readouterr().err
         assert said in told
@@ -292,7 +295,7 @@ def test_the_real_command_starts_as_a_module() -> None:
 def test_the_server_reads_a_tokenizer_without_torch(tmp_path: Path) -> None:
     base = making.tiny(tmp_path / "base")
     code = (
-        "import sys; from service.__main__ import _without_torch; _without_torch();"
+        "import sys; from service.commands import _without_torch; _without_torch();"
         "from service.text.tokenizers import Tokenizers;"
         f"print(Tokenizers({str(base)!r}).base.encode('the hen'), sys.modules['torch'])"
     )

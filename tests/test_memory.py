@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
-import multiprocessing
+import os
 import shutil
 import statistics
 import struct
@@ -17,15 +17,15 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 
 from service.catalog.registry import Registry
-from service.core.request import Finish
+from service.core.request import UNNUMBERED, Finish, Request
 from service.errors import AdapterInvalid
 from service.settings import Settings
 from service.worker.client import WorkerClient
 from tests import kinds, making
+from tests.own_memory import mapped_files, own_bytes
 
 pytestmark = pytest.mark.anyio
 
@@ -65,15 +65,25 @@ class MeasuredService:
 
     async def say(self, id: str) -> None:
         with self.registry.lease_adapter(id) as generation:
-            ticket = self.client.submit_request((9, 40, 41, 77), 3, generation.digest)
+            request = Request(UNNUMBERED, (9, 40, 41, 77), 3, generation.digest)
+            ticket = self.client.submit_request(request)
             end = [event async for event in ticket][-1]
         assert end.finish is Finish.LENGTH, end.message
 
+    def pids(self) -> dict[str, int]:
+        """Of each process; `api` is this one."""
+        reader, worker = self.registry._validator.pid, self.client.worker_pid
+        assert reader
+        assert worker
+        return {"worker": worker, "reader": reader, "api": os.getpid()}
+
     def weight(self) -> dict[str, int]:
-        """Bytes that each process has of its own; `api` is this one."""
-        (reader,) = multiprocessing.active_children()
-        pids = {"worker": self.client.worker_pid, "reader": reader.pid, "api": None}
-        return {name: psutil.Process(pid).memory_full_info().uss for name, pid in pids.items()}
+        """Bytes that each process has of its own."""
+        return {name: own_bytes(pid) for name, pid in self.pids().items()}
+
+    def mapped(self) -> dict[str, set[str]]:
+        """The adapters' files that each process has mapped, which are not among its bytes."""
+        return {name: mapped_files(pid, self.root) for name, pid in self.pids().items()}
 
 
 @asynccontextmanager
@@ -117,6 +127,7 @@ async def test_three_hundred_lives_leave_nothing_behind(tmp_path: Path) -> None:
             f"a load took {first:.1f} ms in the first lives, {last:.1f} ms in the last; "
             f"bytes {weights[0]} then {weights[-1]}"
         )
+        assert not any(measured.mapped().values()), measured.mapped()
         for process, bytes_ in weights[0].items():
             assert max(weight[process] for weight in weights) < bytes_ * GROWTH, process
 
@@ -150,4 +161,5 @@ async def test_a_thousand_adapters_cost_only_their_cards_until_one_is_asked_for(
         assert measured.client.gauges.host_bytes == 2 * one
         each = {name: (bytes_ - before[name]) / THOUSAND for name, bytes_ in measured.weight().items()}
         print(f"{THOUSAND} adapters were read in {seconds:.1f} s; bytes of each: {each}")
+        assert not any(measured.mapped().values()), measured.mapped()
         assert all(each[name] < CARD[name] for name in CARD)

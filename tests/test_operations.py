@@ -170,8 +170,7 @@ async def test_prompts_up_to_the_context_are_answered_and_beyond_it_refused_with
     prompt and a body over its limit.
     """
     fits = await operated.complete(prompt=[5] * (CONTEXT - 1), max_tokens=1)
-    usage = {"prompt_tokens": CONTEXT - 1, "completion_tokens": 1, "total_tokens": CONTEXT}
-    assert fits.json()["usage"] == usage
+    assert fits.json()["usage"] == making.usage(CONTEXT - 1, 1)
     for prompt, tokens in (([5] * CONTEXT, 1), ([5] * (CONTEXT - 12), 50), ([5] * 9001, 1)):
         over = await operated.complete(prompt=prompt, max_tokens=tokens)
         assert (over.status_code, over.json()["error"]["code"]) == (400, "context_length_exceeded")

@@ -54,7 +54,9 @@ WRONG = {
     "KEY_RATE": ("0", "-1", "fast"),
     "KEY_CONCURRENCY": ("0",),
     "CORS_ORIGINS": ("example.org", "https://example.org/path"),
+    "FORWARDED_ALLOW_IPS": ("*", "proxy.example.org", "10.0.0.1/8"),
     "METRICS_ADAPTERS": ("-1",),
+    "METRICS_OPEN": ("yes",),
     "LORA_REQUESTS_INFO": ("maybe",),
 }
 
@@ -103,7 +105,9 @@ def test_keys_are_known_and_never_shown(tmp_path: Path) -> None:
 
 
 def test_a_refused_key_is_not_echoed() -> None:
-    assert "sk-secret" not in refused(BASE | {"ADAPTERD_API_KEYS": "@/sk-secret"})
+    """Nor is one that begins with @, as a file does."""
+    for key in ("sha256:sk-secret", "@sk-secret", f"@sk-secret{'x' * 5000}"):
+        assert "sk-secret" not in refused(BASE | {"ADAPTERD_API_KEYS": key})
 
 
 def test_settings_cannot_be_changed() -> None:

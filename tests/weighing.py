@@ -18,7 +18,7 @@ from service.settings import Settings
 
 
 def hashed(model: Any) -> str:
-    """Over every parameter and buffer but the KV rows, by name, shape, type and bytes."""
+    """Over every parameter and buffer but the KV blocks, by name, shape, type and bytes."""
     found = sha256()
     kept = {name: tensor for name, tensor in model.named_buffers() if ".kv_" not in name}
     for name, tensor in (*model.named_parameters(), *kept.items()):

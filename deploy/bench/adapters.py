@@ -75,7 +75,7 @@ def write(
         "inference_mode": True,
     }
     folder.mkdir(parents=True)
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1))
+    (folder / "adapter_config.json").write_text(json.dumps(config, indent=1), encoding="utf-8")
     (folder / "adapter_model.safetensors").write_bytes(safetensors(factors(rank, seed, shapes, layers)))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from service.core.adapter import Adapter
 from service.core.request import Request, Token
 from service.core.sampling import Sampling
+from service.engine.kv_blocks import count_blocks
 from service.engine.plan import Chunk, Plan, Result
 from service.model.runner import ModelRunner
 
@@ -43,7 +44,8 @@ class Decoding:
             self.tokens = {row: after.tokens[row][:1] for row in mix}
             return
         for row, request in self.requests.items():
-            self._take([row], runner.run_step(Plan(chunks=(Chunk(request, row, 0, request.prompt, True),))))
+            chunk = Chunk(request, blocks_of(row, self.length), 0, request.prompt, True)
+            self._take([row], runner.run_step(Plan(chunks=(chunk,))))
 
     def _request(self, row: int, prompt: Sequence[int], adapter: Adapter | None) -> Request:
         return Request(row, tuple(prompt), CONTEXT, adapter.digest if adapter else None, self.sampling)
@@ -61,12 +63,12 @@ class Decoding:
         """
         made = len(next(iter(self.tokens.values())))
         last = fed or {row: tokens[-1].id for row, tokens in self.tokens.items()}
-        plan = Plan(
-            chunks=tuple(
-                Chunk(r, row, self.length + made - 1, (last[row],), True, made)
-                for row, r in self.requests.items()
-            )
-        )
+        at = self.length + made - 1
+        chunks = [
+            Chunk(request, blocks_of(row, at + 1), at, (last[row],), True, made)
+            for row, request in self.requests.items()
+        ]
+        plan = Plan(chunks=tuple(chunks))
         began = time.perf_counter()
         results = self.runner.run_step(plan)
         seconds = time.perf_counter() - began
@@ -76,6 +78,12 @@ class Decoding:
     def end(self) -> None:
         for request in self.requests.values():
             self.runner.finish_request(request.id)
+
+
+def blocks_of(row: int, positions: int) -> tuple[int, ...]:
+    """The KV blocks of a row: each has its own, enough for CONTEXT positions."""
+    first = row * count_blocks(CONTEXT)
+    return tuple(range(first, first + count_blocks(positions)))
 
 
 def apart(one: Token, other: Token) -> float:

@@ -85,7 +85,7 @@ class Found:
             "raised": self.raised,
         }
         self.out.parent.mkdir(parents=True, exist_ok=True)
-        self.out.write_text(json.dumps(kept, indent=1) + "\n")
+        self.out.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
 
     def ratios(self) -> dict[str, float]:
         """Medians over medians, as far as both were timed;

@@ -84,7 +84,8 @@ def ours(asked: argparse.Namespace) -> Iterator[Server]:
 
 
 def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     return next(
         (line.partition(":")[2].strip() for line in lines if line.startswith("model name")),
         platform.processor(),

@@ -217,8 +217,9 @@ def report(timings: Timings, facts: dict[str, object], out: Path) -> str:
     ]
     shown = "\n".join([*lines, "", *(f"- {name}: {fact}" for name, fact in facts.items())]) + "\n"
     out.mkdir(parents=True, exist_ok=True)
-    (out / "results.json").write_text(json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n")
-    (out / "results.md").write_text(shown)
+    results = json.dumps({"facts": facts, "rows": rows}, indent=1) + "\n"
+    (out / "results.json").write_text(results, encoding="utf-8")
+    (out / "results.md").write_text(shown, encoding="utf-8")
     return shown
 
 

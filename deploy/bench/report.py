@@ -165,8 +165,9 @@ def write(folder: Path, cells: Sequence[Cell], facts: Mapping[str, object], firs
     shown = table(cells, first) + "".join(f"\n- {name}: {fact}" for name, fact in facts.items()) + "\n"
     (folder / "results.json").write_text(
         json.dumps({"facts": dict(facts), "cells": [asdict(cell) for cell in cells]}, indent=1, default=str)
-        + "\n"
+        + "\n",
+        encoding="utf-8",
     )
-    (folder / "results.md").write_text(shown)
+    (folder / "results.md").write_text(shown, encoding="utf-8")
     plot(cells, folder / "results.png")
     return shown

@@ -67,9 +67,16 @@ def memory_mb(pid: int) -> float:
 
 
 def free_port() -> int:
-    with socket.socket() as asked:
-        asked.bind(("127.0.0.1", 0))
-        return int(asked.getsockname()[1])
+    """A port of loopback that the system gives to nobody who asks for any, for a minute.
+
+    One connection to it is closed from its end, and is remembered that long. A server that asks for
+    this port gets it.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        port = int(held.getsockname()[1])
+        with socket.create_connection(("127.0.0.1", port)):
+            held.accept()[0].close()
+    return port
 
 
 def await_ready(server: Server, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -77,14 +84,18 @@ def await_ready(server: Server, process: subprocess.Popen[bytes], log: Path) -> 
     until = time.monotonic() + START_S
     while time.monotonic() < until:
         if process.poll() is not None:
-            raise RuntimeError(f"{server.name} ended with {process.returncode}:\n{log.read_text()[-2000:]}")
+            raise RuntimeError(f"{server.name} ended with {process.returncode}:\n{_read_end(log)}")
         try:
             if httpx.get(server.url + "/ready", timeout=5, trust_env=False).status_code == 200:
                 return
         except httpx.TransportError:
             pass
         time.sleep(0.2)
-    raise RuntimeError(f"{server.name} is not ready after {START_S} s:\n{log.read_text()[-2000:]}")
+    raise RuntimeError(f"{server.name} is not ready after {START_S} s:\n{_read_end(log)}")
+
+
+def _read_end(log: Path) -> str:
+    return log.read_text(encoding="utf-8")[-2000:]
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:

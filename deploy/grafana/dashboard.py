@@ -70,9 +70,7 @@ ROWS: dict[str, list[Panel]] = {
             [(f"sum({rate(f'adapterd_{s}_tokens_total')})", s) for s in ("prompt", "generation")],
             "Tokens a second.",
         ),
-        Panel(
-            "KV positions in use", "percentunit", [(f"adapterd_kv_cache_usage_ratio{HERE}", "{{instance}}")]
-        ),
+        Panel("KV blocks in use", "percentunit", [(f"adapterd_kv_cache_usage_ratio{HERE}", "{{instance}}")]),
     ],
     "Outcomes": [
         Panel(
@@ -271,4 +269,4 @@ def text() -> str:
 
 
 if __name__ == "__main__":
-    FILE.write_text(text())
+    FILE.write_text(text(), encoding="utf-8")

@@ -33,7 +33,7 @@ async def changing(root: Path) -> AsyncIterator[None]:
 
 def _lock(root: Path) -> TextIO:
     root.mkdir(parents=True, exist_ok=True)
-    return (root / LOCK).open("a")
+    return (root / LOCK).open("a", encoding="utf-8")
 
 
 def _taken(descriptor: int) -> bool:

@@ -48,9 +48,9 @@ STATUSES = {
     409: "the id is taken or reserved",
     413: "the body is over its limit",
     422: "a bad field, or an adapter that cannot be served",
-    429: "the queue is full, or the key is over its limit",
+    429: "the queue is full, memory is short, or the key is over its limit",
     500: "a defect; the request id is in the body",
-    503: "loading, draining or restarting",
+    503: "loading, draining, restarting, or the worker was lost meanwhile",
     504: "the request's time limit passed",
     507: "what was to be kept could not be written; nothing has changed",
 }

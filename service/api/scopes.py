@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from fastapi import Depends, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.routing import RouteContext, iter_route_contexts
 from starlette.routing import Match
 from starlette.types import Scope
@@ -32,13 +32,26 @@ class RequireScope:
     def __init__(self, scope: KeyScope) -> None:
         self.scope = scope
 
+    def scope_in(self, app: FastAPI) -> KeyScope:
+        """The scope that the settings of this service make of the declared one."""
+        return self.scope
+
     async def __call__(self, request: Request) -> None:
         """Raises Forbidden."""
-        if granted_scope(request.scope) < self.scope:
-            raise missing_scope(self.scope)
+        needed = self.scope_in(request.app)
+        if granted_scope(request.scope) < needed:
+            raise missing_scope(needed)
+
+
+class RequireMetricsScope(RequireScope):
+    """A key, unless the metrics are open to all who reach the service."""
+
+    def scope_in(self, app: FastAPI) -> KeyScope:
+        return KeyScope.PUBLIC if app.state.services.settings.metrics_open == "on" else self.scope
 
 
 PUBLIC_SCOPE, KEY_SCOPE, ADMIN_SCOPE = (Depends(RequireScope(scope)) for scope in KeyScope)
+METRICS_SCOPE = Depends(RequireMetricsScope(KeyScope.KEY))
 
 
 def missing_scope(scope: KeyScope) -> Forbidden:
@@ -55,10 +68,10 @@ def granted_scope(request: Scope) -> KeyScope:
     return granted
 
 
-def declared_scopes(route: RouteContext) -> list[KeyScope]:
+def declared_scopes(route: RouteContext) -> list[RequireScope]:
     """The scopes of a route as it is included; a mounted app can declare none."""
     dependencies = (depends.dependency for depends in getattr(route, "dependencies", ()))
-    return [dependency.scope for dependency in dependencies if isinstance(dependency, RequireScope)]
+    return [dependency for dependency in dependencies if isinstance(dependency, RequireScope)]
 
 
 def required_scope(request: Scope) -> KeyScope:
@@ -72,7 +85,8 @@ def required_scope(request: Scope) -> KeyScope:
     for route in iter_route_contexts(request["app"].routes):
         match, _ = route.matches(request)
         if match is not Match.NONE:
-            needed = max(declared_scopes(route), default=KeyScope.ADMIN)
+            scopes = (declared.scope_in(request["app"]) for declared in declared_scopes(route))
+            needed = max(scopes, default=KeyScope.ADMIN)
             if match is Match.FULL:
                 return needed
             of_other_methods.append(needed)

@@ -17,9 +17,8 @@ from ..keys import Key
 from ..settings import Settings
 
 if TYPE_CHECKING:  # the services themselves import much; listening starts before they are there
-    from ..catalog.registry import Registry
     from ..text.tokenizers import Tokenizers
-    from ..worker.client import WorkerClient
+    from .protocols import AdapterRegistry, EngineClient
 
 
 @dataclass
@@ -32,8 +31,8 @@ class Services:
     """
 
     settings: Settings
-    client: WorkerClient
-    registry: Registry
+    client: EngineClient
+    registry: AdapterRegistry
     loaded_tokenizers: Tokenizers | None = None
     opened: bool = False
     draining: bool = False
@@ -78,7 +77,7 @@ class Services:
         if self.state == "draining":
             return "the service is shutting down"
         if self.state == "restarting":
-            return "the worker is restarting"
+            return self.client.reason or "the worker is restarting"
         return self._hide_folder(self.failure or self.client.reason or "the base cannot be loaded")
 
     def _loading_stage(self) -> str:

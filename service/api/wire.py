@@ -15,6 +15,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from ..errors import AdapterdError, BadRequest, PayloadTooLarge, TooSlow
 from ..telemetry import metrics
+from .compat import stop_keepalive_timer
 from .errors import error_body, openai_dialect, status_of
 
 HEAD_BYTES = 64 * 1024  # of a request line and its headers
@@ -47,6 +48,9 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        if self.client:
+            # As a socket of both families spells an address of IPv4; others know it without
+            self.client = (self.client[0].removeprefix("::ffff:"), self.client[1])
         # So that it is known of each byte that waits for the client
         transport.set_write_buffer_limits(0)
         self._start_timer()
@@ -77,7 +81,7 @@ class HttpProtocol(HttpToolsProtocol):
         if self.timer is None or (self._expects_body and self.piece >= PIECE_BYTES):
             self._start_timer()
         self.in_head = True
-        self._unset_keepalive_if_required()
+        stop_keepalive_timer(self)
         try:
             rest = self._parse(data)
             while rest:

@@ -15,11 +15,14 @@ from weakref import WeakValueDictionary
 
 from ..core.adapter import Adapter, Digest, Tier
 from ..core.base_info import BaseInfo
+from ..core.error_codes import ErrorCode
 from ..core.messages import Load
-from ..errors import AdapterdError, AdapterInvalid, NotReady
+from ..errors import AdapterdError, AdapterInvalid, NotReady, Overloaded
 from ..telemetry import metrics
 from . import ids
 from .versions import RegisteredAdapter
+
+RETRY_S = 2  # after memory or the worker was missing
 
 
 class Device(Protocol):
@@ -98,7 +101,8 @@ class AdapterTable:
 
         `remember` is given the call that does so, and makes it once the registration is kept. The entry
         that it replaces ends with its last lease, and is returned. Raises AdapterInvalid when the device
-        cannot load the new one, and what `remember` raises; then nothing has changed.
+        cannot load the new one, Overloaded and NotReady when that is not its fault, and what `remember`
+        raises; then nothing has changed.
         """
         replaced: list[RegisteredAdapter] = []
 
@@ -125,7 +129,8 @@ class AdapterTable:
     async def try_out(self, adapter: Adapter) -> None:
         """Loads a content that no id has yet, and lets it go again.
 
-        Raises AdapterInvalid when the device cannot load it.
+        Raises AdapterInvalid when the device cannot load it, Overloaded and NotReady when that is not its
+        fault.
         """
         async with self.lock_for(adapter.digest):
             if self.device.tier_of(adapter.digest) is Tier.DISK:
@@ -161,7 +166,7 @@ class AdapterTable:
         try:
             load = await self.device.wait_until_loaded(digest)
             if load.error:
-                raise AdapterInvalid([load.error])
+                raise error_of_load(load)
         except BaseException:
             await self._release_content(digest)
             raise
@@ -193,3 +198,12 @@ class AdapterTable:
 
     def _is_pinned(self, digest: Digest) -> bool:
         return any(entry.pinned for entry in self.current.values() if entry.digest == digest)
+
+
+def error_of_load(load: Load) -> AdapterdError:
+    """The error that a caller gets of a load that failed: the adapter's, unless it had no part in it."""
+    if load.code is ErrorCode.OVERLOADED:
+        return Overloaded(load.error, retry_after=RETRY_S)
+    if load.code is ErrorCode.NOT_READY:
+        return NotReady(load.error, retry_after=RETRY_S)
+    return AdapterInvalid([load.error])

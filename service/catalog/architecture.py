@@ -33,7 +33,8 @@ def draw_architecture(
 
     `features` are those that no layer shows.
     """
-    lines = _draw_lines(tree, "", {patch.module: patch for patch in patches}, dropout)
+    by_module = {patch.module: patch for patch in patches}
+    lines = _draw_lines(tree, "", by_module, dropout)
     if features:
         lines.append(f"with {', '.join(features)}, which PEFT itself runs beside the mixed batch")
     return "\n".join(lines) + "\n"
@@ -45,9 +46,10 @@ def _draw_lines(
     if path in patches and node.shape:
         return _draw_adapted(node, patches[path], node.shape, dropout)
     prefix = f"{path}." if path else ""
-    drawn = [
-        (child.name, _draw_lines(child, prefix + child.name, patches, dropout)) for child in node.children
-    ]
+    drawn: list[tuple[str, list[str]]] = []
+    for child in node.children:
+        lines = _draw_lines(child, prefix + child.name, patches, dropout)
+        drawn.append((child.name, lines))
     title = f"({node.name}): {node.text}" if node.name else node.text
     return [title, *("  " + line for line in _join_children(drawn))]
 
@@ -69,19 +71,24 @@ def _draw_adapted(
         f"  (lora_A): Linear(in_features={inside}, out_features={rank}, bias=False)",
         f"  (lora_B): Linear(in_features={rank}, out_features={outside}, bias=False)",
     ]
-    return [*lines, f"  (lora_magnitude_vector): Parameter({outside})"] if patch.magnitude else lines
+    if patch.magnitude:
+        lines.append(f"  (lora_magnitude_vector): Parameter({outside})")
+    return lines
 
 
 def _fold_repeated(drawn: Sequence[tuple[str, list[str]]]) -> list[str]:
     """Draws numbered siblings that look the same once; of a list with many kinds, the first few."""
     alike: dict[tuple[str, ...], list[int]] = {}
-    for name, lines in drawn:
-        alike.setdefault((lines[0].partition(": ")[2], *lines[1:]), []).append(int(name))
+    for name, (title, *rest) in drawn:
+        _, _, unnumbered = title.partition(": ")
+        alike.setdefault((unnumbered, *rest), []).append(int(name))
     folded: list[str] = []
-    for (title, *rest), numbers in list(alike.items())[:GROUPS]:
+    groups = list(alike.items())
+    for (title, *rest), numbers in groups[:GROUPS]:
         times = f"{len(numbers)} x " if len(numbers) > 1 else ""
         folded += [f"({_format_runs(numbers)}): {times}{title}", *rest]
-    if hidden := sorted(number for numbers in list(alike.values())[GROUPS:] for number in numbers):
+    hidden = sorted(number for _, numbers in groups[GROUPS:] for number in numbers)
+    if hidden:
         folded.append(f"({_format_runs(hidden)}): as above, with other ranks, scalings or targets")
     return folded
 

@@ -36,10 +36,13 @@ class LoraModuleInfo:
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
-        return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
+        if self.magnitude is None:
+            return self.a, self.b
+        return self.a, self.b, self.magnitude
 
 
 def to_megabytes(size: float) -> float:
+    """Megabytes of so many bytes."""
     return round(size / 1e6, 2)
 
 
@@ -48,17 +51,22 @@ def to_percent(part: int, whole: int) -> float:
 
 
 def span_of(values: Iterable[float]) -> dict[str, float] | None:
+    """The least and the largest value; None where there are none."""
     ordered = sorted(values)
-    return {"min": ordered[0], "max": ordered[-1]} if ordered else None
+    if not ordered:
+        return None
+    return {"min": ordered[0], "max": ordered[-1]}
 
 
 def last_name(module: str) -> str:
+    """What a dotted name ends with: `q_proj`."""
     return module.rsplit(".", 1)[-1]
 
 
 def count_layers(modules: Iterable[str]) -> int:
     """How many numbered layers these dotted names lie in."""
-    return len({match.groups() for module in modules if (match := LAYER.match(module + "."))})
+    matches = (LAYER.match(f"{module}.") for module in modules)
+    return len({match.groups() for match in matches if match})
 
 
 def by_module(modules: Sequence[LoraModuleInfo]) -> list[dict[str, Any]]:
@@ -71,18 +79,20 @@ def by_module(modules: Sequence[LoraModuleInfo]) -> list[dict[str, Any]]:
         has_magnitude = info.magnitude is not None
         key = (last_name(info.module), info.a.shape, info.b.shape, info.scaling, has_magnitude)
         groups.setdefault(key, []).append(info)
-    return [_module_row(*group) for group in sorted(groups.items(), key=lambda group: group[0])]
+    ordered = sorted(groups.items(), key=lambda group: group[0])
+    return [_module_row(*group) for group in ordered]
 
 
 def _module_row(key: tuple[Any, ...], group: Sequence[LoraModuleInfo]) -> dict[str, Any]:
     name, a, b, scaling, has_magnitude = key
     parts = [part for info in group for part in info.parts]
+    size = sum(part.size for part in parts)
     row = {"name": name, "count": len(group), "in_features": a[1], "out_features": b[0], "rank": a[0]}
     row |= {"scaling": scaling, "lora_A": list(a), "lora_B": list(b)}
     if has_magnitude:
         row["magnitude"] = [b[0]]
     row["parameters"] = sum(part.count for part in parts)
-    row["megabytes"] = to_megabytes(sum(part.size for part in parts))
+    row["megabytes"] = to_megabytes(size)
     return row
 
 
@@ -99,9 +109,11 @@ def describe_content(
     `changed` names all layers it acts on, where those are not `modules`.
     """
     names = changed or [info.module for info in modules]
-    own = [tensor for key, tensor in header.tensors.items() if key not in set(ignored)]
+    foreign = set(ignored)
+    own = [tensor for key, tensor in header.tensors.items() if key not in foreign]
+    last_names = set(map(last_name, names))
     layers = {
-        "target_modules": sorted(set(map(last_name, names))),
+        "target_modules": sorted(last_names),
         "layers": count_layers(names),
         "modules": len(names),
         "by_module": by_module(modules),
@@ -129,9 +141,10 @@ def _describe_config(config: Config, modules: Sequence[LoraModuleInfo]) -> dict[
 def describe_size(header: Header) -> dict[str, Any]:
     """The file's own bytes beside what its shapes and types say they must be."""
     dtypes: dict[str, int] = {}
+    arithmetic = 0
     for tensor in header.tensors.values():
         dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + 1
-    arithmetic = sum(tensor.count * ITEMSIZE[tensor.dtype] for tensor in header.tensors.values())
+        arithmetic += tensor.count * ITEMSIZE[tensor.dtype]
     return {
         "file_bytes": header.file_bytes,
         "header_bytes": header.header_bytes,
@@ -150,9 +163,11 @@ def guess_modules(config: Config, header: Header) -> list[LoraModuleInfo]:
         a, b = factors.get("A"), factors.get("B")
         if a is None or b is None or not len(a.shape) == len(b.shape) == 2:
             continue
-        if rank := a.shape[0]:
+        rank = a.shape[0]
+        if rank:
             scaling = _scaling_of(config, module, rank)
-            modules.append(LoraModuleInfo(module, scaling, a, b, factors.get("magnitude_vector")))
+            magnitude = factors.get("magnitude_vector")
+            modules.append(LoraModuleInfo(module, scaling, a, b, magnitude))
     return modules
 
 
@@ -162,15 +177,18 @@ def _group_factors(header: Header) -> dict[str, dict[str, TensorInfo]]:
     for key, tensor in header.tensors.items():
         match = FACTOR.match(key.replace(".default", ""))
         if match and len(tensor.shape) in (1, 2):
-            factors.setdefault(match[1], {})[match[2]] = tensor
+            module, part = match.groups()
+            factors.setdefault(module, {})[part] = tensor
     return factors
 
 
 def _scaling_of(config: Config, module: str, rank: int) -> float:
+    """alpha / rank, or alpha / √rank with rsLoRA."""
     patterns: Mapping[str, float] = config.get("alpha_pattern") or {}
     matching = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module))
     alpha = next(matching, config.get("lora_alpha") or 0)
-    return float(alpha / (rank**0.5 if config.get("use_rslora") else rank))
+    divisor = rank**0.5 if config.get("use_rslora") else rank
+    return float(alpha / divisor)
 
 
 def forecast_size(
@@ -180,22 +198,26 @@ def forecast_size(
 
     Raises BadRequest naming what is wrong.
     """
-    _check_forecast(sorted({linear.name for linear in linears}), r, modules, dtype)
-    rows = _forecast_rows(linears, FLOAT_CODES[dtype], r, modules)
+    known = sorted({linear.name for linear in linears})
+    _check_forecast(known, r, modules, dtype)
+    kind = FLOAT_CODES[dtype]
+    rows = _forecast_rows(linears, kind, r, modules)
     total = sum(row["parameters"] for row in rows)
     shape = {"r": r, "dtype": dtype, "target_modules": sorted(set(modules))}
     return shape | {
         "by_module": rows,
         "parameters": total,
-        "megabytes": to_megabytes(total * ITEMSIZE[FLOAT_CODES[dtype]]),
+        "megabytes": to_megabytes(total * ITEMSIZE[kind]),
         "percent_of_base": to_percent(total, parameters),
         "base": {"parameters": parameters, "float32_megabytes": to_megabytes(4 * parameters)},
     }
 
 
 def _check_forecast(known: Sequence[str], r: int, modules: Sequence[str], dtype: str) -> None:
+    """Raises BadRequest."""
     if dtype not in FLOAT_CODES:
-        raise BadRequest(f"dtype {dtype!r} is none of {', '.join(FLOAT_CODES)}", param="dtype")
+        dtypes = ", ".join(FLOAT_CODES)
+        raise BadRequest(f"dtype {dtype!r} is none of {dtypes}", param="dtype")
     if r < 1:
         raise BadRequest(f"r {r} must be 1 or more", param="r")
     unknown = [name for name in modules if name not in known]

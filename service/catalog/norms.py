@@ -36,14 +36,21 @@ class NormCache:
         digest = validated.adapter.digest
         task = self._asked.get(digest)
         if task is None:
-            while len(self._asked) >= KEPT:
-                del self._asked[next(iter(self._asked))]
-            task = self._asked[digest] = asyncio.create_task(self._validator.measure_norms(validated))
+            self._make_room()
+            measuring = self._validator.measure_norms(validated)
+            task = self._asked[digest] = asyncio.create_task(measuring)
             task.add_done_callback(lambda done: self._forget_failed(digest, done))
         return await asyncio.shield(task)
 
+    def _make_room(self) -> None:
+        """Forgets the contents that were asked for first, so that one more may be remembered."""
+        while len(self._asked) >= KEPT:
+            oldest = next(iter(self._asked))
+            del self._asked[oldest]
+
     def _forget_failed(self, digest: Digest, done: asyncio.Task[dict[str, float]]) -> None:
-        if (done.cancelled() or done.exception()) and self._asked.get(digest) is done:
+        has_failed = done.cancelled() or done.exception() is not None
+        if has_failed and self._asked.get(digest) is done:
             del self._asked[digest]
 
 
@@ -59,11 +66,9 @@ def group_by_layer(
     by_layer, outside = _split_by_layer(patches)
     numbers = {number for specs in by_layer.values() for number in specs}
     layers = max(layers, *(1 + number for number in numbers), 0)
-    return {
-        "layers": layers,
-        "modules": [_describe_layers(name, by_layer[name], norms, layers) for name in sorted(by_layer)],
-        "outside": [_describe_outside(name, outside[name], norms) for name in sorted(outside)],
-    }
+    modules = [_describe_layers(name, specs, norms, layers) for name, specs in sorted(by_layer.items())]
+    others = [_describe_outside(name, specs, norms) for name, specs in sorted(outside.items())]
+    return {"layers": layers, "modules": modules, "outside": others}
 
 
 def _split_by_layer(specs: Sequence[LoraLayerSpec]) -> tuple[SpecsByLayer, dict[str, list[LoraLayerSpec]]]:
@@ -72,8 +77,10 @@ def _split_by_layer(specs: Sequence[LoraLayerSpec]) -> tuple[SpecsByLayer, dict[
     outside: dict[str, list[LoraLayerSpec]] = {}
     for spec in specs:
         name = last_name(spec.module)
-        if match := LAYER.match(spec.module):
-            by_layer.setdefault(name, {}).setdefault(int(match[2]), []).append(spec)
+        match = LAYER.match(spec.module)
+        if match:
+            layer = int(match[2])
+            by_layer.setdefault(name, {}).setdefault(layer, []).append(spec)
         else:
             outside.setdefault(name, []).append(spec)
     return by_layer, outside
@@ -99,5 +106,6 @@ def _describe_outside(
 
 def _combine_modules(specs: Sequence[LoraLayerSpec], norms: Mapping[str, float]) -> tuple[int, float]:
     """The largest rank, and the norm of all changes together."""
+    rank = max(spec.rank for spec in specs)
     norm = math.hypot(*(norms[spec.module] for spec in specs))
-    return max(spec.rank for spec in specs), norm if math.isfinite(norm) else LARGEST
+    return rank, norm if math.isfinite(norm) else LARGEST

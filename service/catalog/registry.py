@@ -161,7 +161,8 @@ class Registry:
 
         Other content needs `replace`.
 
-        Raises BadRequest, Conflict, Forbidden, AdapterInvalid, AdapterUnsupported, StorageFull.
+        Raises BadRequest, Conflict, Forbidden, AdapterInvalid, AdapterUnsupported, Overloaded where memory
+        is short, StorageFull where a disk is, NotReady where the worker was lost meanwhile.
         """
         ids.check_id(id, self.base_id)
         location = await self._store.find_source(source, subfolder, revision)

@@ -42,6 +42,7 @@ class Startup:
 
     async def __aiter__(self) -> AsyncIterator[RegisteredAdapter]:
         await run_in(DISK, self.store.sweep_interrupted)
+        await self._warn_of_uploads()
         records = self.state_file.records
         for id, record in records.items():
             if entry := await self.restore_record(id, record):
@@ -52,6 +53,13 @@ class Startup:
                 continue
             if self._can_be_id(folder):
                 yield await self._register_folder(folder)
+
+    async def _warn_of_uploads(self) -> None:
+        try:
+            await run_in(DISK, self.store.try_writing)
+        except OSError as error:
+            reason = error.strerror
+            log.warning("uploads will be refused: the adapters directory cannot be written: %s", reason)
 
     def _can_be_id(self, folder: str) -> bool:
         try:

@@ -122,7 +122,7 @@ class StateFile:
 
     def _describe_refusal(self) -> str:
         reason = durable.why_unwritable(self.path.parent)
-        return f"{self.path.parent} cannot be written, nor any upload be stored: {reason}" if reason else ""
+        return f"{self.path.parent} cannot be written: {reason}" if reason else ""
 
     def write_file(self, records: Mapping[str, Record], deleted: set[str]) -> None:
         """Replaces the file in one step.

@@ -30,8 +30,9 @@ def make_card(entry: RegisteredAdapter, tier: Tier) -> dict[str, Any]:
         "parameters": None,
         "megabytes": None,
     }
-    if entry.version.validated:
-        card |= _card_facts(entry.version.validated.facts)
+    validated = entry.version.validated
+    if validated:
+        card |= _card_facts(validated.facts)
     card |= {"pinned": entry.pinned, "in_flight": entry.in_flight}
     card["last_used"] = format_time(entry.last_used)
     if entry.failure:
@@ -40,6 +41,7 @@ def make_card(entry: RegisteredAdapter, tier: Tier) -> dict[str, Any]:
 
 
 def _card_facts(known: Mapping[str, Any]) -> dict[str, Any]:
+    """What a card has of the content's facts: of several ranks the largest."""
     rank = known["rank"] or {"max": 0}
     return {
         "rank": int(rank["max"]),
@@ -55,31 +57,34 @@ def make_summary(entry: RegisteredAdapter, tier: Tier, base: BaseInfo, served: S
     if validated is None:
         return summary | {"warnings": []}
     summary |= {key: value for key, value in validated.facts.items() if key != "claimed_base"}
-    summary |= {"lane": validated.adapter.lane.value} | _compare_with_base(validated, base, served)
+    summary["lane"] = validated.adapter.lane.value
+    summary |= _compare_with_base(validated, base, served)
     summary["files"] = [asdict(file) for file in validated.adapter.files]
     summary["warnings"] = [*_warn_of_base(validated, served), *validated.warnings]
     return summary
 
 
 def _describe_source(version: AdapterVersion) -> dict[str, Any]:
+    location = version.place
     return {
-        "source": version.place.source,
-        "subfolder": version.place.subfolder,
-        "revision": version.place.revision,
+        "source": location.source,
+        "subfolder": location.subfolder,
+        "revision": location.revision,
         "registered_at": version.registered_at,
     }
 
 
 def _compare_with_base(validated: ValidatedAdapter, base: BaseInfo, served: ServedBase) -> dict[str, Any]:
     """The adapter beside the base: its name for it, its share of it, and its bytes on the device."""
-    claimed = validated.facts["claimed_base"]
-    parameters = validated.facts["parameters"]
-    on_device = parameters * ITEMSIZE[FLOAT_CODES[base.dtype]]
+    content = validated.facts
+    claimed, parameters = content["claimed_base"], content["parameters"]
+    kind = FLOAT_CODES[base.dtype]
+    on_device = parameters * ITEMSIZE[kind]
     resident = sum(base.resident_bytes.values())
     return {
         "base_model": {"claimed": claimed, "served": served.id, "match": served.matches_claim(claimed)},
         "percent_of_base": facts.to_percent(parameters, base.parameters),
-        "size": validated.facts["size"] | {"device_megabytes": facts.to_megabytes(on_device)},
+        "size": content["size"] | {"device_megabytes": facts.to_megabytes(on_device)},
         "base": _describe_base(base, resident),
         "footprint": {
             "base_megabytes": facts.to_megabytes(resident),

@@ -17,28 +17,38 @@ COLUMNS = {
 
 def format_summary(summary: Mapping[str, Any]) -> str:
     """A summary, or the facts that `inspect` gives of a folder, as text."""
-    lines = _align_rows([row for row in _fact_rows(summary) if row[1]])
+    facts = [(name, text) for name, text in _fact_rows(summary) if text]
+    lines = _align_rows(facts)
     if summary.get("by_module"):
         lines += ["", *_by_module(summary["by_module"])]
-    if tensors := summary.get("tensors"):
-        cells = [[_format_cell(value) for value in row.values()] for row in tensors]
-        lines += ["", *_format_grid([list(tensors[0]), *cells])]
-    if notes := [*summary.get("problems", ()), *summary.get("warnings", ())]:
+    if summary.get("tensors"):
+        lines += ["", *_format_tensors(summary["tensors"])]
+    notes = [*summary.get("problems", ()), *summary.get("warnings", ())]
+    if notes:
         lines += ["", *(f"! {note}" for note in notes)]
     return "\n".join(lines) + "\n"
+
+
+def _format_tensors(tensors: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A grid of the tensors, under the names of their fields."""
+    titles = list(tensors[0])
+    cells = [[_format_cell(value) for value in tensor.values()] for tensor in tensors]
+    return _format_grid([titles, *cells])
 
 
 def format_forecast(forecast: Mapping[str, Any]) -> str:
     """A forecast as text."""
     base = forecast["base"]
-    of_base = f"{base['parameters']:,} parameters ({base['float32_megabytes']:,.2f} MB)"
+    megabytes = base["float32_megabytes"]
+    of_base = f"{base['parameters']:,} parameters ({megabytes:,.2f} MB)"
     rows = [
         ("rank", str(forecast["r"])),
         ("parameters", f"{forecast['parameters']:,}"),
         ("size", f"{forecast['megabytes']:.2f} MB as {forecast['dtype']}"),
         ("base", f"{forecast['percent_of_base']:.2f} % of {of_base}"),
     ]
-    return "\n".join([*_align_rows(rows), "", *_by_module(forecast["by_module"])]) + "\n"
+    modules = _by_module(forecast["by_module"])
+    return "\n".join([*_align_rows(rows), "", *modules]) + "\n"
 
 
 def _fact_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -63,23 +73,27 @@ def _fact_rows(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _on_device(summary: Mapping[str, Any], size: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "footprint" not in summary:
         return []
-    base = summary["footprint"]["base_megabytes"]
-    grown = summary["footprint"]["with_adapter_megabytes"]
+    footprint = summary["footprint"]
+    base, grown = footprint["base_megabytes"], footprint["with_adapter_megabytes"]
     change = f"the base's {base:,.2f} MB become {grown:,.2f} MB"
     return [("on the device", f"{size['device_megabytes']:.2f} MB: {change}")]
 
 
 def _format_type(summary: Mapping[str, Any]) -> str:
-    kind = [summary.get("peft_type"), summary.get("task_type")]
-    kind += ["rsLoRA"] if summary.get("use_rslora") else []
-    kind += ["DoRA"] if summary.get("use_dora") else []
-    return f"{' '.join(filter(None, kind))} (PEFT {summary.get('peft_version')})"
+    words = [summary.get("peft_type"), summary.get("task_type")]
+    if summary.get("use_rslora"):
+        words.append("rsLoRA")
+    if summary.get("use_dora"):
+        words.append("DoRA")
+    kind = " ".join(filter(None, words))
+    return f"{kind} (PEFT {summary.get('peft_version')})"
 
 
 def _format_scaling(summary: Mapping[str, Any]) -> str:
-    if not summary.get("scaling"):
+    scaling = summary.get("scaling")
+    if not scaling:
         return ""
-    span = _format_span(summary.get("scaling"))
+    span = _format_span(scaling)
     return f"{span} (alpha {summary.get('alpha')}, dropout {summary.get('dropout')})"
 
 
@@ -98,14 +112,17 @@ def _format_bytes(size: Mapping[str, Any]) -> str:
 
 def _format_base(summary: Mapping[str, Any]) -> str:
     base = summary.get("base_model") or {}
-    served = f", served on {base['served']}" if base.get("served") and not base.get("match") else ""
-    return f"{base.get('claimed') or 'not named'}{served}"
+    claimed = base.get("claimed") or "not named"
+    if base.get("served") and not base.get("match"):
+        return f"{claimed}, served on {base['served']}"
+    return str(claimed)
 
 
 def _format_share(summary: Mapping[str, Any]) -> str:
     if "base" not in summary:
         return ""
-    return f" ({summary['percent_of_base']:.2f} % of the base's {summary['base']['parameters']:,})"
+    percent, whole = summary["percent_of_base"], summary["base"]["parameters"]
+    return f" ({percent:.2f} % of the base's {whole:,})"
 
 
 def _format_span(span: Mapping[str, Any] | None) -> str:
@@ -116,9 +133,11 @@ def _format_span(span: Mapping[str, Any] | None) -> str:
 
 
 def _by_module(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A grid of the modules, with those columns that they have."""
     keys = [key for key in COLUMNS if key in rows[0]]
     titles = [COLUMNS[key] for key in keys]
-    return _format_grid([titles, *([_format_value(key, row[key]) for key in keys] for row in rows)])
+    cells = [[_format_value(key, row[key]) for key in keys] for row in rows]
+    return _format_grid([titles, *cells])
 
 
 def _format_value(key: str, value: Any) -> str:
@@ -128,7 +147,9 @@ def _format_value(key: str, value: Any) -> str:
 def _format_cell(value: Any) -> str:
     if isinstance(value, list | tuple):
         return " x ".join(map(str, value))
-    return f"{round(value, 4):,}" if isinstance(value, int | float) else str(value)
+    if isinstance(value, int | float):
+        return f"{round(value, 4):,}"
+    return str(value)
 
 
 def _align_rows(rows: Sequence[tuple[str, str]]) -> list[str]:

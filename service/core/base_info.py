@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+BLOCK_TOKENS = 16  # positions of a KV block
+
 
 @dataclass(frozen=True, slots=True)
 class LinearKind:
@@ -39,7 +41,8 @@ class BaseInfo:
     """The resident base: exact numbers, made by the worker once it is loaded.
 
     Bytes are resident bytes, by dtype. `linears` are the layers that can be adapted, `limits` what
-    stands in the way of others. `rope` says which rotary factors serve every sequence, where the base
+    stands in the way of others. `kv_blocks` blocks of BLOCK_TOKENS positions serve `rows` sequences at once,
+    each of at most `context` tokens. `rope` says which rotary factors serve every sequence, where the base
     has several; else it is None.
     """
 
@@ -58,5 +61,6 @@ class BaseInfo:
     linears: tuple[LinearKind, ...]
     pool_rank: int
     rows: int
+    kv_blocks: int = 0
     rope: dict[str, Any] | None = None
     limits: tuple[LayerLimit, ...] = ()

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from .adapter import Adapter, Digest, Placement, Tier
 from .base_info import BaseInfo
+from .error_codes import ErrorCode
 from .request import Event, Request
 
 
@@ -73,24 +74,40 @@ class CannotStart:
 
 
 @dataclass(frozen=True, slots=True)
+class LastWords:
+    """The worker has raised, which `reason` tells, and ends; another one may fare better."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
     """The end of an adapter's way from disk to host memory; `error` is empty when it went well.
 
-    `error` also says that the base turned out unable to run it.
+    `error` also says that the base turned out unable to run it. `code` is the kind of error.
     """
 
     digest: Digest
     seconds: float
     size: int
     error: str = ""
+    code: ErrorCode = ErrorCode.ADAPTER_INVALID
 
 
 @dataclass(frozen=True, slots=True)
 class Gauges:
     running: int = 0
     waiting: int = 0
-    kv_used: int = 0  # positions held by running sequences
+    kv_used: int = 0  # blocks held by running sequences
+    kv_cached: int = 0  # blocks that a prompt may find again
     kv_total: int = 0
+    preemptions: int = 0  # since the worker started
+
+    @property
+    def kv_empty(self) -> int:
+        """Blocks that hold nothing worth keeping."""
+        return self.kv_total - self.kv_used - self.kv_cached
+
     pool_used: int = 0
     host_bytes: int = 0
 
@@ -99,12 +116,12 @@ class Gauges:
 class Report:
     """One message per step.
 
-    `started` requests have got a sequence slot; `tiers` are changes of residency; `dropped` says the
-    bytes freed.
+    `started` are requests that have begun, with the prompt tokens that were cached; `tiers` are changes of
+    residency; `dropped` says the bytes freed.
     """
 
     events: tuple[Event, ...] = ()
-    started: tuple[int, ...] = ()
+    started: tuple[tuple[int, int], ...] = ()
     tiers: tuple[tuple[Digest, Tier], ...] = ()
     loads: tuple[Load, ...] = ()
     placed: tuple[tuple[Digest, float], ...] = ()  # digest, seconds
@@ -114,4 +131,4 @@ class Report:
     gauges: Gauges = Gauges()
 
 
-Message = Progress | Ready | CannotStart | Report
+Message = Progress | Ready | CannotStart | LastWords | Report

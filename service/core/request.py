@@ -12,10 +12,12 @@ from .adapter import Digest
 from .error_codes import ErrorCode
 from .sampling import Sampling
 
+UNNUMBERED = 0  # the id of a request that the worker's client has not taken yet
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One prompt to continue.
+    """One prompt to continue. The worker's client gives each a number of its own: its `id`.
 
     `eos` ends it (empty: nothing does); `prompt_logprobs` is as `Sampling.logprobs`, for the
     prompt's tokens.

@@ -51,7 +51,7 @@ python -m service.demo.train --only {task.name}
 def read_results(folder: Path) -> Results:
     """What `results.json` holds, by adapter; nothing when there is none yet."""
     path = folder / "results.json"
-    found: Results = json.loads(path.read_text()) if path.exists() else {}
+    found: Results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     return found
 
 
@@ -60,13 +60,13 @@ def keep_result(folder: Path, name: str, figures: dict[str, Any]) -> None:
     results = read_results(folder)
     results[name] = results.get(name, {}) | figures
     text = json.dumps(dict(sorted(results.items())), indent=2, ensure_ascii=False)
-    (folder / "results.json").write_text(text + "\n")
+    (folder / "results.json").write_text(text + "\n", encoding="utf-8")
 
 
 def write_readme(folder: Path, task: Task) -> None:
     """Rewrites the README of the task's adapter."""
     readme = make_readme(task, read_results(folder)[task.name])
-    (folder / "adapters" / task.name / "README.md").write_text(readme)
+    (folder / "adapters" / task.name / "README.md").write_text(readme, encoding="utf-8")
 
 
 def describe_recipe(recipe: Recipe) -> str:

@@ -13,53 +13,51 @@ from random import Random
 
 from .task import Item, Recipe, Scores, Split, Task
 
-SENTENCES: dict[Split, tuple[str, ...]] = {
-    "train": (
-        "The meeting is on {}.",
-        "The contract was signed on {} in room 214.",
-        "Our flight leaves on {} at 9:30.",
-        "She was born on {}.",
-        "Please send the report before {}.",
-        "On {} the museum opened its doors to 300 guests.",
-        "The rent for 2 rooms is due on {}.",
-        "Invoice 4471 was issued on {}.",
-        "We moved to the new office on {}.",
-        "From {} the shop will be closed.",
-        "My appointment with the dentist is on {} at 8:15.",
-        "The 12 players met again on {}.",
-        "It was {} when the bridge fell.",
-        "The warranty ends on {}.",
-        "They married on {} in a small village.",
-        "{} is the last day to apply.",
-        "The exam takes place on {}, starting at 10 o'clock.",
-        "Bus line 7 stopped running on {}.",
-        "The letter, dated {}, was never answered.",
-        "Until {} you can return the 3 books.",
-        "The software was released on {}.",
-        "His passport expires on {}.",
-        "The storm of {} damaged 85 houses.",
-        "Payment of 120 euros arrived on {}.",
-        "Version 2 of the form is valid as of {}.",
-        "We will see each other again on {}.",
-        "The treaty came into force on {}.",
-        "The first train ran on {} and carried 40 people.",
-        "Mark {} in your calendar.",
-        "Tickets are on sale since {}.",
-    ),
-    "test": (
-        "The concert was moved to {}.",
-        "Delivery of order 9082 is planned for {}.",
-        "Grandfather opened his bakery on {}.",
-        "The hearing begins on {} at 14:00 in hall 3.",
-        "Your subscription renews on {}.",
-        "On {} the team won its 5th title.",
-        "{} was a very cold day.",
-        "The lease of 1 garage ended on {}.",
-        "The school trip with 26 children starts on {}.",
-        "Remember that the library reopens on {}.",
-        "The satellite was launched on {} after 2 delays.",
-        "The next check of the lift is due by {}.",
-    ),
+SENTENCES: dict[Split, list[str]] = {
+    "train": """\
+The meeting is on {}.
+The contract was signed on {} in room 214.
+Our flight leaves on {} at 9:30.
+She was born on {}.
+Please send the report before {}.
+On {} the museum opened its doors to 300 guests.
+The rent for 2 rooms is due on {}.
+Invoice 4471 was issued on {}.
+We moved to the new office on {}.
+From {} the shop will be closed.
+My appointment with the dentist is on {} at 8:15.
+The 12 players met again on {}.
+It was {} when the bridge fell.
+The warranty ends on {}.
+They married on {} in a small village.
+{} is the last day to apply.
+The exam takes place on {}, starting at 10 o'clock.
+Bus line 7 stopped running on {}.
+The letter, dated {}, was never answered.
+Until {} you can return the 3 books.
+The software was released on {}.
+His passport expires on {}.
+The storm of {} damaged 85 houses.
+Payment of 120 euros arrived on {}.
+Version 2 of the form is valid as of {}.
+We will see each other again on {}.
+The treaty came into force on {}.
+The first train ran on {} and carried 40 people.
+Mark {} in your calendar.
+Tickets are on sale since {}.""".splitlines(),
+    "test": """\
+The concert was moved to {}.
+Delivery of order 9082 is planned for {}.
+Grandfather opened his bakery on {}.
+The hearing begins on {} at 14:00 in hall 3.
+Your subscription renews on {}.
+On {} the team won its 5th title.
+{} was a very cold day.
+The lease of 1 garage ended on {}.
+The school trip with 26 children starts on {}.
+Remember that the library reopens on {}.
+The satellite was launched on {} after 2 delays.
+The next check of the lift is due by {}.""".splitlines(),
 }
 FIRST, LAST = date(1950, 1, 1).toordinal(), date(2049, 12, 31).toordinal()
 FORMS = (
@@ -99,14 +97,17 @@ def make(rng: Random, split: Split) -> Item:
     when = date.fromordinal(rng.randint(FIRST, LAST))
     while held_out(when) != (split == "test"):
         when = date.fromordinal(rng.randint(FIRST, LAST))
-    sentence = rng.choice(SENTENCES[split]).format(written(when, rng))
+    form = rng.choice(SENTENCES[split])
+    sentence = form.format(written(when, rng))
     return Item(f"{sentence[0].upper()}{sentence[1:]}\nDate:", when.isoformat())
 
 
 def score(answer: str, wanted: str) -> Scores:
     """The first ISO date in the answer counts, whatever stands around it."""
-    found = ISO.search(answer)
-    return {"exact": float(found is not None and found[0] == wanted), "iso": float(found is not None)}
+    date_found = ISO.search(answer)
+    if date_found is None:
+        return {"exact": 0.0, "iso": 0.0}
+    return {"exact": float(date_found[0] == wanted), "iso": 1.0}
 
 
 TASK = Task(

@@ -251,14 +251,16 @@ def make(rng: Random, split: Split) -> Item:
     thing = rng.choice(THINGS[split].split())
     saying = rng.choice(SAYINGS[split][label].splitlines())
     saying = saying.format(thing=thing, sum=rng.randint(11, 499), days=rng.randint(3, 29))
-    message = f"{rng.choice(OPENINGS[split])}{saying}{rng.choice(CLOSINGS[split])}"
+    opening, closing = rng.choice(OPENINGS[split]), rng.choice(CLOSINGS[split])
+    message = f"{opening}{saying}{closing}"
     return Item(f"Message: {message}\nLabel:", label)
 
 
 def score(answer: str, wanted: str) -> Scores:
     """The first of the six labels in the answer counts, in any case and whatever stands around it."""
-    found = WORD.search(answer.lower())
-    return {"right": float(found is not None and found[0] == wanted), "exact": float(answer == wanted)}
+    label = WORD.search(answer.lower())
+    is_right = label is not None and label[0] == wanted
+    return {"right": float(is_right), "exact": float(answer == wanted)}
 
 
 TASK = Task(

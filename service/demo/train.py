@@ -154,9 +154,9 @@ def save_config(config: Any, folder: Path) -> None:
     config.base_model_name_or_path, config.inference_mode = DEMO_BASE, True
     config.save_pretrained(folder)
     path = folder / "adapter_config.json"
-    kept = json.loads(path.read_text())
+    kept = json.loads(path.read_text(encoding="utf-8"))
     kept["target_modules"] = sorted(kept["target_modules"])
-    path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n")
+    path.write_text(json.dumps(kept, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @torch.inference_mode()

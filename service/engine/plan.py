@@ -10,20 +10,22 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..core.adapter import Adapter, Digest, Placement
+from ..core.base_info import BLOCK_TOKENS
 from ..core.error_codes import ErrorCode
 from ..core.request import Request, Token
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """A run of one sequence's tokens in a step: `tokens` are written to KV row `row` from `position` on.
+    """A run of one sequence's tokens in a step: `tokens` are written from `position` on.
 
-    `sample`: the token after the last one is wanted. A chunk with `generated` > 0 is a decode chunk:
-    its one token is the one last sampled. `asleep`: its adapter does not act on these tokens.
+    `blocks` are the sequence's KV blocks, up to the last token's. `sample`: the token after the last one
+    is wanted. `generated` tokens of the answer are there already. `asleep`: its adapter does not act on
+    these tokens.
     """
 
     request: Request
-    row: int
+    blocks: tuple[int, ...]
     position: int
     tokens: tuple[int, ...]
     sample: bool
@@ -35,27 +37,22 @@ class Chunk:
         """The adapter that acts on these tokens."""
         return None if self.asleep else self.request.adapter
 
-
-@dataclass(frozen=True, slots=True)
-class Fork:
-    """The first `length` positions of KV row `source` are copied to row `target`."""
-
-    source: int
-    target: int
-    length: int
+    @property
+    def written_blocks(self) -> tuple[int, ...]:
+        """The blocks that the tokens are written to: no other sequence has them."""
+        return self.blocks[self.position // BLOCK_TOKENS :]
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One step: `remove` frees pool rows, `place` fills some, `forks` copy KV, then the chunks run.
+    """One step: `remove` frees pool rows, `place` fills some, then the chunks run.
 
-    Decode chunks come first. All chunks run as one batch, but those of adapters on the PEFT path: each
-    such adapter's run as a batch of their own.
+    Chunks of one token come first. All chunks run as one batch, but those of adapters on the PEFT path:
+    each such adapter's run as a batch of their own.
     """
 
     remove: tuple[Digest, ...] = ()
     place: tuple[Placement, ...] = ()
-    forks: tuple[Fork, ...] = ()
     chunks: tuple[Chunk, ...] = ()
 
 
@@ -90,7 +87,7 @@ class Runner(Protocol):
         """Runs the plan; one result per chunk, in order.
 
         A plan that raises may be run again: no token was chosen. A chunk that raises alone leaves
-        nothing in its row.
+        nothing in the blocks that it writes.
         """
 
     def finish_request(self, request: int) -> None:

@@ -1,4 +1,4 @@
-"""Decides which sequences run in the next step, and in which KV rows; runs in the worker process.
+"""Decides which sequences run in the next step, and in which KV blocks; runs in the worker process.
 
 It also decides when their adapters must be there. Integers only, one caller at a time. Must not know
 tensors, threads or the time of day.
@@ -8,21 +8,22 @@ from __future__ import annotations
 
 import sys
 from collections import Counter, deque
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass, field, replace
 from itertools import chain
 
 from ..core.adapter import Adapter, Digest, Placement
+from ..core.base_info import BLOCK_TOKENS
 from ..core.error_codes import ErrorCode
 from ..core.messages import Gauges, Report
 from ..core.request import Event, Finish, Request, Token
 from .adapter_cache import AdapterCache
-from .kv_rows import WORTH, KVRows, common_prefix
-from .plan import Chunk, Fork, Plan, Result
+from .kv_blocks import BlockTable, KVBlocks, count_blocks
+from .plan import Chunk, Plan, Result
 
 GOOD_PART = 0.25  # of the prefill budget
-# Requests that may overtake one whose adapter does not fit the pool, before the pool drains for it
+# Requests that may overtake one that does not fit the pool or the blocks, before these drain for it
 PASSES = 16
 
 
@@ -30,18 +31,19 @@ PASSES = 16
 class Sequence:
     """One request that waits or runs.
 
-    `tokens` are the prompt's and the generated ones; the KV row holds the first `written` of them.
-    `passed` counts the requests that overtook it. `wakes` is the first token on which an activated
+    `tokens` are the prompt's and the generated ones; the blocks of `table` hold the first `written` of
+    them. `passed` counts the requests that overtook it. `wakes` is the first token on which an activated
     adapter acts; None: it acts on all.
     """
 
     request: Request
     arrival: int
     tokens: list[int]
-    row: int = -1
+    table: BlockTable = field(default_factory=BlockTable)
     written: int = 0
     generated: int = 0
     passed: int = 0
+    begun: bool = False
     wakes: int | None = None
     scored: list[Token] = field(default_factory=list)
 
@@ -50,16 +52,32 @@ class Sequence:
         return self.request.adapter
 
     @property
-    def reusable(self) -> bool:
-        """Whether its prompt's start may come from another row: the KV of an activated adapter depends
-        on the whole prompt.
+    def is_decoding(self) -> bool:
+        """Whether only the token that was sampled last is not written yet."""
+        return self.generated > 0 and self.written == len(self.tokens) - 1
+
+    @property
+    def reusable_prefix(self) -> list[int]:
+        """The tokens whose KV may come from the cache: never the last one's, since its logits are
+        needed, and none where the prompt is to be scored.
         """
-        return self.request.prompt_logprobs is None and self.wakes is None
+        is_scored = self.request.prompt_logprobs is not None and not self.generated
+        return [] if is_scored else self.tokens[:-1]
+
+    def scope_of(self, block: int) -> Hashable:
+        """Of the KV in the sequence's i-th block: the base's before an activated adapter wakes, else the
+        adapter's.
+        """
+        wakes = self.wakes or 0
+        start = block * BLOCK_TOKENS
+        if self.adapter is None or wakes >= start + BLOCK_TOKENS:
+            return None
+        return self.adapter, max(0, wakes - start)
 
 
 class Scheduler:
-    """The next row goes to the waiting adapter that holds the fewest rows, and among equals to the
-    oldest request.
+    """The next place goes to the waiting adapter with the fewest running sequences, and among equals to
+    the oldest request.
 
     So one adapter alone is served first come, first served, and none takes more than its share while
     others wait. A step is `plan_step`, then `commit_step` or `abort_step`, after which `unplace` and
@@ -67,18 +85,29 @@ class Scheduler:
     """
 
     def __init__(
-        self, *, rows: int, context: int, pool_rank: int, prefill_tokens: int, host_bytes: int
+        self,
+        *,
+        rows: int,
+        context: int,
+        kv_blocks: int,
+        pool_rank: int,
+        prefill_tokens: int,
+        host_bytes: int,
     ) -> None:
+        """At most `rows` sequences run at once, each of at most `context` tokens, which must fit the
+        blocks alone.
+        """
+        self.rows = rows
         self.context = context
         self.prefill_tokens = prefill_tokens
-        self.rows = KVRows(rows)
+        self.blocks = KVBlocks(kv_blocks)
         self.adapters = AdapterCache(pool_rank, host_bytes)
         self.running: dict[int, Sequence] = {}
         self.waiting: dict[Digest | None, deque[Sequence]] = {}
         self._arrivals = 0
-        self._forks: list[Fork] = []
+        self._preemptions = 0
         self._events: list[Event] = []
-        self._started: list[int] = []
+        self._started: list[tuple[int, int]] = []
         self._layout: tuple[Placement, ...] = ()
 
     # ---- what happened
@@ -128,7 +157,7 @@ class Scheduler:
 
         None while one is being read or none is wanted.
         """
-        ahead = [head.adapter for head in self._waiting_heads()[: self.rows.count]]
+        ahead = [head.adapter for head in self._waiting_heads()[: self.rows]]
         return self.adapters.next_load([digest for digest in ahead if digest is not None], self._in_flight())
 
     def take_removed(self) -> list[tuple[Digest, bool]]:
@@ -145,19 +174,21 @@ class Scheduler:
         in_flight = self._in_flight()
         self.adapters.forget_removed(in_flight.union(digest for digest in self.waiting if digest is not None))
         self.adapters.place_pinned(in_flight)
+        self._make_room()
         chunks = self._continue_running()
-        budget = self.prefill_tokens - sum(len(chunk.tokens) for chunk in chunks if not chunk.generated)
-        chunks += self._admit_prompts(budget)
+        prefilled = sum(len(chunk.tokens) for chunk in chunks if not self._is_decoding(chunk))
+        chunks += self._admit_prompts(self.prefill_tokens - prefilled)
+        chunks.sort(key=lambda chunk: len(chunk.tokens) > 1)
         self.adapters.place_preloaded()
-        forks, self._forks = self._forks, []
-        return Plan(*self.adapters.take_changes(), tuple(forks), tuple(chunks))
+        return Plan(*self.adapters.take_changes(), tuple(chunks))
 
     def commit_step(self, plan: Plan, results: Ordered[Result]) -> None:
         for chunk, result in zip(plan.chunks, results, strict=True):
             sequence = self.running[chunk.request.id]
-            self.rows.record_tokens(sequence.row, chunk.tokens)
             sequence.written += len(chunk.tokens)
             sequence.scored += result.prompt
+            if not result.error:
+                self._name_blocks(sequence)
             if result.error:
                 self._fail_sequence(sequence, result.code, result.error)
             elif chunk.sample:
@@ -167,8 +198,8 @@ class Scheduler:
                 self._end_sequence(sequence, Finish.LENGTH)
 
     def abort_step(self, plan: Plan) -> None:
-        """The step raised before its chunks ran: its requests fail, and neither their rows nor the
-        pool's changes are relied on.
+        """The step raised before its chunks ran: its requests fail, and neither their blocks nor
+        the pool's changes are relied on.
         """
         for chunk in plan.chunks:
             sequence = self.running[chunk.request.id]
@@ -202,8 +233,10 @@ class Scheduler:
         return Gauges(
             running=len(self.running),
             waiting=sum(map(len, self.waiting.values())),
-            kv_used=self.rows.positions,
-            kv_total=self.rows.count * self.context,
+            kv_used=self.blocks.used,
+            kv_cached=self.blocks.cached,
+            kv_total=self.blocks.count,
+            preemptions=self._preemptions,
             pool_used=self.adapters.pool.used,
             host_bytes=self.adapters.host.used,
         )
@@ -219,7 +252,7 @@ class Scheduler:
         return sequence
 
     def _find_refusal(self, request: Request) -> tuple[ErrorCode, str] | None:
-        """Why the request cannot wait for a row, as a code and a message; None where it can."""
+        """Why the request cannot wait for its turn, as a code and a message; None where it can."""
         if not self.adapters.is_known(request.adapter):
             return ErrorCode.ADAPTER_NOT_FOUND, "the adapter is not registered any more"
         reason = self.adapters.refusal(request.adapter)
@@ -228,7 +261,7 @@ class Scheduler:
         if not request.prompt:
             return ErrorCode.VALIDATION, "the prompt has no tokens"
         if len(request.prompt) > self.context:
-            message = f"the prompt has {len(request.prompt)} tokens, a row holds {self.context}"
+            message = f"the prompt has {len(request.prompt)} tokens, a sequence holds {self.context}"
             return ErrorCode.CONTEXT_LENGTH_EXCEEDED, message
         return None
 
@@ -237,17 +270,47 @@ class Scheduler:
 
     def _waiting_heads(self) -> list[Sequence]:
         """The oldest request of each adapter, in the order in which they may enter."""
-        rows_of = Counter(sequence.adapter for sequence in self.running.values())
+        running = Counter(sequence.adapter for sequence in self.running.values())
         heads = [queue[0] for queue in self.waiting.values()]
-        return sorted(heads, key=lambda head: (rows_of[head.adapter], head.arrival))
+        return sorted(heads, key=lambda head: (running[head.adapter], head.arrival))
+
+    def _make_room(self) -> None:
+        """Gives each decoding sequence a block for its next token; where there is none, others wait
+        again.
+        """
+        for sequence in list(self.running.values()):
+            while sequence.request.id in self.running and not self._grow_table(sequence):
+                self._preempt_sequence(self._choose_victim())
+
+    def _grow_table(self, sequence: Sequence) -> bool:
+        """Whether the sequence has blocks for its tokens and the next one."""
+        return self.blocks.grow_table(sequence.table, min(len(sequence.tokens) + 1, self.context))
+
+    def _choose_victim(self) -> Sequence:
+        """The newest sequence of the adapter that holds most blocks."""
+        held: Counter[Digest | None] = Counter()
+        for sequence in self.running.values():
+            held[sequence.adapter] += len(sequence.table.blocks)
+        return max(self.running.values(), key=lambda sequence: (held[sequence.adapter], sequence.arrival))
+
+    def _preempt_sequence(self, sequence: Sequence) -> None:
+        """It waits again, first of its adapter's; prompt and answer so far will be prefilled anew."""
+        del self.running[sequence.request.id]
+        self.blocks.release_table(sequence.table)
+        sequence.written, sequence.scored = 0, []
+        self.waiting.setdefault(sequence.adapter, deque()).appendleft(sequence)
+        self._preemptions += 1
+
+    def _is_decoding(self, chunk: Chunk) -> bool:
+        return self.running[chunk.request.id].is_decoding
 
     def _continue_running(self) -> list[Chunk]:
         """The next chunks of the running sequences: all decodes, then prompts within the budget."""
         running = self.running.values()
-        chunks = [self._make_chunk(sequence, 1) for sequence in running if sequence.generated]
+        chunks = [self._make_chunk(sequence, 1) for sequence in running if sequence.is_decoding]
         budget = self.prefill_tokens
         for sequence in running:
-            if budget > 0 and not sequence.generated:
+            if budget > 0 and not sequence.is_decoding:
                 chunks.append(self._make_chunk(sequence, budget))
                 budget -= len(chunks[-1].tokens)
         return chunks
@@ -258,7 +321,7 @@ class Scheduler:
         """
         chunks: list[Chunk] = []
         enough = self.prefill_tokens * (1 - GOOD_PART)
-        while budget > enough and self.rows.free:
+        while budget > enough and len(self.running) < self.rows:
             sequence = self._next_sequence()
             if sequence is None:
                 break
@@ -270,13 +333,14 @@ class Scheduler:
     def _next_sequence(self) -> Sequence | None:
         """The sequence that enters now, its adapter placed.
 
-        A sequence whose adapter does not fit is overtaken `PASSES` times at most.
+        A sequence that does not fit the blocks, or whose adapter the pool, is overtaken `PASSES` times at
+        most.
         """
         blocked: Sequence | None = None
         for head in self._waiting_heads():
             if not self.adapters.at_hand(head.adapter) or self._has_sibling(head):
                 continue
-            if self._can_run(head.adapter, place=blocked is None):
+            if self._has_room(head) and self._can_run(head.adapter, place=blocked is None):
                 if blocked is not None:
                     blocked.passed += 1
                 return head
@@ -285,6 +349,11 @@ class Scheduler:
                 if blocked.passed >= PASSES:
                     break
         return None
+
+    def _has_room(self, head: Sequence) -> bool:
+        """Whether there are blocks for its tokens and the next one."""
+        positions = min(len(head.tokens) + 1, self.context)
+        return self.blocks.has_room(head.scope_of, head.reusable_prefix, positions)
 
     def _can_run(self, digest: Digest | None, place: bool) -> bool:
         """Whether the adapter needs no placement, or could be placed where that is allowed."""
@@ -307,27 +376,28 @@ class Scheduler:
         return False
 
     def _has_sibling(self, head: Sequence) -> bool:
-        """Whether the same prefix is being prefilled right now, so that it can be copied in a
+        """Whether the same prefix is being prefilled right now, so that its blocks can be shared in a
         moment instead of computed again.
         """
-        if not head.reusable:
-            return False
+        prefix = head.reusable_prefix
         for other in self.running.values():
-            prefills = other.adapter == head.adapter and other.written < len(other.request.prompt)
-            if prefills and common_prefix(other.tokens, head.tokens[:-1]) >= other.written + WORTH:
+            is_alike = other.adapter == head.adapter and other.wakes == head.wakes
+            worth = other.written + BLOCK_TOKENS
+            if is_alike and not other.is_decoding and common_prefix(other.tokens, prefix) >= worth:
                 return True
         return False
 
     def _begin_sequence(self, sequence: Sequence) -> None:
         self._remove_waiting(sequence)
-        request = sequence.request
-        sequence.row, sequence.written, fork = self.rows.take_row(
-            request.adapter, request.prompt, sequence.reusable
+        sequence.written = self.blocks.share_prefix(
+            sequence.table, sequence.scope_of, sequence.reusable_prefix
         )
-        if fork is not None:
-            self._forks.append(fork)
-        self.running[request.id] = sequence
-        self._started.append(request.id)
+        has_grown = self._grow_table(sequence)
+        assert has_grown, "a sequence was admitted without room for it"
+        self.running[sequence.request.id] = sequence
+        if not sequence.begun:
+            sequence.begun = True
+            self._started.append((sequence.request.id, sequence.written))
 
     def _remove_waiting(self, sequence: Sequence) -> None:
         queue = self.waiting[sequence.adapter]
@@ -344,7 +414,7 @@ class Scheduler:
         sample = end == len(sequence.tokens) and sequence.request.max_tokens > 0
         return Chunk(
             sequence.request,
-            sequence.row,
+            tuple(sequence.table.blocks[: count_blocks(end)]),
             start,
             tuple(sequence.tokens[start:end]),
             sample,
@@ -353,6 +423,9 @@ class Scheduler:
         )
 
     # ---- leaving
+
+    def _name_blocks(self, sequence: Sequence) -> None:
+        self.blocks.name_blocks(sequence.table, sequence.scope_of, sequence.tokens, sequence.written)
 
     def _append_token(self, sequence: Sequence, token: Token) -> None:
         request = sequence.request
@@ -374,7 +447,7 @@ class Scheduler:
         message: str = "",
     ) -> None:
         if self.running.pop(sequence.request.id, None) is not None:
-            self.rows.leave_row(sequence.row, warm=finish is not Finish.FAILED)
+            self.blocks.release_table(sequence.table, forget=finish is Finish.FAILED)
             self.adapters.touch_adapter(sequence.adapter)
         self._report_event(sequence, Event(sequence.request.id, token, finish, code=code, message=message))
 
@@ -391,11 +464,23 @@ class Scheduler:
 
 
 def last_invocation(invocation: tuple[int, ...], prompt: tuple[int, ...]) -> int:
-    """The position where the invocation begins for the last time; past every row where it does not
-    occur.
+    """The position where the invocation begins for the last time; past every prompt where it does
+    not occur.
     """
     length = len(invocation)
     for start in range(len(prompt) - length, -1, -1):
         if prompt[start : start + length] == invocation:
             return start
     return sys.maxsize
+
+
+def common_prefix(left: Ordered[int], right: Ordered[int]) -> int:
+    """The length of the longest common start, by halving: slices compare in C."""
+    low, high = 0, min(len(left), len(right))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if left[low:middle] == right[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

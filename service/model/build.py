@@ -1,5 +1,5 @@
 """Builds the runner of the worker process:
-loads the base, makes the KV rows and the pool, chooses kernels or graphs, has all of it proven.
+loads the base, makes the KV blocks and the pool, chooses kernels or graphs, has all of it proven.
 
 Knows settings and devices. Must not know adapters or requests.
 """
@@ -7,7 +7,6 @@ Knows settings and devices. Must not know adapters or requests.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
@@ -18,11 +17,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer
 
-from ..core.base_info import BaseInfo
+from .. import limits
+from ..core import capacity
+from ..core.base_info import BLOCK_TOKENS, BaseInfo
 from ..core.defaults import defaults_of
 from ..errors import SettingsError
 from ..settings import Settings
-from . import kernels, kv, loading, rope, selfcheck
+from . import gpu_kernels, kernels, kv, loading, rope, selfcheck
 from .graphs import CudaGraphs
 from .kernels import decoder
 from .linear_calls import LinearCalls, recorded_calls
@@ -33,7 +34,6 @@ from .sampler import Sampler
 
 log = logging.getLogger(__name__)
 
-SHARE_OF_MEMORY = 0.5  # of what is free once the base is loaded, for KV rows
 # Compiled grammars that are kept: most requests bring one that came before, and a large one takes a
 # second
 GRAMMARS = 64
@@ -57,17 +57,19 @@ def build_runner(settings: Settings, progress: loading.Progress) -> tuple[ModelR
 
     Raises SettingsError with a reason fit for a person when this base or device cannot be served.
     """
+    _limit_threads()
     try:
         return _build_parts(settings, progress)
     except torch.OutOfMemoryError as error:
         raise SettingsError(
-            f"ADAPTERD_BASE: it, KV rows and a pool of {settings.pool_rank} do not fit into the GPU's memory"
+            f"ADAPTERD_BASE: it, KV and a pool of {settings.pool_rank} do not fit into the GPU's memory"
         ) from error
 
 
 def _build_parts(settings: Settings, progress: loading.Progress) -> tuple[ModelRunner, BaseInfo]:
     device = loading.device_of(settings)
-    folder = loading.resolve_folder(settings.base, loading.dtype_of(settings, device), progress)
+    dtype = loading.dtype_of(settings, device)
+    folder = loading.resolve_folder(settings.base, dtype, progress)
     model = loading.load_base(folder, settings, progress)
     if device.type == "cuda":
         _prepare_gpu(device)
@@ -79,6 +81,13 @@ def _build_parts(settings: Settings, progress: loading.Progress) -> tuple[ModelR
     trim_heap()
     sampler = Sampler(make_matchers(folder, card.vocab_size))
     return ModelRunner(model, pool, base.attention, sampler, graphs), card
+
+
+def _limit_threads() -> None:
+    """Lets torch and the kernels, which ask it, have no more threads than the quota keeps busy: the rest
+    would wait for the next period, and all others for them.
+    """
+    torch.set_num_threads(min(torch.get_num_threads(), limits.usable_processors()))
 
 
 def _prepare_gpu(device: torch.device) -> None:
@@ -98,25 +107,39 @@ def _probe_base(model: Any, settings: Settings) -> ProbedBase:
 
 
 def _describe_base(base: ProbedBase, folder: Path) -> BaseInfo:
-    rows, context = _compute_capacity(base)
-    factors = rope.fix_frequencies(base.model, context)
-    return loading.describe_base(base.model, folder, base.settings, context, rows, factors, base.calls.limits)
+    capacity = _compute_capacity(base)
+    factors = rope.fix_frequencies(base.model, capacity.context)
+    card = loading.describe_base(base.model, folder, base.settings, capacity, factors, base.calls.limits)
+    log.info(*_capacity_line(card, kv.bytes_per_position(base.attention, base.model.dtype)))
+    return card
+
+
+def _capacity_line(card: BaseInfo, position_bytes: int) -> tuple[object, ...]:
+    """What the operator is told of the KV memory: a format and its values."""
+    tokens = card.kv_blocks * BLOCK_TOKENS
+    text = "kv: %d blocks of %d tokens in %.0f MB: %d tokens in all, %d sequences of the full context of %d"
+    megabytes = tokens * position_bytes / 1e6
+    return text, card.kv_blocks, BLOCK_TOKENS, megabytes, tokens, tokens // card.context, card.context
 
 
 def _build_pool(
     base: ProbedBase, card: BaseInfo, progress: loading.Progress
 ) -> tuple[LoraPool, CudaGraphs | None]:
-    """Makes the KV rows and the pool, and proves the base on them."""
+    """Makes the KV blocks and the pool, and proves the base on them."""
     model, attention = base.model, base.attention
     is_proven = selfcheck.prove_architecture(model, attention, card.context)
-    tables = kernels.make_tables(card.rows) if _can_use_kernels(base) else None
-    body, rows = tables.body if tables else None, card.rows + base.uses_graphs()
-    kv.allocate_rows(attention, rows, card.context, model.dtype, model.device, body)
+    tables = kernels.make_tables(card.rows, card.context) if _can_use_kernels(base) else None
+    blocks = card.kv_blocks + base.uses_graphs()
+    kv.allocate_blocks(attention, blocks, model.dtype, model.device)
+    if tables:
+        kernels.register_tables([spec.layer for spec in attention], tables)
     logits = selfcheck.logits_of(model)
     if not is_proven:
         selfcheck.prove_roughly(model, logits)
     progress("making the pool", 0.0)
     pool = (_build_fused_pool(base, tables, logits) if tables else None) or _make_pool(base)
+    if model.device.type == "cuda" and base.settings.compile != "off":
+        pool = _build_gpu_pool(base, logits) or _make_pool(base)
     return pool, _record_graphs(base, pool, card, logits) if base.uses_graphs() else None
 
 
@@ -135,8 +158,8 @@ def _can_use_kernels(base: ProbedBase) -> bool:
     is_able = base.settings.compile != "off" and _fits_kernels(base) and kernels.load_kernels()
     if base.settings.compile == "on" and not is_able:
         raise SettingsError(
-            "ADAPTERD_COMPILE: on, but the kernels need a bfloat16 base on a CPU with AVX512-BF16, and a "
-            "C++ compiler"
+            "ADAPTERD_COMPILE: on, but the kernels need a bfloat16 base on a CPU with AVX2, AVX-512 or NEON, "
+            "and a C++ compiler"
         )
     return is_able
 
@@ -157,7 +180,7 @@ def _build_fused_pool(base: ProbedBase, tables: kernels.StepTables, expected: Te
     pool = _make_pool(base, tables)
     _install_kernels(pool, base.attention)
     difference = selfcheck.kernels_differ(pool, expected)
-    kv.clear_row(base.attention, 0)
+    kv.clear_blocks(base.attention, selfcheck.PROBE_BLOCKS)
     if not difference:
         return pool
     if base.settings.compile == "on":
@@ -166,6 +189,23 @@ def _build_fused_pool(base: ProbedBase, tables: kernels.StepTables, expected: Te
         )
     log.warning("kernels: off; %s", difference)
     return None
+
+
+def _build_gpu_pool(base: ProbedBase, expected: Tensor) -> LoraPool | None:
+    """The pool on the Triton kernels, where they say what torch and bitsandbytes say."""
+    if reason := gpu_kernels.explain_absence(base.model.device):
+        log.info("kernels: off; %s", reason)
+        return None
+    pool = _make_pool(base)
+    try:
+        gpu_kernels.install_kernels(pool)
+        difference = selfcheck.kernels_differ(pool, expected, selfcheck.ROUGH[pool.dtype])
+    except ValueError as error:
+        difference = str(error)
+    if difference:
+        log.warning("kernels: off; %s", difference)
+        return None
+    return pool
 
 
 def _install_kernels(pool: LoraPool, attention: Sequence[kv.AttentionSpec]) -> None:
@@ -183,7 +223,7 @@ def _record_graphs(base: ProbedBase, pool: LoraPool, card: BaseInfo, expected: T
 
     Raises SettingsError where they were demanded and are not.
     """
-    graphs = CudaGraphs(pool, card.rows, card.context, card.vocab_size)
+    graphs = CudaGraphs(pool, card.rows, card.context, card.vocab_size, spare=card.kv_blocks)
     if selfcheck.check_graphs(pool, base.attention, graphs, expected):
         return graphs
     if base.settings.compile == "on":
@@ -193,32 +233,35 @@ def _record_graphs(base: ProbedBase, pool: LoraPool, card: BaseInfo, expected: T
     return None
 
 
-def _compute_capacity(base: ProbedBase) -> tuple[int, int]:
-    """KV rows, and the positions of each: the base's own context, or as many as fit into memory."""
+def _compute_capacity(base: ProbedBase) -> loading.Capacity:
+    """Sequences at once, the context of each (the base's own, or what all blocks hold), and the blocks."""
     rows = base.settings.max_rows or defaults_of(base.model.device.type).rows
+    blocks = _count_blocks(base)
     own, wanted = _own_context(base.model), base.settings.max_context
+    fitting = blocks * BLOCK_TOKENS
     if wanted and wanted > own:
         raise SettingsError(f"ADAPTERD_MAX_CONTEXT: {wanted} is over the base's own {own}")
-    fitting = _fitting_context(base, rows + base.uses_graphs())
+    if wanted and wanted > fitting:
+        raise SettingsError(f"ADAPTERD_MAX_CONTEXT: {wanted} tokens do not fit into memory; {fitting} do")
     context = wanted or min(own, fitting)
-    requested = f"ADAPTERD_MAX_CONTEXT: {rows} rows of {context} tokens"
-    if context > fitting:
-        raise SettingsError(f"{requested} do not fit into memory; {fitting} do")
-    if context < selfcheck.PROBE:  # a GPU would write past the rows' end
-        raise SettingsError(f"{requested} are too short to prove the base by {selfcheck.PROBE}")
-    return rows, context
+    if context < selfcheck.PROBE:
+        reason = f"{context} tokens are too few to prove the base by {selfcheck.PROBE}"
+        raise SettingsError(f"{'ADAPTERD_MAX_CONTEXT' if wanted else 'ADAPTERD_KV_MB'}: {reason}")
+    return loading.Capacity(rows, context, blocks)
+
+
+def _count_blocks(base: ProbedBase) -> int:
+    """The KV blocks beside base and pool; on a GPU one is kept for the recordings' unused slots."""
+    model, settings = base.model, base.settings
+    linears = loading.list_linear_kinds(model, base.calls.limits)
+    pool = capacity.pool_bytes(linears, settings.pool_rank, model.dtype.itemsize)
+    budget = capacity.kv_budget(_free_bytes(model.device) - pool, model.device.type, settings.kv_mb)
+    position = kv.bytes_per_position(base.attention, model.dtype)
+    return capacity.count_kv_blocks(budget, position) - base.uses_graphs()
 
 
 def _own_context(model: Any) -> int:
     return int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 2048)
-
-
-def _fitting_context(base: ProbedBase, rows: int) -> int:
-    """Positions of each of so many rows, the graphs' spare one too, that fit into a share of the
-    memory.
-    """
-    row_bytes = rows * kv.bytes_per_position(base.attention, base.model.dtype)
-    return int(SHARE_OF_MEMORY * _free_bytes(base.model.device)) // row_bytes
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -226,7 +269,8 @@ def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         torch.cuda.empty_cache()  # what loading left unused with torch counts as taken
         return torch.cuda.mem_get_info(device)[0]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    left = limits.free_memory()
+    return limits.UNLIMITED if left is None else left.memory
 
 
 def make_matchers(folder: Path, vocabulary: int) -> Callable[[str], Any]:

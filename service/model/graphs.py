@@ -16,60 +16,59 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..core.adapter import Digest
-from .kv import KVSpan, KVTable
+from ..core.base_info import BLOCK_TOKENS
+from . import compat
 from .lora_pool import LoraPool
+from .step_layout import SequenceStep, StepLayout, make_block_table
 
 log = logging.getLogger(__name__)
 
-Digests = Sequence[Digest | None]
-
 # Recordings kept; each costs a few megabytes of the device, beside the memory that all work in
 LIMIT = 64
-POSITIONS, POOL_ROWS = 256, 64  # the smallest buckets
-# A step's inputs for each slot: the pool rows are [low, high)
-FIELDS = ("token", "position", "row", "low", "high")
+BLOCKS, POOL_ROWS = 16, 64  # the smallest buckets
+# A step's inputs for each slot: the place of its KV, and its pool rows [low, high)
+FIELDS = ("token", "position", "block", "offset", "low", "high")
 
 
 class GraphShape(NamedTuple):
     """The steps that a recording is good for.
 
-    They have `slots` tokens that look at `longest` positions and meet `pool` pool rows in `layers`
-    (0: no adapters).
-
-    `dense`: slot i is KV row i, so that KV is read where it lies; else it is gathered.
+    They have `slots` tokens of sequences with at most `blocks` KV blocks, and meet `pool` pool rows in
+    `layers` (0: no adapters).
     """
 
     slots: int
-    longest: int
+    blocks: int
     pool: int
-    dense: bool
     layers: frozenset[str]
 
 
 class CudaGraphs:
-    """The recordings of one pool's tree.
+    """The recordings of one pool's tree, for at most `rows` sequences.
 
-    KV row `rows`, behind those that sequences use, takes what the unused slots write.
+    The KV block `spare`, behind those that sequences use, takes what the unused slots write.
     """
 
-    def __init__(self, pool: LoraPool, rows: int, context: int, vocabulary: int) -> None:
-        self.pool, self.rows, self.context = pool, rows, context
+    def __init__(self, pool: LoraPool, rows: int, context: int, vocabulary: int, spare: int) -> None:
+        self.pool, self.rows, self.spare = pool, rows, spare
+        self.most_blocks = -(-context // BLOCK_TOKENS)
         self.able = True
         device = pool.device
-        self.staged = torch.zeros(len(FIELDS), rows, dtype=torch.long, pin_memory=device.type == "cuda")
+        pinned = device.type == "cuda"
+        self.staged = torch.zeros(len(FIELDS), rows, dtype=torch.int32, pin_memory=pinned)
+        self.staged_table = torch.zeros(rows, self.most_blocks, dtype=torch.int32, pin_memory=pinned)
         self.inputs = torch.zeros_like(self.staged, device=device)
+        self.block_table = torch.zeros_like(self.staged_table, device=device)
         self.logits = torch.zeros(rows, vocabulary, dtype=pool.dtype, device=device)
         self._memory: Any = torch.cuda.graph_pool_handle()
         self._recorded: dict[GraphShape, Any] = {}
 
-    def run_step(self, tokens: Sequence[int], spans: Sequence[KVSpan], digests: Digests) -> Tensor:
+    def run_step(self, sequences: Sequence[SequenceStep]) -> Tensor:
         """One token each of so many sequences: logits [tokens, vocabulary], good until the next
         step.
         """
-        shape = self._choose_shape(spans, digests)
-        slots = [span.row if shape.dense else i for i, span in enumerate(spans)]
-        self._fill_inputs(self._make_columns(tokens, spans, digests), slots)
+        shape = self._choose_shape(sequences)
+        self._fill_inputs(sequences, shape)
         self.pool.wait_for_copies()
         graph = self._recorded.pop(shape, None)
         if graph is not None:
@@ -77,7 +76,7 @@ class CudaGraphs:
             graph.replay()
         else:
             self._run_and_record(shape)
-        return self.logits[slots]
+        return self.logits[: len(sequences)]
 
     def _run_and_record(self, shape: GraphShape) -> None:
         """The forward is for this step; it also makes the libraries ready, which a recording must
@@ -87,41 +86,45 @@ class CudaGraphs:
         if self.able:
             self._record_shape(shape)
 
-    def _choose_shape(self, spans: Sequence[KVSpan], digests: Digests) -> GraphShape:
-        last = max(span.row for span in spans) + 1
-        dense = last < 2 * len(spans)  # gathering KV costs thrice its reading
-        slots = min(round_up(last if dense else len(spans)), self.rows)
-        end = max(span.position for span in spans) + 1
-        longest = min(round_up(end, POSITIONS), self.context)
-        high = max(sum(self.pool.placement_of(digest)) for digest in digests)
+    def _choose_shape(self, sequences: Sequence[SequenceStep]) -> GraphShape:
+        slots = min(round_up(len(sequences)), self.rows)
+        most = max(len(sequence.blocks) for sequence in sequences)
+        blocks = min(round_up(most, BLOCKS), self.most_blocks)
+        high = max(sum(self.pool.placement_of(sequence.adapter)) for sequence in sequences)
         if not high:
-            return GraphShape(slots, longest, 0, dense, frozenset())
+            return GraphShape(slots, blocks, 0, frozenset())
         pool_rows = min(round_up(high, POOL_ROWS), self.pool.rank)
-        return GraphShape(slots, longest, pool_rows, dense, self.pool.used)
+        return GraphShape(slots, blocks, pool_rows, self.pool.used)
 
-    def _make_columns(
-        self, tokens: Sequence[int], spans: Sequence[KVSpan], digests: Digests
-    ) -> list[tuple[int, ...]]:
-        """FIELDS of each token."""
-        columns: list[tuple[int, ...]] = []
-        for token, span, digest in zip(tokens, spans, digests, strict=True):
-            start, rank = self.pool.placement_of(digest)
-            columns.append((token, span.position, span.row, start, start + rank))
-        return columns
-
-    def _fill_inputs(self, columns: Sequence[tuple[int, ...]], slots: Sequence[int]) -> None:
-        """Unused slots hold token 0 at position 0 of the spare row, and no pool rows."""
+    def _fill_inputs(self, sequences: Sequence[SequenceStep], shape: GraphShape) -> None:
+        """Unused slots hold token 0 at position 0 of the spare block, and no pool rows."""
+        count = len(sequences)
         self.staged.zero_()
-        self.staged[FIELDS.index("row")] = self.rows
-        self.staged[:, slots] = torch.tensor(columns).T
+        self.staged[FIELDS.index("block")] = self.spare
+        columns = [self._make_column(sequence) for sequence in sequences]
+        self.staged[:, :count] = torch.tensor(columns, dtype=torch.int32).T
+        table = self.staged_table[:, : shape.blocks]
+        table.fill_(self.spare)
+        own = make_block_table([sequence.blocks for sequence in sequences])
+        table[:count] = own[:, :1]  # behind its end each sequence looks at itself
+        table[:count, : own.shape[1]] = own
         self.inputs.copy_(self.staged, non_blocking=True)
+        self.block_table[: shape.slots, : shape.blocks].copy_(table[: shape.slots], non_blocking=True)
+
+    def _make_column(self, sequence: SequenceStep) -> tuple[int, ...]:
+        """FIELDS of one sequence."""
+        block, offset = divmod(sequence.position, BLOCK_TOKENS)
+        start, rank = self.pool.placement_of(sequence.adapter)
+        return sequence.tokens[0], sequence.position, sequence.blocks[block], offset, start, start + rank
 
     def _run_forward(self, shape: GraphShape) -> None:
-        tokens, positions, rows, low, high = self.inputs[:, : shape.slots]
+        tokens, positions, write_block, write_offset, low, high = self.inputs[:, : shape.slots]
         self.pool.set_range(low, high, shape.pool)
-        table = KVTable(rows, positions, shape.slots, shape.longest, shape.dense)
+        table = self.block_table[: shape.slots, : shape.blocks]
+        every = torch.arange(shape.slots, device=self.pool.device)
+        layout = StepLayout(tokens, positions, write_block, write_offset, table, every, shape.slots)
         output = self.pool.tree(
-            input_ids=tokens[None], position_ids=positions[None], use_cache=False, table=table
+            input_ids=tokens[None], position_ids=positions[None], use_cache=False, layout=layout
         )
         self.logits[: shape.slots] = output.logits[0]
 
@@ -147,8 +150,7 @@ class CudaGraphs:
         """
         torch.cuda.set_stream(stream)
         with suppress(AttributeError, RuntimeError):
-            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), self._memory)
-            torch._C._cuda_releasePool(torch.cuda.current_device(), self._memory)
+            compat.close_graph_memory(self._memory)
         self.able = False
         self._recorded.clear()
         # Ending a broken recording raises once more

@@ -1,13 +1,13 @@
-"""KV rows, and the attention that writes and reads them in place of the model's own.
+"""KV blocks, and the attention that writes and reads them in place of the model's own.
 
-Each attention layer keeps two buffers [row, kv head, position, head dim]. A step's tokens come
-flat, [1, T]: one span of tokens per sequence, described by a `KVTable`. Runs in the worker process;
-must not know adapters, sampling or scheduling.
+Each attention layer keeps two buffers [block, kv head, position in it, head dim]. A step's tokens come
+flat, [1, T], described by a `StepLayout`. Runs in the worker process; must not know adapters, sampling or
+scheduling.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,20 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface
 
+from ..core.base_info import BLOCK_TOKENS
 from ..errors import SettingsError
 from .memory import lazy_zeros
+from .step_layout import Prefill, StepLayout
 
 NAME = "adapterd"
 PROBED_TOKENS = 16  # all but the first get logits
-
-
-class KVSpan(NamedTuple):
-    """Tokens [start, start + length) of the flat step belong to `row`, at `position` and on."""
-
-    start: int
-    length: int
-    row: int
-    position: int
 
 
 class Reach(NamedTuple):
@@ -38,48 +31,6 @@ class Reach(NamedTuple):
 
     window: int = 0
     chunk: int = 0
-
-
-class KVTable:
-    """Where the tokens of one step belong, shared by all layers.
-
-    `rows` and `positions` are int64 [T] on the device. The `decode` first tokens are one a sequence
-    and look at `longest` positions at most; `dense`: token i of them reads row i. `prompts` are the
-    spans of the others.
-    """
-
-    def __init__(
-        self,
-        rows: Tensor,
-        positions: Tensor,
-        decode: int,
-        longest: int,
-        dense: bool,
-        prompts: Sequence[KVSpan] = (),
-    ) -> None:
-        self.rows, self.positions, self.prompts = rows, positions, prompts
-        self.decode, self.longest, self.dense = decode, longest, dense
-        self._visible: dict[Reach, Tensor] = {}
-
-    def visible_mask(self, reach: Reach) -> Tensor:
-        """Bool [decode, longest]: which positions each of the decode tokens may see."""
-        if reach not in self._visible:
-            self._visible[reach] = _visible_mask(self.positions[: self.decode], self.longest, reach)
-        return self._visible[reach]
-
-    @classmethod
-    def make_table(cls, spans: Sequence[KVSpan], decode: int, device: torch.device) -> KVTable:
-        """Of the spans in the order of their tokens, the first `decode` of one token each."""
-        rows: list[int] = []
-        positions: list[int] = []
-        for span in spans:
-            rows += [span.row] * span.length
-            positions += range(span.position, span.position + span.length)
-        decoding = spans[:decode]
-        longest = max((span.position for span in decoding), default=-1) + 1
-        dense = [span.row for span in decoding] == list(range(decode))
-        row_tensor, position_tensor = (torch.tensor(part, device=device) for part in (rows, positions))
-        return cls(row_tensor, position_tensor, decode, longest, dense, spans[decode:])
 
 
 class AttentionSpec(NamedTuple):
@@ -95,7 +46,7 @@ class AttentionSpec(NamedTuple):
 
 
 class AttentionProbe:
-    """Stands in for a table once: notes which layers attend through the interface, and their KV
+    """Stands in for a layout once: notes which layers attend through the interface, and their KV
     shapes.
     """
 
@@ -118,7 +69,7 @@ def probe_attention(model: Any) -> list[AttentionSpec]:
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise refuse_base(model, f"{type(error).__name__} when it runs on the row attention") from error
+        raise refuse_base(model, f"{type(error).__name__} when it runs on the block attention") from error
     layers = model.config.get_text_config().num_hidden_layers
     if len({id(spec.layer) for spec in probe.specs}) != layers:
         raise refuse_base(model, f"{len(probe.specs)} of its {layers} layers use the attention interface")
@@ -130,50 +81,49 @@ def _run_probe(model: Any, probe: AttentionProbe) -> None:
     tokens = positions * 11 % model.config.get_text_config().vocab_size
     model.set_attn_implementation(NAME)
     inputs = {"input_ids": tokens[None], "position_ids": positions[None], "logits_to_keep": positions[1:]}
-    model(**inputs, use_cache=False, table=probe)
+    model(**inputs, use_cache=False, layout=probe)
 
 
 def refuse_base(model: Any, why: str) -> SettingsError:
     return SettingsError(f"ADAPTERD_BASE: {type(model).__name__} is not supported: {why}")
 
 
-def allocate_rows(
-    attention: Sequence[AttentionSpec],
-    rows: int,
-    context: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    table: Tensor | None = None,
+def allocate_blocks(
+    attention: Sequence[AttentionSpec], blocks: int, dtype: torch.dtype, device: torch.device
 ) -> None:
     """Gives every attention layer its buffers, of zeros (what is masked is still multiplied, by 0);
     a CPU pays for touched pages only.
     """
     for layer, heads, dim, *_ in attention:
-        layer.register_buffer("kv_table", table, persistent=False)
         for name in ("kv_keys", "kv_values"):
-            zeros = lazy_zeros(rows, heads, context, dim, dtype=dtype, device=device)
+            zeros = lazy_zeros(blocks, heads, BLOCK_TOKENS, dim, dtype=dtype, device=device)
             layer.register_buffer(name, zeros, persistent=False)
 
 
 def bytes_per_position(attention: Sequence[AttentionSpec], dtype: torch.dtype) -> int:
-    """The memory of one position of one row in all layers."""
+    """The memory of one position in all layers."""
     return sum(2 * s.heads * s.dim * dtype.itemsize for s in attention)
 
 
-def fork_row(attention: Sequence[AttentionSpec], source: int, target: int, length: int) -> None:
-    """Copies the first `length` positions of one row to another, in all layers."""
+def copy_blocks(attention: Sequence[AttentionSpec], source: Sequence[int], target: Sequence[int]) -> None:
+    """Copies blocks to others, in all layers."""
     for layer, *_ in attention:
         for buffer in (layer.kv_keys, layer.kv_values):
-            buffer[target, :, :length] = buffer[source, :, :length]
+            buffer[list(target)] = buffer[list(source)]
 
 
-def clear_row(attention: Sequence[AttentionSpec], row: int) -> None:
+def clear_blocks(attention: Sequence[AttentionSpec], blocks: Sequence[int]) -> None:
+    """Zeros what was written there: not-a-number would reach the blocks' next sequence."""
     for layer, *_ in attention:
-        layer.kv_keys[row].zero_()
-        layer.kv_values[row].zero_()
+        layer.kv_keys[list(blocks)] = 0
+        layer.kv_values[list(blocks)] = 0
 
 
-def attend_rows(
+# Query [heads, n, dim] of one token a sequence → [n, heads, dim]
+AttendSingles = Callable[["BlockAttention", Tensor, StepLayout], Tensor]
+
+
+def attend_blocks(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -183,27 +133,29 @@ def attend_rows(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    table: KVTable | AttentionProbe | None = None,
+    layout: StepLayout | AttentionProbe | None = None,
+    attend_singles: AttendSingles | None = None,
     **other: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query [1, heads, T, dim], key and value [1, kv heads, T,
     dim] → [1, T, heads, dim].
+
+    `attend_singles` stands in for torch where one token a sequence is attended.
     """
-    if table is None:
+    if layout is None:
         raise TypeError("forward arguments do not reach the attention")
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     reach = Reach(sliding_window or 0, _chunk_of(module))
-    if isinstance(table, AttentionProbe):
-        table.note_layer(module, key, scale, reach, softcap)
+    if isinstance(layout, AttentionProbe):
+        layout.note_layer(module, key, scale, reach, softcap)
         return torch.zeros_like(query).transpose(1, 2), None
-    keys, values = module.kv_keys, module.kv_values
-    keys[table.rows, :, table.positions] = key[0].transpose(0, 1)
-    values[table.rows, :, table.positions] = value[0].transpose(0, 1)
-    return RowAttention(keys, values, scale, reach, softcap).attend_tokens(query[0], table)[None], None
+    attention = BlockAttention(module.kv_keys, module.kv_values, scale, reach, softcap)
+    attention.write_tokens(key[0], value[0], layout)
+    return attention.attend_tokens(query[0], layout, attend_singles)[None], None
 
 
-class RowAttention(NamedTuple):
-    """One layer's attention over its KV rows."""
+class BlockAttention(NamedTuple):
+    """One layer's attention over its KV blocks."""
 
     keys: Tensor
     values: Tensor
@@ -211,49 +163,71 @@ class RowAttention(NamedTuple):
     reach: Reach
     softcap: float | None
 
-    def attend_tokens(self, query: Tensor, table: KVTable) -> Tensor:
+    def write_tokens(self, key: Tensor, value: Tensor, layout: StepLayout) -> None:
+        """Keeps the step's keys and values [kv heads, T, dim]."""
+        self.keys[layout.write_block, :, layout.write_offset] = key.transpose(0, 1)
+        self.values[layout.write_block, :, layout.write_offset] = value.transpose(0, 1)
+
+    def attend_tokens(
+        self, query: Tensor, layout: StepLayout, attend_singles: AttendSingles | None = None
+    ) -> Tensor:
         """All tokens of a step: query [heads, T, dim] → [T, heads, dim]."""
+        attend = attend_singles or BlockAttention._attend_singles
         heads, tokens, dim = query.shape
         out = torch.empty(tokens, heads, dim, dtype=query.dtype, device=query.device)
-        if table.decode:
-            out[: table.decode] = self._attend_decode(query[:, : table.decode], table)
-        for span in table.prompts:
-            chunk = slice(span.start, span.start + span.length)
-            out[chunk] = self._attend_prefill(query[:, chunk], span)
+        if layout.singles:
+            out[: layout.singles] = attend(self, query[:, : layout.singles], layout)
+        for prefill in layout.prefills:
+            part = slice(prefill.start, prefill.start + prefill.length)
+            out[part] = self._attend_prefill(query[:, part], prefill)
         return out
 
-    def _attend_decode(self, query: Tensor, table: KVTable) -> Tensor:
-        """One new token a sequence: query [heads, n, dim] → [n, heads, dim].
+    def _attend_singles(self, query: Tensor, layout: StepLayout) -> Tensor:
+        """One token a sequence: query [heads, n, dim] → [n, heads, dim].
 
         GQA by reshaping the query, never by repeating keys.
         """
         heads, n, dim = query.shape
-        rows = slice(0, n) if table.dense else table.rows[:n]
-        keys, values = (part[rows, :, : table.longest] for part in (self.keys, self.values))
-        kv_heads = keys.shape[1]
+        keys, values = (gather_blocks(part, layout.block_table) for part in (self.keys, self.values))
+        kv_heads, longest = keys.shape[1], keys.shape[2]
         grouped = query.transpose(0, 1).reshape(n, kv_heads, heads // kv_heads, dim)
-        mask = table.visible_mask(self.reach)[:, None, None]
+        mask = self._singles_mask(layout, longest)[:, None, None]
         return _weigh_values(grouped, keys, values, mask, self.scale, self.softcap).reshape(n, heads, dim)
 
-    def _attend_prefill(self, query: Tensor, span: KVSpan) -> Tensor:
+    def _singles_mask(self, layout: StepLayout, longest: int) -> Tensor:
+        """Bool [singles, longest]: which positions each of the single tokens may see."""
+        if self.reach not in layout.masks:
+            positions = layout.positions[: layout.singles]
+            layout.masks[self.reach] = _visible_mask(positions, longest, self.reach)
+        return layout.masks[self.reach]
+
+    def _attend_prefill(self, query: Tensor, prefill: Prefill) -> Tensor:
         """Consecutive tokens of one sequence: query [heads, t, dim] → [t, heads, dim]."""
         heads, t, dim = query.shape
-        end, kv_heads = span.position + t, self.keys.shape[1]
+        end, kv_heads = prefill.position + t, self.keys.shape[1]
         groups = heads // kv_heads
-        parts = (part[span.row, :, :end].unsqueeze(1) for part in (self.keys, self.values))
-        keys, values = (part.expand(-1, groups, -1, -1) for part in parts)
+        gathered = (gather_blocks(part, prefill.blocks[None])[0] for part in (self.keys, self.values))
+        keys, values = (part[:, None, :end].expand(-1, groups, -1, -1) for part in gathered)
         grouped = query.reshape(kv_heads, groups, t, dim)
-        mask = None if self._is_causal(span, end) else self._prefill_mask(span, end)
+        mask = None if self._is_causal(prefill, end) else self._prefill_mask(prefill, end)
         mixed = _weigh_values(grouped, keys, values, mask, self.scale, self.softcap)
         return mixed.reshape(heads, t, dim).transpose(0, 1)
 
-    def _is_causal(self, span: KVSpan, end: int) -> bool:
+    def _is_causal(self, prefill: Prefill, end: int) -> bool:
         """Whether torch's own causal mask does: it begins at 0, and nothing limits the reach."""
         is_unlimited = all(end <= limit for limit in self.reach if limit)
-        return span.position == 0 and self.softcap is None and is_unlimited
+        return prefill.position == 0 and self.softcap is None and is_unlimited
 
-    def _prefill_mask(self, span: KVSpan, end: int) -> Tensor:
-        return _visible_mask(torch.arange(span.position, end, device=self.keys.device), end, self.reach)
+    def _prefill_mask(self, prefill: Prefill, end: int) -> Tensor:
+        return _visible_mask(torch.arange(prefill.position, end, device=self.keys.device), end, self.reach)
+
+
+def gather_blocks(buffer: Tensor, table: Tensor) -> Tensor:
+    """[blocks, kv heads, BLOCK_TOKENS, dim] by a table [n, b] → [n, kv heads, b · BLOCK_TOKENS, dim]."""
+    n, count = table.shape
+    heads, dim = buffer.shape[1], buffer.shape[3]
+    index = table[:, None] * heads + torch.arange(heads, device=table.device)[:, None]
+    return buffer.flatten(0, 1)[index].view(n, heads, count * BLOCK_TOKENS, dim)
 
 
 def _chunk_of(module: Any) -> int:
@@ -290,4 +264,4 @@ def _weigh_values(
     return torch.matmul(torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype), values)
 
 
-AttentionInterface.register(NAME, attend_rows)
+AttentionInterface.register(NAME, attend_blocks)

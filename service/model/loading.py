@@ -13,7 +13,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import bitsandbytes
 import torch
@@ -27,6 +27,7 @@ from ..core.base_info import BaseInfo, LayerLimit, LinearKind, name_pattern
 from ..core.defaults import defaults_of
 from ..errors import SettingsError
 from ..settings import HUB_ID, Dtype, Settings
+from .processor import find_compiler, has_vectors
 
 log = logging.getLogger(__name__)
 
@@ -182,16 +183,13 @@ def device_of(settings: Settings) -> torch.device:
 
 
 def dtype_of(settings: Settings, device: torch.device) -> torch.dtype:
-    """bfloat16 where the device computes in it, else float32."""
+    """bfloat16 on a GPU, and on a CPU where the kernels can be built, which read half the bytes; else
+    float32, which torch computes in faster.
+    """
     if settings.dtype != "auto":
         return DTYPES[settings.dtype]
-    fast = device.type == "cuda" or has_avx512_bf16() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if fast else torch.float32
-
-
-def has_avx512_bf16() -> bool:
-    """Whether the processor multiplies bfloat16 in 512-bit vectors, which the CPU kernels are made of."""
-    return torch.cpu._is_avx512_bf16_supported()
+    has_kernels = has_vectors() and find_compiler() is not None
+    return torch.bfloat16 if device.type == "cuda" or has_kernels else torch.float32
 
 
 def quantization_of(settings: Settings, device: torch.device) -> str:
@@ -339,12 +337,19 @@ def _state_parts(state: Any) -> list[Any]:
     return [] if state is None else [state.absmax, state.code, state.offset]
 
 
+class Capacity(NamedTuple):
+    """What is served at once: `rows` sequences of at most `context` tokens, in `kv_blocks` blocks."""
+
+    rows: int
+    context: int
+    kv_blocks: int
+
+
 def describe_base(
     model: Any,
     folder: Path,
     settings: Settings,
-    context: int,
-    rows: int,
+    capacity: Capacity,
     rope: dict[str, Any] | None = None,
     limits: Limits = (),
 ) -> BaseInfo:
@@ -359,14 +364,15 @@ def describe_base(
         intermediate_size=_intermediate_size(config),
         vocab_size=config.vocab_size,
         parameters=count_parameters(model),
-        context=context,
+        context=capacity.context,
         quantization=quantization_of(settings, device),
         dtype=_dtype_name(dtype_of(settings, device)),
         device=str(device),
         resident_bytes=resident_bytes(model),
-        linears=_linear_kinds(model, limits),
+        linears=list_linear_kinds(model, limits),
         pool_rank=settings.pool_rank,
-        rows=rows,
+        rows=capacity.rows,
+        kv_blocks=capacity.kv_blocks,
         rope=rope,
         limits=limits,
     )
@@ -377,7 +383,7 @@ def _intermediate_size(config: Any) -> int:
     return int(named or 4 * config.hidden_size)
 
 
-def _linear_kinds(model: nn.Module, limits: Limits) -> tuple[LinearKind, ...]:
+def list_linear_kinds(model: nn.Module, limits: Limits) -> tuple[LinearKind, ...]:
     """The kinds of linear layers that can be adapted, if only by PEFT."""
     refused = {limit.pattern for limit in limits if not limit.by_peft}
     shapes: Counter[tuple[str, int, int]] = Counter()

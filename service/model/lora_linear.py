@@ -8,6 +8,7 @@ worker process; must not know digests' meaning, files or requests.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -49,12 +50,23 @@ class DoraSpan(NamedTuple):
     digest: Digest
 
 
-class StepArrangement(NamedTuple):
-    """How the tokens of one step meet the pool."""
+class TokenAdapters(NamedTuple):
+    """How the tokens that a layer sees in one step meet the pool."""
 
     tokens: int = 0
     groups: tuple[TokenGroup, ...] = ()
     gated: tuple[DoraSpan, ...] = ()
+
+
+NO_TOKENS = TokenAdapters()
+
+
+@dataclass
+class StepAdapters:
+    """Those of the current step, read by all layers: of all its tokens, and of those that get logits."""
+
+    body: TokenAdapters = NO_TOKENS
+    head: TokenAdapters = NO_TOKENS
 
 
 def register_buffers(module: nn.Module, **buffers: Tensor) -> None:
@@ -76,11 +88,14 @@ class LoraLinear(nn.Module):
         rank: int,
         dtype: torch.dtype,
         device: torch.device,
+        step: StepAdapters,
+        is_head: bool = False,
     ) -> None:
+        """`is_head`: it sees only the tokens that get logits."""
         super().__init__()
         self.base_layer = base_layer
         self.gates: dict[Digest, Tensor] = {}
-        self.arrangement = StepArrangement()
+        self._step, self._is_head = step, is_head
         self.held: set[Digest] = set()
         self._landed: Any = None
         pool_a, pool_b = (lazy_zeros(rank, width, dtype=dtype, device=device) for width in (n_in, n_out))
@@ -110,13 +125,14 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base_layer(x)
-        if not self.held or not (self.arrangement.groups or self.arrangement.gated):
+        adapters = self._step.head if self._is_head else self._step.body
+        if not self.held or not (adapters.groups or adapters.gated):
             return y
         self._wait_for_copies()
         flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        self._check_tokens(flat.shape[0])
-        self._apply_gate(out, self.arrangement.gated)
-        for group in self.arrangement.groups:
+        _check_tokens(flat.shape[0], adapters.tokens)
+        self._apply_gate(out, adapters.gated)
+        for group in adapters.groups:
             self._add_group(flat, out, group)
         return y
 
@@ -124,13 +140,6 @@ class LoraLinear(nn.Module):
         if self._landed is not None:
             self._landed.wait()
             self._landed = None
-
-    def _check_tokens(self, tokens: int) -> None:
-        if tokens != self.arrangement.tokens:
-            raise RuntimeError(
-                f"a layer sees {tokens} of the step's {self.arrangement.tokens} tokens: "
-                "it cannot be adapted row by row"
-            )
 
     def _add_group(self, x: Tensor, y: Tensor, group: TokenGroup) -> None:
         """Adds what the pool rows of one group make of its tokens."""
@@ -151,6 +160,13 @@ class LoraLinear(nn.Module):
                 continue
             part = y[start:stop]
             y[start:stop] = part * gate if bias is None else (part - bias) * gate + bias
+
+
+def _check_tokens(seen: int, expected: int) -> None:
+    if seen != expected:
+        raise RuntimeError(
+            f"a layer sees {seen} of the step's {expected} tokens: it cannot be adapted row by row"
+        )
 
 
 class FusedLoraLinear(nn.Module):

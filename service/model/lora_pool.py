@@ -17,15 +17,24 @@ from ..core.base_info import name_pattern
 from . import kernels
 from .linear_calls import LinearCalls
 from .loading import iterate_linears
-from .lora_linear import DoraSpan, FusedLoraLinear, LoraLinear, LoraWeights, StepArrangement, TokenGroup
+from .lora_linear import (
+    DoraSpan,
+    FusedLoraLinear,
+    LoraLinear,
+    LoraWeights,
+    StepAdapters,
+    TokenAdapters,
+    TokenGroup,
+)
 from .memory import HugePageArena
 from .peft_fallback import share_tree
+from .step_layout import SequenceStep, count_singles
 
 NOT_LIMITED = LinearCalls()
 
 
 class AdapterRun(NamedTuple):
-    """So many consecutive tokens of the flat step belong to this adapter."""
+    """So many consecutive tokens that a layer sees belong to this adapter."""
 
     tokens: int
     digest: Digest | None
@@ -56,11 +65,10 @@ class LoraPool:
         self.tree: Any = share_tree(base)
         self.layers: dict[str, LoraLinear | FusedLoraLinear] = {}
         self.tables = tables
+        self.step = StepAdapters()
         self._heads = calls.heads
         self._wrap_layers(calls)
-        plain = {name: layer for name, layer in self.layers.items() if isinstance(layer, LoraLinear)}
-        self._plain_heads = [layer for name, layer in plain.items() if self._is_head(name)]
-        self._plain = list(plain.values())
+        self._has_plain = any(isinstance(layer, LoraLinear) for layer in self.layers.values())
         self._held: dict[Digest, tuple[str, ...]] = {}
         self._gated: set[Digest] = set()
         self._on: Any = torch.get_device_module(device)
@@ -73,7 +81,7 @@ class LoraPool:
         arena = HugePageArena(weight_bytes if self.tables else 0)
         for name, layer, n_in, n_out in linears:
             fused = self._fuse_layer(name, layer, arena)
-            self.layers[name] = fused or self._wrap_plain(layer, n_in, n_out)
+            self.layers[name] = fused or self._wrap_plain(name, layer, n_in, n_out)
             self.tree.set_submodule(name, self.layers[name])
 
     def _is_head(self, name: str) -> bool:
@@ -87,11 +95,12 @@ class LoraPool:
         table = self.tables.head if self._is_head(name) else self.tables.body
         return FusedLoraLinear(layer, self.rank, table, arena)
 
-    def _wrap_plain(self, layer: nn.Module, n_in: int, n_out: int) -> LoraLinear:
+    def _wrap_plain(self, name: str, layer: nn.Module, n_in: int, n_out: int) -> LoraLinear:
         weight: Any = layer.weight
         # Some models keep a few layers in float32
         own = weight.dtype if weight.is_floating_point() else self.dtype
-        return LoraLinear(layer, n_in, n_out, self.rank, own, self.device)
+        is_head = self._is_head(name)
+        return LoraLinear(layer, n_in, n_out, self.rank, own, self.device, self.step, is_head)
 
     def place_adapter(self, at: Placement, factors: Mapping[str, LoraWeights]) -> None:
         """Copies an adapter's factors into pool rows [start, start + rank); on a GPU beside the
@@ -151,30 +160,29 @@ class LoraPool:
             rows = torch.arange(limit, device=self.device)
             is_foreign = (rows < low[:, None]) | (rows >= high[:, None])
             groups = (TokenGroup(0, len(low), 0, limit, is_foreign),)
-        arrangement = StepArrangement(len(low), groups)
-        for layer in self._plain:
-            layer.arrangement = arrangement
+        self.step.body = self.step.head = TokenAdapters(len(low), groups)
 
-    def begin_step(self, runs: Runs, heads: Runs, mixed: int, spans: Sequence[Sequence[int]]) -> None:
-        """Tells all layers whose tokens come next: `runs` are those of the step, `heads` those that
-        get logits.
-
-        The first `mixed` runs are of one token each. `spans` are start, length, KV row and position
-        of each run, for the kernels.
-        """
-        if self._plain:
-            self._arrange_plain(runs, heads, mixed)
+    def begin_step(self, sequences: Sequence[SequenceStep]) -> None:
+        """Tells all layers whose tokens come next; sequences of one token come first."""
+        runs = [AdapterRun(len(sequence.tokens), sequence.adapter) for sequence in sequences]
+        heads = [AdapterRun(sequence.kept, sequence.adapter) for sequence in sequences]
+        if self._has_plain:
+            singles = count_singles(sequences)
+            self.step.body, self.step.head = self._meet_pool(runs, singles), self._meet_pool(heads, singles)
         if self.tables:
-            body = [(*span, *self._rows_of(run.digest)) for span, run in zip(spans, runs, strict=True)]
-            kernels.fill_table(self.tables.body, body)
-            kernels.fill_table(self.tables.head, list(self._head_spans(heads)))
+            self._fill_tables(self.tables, sequences, heads)
 
-    def _arrange_plain(self, runs: Runs, heads: Runs, mixed: int) -> None:
-        body, head = self._make_arrangement(runs, mixed), self._make_arrangement(heads, mixed)
-        for layer in self._plain:
-            layer.arrangement = body
-        for layer in self._plain_heads:
-            layer.arrangement = head
+    def _fill_tables(
+        self, tables: kernels.StepTables, sequences: Sequence[SequenceStep], heads: Runs
+    ) -> None:
+        body, start = [], 0
+        for index, sequence in enumerate(sequences):
+            length = len(sequence.tokens)
+            body.append((start, length, index, sequence.position, *self._rows_of(sequence.adapter)))
+            start += length
+        kernels.fill_table(tables.body, body)
+        kernels.fill_table(tables.head, list(self._head_spans(heads)))
+        kernels.fill_blocks(tables.blocks, [sequence.blocks for sequence in sequences])
 
     def _rows_of(self, digest: Digest | None) -> tuple[int, int, int]:
         """Pool row, rank, and whether a gate applies."""
@@ -186,9 +194,10 @@ class LoraPool:
             yield start, tokens, 0, 0, *self._rows_of(digest)
             start += tokens
 
-    def _make_arrangement(self, runs: Runs, mixed: int) -> StepArrangement:
-        groups = [*self._mixed_group(runs[:mixed]), *self._own_groups(runs[mixed:], mixed)]
-        return StepArrangement(sum(run.tokens for run in runs), tuple(groups), tuple(self._gated_spans(runs)))
+    def _meet_pool(self, runs: Runs, singles: int) -> TokenAdapters:
+        """The tokens of these runs, the first `singles` of which have one token each."""
+        groups = [*self._mixed_group(runs[:singles]), *self._own_groups(runs[singles:], singles)]
+        return TokenAdapters(sum(run.tokens for run in runs), tuple(groups), tuple(self._gated_spans(runs)))
 
     def _mixed_group(self, runs: Runs) -> Iterator[TokenGroup]:
         """One masked group for tokens of different adapters."""

@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..core.adapter import Adapter, LoraLayerSpec
 from .adapter_file import read_files
+from .compat import unpack_for_cpu
 from .lora_linear import FusedLoraLinear, LoraLinear, LoraWeights
 from .lora_pool import LoraPool
 
@@ -96,7 +97,5 @@ def _dense_4bit(weight: Any) -> Tensor:
     """
     data, state = weight.data, copy.copy(weight.quant_state)
     if getattr(state, "packing_format_for_cpu", False):
-        state.original_nested = False  # its scales are not nested any more, and stay so
-        data, state = functional._convert_weight_packed_for_cpu_inverse(data, state)
-        state.absmax = state.absmax.T.reshape(-1).float()
+        data, state = unpack_for_cpu(data, state)
     return cast(Tensor, functional.dequantize_4bit(data, state).float())

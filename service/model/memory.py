@@ -2,7 +2,7 @@
 zeros that cost nothing until they are written, weights in huge pages, and what is given back to the
 system.
 
-KV rows and pools are sized for the worst case, most of which never comes. Runs in the worker
+KV blocks and pools are sized for the worst case, most of which never comes. Runs in the worker
 process; must not know what a tensor is for.
 """
 

@@ -21,6 +21,7 @@ from ..adapter_config import build_peft_config
 from ..core.adapter import Adapter
 from ..errors import AdapterInvalid, AdapterUnsupported
 from .adapter_file import read_files
+from .compat import reads_quantized
 
 Tree = TypeVar("Tree", bound=nn.Module)
 # Adapters whose own code reads the packed weights, and the layers it misreads: 4-bit weights lie in
@@ -115,19 +116,18 @@ def _is_misread(layer: BaseTunerLayer) -> bool:
     bitsandbytes' for plain ones.
     """
     is_quantized = type(layer.get_base_layer()).__module__.startswith("bitsandbytes")
-    is_known = type(layer).__module__.endswith(".bnb")
-    return is_quantized and not is_known and getattr(layer, "quantization_backend", None) is None
+    return is_quantized and not reads_quantized(layer)
 
 
 def _check_apart(model: nn.Module, own: Mapping[str, Tensor], shared: set[int]) -> None:
     """Raises AdapterUnsupported where weights would land in the base's own tensors, or tokens in KV
-    rows that are not the base's.
+    blocks that are not the base's.
     """
     if through := sorted(key for key, tensor in own.items() if tensor.data_ptr() in shared):
         raise AdapterUnsupported([f"PEFT would write {through[0]} into the base's own weights"])
-    for name, rows in model.named_buffers():
-        if name.endswith("kv_keys") and rows.data_ptr() not in shared:
-            raise AdapterUnsupported([f"PEFT has made a copy of an attention layer and its KV rows: {name}"])
+    for name, blocks in model.named_buffers():
+        if name.endswith("kv_keys") and blocks.data_ptr() not in shared:
+            raise AdapterUnsupported([f"PEFT has made a copy of an attention layer and its KV: {name}"])
 
 
 def tensor_pointers(base: nn.Module) -> set[int]:

@@ -14,13 +14,15 @@ from torch import Tensor
 from ..core.adapter import Adapter, Digest, ExecutionPath
 from ..core.request import Token
 from ..engine.plan import Chunk, Plan, Result
-from . import kernels, kv
+from . import compat, kernels, kv
 from .graphs import CudaGraphs
+from .logprobs import score_prompt
 from .lora_linear import LoraWeights
-from .lora_pool import AdapterRun, LoraPool
+from .lora_pool import LoraPool
 from .lora_weights import read_weights
 from .peft_fallback import build_peft_model, own_bytes
-from .sampler import NOT_FINITE, Sampler, SamplingError, with_logprobs
+from .sampler import NOT_FINITE, Sampler, SamplingError
+from .step_layout import SequenceStep, count_singles, make_layout
 
 
 class HostAdapter(NamedTuple):
@@ -32,7 +34,7 @@ class HostAdapter(NamedTuple):
 
 
 class ModelRunner:
-    """The base, the pool, the KV rows and the sampler, behind `engine.plan.Runner`.
+    """The base, the pool, the KV blocks and the sampler, behind `engine.plan.Runner`.
 
     `model` is the base's own tree.
     """
@@ -73,8 +75,7 @@ class ModelRunner:
         size = hosted.size if hosted else 0
         if self.pool.device.type == "cuda":
             del hosted
-            # Torch keeps pinned memory that was freed, for whatever comes next of that very size
-            torch._C._host_emptyCache()
+            compat.release_pinned_memory()
         return size
 
     def finish_request(self, request: int) -> None:
@@ -86,14 +87,11 @@ class ModelRunner:
             self.pool.remove_adapter(digest)
         for placement in plan.place:
             self.pool.place_adapter(placement, self.hosted[placement.digest].factors)
-        for fork in plan.forks:
-            kv.fork_row(self.attention, fork.source, fork.target, fork.length)
         try:
             return self._run_batch(plan.chunks)
         except Exception:
-            # Masked values are still multiplied: not-a-number would reach the row's next sequence
             if len(plan.chunks) == 1:
-                kv.clear_row(self.attention, plan.chunks[0].row)
+                kv.clear_blocks(self.attention, plan.chunks[0].written_blocks)
             raise
 
     def _split_batches(self, chunks: Sequence[Chunk]) -> list[tuple[Any, list[Chunk]]]:
@@ -136,10 +134,10 @@ class ModelRunner:
 
     def _make_result(self, chunk: Chunk, token: Token | SamplingError | None, logits: Tensor) -> Result:
         if token is None and not logits.max().isfinite():
-            # A request that ends now would leave its row so
+            # A request that ends now would leave its blocks so
             token = SamplingError(NOT_FINITE)
         if isinstance(token, SamplingError):
-            kv.clear_row(self.attention, chunk.row)  # as where a step raises
+            kv.clear_blocks(self.attention, chunk.written_blocks)  # as where a step raises
             return Result(error=str(token), code=token.code)
         return Result(token, _prompt_logprobs(chunk, logits))
 
@@ -147,66 +145,34 @@ class ModelRunner:
         """The logits [kept, vocabulary] of the chunks: their last token's, or all of them where
         prompt logprobs are asked for.
         """
-        batch = _flatten_chunks(chunks)
+        sequences = [_sequence_step(chunk) for chunk in chunks]
         if tree is self.pool.tree:
-            digests = [chunk.adapter for chunk in chunks]
-            graphs = self._graphs_for(batch, digests)
-            if graphs is not None:
-                return graphs.run_step(batch.tokens, batch.spans, digests)
-            runs = [AdapterRun(len(chunk.tokens), chunk.adapter) for chunk in chunks]
-            self.pool.begin_step(runs, batch.heads, batch.decode, batch.spans)
-        return forward_step(tree, self.pool.device, batch.tokens, batch.spans, batch.decode, batch.kept)
+            if self.graphs is not None and self._can_replay(sequences):
+                return self.graphs.run_step(sequences)
+            self.pool.begin_step(sequences)
+        return forward_step(tree, sequences, self.pool.device)
 
-    def _graphs_for(self, batch: FlatBatch, digests: Sequence[Digest | None]) -> CudaGraphs | None:
-        """CUDA graphs, where all sequences of the step decode and none has DoRA's gate."""
-        if self.graphs is None or not self.graphs.able:
-            return None
-        is_able = batch.decode == len(batch.spans) and not self.pool.has_gate(digests)
-        return self.graphs if is_able else None
+    def _can_replay(self, sequences: Sequence[SequenceStep]) -> bool:
+        """Whether CUDA graphs can run the step: each sequence has one token, and none DoRA's gate."""
+        assert self.graphs is not None
+        is_single = count_singles(sequences) == len(sequences)
+        return self.graphs.able and is_single and not self.pool.has_gate(s.adapter for s in sequences)
 
 
-class FlatBatch(NamedTuple):
-    """The tokens of chunks one behind the other; `kept` are those that get logits.
-
-    The first `decode` chunks are of one generated token each.
-    """
-
-    tokens: list[int]
-    spans: list[kv.KVSpan]
-    heads: list[AdapterRun]
-    kept: list[int]
-    decode: int
+def _sequence_step(chunk: Chunk) -> SequenceStep:
+    return SequenceStep(chunk.tokens, chunk.position, chunk.blocks, chunk.adapter, _count_kept(chunk))
 
 
-def _flatten_chunks(chunks: Sequence[Chunk]) -> FlatBatch:
-    decode = sum(chunk.generated > 0 for chunk in chunks)
-    batch = FlatBatch([], [], [], [], decode)
-    for chunk in chunks:
-        start, length, kept = len(batch.tokens), len(chunk.tokens), _count_kept(chunk)
-        batch.spans.append(kv.KVSpan(start, length, chunk.row, chunk.position))
-        batch.tokens.extend(chunk.tokens)
-        batch.heads.append(AdapterRun(kept, chunk.adapter))
-        batch.kept.extend(range(start + length - kept, start + length))
-    return batch
-
-
-def forward_step(
-    tree: Any,
-    device: torch.device,
-    tokens: Sequence[int],
-    spans: Sequence[kv.KVSpan],
-    decode: int,
-    kept: Sequence[int],
-) -> Tensor:
-    """Runs a tree on the flat tokens of a step: logits [kept, vocabulary]."""
-    table = kv.KVTable.make_table(spans, decode, device)
-    keep = torch.tensor(kept, dtype=torch.long, device=device)
-    inputs: dict[str, Any] = {"input_ids": torch.tensor([tokens], device=device)}
-    if tree.config._attn_implementation != kernels.NAME:
-        inputs["table"] = table
-    output = tree(**inputs, position_ids=table.positions[None], use_cache=False, logits_to_keep=keep)
+def forward_step(tree: Any, sequences: Sequence[SequenceStep], device: torch.device) -> Tensor:
+    """Runs a tree on the tokens of a step: logits [kept, vocabulary]."""
+    layout = make_layout(sequences, device)
+    inputs: dict[str, Any] = {"input_ids": layout.tokens[None], "position_ids": layout.positions[None]}
+    if compat.attention_name(tree) != kernels.NAME:
+        inputs["layout"] = layout
+    output = tree(**inputs, use_cache=False, logits_to_keep=layout.logits_index)
     logits: Tensor = output.logits[0]
-    return logits if len(logits) == len(kept) else logits[keep]  # some models keep them all
+    # Some models keep them all
+    return logits if len(logits) == len(layout.logits_index) else logits[layout.logits_index]
 
 
 def _count_kept(chunk: Chunk) -> int:
@@ -224,5 +190,4 @@ def _prompt_logprobs(chunk: Chunk, logits: Tensor) -> tuple[Token, ...]:
         return ()
     first = (Token(prompt[0]),) if chunk.position == 0 else ()
     following = prompt[chunk.position + 1 : chunk.position + 1 + len(chunk.tokens)]
-    pairs = zip(logits, following, strict=False)
-    return first + tuple(with_logprobs(row, token, wanted) for row, token in pairs)
+    return first + score_prompt(logits, following, wanted)

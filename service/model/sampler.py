@@ -6,23 +6,19 @@ but its own logits. Runs in the worker process; must not know adapters, rows of 
 
 from __future__ import annotations
 
-import random
-from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..core.error_codes import ErrorCode
 from ..core.request import Request, Token
-from ..core.sampling import Sampling
-
-# Top-p looks at this many best tokens first; the whole vocabulary is sorted only when they do not
-# suffice
-NUCLEUS = 256
-NO_TOKEN = -1
+from .draws import TOO_WIDE, WIDTHS
+from .grammar_masks import compute_mask, find_error
+from .logit_edits import Row
+from .sampling_batch import choose_tokens, make_batch, read_tokens
+from .sampling_state import SamplingState
+from .transfers import send_rows, take_rows
 
 
 class SamplingError(Exception):
@@ -38,20 +34,12 @@ class SamplingError(Exception):
 NOT_FINITE = (
     "the model's numbers for this request are not finite, or nothing is allowed next: no token can be chosen"
 )
+Outcome = Token | SamplingError
 
 
 def sampling_error(request: Request) -> SamplingError:
     """An adapter may overflow what the base never does."""
     return SamplingError(NOT_FINITE, ErrorCode.ADAPTER_INVALID if request.adapter else ErrorCode.INTERNAL)
-
-
-@dataclass
-class SamplingState:
-    """A request's own past, as far as it bears on the next token."""
-
-    request: Request
-    generated: list[int] = field(default_factory=list)
-    matcher: Any = None
 
 
 class Sampler:
@@ -66,187 +54,59 @@ class Sampler:
     def finish_request(self, request: int) -> None:
         self._states.pop(request, None)
 
-    def sample_batch(self, logits: Tensor, requests: Sequence[Request]) -> list[Token | SamplingError]:
+    def sample_batch(self, logits: Tensor, requests: Sequence[Request]) -> list[Outcome]:
         """logits [n, vocabulary] → one token a row, or why it has none.
 
         Log probabilities are those of the unchanged logits, in float32.
         """
-        greedy = _choose_greedy(logits, requests)
-        tokens: list[Token | SamplingError] = []
+        outcomes: dict[int, Outcome] = {}
+        rows: dict[int, Row] = {}
         for i, request in enumerate(requests):
             try:
-                tokens.append(self._sample_one(logits[i], request, greedy.get(i)))
+                rows[i] = self._make_row(request, logits.shape[-1])
             except SamplingError as error:
-                tokens.append(error)
-        self._remember_tokens(requests, tokens)
-        return tokens
+                outcomes[i] = error
+        for width in WIDTHS:
+            outcomes |= _choose_outcomes(logits, rows, width)
+            rows = {i: row for i, row in rows.items() if i not in outcomes}
+        chosen = [outcomes[i] for i in range(len(requests))]
+        self._remember_tokens(requests, chosen)
+        return chosen
 
-    def _sample_one(self, logits: Tensor, request: Request, chosen: int | None) -> Token:
-        if chosen == NO_TOKEN:
-            raise sampling_error(request)
-        if chosen is None:
-            chosen = self._choose_token(logits.float(), self._state_of(request))
-        wanted = request.sampling.logprobs
-        return Token(chosen) if wanted is None else with_logprobs(logits, chosen, wanted)
+    def _make_row(self, request: Request, vocabulary: int) -> Row:
+        """With what its grammar allows next, which the host finds out while the device computes."""
+        state = self._states.get(request.id)
+        if state is None:
+            state = self._states[request.id] = SamplingState(request)
+        grammar = request.sampling.grammar
+        if grammar is None:
+            return Row(state)
+        if state.matcher is None:
+            state.matcher = self._matcher_of(grammar)
+        reason = find_error(state.matcher)
+        if reason is not None:
+            raise SamplingError(f"the grammar cannot be followed any further: {reason}", ErrorCode.VALIDATION)
+        return Row(state, compute_mask(state.matcher, request.eos, vocabulary))
 
-    def _state_of(self, request: Request) -> SamplingState:
-        return self._states.setdefault(request.id, SamplingState(request))
-
-    def _remember_tokens(self, requests: Sequence[Request], tokens: Sequence[Token | SamplingError]) -> None:
+    def _remember_tokens(self, requests: Sequence[Request], chosen: Sequence[Outcome]) -> None:
         """Once all are chosen: where that raised, a step that is run again finds no token consumed."""
-        for request, token in zip(requests, tokens, strict=True):
+        for request, token in zip(requests, chosen, strict=True):
             if isinstance(token, Token):
-                state = self._state_of(request)
-                state.generated.append(token.id)
+                state = self._states[request.id]
+                state.add_token(token.id)
                 if state.matcher is not None and token.id not in request.eos:
                     state.matcher.consume_token(token.id)
 
-    def _choose_token(self, logits: Tensor, state: SamplingState) -> int:
-        sampling = state.request.sampling
-        logits = _add_bias(_apply_penalties(logits.clone(), state), sampling)
-        if len(state.generated) < sampling.min_tokens:
-            logits[list(state.request.eos)] = float("-inf")
-        if sampling.grammar is not None:
-            logits = self._apply_grammar(logits, state, sampling.grammar)
-        if not logits.max().isfinite():
-            raise sampling_error(state.request)
-        if sampling.temperature == 0:
-            return int(logits.argmax())
-        uniform = _draw_uniform(sampling.seed, len(state.generated))
-        return draw_token(probabilities(logits, sampling), uniform)
 
-    def _apply_grammar(self, logits: Tensor, state: SamplingState, grammar: str) -> Tensor:
-        """Forbids what the grammar does not allow next; where it is complete only eos is left."""
-        if state.matcher is None:
-            state.matcher = self._matcher_of(grammar)
-        if state.matcher.is_error():
-            reason = state.matcher.get_error().partition("\n")[0][:200]
-            raise SamplingError(f"the grammar cannot be followed any further: {reason}", ErrorCode.VALIDATION)
-        if state.matcher.is_stopped():
-            allowed = torch.zeros(logits.shape[0], dtype=torch.bool)
-        else:
-            allowed = _unpack_bits(state.matcher.compute_bitmask(), logits.shape[0])
-        ends = list(state.request.eos)
-        if ends:  # an eos that is also text would end what is not whole
-            allowed[ends] = state.matcher.is_stopped() or state.matcher.is_accepting()
-        return logits.masked_fill(~allowed.to(logits.device), float("-inf"))
-
-
-def _unpack_bits(bitmask: bytes, count: int) -> Tensor:
-    """Bool [count], one for each bit from the lowest on; false where the mask has ended."""
-    packed = torch.frombuffer(bytearray(bitmask), dtype=torch.uint8)
-    bits = (packed[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
-    allowed = bits.bool().flatten()
-    return torch.nn.functional.pad(allowed, (0, max(0, count - len(allowed))))[:count]
-
-
-def _choose_greedy(logits: Tensor, requests: Sequence[Request]) -> dict[int, int]:
-    """Row: its best token, of the rows that need no more than that; NO_TOKEN where it is not finite."""
-    rows = [i for i, request in enumerate(requests) if _is_greedy(request.sampling)]
-    best = logits[rows].max(-1) if len(rows) < len(requests) else logits.max(-1)
-    tokens = best.indices.tolist()
-    is_finite = best.values.isfinite().tolist()
+def _choose_outcomes(logits: Tensor, rows: Mapping[int, Row], width: int | None) -> dict[int, Outcome]:
+    """Of the rows for whose masses `width` tokens are enough."""
+    if not rows:
+        return {}
+    logits = take_rows(logits, send_rows([*rows], logits.device))
+    batch = make_batch([*rows.values()], logits)
+    tokens = read_tokens(logits, choose_tokens(logits, batch, width), batch)
     return {
-        row: token if finite else NO_TOKEN for row, token, finite in zip(rows, tokens, is_finite, strict=True)
+        i: token if token.id >= 0 else sampling_error(row.state.request)
+        for (i, row), token in zip(rows.items(), tokens, strict=True)
+        if token.id != TOO_WIDE
     }
-
-
-def _is_greedy(sampling: Sampling) -> bool:
-    """Greedy with nothing that changes the logits."""
-    changes = (
-        sampling.repetition_penalty != 1,
-        sampling.frequency_penalty != 0,
-        sampling.presence_penalty != 0,
-        sampling.logit_bias,
-        sampling.grammar is not None,
-        sampling.min_tokens != 0,
-    )
-    return sampling.temperature == 0 and not any(changes)
-
-
-def _add_bias(logits: Tensor, sampling: Sampling) -> Tensor:
-    """In place and all at once: one by one a thousand would take longer than a step."""
-    if sampling.logit_bias:
-        parts = zip(*sampling.logit_bias, strict=True)
-        ids, values = (torch.tensor(part, device=logits.device) for part in parts)
-        logits.index_add_(0, ids, values.to(logits.dtype))
-    return logits
-
-
-def _draw_uniform(seed: int, index: int) -> float:
-    return random.Random((seed << 32) + index).random()
-
-
-def _apply_penalties(logits: Tensor, state: SamplingState) -> Tensor:
-    """Repetition penalty over prompt and answer (CTRL, arXiv:1909.05858); frequency and presence
-    over the answer, as OpenAI's.
-    """
-    sampling = state.request.sampling
-    if sampling.repetition_penalty != 1:
-        known = torch.tensor(sorted({*state.request.prompt, *state.generated}), device=logits.device)
-        scores, penalty = logits[known], sampling.repetition_penalty
-        logits[known] = torch.where(scores < 0, scores * penalty, scores / penalty)
-    if state.generated and (sampling.frequency_penalty or sampling.presence_penalty):
-        counts = Counter(state.generated)
-        ids = torch.tensor(list(counts), device=logits.device)
-        times = torch.tensor(list(counts.values()), device=logits.device, dtype=logits.dtype)
-        logits[ids] -= sampling.frequency_penalty * times + sampling.presence_penalty
-    return logits
-
-
-def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """Temperature, then top-k, top-p, min-p and typical-p, in transformers' order.
-
-    Logits [vocabulary] → probabilities [vocabulary].
-    """
-    logits = logits / sampling.temperature
-    if 0 < sampling.top_k < logits.shape[0]:
-        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], float("-inf"))
-    probabilities = logits.softmax(-1)
-    if sampling.top_p < 1:
-        probabilities = _keep_nucleus(probabilities, sampling.top_p)
-    if sampling.min_p > 0:
-        probabilities = probabilities.masked_fill(probabilities < sampling.min_p * probabilities.max(), 0)
-    return _keep_typical(probabilities, sampling.typical_p) if sampling.typical_p < 1 else probabilities
-
-
-def _keep_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
-    """Keeps the fewest best tokens whose mass reaches top_p; always the best one."""
-    total = probabilities.sum()
-    best = probabilities.topk(min(NUCLEUS, probabilities.shape[0]))
-    if best.values.sum() < top_p * total:
-        best = probabilities.sort(descending=True)  # type: ignore[assignment]
-    before = best.values.cumsum(-1) - best.values
-    # A mass that is 0 in float32 still has the best one
-    kept = best.indices[: max(1, int((before < top_p * total).sum()))]
-    return torch.zeros_like(probabilities).scatter(0, kept, probabilities[kept])
-
-
-def _keep_typical(probabilities: Tensor, mass: float) -> Tensor:
-    """Keeps the tokens whose surprise is nearest to the entropy until their mass reaches `mass`
-    (arXiv:2202.00666).
-    """
-    normed = probabilities / probabilities.sum()
-    surprise = -normed.log()
-    entropy = torch.nansum(surprise * normed)
-    order = (surprise - entropy).abs().nan_to_num(nan=float("inf")).argsort()
-    before = normed[order].cumsum(-1) - normed[order]
-    kept = order[: max(1, int((before < mass).sum()))]
-    return torch.zeros_like(probabilities).scatter(0, kept, probabilities[kept])
-
-
-def draw_token(probabilities: Tensor, uniform: float) -> int:
-    """The token at which the cumulated probability passes `uniform` of the whole."""
-    cumulated = probabilities.double().cumsum(-1)
-    at = int(torch.searchsorted(cumulated, uniform * cumulated[-1], right=True))
-    return min(at, int(probabilities.nonzero()[-1]))
-
-
-def with_logprobs(logits: Tensor, chosen: int, wanted: int) -> Token:
-    """The chosen token with its log probability and those of the `wanted` best."""
-    logprobs = logits.float().log_softmax(-1)
-    top: tuple[tuple[int, float], ...] = ()
-    if wanted:
-        values, ids = logprobs.topk(wanted)
-        top = tuple(zip(ids.tolist(), values.tolist(), strict=True))
-    return Token(chosen, float(logprobs[chosen]), top)

@@ -21,11 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..engine.kv_blocks import count_blocks
 from . import kv, rope
+from .compat import attention_name
 from .graphs import CudaGraphs
-from .lora_pool import AdapterRun, LoraPool
+from .lora_pool import LoraPool
 from .runner import forward_step
 from .small_model import SHORT, small_model, thresholds
+from .step_layout import SequenceStep
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +36,7 @@ GRAPHS_DIFFER = "graphs: off; the logits of the step that was tried differ from 
 ROUGH_ONLY = "proof: rough; no small model of the base could be made to prove it by: %s"
 
 PROBE = 24  # tokens
+PROBE_BLOCKS = range(count_blocks(PROBE))  # of the first sequence
 # Relative, of float32 logits that were computed in another order: over 93 architectures at most
 # 8.5e-7
 EXACT = 1e-5
@@ -44,7 +48,7 @@ KERNELS = 0.05
 SEEDS = (0, 1)  # a router of the first model may sit on a tie
 RANK = 8  # of the small model's pool
 
-# Row, first token, behind the last one; those that decode come first
+# Sequence, first token, behind the last one; those of one token come first
 Step = Sequence[tuple[int, int, int]]
 ALONE: Sequence[Step] = [[(0, 0, PROBE // 2)], [(0, PROBE // 2, PROBE - 1)], [(0, PROBE - 1, PROBE)]]
 # The first chunk ends before any threshold, and a sequence past them all runs beside one that
@@ -58,7 +62,7 @@ BESIDE: Sequence[Step] = [
 
 
 def prove_architecture(model: Any, attention: Sequence[kv.AttentionSpec], context: int) -> bool:
-    """Whether the row attention and the pool's layers can be said to be right for this kind of
+    """Whether the block attention and the pool's layers can be said to be right for this kind of
     model in a context of this length.
 
     Runs on the CPU whatever the device: the code is the same, and float32 is exact enough on it.
@@ -75,7 +79,7 @@ def prove_architecture(model: Any, attention: Sequence[kv.AttentionSpec], contex
         error = _served_error(*reference, context)
         if error < EXACT:
             return True
-    reason = f"its logits through the row attention differ from its own by {error:.2g}, in a small model"
+    reason = f"its logits through the block attention differ from its own by {error:.2g}, in a small model"
     raise kv.refuse_base(model, reason + _hint_at_context(model, attention, context))
 
 
@@ -136,10 +140,10 @@ def _served_error(
 ) -> float:
     """How far the logits of two sequences that share steps are from their own."""
     rope.fix_frequencies(small, context)
-    kv.allocate_rows(attention, len(expected), PROBE, torch.float32, small.device)
+    kv.allocate_blocks(attention, len(expected) * len(PROBE_BLOCKS), torch.float32, small.device)
     pool = LoraPool(small, RANK, torch.float32, small.device)
     try:
-        return max(map(_relative_error, _through_rows(pool.tree, BESIDE, pool), expected))
+        return max(map(_relative_error, _through_blocks(pool.tree, BESIDE, pool), expected))
     except RuntimeError as error:
         raise kv.refuse_base(small, f"a step raises {type(error).__name__}: {_first_line(error)}") from error
 
@@ -150,7 +154,7 @@ def plain_logits(model: Any, ids: Sequence[int] | None = None) -> Tensor:
     That attention alone knows all that a model may want: transformers' default leaves Gemma 2's cap out in
     some releases. Raises SettingsError where the model has none.
     """
-    before = model.config._attn_implementation
+    before = attention_name(model)
     tokens = torch.tensor([ids or _probes(model)[0]], device=model.device)
     try:
         model.set_attn_implementation("eager")
@@ -163,11 +167,11 @@ def plain_logits(model: Any, ids: Sequence[int] | None = None) -> Tensor:
 
 
 def logits_of(model: Any) -> Tensor:
-    """The probe's logits by the base's own layers and the row attention.
+    """The probe's logits by the base's own layers and the block attention.
 
     Raises SettingsError where they are not finite.
     """
-    (logits,) = _through_rows(model, ALONE)
+    (logits,) = _through_blocks(model, ALONE)
     if not bool(logits.isfinite().all()):
         raise kv.refuse_base(
             model, "its logits are not finite: the weights are damaged, or ADAPTERD_DTYPE cannot hold them"
@@ -183,21 +187,21 @@ def prove_roughly(model: Any, logits: Tensor) -> None:
     error = _relative_error(logits, plain_logits(model))
     if not error < ROUGH[model.dtype]:
         raise kv.refuse_base(
-            model, f"its logits through the row attention differ from its own by {error:.2g}"
+            model, f"its logits through the block attention differ from its own by {error:.2g}"
         )
 
 
-def kernels_differ(pool: LoraPool, expected: Tensor) -> str:
+def kernels_differ(pool: LoraPool, expected: Tensor, limit: float = KERNELS) -> str:
     """Why the pool's kernels are not to be used, beside the torch path's logits of the probe; empty
     where they agree.
     """
     try:
-        (logits,) = _through_rows(pool.tree, ALONE, pool)
+        (logits,) = _through_blocks(pool.tree, ALONE, pool)
     except RuntimeError as error:
         return f"they raise: {_first_line(error)}"
     distances = (logits - expected).norm(dim=-1) / expected.norm(dim=-1)
     median = float(distances.median())
-    if median < KERNELS:
+    if median < limit:
         return ""
     return f"the logits of the step that was tried differ from torch's by {median:.2g}"
 
@@ -215,42 +219,38 @@ def check_graphs(
 
 
 def _try_graphs(graphs: CudaGraphs, attention: Sequence[kv.AttentionSpec], token: int) -> Iterator[Tensor]:
-    """The probe's last token by a step that is recorded and by one that is replayed: with KV read
-    where it lies, and gathered.
+    """The probe's last token by a step that is recorded and by one that is replayed, in the blocks that
+    hold it and in a copy of them.
     """
-    for row in dict.fromkeys((0, graphs.rows - 1)):
-        kv.fork_row(attention, 0, row, PROBE - 1)
-        for _ in ("recorded", "replayed"):
-            graphs.logits.zero_()  # a replay that does nothing is not to be taken for a good one
-            yield graphs.run_step([token], [kv.KVSpan(0, 1, row, PROBE - 1)], [None])
+    copy = range(graphs.spare - len(PROBE_BLOCKS), graphs.spare)
+    kv.copy_blocks(attention, PROBE_BLOCKS, copy)
+    for blocks in (PROBE_BLOCKS, copy):
+        graphs.logits.zero_()  # a replay that does nothing is not to be taken for a good one
+        yield graphs.run_step([SequenceStep([token], PROBE - 1, blocks)])
 
 
-def _through_rows(tree: Any, steps: Sequence[Step], pool: LoraPool | None = None) -> list[Tensor]:
-    """The probes' logits by the row attention, one sequence a row; of a pool's tree, through its
-    layers, with no adapter.
+def _through_blocks(tree: Any, steps: Sequence[Step], pool: LoraPool | None = None) -> list[Tensor]:
+    """The probes' logits by the block attention; of a pool's tree, through its layers, with no
+    adapter.
     """
     probes = _probes(tree)
     parts: dict[int, list[Tensor]] = {}
     for step in steps:
-        lengths = [stop - start for _, start, stop in step]
-        spans = _spans_of(step)
-        decode = sum(stop == PROBE for _, _, stop in step)
+        sequences = [_sequence_step(probes[index], index, start, stop) for index, start, stop in step]
         if pool is not None:
-            pool.begin_step([AdapterRun(length, None) for length in lengths], [], decode, spans)
-        tokens = [token for row, start, stop in step for token in probes[row][start:stop]]
-        logits = forward_step(tree, tree.device, tokens, spans, decode, range(len(tokens))).float()
-        for span, part in zip(spans, torch.split(logits, lengths), strict=True):
-            parts.setdefault(span.row, []).append(part)
-    return [torch.cat(parts[row]) for row in sorted(parts)]
+            pool.begin_step(sequences)
+        logits = forward_step(tree, sequences, tree.device).float()
+        lengths = [stop - start for _, start, stop in step]
+        for (index, _, _), part in zip(step, torch.split(logits, lengths), strict=True):
+            parts.setdefault(index, []).append(part)
+    return [torch.cat(parts[index]) for index in sorted(parts)]
 
 
-def _spans_of(step: Step) -> list[kv.KVSpan]:
-    spans: list[kv.KVSpan] = []
-    offset = 0
-    for row, start, stop in step:
-        spans.append(kv.KVSpan(offset, stop - start, row, start))
-        offset += stop - start
-    return spans
+def _sequence_step(probe: Sequence[int], index: int, start: int, stop: int) -> SequenceStep:
+    """Part of a probe, all of whose tokens get logits, in the blocks of the sequence of this index."""
+    first = index * len(PROBE_BLOCKS)
+    blocks = range(first, first + count_blocks(stop))
+    return SequenceStep(probe[start:stop], start, blocks, kept=stop - start)
 
 
 def _probes(model: Any) -> list[list[int]]:

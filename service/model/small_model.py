@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from .compat import random_constructor
+
 # The first layers are kept; where a kind of layer first comes behind these, one layer of each kind
 MOST_LAYERS = 8
 MOST_PARAMETERS = 150_000_000  # a config of which nothing could be shrunk is not to fill the memory
@@ -61,7 +63,7 @@ def small_model(model: Any, context: int, probe: int, seed: int) -> Any:
     config stays large.
     """
     config = shrink_config(model.config, context, probe)
-    make: Callable[..., Any] = type(model)._from_config
+    make = random_constructor(model)
     _check_size(make, copy.deepcopy(config))
     with torch.random.fork_rng(devices=[]):
         small = make(config, dtype=torch.float32, attn_implementation="eager").eval().requires_grad_(False)

@@ -5,15 +5,23 @@ A record's `fields` are its named values. Must not know who logs.
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import re
 import sys
 from datetime import UTC, datetime
-from typing import Any
+from types import TracebackType
+from typing import Any, TextIO
+
+log = logging.getLogger("adapterd")
+written = logging.getLogger("adapterd.stderr")
 
 PLAIN = re.compile(r"[\w./:@+%-]+")
+LINE_ENDS = re.compile(r"[\r\n]+")
 BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
+_style = ("text", "info")
 
 
 def _record_fields(record: logging.LogRecord) -> dict[str, Any]:
@@ -56,15 +64,61 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line | _record_fields(record) | trace, default=str)
 
 
-def set_up_logging(form: str, level: str) -> None:
-    """Sends this process's log to stderr.
+class LogLines(io.TextIOBase):
+    """A stream whose lines are records of the log: whatever a library writes comes out in its form."""
 
-    `form` is `text` or `json`; `level` one of the logging module's names in lower case.
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+        self._rest = ""
+
+    def write(self, text: str, /) -> int:
+        *lines, self._rest = LINE_ENDS.split(self._rest + text)
+        for line in filter(str.strip, lines):
+            written.warning("%s", line)
+        return len(text)
+
+    def flush(self) -> None:
+        if self._rest:
+            self.write("\n")
+
+    def fileno(self) -> int:
+        return self.stream.fileno()
+
+
+def set_up_logging(form: str, level: str) -> None:
+    """Sends this process's log to stderr, warnings of libraries included.
+
+    `form` is `text` or `json`; `level` one of the logging module's names in lower case. What a library
+    prints goes to stderr, too; where the log is JSON, it becomes lines of it.
     """
-    handler = logging.StreamHandler(sys.stderr)
+    global _style
+    _style = form, level
+    stream = sys.stderr.stream if isinstance(sys.stderr, LogLines) else sys.stderr
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
+    logging.captureWarnings(True)
     for chatty in ("uvicorn", "asyncio", "httpx", "filelock", "urllib3"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # It warns at import of a kernel that nothing here needs
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    sys.stdout = sys.stderr = LogLines(stream) if form == "json" else stream
+    sys.excepthook = _log_defect if form == "json" else sys.__excepthook__
+
+
+def current_style() -> tuple[str, str]:
+    """The form and the level that this process logs in, for its children."""
+    return _style
+
+
+def tell_failure(reason: str) -> None:
+    """Says in one line why the program ends: as it is, or as a record where the log is JSON."""
+    line = " ".join(reason.split())
+    if _style[0] == "json":
+        log.critical("%s", line)
+    else:
+        print(line, file=sys.stderr)
+
+
+def _log_defect(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    log.critical("a defect ends the process", exc_info=(kind, error, trace))

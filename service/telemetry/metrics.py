@@ -73,7 +73,13 @@ WAITING = Gauge(
     "adapterd_num_requests_waiting", "Requests admitted and without a row yet.", registry=REGISTRY
 )
 KV_USAGE = Gauge(
-    "adapterd_kv_cache_usage_ratio", "KV positions held by running requests, 0 to 1.", registry=REGISTRY
+    "adapterd_kv_cache_usage_ratio", "KV blocks held by running requests, 0 to 1.", registry=REGISTRY
+)
+KV_BLOCKS = Gauge(
+    "adapterd_kv_blocks",
+    "KV blocks by state: used by running requests, cached for prompts that begin alike, empty.",
+    ["state"],
+    registry=REGISTRY,
 )
 POOL_USED = Gauge(
     "adapterd_pool_rank_used", "Rank rows of the device pool that adapters hold.", registry=REGISTRY
@@ -113,7 +119,18 @@ QUEUED = Histogram(
 )
 
 PROMPT_TOKENS = Counter(
-    "adapterd_prompt_tokens", "Prompt tokens of the requests that got a row.", registry=REGISTRY
+    "adapterd_prompt_tokens", "Prompt tokens of the requests that began.", registry=REGISTRY
+)
+PREFIX_QUERIES = Counter(
+    "adapterd_prefix_cache_queries", "Prompt tokens that were looked for in the cache.", registry=REGISTRY
+)
+PREFIX_HITS = Counter(
+    "adapterd_prefix_cache_hits", "Prompt tokens that were found in the cache.", registry=REGISTRY
+)
+PREEMPTIONS = Counter(
+    "adapterd_preemptions",
+    "Times a running request gave up its KV blocks and was computed anew.",
+    registry=REGISTRY,
 )
 GENERATED_TOKENS = Counter("adapterd_generation_tokens", "Tokens generated.", registry=REGISTRY)
 SUCCESS = Counter(

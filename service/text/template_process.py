@@ -1,4 +1,4 @@
-"""The process that renders adapters' chat templates: `python -m service.text.template_process FD`.
+"""The process that renders adapters' chat templates: `python -m service.text.template_process FD FORM LEVEL`.
 
 The API process imports it too, for the messages between the two and to render the base's own
 template by the same code. An adapter's template is a program that nobody here wrote: this process limits
@@ -21,7 +21,7 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from ..child_process import be_the_first_to_go, die_with_parent
+from ..child_process import be_the_first_to_go, settle_child
 
 CPU_S = 2.0  # of processor time, so that a busy machine refuses nobody
 MEMORY_MB = 512
@@ -83,9 +83,9 @@ def describe_refusal(error: Exception) -> str:
     return f"refuses them: {str(error)[:REASON]}"
 
 
-def main(descriptor: str) -> None:
-    _set_signals()
-    die_with_parent()
+def main(descriptor: str, form: str, level: str) -> None:
+    settle_child(form, level)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process
     be_the_first_to_go()
     fresh = _address_space()
     if fresh:
@@ -97,12 +97,6 @@ def main(descriptor: str) -> None:
         pipe.send_bytes(b"")  # it has begun
         while True:
             pipe.send_bytes(_answer_request(pipe.recv(), fresh + WORN_MB * 10**6))
-
-
-def _set_signals() -> None:
-    for ignored in (signal.SIGINT, signal.SIGTERM):  # the parent decides when to end
-        signal.signal(ignored, signal.SIG_IGN)
-    signal.signal(signal.SIGPROF, signal.SIG_DFL)  # ends the process
 
 
 def _answer_request(request: RenderRequest, roomy: int) -> bytes:
@@ -133,10 +127,10 @@ def _try_render(request: RenderRequest) -> tuple[str | None, str]:
 def _address_space() -> int:
     """Its size in bytes, 0 where the system does not have it."""
     try:
-        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        return int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[0]) * resource.getpagesize()
     except OSError:
         return 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -12,17 +12,18 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 
+from ..child_process import start_child
 from ..errors import AdapterdError, BadRequest, NotReady, Overloaded
 from ..threads import PROCESS, run_in
 from .template_process import CPU_S, Rendering, RenderRequest
 
+PROGRAM = "service.text.template_process"
 START_S = 60.0
 # For delays that processor time does not measure: a process that is stopped, or a machine that swaps
 WALL_S = 10.0
@@ -147,7 +148,7 @@ class RenderProcess:
             raise EOFError
         self._pipe, child_end = Pipe()
         with child_end:
-            self._popen = _start_process(child_end)
+            self._popen = start_child(PROGRAM, child_end, environment=_make_environment())
         if not self._pipe.poll(START_S):
             raise EOFError
         self._pipe.recv_bytes()
@@ -193,25 +194,7 @@ class RenderProcess:
         self._pipe = self._popen = None
 
 
-def _start_process(child_end: Connection) -> subprocess.Popen[bytes]:
-    descriptor = child_end.fileno()
-    return subprocess.Popen(
-        [sys.executable, "-m", "service.text.template_process", str(descriptor)],
-        pass_fds=(descriptor,),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        env=_make_environment(),
-    )
-
-
 def _make_environment() -> dict[str, str]:
     """The process's environment, without the service's keys and tokens."""
     kept = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
-    paths = os.pathsep.join(path for path in sys.path if path)  # it must find the very same modules
-    quiet = {
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
-        "OMP_NUM_THREADS": "1",
-        "OPENBLAS_NUM_THREADS": "1",
-    }
-    return kept | quiet | {"PYTHONPATH": paths}
+    return kept | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}

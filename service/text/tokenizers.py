@@ -24,6 +24,7 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from ..core.adapter import Digest
 from ..core.manifest import Manifest, check_text_files
 from ..errors import AdapterInvalid, BadRequest, SettingsError
+from .compat import is_panic
 from .incremental import BROKEN, IncrementalDecoder
 from .template_process import RenderRequest, describe_refusal, render_template
 from .template_renderer import TemplateRenderer
@@ -289,7 +290,7 @@ class AdapterTokenizer:
         except TypeError:
             raise BadRequest("the text is not valid Unicode: it holds a lone surrogate") from None
         except BaseException as error:
-            if type(error).__name__ != "PanicException":  # whose class nothing exports
+            if not is_panic(error):
                 raise
             raise BadRequest("the tokenizer fails at this text") from error
 
@@ -402,7 +403,7 @@ def _serialize_backend(backend: Tokenizer) -> str:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    value = json.loads(file.read_text("utf-8")) if file.exists() else {}
+    value = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return value if isinstance(value, dict) else {}
 
 
@@ -437,7 +438,7 @@ def _read_templates(folder: Path, settings: Mapping[str, Any]) -> Templates | No
     Raises AdapterInvalid for one that is too long.
     """
     if (folder / TEMPLATE).exists():
-        found: Any = (folder / TEMPLATE).read_text("utf-8")
+        found: Any = (folder / TEMPLATE).read_text(encoding="utf-8")
     else:
         found = settings.get("chat_template") or _read_json(folder / TEMPLATE_JSON).get("chat_template")
     if isinstance(found, list):

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from ..core.adapter import Adapter, Digest, ExecutionPath, Tier
+from ..core.error_codes import ErrorCode
 from ..core.messages import AddAdapter, Command, Load, Pin, RemoveAdapter, Report
 from ..telemetry import metrics
 
@@ -27,6 +28,7 @@ class AdapterMirror:
         self._tiers: dict[Digest, Tier] = {}
         self._sizes: dict[Digest, int] = {}  # bytes in host memory, once read
         self._loads: dict[Digest, asyncio.Future[Load]] = {}
+        self._interrupted: set[Digest] = set()  # loads that have lost one worker
         self._removals: dict[Digest, list[asyncio.Future[int]]] = {}
         self._closed = False
         self.watcher: Callable[[Load], None] = lambda load: None
@@ -46,7 +48,7 @@ class AdapterMirror:
     @property
     def waits(self) -> bool:
         """Whether a load or a removal has not ended yet."""
-        return bool(self._removals) or not all(load.done() for load in self._loads.values())
+        return bool(self._removals or self._list_awaited())
 
     async def wait_until_loaded(self, digest: Digest) -> Load:
         if digest not in self._loads:
@@ -117,19 +119,43 @@ class AdapterMirror:
         for command in self._added.values():
             self._send(command)
 
-    def on_worker_lost(self) -> None:
-        """The worker is gone, and with it all adapters that it held."""
+    def on_worker_lost(self, why: str, out_of_memory: bool) -> None:
+        """The worker is gone, and with it all adapters that it held.
+
+        A load that was under way is left to the next worker, once, but where memory ran out it has ended:
+        the next one would die of it, too.
+        """
+        for digest in self._list_awaited():
+            if out_of_memory or digest in self._interrupted:
+                self._give_up_load(digest, why)
+            else:
+                self._interrupted.add(digest)
+        self._forget_tiers()
+
+    def end_waiting(self) -> None:
+        """No worker will come any more."""
+        self._closed = True
+        for digest in self._loads:
+            self._lose_load(digest, STOPPED)
+        self._forget_tiers()
+
+    def _forget_tiers(self) -> None:
         self._tiers.clear()
         for digest in list(self._removals):
             self._end_removal(digest, 0)
         self._count_tiers()
 
-    def end_waiting(self) -> None:
-        """No worker will come any more."""
-        self._closed = True
-        self.on_worker_lost()
-        for digest in self._loads:
-            self._end_load(Load(digest, 0.0, 0, STOPPED))
+    def _list_awaited(self) -> list[Digest]:
+        return [digest for digest, load in self._loads.items() if not load.done()]
+
+    def _give_up_load(self, digest: Digest, why: str) -> None:
+        """Lets no other worker begin with this load; a request for the adapter may."""
+        if digest in self._added:
+            self._added[digest] = replace(self._added[digest], preload=False)
+        self._lose_load(digest, f"{why} before the adapter was read")
+
+    def _lose_load(self, digest: Digest, why: str) -> None:
+        self._end_load(Load(digest, 0.0, 0, why, ErrorCode.NOT_READY))
 
     def _forget_adapter(self, digest: Digest) -> None:
         if digest not in self._added:
@@ -147,7 +173,7 @@ class AdapterMirror:
         if digest not in self._loads or self._loads[digest].done():
             self._loads[digest] = asyncio.get_running_loop().create_future()
         if self._closed:
-            self._end_load(Load(digest, 0.0, 0, STOPPED))
+            self._lose_load(digest, STOPPED)
 
     def _record_load(self, load: Load) -> None:
         if load.seconds and not load.error:
@@ -157,6 +183,7 @@ class AdapterMirror:
         self.watcher(load)
 
     def _end_load(self, load: Load) -> None:
+        self._interrupted.discard(load.digest)
         expected = self._loads.get(load.digest)
         if expected is not None and not expected.done():
             expected.set_result(load)

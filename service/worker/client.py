@@ -10,13 +10,13 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from ..core.adapter import Adapter, Digest, Placement, Tier
 from ..core.base_info import BaseInfo
 from ..core.error_codes import ErrorCode
 from ..core.messages import Cancel, Gauges, Load, Report, Submit
 from ..core.request import Event, Finish, Request
-from ..core.sampling import Sampling
 from ..errors import NotReady, Overloaded
 from ..settings import Settings
 from ..telemetry import metrics
@@ -106,24 +106,15 @@ class WorkerClient:
 
     # ---- requests
 
-    def submit_request(
-        self,
-        prompt: tuple[int, ...],
-        max_tokens: int,
-        adapter: Digest | None = None,
-        sampling: Sampling | None = None,
-        eos: frozenset[int] = frozenset(),
-        prompt_logprobs: int | None = None,
-    ) -> Ticket:
-        """Admits a request.
+    def submit_request(self, request: Request) -> Ticket:
+        """Admits a request, and numbers it.
 
         Raises NotReady or Overloaded, both with `retry_after`, and then nothing was admitted.
         """
         self._check_admission()
-        id, sampling = next(self._ids), sampling or Sampling()
-        ticket = self._open_ticket(Request(id, prompt, max_tokens, adapter, sampling, eos, prompt_logprobs))
-        if adapter is not None:
-            self._adapters.count_request(adapter)
+        ticket = self._open_ticket(replace(request, id=next(self._ids)))
+        if request.adapter is not None:
+            self._adapters.count_request(request.adapter)
         self._send_request(ticket)
         self._count_requests()
         return ticket
@@ -216,7 +207,7 @@ class WorkerClient:
 
     @property
     def awaited(self) -> set[Digest]:
-        """The contents that requests without a row wait for."""
+        """The contents that requests that have not begun wait for."""
         waiting = (ticket.request.adapter for ticket in self._tickets.values() if ticket.started is None)
         return {digest for digest in waiting if digest is not None}
 
@@ -232,38 +223,52 @@ class WorkerClient:
             self._send_request(ticket)
         self._measure_device(base=True)
 
-    def on_worker_lost(self, why: str, for_good: bool) -> None:
-        """Requests that had started fail; the others wait for the next worker, if there will be one."""
+    def on_worker_lost(self, why: str, for_good: bool, out_of_memory: bool) -> None:
+        """Requests that had started fail; the others wait for the next worker, if there will be one.
+
+        Where memory ran out so do those whose adapter was still to be read: the next worker would die of
+        it, too.
+        """
         self._sent.clear()
         self.pool, self.gauges = (), Gauges()
         self._measure_device(base=False)
         tickets = self._tickets.values()
         lost = [ticket for ticket in tickets if for_good or ticket.started is not None or ticket.leaving]
+        if out_of_memory:
+            lost += [ticket for ticket in tickets if ticket not in lost and self._waits_for_disk(ticket)]
         self._fail_all(why, lost)
-        self._adapters.on_worker_lost()
+        self._adapters.on_worker_lost(why, out_of_memory)
         if for_good:
             self._adapters.end_waiting()
         self._count_requests()
 
+    def _waits_for_disk(self, ticket: Ticket) -> bool:
+        adapter = ticket.request.adapter
+        return adapter is not None and self.tier_of(adapter) is Tier.DISK
+
     def on_report(self, report: Report) -> None:
         now = time.monotonic()
         self._adapters.on_report(report)
-        for id in report.started:
-            self._on_started(id, now)
+        for id, cached in report.started:
+            self._on_started(id, cached, now)
         for event in report.events:
             self._on_event(event, now)
         if report.pool is not None:
             self.pool = report.pool
             self._measure_device(base=True)
+        metrics.PREEMPTIONS.inc(report.gauges.preemptions - self.gauges.preemptions)
         self.gauges = report.gauges
         self._count_requests()
 
-    def _on_started(self, id: int, now: float) -> None:
+    def _on_started(self, id: int, cached: int, now: float) -> None:
+        """`cached` tokens of its prompt need not be computed."""
         ticket = self._tickets.get(id)
         if ticket is not None:
-            ticket.started = now
+            ticket.started, ticket.cached_tokens = now, cached
             metrics.QUEUED.observe(now - ticket.submitted)
             metrics.PROMPT_TOKENS.inc(len(ticket.request.prompt))
+            metrics.PREFIX_QUERIES.inc(len(ticket.request.prompt))
+            metrics.PREFIX_HITS.inc(cached)
 
     def _on_event(self, event: Event, now: float) -> None:
         if event.finish is not None:
@@ -285,6 +290,9 @@ class WorkerClient:
         metrics.RUNNING.set(running)
         metrics.WAITING.set(len(self._tickets) - running)
         metrics.KV_USAGE.set(self.gauges.kv_used / max(1, self.gauges.kv_total))
+        metrics.KV_BLOCKS.labels("used").set(self.gauges.kv_used)
+        metrics.KV_BLOCKS.labels("cached").set(self.gauges.kv_cached)
+        metrics.KV_BLOCKS.labels("empty").set(self.gauges.kv_empty)
         metrics.POOL_USED.set(self.gauges.pool_used)
         metrics.POOL_TOTAL.set(self.base.pool_rank if self.base else 0)
         metrics.HOST_BYTES.set(self.gauges.host_bytes)

@@ -16,18 +16,20 @@ from queue import SimpleQueue
 
 from ..core.adapter import Adapter
 from ..core.defaults import READ_S, SLOWEST_DISK_BYTES_PER_S
-from ..core.error_codes import ErrorCode
 from ..core.messages import Load
 from ..engine.plan import Runner
 from ..errors import AdapterdError, AdapterInvalid, Internal, Overloaded
-from . import memory
+from ..limits import free_memory, megabytes
 
 log = logging.getLogger(__name__)
 
+# While it is read an adapter is there twice: the file, and the tensors made of it
+COPIES = 2
+NO_MEMORY = "there is not enough memory for the adapter: {}"
+
 
 class Loader:
-    """`results` yields a (Load, error code) for each `read_adapter`; it can be waited for beside other
-    connections. The code is None where the load went well.
+    """`results` yields a Load for each `read_adapter`; it can be waited for beside other connections.
 
     `deadline` is the `time.monotonic` at which the load in progress should have ended; infinite when
     there is none. A load that hangs is given up with its thread: another Loader reads on.
@@ -44,11 +46,11 @@ class Loader:
         self.deadline = time.monotonic() + self._slow_s + READ_S + adapter.size / SLOWEST_DISK_BYTES_PER_S
         self._todo.put(adapter)
 
-    def take_result(self) -> tuple[Load, ErrorCode | None]:
+    def take_result(self) -> Load:
         """The next result, which must be there."""
         self.deadline = math.inf
-        result: tuple[Load, ErrorCode | None] = self.results.recv()
-        return result
+        load: Load = self.results.recv()
+        return load
 
     def end_reading(self) -> None:
         """Reads no more after the load in progress, whose result can still be taken."""
@@ -58,22 +60,20 @@ class Loader:
         while (adapter := self._todo.get()) is not None:
             began = time.monotonic()
             time.sleep(self._slow_s)
-            size, code, reason = self._try_load(adapter)
-            self._done.send((Load(adapter.digest, time.monotonic() - began, size, reason), code))
+            self._done.send(self._try_load(adapter, began))
 
-    def _try_load(self, adapter: Adapter) -> tuple[int, ErrorCode | None, str]:
-        """The bytes read, or the code and the words of what went wrong."""
+    def _try_load(self, adapter: Adapter, began: float) -> Load:
+        """How the load went that began at this `time.monotonic`."""
         try:
-            return self._load_adapter(adapter), None, ""
+            size = self._load_adapter(adapter)
         except AdapterdError as error:
-            return 0, error.code, error.message or error.code
+            reason = error.message or error.code
+            return Load(adapter.digest, time.monotonic() - began, 0, reason, error.code)
+        return Load(adapter.digest, time.monotonic() - began, size)
 
     def _load_adapter(self, adapter: Adapter) -> int:
         """The bytes read. Raises AdapterdError."""
-        free = memory.free_bytes()
-        if free is not None and adapter.size > free:
-            need = f"it takes {adapter.size} bytes, {free} are free"
-            raise Overloaded(f"there is not enough memory for the adapter: {need}")
+        require_memory(COPIES * adapter.size)
         try:
             return self._runner.load_adapter(adapter)
         except AdapterdError:
@@ -82,5 +82,24 @@ class Loader:
             reason = error.strerror or type(error).__name__
             raise AdapterInvalid([f"the adapter's files cannot be read: {reason}"]) from error
         except Exception as error:
+            if is_out_of_memory(error):
+                raise Overloaded(NO_MEMORY.format("it ran out while it was read")) from error
             log.exception("an adapter could not be loaded")
             raise Internal(f"the adapter could not be loaded ({type(error).__name__})") from error
+
+
+def require_memory(needed: int) -> None:
+    """Raises Overloaded where so many bytes are not left."""
+    free = free_memory()
+    if free is not None and needed > free.memory:
+        need = f"it takes {megabytes(needed)} to be read, {megabytes(free.memory)} are free, for {free.limit}"
+        raise Overloaded(NO_MEMORY.format(need))
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the system or the device refused memory; torch has a word of its own for each."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "can't allocate memory" in str(error)
+    )

@@ -1,6 +1,6 @@
 """The worker process: commands in, plan, step, reports out.
 
-`python -m service.worker.loop FD MODULE:FACTORY`.
+`python -m service.worker.loop FD FORM LEVEL MODULE:FACTORY`; FORM and LEVEL are those of the log.
 
 It owns the device, runs every step, and ends when its parent does. Must not know HTTP, text or adapter
 names.
@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -19,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 
-from ..child_process import be_the_first_to_go, die_with_parent
+from ..child_process import be_the_first_to_go, settle_child
 from ..core.adapter import Digest, Placement, Tier
 from ..core.base_info import BaseInfo
 from ..core.defaults import defaults_of
@@ -29,6 +30,7 @@ from ..core.messages import (
     Cancel,
     CannotStart,
     Command,
+    LastWords,
     Load,
     Message,
     Pin,
@@ -43,6 +45,7 @@ from ..core.request import Request
 from ..engine.plan import Chunk, Plan, Result, Runner
 from ..engine.scheduler import Scheduler
 from ..errors import AdapterdError, SettingsError
+from ..limits import free_memory, megabytes
 from ..settings import Faults, Settings
 from ..telemetry import logs
 from .loader import Loader
@@ -55,6 +58,10 @@ NOTHING = Plan()
 HEARTBEAT_S = 2.0
 # Exit code: two steps in a row raised in all their parts, so the device is not to be trusted
 RAISED_TWICE = 70
+PARENT_GONE = (EOFError, BrokenPipeError, ConnectionResetError)
+# Folders, and the last name below them
+ABSOLUTE_PATH = re.compile(r"(?<![\w./])(?:/[^\s/'\"]+)*/([^\s/'\"]+)")
+MOST_WORDS = 300  # characters of an exception's
 UNRUNNABLE = "this base cannot run this adapter: its step raised {}"
 TRIAL = -1  # the id of a request that no client made
 
@@ -142,9 +149,9 @@ class Worker:
 
     def _take_results(self) -> None:
         while self.loader.results.poll():
-            load, code = self.loader.take_result()
-            if code is not None:
-                self._fail_load(load, code)
+            load = self.loader.take_result()
+            if load.error:
+                self._fail_load(load)
             else:
                 self._loads.append(load)
                 self.scheduler.mark_hosted(load.digest, load.size)
@@ -162,12 +169,12 @@ class Worker:
         self.given_up.append(self.loader)
         self.loader = Loader(self.runner, self.faults.slow_load)
         overdue = Load(digest, 0.0, 0, "reading the adapter's files took too long")
-        self._fail_load(overdue, ErrorCode.ADAPTER_INVALID)
+        self._fail_load(overdue)
 
-    def _fail_load(self, load: Load, code: ErrorCode) -> None:
+    def _fail_load(self, load: Load) -> None:
         """Reports the failed load; also forgets a late result of an earlier load of the same adapter."""
         self._loads.append(load)
-        self.scheduler.load_failed(load.digest, code, load.error)
+        self.scheduler.load_failed(load.digest, load.code, load.error)
         self.runner.evict_adapter(load.digest)
 
     def _clear_up(self) -> None:
@@ -176,9 +183,9 @@ class Worker:
         """
         for loader in [late for late in self.given_up if late.results.poll()]:
             self.given_up.remove(loader)
-            load, code = loader.take_result()
+            load = loader.take_result()
             is_wanted = self.scheduler.adapters.is_hosted(load.digest)
-            if code is None and not is_wanted:
+            if not load.error and not is_wanted:
                 self.runner.evict_adapter(load.digest)
 
     def _forget_removed(self) -> None:
@@ -216,17 +223,13 @@ class Worker:
         return guilty
 
     def _prepare(self, plan: Plan) -> set[Digest]:
-        """Removes, places and copies, in steps of their own; the adapters that could not be placed.
-
-        So their times are known, and chunks that are run again copy nothing again.
+        """Removes and places, in steps of their own, so that their times are known; the adapters that could
+        not be placed.
         """
         if plan.remove:
             seconds = self._time_step(Plan(remove=plan.remove)) / len(plan.remove)
             self._evicted += [(digest, Tier.DEVICE, seconds) for digest in plan.remove]
-        unplaced = {placement.digest for placement in plan.place if not self._place_adapter(placement)}
-        if plan.forks:
-            self.runner.run_step(Plan(forks=plan.forks))
-        return unplaced
+        return {placement.digest for placement in plan.place if not self._place_adapter(placement)}
 
     def _place_adapter(self, placement: Placement) -> bool:
         try:
@@ -270,11 +273,11 @@ class Worker:
         return guilty
 
     def _can_run(self, chunk: Chunk, adapter: Digest | None) -> bool:
-        """Whether two tokens can be run in the KV row of this failed chunk, which no sequence reads
+        """Whether two tokens can be run in a block that this failed chunk wrote, which no sequence reads
         any more.
         """
         tokens = (chunk.request.prompt * 2)[:2]
-        trial = Chunk(Request(TRIAL, tokens, 0, adapter), chunk.row, 0, tokens, sample=False)
+        trial = Chunk(Request(TRIAL, tokens, 0, adapter), chunk.written_blocks[:1], 0, tokens, sample=False)
         try:
             self.runner.run_step(Plan(chunks=(trial,)))
         except Exception:
@@ -317,12 +320,18 @@ class Worker:
 
 
 def make_scheduler(base: BaseInfo, settings: Settings) -> Scheduler:
+    """The scheduler, whose cache of adapters leaves half of the host's memory to KV blocks and others."""
+    host_bytes, free = settings.host_cache_mb * 10**6, free_memory()
+    if free is not None and host_bytes > free.memory // 2:
+        host_bytes = free.memory // 2
+        log.warning("adapters get %s of host memory, for %s", megabytes(host_bytes), free.limit)
     return Scheduler(
         rows=base.rows,
         context=base.context,
+        kv_blocks=base.kv_blocks,
         pool_rank=base.pool_rank,
         prefill_tokens=settings.prefill_tokens or defaults_of(base.device).prefill_tokens,
-        host_bytes=settings.host_cache_mb * 10**6,
+        host_bytes=host_bytes,
     )
 
 
@@ -355,7 +364,7 @@ def inject_faults(faults: Faults, counts: set[int]) -> None:
 def serve_worker(connection: Connection, settings: Settings, factory: Factory) -> int:
     """Builds the runner, then obeys until the command to end; the exit code.
 
-    Raises OSError or EOFError when the parent is gone.
+    Raises OSError or EOFError when the parent is gone, and what the runner raises.
     """
 
     def send_progress(stage: str, fraction: float) -> None:
@@ -364,34 +373,47 @@ def serve_worker(connection: Connection, settings: Settings, factory: Factory) -
     try:
         runner, base = factory(settings, send_progress)
     except (AdapterdError, SettingsError) as error:
-        return _refuse_start(connection, str(error))
-    except (OSError, ValueError) as error:
+        return _refuse_start(connection, CannotStart(str(error)))
+    except (EOFError, OSError, ValueError) as error:
         log.exception("the base cannot be loaded")
-        kind = type(error).__name__
-        return _refuse_start(connection, f"the base cannot be loaded ({kind}); the log says why")
+        reason = f"the base cannot be loaded: {describe_error(error)}"
+        return _refuse_start(connection, CannotStart(reason))
     connection.send(Ready(base))
     return Worker(connection, runner, base, settings).run_loop()
 
 
-def _refuse_start(connection: Connection, reason: str) -> int:
-    connection.send(CannotStart(reason))
+def _refuse_start(connection: Connection, refusal: CannotStart) -> int:
+    connection.send(refusal)
     return 1
 
 
-def run_process(descriptor: str, factory: str) -> int:
-    for ignored in (signal.SIGINT, signal.SIGTERM):  # the parent decides when to end
-        signal.signal(ignored, signal.SIG_IGN)
-    die_with_parent()
+def describe_error(error: Exception) -> str:
+    """The exception's kind and its first line, without the host's folders: only the log names them."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    first = next(iter(text.strip().splitlines()), "")
+    line = ABSOLUTE_PATH.sub(lambda match: match[1], first)[:MOST_WORDS]
+    return f"{type(error).__name__}: {line}" if line else type(error).__name__
+
+
+def run_process(descriptor: str, form: str, level: str, factory: str) -> int:
+    settle_child(form, level)
     be_the_first_to_go()
     module, _, function = factory.partition(":")
     with (
         Connection(int(descriptor)) as connection,
-        contextlib.suppress(EOFError, BrokenPipeError, ConnectionResetError),
+        contextlib.suppress(*PARENT_GONE),
     ):
         settings: Settings = connection.recv()
         logs.set_up_logging(settings.log_format, settings.log_level)
-        return serve_worker(connection, settings, getattr(importlib.import_module(module), function))
-    return 0  # the parent is gone
+        try:
+            return serve_worker(connection, settings, getattr(importlib.import_module(module), function))
+        except PARENT_GONE:
+            raise
+        except Exception as error:  # the parent would see an exit code, or nothing for a while
+            log.exception("the worker raised")
+            connection.send(LastWords(describe_error(error)))
+            return 1
+    return 0
 
 
 if __name__ == "__main__":

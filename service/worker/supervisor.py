@@ -15,12 +15,13 @@ from enum import StrEnum
 from typing import Protocol, TypeVar
 
 from ..core.base_info import BaseInfo
-from ..core.messages import CannotStart, Command, Message, Progress, Ready, Report, Shutdown
+from ..core.messages import CannotStart, Command, LastWords, Message, Progress, Ready, Report, Shutdown
+from ..limits import free_memory
 from ..settings import Settings
 from ..telemetry import metrics
 from ..threads import PROCESS, run_in
 from .loop import RAISED_TWICE
-from .process import WorkerProcess
+from .process import WorkerExit, WorkerProcess
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ PATIENCE_S = 1.5  # for a worker that got the command to end
 STILLBORN = 3  # deaths in a row before it was ready: then it is not started again
 STABLE_S = 60.0
 BACKOFF_S = (0.1, 10.0)
+UNWANTED = "the service ends"
 DOUBLINGS = 10  # of the first pause, which then is over the longest
 
 
@@ -59,8 +61,10 @@ class WorkerListener(Protocol):
 
     def on_report(self, report: Report) -> None: ...
 
-    def on_worker_lost(self, why: str, for_good: bool) -> None:
-        """The worker is gone with all its state; `for_good`: no other will come."""
+    def on_worker_lost(self, why: str, for_good: bool, out_of_memory: bool) -> None:
+        """The worker is gone with all its state; `for_good`: no other will come. `out_of_memory`: the
+        system killed it for want of memory.
+        """
 
 
 class Supervisor:
@@ -82,6 +86,7 @@ class Supervisor:
         self._gone = asyncio.Event()
         self._born = 0.0  # when this worker became ready
         self._spent: int | None = None
+        self._last_words = ""  # of this worker, if it raised
         self._lives = self._stillborn = self._shortlived = 0
 
     @property
@@ -99,7 +104,7 @@ class Supervisor:
         if self._restart is not None:
             self._restart.cancel()
             self._restart = None
-            self.listener.on_worker_lost(reason, for_good=True)
+            self.listener.on_worker_lost(reason, for_good=True, out_of_memory=False)
 
     async def end_worker(self) -> None:
         """Ends the worker; no process and no thread remains."""
@@ -109,11 +114,11 @@ class Supervisor:
             return
         process = self._process
         if not self.send_command(Shutdown()):
-            process.kill_worker()  # a worker that loads reads no commands
+            process.kill_worker(UNWANTED)  # a worker that loads reads no commands
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(PATIENCE_S):
                 await self._gone.wait()
-        process.kill_worker()
+        process.kill_worker(UNWANTED)
         await self._gone.wait()
         await run_in(PROCESS, process.wait_until_gone)
 
@@ -134,7 +139,7 @@ class Supervisor:
     def _spawn_worker(self) -> None:
         settings = spare_worker(self.settings) if self._lives else self.settings
         self._restart = None
-        self._lives, self._born, self._spent = self._lives + 1, 0.0, None
+        self._lives, self._born, self._spent, self._last_words = self._lives + 1, 0.0, None, ""
         self._gone.clear()
         on_message, on_exit = self._from_thread(self._on_message), self._from_thread(self._on_exit)
         try:
@@ -160,6 +165,8 @@ class Supervisor:
                 log.error("the worker cannot start: %s", reason)
                 if self.state is not WorkerState.DRAINING:
                     self._set_state(WorkerState.FAILED, reason)
+            case LastWords(reason):
+                self._last_words = reason
             case Ready(base):
                 self._on_ready(base)
             case Report():
@@ -172,13 +179,13 @@ class Supervisor:
             self._set_state(WorkerState.READY)
             self.listener.on_worker_ready()
 
-    def _on_exit(self, code: int) -> None:
+    def _on_exit(self, ending: WorkerExit) -> None:
         self._process = None
         self._gone.set()
-        why = f"the worker died ({describe_exit(code)})"
+        why = f"the worker died ({self._last_words or describe_exit(ending)})"
         if self.state not in FINAL:
             self._restart_later(why)
-        self.listener.on_worker_lost(why, for_good=self.state in FINAL)
+        self.listener.on_worker_lost(why, self.state in FINAL, ending.out_of_memory)
 
     def _restart_later(self, why: str) -> None:
         self._stillborn += not self._born
@@ -214,7 +221,7 @@ class Supervisor:
             is_stuck, fault = silent > STANDSTILL_S, "stood still"
         if is_stuck:
             log.error("the worker has %s for %.0f s and is killed", fault, silent)
-            process.kill_worker()
+            process.kill_worker(f"it had {fault} for {silent:.0f} s and was killed")
 
     async def _check_progress(self, process: WorkerProcess) -> None:
         """A worker that loads a large base sends nothing for minutes: while it uses the processor, or
@@ -231,8 +238,13 @@ def spare_worker(settings: Settings) -> Settings:
     return settings.model_copy(update={"faults": faults})
 
 
-def describe_exit(code: int) -> str:
-    """The exit code in words, fit for a person."""
-    if code < 0:
-        return signal.Signals(-code).name
-    return "two steps in a row raised" if code == RAISED_TWICE else f"exit code {code}"
+def describe_exit(ending: WorkerExit) -> str:
+    """How a worker ended in words, fit for a person."""
+    if ending.killed:
+        return ending.killed
+    if ending.out_of_memory:
+        free = free_memory()
+        return "memory ran out and the system killed it" + (f"; {free.limit}" if free else "")
+    if ending.code < 0:
+        return signal.Signals(-ending.code).name
+    return "two steps in a row raised" if ending.code == RAISED_TWICE else f"exit code {ending.code}"

@@ -17,13 +17,15 @@ class Ticket:
     """An async iterator of the request's events, the terminal one last.
 
     Times are `time.monotonic` seconds, None until they are known. `submitted`: admitted; `started`: it
-    got a KV row; `first` and `last`: tokens arrived; `ended`: the terminal event.
+    began to run; `first` and `last`: tokens arrived; `ended`: the terminal event. `cached_tokens` of the
+    prompt were not computed again.
     """
 
     def __init__(self, request: Request, cancelled: Callable[[Ticket], None]) -> None:
         self.request = request
         self.submitted = time.monotonic()
         self.started: float | None = None
+        self.cached_tokens = 0
         self.first: float | None = None
         self.last: float | None = None
         self.ended: float | None = None

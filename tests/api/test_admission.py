@@ -15,7 +15,7 @@ from service.core.error_codes import ErrorCode
 from service.core.request import Event, Finish
 from service.errors import AdapterInvalid, DeadlineExceeded, Internal, NotReady
 
-from .fakes import ScriptedApp, serve_script
+from .scripted_app import ScriptedApp, serve_script
 
 GENERATE = {"inputs": "Hi", "parameters": {"adapter_id": "x", "max_new_tokens": 50}}
 COMPLETE = {"model": "x", "prompt": ["Hi", "Ho"], "n": 2}
@@ -23,8 +23,8 @@ COMPLETE = {"model": "x", "prompt": ["Hi", "Ho"], "n": 2}
 
 @pytest.fixture
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedApp]:
-    with serve_script(tmp_path_factory.mktemp("admission")) as made:
-        yield made
+    with serve_script(tmp_path_factory.mktemp("admission")) as scripted:
+        yield scripted
 
 
 class LeavingClient:
@@ -107,8 +107,8 @@ def shut(api: ScriptedApp, early: int) -> None:
 )
 def test_a_client_that_leaves_a_whole_answer_cancels_it(api: ScriptedApp, path: str, body: Any) -> None:
     shut(api, early=2)
-    leave(api, path, body, lambda _: bool(api.engine.asked) and api.engine.tickets[-1].last is not None)
-    assert sorted(api.engine.cancelled) == [request.id for request in api.engine.asked] != []
+    leave(api, path, body, lambda _: bool(api.engine.requests) and api.engine.tickets[-1].last is not None)
+    assert sorted(api.engine.cancelled) == [request.id for request in api.engine.requests] != []
     assert api.quiet
 
 
@@ -125,14 +125,14 @@ def test_a_client_that_leaves_a_stream_cancels_it(
         (line.__dict__["fields"]["status"], line.__dict__["fields"]["outcome"]) for line in caplog.records
     ] == [(499, "cancelled")]
     assert left.frames >= 2
-    assert sorted(api.engine.cancelled) == [request.id for request in api.engine.asked] != []
+    assert sorted(api.engine.cancelled) == [request.id for request in api.engine.requests] != []
     assert api.quiet
 
 
 def test_a_client_that_leaves_before_the_first_byte_cancels_too(api: ScriptedApp) -> None:
     shut(api, early=0)
     leave(api, "/generate_stream", GENERATE, lambda _: True, dead=True)
-    assert api.engine.asked
+    assert api.engine.requests
     assert api.quiet
 
 
@@ -151,22 +151,21 @@ def test_a_stop_string_ends_the_engines_work(api: ScriptedApp) -> None:
     assert not api.engine.cancelled
 
 
-def test_each_adapter_is_counted_once_with_its_tokens(api: ScriptedApp) -> None:
-    def counted() -> tuple[float, float]:
-        lines = dict(
-            line.rsplit(" ", 1) for line in api.http.get("/metrics").text.splitlines() if "#" not in line
-        )
-        names = (
-            'adapterd_adapter_requests_total{adapter="x"}',
-            'adapterd_adapter_generation_tokens_total{adapter="x"}',
-        )
-        return float(lines.get(names[0], 0)), float(lines.get(names[1], 0))
+def count_of_x(api: ScriptedApp) -> tuple[float, float]:
+    """The requests and the generated tokens of adapter `x`, as the metrics have them."""
+    lines = api.http.get("/metrics").text.splitlines()
+    values = dict(line.rsplit(" ", 1) for line in lines if "#" not in line)
+    requests = values.get('adapterd_adapter_requests_total{adapter="x"}', 0)
+    tokens = values.get('adapterd_adapter_generation_tokens_total{adapter="x"}', 0)
+    return float(requests), float(tokens)
 
-    requests, tokens = counted()
+
+def test_each_adapter_is_counted_once_with_its_tokens(api: ScriptedApp) -> None:
+    requests, tokens = count_of_x(api)
     api.complete(["Hi", "Ho"], model="x", n=2, max_tokens=3)
     api.complete(model="x", prompt=[], status=400)
     api.generate(max_new_tokens=3)
-    assert counted() == (requests + 1, tokens + 12)
+    assert count_of_x(api) == (requests + 1, tokens + 12)
 
 
 def test_while_the_base_loads_the_answer_is_503(api: ScriptedApp) -> None:

@@ -12,8 +12,9 @@ import pytest
 from service.text.template_renderer import TemplateRenderer
 from service.text.tokenizers import AdapterTokenizer
 from tests import making
+from tests.doubles.registry import DIGEST
 
-from .fakes import DIGEST, ScriptedApp, serve_script
+from .scripted_app import ScriptedApp, serve_script
 from .test_generate import each
 
 END = " the end of it all"
@@ -41,14 +42,14 @@ USER = {"role": "user", "content": "Hi"}
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedApp]:
-    with serve_script(tmp_path_factory.mktemp("chat")) as made:
-        yield made
+    with serve_script(tmp_path_factory.mktemp("chat")) as scripted:
+        yield scripted
 
 
 @pytest.fixture(scope="module")
 def tooled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedApp]:
-    with serve_script(tmp_path_factory.mktemp("tooled"), template=TOOLS_TEMPLATE) as made:
-        yield made
+    with serve_script(tmp_path_factory.mktemp("tooled"), template=TOOLS_TEMPLATE) as scripted:
+        yield scripted
 
 
 @pytest.fixture(autouse=True)
@@ -71,8 +72,8 @@ def content(events: list[Any], index: int = 0) -> str:
 
 
 def test_the_plain_answer(api: ScriptedApp) -> None:
-    told = api.chat(model="x", max_tokens=4)
-    assert (told["object"], told["model"], told["adapter"]) == (
+    completion = api.chat(model="x", max_tokens=4)
+    assert (completion["object"], completion["model"], completion["adapter"]) == (
         "chat.completion",
         "x",
         {"id": "x", "digest": DIGEST},
@@ -82,20 +83,18 @@ def test_the_plain_answer(api: ScriptedApp) -> None:
         "content": making.tokenizer().decode(making.ids(END)[:4]),
         "refusal": None,
     }
-    assert told["choices"] == [{"index": 0, "message": message, "logprobs": None, "finish_reason": "length"}]
+    assert completion["choices"] == [
+        {"index": 0, "message": message, "logprobs": None, "finish_reason": "length"}
+    ]
     rendered = making.ids("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert api.request.prompt == tuple(rendered)
-    assert told["usage"] == {
-        "prompt_tokens": len(rendered),
-        "completion_tokens": 4,
-        "total_tokens": len(rendered) + 4,
-    }
+    assert completion["usage"] == making.usage(len(rendered), 4)
 
 
 def test_without_a_limit_the_context_is_it(api: ScriptedApp) -> None:
-    told = api.chat()
-    assert api.request.max_tokens == 512 - told["usage"]["prompt_tokens"]
-    assert told["choices"][0]["finish_reason"] == "stop"
+    completion = api.chat()
+    assert api.request.max_tokens == 512 - completion["usage"]["prompt_tokens"]
+    assert completion["choices"][0]["finish_reason"] == "stop"
     api.chat(max_completion_tokens=7)
     assert api.request.max_tokens == 7
 
@@ -141,7 +140,7 @@ def test_messages_that_are_none(api: ScriptedApp, messages: Any) -> None:
 
 
 def test_a_template_that_refuses_gives_its_reason(api: ScriptedApp) -> None:
-    folder = api.names.root / "org"
+    folder = api.registry.root / "org"
     folder.mkdir(exist_ok=True)
     (folder / "y").mkdir(exist_ok=True)
     (folder / "y" / "chat_template.jinja").write_text("{{ raise_exception('only aliens') }}")
@@ -172,8 +171,9 @@ def test_a_stream(api: ScriptedApp) -> None:
 
 def test_several_answers(api: ScriptedApp) -> None:
     api.engine.script = lambda request: making.ids("abc"[request.sampling.seed % 3])
-    told = api.chat(n=3, seed=0)
-    assert [(c["index"], c["message"]["content"]) for c in told["choices"]] == [(0, "a"), (1, "b"), (2, "c")]
+    completion = api.chat(n=3, seed=0)
+    contents = [(c["index"], c["message"]["content"]) for c in completion["choices"]]
+    assert contents == [(0, "a"), (1, "b"), (2, "c")]
     events = api.stream(
         "/v1/chat/completions", {"model": "x", "messages": [USER], "n": 3, "seed": 0, "stream": True}
     )
@@ -230,14 +230,14 @@ def test_values_with_a_meaning_are_taken(api: ScriptedApp, field: str, value: st
     ("field", "value"), [*each(BAD), ("tools", '[{"type":"function","function":{"name":"not a name"}}]')]
 )
 def test_odd_values_are_400_by_name(api: ScriptedApp, field: str, value: str) -> None:
-    before = len(api.engine.asked)
+    before = len(api.engine.requests)
     error = api.post(
         "/v1/chat/completions",
         f'{{"model": "x", "messages": {json.dumps([USER])}, "{field}": {value}}}'.encode(),
         400,
     ).json()
     assert field in error["error"]["message"]
-    assert len(api.engine.asked) == before
+    assert len(api.engine.requests) == before
 
 
 def test_two_limits_must_be_the_same(api: ScriptedApp) -> None:
@@ -268,19 +268,19 @@ def test_a_schema_becomes_a_grammar(api: ScriptedApp) -> None:
 
 def test_no_format_can_be_kept_to_in_another_vocabulary(api: ScriptedApp) -> None:
     """The worker's grammars are over the base's: the same ids would mean other texts."""
-    folder = api.names.root / "swapped"
+    folder = api.registry.root / "swapped"
     folder.mkdir()
     words = json.loads(making.tokenizer().backend_tokenizer.to_str())
     vocabulary = words["model"]["vocab"]
     words["model"]["vocab"] = vocabulary | {"H": vocabulary["i"], "i": vocabulary["H"]}
     (folder / "tokenizer.json").write_text(json.dumps(words))
-    api.names.names["swapped"] = {"id": "swapped", "digest": DIGEST, "source": "swapped"}
+    api.registry.cards["swapped"] = {"id": "swapped", "digest": DIGEST, "source": "swapped"}
     api.complete("Hi", model="swapped", max_tokens=1)
     assert api.request.prompt == tuple(reversed(making.ids("Hi")))
     error = api.chat(model="swapped", response_format={"type": "json_object"}, status=400)["error"]
     assert "another vocabulary" in error["message"]
     api.generate("Hi", adapter_id="swapped", response_format={"type": "json_object"}, status=422)
-    del api.names.names["swapped"]
+    del api.registry.cards["swapped"]
 
 
 def test_a_schema_in_the_other_dialects_place_is_told_where_it_goes(api: ScriptedApp) -> None:
@@ -351,8 +351,8 @@ def test_arguments_that_no_answer_could_carry_are_content(tooled: ScriptedApp, v
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
 def test_a_forced_call_is_held_by_a_grammar(tooled: ScriptedApp, choice: Any) -> None:
     tooled.says('{"name": "add", "arguments": {"a": 1}}')
-    (told,) = tooled.chat(tools=[ADD, NOW], tool_choice=choice)["choices"]
-    assert told["message"]["tool_calls"][0]["function"]["name"] == "add"
+    (answer,) = tooled.chat(tools=[ADD, NOW], tool_choice=choice)["choices"]
+    assert answer["message"]["tool_calls"][0]["function"]["name"] == "add"
     grammar = str(tooled.request.sampling.grammar)
     assert '"add"' in grammar
     assert ('"now"' in grammar) == (choice == "required")
@@ -408,9 +408,9 @@ def test_what_is_large_in_whatever_way_is_tokenized_off_the_event_loop(
     tooled: ScriptedApp, monkeypatch: pytest.MonkeyPatch, large: str
 ) -> None:
     """/health and every stream wait for what is done on it."""
-    seen = LoopCalls()
-    monkeypatch.setattr(AdapterTokenizer, "encode", seen.make_stub((1, 2)))
-    monkeypatch.setattr(AdapterTokenizer, "render_here", seen.make_stub("Hi"))
+    calls = LoopCalls()
+    monkeypatch.setattr(AdapterTokenizer, "encode", calls.make_stub((1, 2)))
+    monkeypatch.setattr(AdapterTokenizer, "render_here", calls.make_stub("Hi"))
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "a" * 30_000, "arguments": "{}"}}]}
     if large == "prompts":
         tooled.complete(["a" * 5000] * 10, max_tokens=1)
@@ -423,34 +423,34 @@ def test_what_is_large_in_whatever_way_is_tokenized_off_the_event_loop(
         large_tool = {"type": "function", "function": {"name": "a", "description": "a" * 30_000}}
         tool = large_tool if large == "tools" else ADD
         tooled.chat(messages.get(large, "Hi"), tools=[tool], max_tokens=1)
-    assert set(seen.on_the_loop) == {large == "nothing"}
+    assert set(calls.on_the_loop) == {large == "nothing"}
 
 
 def test_an_adapters_own_template_and_tokenizer_are_never_run_on_the_event_loop(
     api: ScriptedApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = api.names.root / "own"
+    folder = api.registry.root / "own"
     folder.mkdir()
     (folder / "chat_template.jinja").write_text("{{ messages[0].content }} of its own")
     words = json.loads(making.tokenizer().backend_tokenizer.to_str())
     (folder / "tokenizer.json").write_text(json.dumps(words | {"normalizer": {"type": "Lowercase"}}))
-    api.names.names["own"] = {"id": "own", "digest": DIGEST, "source": "own"}
-    seen = LoopCalls()
-    monkeypatch.setattr(AdapterTokenizer, "encode", seen.make_stub((1, 2)))
-    monkeypatch.setattr(TemplateRenderer, "render", seen.make_async_stub("Hi"))
-    monkeypatch.setattr(AdapterTokenizer, "render_here", seen.make_stub("Hi"))
+    api.registry.cards["own"] = {"id": "own", "digest": DIGEST, "source": "own"}
+    calls = LoopCalls()
+    monkeypatch.setattr(AdapterTokenizer, "encode", calls.make_stub((1, 2)))
+    monkeypatch.setattr(TemplateRenderer, "render", calls.make_async_stub("Hi"))
+    monkeypatch.setattr(AdapterTokenizer, "render_here", calls.make_stub("Hi"))
     api.chat("Hi", model="own", max_tokens=1)
     api.complete("Hi", model="own", max_tokens=1)
     api.generate("Hi", adapter_id="own", max_new_tokens=1)
-    del api.names.names["own"]
-    assert seen.on_the_loop == [False] * 3
-    assert seen.awaited == 1
+    del api.registry.cards["own"]
+    assert calls.on_the_loop == [False] * 3
+    assert calls.awaited == 1
 
 
 def test_no_choice_is_no_tools(tooled: ScriptedApp) -> None:
     tooled.says(SAID)
-    told = tooled.chat(tools=[ADD], tool_choice="none")["choices"][0]
-    assert (told["message"]["content"], told["finish_reason"]) == (SAID, "stop")
+    choice = tooled.chat(tools=[ADD], tool_choice="none")["choices"][0]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (SAID, "stop")
     assert "add" not in prompt(tooled)
 
 

@@ -11,18 +11,19 @@ import pytest
 
 from service.api.generation.openai_objects import STARTED
 from tests import making
+from tests.doubles.registry import DIGEST
 
-from .fakes import DIGEST, ScriptedApp, serve_script
+from .scripted_app import ScriptedApp, serve_script
 from .test_generate import each
 
 END = " the end of it all"
-USAGE = {"prompt_tokens": 2, "completion_tokens": 4, "total_tokens": 6}
+USAGE = making.usage(2, 4)
 
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedApp]:
-    with serve_script(tmp_path_factory.mktemp("completions")) as made:
-        yield made
+    with serve_script(tmp_path_factory.mktemp("completions")) as scripted:
+        yield scripted
 
 
 @pytest.fixture(autouse=True)
@@ -38,14 +39,16 @@ def cut(n: int) -> str:
 
 
 def test_the_plain_completion(api: ScriptedApp) -> None:
-    told = api.complete(model="x", max_tokens=4)
-    assert told["object"] == "text_completion"
-    assert told["id"].startswith("cmpl-")
-    assert told["model"] == "x"
-    assert isinstance(told["created"], int)
-    assert told["adapter"] == {"id": "x", "digest": DIGEST}
-    assert told["choices"] == [{"index": 0, "text": cut(4), "logprobs": None, "finish_reason": "length"}]
-    assert told["usage"] == USAGE
+    completion = api.complete(model="x", max_tokens=4)
+    assert completion["object"] == "text_completion"
+    assert completion["id"].startswith("cmpl-")
+    assert completion["model"] == "x"
+    assert isinstance(completion["created"], int)
+    assert completion["adapter"] == {"id": "x", "digest": DIGEST}
+    assert completion["choices"] == [
+        {"index": 0, "text": cut(4), "logprobs": None, "finish_reason": "length"}
+    ]
+    assert completion["usage"] == USAGE
     sampling = api.request.sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.logprobs) == (1.0, 1.0, 0, None)
 
@@ -102,17 +105,17 @@ def test_prompts_of_every_kind(api: ScriptedApp) -> None:
         assert [c["index"] for c in api.complete(prompt)["choices"]] == [0]
         assert api.request.prompt == tuple(ids)
     for prompts in (["Hi", "you"], [ids, making.ids("you")]):
-        told = api.complete(prompts, max_tokens=4)
-        assert [c["index"] for c in told["choices"]] == [0, 1]
-        assert [r.prompt for r in api.engine.asked[-2:]] == [tuple(ids), tuple(making.ids("you"))]
-        assert told["usage"] == {"prompt_tokens": 5, "completion_tokens": 8, "total_tokens": 13}
+        completion = api.complete(prompts, max_tokens=4)
+        assert [c["index"] for c in completion["choices"]] == [0, 1]
+        assert [r.prompt for r in api.engine.requests[-2:]] == [tuple(ids), tuple(making.ids("you"))]
+        assert completion["usage"] == making.usage(5, 8)
 
 
 def test_n_choices_have_seeds_of_their_own_and_count_the_prompt_once(api: ScriptedApp) -> None:
-    told = api.complete(["Hi", "Ho"], n=2, max_tokens=4, seed=2**64 - 1)
-    assert [c["index"] for c in told["choices"]] == [0, 1, 2, 3]
-    assert [r.sampling.seed for r in api.engine.asked[-4:]] == [2**64 - 1, 0, 2**64 - 1, 0]
-    assert told["usage"] == {"prompt_tokens": 4, "completion_tokens": 16, "total_tokens": 20}
+    completion = api.complete(["Hi", "Ho"], n=2, max_tokens=4, seed=2**64 - 1)
+    assert [c["index"] for c in completion["choices"]] == [0, 1, 2, 3]
+    assert [r.sampling.seed for r in api.engine.requests[-4:]] == [2**64 - 1, 0, 2**64 - 1, 0]
+    assert completion["usage"] == making.usage(4, 16)
     greedy = api.complete(n=2, temperature=0)["choices"]
     assert greedy[0]["text"] == greedy[1]["text"]
 
@@ -126,13 +129,11 @@ def test_echo(api: ScriptedApp) -> None:
 @pytest.mark.parametrize("streamed", [False, True])
 def test_scoring_a_prompt_without_a_new_token(api: ScriptedApp, streamed: bool) -> None:
     body = {"model": "x", "prompt": "Hi", "echo": True, "max_tokens": 0, "logprobs": 1}
-    streamed_body = body | {"stream": True}
-    told = (
-        api.stream("/v1/completions", streamed_body)[0]
-        if streamed
-        else api.post("/v1/completions", body).json()
-    )
-    (choice,) = told["choices"]
+    if streamed:
+        completion, *_ = api.stream("/v1/completions", body | {"stream": True})
+    else:
+        completion = api.post("/v1/completions", body).json()
+    (choice,) = completion["choices"]
     assert (choice["text"], choice["finish_reason"]) == ("Hi", "length")
     assert choice["logprobs"] == {
         "tokens": ["H", "i"],
@@ -144,9 +145,9 @@ def test_scoring_a_prompt_without_a_new_token(api: ScriptedApp, streamed: bool) 
 
 
 def test_nothing_asked_is_nothing_given(api: ScriptedApp) -> None:
-    told = api.complete(max_tokens=0)
-    assert told["choices"][0] == {"index": 0, "text": "", "logprobs": None, "finish_reason": "length"}
-    assert told["usage"]["completion_tokens"] == 0
+    completion = api.complete(max_tokens=0)
+    assert completion["choices"][0] == {"index": 0, "text": "", "logprobs": None, "finish_reason": "length"}
+    assert completion["usage"]["completion_tokens"] == 0
 
 
 def test_logprobs_begin_behind_the_prompt_and_hold_the_chosen_token(api: ScriptedApp) -> None:
@@ -164,18 +165,11 @@ def test_logprobs_begin_behind_the_prompt_and_hold_the_chosen_token(api: Scripte
 
 
 def test_a_stream_has_one_id_and_its_text_is_the_whole(api: ScriptedApp) -> None:
-    body = {
-        "model": "x",
-        "prompt": "Hi",
-        "max_tokens": 5,
-        "stream": True,
-        "stream_options": {"include_usage": True},
-    }
-    events = api.stream("/v1/completions", body)
+    body = {"model": "x", "prompt": "Hi", "max_tokens": 5, "stream": True}
+    events = api.stream("/v1/completions", body | {"stream_options": {"include_usage": True}})
     assert len({e["id"] for e in events}) == 1
-    assert all(
-        e["adapter"] == {"id": "x", "digest": DIGEST} and e["object"] == "text_completion" for e in events
-    )
+    assert all(e["adapter"] == {"id": "x", "digest": DIGEST} for e in events)
+    assert {e["object"] for e in events} == {"text_completion"}
     assert "".join(e["choices"][0]["text"] for e in events[:-1]) == cut(5)
     assert [e["choices"][0]["finish_reason"] for e in events[:-1]] == [None] * 4 + ["length"]
     assert [e["usage"] for e in events[:-1]] == [None] * 5
@@ -223,7 +217,7 @@ def test_a_failure_among_several_ends_the_stream_with_an_error(api: ScriptedApp)
 
 
 def test_a_queue_that_fills_up_halfway_cancels_what_it_took(api: ScriptedApp) -> None:
-    api.engine.limit = len(api.engine.asked) + 1
+    api.engine.limit = len(api.engine.requests) + 1
     assert api.complete(["a", "b"], status=429)["error"]["code"] == "overloaded"
     assert api.quiet
 
@@ -307,7 +301,7 @@ def test_values_with_a_meaning_are_taken(api: ScriptedApp, field: str, value: st
 @pytest.mark.parametrize(("field", "value"), each(BAD))
 def test_odd_values_are_400_by_name(api: ScriptedApp, field: str, value: str) -> None:
     """B13."""
-    before = len(api.engine.asked)
+    before = len(api.engine.requests)
     prompt = "" if field == "prompt" else '"prompt": "Hi", '
     error = api.post("/v1/completions", f'{{"model": "x", {prompt}"{field}": {value}}}'.encode(), 400).json()[
         "error"
@@ -316,7 +310,7 @@ def test_odd_values_are_400_by_name(api: ScriptedApp, field: str, value: str) ->
     assert error["type"] == "invalid_request_error"
     assert field in error["message"]
     assert error["code"] == ("context_length_exceeded" if value == "513" else "invalid_request_error")
-    assert len(api.engine.asked) == before
+    assert len(api.engine.requests) == before
 
 
 @pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens", "max_new_tokens", "logit_bias"])
@@ -324,18 +318,15 @@ def test_a_number_that_nobody_could_spell_again_is_refused(api: ScriptedApp, fie
     """Python writes no number of more than 4300 digits, and an answer may have to name it."""
     most = "9" * 4300
     if field == "max_new_tokens":
-        told = api.post(
-            "/generate", f'{{"inputs": "Hi", "parameters": {{"max_new_tokens": {most}}}}}'.encode(), 422
-        ).json()["error"]
+        path, body = "/generate", f'{{"inputs": "Hi", "parameters": {{"{field}": {most}}}}}'
     elif field == "max_completion_tokens":
+        path = "/v1/chat/completions"
         body = f'{{"model": "x", "messages": [{{"role": "user", "content": "Hi"}}], "{field}": {most}}}'
-        told = api.post("/v1/chat/completions", body.encode(), 400).json()["error"]["message"]
     else:
         value = most if field == "max_tokens" else f'{{"{most}9": 1}}'
-        told = api.post(
-            "/v1/completions", f'{{"model": "x", "prompt": "Hi", "{field}": {value}}}'.encode(), 400
-        ).json()["error"]["message"]
-    assert field in told
+        path, body = "/v1/completions", f'{{"model": "x", "prompt": "Hi", "{field}": {value}}}'
+    error = api.post(path, body.encode(), 422 if path == "/generate" else 400).json()["error"]
+    assert field in (error if path == "/generate" else error["message"])
 
 
 @pytest.mark.parametrize(
@@ -365,9 +356,9 @@ def test_what_cannot_go_together(api: ScriptedApp) -> None:
 
 
 def test_models(api: ScriptedApp) -> None:
-    told = api.http.get("/v1/models").json()
-    assert told["object"] == "list"
-    cards: dict[str, Any] = {m["id"]: m for m in told["data"]}
+    listing = api.http.get("/v1/models").json()
+    assert listing["object"] == "list"
+    cards: dict[str, Any] = {m["id"]: m for m in listing["data"]}
     assert list(cards) == ["tiny", "x", "org/y"]
     assert (cards["tiny"]["parent"], cards["x"]["parent"]) == (None, "tiny")
     assert cards["x"]["created"] == 1795608000, "an adapter's is when it was registered"

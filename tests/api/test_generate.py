@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from tests import making
+from tests.doubles.registry import DIGEST
 
-from .fakes import DIGEST, ScriptedApp, serve_script
+from .scripted_app import ScriptedApp, serve_script
 
 END = " the end of it all"
 EMOJI = "😀日é👩‍👩‍👧 the on"
@@ -22,8 +23,8 @@ BACKSLASH_U = b'{"inputs": "a\\ud800"}'
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedApp]:
-    with serve_script(tmp_path_factory.mktemp("generate")) as made:
-        yield made
+    with serve_script(tmp_path_factory.mktemp("generate")) as scripted:
+        yield scripted
 
 
 @pytest.fixture(autouse=True)
@@ -47,17 +48,12 @@ def test_the_plain_answer(api: ScriptedApp) -> None:
 
 
 def test_an_adapters_answer_names_it_in_body_and_headers(api: ScriptedApp) -> None:
-    answer = api.post(
-        "/generate", {"inputs": "Hi", "parameters": {"adapter_id": "org/y", "max_new_tokens": 3}}
-    )
+    body = {"inputs": "Hi", "parameters": {"adapter_id": "org/y", "max_new_tokens": 3}}
+    answer = api.post("/generate", body)
     assert answer.json()["adapter"] == {"id": "org/y", "digest": DIGEST}
     assert api.request.adapter == DIGEST
-    wanted = {
-        "x-adapter-id": "org/y",
-        "x-adapter-digest": DIGEST,
-        "x-prompt-tokens": "2",
-        "x-generated-tokens": "3",
-    }
+    wanted = {"x-adapter-id": "org/y", "x-adapter-digest": DIGEST}
+    wanted |= {"x-prompt-tokens": "2", "x-generated-tokens": "3"}
     assert {name: answer.headers[name] for name in wanted} == wanted
     for name in ("x-queue-time", "x-inference-time", "x-time-per-token", "x-total-time"):
         assert float(answer.headers[name]) >= 0
@@ -67,10 +63,10 @@ def test_an_adapters_answer_names_it_in_body_and_headers(api: ScriptedApp) -> No
 @pytest.mark.parametrize("name", ["typo", "X", "x ", "", "x/y"])
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream", "/"])
 def test_an_unknown_adapter_is_never_the_base(api: ScriptedApp, path: str, name: str) -> None:
-    before = len(api.engine.asked)
+    before = len(api.engine.requests)
     body = api.post(path, {"inputs": "Hi", "parameters": {"adapter_id": name}}, 404).json()
     assert body["error_type"] == "adapter_not_found"
-    assert len(api.engine.asked) == before
+    assert len(api.engine.requests) == before
 
 
 @pytest.mark.parametrize("name", ["base", "__base__", "tiny", None])
@@ -92,11 +88,8 @@ def test_details(api: ScriptedApp) -> None:
     assert [t["id"] for t in details["tokens"]] == ids
     assert [t["logprob"] for t in details["tokens"]] == [-0.5, -1.5, -2.5, -3.5]
     assert not any(t["special"] for t in details["tokens"])
-    assert (api.request.sampling.seed, api.request.sampling.temperature, api.request.sampling.logprobs) == (
-        7,
-        1.0,
-        0,
-    )
+    sampling = api.request.sampling
+    assert (sampling.seed, sampling.temperature, sampling.logprobs) == (7, 1.0, 0)
 
 
 def test_the_eos_token_is_told_and_is_no_text(api: ScriptedApp) -> None:
@@ -148,7 +141,7 @@ def test_the_best_of_several_is_the_likeliest(api: ScriptedApp) -> None:
     answer = api.generate(best_of=3, do_sample=True, seed=0, details=True)
     assert answer["generated_text"] == "a"
     assert [other["generated_text"] for other in answer["details"]["best_of_sequences"]] == ["ab", "abc"]
-    assert len(api.engine.asked) >= 3
+    assert len(api.engine.requests) >= 3
 
 
 def test_the_root_answers_a_list(api: ScriptedApp) -> None:
@@ -198,12 +191,12 @@ def test_streams_equal_the_whole_at_every_length(api: ScriptedApp) -> None:
 )
 def test_stop_strings_never_leak(api: ScriptedApp, stop: list[str]) -> None:
     answer = api.generate(stop=stop, details=True)
-    found = [END.index(s) for s in stop if s in END]
-    assert answer["generated_text"] == (END[: min(found)] if found else END)
-    assert answer["details"]["finish_reason"] == ("stop_sequence" if found else "eos_token")
+    places = [END.index(s) for s in stop if s in END]
+    assert answer["generated_text"] == (END[: min(places)] if places else END)
+    assert answer["details"]["finish_reason"] == ("stop_sequence" if places else "eos_token")
     events = api.stream("/generate_stream", {"inputs": "Hi", "parameters": {"stop": stop}})
-    told = "".join(e["token"]["text"] for e in events if not e["token"]["special"])
-    assert told == answer["generated_text"] == events[-1]["generated_text"]
+    streamed = "".join(e["token"]["text"] for e in events if not e["token"]["special"])
+    assert streamed == answer["generated_text"] == events[-1]["generated_text"]
     assert not api.engine.cancelled
 
 
@@ -299,11 +292,11 @@ def test_odd_values_are_refused_by_name_before_anything_runs(
     api: ScriptedApp, path: str, field: str, value: str
 ) -> None:
     """B13."""
-    before = len(api.engine.asked)
-    told = api.post(path, body_with(field, value), 422).json()
-    assert field in told["error"]
-    assert told["error_type"] == ("context_length_exceeded" if value == "513" else "validation")
-    assert len(api.engine.asked) == before
+    before = len(api.engine.requests)
+    refusal = api.post(path, body_with(field, value), 422).json()
+    assert field in refusal["error"]
+    assert refusal["error_type"] == ("context_length_exceeded" if value == "513" else "validation")
+    assert len(api.engine.requests) == before
 
 
 @pytest.mark.parametrize(
@@ -332,11 +325,11 @@ def test_a_source_must_be_the_true_one(api: ScriptedApp) -> None:
 
 
 def test_the_context_is_the_limit_and_the_default_fits_into_it(api: ScriptedApp) -> None:
-    told = api.generate("a" * 505, max_new_tokens=8, status=422)
-    assert told["error_type"] == "context_length_exceeded"
-    assert told["details"] == {"context": 512, "prompt_tokens": 505, "max_tokens": 8}
-    assert "512" in told["error"]
-    assert "505" in told["error"]
+    refusal = api.generate("a" * 505, max_new_tokens=8, status=422)
+    assert refusal["error_type"] == "context_length_exceeded"
+    assert refusal["details"] == {"context": 512, "prompt_tokens": 505, "max_tokens": 8}
+    assert "512" in refusal["error"]
+    assert "505" in refusal["error"]
     api.generate("a" * 505, max_new_tokens=7)
     api.generate("a" * 505)
     assert api.request.max_tokens == 7
@@ -430,13 +423,13 @@ def test_a_full_queue_is_429_also_for_streams(api: ScriptedApp) -> None:
 
 
 def test_ends_that_the_vocabulary_does_not_have_never_reach_the_batch(api: ScriptedApp) -> None:
-    folder = api.names.root / "odd"
+    folder = api.registry.root / "odd"
     folder.mkdir()
     end = making.ids("d")[0]
     (folder / "generation_config.json").write_text(
-        json.dumps({"eos_token_id": [end, -1, api.engine.base.vocab_size, 10**30]})
+        json.dumps({"eos_token_id": [end, -1, len(making.tokenizer()), 10**30]})
     )
-    api.names.names["odd"] = api.names.names["x"]
+    api.registry.cards["odd"] = api.registry.cards["x"]
     api.generate(adapter_id="odd")
     assert api.request.eos == {2, end}
 
@@ -444,10 +437,10 @@ def test_ends_that_the_vocabulary_does_not_have_never_reach_the_batch(api: Scrip
 def test_files_that_were_edited_after_their_registration_answer_nothing(
     api: ScriptedApp, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = api.names.root / "edited"
+    folder = api.registry.root / "edited"
     folder.mkdir()
-    api.names.names["edited"] = api.names.names["x"]
-    lease = api.names.lease_adapter
+    api.registry.cards["edited"] = api.registry.cards["x"]
+    lease = api.registry.lease_adapter
 
     @contextmanager
     def edited(id: str) -> Iterator[Any]:
@@ -455,7 +448,7 @@ def test_files_that_were_edited_after_their_registration_answer_nothing(
             (folder / "generation_config.json").write_text('{"eos_token_id": 7}')
             yield generation
 
-    monkeypatch.setattr(api.names, "lease_adapter", edited)
+    monkeypatch.setattr(api.registry, "lease_adapter", edited)
     (folder / "generation_config.json").write_text('{"eos_token_id": 8}')
     answer = api.generate(adapter_id="edited", status=422)
     assert answer["error_type"] == "adapter_invalid"
@@ -463,10 +456,10 @@ def test_files_that_were_edited_after_their_registration_answer_nothing(
 
 
 def test_an_adapters_own_words_are_used(api: ScriptedApp) -> None:
-    folder = api.names.root / "x2"
+    folder = api.registry.root / "x2"
     folder.mkdir()
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": making.ids("d")}))
-    api.names.names["x2"] = api.names.names["x"]
+    api.registry.cards["x2"] = api.registry.cards["x"]
     answer = api.generate(adapter_id="x2", details=True)
     assert answer["generated_text"] == " the en"
     assert answer["details"]["finish_reason"] == "eos_token"

@@ -17,15 +17,16 @@ import pytest
 from service.telemetry import metrics
 from service.telemetry.traces import Trace
 from tests import making
+from tests.doubles.registry import DIGEST
 
-from .fakes import DIGEST, ScriptedApp, serve_script
+from .scripted_app import ScriptedApp, serve_script
 from .served_app import serve_app
 
 
 @pytest.fixture(scope="module")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedApp]:
-    with serve_script(tmp_path_factory.mktemp("outcomes"), max_body_mb="0.01") as found:
-        yield found
+    with serve_script(tmp_path_factory.mktemp("outcomes"), max_body_mb="0.01") as scripted:
+        yield scripted
 
 
 def failures() -> dict[str, float]:
@@ -99,7 +100,7 @@ def test_refusals_for_want_of_a_key_count_too() -> None:
 
 
 def test_a_full_queue_counts_once_and_a_probe_not_at_all(api: ScriptedApp) -> None:
-    api.engine.limit = len(api.engine.asked)
+    api.engine.limit = len(api.engine.requests)
     with counting() as grown:
         api.generate(status=429)
     assert grown == {"overloaded": 1}
@@ -113,9 +114,7 @@ def test_a_full_queue_counts_once_and_a_probe_not_at_all(api: ScriptedApp) -> No
 def test_what_fails_in_the_engine_is_not_counted_again_by_the_api(
     api: ScriptedApp, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """The engine counts the requests that it was given: it is a fake here, so nothing is
-    counted at all.
-    """
+    """The engine counts the requests that it was given; this one is a stand-in, which counts nothing."""
     api.says(" the end of it all")
     api.engine.fails = ("deadline_exceeded", "too long")
     with counting() as grown, caplog.at_level(logging.INFO, "adapterd.access"):
@@ -124,10 +123,8 @@ def test_what_fails_in_the_engine_is_not_counted_again_by_the_api(
         assert "deadline_exceeded" in answer.text
     api.engine.fails = None
     assert grown == {}
-    assert [(line["status"], line["outcome"]) for line in lines(caplog)] == [
-        (504, "deadline_exceeded"),
-        (200, "deadline_exceeded"),
-    ]
+    assert [line["status"] for line in lines(caplog)] == [504, 200]
+    assert {line["outcome"] for line in lines(caplog)} == {"deadline_exceeded"}
 
 
 def test_a_defect_in_a_stream_counts_as_internal(
@@ -189,20 +186,20 @@ def series(api: ScriptedApp) -> set[str]:
 def test_names_that_nobody_registered_make_no_series(api: ScriptedApp) -> None:
     """C4: a scan of unknown ids and paths leaves `/metrics` as it was."""
     rng = random.Random(5)
-
-    def scan() -> None:
-        for _ in range(60):
-            word = "".join(rng.choices("abcdefghij/.%", k=8))
-            api.generate(status=404, adapter_id=word)
-            api.complete(model=word, status=404)
-            for path in (f"/adapters/{word}", f"/{word}", f"/v1/models/{word}"):
-                api.http.get(path)
-            api.http.delete(f"/adapters/{word}")
-
-    scan()
+    scan_names(api, rng)
     before = series(api)
-    scan()
+    scan_names(api, rng)
     assert series(api) == before
+
+
+def scan_names(api: ScriptedApp, rng: random.Random) -> None:
+    for _ in range(60):
+        word = "".join(rng.choices("abcdefghij/.%", k=8))
+        api.generate(status=404, adapter_id=word)
+        api.complete(model=word, status=404)
+        for path in (f"/adapters/{word}", f"/{word}", f"/v1/models/{word}"):
+            api.http.get(path)
+        api.http.delete(f"/adapters/{word}")
 
 
 def test_no_label_holds_a_list(api: ScriptedApp) -> None:
@@ -223,8 +220,8 @@ def test_the_gateways_gauge_is_off_unless_it_is_asked_for() -> None:
         "broken": {"digest": None, "rank": None},
     }
     with serve_app(lora_requests_info="on", pool_rank="512") as served:
-        served.registry.names |= {id: {"id": id} | card for id, card in cards.items()}
-        served.client.awaited = {"sha256:b", "sha256:a"}
+        served.registry.cards |= {id: {"id": id} | card for id, card in cards.items()}
+        served.engine.awaited = {"sha256:b", "sha256:a"}
         lines = served.http.get("/metrics").text.splitlines()
         (line,) = [line for line in lines if line.startswith("adapterd_lora")]
     adapters = 2 + (512 - 12) // 100
@@ -239,28 +236,29 @@ def test_the_gateways_gauge_is_off_unless_it_is_asked_for() -> None:
 
 # ---- traces
 
+PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
 
 def test_finished_requests_are_recorded_with_their_parts(tmp_path: Path) -> None:
     traces: list[Trace] = []
-    parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     body = {"inputs": "Hi", "parameters": {"adapter_id": "x", "max_new_tokens": 3}}
     with serve_script(tmp_path, record=traces.append) as api:
         api.says(" the end of it all")
-        api.http.post("/generate", json=body, headers={"traceparent": parent})
+        api.http.post("/generate", json=body, headers={"traceparent": PARENT})
         for path in ("/adapters/org/y", "/no-such", "/health"):
             api.http.get(path)
         api.engine.fails = ("internal", "a defect")
         api.post("/generate_stream", {"inputs": "Hi"})
     generate, card, unknown, broken = traces
-    assert_whole(generate, parent)
+    assert_whole(generate)
     assert card.whole.name == "GET /adapters/{id:path}"
     assert (unknown.whole.name, unknown.failed) == ("GET", False)
     assert (broken.fields["status"], broken.fields["outcome"], broken.failed) == (200, "internal", True)
 
 
-def assert_whole(trace: Trace, parent: str) -> None:
+def assert_whole(trace: Trace) -> None:
     assert (trace.whole.name, trace.failed) == ("POST /generate", False)
-    assert trace.carrier == {"traceparent": parent}
+    assert trace.carrier == {"traceparent": PARENT}
     assert [part.name for part in trace.parts] == ["queue", "prefill", "decode"]
     assert (trace.fields["adapter"], trace.fields["outcome"]) == ("x", "length")
     assert trace.fields["generated_tokens"] == 3

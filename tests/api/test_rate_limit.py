@@ -17,7 +17,7 @@ from service.keys import Key
 from service.settings import Settings, read_settings
 from service.telemetry import metrics
 
-from .fakes import ScriptedApp, serve_script
+from .scripted_app import ScriptedApp, serve_script
 from .served_app import serve_app
 
 pytestmark = pytest.mark.anyio
@@ -63,7 +63,7 @@ def test_over_its_rate_a_key_gets_429_with_retry_after_and_another_key_is_served
         assert read_refusals() == (failures + 2, refusals + 2)
         for _ in range(5):
             assert api.http.post("/generate", json=BODY, headers=bearer("sk-fast")).status_code == 200
-        assert len(api.engine.asked) == 6, "what is refused never reaches the engine"
+        assert len(api.engine.requests) == 6, "what is refused never reaches the engine"
 
 
 def read_refusals() -> tuple[float, float]:
@@ -136,9 +136,9 @@ async def test_over_its_concurrency_a_key_gets_429_and_another_key_is_served() -
     key, other, wide = Key("sha256:a"), Key("sha256:b"), Key("sha256:c", concurrency=3)
     running = [asyncio.create_task(layer.ask(api)) for api in (key, key, other, wide, wide, wide)]
     await asyncio.sleep(0)
-    status, told = await layer.ask(key)
-    assert (status, told["error_type"]) == (429, "overloaded")
-    assert "2 requests at once" in told["error"]
+    status, refusal = await layer.ask(key)
+    assert (status, refusal["error_type"]) == (429, "overloaded")
+    assert "2 requests at once" in refusal["error"]
     assert (await layer.ask(wide))[0] == 429
     layer.gate.set()
     assert [status for status, _ in await asyncio.gather(*running)] == [200] * 6
@@ -188,6 +188,11 @@ def test_a_key_does_not_learn_of_an_adapter_that_is_not_on_its_list(tmp_path: Pa
         assert hidden == unknown
         assert {status for status, _ in hidden} == {404, 403}
         assert {status for status, _ in asked(api, "sk-all", "org/y")[:10]} == {200}
+
+
+def test_no_list_shows_a_key_an_adapter_that_is_not_on_its_own(tmp_path: Path) -> None:
+    keys = key_file(tmp_path, "sk-own adapters=x", "sk-all")
+    with serve_script(tmp_path, api_keys=keys, base_id="tiny") as api:
         for path in ("/adapters", "/v1/models", "/metrics", "/base", "/info"):
             assert "org/y" not in api.http.get(path, headers=bearer("sk-own")).text
         adapters = api.http.get("/adapters", headers=bearer("sk-own")).json()["adapters"]
@@ -204,7 +209,7 @@ def test_a_key_does_not_learn_of_an_adapter_that_is_not_on_its_list(tmp_path: Pa
 def test_the_pools_rows_are_shown_by_the_same_list(tmp_path: Path) -> None:
     keys = key_file(tmp_path, "sk-a adapters=a", "sk-none adapters=other")
     with serve_app(api_keys=keys) as served:
-        served.registry.names["a"] = {"id": "a", "digest": "sha256:a"}
+        served.registry.cards["a"] = {"id": "a", "digest": "sha256:a"}
         shown = {
             key: served.json("GET", "/base", headers=bearer(key))["pool"]["placements"]
             for key in ("sk-a", "sk-none")

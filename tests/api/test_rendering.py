@@ -18,7 +18,7 @@ from service.text.tokenizers import AdapterTokenizer
 from tests import making
 from tests.test_event_loop import on_a_loop
 
-from .fakes import ScriptedApp, serve_script
+from .scripted_app import ScriptedApp, serve_script
 
 LONG = " ".join(["the end of it all"] * 30)
 
@@ -27,9 +27,9 @@ LONG = " ".join(["the end of it all"] * 30)
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ScriptedApp]:
     with serve_script(
         tmp_path_factory.mktemp("rendering"), template="{% for m in messages %}{{ m.content }}{% endfor %}"
-    ) as found:
-        found.engine.limit = 10_000
-        yield found
+    ) as scripted:
+        scripted.engine.limit = 10_000
+        yield scripted
 
 
 def rendered(value: Any) -> bytes:

@@ -148,8 +148,8 @@ def test_what_follows_a_request_that_is_still_answered_may_wait(hasty: int, more
         connection.sendall(b"GET /dribble HTTP/1.1\r\nhost: x\r\n\r\n")
         begun = connection.recv(1000)  # else both would be one piece
         connection.sendall(more)
-        told = begun + b"".join(iter(lambda: connection.recv(1000), b""))
-    answer, end, rest = told.partition(b"\n19\n\r\n0\r\n\r\n")
+        received = begun + b"".join(iter(lambda: connection.recv(1000), b""))
+    answer, end, rest = received.partition(b"\n19\n\r\n0\r\n\r\n")
     assert end
     assert answer.count(b"HTTP/1.1 ") == 1  # "408" alone can be in the request's id
     assert rest.startswith(b"HTTP/1.1 408") == (more != b"\r\n")
@@ -324,8 +324,6 @@ async def test_uvicorns_own_parts_are_there_and_mean_what_they_meant() -> None:
     assert (first.response_started, first.response_complete, second.response_complete) == (True, True, True)
     assert pipe.written.count(STATUS_LINE[200]) == 2
     assert STATUS_LINE[413].startswith(b"HTTP/1.1 413 ")
-    protocol._unset_keepalive_if_required()
-    assert protocol.timeout_keep_alive_task is None
 
 
 class ParserRecord:
@@ -346,11 +344,11 @@ class ParserRecord:
 
 
 def test_the_parser_stops_behind_a_head_that_offers_an_upgrade_and_says_where() -> None:
-    told, head = ParserRecord(), POST + b"upgrade: a\r\nconnection: upgrade\r\ncontent-length: 2\r\n\r\n"
+    record, head = ParserRecord(), POST + b"upgrade: a\r\nconnection: upgrade\r\ncontent-length: 2\r\n\r\n"
     with pytest.raises(httptools.HttpParserUpgrade) as stop:
-        told.parser.feed_data(head + b"{}")
+        record.parser.feed_data(head + b"{}")
     assert stop.value.args == (len(head),)
-    assert told.said == [(b"POST", "1.1", True), True]
+    assert record.said == [(b"POST", "1.1", True), True]
     assert not issubclass(httptools.HttpParserUpgrade, httptools.HttpParserError)
     plain = ParserRecord()
     plain.parser.feed_data(head.replace(b"upgrade: a", b"other: a") + b"{}")
@@ -358,11 +356,11 @@ def test_the_parser_stops_behind_a_head_that_offers_an_upgrade_and_says_where() 
 
 
 def test_what_a_callback_raises_ends_the_reading() -> None:
-    told = ParserRecord()
+    record = ParserRecord()
     with pytest.raises(httptools.HttpParserError):
-        told.parser.feed_data(b"nonsense\r\n\r\n")
-    vars(told)["said"] = None  # so that the callbacks raise
-    told.parser = httptools.HttpRequestParser(told)
+        record.parser.feed_data(b"nonsense\r\n\r\n")
+    vars(record)["said"] = None  # so that the callbacks raise
+    record.parser = httptools.HttpRequestParser(record)
     for _ in range(2):
         with pytest.raises(httptools.HttpParserError):
-            told.parser.feed_data(GET + b"\r\n")
+            record.parser.feed_data(GET + b"\r\n")

@@ -1,5 +1,5 @@
-"""One tiny base for all tests of the catalog, a folder of adapters, and a device that records its
-calls.
+"""One tiny base for all tests of the catalog, a folder of adapters, and a registry over a stand-in for
+the engine.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from service.catalog.validator import check
 from service.catalog.validator.messages import ValidatedAdapter
 from service.catalog.validator.process import Validator
 from service.catalog.validator.skeleton import Skeleton
-from service.core.adapter import Adapter, Tier
 from service.core.base_info import BaseInfo, LayerLimit
 from service.core.manifest import Manifest
-from service.core.messages import Load
 from service.settings import Settings
 
 from .. import making
+from ..doubles.engine import FakeEngine
 
 Noise = Callable[..., Path]
 
@@ -63,51 +62,8 @@ def root(tmp_path: Path) -> Path:
     return folder
 
 
-class FakeDevice:
-    """Loads what is added at once, unless `gate` is set to an event that must come first;
-
-    `errors` maps digests to failures.
-    """
-
-    def __init__(self, base: Path) -> None:
-        self.base: BaseInfo | None = card(base)
-        self.known: dict[str, Adapter] = {}
-        self.tiers: dict[str, Tier] = {}
-        self.pinned: set[str] = set()
-        self.dropped: list[str] = []
-        self.errors: dict[str, str] = {}
-        self.gate: asyncio.Event | None = None
-
-    def add_adapter(self, adapter: Adapter, pinned: bool = False, preload: bool = True) -> None:
-        self.known[adapter.digest] = adapter
-        if pinned:
-            self.pinned.add(adapter.digest)
-
-    async def wait_until_loaded(self, digest: str) -> Load:
-        if self.gate:
-            await self.gate.wait()
-        await asyncio.sleep(0)
-        error = self.errors.get(digest, "")
-        if not error:
-            self.tiers[digest] = Tier.HOST
-        return Load(digest, 0.01, self.known[digest].size, error)
-
-    def pin_adapter(self, digest: str, pinned: bool) -> None:
-        (self.pinned.add if pinned else self.pinned.discard)(digest)
-
-    async def remove_adapter(self, digest: str) -> int:
-        await asyncio.sleep(0)
-        self.dropped.append(digest)
-        hosted = self.tiers.pop(digest, Tier.DISK) is Tier.HOST
-        size = self.known.pop(digest).size
-        return size if hosted else 0
-
-    def tier_of(self, digest: str) -> Tier:
-        return self.tiers.get(digest, Tier.DISK)
-
-
 def card(base: Path) -> BaseInfo:
-    made = Skeleton(base)
+    skeleton = Skeleton(base)
     return BaseInfo(
         folder=str(base),
         architecture="LlamaForCausalLM",
@@ -115,13 +71,13 @@ def card(base: Path) -> BaseInfo:
         hidden_size=64,
         intermediate_size=128,
         vocab_size=269,
-        parameters=made.parameters,
+        parameters=skeleton.parameters,
         context=512,
         quantization="none",
         dtype="float32",
         device="cpu",
-        resident_bytes={"float32": 4 * made.parameters},
-        linears=tuple(made.list_linears()),
+        resident_bytes={"float32": 4 * skeleton.parameters},
+        linears=tuple(skeleton.list_linears()),
         pool_rank=64,
         rows=4,
     )
@@ -151,14 +107,14 @@ class InProcessValidator(Validator):
 
 
 class RegistryFixture:
-    """A registry on a fake device over one adapters directory;
+    """A registry on a stand-in for the engine over one adapters directory;
 
     `opened` starts it, again and again if need be.
     """
 
     def __init__(self, root: Path, base: Path) -> None:
         self.root, self.base = root, base
-        self.device = FakeDevice(base)
+        self.device = FakeEngine(card(base))
 
     def settings(self, **more: Any) -> Settings:
         return Settings(
@@ -167,8 +123,7 @@ class RegistryFixture:
 
     @asynccontextmanager
     async def opened(self, limits: tuple[LayerLimit, ...] = (), **more: Any) -> AsyncIterator[Registry]:
-        self.device = FakeDevice(self.base)
-        self.device.base = replace(card(self.base), limits=limits)
+        self.device = FakeEngine(replace(card(self.base), limits=limits))
         registry = Registry(self.settings(**more), self.device, validator=InProcessValidator)
         await registry.open_catalog()
         try:

@@ -26,9 +26,11 @@ from service.catalog.sources.store import SourceLocation
 from service.catalog.validator.messages import ValidatedAdapter
 from service.core.adapter import ExecutionPath, Tier
 from service.core.base_info import LayerLimit
+from service.core.error_codes import ErrorCode
 from service.core.manifest import Manifest
 from service.core.messages import Load
 from service.errors import (
+    AdapterdError,
     AdapterInvalid,
     AdapterNotFound,
     AdapterUnsupported,
@@ -36,6 +38,7 @@ from service.errors import (
     Conflict,
     Forbidden,
     NotReady,
+    Overloaded,
     SettingsError,
     StorageFull,
 )
@@ -43,7 +46,8 @@ from service.settings import Settings
 from service.telemetry import metrics
 
 from .. import kinds, making
-from .conftest import FakeDevice, InProcessValidator, RegistryFixture
+from ..doubles.engine import FakeEngine
+from .conftest import InProcessValidator, RegistryFixture
 
 pytestmark = pytest.mark.anyio
 CARD = {
@@ -95,10 +99,10 @@ def stocked(catalog: RegistryFixture, plain: Path, other: Path) -> RegistryFixtu
     return catalog
 
 
-def device(registry: Registry) -> FakeDevice:
-    found = registry._table.device
-    assert isinstance(found, FakeDevice)
-    return found
+def device(registry: Registry) -> FakeEngine:
+    engine = registry._table.device
+    assert isinstance(engine, FakeEngine)
+    return engine
 
 
 # ---- registering
@@ -141,7 +145,7 @@ async def test_what_no_step_could_run_is_refused_at_registration_and_by_a_check(
 
 async def test_of_two_contents_racing_for_an_id_one_wins(stocked: RegistryFixture) -> None:
     async with stocked.opened() as registry:
-        gate = device(registry).gate = asyncio.Event()
+        gate = device(registry).load_gate = asyncio.Event()
         racing = asyncio.gather(
             registry.register_adapter("a", "plain"),
             registry.register_adapter("a", "other"),
@@ -240,6 +244,21 @@ async def test_a_load_that_fails_registers_nothing_and_is_taken_back(stocked: Re
             await registry.register_adapter("a", "plain")
         assert registry.list_cards() == []
         assert device(registry).dropped == [digest]
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"), [(ErrorCode.OVERLOADED, Overloaded), (ErrorCode.NOT_READY, NotReady)]
+)
+async def test_a_load_that_fails_for_want_of_memory_or_of_a_worker_is_not_the_adapters_fault(
+    stocked: RegistryFixture, code: ErrorCode, kind: type[AdapterdError]
+) -> None:
+    async with stocked.opened() as registry:
+        digest = (await registry.check_adapter("a", "plain"))["summary"]["digest"]
+        device(registry).errors[digest], device(registry).codes[digest] = "there is none", code
+        with pytest.raises(kind, match="there is none") as refused:
+            await registry.register_adapter("a", "plain")
+        assert refused.value.retry_after
+        assert (registry.list_cards(), device(registry).dropped) == ([], [digest])
 
 
 async def test_without_preload_the_device_only_hears_of_it(stocked: RegistryFixture) -> None:
@@ -441,7 +460,7 @@ async def test_a_pin_holds_though_another_id_lets_its_own_go_meanwhile(
 ) -> None:
     async with stocked.opened() as registry:
         card, _ = await registry.register_adapter("a", "plain", pinned=True, preload=False)
-        gate = device(registry).gate = asyncio.Event()
+        gate = device(registry).load_gate = asyncio.Event()
         registering = asyncio.create_task(registry.register_adapter("b", "plain", pinned=True))
         while not registry._table.lock_for(card["digest"]).locked():  # noqa: ASYNC110 - what is waited for has no event
             await asyncio.sleep(0)

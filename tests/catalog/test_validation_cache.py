@@ -18,7 +18,8 @@ from service.catalog.validation_cache import CACHE_FILE
 from service.core.base_info import LayerLimit
 
 from .. import kinds, making
-from .conftest import FakeDevice, InProcessValidator, RegistryFixture
+from ..doubles.engine import FakeEngine
+from .conftest import InProcessValidator, RegistryFixture
 
 pytestmark = [pytest.mark.anyio, pytest.mark.filterwarnings("ignore")]
 LIMIT = LayerLimit("model.layers.*.self_attn.k_proj", "Odd", "gives a tuple", by_peft=False)
@@ -45,7 +46,7 @@ def reads(registry: Registry) -> list[str]:
 def describe(registry: Registry) -> dict[str, Any]:
     """All that is told of each adapter, and what the device was told."""
     device = registry._table.device
-    assert isinstance(device, FakeDevice)
+    assert isinstance(device, FakeEngine)
     ids = [card["id"] for card in registry.list_cards()]
     told = {id: (registry.summary_of(id), registry.draw_architecture(id)) for id in ids}
     return {"told": told, "device": device.known, "layers": list_layers(registry)}

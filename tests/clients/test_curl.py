@@ -24,7 +24,7 @@ ADDRESS = "http://127.0.0.1:8080"
 
 
 def list_lines(page: Path) -> list[str]:
-    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(), re.S)
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
     return [
         line
         for block in blocks

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, BrowserContext, ConsoleMessage, Page, sync_playwright
 
+from deploy.bench.servers import free_port
 from service.core.defaults import DEMO_BASE
 from tests import making
 
@@ -43,19 +43,21 @@ BROKEN = "broken"
 @contextmanager
 def serving(log: Path, module: str, **settings: str) -> Iterator[str]:
     """A serving process of its own, once it is ready; its address ends with a slash."""
-    with socket.create_server(("127.0.0.1", 0)) as held:
-        port = held.getsockname()[1]
+    port = free_port()
     kept = {name: text for name, text in os.environ.items() if not name.startswith("ADAPTERD_")}
     line = [sys.executable, "-m", module, "serve", "--port", str(port)]
     own = {f"ADAPTERD_{name.upper()}": text for name, text in settings.items()}
     env = kept | own | {"OMP_NUM_THREADS": "1"}
-    with log.open("w") as out, subprocess.Popen(line, cwd=ROOT, env=env, stdout=out, stderr=out) as process:
+    with (
+        log.open("w", encoding="utf-8") as out,
+        subprocess.Popen(line, cwd=ROOT, env=env, stdout=out, stderr=out) as process,
+    ):
         url = f"http://127.0.0.1:{port}/"
         while not ready(url):
-            assert process.poll() is None, log.read_text()
+            assert process.poll() is None, log.read_text(encoding="utf-8")
         yield url
         process.terminate()
-        assert process.wait(60) == 0, log.read_text()
+        assert process.wait(60) == 0, log.read_text(encoding="utf-8")
 
 
 def ready(url: str) -> bool:

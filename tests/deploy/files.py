@@ -1,11 +1,12 @@
-"""Reads the files under deploy/ and the root's container files for the tests here; knows their
-places and nothing else.
+"""Reads the files under deploy/ and the root's container files for the tests here, and follows what
+they say to do; knows their places and nothing else.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,20 @@ METRIC = re.compile(r"(?<![:\w])adapterd_[a-z0-9_]+")
 
 
 def documents(path: Path) -> list[dict[str, Any]]:
-    return [document for document in yaml.safe_load_all(path.read_text()) if document]
+    return [document for document in yaml.safe_load_all(path.read_text(encoding="utf-8")) if document]
 
 
 def compose() -> dict[str, Any]:
     (whole,) = documents(ROOT / "docker-compose.yml")
     return whole
+
+
+def follow_key_recipe(folder: Path, umask: int = 0o077) -> Path:
+    """The folder of keys that the compose file's first lines make in this folder."""
+    text = (ROOT / "docker-compose.yml").read_text(encoding="utf-8")
+    lines = re.findall(r"^#   (.*)$", text.partition("docker compose --profile")[0], re.MULTILINE)
+    subprocess.run(["sh", "-ec", "\n".join(lines)], cwd=folder, umask=umask, check=True)
+    return folder / "keys"
 
 
 def manifests() -> list[dict[str, Any]]:

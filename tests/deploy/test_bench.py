@@ -8,10 +8,12 @@ import asyncio
 import json
 import math
 import os
+import socket
 import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +23,7 @@ from safetensors import safe_open
 from deploy.bench import adapters, bench, grid, health
 from deploy.bench.load import Sample, closed, connect, jobs, opened, picks, prompt
 from deploy.bench.report import BASE, Cell, Summary, median, percentile, plot, summarize, table, write
-from deploy.bench.servers import Server, memory_mb, models
+from deploy.bench.servers import Server, free_port, memory_mb, models
 from deploy.bench.slow_hub import COMMIT, slow_hub
 from service.catalog.sources.hub import Hub
 
@@ -213,6 +215,16 @@ def test_a_running_server_is_named_with_its_process() -> None:
     assert Server.parse("vllm=http://127.0.0.1:8011/@42") == Server("vllm", "http://127.0.0.1:8011", 42)
     with pytest.raises(ValueError, match="NAME=URL"):
         Server.parse("127.0.0.1:8011")
+
+
+def test_a_free_port_is_given_to_nobody_who_asks_for_any() -> None:
+    """Of 14,000 ports that may be given, 500 are; then each can be had by who names it."""
+    ports = {free_port() for _ in range(200)}
+    with ExitStack() as held:
+        others = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(500)]
+        assert not ports & {other.getsockname()[1] for other in others}
+    for port in ports:
+        socket.create_server(("127.0.0.1", port)).close()
 
 
 def test_memory_counts_the_whole_tree() -> None:

@@ -4,12 +4,20 @@ there.
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from fnmatch import fnmatch
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
-from .files import ROOT, compose
+from tests.loopback import listening
+
+from .files import ROOT, compose, follow_key_recipe
 
 TEXT = re.sub(r"^#.*\n", "", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE).replace("\\\n", " ")
 STEPS = [
@@ -33,9 +41,50 @@ def test_it_does_not_run_as_root() -> None:
     assert [word for word, _ in LAST].index("USER") < [word for word, _ in LAST].index("ENTRYPOINT")
 
 
-def test_docker_can_ask_for_its_health() -> None:
+class HealthHandler(BaseHTTPRequestHandler):
+    """Answers /health with the status of its subclass, anything else with 404."""
+
+    status = 200
+
+    def do_GET(self) -> None:
+        self.send_response(self.status if self.path == "/health" else 404)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        return
+
+
+class UnhealthyHandler(HealthHandler):
+    """As a service that cannot recover by itself."""
+
+    status = 503
+
+
+def run_health_check(**environment: str) -> int:
+    """The exit code of the image's check, where these variables are set beside the image's own."""
     (check,) = [rest for word, rest in LAST if word == "HEALTHCHECK"]
-    assert "http://127.0.0.1:8080/health" in check
+    python, *arguments = json.loads(check.partition("CMD ")[2])
+    assert python == "python3"
+    (image,) = [rest for word, rest in LAST if word == "ENV"]
+    variables = dict(pair.split("=", 1) for pair in image.split() if pair.startswith("ADAPTERD_"))
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, env=variables | environment, capture_output=True).returncode
+
+
+@pytest.mark.parametrize(("handler", "code"), [(HealthHandler, 0), (UnhealthyHandler, 1)])
+def test_its_health_is_asked_for_where_it_listens_and_by_no_proxy(
+    handler: type[HealthHandler], code: int
+) -> None:
+    with listening(handler) as url:
+        port = str(urlsplit(url).port)
+        assert run_health_check(ADAPTERD_PORT=port, http_proxy="http://127.0.0.1:9") == code
+        assert run_health_check(ADAPTERD_PORT=port, ADAPTERD_HOST="127.0.0.1") == code
+
+
+def test_where_nobody_listens_it_is_not_healthy() -> None:
+    with listening(HealthHandler) as url:
+        port = str(urlsplit(url).port)
+    assert run_health_check(ADAPTERD_PORT=port) != 0
 
 
 @pytest.mark.parametrize("line", [rest for word, rest in STEPS if word == "COPY" and "--from" not in rest])
@@ -64,6 +113,33 @@ def test_a_read_only_container_gets_its_secrets_as_files() -> None:
             assert all(
                 whole["secrets"][secret].keys() == {"file"} for secret in service.get("secrets", [])
             ), name
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077], ids=oct)
+def test_keys_made_as_compose_says_can_be_read_in_the_containers_and_by_nobody_else(
+    tmp_path: Path, umask: int
+) -> None:
+    """In a container the user is another one than on the host, and the folder is not there."""
+    keys = follow_key_recipe(tmp_path, umask)
+    assert keys.stat().st_mode & 0o777 == 0o700
+    files = {Path(secret["file"]) for secret in compose()["secrets"].values()}
+    assert files == {Path("keys") / path.name for path in keys.iterdir()}
+    for path in keys.iterdir():
+        assert path.stat().st_mode & 0o777 == 0o644, path.name
+        assert re.fullmatch(r"[0-9a-f]{64}\n", path.read_text(encoding="utf-8"))
+
+
+def test_compose_gives_up_what_does_not_start_and_says_what_it_may_use() -> None:
+    for name in ("adapterd", "adapterd-gpu"):
+        service = compose()["services"][name]
+        assert re.fullmatch(r"on-failure:[1-9]\d?", service["restart"]), name
+        assert service["cpus"] >= 1, name
+        assert re.fullmatch(r"\d+g", service["mem_limit"]), name
+
+
+def test_compose_says_which_compose_it_is_for() -> None:
+    head = (ROOT / "docker-compose.yml").read_text(encoding="utf-8").partition("name: adapterd")[0]
+    assert "Compose v2" in head
 
 
 def test_either_profile_brings_up_one_adapterd_under_one_name() -> None:

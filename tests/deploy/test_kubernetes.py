@@ -4,6 +4,7 @@ grace.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
@@ -89,7 +90,7 @@ def test_mounts_have_volumes_and_claims_exist() -> None:
 
 
 def test_replicas_do_not_write_over_each_others_registrations() -> None:
-    assert one("Deployment")["spec"]["replicas"] > 1
+    assert one("HorizontalPodAutoscaler")["spec"]["minReplicas"] > 1
     (adapters,) = [mount for mount in pod()["containers"][0]["volumeMounts"] if mount["name"] == "adapters"]
     assert adapters["readOnly"] is True
 
@@ -142,3 +143,25 @@ def test_the_queue_scales_the_deployment() -> None:
     assert [metric["pods"]["metric"]["name"] for metric in spec["metrics"]] == [
         "adapterd_num_requests_waiting"
     ]
+
+
+def test_an_apply_leaves_the_number_of_replicas_to_the_autoscaler() -> None:
+    assert "replicas" not in one("Deployment")["spec"]
+
+
+def test_clients_see_a_models_name_and_not_the_folders() -> None:
+    assert variable("ADAPTERD_BASE_ID") not in ("", Path(variable("ADAPTERD_BASE")).name)
+
+
+def test_a_replica_has_limits_of_memory_and_of_processors() -> None:
+    """As many threads compute as the limit has processors; without one, as many as the node has."""
+    resources = pod()["containers"][0]["resources"]
+    assert {"cpu", "memory"} <= resources["requests"].keys() & resources["limits"].keys()
+    assert int(resources["requests"]["cpu"]) <= int(resources["limits"]["cpu"])
+
+
+def test_the_endpoint_picker_reaches_the_replicas() -> None:
+    picker = one("InferencePool")["spec"]["endpointPickerRef"]["name"]
+    (rule,) = one("NetworkPolicy")["spec"]["ingress"]
+    assert {"podSelector": {"matchLabels": {"inferencepool": picker}}} in rule["from"]
+    assert rule["ports"] == [{"protocol": "TCP", "port": pod()["containers"][0]["ports"][0]["name"]}]

@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from deploy.bench import random_base, steps
-from deploy.bench.decoding import Decoding
+from deploy.bench.decoding import CONTEXT, Decoding
 from deploy.bench.figures import BASE, DIFFERENT, FLOOR, FLOOR_MIXED, MIXED, ONE, PLAIN, Found, Timed
 from service.core.request import Token
-from service.engine.plan import Plan, Result
+from service.engine.kv_blocks import count_blocks
+from service.engine.plan import Chunk, Plan, Result
 from tests import pretended
 
 ASKED = [
@@ -175,12 +176,17 @@ class Listening:
         return [Result(Token(7)) for _ in plan.chunks]
 
 
+def row_of(chunk: Chunk) -> int:
+    """The row whose blocks the chunk has."""
+    return chunk.blocks[0] // count_blocks(CONTEXT)
+
+
 def test_rows_go_on_from_their_own_last_token_or_from_what_they_are_fed() -> None:
     runner: Any = Listening()
     decoding = Decoding(runner, [[1, 2], [3, 4]], {0: None, 1: None})
     decoding.step({0: 5, 1: 6})
     decoding.step()
-    said = [[(c.row, c.position, c.tokens, c.generated) for c in plan.chunks] for plan in runner.plans]
+    said = [[(row_of(c), c.position, c.tokens, c.generated) for c in plan.chunks] for plan in runner.plans]
     assert said == [
         [(0, 0, (1, 2), 0)],
         [(1, 0, (3, 4), 0)],
@@ -189,7 +195,7 @@ def test_rows_go_on_from_their_own_last_token_or_from_what_they_are_fed() -> Non
     ]
     after = Decoding(runner, [[1, 2], [3, 4]], {1: None}, after=decoding)
     after.step()
-    assert [(c.row, c.position, c.tokens) for c in runner.plans[-1].chunks] == [(1, 2, (7,))]
+    assert [(row_of(c), c.position, c.tokens) for c in runner.plans[-1].chunks] == [(1, 2, (7,))]
     assert len(runner.plans) == 5, "prompts that were read are not read again"
 
 

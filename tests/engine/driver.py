@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from service.core.adapter import Adapter, Digest, Tier
 from service.core.error_codes import ErrorCode
 from service.core.request import Event, Finish, Request
+from service.engine.kv_blocks import count_blocks
 from service.engine.plan import Plan, Result
 from service.engine.scheduler import Scheduler
 from tests.fakes import FakeRunner, expected
@@ -23,6 +24,7 @@ class Story:
 
     request: Request
     started: bool = False
+    cached: int = 0
     tokens: list[int] = field(default_factory=list)
     scored: list[int] = field(default_factory=list)
     end: Event | None = None
@@ -37,15 +39,18 @@ class SchedulerDriver:
         prefill_tokens: int = 16,
         host_bytes: int = 10_000,
         reading: bool = True,
+        kv_blocks: int | None = None,
     ) -> None:
+        blocks = rows * count_blocks(context) if kv_blocks is None else kv_blocks
         self.scheduler = Scheduler(
             rows=rows,
             context=context,
+            kv_blocks=blocks,
             pool_rank=pool_rank,
             prefill_tokens=prefill_tokens,
             host_bytes=host_bytes,
         )
-        self.runner = FakeRunner(rows, context, pool_rank)
+        self.runner = FakeRunner(blocks, context, pool_rank)
         self.reading = True
         self.unsure = False
         self.pending: Adapter | None = None
@@ -84,6 +89,7 @@ class SchedulerDriver:
         flying = {s.adapter for s in self.scheduler.running.values()}
         plan = self.scheduler.plan_step()
         self.plans.append(plan)
+        flying &= {s.adapter for s in self.scheduler.running.values()}  # but for those preempted
         assert not flying & set(plan.remove), "an adapter in flight lost its pool rows"
         self.unsure = half_placed and bool(plan.place)
         if self.unsure:
@@ -109,8 +115,8 @@ class SchedulerDriver:
 
     def listen(self) -> None:
         report = self.scheduler.take_report()
-        for id in report.started:
-            self.stories[id].started = True
+        for id, cached in report.started:
+            self.stories[id].started, self.stories[id].cached = True, cached
             self.order.append(id)
         for event in report.events:
             story = self.stories[event.request]
@@ -155,12 +161,10 @@ class SchedulerDriver:
         """Nothing is held once everything has ended."""
         gauges = self.scheduler.gauges
         assert (gauges.running, gauges.waiting, gauges.kv_used) == (0, 0, 0)
-        assert gauges.kv_total == len(self.runner.kv) * self.runner.context
+        assert gauges.kv_total == len(self.runner.kv) == self.scheduler.blocks.free
         pool = {digest for digest in self.runner.pool if digest is not None}
         assert pool == {
-            digest
-            for digest, adapter in self.scheduler.adapters.known.items()
-            if digest in self.scheduler.adapters.pool
+            digest for digest in self.scheduler.adapters.known if digest in self.scheduler.adapters.pool
         }
         assert set(self.runner.host) == set(self.scheduler.adapters.host)
         assert set(self.runner.host) <= set(self.scheduler.adapters.known)

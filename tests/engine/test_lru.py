@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import dataclass, field
 
 from service.engine.lru import LRU
 
@@ -42,43 +43,57 @@ def test_more_than_everything_cannot_be_made_room_for() -> None:
     assert lru.choose_victims(7) is None
 
 
+@dataclass
+class ListedLRU:
+    """What an LRU of capacity 50 must do, by a list of its keys, the least recently used first."""
+
+    order: list[int] = field(default_factory=list)
+    costs: dict[int, int] = field(default_factory=dict)
+    pins: set[int] = field(default_factory=set)
+
+    def choose_victims(self, need: int, keep: set[int]) -> list[int] | None:
+        idle = [key for key in self.order if key not in self.pins | keep]
+        used = sum(self.costs.values())
+        for count in range(len(idle) + 1):
+            if used - sum(self.costs[key] for key in idle[:count]) + need <= 50:
+                return idle[:count]
+        return None
+
+
+def walk_once(rng: random.Random, lru: LRU[int], listed: ListedLRU, key: int) -> None:
+    """Does one thing, drawn by lot, to both."""
+    match rng.choice(("add", "touch", "remove", "pin", "unpin", "victims")):
+        case "add" if key not in listed.costs:
+            listed.costs[key] = rng.randrange(1, 12)
+            listed.order.append(key)
+            lru.add_key(key, listed.costs[key])
+        case "touch":
+            lru.touch_key(key)
+            if key in listed.costs:
+                listed.order.remove(key)
+                listed.order.append(key)
+        case "remove" if key in listed.costs:
+            listed.order.remove(key)
+            assert lru.remove_key(key) == listed.costs.pop(key)
+        case "pin":
+            listed.pins.add(key)
+            lru.pin_key(key)
+        case "unpin":
+            listed.pins.discard(key)
+            lru.unpin_key(key)
+        case "victims":
+            need, keep = rng.randrange(30), set(rng.sample(range(20), 3))
+            assert lru.choose_victims(need, keep) == listed.choose_victims(need, keep)
+
+
 def test_a_random_walk_agrees_with_a_list() -> None:
     rng = random.Random(7)
     lru: LRU[int] = LRU(50)
-    order: list[int] = []
-    costs: dict[int, int] = {}
-    pins: set[int] = set()
+    listed = ListedLRU()
     for _ in range(5000):
         key = rng.randrange(20)
-        match rng.choice(("add", "touch", "remove", "pin", "unpin", "victims")):
-            case "add" if key not in costs:
-                costs[key] = rng.randrange(1, 12)
-                order.append(key)
-                lru.add_key(key, costs[key])
-            case "touch":
-                lru.touch_key(key)
-                if key in costs:
-                    order.append(order.pop(order.index(key)))
-            case "remove" if key in costs:
-                order.remove(key)
-                assert lru.remove_key(key) == costs.pop(key)
-            case "pin":
-                pins.add(key)
-                lru.pin_key(key)
-            case "unpin":
-                pins.discard(key)
-                lru.unpin_key(key)
-            case "victims":
-                need, keep = rng.randrange(30), set(rng.sample(range(20), 3))
-                victims = lru.choose_victims(need, keep)
-                idle = [k for k in order if k not in pins | keep]
-                fits = [
-                    n
-                    for n in range(len(idle) + 1)
-                    if sum(costs.values()) - sum(costs[k] for k in idle[:n]) + need <= 50
-                ]
-                assert victims == (idle[: fits[0]] if fits else None)
-        assert list(lru) == order
-        assert (key in lru) is (key in costs)
-        assert lru.used == sum(costs.values())
-        assert len(lru) == len(costs)
+        walk_once(rng, lru, listed, key)
+        assert list(lru) == listed.order
+        assert (key in lru) is (key in listed.costs)
+        assert lru.used == sum(listed.costs.values())
+        assert len(lru) == len(listed.costs)

@@ -37,8 +37,13 @@ def act(rng: random.Random, driver: SchedulerDriver, adapters: list[Adapter]) ->
         case "submit":
             eos = frozenset(range(0, 1000, 7)) if rng.random() < 0.3 else frozenset[int]()
             scored = 1 if rng.random() < 0.1 else None
+            count = rng.choice((0, 1, 5, 12, 30))
             driver.submit(
-                prompt(rng), rng.randrange(0, 12), rng.choice((None, chosen)), eos=eos, prompt_logprobs=scored
+                prompt(rng),
+                count,
+                rng.choice((None, chosen)),
+                eos=eos,
+                prompt_logprobs=scored,
             )
         case "cancel" if driver.stories:
             scheduler.cancel_request(id := rng.randrange(len(driver.stories)))
@@ -59,12 +64,22 @@ def act(rng: random.Random, driver: SchedulerDriver, adapters: list[Adapter]) ->
 
 @pytest.mark.parametrize("seed", range(60))
 def test_every_request_ends_once_with_its_own_tokens(seed: int) -> None:
+    walk_randomly(seed)
+
+
+def test_the_walks_preempt() -> None:
+    """Else they would prove nothing of it."""
+    assert sum(walk_randomly(seed).scheduler.gauges.preemptions for seed in range(4)) > 0
+
+
+def walk_randomly(seed: int) -> SchedulerDriver:
     rng = random.Random(seed)
     driver = SchedulerDriver(
         rows=rng.randrange(1, 6),
         pool_rank=16,
         prefill_tokens=rng.choice((3, 16, 100)),
         host_bytes=rng.choice((1000, 8000)),
+        kv_blocks=rng.choice((4, 5, 7, 12)),
     )
     adapters = random_adapters(rng)
     for _ in range(STEPS):
@@ -81,6 +96,7 @@ def test_every_request_ends_once_with_its_own_tokens(seed: int) -> None:
     driver.settle()
     driver.check_free()
     assert any(story.end and story.end.finish is Finish.LENGTH for story in driver.stories.values())
+    return driver
 
 
 @pytest.mark.parametrize("seed", range(8))

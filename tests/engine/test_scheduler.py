@@ -9,7 +9,6 @@ import pytest
 from service.core.adapter import ExecutionPath, Tier
 from service.core.error_codes import ErrorCode
 from service.core.request import Finish
-from service.engine.kv_rows import WORTH
 from service.engine.plan import Result
 from service.engine.scheduler import PASSES
 from tests.engine.driver import SchedulerDriver
@@ -488,7 +487,7 @@ def test_an_adapter_offered_again_while_it_drains_stays() -> None:
 @pytest.mark.parametrize(
     ("prompt", "max_tokens", "count", "finish"), [(60, 10, 4, Finish.LENGTH), (64, 10, 1, Finish.LENGTH)]
 )
-def test_a_full_row_ends_the_sequence(prompt: int, max_tokens: int, count: int, finish: Finish) -> None:
+def test_a_full_context_ends_the_sequence(prompt: int, max_tokens: int, count: int, finish: Finish) -> None:
     driver = SchedulerDriver(context=64)
     id = driver.submit(range(prompt), max_tokens)
     driver.settle()
@@ -498,7 +497,7 @@ def test_a_full_row_ends_the_sequence(prompt: int, max_tokens: int, count: int, 
 
 
 @pytest.mark.parametrize(("prompt", "code"), [([], "validation"), (range(65), "context_length_exceeded")])
-def test_a_prompt_that_no_row_can_run_is_refused(prompt: list[int], code: str) -> None:
+def test_a_prompt_that_no_context_holds_is_refused(prompt: list[int], code: str) -> None:
     driver = SchedulerDriver(context=64)
     id = driver.submit(prompt, 1)
     driver.settle()
@@ -554,9 +553,9 @@ def test_cancelling_frees_the_row_at_once_and_twice_is_once() -> None:
     assert end.finish is Finish.CANCELLED
 
 
-def test_a_result_without_a_token_fails_its_request_only_and_nothing_of_its_row_is_used_again() -> None:
+def test_a_result_without_a_token_fails_its_request_only_and_nothing_of_its_blocks_is_used_again() -> None:
     driver = SchedulerDriver()
-    bad, good = driver.submit(LONG[:20], 5), driver.submit([*LONG[:12], 7], 3)
+    bad, good = driver.submit(LONG[:33], 5), driver.submit([*LONG[:12], 7], 3)
     plan = driver.scheduler.plan_step()
     fine = driver.runner.run_step(plan)
     failed = Result(error="no token can be chosen", code=ErrorCode.VALIDATION)
@@ -567,9 +566,9 @@ def test_a_result_without_a_token_fails_its_request_only_and_nothing_of_its_row_
     assert (end.finish, end.code, end.message) == (Finish.FAILED, "validation", "no token can be chosen")
     assert driver.stories[good].tokens == expected(None, [*LONG[:12], 7], 3)
     driver.runner.prefilled = 0
-    driver.submit(LONG[:20], 2)
+    driver.submit(LONG[:33], 2)
     driver.settle()
-    assert driver.runner.prefilled == 20
+    assert driver.runner.prefilled == 33
 
 
 def test_a_raised_step_fails_its_requests_and_nobody_else() -> None:
@@ -583,17 +582,17 @@ def test_a_raised_step_fails_its_requests_and_nobody_else() -> None:
     assert driver.stories[spared].tokens == expected(None, [2], 5)
 
 
-def test_a_conversation_goes_on_in_its_row() -> None:
+def test_a_conversation_goes_on_from_its_full_blocks() -> None:
     driver = SchedulerDriver()
-    driver.submit(LONG[:20], 6)
+    driver.submit(LONG[:20], 14)
     driver.settle()
     said = [*LONG[:20], *driver.stories[0].tokens, 7, 8]
     driver.runner.prefilled = 0
-    driver.submit(said, 4)
+    second = driver.submit(said, 4)
     driver.settle()
     driver.check()
-    assert driver.runner.prefilled == len(said) - 25, "the last token said was never fed, all before it was"
-    assert driver.runner.copied == 0
+    assert driver.stories[second].cached == 32
+    assert driver.runner.prefilled == len(said) - 32
 
 
 @pytest.mark.parametrize("budget", [100, 1000], ids=["one a step", "all at once"])
@@ -603,7 +602,8 @@ def test_choices_of_one_prompt_share_its_prefill(budget: int) -> None:
         driver.submit(LONG, 3)
     driver.settle()
     driver.check()
-    assert driver.runner.prefilled <= 40 + 3 * WORTH
+    assert driver.runner.prefilled == 40 + 3 * 8, "two full blocks are shared"
+    assert sorted(story.cached for story in driver.stories.values()) == [0, 32, 32, 32]
 
 
 def test_the_same_prompt_under_another_adapter_starts_anew() -> None:
@@ -616,7 +616,7 @@ def test_the_same_prompt_under_another_adapter_starts_anew() -> None:
         driver.submit(LONG, 3, each)
         driver.settle()
     driver.check()
-    assert driver.runner.prefilled == 3 * 40 + 3
+    assert driver.runner.prefilled == 3 * 40 + 3 * 8
 
 
 def test_a_prompt_that_the_budget_leaves_nothing_for_waits_a_step() -> None:
@@ -654,11 +654,11 @@ def test_what_an_activated_adapter_made_is_no_start_for_a_prompt_that_wakes_it_l
         ([71, 70, *LONG], 64),
     ],
 )
-def test_an_activated_adapter_acts_from_its_invocation_on_and_its_rows_are_nobodys_start(
+def test_an_activated_adapter_acts_from_its_invocation_on_and_shares_what_lies_before_it(
     prompt: list[int], wakes: int
 ) -> None:
-    """A12: what comes before runs as the base in chunks of its own; the same prompt twice, at once
-    and later, is prefilled twice.
+    """What comes before runs as the base in chunks of its own, and is shared with the base; the rest
+    with the very same prompt alone.
     """
     driver = SchedulerDriver(rows=4)
     one = replace(adapter("activated"), invocation=(70, 71))
@@ -678,3 +678,102 @@ def test_an_activated_adapter_acts_from_its_invocation_on_and_its_rows_are_nobod
             assert chunk.request.adapter is None or (
                 end <= wakes if chunk.asleep else chunk.position >= wakes
             )
+
+
+def test_a_sequence_without_a_block_for_its_next_token_lets_the_newest_wait_again() -> None:
+    """Four prompts fill eight blocks but for the answers; none is lost and each gets its own tokens."""
+    driver = SchedulerDriver(rows=4, context=128, kv_blocks=8, prefill_tokens=1000)
+    ids = [driver.submit([i, *LONG[:20]], 40) for i in range(4)]
+    driver.settle()
+    driver.check()
+    assert all(len(driver.stories[id].tokens) == 40 for id in ids)
+    assert driver.scheduler.gauges.preemptions > 0
+    assert driver.order == ids, "a preempted request starts once"
+    driver.check_free()
+
+
+def test_the_adapter_that_holds_most_blocks_gives_some_up() -> None:
+    driver = SchedulerDriver(rows=4, context=128, kv_blocks=8, prefill_tokens=1000)
+    many, few = adapter("many"), adapter("few")
+    for each in (many, few):
+        driver.scheduler.add_adapter(each)
+    modest = driver.submit(LONG[:20], 40, few)
+    for i in range(3):
+        driver.submit([i, *LONG[:20]], 40, many)
+    while not driver.scheduler.gauges.preemptions:
+        driver.step()
+    assert modest in driver.scheduler.running
+    assert set(driver.scheduler.waiting) == {many.digest}
+    driver.settle()
+    driver.check()
+
+
+def test_one_long_request_runs_beside_short_ones_in_the_memory_of_equal_rows() -> None:
+    driver = SchedulerDriver(rows=16, context=8192, kv_blocks=16 * 32, prefill_tokens=512)
+    driver.submit([i % 997 for i in range(8000)], 5)
+    for i in range(15):
+        driver.submit([i] * 100, 5)
+    driver.settle()
+    driver.check()
+    assert all(len(story.tokens) == 5 for story in driver.stories.values())
+
+
+def test_a_prompt_that_finds_no_blocks_is_overtaken_a_bounded_number_of_times() -> None:
+    driver = SchedulerDriver(rows=4, context=64, kv_blocks=4, prefill_tokens=1000)
+    other, big = adapter("other"), adapter("big")
+    for each in (other, big):
+        driver.scheduler.add_adapter(each, preload=True)
+    driver.settle()
+    driver.submit(LONG[:17], 30)
+    driver.step()
+    waiting = driver.submit(LONG, 2, big)
+    while not driver.stories[waiting].started:
+        driver.submit([7], 1, other)
+        driver.step()
+    assert driver.order.index(waiting) == 1 + PASSES
+    driver.settle()
+    driver.check()
+
+
+def test_the_scores_of_a_preempted_prompt_come_once_and_whole() -> None:
+    driver = SchedulerDriver(rows=3, context=112, kv_blocks=7, prefill_tokens=4)
+    first = driver.submit(LONG[:20], 60)
+    for _ in range(8):
+        driver.step()
+    scored = driver.submit([*LONG, *LONG[:30]], 3, prompt_logprobs=0)
+    driver.settle()
+    driver.check()
+    assert driver.scheduler.gauges.preemptions > 0
+    assert driver.stories[scored].scored == [*LONG, *LONG[:30]]
+    assert len(driver.stories[first].tokens) == 60
+
+
+def test_a_preempted_request_can_be_cancelled_and_ends_once() -> None:
+    driver = SchedulerDriver(rows=4, context=128, kv_blocks=8, prefill_tokens=1000)
+    ids = [driver.submit([i, *LONG[:20]], 40) for i in range(4)]
+    while not driver.scheduler.gauges.preemptions:
+        driver.step()
+    preempted = next(id for id in ids if id not in driver.scheduler.running)
+    driver.scheduler.cancel_request(preempted)
+    driver.settle()
+    end = driver.stories[preempted].end
+    assert end
+    assert end.finish is Finish.CANCELLED
+
+
+def test_what_lies_before_the_invocation_is_shared_with_the_base_and_what_follows_is_not() -> None:
+    driver = SchedulerDriver(rows=2, context=128)
+    one = replace(adapter("activated"), invocation=(70, 71))
+    driver.scheduler.add_adapter(one)
+    prompt = [*LONG[:32], 70, 71, *LONG[:20]]
+    driver.submit(prompt, 3)
+    driver.settle()
+    woken, again = driver.submit(prompt, 3, one), driver.submit(prompt, 3)
+    driver.settle()
+    assert driver.stories[woken].cached == 32
+    assert driver.stories[again].cached == 48
+    later = [*prompt, 70, 71]
+    moved = driver.submit(later, 3, one)
+    driver.settle()
+    assert driver.stories[moved].tokens == expected(one.digest, later, 3, wakes=len(prompt))
+    assert driver.stories[woken].tokens == expected(one.digest, prompt, 3, wakes=32)

@@ -245,11 +245,7 @@ async def test_several_answers_are_all_the_adapters_own(live: LiveService, askin
             (i, live.letters[model] * 4) for i in range(3)
         ]
         prompt = len(making.ids("Tell me"))
-        assert told["usage"] == {
-            "prompt_tokens": prompt,
-            "completion_tokens": 12,
-            "total_tokens": prompt + 12,
-        }
+        assert told["usage"] == making.usage(prompt, 12)
     greedy = await asking.complete("Tell me", "n1", 4, n=2, ignore_eos=True)
     assert greedy["choices"][0]["text"] == greedy["choices"][1]["text"]
 

@@ -13,6 +13,7 @@ from service.core.adapter import Adapter, ExecutionPath, LoraLayerSpec, Placemen
 from service.core.manifest import compute_digest, read_manifest
 from service.core.request import Request, Token
 from service.core.sampling import Sampling
+from service.engine.kv_blocks import count_blocks
 from service.engine.plan import Chunk, Plan
 from service.model.runner import ModelRunner
 from tests import making
@@ -65,8 +66,8 @@ class Job:
 
 
 class RunnerDriver:
-    """Runs jobs together; each enters when a row is free and its turn has come, and leaves when it
-    has its tokens.
+    """Runs jobs together; each enters when one of `rows` places is free and its turn has come, and leaves
+    when it has its tokens. The blocks of a place lie scattered.
     """
 
     def __init__(self, runner: ModelRunner, rows: int) -> None:
@@ -88,12 +89,17 @@ class RunnerDriver:
         while waiting or running:
             if waiting and free:  # one enters a step, so that they join at different times
                 running.append(self._enter(waiting.pop(0), free.pop(0)))
-            running.sort(key=lambda job: job.done < len(job.prompt))
+            running.sort(key=lambda job: self._tokens_left(job, chunk) > 1)
             self._step(running, chunk)
             for job in [job for job in running if len(job.tokens) == job.n]:
                 running.remove(job)
                 free.append(job.row)
                 self.runner.finish_request(self.requests.pop(id(job)).id)
+
+    @staticmethod
+    def _tokens_left(job: Job, size: int) -> int:
+        """The tokens of its next chunk."""
+        return 1 if job.done >= len(job.prompt) else min(size, len(job.prompt) - job.done)
 
     def _enter(self, job: Job, row: int) -> Job:
         job.row = row
@@ -111,9 +117,13 @@ class RunnerDriver:
             job.prompt_tokens += result.prompt
             job.tokens += [result.token] if result.token else []
 
-    @staticmethod
-    def _chunk(job: Job, request: Request, size: int) -> Chunk:
+    def _chunk(self, job: Job, request: Request, size: int) -> Chunk:
         if job.done < len(job.prompt):
             part = tuple(job.prompt[job.done : job.done + size])
-            return Chunk(request, job.row, job.done, part, job.done + len(part) == len(job.prompt))
-        return Chunk(request, job.row, job.done, (job.tokens[-1].id,), True, len(job.tokens))
+            end = job.done + len(part)
+            return Chunk(request, self._blocks(job, end), job.done, part, end == len(job.prompt))
+        blocks = self._blocks(job, job.done + 1)
+        return Chunk(request, blocks, job.done, (job.tokens[-1].id,), True, len(job.tokens))
+
+    def _blocks(self, job: Job, positions: int) -> tuple[int, ...]:
+        return tuple(range(job.row, self.rows * count_blocks(positions), self.rows))

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from service.model import kernels
+from service.model import kernels, processor
 
-pytestmark = pytest.mark.skipif(kernels._which_compiler() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(processor.find_compiler() is None, reason="no C++ compiler")
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def test_it_is_built_once_and_found_without_a_compiler(cache: Path, monkeypatch:
     library = kernels._find_library()
     built = library.stat()
     assert library.is_relative_to(cache)
-    monkeypatch.setattr(kernels, "_which_compiler", lambda: None)
+    monkeypatch.setattr(kernels, "find_compiler", lambda: None)
     assert kernels._find_library() == library
     assert kernels._load_library()
     assert library.stat() == built
@@ -74,10 +74,10 @@ def test_a_damaged_one_is_never_loaded_where_nothing_can_build_it(
 ) -> None:
     library = kernels._find_library()
     damage(library)
-    monkeypatch.setattr(kernels, "_which_compiler", lambda: None)
+    monkeypatch.setattr(kernels, "find_compiler", lambda: None)
     assert not kernels._load_library()
     assert caplog.messages[-1] == "kernels: off, they cannot be built: no C++ compiler (g++) is installed"
-    assert str(library) not in Path("/proc/self/maps").read_text()
+    assert str(library) not in Path("/proc/self/maps").read_text(encoding="utf-8")
 
 
 def test_a_source_that_does_not_compile_is_told_and_leaves_nothing(

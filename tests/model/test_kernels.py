@@ -1,12 +1,13 @@
 """The CPU kernels say what the torch path says, to bfloat16's precision, for every mix of adapters,
 lengths and positions.
 
-They need a processor with AVX512-BF16 and a C++ compiler. Without them these tests are skipped by
+They need a processor with AVX2, AVX-512 or NEON, and a C++ compiler. Without them these tests are skipped by
 name, and the torch path, which then serves, is held to PEFT by the others.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -16,20 +17,24 @@ import torch
 from torch import Tensor
 
 from service.core.adapter import Adapter, Placement
+from service.core.base_info import BLOCK_TOKENS
 from service.errors import SettingsError
 from service.model import kernels, kv
 from service.model.build import build_runner
 from service.model.kernels.decoder import FusedDecoderLayer
 from service.model.lora_linear import (
+    NO_TOKENS,
     DoraSpan,
     FusedLoraLinear,
     LoraLinear,
     LoraWeights,
-    StepArrangement,
+    StepAdapters,
+    TokenAdapters,
     TokenGroup,
 )
 from service.model.memory import HugePageArena
 from service.model.runner import ModelRunner
+from service.model.step_layout import SequenceStep, make_layout
 from service.settings import Settings
 from tests import making
 
@@ -39,7 +44,7 @@ from .test_parity import SIZES, prompts, random_base
 ABLE = kernels.load_kernels()
 BF16 = torch.bfloat16
 INF = float("inf")
-needs_kernels = pytest.mark.skipif(not ABLE, reason="no AVX512-BF16, or no C++ compiler")
+needs_kernels = pytest.mark.skipif(not ABLE, reason="no AVX2, AVX-512 or NEON, or no C++ compiler")
 
 
 # Layers that an adapter leaves alone must not notice it
@@ -51,7 +56,7 @@ def made(*shape: int, seed: int = 0, scale: float = 1.0) -> Tensor:
 
 
 def table(*spans: tuple[int, ...]) -> Tensor:
-    body = kernels.make_tables(32).body
+    body = kernels.make_tables(32, 64).body
     kernels.fill_table(body, spans)
     return body
 
@@ -72,11 +77,12 @@ def test_a_fused_layer_equals_the_torch_layer(tokens: int, n_in: int, n_out: int
     spans = two if half else [(0, tokens, 0, 0, 5, 8, 1)]
     body = table(*spans)
     fused = FusedLoraLinear(layer, 32, body, HugePageArena(n_in * n_out * 2))
-    plain = LoraLinear(layer, n_in, n_out, 32, BF16, torch.device("cpu"))
+    step = StepAdapters()
+    plain = LoraLinear(layer, n_in, n_out, 32, BF16, torch.device("cpu"), step)
     place_two(fused, n_in, n_out)
     place_two(plain, n_in, n_out)
     place_overflowing(fused, n_in, n_out)
-    plain.arrangement = StepArrangement(
+    step.body = TokenAdapters(
         tokens, tuple(group_of(span) for span in spans), (DoraSpan(0, half or tokens, "dora"),)
     )
     x = made(1, tokens, n_in, seed=9)
@@ -86,7 +92,7 @@ def test_a_fused_layer_equals_the_torch_layer(tokens: int, n_in: int, n_out: int
             lora.clear_rows(Placement("lora", 19, 3))
             lora.clear_rows(Placement("dora", 5, 8))
         kernels.fill_table(body, [])
-        plain.arrangement = StepArrangement()
+        step.body = NO_TOKENS
         close(fused(x), plain(x))
 
 
@@ -150,26 +156,45 @@ def test_the_gate_of_one_that_is_gone_is_not_left_for_the_next() -> None:
 class AttentionBuffers:
     """An attention layer's buffers, in which others have written."""
 
-    def __init__(self, rows: int, heads: int, context: int, dim: int, body: Tensor) -> None:
-        self.kv_keys = made(rows, heads, context, dim, seed=1)
-        self.kv_values = made(rows, heads, context, dim, seed=1)
-        self.kv_table = body
+    def __init__(self, heads: int, dim: int, tables: kernels.StepTables) -> None:
+        self.kv_keys = made(12, heads, BLOCK_TOKENS, dim, seed=1)
+        self.kv_values = made(12, heads, BLOCK_TOKENS, dim, seed=1)
+        self.kv_table, self.kv_block_table = tables.body, tables.blocks
+
+
+SEQUENCES = [
+    SequenceStep([1], 9, [7]),
+    SequenceStep([1], 37, [3, 11, 0]),
+    SequenceStep([1], 16, [6, 2]),
+    SequenceStep([1] * 20, 0, [9, 1]),
+    SequenceStep([1] * 4, 30, [5, 4, 8]),
+]
 
 
 @needs_kernels
 @pytest.mark.parametrize("dim", [16, 64, 80])
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (5, None), (None, 20.0), (5, 20.0)])
-def test_attention_over_rows_equals_the_torch_attention(
+@pytest.mark.parametrize(
+    ("window", "softcap"), [(None, None), (5, None), (18, None), (None, 20.0), (5, 20.0)]
+)
+def test_attention_over_blocks_equals_the_torch_attention(
     dim: int, window: int | None, softcap: float | None
 ) -> None:
-    spans = [kv.KVSpan(0, 1, 2, 9), kv.KVSpan(1, 1, 0, 3), kv.KVSpan(2, 6, 1, 0), kv.KVSpan(8, 4, 3, 7)]
-    ours, plain = (AttentionBuffers(4, 2, 32, dim, table(*spans)) for _ in range(2))
-    query, key, value = made(1, 6, 12, dim, seed=2), made(1, 2, 12, dim, seed=3), made(1, 2, 12, dim, seed=4)
+    tables = kernels.make_tables(8, 64)
+    starts = itertools.accumulate((len(s.tokens) for s in SEQUENCES), initial=0)
+    spans = [
+        (start, len(s.tokens), i, s.position)
+        for i, (s, start) in enumerate(zip(SEQUENCES, starts, strict=False))
+    ]
+    kernels.fill_table(tables.body, spans)
+    kernels.fill_blocks(tables.blocks, [s.blocks for s in SEQUENCES])
+    ours, plain = (AttentionBuffers(2, dim, tables) for _ in range(2))
+    tokens = sum(len(s.tokens) for s in SEQUENCES)
+    query, key, value = (made(1, heads, tokens, dim, seed=heads) for heads in (6, 2, 2))
     options: dict[str, Any] = {"scaling": 0.3, "sliding_window": window, "softcap": softcap}
-    steps = kv.KVTable.make_table(spans, 2, torch.device("cpu"))
+    layout = make_layout(SEQUENCES, torch.device("cpu"))
     with torch.inference_mode():
-        got, _ = kernels.attend_rows(ours, query, key, value, None, **options)
-        want, _ = kv.attend_rows(plain, query, key, value, None, table=steps, **options)
+        got, _ = kernels.attend_blocks(ours, query, key, value, None, **options)
+        want, _ = kv.attend_blocks(plain, query, key, value, None, layout=layout, **options)
     close(got, want)
     assert torch.equal(ours.kv_keys, plain.kv_keys)
     assert torch.equal(ours.kv_values, plain.kv_values)

@@ -21,13 +21,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from service.core.adapter import Placement
 from service.core.request import Request
 from service.core.sampling import Sampling
-from service.engine.plan import Chunk, Fork, Plan
+from service.engine.plan import Chunk, Plan
 from service.errors import SettingsError
 from service.model.build import build_runner
 from service.model.loading import load_base
-from service.model.lora_pool import AdapterRun, LoraPool
+from service.model.lora_pool import LoraPool
 from service.model.lora_weights import read_weights
 from service.model.runner import ModelRunner
+from service.model.step_layout import SequenceStep
 from service.settings import Settings
 from tests import making
 
@@ -121,7 +122,7 @@ def test_a_layer_that_its_model_keeps_in_float32_is_adapted_in_float32(
     own = pool.layers["model.layers.1.self_attn.q_proj"]
     with torch.inference_mode():
         pool.place_adapter(Placement(plan.digest, 0, plan.rank), read_weights(plan, pool))
-        pool.begin_step([AdapterRun(3, plan.digest)], [], 0, [])
+        pool.begin_step([SequenceStep([1, 2, 3], 0, [0], plan.digest)])
         x = torch.randn(1, 3, 64, dtype=torch.bfloat16)
         modules = dict(making.served(base, folders["a1"]).named_modules())
         lora = modules["base_model.model.model.layers.1.self_attn.q_proj"]
@@ -324,12 +325,12 @@ def test_prompt_and_answer_logprobs_are_those_of_a_direct_forward(folders: Folde
         assert [t for t, _ in token.top] == want[i - 1].topk(3).indices.tolist()
 
 
-def test_a_forked_row_goes_on_as_the_row_it_came_from(folders: Folders) -> None:
+def test_a_shared_block_goes_on_as_in_the_sequence_it_came_from(folders: Folders) -> None:
     runner = runner_on(folders[None])
     prompt = tuple(prompts()[6])
-    whole, part = Request(1, prompt, 1), Request(2, (*prompt[:30], 9, 9), 1)
-    runner.run_step(Plan(chunks=(Chunk(whole, 5, 0, prompt, True),)))
-    (result,) = runner.run_step(Plan(forks=(Fork(5, 2, 30),), chunks=(Chunk(part, 2, 30, (9, 9), True),)))
+    whole, part = Request(1, prompt, 1), Request(2, (*prompt[:32], 9, 9), 1)
+    runner.run_step(Plan(chunks=(Chunk(whole, (5, 2, 9), 0, prompt, True),)))
+    (result,) = runner.run_step(Plan(chunks=(Chunk(part, (5, 2, 7), 32, (9, 9), True),)))
     assert result.token is not None
     assert [result.token.id] == making.greedy(folders[None], None, part.prompt, 1)
 
@@ -350,7 +351,7 @@ def test_a_resident_adapter_runs_on_when_it_has_left_host_memory(folders: Folder
     [(True, None), (False, None), (False, 0)],
     ids=["sampled", "in the middle", "only scored"],
 )
-def test_an_adapter_whose_numbers_overflow_fails_alone_and_leaves_nothing_in_its_row(
+def test_an_adapter_whose_numbers_overflow_fails_alone_and_leaves_nothing_in_its_blocks(
     folders: Folders, tmp_path: Path, sampled: bool, scored: int | None
 ) -> None:
     base, prompt = folders[None], tuple(prompts()[4])
@@ -358,12 +359,12 @@ def test_an_adapter_whose_numbers_overflow_fails_alone_and_leaves_nothing_in_its
     driver, plan = RunnerDriver(runner, 2), plan_of(overflowing(folders["a0"], tmp_path / "wild"), base)
     driver.place(plan)
     bad, good = Request(101, prompt, 4, plan.digest, prompt_logprobs=scored), Request(102, prompt, 4)
-    chunks = Chunk(bad, 0, 0, prompt, sampled), Chunk(good, 1, 0, prompt, True)
+    chunks = Chunk(bad, (0, 3), 0, prompt, sampled), Chunk(good, (1, 2), 0, prompt, True)
     failed, fine = runner.run_step(Plan(chunks=chunks))
     assert "not finite" in failed.error
     assert fine.token is not None
     assert [fine.token.id] == making.greedy(base, None, prompt, 1)
-    assert is_row_empty(runner, 0)
+    assert are_blocks_empty(runner, (0, 3))
 
 
 def overflowing(folder: Path, target: Path) -> Path:
@@ -373,5 +374,8 @@ def overflowing(folder: Path, target: Path) -> Path:
     return making.edit(folder, target, weights=raise_b)
 
 
-def is_row_empty(runner: ModelRunner, row: int) -> bool:
-    return not any(layer.kv_keys[row].any() or layer.kv_values[row].any() for layer, *_ in runner.attention)
+def are_blocks_empty(runner: ModelRunner, blocks: tuple[int, ...]) -> bool:
+    held = [
+        buffer[list(blocks)] for layer, *_ in runner.attention for buffer in (layer.kv_keys, layer.kv_values)
+    ]
+    return not any(part.any() for part in held)

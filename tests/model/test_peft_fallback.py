@@ -30,7 +30,7 @@ from tests import fakes, kinds, making
 from tests.worker.test_loop import desk, tokens_of
 
 from .driver import Job, RunnerDriver, plan_of
-from .test_parity import distance, is_row_empty, prompts, quantized_logprobs, runner_on, weights_digest
+from .test_parity import are_blocks_empty, distance, prompts, quantized_logprobs, runner_on, weights_digest
 
 PROMPTS, LENGTH = prompts()[2:6], 6
 
@@ -134,7 +134,7 @@ def test_what_the_validator_accepts_the_worker_loads_however_the_config_is_writt
 
 
 def write_oddly(config: Path) -> None:
-    fields = json.loads(config.read_text())
+    fields = json.loads(config.read_text(encoding="utf-8"))
     odd = fields | dict.fromkeys(fields.keys() & NULLABLE) | {"lora_dropout": 0.25}
     config.write_bytes(b"\xef\xbb\xbf" + json.dumps(odd).encode())
 
@@ -174,14 +174,14 @@ def test_what_peft_would_write_into_the_base_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_copy_of_attention_layers_whose_rows_nobody_would_fork_is_refused(
+def test_a_copy_of_attention_layers_whose_blocks_nobody_would_share_is_refused(
     shared: SharedRunner, base: Path, tmp_path: Path
 ) -> None:
     for kind, maker in {
         "saved": kinds.lora(17, targets=("down_proj",), modules_to_save=["self_attn"]),
         "tuned": kinds.other("LN_TUNING", target_modules=["self_attn"]),
     }.items():
-        with pytest.raises(AdapterUnsupported, match="KV rows"):
+        with pytest.raises(AdapterUnsupported, match="its KV"):
             shared.runner.load_adapter(fallback_plan(maker(tmp_path / kind, base)))
 
 
@@ -228,7 +228,7 @@ def break_when_loaded(runner: ModelRunner, bad: Adapter, monkeypatch: pytest.Mon
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_a_request_whose_own_step_raises_leaves_nothing_in_its_row(
+def test_a_request_whose_own_step_raises_leaves_nothing_in_its_blocks(
     shared: SharedRunner, base: Path, tmp_path: Path
 ) -> None:
     fallback = fallback_plan(kinds.SHADOW["IA3"](tmp_path / "ia3", base))
@@ -236,10 +236,10 @@ def test_a_request_whose_own_step_raises_leaves_nothing_in_its_row(
     tree = shared.runner.hosted[fallback.digest].tree
     # All layers have written by then
     tree.get_output_embeddings().register_forward_pre_hook(broken)
-    chunk = Chunk(Request(901, PROMPT, 1, fallback.digest), 3, 0, PROMPT, True)
+    chunk = Chunk(Request(901, PROMPT, 1, fallback.digest), (3, 4), 0, PROMPT, True)
     with pytest.raises(ValueError, match="no such layer"):
         shared.runner.run_step(Plan(chunks=(chunk,)))
-    assert is_row_empty(shared.runner, 3)
+    assert are_blocks_empty(shared.runner, (3, 4))
     shared.runner.evict_adapter(fallback.digest)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,7 +24,9 @@ from transformers import (
 
 from service.core.request import Request, Token
 from service.core.sampling import Sampling
-from service.model.sampler import Sampler, SamplingError, draw_token, probabilities
+from service.model.draws import WIDTHS, DrawRules, draw_tokens, filter_tokens, group_draws
+from service.model.sampler import Sampler, SamplingError
+from service.model.sampling_state import SamplingState
 
 VOCABULARY = 400
 
@@ -46,6 +49,25 @@ def one(sampler: Sampler, row: Tensor, asked: Request) -> int:
     return token.id
 
 
+def draw_rules(vocabulary: int = VOCABULARY, **sampling: Any) -> DrawRules:
+    (rules,) = group_draws([SamplingState(request(1, **sampling))], vocabulary, torch.device("cpu"))
+    return rules
+
+
+def kept(row: Tensor, **sampling: Any) -> Tensor:
+    """What may be drawn, probabilities [vocabulary]; however many best tokens are looked at."""
+    rules = draw_rules(**sampling)
+    spread = []
+    for width in WIDTHS:
+        probabilities, tokens, is_whole = filter_tokens(row[None], rules, width)
+        if tokens is not None:
+            probabilities = torch.zeros(1, VOCABULARY).scatter(-1, tokens, probabilities)
+        spread += [probabilities[0]] if is_whole else []
+    for one_of_them in spread:
+        assert torch.equal(one_of_them, spread[-1])
+    return spread[-1]
+
+
 WARPERS: list[tuple[dict[str, Any], Callable[[], LogitsProcessor]]] = [
     ({"top_k": 7}, lambda: TopKLogitsWarper(7)),
     ({"top_p": 0.3}, lambda: TopPLogitsWarper(0.3)),
@@ -61,7 +83,7 @@ def test_what_may_be_drawn_is_what_transformers_would_draw_from(
     options: dict[str, Any], theirs: Callable[[], LogitsProcessor], seed: int
 ) -> None:
     row = logits(seed)[0]
-    ours = probabilities(row, Sampling(temperature=0.7, **options))
+    ours = kept(row, temperature=0.7, **options)
     want = theirs()(torch.zeros(1, 1, dtype=torch.long), row[None] / 0.7)[0].softmax(-1)
     torch.testing.assert_close(ours / ours.sum(), want, rtol=1e-4, atol=1e-7)
 
@@ -98,19 +120,19 @@ def test_a_seeded_row_draws_the_same_alone_and_among_neighbours() -> None:
     rows = logits(4, 16)
     asked = [request(i, temperature=1.0, seed=i, top_p=0.9 if i % 2 else 1.0) for i in range(16)]
     together = Sampler(no_grammar)
+    apart = [Sampler(no_grammar) for _ in rows]
     for _ in range(3):
         for alone, (token, row) in enumerate(zip(together.sample_batch(rows, asked), rows, strict=True)):
-            apart = Sampler(no_grammar)
-            for _ in range(len(together._states[alone].generated) - 1):
-                one(apart, row, asked[alone])
             assert isinstance(token, Token)
-            assert one(apart, row, asked[alone]) == token.id
+            assert one(apart[alone], row, asked[alone]) == token.id
 
 
 def test_draws_follow_the_probabilities() -> None:
     probabilities = torch.tensor([0.5, 0.0, 0.3, 0.2])
-    counts = Counter(draw_token(probabilities, i / 1000) for i in range(1000))
-    assert counts == {0: 500, 2: 300, 3: 200}
+    evenly = (torch.arange(1000, dtype=torch.float64)[:, None] + 0.5) / 1000
+    rules = replace(draw_rules(4, temperature=1.0), rows=torch.arange(1000), uniform=evenly)
+    drawn = draw_tokens(probabilities.log().expand(1000, -1), rules, None)
+    assert Counter(drawn.tolist()) == {0: 500, 2: 300, 3: 200}
     sampler = Sampler(no_grammar)
     seen = Counter(
         one(sampler, probabilities.log(), request(i, temperature=1.0, seed=i)) for i in range(3000)
@@ -147,10 +169,10 @@ def test_the_least_mass_still_holds_one_token(options: dict[str, Any]) -> None:
     request.
     """
     row = logits(8)[0]
-    kept = probabilities(row, Sampling(temperature=1.0, **options))
-    assert int(kept.count_nonzero()) == 1
+    only = kept(row, temperature=1.0, **options)
+    assert int(only.count_nonzero()) == 1
     chosen = one(Sampler(no_grammar), row, request(1, temperature=1.0, **options))
-    assert chosen == int(kept.argmax())
+    assert chosen == int(only.argmax())
     assert chosen == int(row.argmax()) or "typical_p" in options
 
 

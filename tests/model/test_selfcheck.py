@@ -173,7 +173,7 @@ def test_a_base_of_which_no_small_model_can_be_made_is_compared_with_itself(
         runner_on(base, dtype="float32")
     else:
         monkeypatch.setattr(kv, "_weigh_values", lambda query, keys, values, *_: torch.zeros_like(query))
-        with pytest.raises(SettingsError, match="its logits through the row attention differ from its own"):
+        with pytest.raises(SettingsError, match="its logits through the block attention differ from its own"):
             runner_on(base, dtype="float32")
     assert "no small model of the base could be made to prove it by: sizes that do not fit" in caplog.text
 

@@ -1,1 +1,1 @@
-"""The service where a host is not as it should be: disks, folders, users."""
+"""Faults of the place where the service runs, each made by its own means on a process of its own."""

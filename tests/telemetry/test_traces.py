@@ -190,7 +190,7 @@ def test_nothing_of_it_is_imported_unless_it_is_asked_for() -> None:
     """But for the API, which FastAPI brings along and imports itself."""
     code = """
 import os, sys
-from service import __main__
+from service import commands
 from service.telemetry import traces
 import service.server, service.app
 assert traces.make_tracer({}) is None

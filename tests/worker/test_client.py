@@ -10,6 +10,7 @@ import os
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,12 @@ import pytest
 from prometheus_client import REGISTRY
 
 from service.core.adapter import ExecutionPath, Tier
-from service.core.request import Event, Finish
+from service.core.request import UNNUMBERED, Event, Finish, Request
 from service.core.sampling import Sampling
 from service.errors import NotReady, Overloaded
 from service.settings import Faults, Settings
 from service.telemetry import metrics
-from service.worker import supervisor
+from service.worker import process, supervisor
 from service.worker.client import WorkerClient
 from service.worker.process import WorkerProcess
 from service.worker.ticket import Ticket
@@ -64,9 +65,14 @@ async def until(true: Callable[[], bool]) -> None:
             await asyncio.sleep(0.01)
 
 
+def submit(client: WorkerClient, prompt: tuple[int, ...], length: int, *rest: Any, **fields: Any) -> Ticket:
+    """`rest` and `fields` are of `Request`, after its length."""
+    return client.submit_request(Request(UNNUMBERED, prompt, length, *rest, **fields))
+
+
 async def begun(client: WorkerClient, **more: Any) -> Ticket:
     """A request without end that has made a token."""
-    ticket = client.submit_request((1, 2), ENDLESS, **more)
+    ticket = submit(client, (1, 2), ENDLESS, **more)
     await until(lambda: ticket.first is not None)
     return ticket
 
@@ -78,7 +84,7 @@ def worker(client: WorkerClient) -> int:
 
 def score(pid: int) -> int:
     """How much sooner than others Linux ends this process where memory runs out."""
-    return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text(encoding="utf-8"))
 
 
 def count(name: str, **labels: str) -> float:
@@ -92,7 +98,7 @@ async def test_mixed_requests_each_get_their_own_tokens() -> None:
             client.add_adapter(each)
             assert (await client.wait_until_loaded(each.digest)).error == ""
         digests = [None, pool.digest, shadow.digest] * 5
-        tickets = [client.submit_request((3, i), 6, digest) for i, digest in enumerate(digests)]
+        tickets = [submit(client, (3, i), 6, digest) for i, digest in enumerate(digests)]
         for i, (ticket, digest) in enumerate(zip(tickets, digests, strict=True)):
             tokens, end = await read(ticket)
             assert tokens == expected(digest, (3, i), 6)
@@ -101,9 +107,19 @@ async def test_mixed_requests_each_get_their_own_tokens() -> None:
         assert [placement.digest for placement in client.pool] == [pool.digest]
 
 
+async def test_each_request_gets_a_number_and_is_otherwise_as_it_came() -> None:
+    request = Request(UNNUMBERED, (1, 2), 2, None, Sampling(seed=5), frozenset({7}), prompt_logprobs=0)
+    async with engine() as client:
+        tickets = [client.submit_request(request) for _ in range(2)]
+        assert len({ticket.request.id for ticket in tickets} - {UNNUMBERED}) == 2
+        assert [replace(ticket.request, id=UNNUMBERED) for ticket in tickets] == [request] * 2
+        for ticket in tickets:
+            await read(ticket)
+
+
 async def test_times_are_told_in_order() -> None:
     async with engine() as client:
-        ticket = client.submit_request((1,), 3, sampling=Sampling(logprobs=0))
+        ticket = submit(client, (1,), 3, sampling=Sampling(logprobs=0))
         await read(ticket)
         times = [ticket.submitted, ticket.started, ticket.first, ticket.last, ticket.ended]
         assert times == sorted(time for time in times if time is not None)
@@ -118,7 +134,7 @@ async def test_metrics_count_each_token_once() -> None:
             count("request_success_total", finished_reason="length"),
         )
         first = count("time_to_first_token_seconds_count")
-        for ticket in [client.submit_request((1, 2, i), 7) for i in range(5)]:
+        for ticket in [submit(client, (1, 2, i), 7) for i in range(5)]:
             await read(ticket)
         assert count("generation_tokens_total") == before[0] + 35
         assert count("prompt_tokens_total") == before[1] + 15
@@ -149,7 +165,7 @@ async def test_an_adapters_ways_are_counted_hit_or_miss_in_seconds_and_in_bytes(
             count("adapter_evict_seconds_count", tier="device"),
         )
         for each in (first, first, second):
-            await read(client.submit_request((1,), 2, each.digest))
+            await read(submit(client, (1,), 2, each.digest))
         grown = {name: value - before[name] for name, value in moves().items() if value != before[name]}
         assert grown == {
             "misses device": 2,
@@ -174,7 +190,7 @@ async def test_an_adapters_ways_are_counted_hit_or_miss_in_seconds_and_in_bytes(
         )
         before, evictions = moves(), count("adapter_evict_seconds_count", tier="device")
         await client.remove_adapter(second.digest)
-        await read(client.submit_request((1,), 2))  # by then the pool's rows are free
+        await read(submit(client, (1,), 2))  # by then the pool's rows are free
         assert moves() == before, "what is deleted has made room for nobody"
         assert count("adapter_evict_seconds_count", tier="device") == evictions
 
@@ -185,7 +201,7 @@ async def test_a_shadow_adapter_is_at_home_in_host_memory() -> None:
         client.add_adapter(one, preload=False)
         before = moves()
         for _ in range(2):
-            await read(client.submit_request((1,), 2, one.digest))
+            await read(submit(client, (1,), 2, one.digest))
         grown = {name: value - before[name] for name, value in moves().items() if value != before[name]}
         assert grown == {"misses host": 1, "hits host": 1, "load_bytes": 1000}
         assert client.is_resident(one.digest)
@@ -196,7 +212,7 @@ async def test_adapters_that_requests_wait_for_are_known() -> None:
         one = adapter("a")
         client.add_adapter(one)
         running = await begun(client)
-        waiting = client.submit_request((1,), 1, one.digest)
+        waiting = submit(client, (1,), 1, one.digest)
         assert client.awaited == {one.digest}
         running.cancel_request()
         await read(running)
@@ -207,7 +223,7 @@ async def test_adapters_that_requests_wait_for_are_known() -> None:
 async def test_cancelling_ends_the_work_and_frees_the_row() -> None:
     async with engine(max_rows=1) as client:
         ticket = await begun(client)
-        waiting = client.submit_request((5,), 2)
+        waiting = submit(client, (5,), 2)
         ticket.cancel_request()
         ticket.cancel_request()
         _, end = await read(ticket)
@@ -234,9 +250,9 @@ async def test_a_caller_that_has_all_it_wants_succeeded() -> None:
 
 async def test_over_the_queues_limit_nothing_is_admitted() -> None:
     async with engine(max_rows=1, queue_limit=2) as client:
-        tickets = [client.submit_request((1,), ENDLESS) for _ in range(3)]
+        tickets = [submit(client, (1,), ENDLESS) for _ in range(3)]
         with pytest.raises(Overloaded) as refused:
-            client.submit_request((1,), 1)
+            submit(client, (1,), 1)
         assert refused.value.retry_after == 1
         for ticket in tickets:
             ticket.cancel_request()
@@ -247,18 +263,18 @@ async def test_nothing_is_admitted_while_it_loads() -> None:
     async with engine(wait=False) as client:
         assert client.state == "loading"
         with pytest.raises(NotReady) as refused:
-            client.submit_request((1,), 1)
+            submit(client, (1,), 1)
         assert refused.value.retry_after
         await client.wait_ready()
         assert (client.stage, client.fraction) == ("", 1.0)
         assert client.base
         assert client.base.rows == 2
-        await read(client.submit_request((1,), 1))
+        await read(submit(client, (1,), 1))
 
 
 async def test_a_deadline_ends_the_ticket_and_its_work() -> None:
     async with engine(request_timeout_s=0.5) as client:
-        ticket = client.submit_request((1,), ENDLESS)
+        ticket = submit(client, (1,), ENDLESS)
         _, end = await read(ticket)
         assert (end.finish, end.code) == (Finish.FAILED, "deadline_exceeded")
         await until(lambda: client.gauges.running == 0)
@@ -274,16 +290,15 @@ async def test_a_killed_worker_fails_what_ran_and_serves_what_waited() -> None:
         restarts = count("worker_restarts_total")
         running = [await begun(client), await begun(client, adapter=plain.digest)]
         waiting = [
-            client.submit_request((4, i), 3, digest)
-            for i, digest in enumerate((None, plain.digest, pinned.digest))
+            submit(client, (4, i), 3, digest) for i, digest in enumerate((None, plain.digest, pinned.digest))
         ]
-        gone = client.submit_request((9,), 3)
+        gone = submit(client, (9,), 3)
         os.kill(worker(client), signal.SIGKILL)
         await until(lambda: client.state == "restarting")
         assert "SIGKILL" in client.reason
         gone.cancel_request()
         with pytest.raises(NotReady):
-            client.submit_request((1,), 1)
+            submit(client, (1,), 1)
         for ticket in running:
             _, end = await read(ticket)
             assert (end.finish, end.code) == (Finish.FAILED, "not_ready")
@@ -296,12 +311,70 @@ async def test_a_killed_worker_fails_what_ran_and_serves_what_waited() -> None:
         assert count("worker_restarts_total") == restarts + 1
 
 
+@pytest.fixture
+def oom_kills(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The system's counter: its last number."""
+    kills = [7]
+    monkeypatch.setattr(process, "count_oom_kills", lambda: kills[-1])
+    return kills
+
+
+async def test_a_worker_that_the_system_killed_for_want_of_memory_is_told_as_such(
+    oom_kills: list[int],
+) -> None:
+    async with engine(faults=Faults(slow_load=3600)) as client:
+        one, other = adapter("a"), adapter("b")
+        for each in (one, other):
+            client.add_adapter(each, preload=each is one)
+        loading = asyncio.create_task(client.wait_until_loaded(one.digest))
+        waiting, plain = submit(client, (1,), 3, other.digest), submit(client, (2,), ENDLESS)
+        await until(lambda: plain.first is not None)
+        oom_kills.append(8)
+        os.kill(worker(client), signal.SIGKILL)
+        load = await loading
+        why = "the worker died (memory ran out and the system killed it"
+        assert (load.code, load.error.startswith(why)) == ("not_ready", True), load.error
+        for ticket in (waiting, plain):
+            _, end = await read(ticket)
+            assert (end.code, end.message.startswith(why)) == ("not_ready", True), end.message
+        assert client.reason.startswith(why)
+        await client.wait_ready()
+        assert not client._adapters.waits, "the next worker begins nothing that the last one died of"
+
+
+async def test_one_that_was_killed_after_the_system_killed_another_process_long_ago_is_not_told_so(
+    oom_kills: list[int],
+) -> None:
+    async with engine() as client:
+        oom_kills.append(8)
+        os.kill(worker(client), signal.SIGKILL)
+        await until(lambda: not client.ready)
+        await client.wait_ready()
+        os.kill(worker(client), signal.SIGKILL)
+        await until(lambda: client.state == "restarting")
+        assert client.reason == "the worker died (SIGKILL)"
+
+
+async def test_a_load_that_has_lost_two_workers_is_given_up() -> None:
+    async with engine(faults=Faults(slow_load=3600)) as client:
+        one = adapter("a")
+        client.add_adapter(one)
+        loading = asyncio.create_task(client.wait_until_loaded(one.digest))
+        for _ in range(2):
+            os.kill(worker(client), signal.SIGKILL)
+            await until(lambda: not client.ready)
+            await client.wait_ready()
+        load = await loading
+        assert load.code == "not_ready"
+        assert load.error == "the worker died (SIGKILL) before the adapter was read"
+
+
 async def test_an_injected_death_comes_once() -> None:
     async with engine(faults=Faults(kill=3)) as client:
-        _, end = await read(client.submit_request((1,), 5))
+        _, end = await read(submit(client, (1,), 5))
         assert (end.finish, end.code) == (Finish.FAILED, "not_ready")
         await client.wait_ready()
-        assert len((await read(client.submit_request((1,), 5)))[0]) == 5
+        assert len((await read(submit(client, (1,), 5)))[0]) == 5
 
 
 async def test_where_memory_runs_out_the_worker_goes_first() -> None:
@@ -312,11 +385,11 @@ async def test_where_memory_runs_out_the_worker_goes_first() -> None:
 async def test_a_stuck_worker_is_killed_and_replaced() -> None:
     async with engine(faults=Faults(stuck=2), request_timeout_s=1) as client:
         pid = worker(client)
-        _, end = await read(client.submit_request((1,), 5))
+        _, end = await read(submit(client, (1,), 5))
         assert end.finish is Finish.FAILED
         assert end.code in ("not_ready", "deadline_exceeded")
         await until(lambda: client.worker_pid not in (pid, None) and client.ready)
-        assert len((await read(client.submit_request((1,), 5)))[0]) == 5
+        assert len((await read(submit(client, (1,), 5)))[0]) == 5
 
 
 async def test_one_that_hangs_is_replaced_also_for_who_only_registers_or_removes() -> None:
@@ -336,7 +409,7 @@ async def test_one_that_had_nothing_to_say_has_its_time_when_it_is_asked() -> No
         pid = worker(client)
         await asyncio.sleep(3.5)
         os.kill(pid, signal.SIGSTOP)
-        asked = client.submit_request((1,), 5)
+        asked = submit(client, (1,), 5)
         await asyncio.sleep(0.4)
         os.kill(pid, signal.SIGCONT)
         assert (await read(asked))[1].finish is Finish.LENGTH
@@ -345,7 +418,7 @@ async def test_one_that_had_nothing_to_say_has_its_time_when_it_is_asked() -> No
 
 async def test_a_cancel_that_a_dying_worker_never_read_is_kept() -> None:
     async with engine(faults=Faults(stuck=2), request_timeout_s=1, max_rows=1) as client:
-        stuck, waiting = client.submit_request((1,), 5), client.submit_request((2,), 5)
+        stuck, waiting = submit(client, (1,), 5), submit(client, (2,), 5)
         await until(lambda: stuck.first is not None)
         waiting.cancel_request()
         os.kill(worker(client), signal.SIGKILL)
@@ -357,10 +430,10 @@ async def test_a_worker_that_waits_for_a_slow_disk_is_not_stuck() -> None:
     async with engine(faults=Faults(slow_load=1.5), request_timeout_s=1) as client:
         pid, slow = worker(client), adapter("slow")
         client.add_adapter(slow, preload=False)
-        _, end = await read(client.submit_request((1,), 2, slow.digest))
+        _, end = await read(submit(client, (1,), 2, slow.digest))
         assert end.code == "deadline_exceeded"
         assert (await client.wait_until_loaded(slow.digest)).seconds > 1.5
-        assert (await read(client.submit_request((1,), 2, slow.digest)))[0] == expected(slow.digest, (1,), 2)
+        assert (await read(submit(client, (1,), 2, slow.digest)))[0] == expected(slow.digest, (1,), 2)
         assert worker(client) == pid
 
 
@@ -368,17 +441,17 @@ async def test_a_raising_step_fails_its_requests_only() -> None:
     async with engine(faults=Faults(step=3)) as client:
         pid = worker(client)
         for _ in range(3):
-            tokens, end = await read(client.submit_request((1,), 5))
+            tokens, end = await read(submit(client, (1,), 5))
             assert tokens == expected(None, (1,), 2)
             assert (end.finish, end.code) == (Finish.FAILED, "internal")
-            assert len((await read(client.submit_request((1,), 2)))[0]) == 2
+            assert len((await read(submit(client, (1,), 2)))[0]) == 2
         assert worker(client) == pid
 
 
 async def test_two_raising_steps_in_a_row_replace_the_worker() -> None:
     async with engine(faults=Faults(step=1), max_rows=1) as client:
         pid = worker(client)
-        tickets = [client.submit_request((1,), 5) for _ in range(2)]
+        tickets = [submit(client, (1,), 5) for _ in range(2)]
         for ticket in tickets:
             _, end = await read(ticket)
             assert end.code == "internal"
@@ -387,11 +460,11 @@ async def test_two_raising_steps_in_a_row_replace_the_worker() -> None:
 
 async def test_draining_lets_the_admitted_finish_and_takes_no_more() -> None:
     async with engine(max_rows=1) as client:
-        tickets = [client.submit_request((1, i), 40) for i in range(3)]
+        tickets = [submit(client, (1, i), 40) for i in range(3)]
         stopping = asyncio.create_task(client.stop_worker(30))
         await until(lambda: client.state == "draining")
         with pytest.raises(NotReady):
-            client.submit_request((1,), 1)
+            submit(client, (1,), 1)
         for i, ticket in enumerate(tickets):
             assert (await read(ticket))[0] == expected(None, (1, i), 40)
         await stopping
@@ -400,7 +473,7 @@ async def test_draining_lets_the_admitted_finish_and_takes_no_more() -> None:
 async def test_the_grace_ends_what_does_not() -> None:
     async with engine(max_rows=1) as client:
         pid = worker(client)
-        tickets = [await begun(client), client.submit_request((1,), 5)]
+        tickets = [await begun(client), submit(client, (1,), 5)]
         await client.stop_worker(0.1)
         for ticket in tickets:
             _, end = await read(ticket)
@@ -412,7 +485,7 @@ async def test_the_grace_ends_what_does_not() -> None:
 
 async def test_a_stuck_worker_does_not_hold_the_end() -> None:
     async with engine(faults=Faults(stuck=2)) as client:
-        pid, ticket = worker(client), client.submit_request((1,), 5)
+        pid, ticket = worker(client), submit(client, (1,), 5)
         await until(lambda: ticket.first is not None)
         await client.stop_worker(0)
         assert (await read(ticket))[1].code == "not_ready"
@@ -433,7 +506,7 @@ async def test_one_that_is_stopped_between_two_workers_starts_no_other(
 ) -> None:
     monkeypatch.setattr(supervisor, "BACKOFF_S", (0.3, 0.3))
     async with engine(max_rows=1) as client:
-        running, waiting = await begun(client), client.submit_request((2,), 3)
+        running, waiting = await begun(client), submit(client, (2,), 3)
         os.kill(worker(client), signal.SIGKILL)
         await until(lambda: client.state == "restarting")
         stopping = asyncio.create_task(client.stop_worker(20))
@@ -452,6 +525,20 @@ async def test_a_base_that_cannot_be_served_is_told_and_not_tried_again() -> Non
         assert client.state == "failed"
         assert client.reason == "ADAPTERD_BASE: the fake base is broken"
         assert (await client.wait_until_loaded("sha256:any")).error
+
+
+async def test_one_that_raises_while_it_loads_is_told_by_the_exception_and_not_by_its_end() -> None:
+    async with engine("build_raising", wait=False) as client:
+        with pytest.raises(NotReady) as told:
+            await client.wait_ready()
+        words = "RuntimeError: the device at fake0 said no"
+        assert told.value.message == f"the worker died ({words}) 3 times in a row while loading"
+
+
+async def test_a_factory_that_is_not_there_is_told() -> None:
+    async with engine("build_nothing", wait=False) as client:
+        with pytest.raises(NotReady, match=r"AttributeError: .*build_nothing"):
+            await client.wait_ready()
 
 
 async def test_three_deaths_while_loading_are_the_end() -> None:
@@ -488,7 +575,7 @@ async def test_where_no_worker_can_be_started_it_is_tried_again(monkeypatch: pyt
 
     async with engine(max_rows=1) as client:
         await begun(client)
-        waiting, pid = client.submit_request((2,), 3), worker(client)
+        waiting, pid = submit(client, (2,), 3), worker(client)
         monkeypatch.setattr(supervisor, "WorkerProcess", scarce)
         os.kill(pid, signal.SIGKILL)
         await until(lambda: waiting.ended is not None)
@@ -501,7 +588,7 @@ async def test_one_that_stands_still_while_it_loads_is_killed_and_in_the_end_giv
 ) -> None:
     monkeypatch.setattr(supervisor, "STANDSTILL_S", 1.5)
     async with engine("build_waiting", wait=False) as client:
-        with pytest.raises(NotReady, match=r"SIGKILL.* 3 times in a row while loading"):
+        with pytest.raises(NotReady, match=r"stood still for \d+ s and was killed\) 3 times in a row"):
             await client.wait_ready()
 
 
@@ -520,7 +607,7 @@ async def test_one_that_hangs_up_and_stays_is_ended() -> None:
     async with engine("build_deaf", wait=False) as client:
         pid = worker(client)
         await until(lambda: client.state == "restarting")
-        assert "SIGKILL" in client.reason
+        assert "closed its connection, did not end within 2 s and was killed" in client.reason
         assert not psutil.pid_exists(pid)
 
 
@@ -528,7 +615,7 @@ async def test_an_adapter_that_cannot_be_read_says_why() -> None:
     async with engine() as client:
         client.add_adapter(adapter("broken", readable=False))
         assert "cannot be read" in (await client.wait_until_loaded("sha256:broken")).error
-        _, end = await read(client.submit_request((1,), 2, "sha256:broken"))
+        _, end = await read(submit(client, (1,), 2, "sha256:broken"))
         assert end.code == "adapter_invalid"
 
 
@@ -539,7 +626,7 @@ async def test_dropping_waits_for_those_in_flight_and_frees() -> None:
         running = await begun(client, adapter=dying.digest)
         dropping = asyncio.create_task(client.remove_adapter(dying.digest))
         await asyncio.sleep(0)
-        _, end = await read(client.submit_request((1,), 2, dying.digest))
+        _, end = await read(submit(client, (1,), 2, dying.digest))
         assert end.code == "adapter_not_found"
         assert not dropping.done()
         running.cancel_request()
@@ -559,7 +646,7 @@ async def test_an_adapter_is_dropped_with_the_worker_that_held_it() -> None:
         os.kill(worker(client), signal.SIGKILL)
         assert await dropping == 0
         await client.wait_ready()
-        _, end = await read(client.submit_request((1,), 2, dying.digest))
+        _, end = await read(submit(client, (1,), 2, dying.digest))
         assert end.code == "adapter_not_found"
 
 
@@ -579,12 +666,12 @@ async def test_pins_move_over_the_wire() -> None:
         wide = [adapter(f"w{i}", rank=16) for i in range(2)]
         for each in wide:
             client.add_adapter(each, preload=False)
-        await read(client.submit_request((1,), 1, wide[0].digest))
+        await read(submit(client, (1,), 1, wide[0].digest))
         client.pin_adapter(wide[0].digest, True)
-        _, end = await read(client.submit_request((1,), 1, wide[1].digest))
+        _, end = await read(submit(client, (1,), 1, wide[1].digest))
         assert end.code == "overloaded"
         client.pin_adapter(wide[0].digest, False)
-        assert (await read(client.submit_request((1,), 1, wide[1].digest)))[1].finish is Finish.LENGTH
+        assert (await read(submit(client, (1,), 1, wide[1].digest)))[1].finish is Finish.LENGTH
         assert [client.tier_of(each.digest) for each in wide] == [Tier.HOST, Tier.DEVICE]
         assert count("adapters", tier="device") == 1
 

@@ -28,8 +28,9 @@ from service.core.messages import (
 from service.core.request import Event, Finish, Request
 from service.engine.plan import Plan, Result
 from service.errors import SettingsError
+from service.limits import FreeMemory
 from service.settings import Faults, Settings
-from service.worker import loader, memory
+from service.worker import loader
 from service.worker.loop import RAISED_TWICE, Factory, Worker, serve_worker
 from tests.fakes import FakeRunner, adapter, card, expected
 
@@ -118,7 +119,7 @@ def desk(serve: Callable[[Connection], int]) -> Iterator[Desk]:
 def worker(runner: FakeRunner | None = None, **chosen: Any) -> AbstractContextManager[Desk]:
     settings = Settings(**({"pool_rank": 16, "max_rank": 16} | chosen))
     fake = card(settings)
-    made = runner or FakeRunner(fake.rows, fake.context, fake.pool_rank)
+    made = runner or FakeRunner(fake.kv_blocks, fake.context, fake.pool_rank)
     return desk(lambda connection: Worker(connection, made, fake, settings).run_loop())
 
 
@@ -126,7 +127,7 @@ def test_it_says_who_starts_before_the_step_that_may_kill_it() -> None:
     with worker() as desk:
         desk.send(Submit(Request(1, (5,), 2)))
         starts = desk.report(lambda report: True)
-        assert (starts.started, starts.events) == ((1,), ())
+        assert (starts.started, starts.events) == (((1, 0),), ())
         assert starts.gauges.running == 1
         tokens = [desk.event().token for _ in range(2)]
         assert [token.id for token in tokens if token] == expected(None, (5,), 2)
@@ -169,7 +170,7 @@ def test_it_shows_signs_of_life_while_it_waits_for_a_disk() -> None:
     ("wrong", "code", "words"),
     [
         ("disk", "adapter_invalid", "No such file or directory"),
-        ("memory", "internal", "MemoryError"),
+        ("memory", "overloaded", "not enough memory"),
         ("place", "internal", "step"),
     ],
 )
@@ -245,8 +246,8 @@ def test_what_comes_late_is_not_kept_for_a_second_reading_that_fails(monkeypatch
 
 
 def test_what_does_not_fit_the_memory_that_is_left_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "free_bytes", lambda: 1000)
-    large, small = adapter("large", size=1001), adapter("small", size=1000)
+    monkeypatch.setattr(loader, "free_memory", lambda: FreeMemory(12_000_000, 0, "the limit is 99 MB"))
+    large, small = adapter("large", size=6_500_000), adapter("small", size=6_000_000)
     with worker() as desk:
         desk.send(
             AddAdapter(large),
@@ -256,7 +257,7 @@ def test_what_does_not_fit_the_memory_that_is_left_is_not_read(monkeypatch: pyte
         )
         event = desk.event()
         assert (event.request, event.finish, event.code) == (1, Finish.FAILED, "overloaded")
-        assert "it takes 1001 bytes, 1000 are free" in event.message
+        assert "it takes 13 MB to be read, 12 MB are free, for the limit is 99 MB" in event.message
         assert desk.event().finish is Finish.LENGTH
 
 
@@ -283,7 +284,7 @@ def test_a_forward_that_raises_leaves_the_pool_as_it_was() -> None:
         runner.wrong = ""
         desk.send(Submit(Request(2, (5,), 1, each.digest)))
         after = desk.report(lambda report: True)
-        assert (after.started, after.pool, after.tiers) == ((2,), None, ())
+        assert (after.started, after.pool, after.tiers) == (((2, 0),), None, ())
         assert desk.event().finish is Finish.LENGTH
 
 
@@ -321,7 +322,7 @@ def tokens_of(desk: Desk, requests: set[int]) -> tuple[dict[int, list[int]], dic
 
 def test_an_adapter_that_raises_fails_alone_and_is_refused_until_it_is_offered_again() -> None:
     bad, good = adapter("bad"), adapter("good")
-    runner = Unrunnable(bad, rows=4)
+    runner = Unrunnable(bad)
     reason = "this base cannot run this adapter: its step raised TypeError"
     with worker(runner) as desk:
         desk.send(
@@ -346,7 +347,7 @@ def test_an_adapter_that_raises_fails_alone_and_is_refused_until_it_is_offered_a
 
 
 def test_an_adapter_that_raises_with_nobody_beside_it_does_not_end_the_worker() -> None:
-    runner = Unrunnable(adapter("bad"), rows=1)
+    runner = Unrunnable(adapter("bad"))
     with worker(runner, max_rows=1) as desk:
         for id in range(4):
             desk.send(AddAdapter(runner.bad), Submit(Request(id, (5,), 3, runner.bad.digest)))
@@ -366,7 +367,7 @@ class Short(FakeRunner):
 
 def test_a_request_that_raises_fails_alone_and_is_not_its_adapters_fault() -> None:
     each = adapter("a")
-    with worker(Short(rows=4)) as desk:
+    with worker(Short()) as desk:
         desk.send(
             AddAdapter(each),
             Submit(Request(1, (5,), 6, each.digest)),
@@ -452,7 +453,7 @@ def test_an_adapter_that_cannot_be_placed_fails_alone() -> None:
 
 
 def test_two_raising_steps_in_a_row_end_it() -> None:
-    runner = Balky(rows=1)
+    runner = Balky()
     runner.wrong = "step"
     with worker(runner, max_rows=1) as desk:
         desk.send(Submit(Request(1, (5,), 1)), Submit(Request(2, (5,), 1)))
@@ -477,11 +478,21 @@ def unreadable(settings: Settings, progress: Any) -> Any:
     raise OSError("/secret/place/config.json is not there")
 
 
+def denied(settings: Settings, progress: Any) -> Any:
+    raise PermissionError(13, "Permission denied", "/secret/place")
+
+
+def cut(settings: Settings, progress: Any) -> Any:
+    raise EOFError
+
+
 @pytest.mark.parametrize(
     ("factory", "reason"),
     [
         (unfit, "ADAPTERD_BASE: no such base"),
-        (unreadable, "the base cannot be loaded (OSError); the log says why"),
+        (unreadable, "the base cannot be loaded: OSError: config.json is not there"),
+        (denied, "the base cannot be loaded: PermissionError: Permission denied"),
+        (cut, "the base cannot be loaded: EOFError"),
     ],
 )
 def test_what_no_restart_would_help_is_told(factory: Factory, reason: str) -> None:

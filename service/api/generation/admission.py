@@ -11,15 +11,17 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any
 
-from fastapi import Depends, Request
+from fastapi import Depends
+from fastapi import Request as HttpRequest
 
 from ...core.base_info import BaseInfo
+from ...core.request import UNNUMBERED, Request
 from ...core.sampling import Sampling
 from ...errors import BadRequest, ContextLengthExceeded
 from ...telemetry import metrics
@@ -67,7 +69,7 @@ class GenerationOptions:
 class Admission:
     """The resources of one HTTP request: the lease of its adapter and its tickets."""
 
-    request: Request
+    http_request: HttpRequest
     services: Services
     resources: ExitStack
     version: AdapterVersion | None = None
@@ -96,7 +98,7 @@ class Admission:
         tokenizers = self.services.tokenizers
         if id is None:
             return tokenizers.base
-        get_scope(self.request).require_visible(id)
+        get_scope(self.http_request).require_visible(id)
         version = self.resources.enter_context(self.services.registry.lease_adapter(id))
         self.version = version
         cached = tokenizers.find_cached(version.digest)
@@ -113,12 +115,25 @@ class Admission:
         """
         self._check_prompt(prompt, options)
         self._check_sampling(tokenizer, options.sampling)
-        max_tokens = token_budget(len(prompt), options, self.base.context)
-        first_seed = options.seed if options.seed is not None else random.SystemRandom().getrandbits(52)
-        seeds = [(first_seed + i) % 2**64 for i in range(options.count)]
-        answers = [self._start_answer(tokenizer, prompt, options, max_tokens, seed) for seed in seeds]
+        request = self._make_request(tokenizer, prompt, options)
+        requests = _seed_each(request, options)
+        answers = [self._start_answer(each, tokenizer, options.stop) for each in requests]
         self.answers += answers
         return answers
+
+    def _make_request(
+        self, tokenizer: AdapterTokenizer, prompt: tuple[int, ...], options: GenerationOptions
+    ) -> Request:
+        """The request that all answers to this prompt share but for their seeds."""
+        return Request(
+            UNNUMBERED,
+            prompt,
+            max_tokens=token_budget(len(prompt), options, self.base.context),
+            adapter=self.version.digest if self.version else None,
+            sampling=options.sampling,
+            eos=frozenset() if options.ignore_eos else self._possible_eos(tokenizer.eos),
+            prompt_logprobs=options.prompt_logprobs,
+        )
 
     def _check_prompt(self, prompt: tuple[int, ...], options: GenerationOptions) -> None:
         size, param = self.base.vocab_size, options.prompt_param
@@ -144,25 +159,10 @@ class Admission:
                 "so no answer of it can be held to a format"
             )
 
-    def _start_answer(
-        self,
-        tokenizer: AdapterTokenizer,
-        prompt: tuple[int, ...],
-        options: GenerationOptions,
-        max_tokens: int,
-        seed: int,
-    ) -> Answer:
-        sampling = replace(options.sampling, seed=seed)
-        ticket = self.services.client.submit_request(
-            prompt=prompt,
-            max_tokens=max_tokens,
-            adapter=self.version.digest if self.version else None,
-            sampling=sampling,
-            eos=frozenset() if options.ignore_eos else self._possible_eos(tokenizer.eos),
-            prompt_logprobs=options.prompt_logprobs,
-        )
+    def _start_answer(self, request: Request, tokenizer: AdapterTokenizer, stop: Sequence[str]) -> Answer:
+        ticket = self.services.client.submit_request(request)
         self.resources.callback(ticket.cancel_request)
-        return Answer(ticket, tokenizer, prompt, StopStrings(options.stop), seed, sampling.min_tokens)
+        return Answer(ticket, tokenizer, StopStrings(stop))
 
     def _possible_eos(self, eos: frozenset[int]) -> frozenset[int]:
         """The eos ids that the vocabulary has: an adapter's files may name any number, and the
@@ -186,7 +186,7 @@ class Admission:
 
         The server reports that, but stops no handler that has not begun to answer.
         """
-        while (await self.request.receive())["type"] != "http.disconnect":
+        while (await self.http_request.receive())["type"] != "http.disconnect":
             pass
         for answer in self.answers:
             answer.ticket.cancel_request()
@@ -196,6 +196,12 @@ class Admission:
         """The tokens of all prompts; one counts once, however many answers it gets."""
         prompts = {id(answer.prompt): answer.prompt for answer in self.answers}
         return sum(map(len, prompts.values()))
+
+    @property
+    def cached_tokens(self) -> int:
+        """The prompt tokens that were reused; of several answers to one prompt the first one's."""
+        first = {id(answer.prompt): answer for answer in reversed(self.answers)}
+        return sum(answer.ticket.cached_tokens for answer in first.values())
 
     @property
     def generated_tokens(self) -> int:
@@ -245,11 +251,19 @@ class Admission:
         return parts
 
 
+def _seed_each(request: Request, options: GenerationOptions) -> Iterator[Request]:
+    """The request once for each answer that is wanted, with seeds that follow each other."""
+    first = options.seed if options.seed is not None else random.SystemRandom().getrandbits(52)
+    for i in range(options.count):
+        sampling = replace(request.sampling, seed=(first + i) % 2**64)
+        yield replace(request, sampling=sampling)
+
+
 def _milliseconds(start: float | None, end: float | None) -> float:
     return max(0.0, end - start) * 1000 if start is not None and end is not None else 0.0
 
 
-async def admit_request(request: Request, services: ReadyServices) -> AsyncIterator[Admission]:
+async def admit_request(request: HttpRequest, services: ReadyServices) -> AsyncIterator[Admission]:
     """The admission of one request.
 
     A dependency, for its end runs in every case: also when the client leaves before the first byte,
@@ -267,7 +281,7 @@ Admitted = Annotated[Admission, Depends(admit_request)]
 def _count_request(admission: Admission) -> None:
     if not admission.answers:
         return
-    state = admission.request.state
+    state = admission.http_request.state
     headers = admission.make_headers() | admission.make_times()
     # Last what the routes noted; a stream's own headers said less
     state.log = admission.make_outcome() | logged_headers(headers) | state.log
@@ -302,7 +316,7 @@ def _context_exceeded(prompt: int, wanted: int, context: int, param: str) -> Con
 
 
 async def tokenize_text(
-    request: Request, tokenizer: AdapterTokenizer, text: str, special: bool = True
+    request: HttpRequest, tokenizer: AdapterTokenizer, text: str, special: bool = True
 ) -> tuple[int, ...]:
     """The text's ids, off the event loop where the text is long, or where an adapter's own tokenizer
     may take any time.
@@ -324,7 +338,7 @@ async def chat_prompt(
     """The ids of the conversation, up to where the assistant answers. Raises as `_render_chat`."""
     text = await _render_chat(admission, tokenizer, messages, tools)
     # The template has written the special tokens itself
-    return await tokenize_text(admission.request, tokenizer, text, special=False)
+    return await tokenize_text(admission.http_request, tokenizer, text, special=False)
 
 
 async def _render_chat(
@@ -342,7 +356,7 @@ async def _render_chat(
     render_request = tokenizer.render_request(messages, tools, limit)
     if tokenizer.own_template:
         return await admission.services.tokenizers.renderer.render(render_request)
-    if len(await admission.request.body()) > LARGE_BODY:
+    if len(await admission.http_request.body()) > LARGE_BODY:
         return await run_in(TEXT, tokenizer.render_here, render_request)
     return tokenizer.render_here(render_request)
 

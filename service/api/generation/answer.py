@@ -46,20 +46,25 @@ class TextPiece:
 class Answer:
     """One continuation of a prompt; it is read once, and its pieces and tokens are kept.
 
-    Stop strings count after `min_tokens` tokens.
+    Stop strings count after the request's `min_tokens`.
 
     `scored` are the prompt's tokens with log probabilities, where the request wants them.
     """
 
     ticket: Ticket
     tokenizer: AdapterTokenizer
-    prompt: tuple[int, ...]
     stops: StopStrings
-    seed: int
-    min_tokens: int = 0
     pieces: list[TextPiece] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     scored: tuple[Token, ...] = ()
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        return self.ticket.request.prompt
+
+    @property
+    def seed(self) -> int:
+        return self.ticket.request.sampling.seed
 
     async def read_pieces(self) -> AsyncIterator[TextPiece]:
         """Its pieces as they come; the last one has the ending.
@@ -128,7 +133,8 @@ class Answer:
         return event.finish is Finish.EOS or token.id in self.tokenizer.special
 
     def _push_text(self, text: str, last: bool) -> str:
-        if len(self.tokens) <= self.min_tokens and self.min_tokens:
+        min_tokens = self.ticket.request.sampling.min_tokens
+        if min_tokens and len(self.tokens) <= min_tokens:
             return text
         text = self.stops.push_text(text)
         if last and self.stops.found is None:

@@ -53,7 +53,12 @@ def object_fields(kind: str, object: str, model: str, admission: Admission) -> J
 
 def usage_of(admission: Admission) -> JsonDict:
     prompt, completion = admission.prompt_tokens, admission.generated_tokens
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": admission.cached_tokens},
+    }
 
 
 async def merge_answers(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, TextPiece]]:

@@ -24,6 +24,8 @@ log = logging.getLogger("adapterd.access")
 
 SANE_ID = re.compile(r"^[A-Za-z0-9._:/+=@-]{1,128}$")
 
+LONGEST_CLIENT = 64  # characters; an address has fewer
+
 SECURITY = {
     "x-content-type-options": "nosniff",
     "x-frame-options": "DENY",
@@ -100,6 +102,8 @@ class _Exchange:
         self.id = client_id if SANE_ID.match(client_id) else uuid4().hex
         self.state: dict[str, Any] = scope.setdefault("state", {})
         self.state |= {"request_id": self.id, "log": {}, "parts": ()}
+        # The peer, or what a proxy that may do so has told of it
+        self.client = str((scope.get("client") or ("",))[0])[:LONGEST_CLIENT]
         self.began = time.monotonic()
         self.ended = 0.0
         self.fields: dict[str, Any] = {}
@@ -128,6 +132,7 @@ class _Exchange:
         """The fields that every line has."""
         return {
             "id": self.id,
+            "client": self.client,
             "method": self.scope["method"],
             "path": self.scope["path"],
             "status": self.status if self.whole else 499,

@@ -30,8 +30,8 @@ changing = APIRouter(tags=["adapters"], dependencies=[ADMIN_SCOPE])
 
 Id = Annotated[str, Path(description="The adapter's id; one with a slash is written raw or as %2F.")]
 Reading = document_errors(404, 503)
-Changing = document_errors(403, 404, 409, 422, 503, 504, 507)
-Aliased = document_errors(403, 404, 422, 503, 507, openai=True)
+Changing = document_errors(403, 404, 409, 422, 429, 503, 504, 507)
+Aliased = document_errors(403, 404, 422, 429, 503, 507, openai=True)
 SAME: dict[int | str, dict[str, Any]] = {
     200: {"description": "this content is already registered under this id"}
 }

@@ -38,12 +38,14 @@ router = APIRouter()
 @router.post("/v1/chat/completions", responses=EVENTS | document_errors(404, 422, 429, 503, 504, openai=True))
 async def answer_chat(body: ChatRequest, request: Request, admission: Admitted) -> Response:
     """Answers a conversation, or calls tools; with `stream`, as server-sent events."""
-    tokenizer = await admission.enter_adapter(chosen_adapter(body.model, admission.services))
-    tools = [tool.function.template_form for tool in body.tools or ()] if body.tool_choice != "none" else []
+    adapter_id = chosen_adapter(body.model, admission.services)
+    tokenizer = await admission.enter_adapter(adapter_id)
+    tools = _offered_tools(body)
     format = tokenizer.tool_format() if tools else None
     messages = [_template_message(message) for message in body.messages]
     prompt = await chat_prompt(admission, tokenizer, messages, tools)
-    admission.submit_prompt(tokenizer, prompt, await _make_options(body))
+    options = await _make_options(body)
+    admission.submit_prompt(tokenizer, prompt, options)
     parsers = [_make_parser(body, format) for _ in admission.answers]
     if body.stream:
         shared_fields = object_fields("chatcmpl", "chat.completion.chunk", body.model, admission)
@@ -57,9 +59,17 @@ async def answer_chat(body: ChatRequest, request: Request, admission: Admitted) 
     return await render_answer(completion, admission.make_headers() | admission.make_times())
 
 
+def _offered_tools(body: ChatRequest) -> list[JsonDict]:
+    """The tools that the model may know of, as templates get them."""
+    if body.tool_choice == "none":
+        return []
+    return [tool.function.template_form for tool in body.tools or ()]
+
+
 def _make_parser(body: ChatRequest, format: CallFormat | None) -> CallParser:
     names = [] if body.tool_choice == "none" else body.names
-    return CallParser(format, names, forced=bool(body.forced), single=body.parallel_tool_calls is False)
+    is_single = body.parallel_tool_calls is False
+    return CallParser(format, names, forced=bool(body.forced), single=is_single)
 
 
 def _template_message(message: ChatMessage) -> JsonDict:
@@ -75,11 +85,13 @@ def _template_message(message: ChatMessage) -> JsonDict:
 
 
 def _template_call(call: ToolCall) -> JsonDict:
-    function = {"name": call.function.name, "arguments": _parse_arguments(call.function.arguments)}
+    arguments = _parse_arguments(call.function.arguments)
+    function = {"name": call.function.name, "arguments": arguments}
     return {"id": call.id, "type": "function", "function": function}
 
 
 def _parse_arguments(text: str) -> Any:
+    """The arguments' JSON; the text itself where it is none."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
@@ -88,8 +100,9 @@ def _parse_arguments(text: str) -> Any:
 
 async def _make_options(body: ChatRequest) -> GenerationOptions:
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
+    grammar = await _make_grammar(body)
     return GenerationOptions(
-        sampling=body.make_sampling(logprobs, await _make_grammar(body)),
+        sampling=body.make_sampling(logprobs, grammar),
         max_tokens=body.max_completion_tokens if body.max_tokens is None else body.max_tokens,
         default_tokens=None,
         stop=body.stop or (),
@@ -122,11 +135,8 @@ def _make_choice(body: ChatRequest, index: int, answer: Answer, parser: CallPars
     content = parser.push_text(answer.text)
     rest, calls = parser.finish_calls()
     content += rest
-    message: JsonDict = {
-        "role": "assistant",
-        "content": content if content or not calls else None,
-        "refusal": None,
-    }
+    has_content = bool(content) or not calls
+    message: JsonDict = {"role": "assistant", "content": content if has_content else None, "refusal": None}
     if calls:
         message["tool_calls"] = [_call_object(call) for call in calls]
     return {
@@ -165,7 +175,8 @@ def _make_choices(
     if text or logprobs or piece.ending is not AnswerEnding.EOS:
         yield _make_delta(index, {"content": text}, logprobs=logprobs)
     for at, call in enumerate(calls):
-        yield _make_delta(index, {"tool_calls": [{"index": at, **_call_object(call)}]})
+        call_delta = {"index": at, **_call_object(call)}
+        yield _make_delta(index, {"tool_calls": [call_delta]})
     if piece.ending:
         yield _make_delta(index, {}, _finish_reason(piece.ending, calls))
 
@@ -177,7 +188,9 @@ def _make_delta(
 
 
 def _finish_reason(ending: AnswerEnding, parsers: Sequence[ToolCallText]) -> str:
-    return "tool_calls" if parsers and ending is not AnswerEnding.LENGTH else FINISH[ending]
+    if parsers and ending is not AnswerEnding.LENGTH:
+        return "tool_calls"
+    return FINISH[ending]
 
 
 def _call_object(call: ToolCallText) -> JsonDict:
@@ -199,8 +212,10 @@ def _logprobs_object(
 
 def _token_entries(tokenizer: AdapterTokenizer, tokens: Sequence[Token], wanted: int) -> Iterator[JsonDict]:
     for token in tokens:
-        tops = [_logprob_entry(tokenizer, *pair) for pair in best_tokens(token, wanted)]
-        yield {**_logprob_entry(tokenizer, token.id, token.logprob), "top_logprobs": tops}
+        chosen = _logprob_entry(tokenizer, token.id, token.logprob)
+        best = best_tokens(token, wanted)
+        chosen["top_logprobs"] = [_logprob_entry(tokenizer, id, logprob) for id, logprob in best]
+        yield chosen
 
 
 def _logprob_entry(tokenizer: AdapterTokenizer, id: int, logprob: float | None) -> JsonDict:

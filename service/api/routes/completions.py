@@ -36,7 +36,8 @@ DEFAULT_TOKENS = 16
 @router.post("/v1/completions", responses=EVENTS | document_errors(404, 422, 429, 503, 504, openai=True))
 async def answer_completion(body: CompletionRequest, request: Request, admission: Admitted) -> Response:
     """Continues one prompt or several; with `stream`, as server-sent events."""
-    tokenizer = await admission.enter_adapter(chosen_adapter(body.model, admission.services))
+    adapter_id = chosen_adapter(body.model, admission.services)
+    tokenizer = await admission.enter_adapter(adapter_id)
     options = await _make_options(body)
     layouts: list[TextLayout] = []
     for prompt in body.prompts:
@@ -62,8 +63,10 @@ async def _make_layout(
     if body.echo:
         echo = prompt if isinstance(prompt, str) else await decode_ids(tokenizer, ids)
         return echo, 0
-    start = 0 if body.logprobs is None else len(await decode_ids(tokenizer, ids))
-    return "", start
+    if body.logprobs is None:
+        return "", 0
+    text = await decode_ids(tokenizer, ids)
+    return "", len(text)
 
 
 class TextLayout:
@@ -82,8 +85,9 @@ class TextLayout:
 
 
 async def _make_options(body: CompletionRequest) -> GenerationOptions:
+    grammar = await compile_grammar(body.response_format)
     return GenerationOptions(
-        sampling=body.make_sampling(body.logprobs, await compile_grammar(body.response_format)),
+        sampling=body.make_sampling(body.logprobs, grammar),
         max_tokens=body.max_tokens,
         default_tokens=DEFAULT_TOKENS,
         stop=body.stop or (),
@@ -95,7 +99,8 @@ async def _make_options(body: CompletionRequest) -> GenerationOptions:
 
 
 def _make_choice(body: CompletionRequest, index: int, answer: Answer, layout: TextLayout) -> JsonDict:
-    tokens = (*(answer.scored if body.echo else ()), *answer.tokens)
+    echoed = answer.scored if body.echo else ()
+    tokens = (*echoed, *answer.tokens)
     return {
         "index": index,
         "text": layout.echo + answer.text,
@@ -118,18 +123,23 @@ async def _stream_chunks(
 def _make_delta(
     body: CompletionRequest, index: int, answer: Answer, piece: TextPiece, layout: TextLayout
 ) -> JsonDict:
-    first = len(answer.pieces) == 1
-    tokens = _scored_tokens(answer, piece, first)
+    is_first = len(answer.pieces) == 1
+    tokens = _scored_tokens(answer, piece, is_first)
+    echo = layout.echo if is_first else ""
     return {
         "index": index,
-        "text": (layout.echo if first else "") + piece.text,
+        "text": echo + piece.text,
         "logprobs": _logprobs_object(body, answer.tokenizer, tokens, layout),
         "finish_reason": FINISH[piece.ending] if piece.ending else None,
     }
 
 
-def _scored_tokens(answer: Answer, piece: TextPiece, first: bool) -> tuple[Token, ...]:
-    return (*(answer.scored if first else ()), *((piece.token,) if piece.token else ()))
+def _scored_tokens(answer: Answer, piece: TextPiece, is_first: bool) -> tuple[Token, ...]:
+    """The piece's token, if it has one; before the first one the prompt's."""
+    echoed = answer.scored if is_first else ()
+    if piece.token is None:
+        return echoed
+    return (*echoed, piece.token)
 
 
 def _logprobs_object(
@@ -139,11 +149,12 @@ def _logprobs_object(
     wanted = body.logprobs
     if wanted is None:
         return None
+    texts = (tokenizer.token_text(token.id) for token in tokens)
     lists: dict[str, Iterator[Any]] = {
         "tokens": (tokenizer.token_text(token.id) for token in tokens),
         "token_logprobs": (finite_logprob(token.logprob) for token in tokens),
         "top_logprobs": (_top_logprobs(tokenizer, token, wanted) for token in tokens),
-        "text_offset": layout.take_offsets(tokenizer.token_text(token.id) for token in tokens),
+        "text_offset": layout.take_offsets(texts),
     }
     return {name: defer_elements(len(tokens), elements) for name, elements in lists.items()}
 

@@ -21,7 +21,7 @@ from ..generation.logprobs import best_tokens, finite_logprob
 from ..generation.rendering import render_answer
 from ..generation.sse import EVENTS, stream_events
 from ..schemas.generate import GenerateRequest, Parameters
-from ..schemas.shared import COLD
+from ..schemas.shared import COLD, one_unless
 from ..scopes import KEY_SCOPE
 
 router = APIRouter(tags=["generation"], dependencies=[KEY_SCOPE])
@@ -44,7 +44,8 @@ async def generate_stream(body: GenerateRequest, request: Request, admission: Ad
     """Continues a text as server-sent events: one a token, the last with the whole text, the
     details and the adapter.
     """
-    if body.parameters and (body.parameters.best_of or 1) > 1:
+    parameters = body.parameters or Parameters()
+    if (parameters.best_of or 1) > 1:
         raise BadRequest("best_of over 1 cannot be streamed", param="best_of")
     return await _answer_stream(body, request, admission)
 
@@ -59,8 +60,9 @@ async def answer_root(body: GenerateRequest, request: Request, admission: Admitt
 
 async def _answer_whole(body: GenerateRequest, admission: Admission, listed: bool = False) -> Response:
     parameters = body.parameters or Parameters()
-    ranked = (parameters.best_of or 1) > 1
-    await _admit_prompt(body, parameters, admission, logprobs=bool(parameters.details) or ranked)
+    is_ranked = (parameters.best_of or 1) > 1
+    logprobs = bool(parameters.details) or is_ranked
+    await _admit_prompt(body, parameters, admission, logprobs)
     await admission.finish_answers()
     answers = sorted(admission.answers, key=lambda answer: answer.likelihood, reverse=True)
     whole = _make_whole(body, parameters, answers, admission)
@@ -74,18 +76,22 @@ def _make_whole(
 ) -> JsonDict:
     """The best answer, which is the first, and in its details the others."""
     best, *others = answers
-    whole: JsonDict = {
-        "generated_text": _answer_text(body, parameters, best),
-        "adapter": admission.adapter,
-    }
+    text = _answer_text(body, parameters, best)
+    whole: JsonDict = {"generated_text": text, "adapter": admission.adapter}
     if parameters.details:
-        whole["details"] = _make_details(parameters, best)
+        details = _make_details(parameters, best)
         if others:
-            whole["details"]["best_of_sequences"] = (
-                {"generated_text": _answer_text(body, parameters, other), **_make_details(parameters, other)}
-                for other in others
-            )
+            details["best_of_sequences"] = _describe_others(body, parameters, others)
+        whole["details"] = details
     return whole
+
+
+def _describe_others(
+    body: GenerateRequest, parameters: Parameters, others: list[Answer]
+) -> Iterator[JsonDict]:
+    for answer in others:
+        text = _answer_text(body, parameters, answer)
+        yield {"generated_text": text, **_make_details(parameters, answer)}
 
 
 async def _answer_stream(body: GenerateRequest, request: Request, admission: Admission) -> Response:
@@ -119,16 +125,18 @@ async def _admit_prompt(
     body: GenerateRequest, parameters: Parameters, admission: Admission, logprobs: bool
 ) -> list[Answer]:
     is_base = parameters.adapter_id in admission.services.bases
-    tokenizer = await admission.enter_adapter(None if is_base else parameters.adapter_id)
+    adapter_id = None if is_base else parameters.adapter_id
+    tokenizer = await admission.enter_adapter(adapter_id)
     _check_source(parameters, admission)
-    prompt = await tokenize_text(admission.request, tokenizer, body.inputs)
+    prompt = await tokenize_text(admission.http_request, tokenizer, body.inputs)
     if parameters.grammar:
         constraint = await compile_grammar(parameters.grammar, "grammar")
     else:
         constraint = await compile_grammar(parameters.response_format)
     if parameters.truncate:
         prompt = prompt[-parameters.truncate :]
-    return admission.submit_prompt(tokenizer, prompt, _make_options(parameters, constraint, logprobs))
+    options = _make_options(parameters, constraint, logprobs)
+    return admission.submit_prompt(tokenizer, prompt, options)
 
 
 def _make_options(parameters: Parameters, constraint: str | None, logprobs: bool) -> GenerationOptions:
@@ -155,23 +163,23 @@ def _check_source(parameters: Parameters, admission: Admission) -> None:
         return
     if admission.version is None:
         raise BadRequest("adapter_source: goes only with an adapter_id", param="adapter_source")
-    from_hub = admission.version.place.source.startswith("hub:")
-    if from_hub != (parameters.adapter_source == "hub"):
-        raise BadRequest(
-            f"adapter_source: {parameters.adapter_id} does not come from there", param="adapter_source"
-        )
+    source = admission.version.place.source
+    is_from_hub, is_hub_wanted = source.startswith("hub:"), parameters.adapter_source == "hub"
+    if is_from_hub != is_hub_wanted:
+        refusal = f"adapter_source: {parameters.adapter_id} does not come from there"
+        raise BadRequest(refusal, param="adapter_source")
 
 
 def _make_sampling(parameters: Parameters, constraint: str | None, logprobs: int | None) -> Sampling:
-    temperature = 1.0 if parameters.temperature is None else parameters.temperature
+    temperature = one_unless(parameters.temperature)
     if not parameters.sampled or temperature < COLD:
         temperature = 0.0
     return Sampling(
         temperature=temperature,
         top_k=max(parameters.top_k or 0, 0),
-        top_p=1.0 if parameters.top_p is None else parameters.top_p,
-        typical_p=1.0 if parameters.typical_p is None else parameters.typical_p,
-        repetition_penalty=1.0 if parameters.repetition_penalty is None else parameters.repetition_penalty,
+        top_p=one_unless(parameters.top_p),
+        typical_p=one_unless(parameters.typical_p),
+        repetition_penalty=one_unless(parameters.repetition_penalty),
         frequency_penalty=parameters.frequency_penalty or 0.0,
         presence_penalty=parameters.presence_penalty or 0.0,
         logprobs=logprobs,
@@ -187,11 +195,12 @@ def _answer_text(body: GenerateRequest, parameters: Parameters, answer: Answer) 
 
 
 def _count_tokens(parameters: Parameters, answer: Answer) -> JsonDict:
+    is_seed_told = parameters.sampled or parameters.seed is not None
     return {
         "finish_reason": answer.ending,
         "prompt_tokens": len(answer.prompt),
         "generated_tokens": len(answer.tokens),
-        "seed": answer.seed if parameters.sampled or parameters.seed is not None else None,
+        "seed": answer.seed if is_seed_told else None,
     }
 
 
@@ -218,24 +227,27 @@ def _token_object(answer: Answer, piece: TextPiece, named: bool) -> JsonDict:
     """`named`: a special token shows its name; in a stream it adds nothing, so that joined texts
     are the whole one.
     """
-    assert piece.token is not None, "an answer of at least one token has one in every piece"
-    text = answer.tokenizer.token_text(piece.token.id) if piece.special and named else piece.text
+    token = piece.token
+    assert token is not None, "an answer of at least one token has one in every piece"
+    text = answer.tokenizer.token_text(token.id) if piece.special and named else piece.text
     return {
-        "id": piece.token.id,
+        "id": token.id,
         "text": text,
-        "logprob": finite_logprob(piece.token.logprob),
+        "logprob": finite_logprob(token.logprob),
         "special": piece.special,
     }
 
 
 def _top_tokens(answer: Answer, token: Token | None, wanted: int) -> list[JsonDict]:
-    tokens = best_tokens(token, wanted) if token else []
+    if token is None:
+        return []
+    tokenizer = answer.tokenizer
     return [
         {
             "id": id,
-            "text": answer.tokenizer.token_text(id),
+            "text": tokenizer.token_text(id),
             "logprob": finite_logprob(logprob),
-            "special": id in answer.tokenizer.special,
+            "special": id in tokenizer.special,
         }
-        for id, logprob in tokens
+        for id, logprob in best_tokens(token, wanted)
     ]

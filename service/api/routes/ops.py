@@ -16,16 +16,18 @@ from fastapi.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
 from ... import __version__
-from ...core.base_info import BaseInfo, LinearKind
+from ...core.base_info import BLOCK_TOKENS, BaseInfo, LinearKind
+from ...core.messages import Gauges
 from ...errors import NotFound, NotReady
 from ...telemetry import gpu, metrics
 from ...threads import DEVICE, DISK, run_in
 from ..errors import document_errors
 from ..generation.sse import JsonAnswer
-from ..scopes import KEY_SCOPE, PUBLIC_SCOPE
+from ..scopes import KEY_SCOPE, METRICS_SCOPE, PUBLIC_SCOPE
 from ..services import AdapterScope, AnyServices, OpenRegistry, Services, VisibleAdapters
 
 probes = APIRouter(tags=["operations"], dependencies=[PUBLIC_SCOPE])
+measures = APIRouter(tags=["operations"], dependencies=[METRICS_SCOPE])
 router = APIRouter(tags=["operations"], dependencies=[KEY_SCOPE])
 
 PAGES = Path(__file__).parents[1] / "static"
@@ -66,7 +68,7 @@ FORMATS: dict[int | str, JsonDict] = {
 }
 
 
-@router.get("/metrics", responses=document_errors() | FORMATS)
+@measures.get("/metrics", responses=document_errors() | FORMATS)
 async def show_metrics(request: Request, services: AnyServices, scope: VisibleAdapters) -> Response:
     """Prometheus text, or OpenMetrics where `Accept` asks for it.
 
@@ -139,8 +141,21 @@ def base_card(services: Services, scope: AdapterScope) -> JsonDict:
         "rows": base.rows,
         "rope": base.rope,
         "modules": [_module_object(linear) for linear in base.linears],
+        "kv": _kv_fields(base, gauges),
         "host_bytes": gauges.host_bytes,
         "pool": pool,
+    }
+
+
+def _kv_fields(base: BaseInfo, gauges: Gauges) -> JsonDict:
+    """The memory of keys and values that all sequences share."""
+    return {
+        "block_tokens": BLOCK_TOKENS,
+        "blocks": base.kv_blocks,
+        "tokens": base.kv_blocks * BLOCK_TOKENS,
+        "used": gauges.kv_used,
+        "cached": gauges.kv_cached,
+        "preemptions": gauges.preemptions,
     }
 
 

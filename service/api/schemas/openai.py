@@ -30,9 +30,12 @@ from .shared import (
     StopList,
     StrictModel,
     TopK,
+    one_unless,
 )
 
 BIAS, MAX_BIASES, ID_DIGITS = 100.0, 1024, 10
+Temperature = Annotated[float, Field(ge=0, le=2)]
+Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class StreamOptions(StrictModel):
@@ -57,6 +60,9 @@ def _check_biases(value: dict[str, float]) -> dict[str, float]:
     return value
 
 
+Biases = Annotated[dict[str, float], BeforeValidator(_check_few), AfterValidator(_check_biases)]
+
+
 def one_finding(message: str) -> WrapValidator:
     """Reports one finding in place of a union's many."""
 
@@ -75,21 +81,17 @@ class OpenAIRequest(StrictModel):
     model: str = Field(description="an adapter, the base, or base:adapter")
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = Field(
-        default=None, description="1 unless given; 0: greedy"
-    )
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    temperature: Temperature | None = Field(default=None, description="1 unless given; 0: greedy")
+    top_p: Probability | None = None
     n: Annotated[int, Field(ge=1, le=MAX_SEQUENCES)] | None = None
     stop: Annotated[StopList | None, BeforeValidator(_as_list)] = None
     seed: Seed | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: (
-        Annotated[dict[str, float], BeforeValidator(_check_few), AfterValidator(_check_biases)] | None
-    ) = None
+    logit_bias: Biases | None = None
     response_format: OpenAIFormat | None = None
     top_k: TopK | None = Field(default=None, description="-1 and 0: off")
-    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    min_p: Probability | None = None
     repetition_penalty: Factor | None = None
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -111,15 +113,16 @@ class OpenAIRequest(StrictModel):
         return self.stream_options is not None and self.stream_options.include_usage
 
     def make_sampling(self, logprobs: int | None, grammar: str | None) -> Sampling:
+        biases = self.logit_bias or {}
         return Sampling(
             temperature=self._sampling_temperature(),
             top_k=max(self.top_k or 0, 0),
             top_p=self.top_p or 1.0,
             min_p=self.min_p or 0.0,
-            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
+            repetition_penalty=one_unless(self.repetition_penalty),
             frequency_penalty=self.frequency_penalty or 0.0,
             presence_penalty=self.presence_penalty or 0.0,
-            logit_bias=tuple((int(id), bias) for id, bias in (self.logit_bias or {}).items()),
+            logit_bias=tuple((int(id), bias) for id, bias in biases.items()),
             logprobs=logprobs,
             grammar=grammar,
             min_tokens=self.min_tokens or 0,
@@ -127,7 +130,7 @@ class OpenAIRequest(StrictModel):
 
     def _sampling_temperature(self) -> float:
         """The temperature, 0 for greedy."""
-        temperature = 1.0 if self.temperature is None else self.temperature
+        temperature = one_unless(self.temperature)
         # A top_p of 0: the least mass that holds a token is the best token alone
         return 0.0 if temperature < COLD or self.top_p == 0 else temperature
 
@@ -162,10 +165,13 @@ class CompletionRequest(OpenAIRequest):
         if isinstance(self.prompt, str):
             return [self.prompt]
         ids = [part for part in self.prompt if isinstance(part, int)]
-        return [ids] if ids else [part for part in self.prompt if not isinstance(part, int)]
+        if ids:
+            return [ids]
+        return [part for part in self.prompt if not isinstance(part, int)]
 
     @model_validator(mode="after")
     def _check_few(self) -> CompletionRequest:
-        if len(self.prompts) * (self.n or 1) > MAX_SEQUENCES:
+        answers = len(self.prompts) * (self.n or 1)
+        if answers > MAX_SEQUENCES:
             raise ValueError(f"prompt and n make over {MAX_SEQUENCES} answers together")
         return self

@@ -18,6 +18,11 @@ LARGEST = 2**63
 COLD = 1e-5  # a temperature under this is greedy: a quotient by it would not fit a float32
 
 
+def one_unless(value: float | None) -> float:
+    """The value that a client gives; 1, which changes nothing, where it gives none."""
+    return 1.0 if value is None else value
+
+
 class StrictModel(BaseModel):
     """Takes no unknown field, no bool for a number, no NaN and no infinity."""
 
@@ -109,19 +114,20 @@ class RegexGrammar(StrictModel):
 
 
 def _kind_of(value: Any) -> str | None:
+    """Its `type`, of a dictionary or of a model; None where that is no text."""
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
     return kind if isinstance(kind, str) else None
 
 
 def _kind_or_plain(value: Any) -> str | None:
-    plain = isinstance(value, dict) and "schema" in value and _kind_of(value) == "json_schema"
-    return "plain_schema" if plain else _kind_of(value)
+    kind = _kind_of(value)
+    is_plain = isinstance(value, dict) and "schema" in value and kind == "json_schema"
+    return "plain_schema" if is_plain else kind
 
 
 def _discriminator(*kinds: str, by: Callable[[Any], str | None] = _kind_of) -> Discriminator:
-    return Discriminator(
-        by, custom_error_type="kind", custom_error_message=f"the type must be one of {', '.join(kinds)}"
-    )
+    message = f"the type must be one of {', '.join(kinds)}"
+    return Discriminator(by, custom_error_type="kind", custom_error_message=message)
 
 
 _Object = Annotated[JsonObject, Tag("json_object")]

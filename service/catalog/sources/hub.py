@@ -61,7 +61,8 @@ class Hub:
             if isinstance(error, OSError) and error.errno in FULL:
                 raise StorageFull(f"hub:{name} cannot be stored: {error.strerror}") from None
             raise AdapterInvalid([_describe_failure(name, error)]) from None
-        return folder / subfolder if subfolder else folder, folder.name
+        commit = folder.name
+        return folder / subfolder if subfolder else folder, commit
 
     def _download_files(
         self, name: str, revision: str | None, subfolder: str | None, limit: int, held: Collection[str]
@@ -69,7 +70,8 @@ class Hub:
         if held and COMMIT.fullmatch(revision or ""):  # a commit does not change
             with suppress(LocalEntryNotFoundError):
                 folder = self._find_cached(name, revision, subfolder)
-                if all((folder / (subfolder or "") / file).is_file() for file in held):
+                inner = folder / (subfolder or "")
+                if all((inner / file).is_file() for file in held):
                     return folder
         info = self._request_info(name, revision)
         if info is None:
@@ -122,7 +124,9 @@ class Hub:
 
 
 def _check_size(name: str, info: ModelInfo, paths: Collection[str], limit: int) -> None:
-    size = sum(file.size or 0 for file in info.siblings or () if file.rfilename in paths)
+    """Raises PayloadTooLarge where these paths together are over `limit` bytes."""
+    wanted = [file for file in info.siblings or () if file.rfilename in paths]
+    size = sum(file.size or 0 for file in wanted)
     if size > limit:
         raise PayloadTooLarge(f"hub:{name}: {size} bytes are over the limit of {limit}")
 
@@ -131,12 +135,14 @@ def _describe_failure(name: str, error: Exception) -> str:
     """The reason for the client; anything unknown is named by its class alone."""
     if isinstance(error, HFValidationError):
         return f"hub:{name[:100]} is no name of a repository"
+    kind = type(error).__name__
     if isinstance(error, HfHubHTTPError):
-        return f"hub:{name}: {type(error).__name__} {error.response.status_code}"
+        return f"hub:{name}: {kind} {error.response.status_code}"
     if isinstance(error, LocalEntryNotFoundError):
         return f"hub:{name}: the hub cannot be reached, and the files are not in its cache"
-    return f"hub:{name}: {type(error).__name__}"
+    return f"hub:{name}: {kind}"
 
 
 def _is_manifest_path(path: str, below: str) -> bool:
-    return path.startswith(below) and is_manifest_name(path.removeprefix(below))
+    name = path.removeprefix(below)
+    return path.startswith(below) and is_manifest_name(name)

@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from tempfile import TemporaryFile
 from typing import Protocol
 
 from ... import durable
@@ -228,6 +229,14 @@ class Store:
         for path in (self.state / UPLOADS).glob(".*"):
             delete_folder(path)
 
+    def try_writing(self) -> None:
+        """Raises OSError where no upload can be stored; leaves nothing behind."""
+        folder = self.state / UPLOADS
+        while not folder.exists():
+            folder = folder.parent
+        with TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+
 
 def refuse_upload(error: OSError) -> AdapterdError:
     """The refusal of an upload that could not be stored."""
@@ -287,9 +296,14 @@ def _is_upload(source: str) -> bool:
 
 
 def _check_relative(path: str, field: str) -> str:
-    """The path as it is, if it is a plain relative one without hidden parts. Raises Forbidden."""
+    """The path as it is, if it is a plain relative one without hidden parts.
+
+    Raises BadRequest where it is no UTF-8, which libraries cannot open, Forbidden.
+    """
+    if not _is_utf8(path):
+        raise BadRequest(f"{field} is no UTF-8 text: rename the folder", param=field)
     parts = path.rstrip("/").split("/")
-    odd = not _is_short(path) or path.startswith("~") or any(sign in path for sign in "\0\\:")
+    odd = len(path.encode()) > LONGEST or path.startswith("~") or any(sign in path for sign in "\0\\:")
     if odd or any(not part or part.startswith(".") for part in parts):
         raise Forbidden(
             f"{field} must be a folder under the adapters directory, or hub:org/name", param=field
@@ -297,12 +311,13 @@ def _check_relative(path: str, field: str) -> str:
     return "/".join(parts)
 
 
-def _is_short(path: str) -> bool:
-    """Whether a file system could have this path; none has one with a lone surrogate."""
+def _is_utf8(path: str) -> bool:
+    """Bytes of a name that are no UTF-8 are lone surrogates in Python, and so are some escapes of JSON."""
     try:
-        return len(os.fsencode(path)) <= LONGEST
+        path.encode()
     except UnicodeEncodeError:
         return False
+    return True
 
 
 def _resolve_location(location: SourceLocation, root: Path) -> SourceLocation:

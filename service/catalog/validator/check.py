@@ -119,7 +119,8 @@ def measure_norms(adapter: Adapter, layers: Sequence[LoraLayerSpec]) -> dict[str
     gone.
     """
     weights = Path(adapter.weights)
-    if not {hash_file(Path(adapter.config)), hash_file(weights)} <= set(adapter.files):
+    present = {hash_file(Path(adapter.config)), hash_file(weights)}
+    if not present <= set(adapter.files):
         raise AdapterInvalid([CHANGED])
     with safe_open(weights, "pt") as file:
         norms = {}
@@ -134,10 +135,12 @@ def product_norm(a: torch.Tensor, b: torch.Tensor) -> float:
     root of the trace of AAᵀ · BᵀB.
     """
     a, b = a.double(), b.double()
-    return float(((a @ a.T) * (b.T @ b)).sum().clamp(min=0).sqrt())
+    trace = ((a @ a.T) * (b.T @ b)).sum()
+    return float(trace.clamp(min=0).sqrt())
 
 
 def refuse_adapter(problems: list[str]) -> None:
+    """Raises AdapterInvalid where there are problems."""
     if problems:
         raise AdapterInvalid(problems)
 
@@ -165,10 +168,11 @@ def base_copies(skeleton: Skeleton, weights: Path, header: Header, resolved: Res
     for key, name in copies.items():
         ours, theirs = shapes[name], header.tensors[key].shape
         if ours != theirs:
-            was = f"the vocabulary was resized from {ours[0]} to {theirs[0]}"
-            refuse_adapter([f"{key} has the shape {list(theirs)}, the base's is {list(ours)}: {was}"])
+            shape = f"{key} has the shape {list(theirs)}, the base's is {list(ours)}"
+            refuse_adapter([f"{shape}: the vocabulary was resized from {ours[0]} to {theirs[0]}"])
     for key, saved in iterate_values(weights, header, copies):
-        if change := describe_change(skeleton, copies[key], saved):
+        change = describe_change(skeleton, copies[key], saved)
+        if change:
             raise AdapterUnsupported([f"{key} {change}: saved and trained embedding weights are not served"])
     return set(copies)
 
@@ -185,12 +189,9 @@ def describe_change(skeleton: Skeleton, name: str, saved: torch.Tensor) -> str:
 
 
 def rename_tensors(patch: LoraLayerSpec, names: dict[str, str]) -> LoraLayerSpec:
-    return replace(
-        patch,
-        a=names[patch.a],
-        b=names[patch.b],
-        magnitude=names[patch.magnitude] if patch.magnitude else None,
-    )
+    """The layer with its tensors under the names that the file has for them."""
+    magnitude = names[patch.magnitude] if patch.magnitude else None
+    return replace(patch, a=names[patch.a], b=names[patch.b], magnitude=magnitude)
 
 
 def check_finite(weights: Path, header: Header, own: Collection[str]) -> None:
@@ -202,7 +203,8 @@ def check_finite(weights: Path, header: Header, own: Collection[str]) -> None:
         values = tensor.float() if tensor.dtype is torch.float64 else tensor
         finite = torch.isfinite(values)
         if not finite.all():
-            refuse_adapter([f"{key} holds {int((~finite).sum())} values that are NaN or infinite"])
+            count = int((~finite).sum())
+            refuse_adapter([f"{key} holds {count} values that are NaN or infinite"])
 
 
 def changes_nothing(weights: Path, header: Header, patches: tuple[LoraLayerSpec, ...]) -> bool:

@@ -93,10 +93,12 @@ def missing_weights(folder: Path) -> list[str]:
     """Why there is no weights file to read; empty when there is one."""
     if (folder / WEIGHTS).is_file():
         return []
-    return [f"{WEIGHTS} is missing{_other_format({path.name for path in folder.iterdir()})}"]
+    names = {path.name for path in folder.iterdir()}
+    return [f"{WEIGHTS} is missing{_other_format(names)}"]
 
 
 def _other_format(names: set[str]) -> str:
+    """What these files are instead, and what to do; empty where that is not known."""
     if "adapter_model.bin" in names or "adapter_model.pt" in names:
         return ": adapter_model.bin is a pickle, which could run code; save the adapter as safetensors"
     if "adapters.safetensors" in names:
@@ -111,7 +113,8 @@ def quick_check(folder: Path, max_rank: int) -> None:
 
     Raises AdapterInvalid.
     """
-    problems = config_problems(read_config(folder), max_rank) + missing_weights(folder)
+    config = read_config(folder)
+    problems = config_problems(config, max_rank) + missing_weights(folder)
     if problems:
         raise AdapterInvalid(problems)
 
@@ -138,7 +141,8 @@ def read_header(path: Path) -> Header:
 
 def _header_length(name: str, start: bytes, size: int) -> int:
     """The header's bytes behind the length, by the file's first 24. Raises AdapterInvalid."""
-    if hint := _not_safetensors(start, size):
+    hint = _not_safetensors(start, size)
+    if hint:
         raise AdapterInvalid([f"{name} {hint}"])
     length = int.from_bytes(start[:8], "little")
     if length > size - 8:
@@ -156,14 +160,19 @@ def pointer_hint(content: bytes) -> str:
 
 
 def _not_safetensors(start: bytes, size: int) -> str:
-    if hint := pointer_hint(start):
+    """What a file that begins so is instead; empty where it may be safetensors."""
+    hint = pointer_hint(start)
+    if hint:
         return hint
     if start.startswith(PICKLE) and start[8:9] != b"{":  # else these are a length's own low bytes
         return "is a pickle, not safetensors: it could run code; save the adapter as safetensors"
-    return "" if size >= 8 else f"is truncated: {size} bytes"
+    if size < 8:
+        return f"is truncated: {size} bytes"
+    return ""
 
 
 def _parse_header(name: str, entries: Any, size: int, start: int) -> Header:
+    """The header of these entries, behind which the tensors `start`. Raises AdapterInvalid."""
     if not isinstance(entries, dict):
         raise AdapterInvalid([f"{name} has a header that is not an object"])
     spans: list[tuple[int, int]] = []
@@ -194,10 +203,12 @@ def _check_spans(name: str, spans: Iterable[tuple[int, int]], start: int) -> int
 
 def _parse_entry(name: str, key: str, entry: Any) -> tuple[TensorInfo, tuple[int, int]]:
     try:
-        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        begin, end = entry["data_offsets"]
         whole = all(type(number) is int and number >= 0 for number in (*shape, begin, end))
-        if whole and dtype in ITEMSIZE and math.prod(shape) * ITEMSIZE[dtype] == end - begin:
-            return TensorInfo(dtype, shape, end - begin, begin), (begin, end)
+        size = end - begin
+        if whole and dtype in ITEMSIZE and math.prod(shape) * ITEMSIZE[dtype] == size:
+            return TensorInfo(dtype, shape, size, begin), (begin, end)
     except (KeyError, TypeError, ValueError):
         pass
     raise AdapterInvalid([f"{name} has a damaged entry for {key[:200]!r}: {str(entry)[:120]}"])
@@ -301,11 +312,13 @@ def config_problems(config: Config, max_rank: int) -> list[str]:
     checks = SHARED | LORA if lora else SHARED
     for key, (is_right, wanted) in checks.items():
         if key in config and not is_right(config[key]):
-            problems.append(f"`{key}` must be {wanted}, not {json.dumps(config[key])[:80]}")
+            written = json.dumps(config[key])[:80]
+            problems.append(f"`{key}` must be {wanted}, not {written}")
     return problems or [*_ranks_over(config, max_rank), *_find_unencodable(config)]
 
 
 def _foreign_type(config: Config) -> str:
+    """What this config is instead; empty where that is not known."""
     if "fine_tune_type" in config or "lora_parameters" in config:
         return ": this is an MLX adapter's config; convert the adapter to PEFT's format"
     if "architectures" in config or "model_type" in config:
@@ -322,15 +335,15 @@ def _find_unencodable(config: Config) -> list[str]:
         try:
             json.dumps({key: value}, ensure_ascii=False, allow_nan=False).encode()
         except (ValueError, RecursionError):
-            problems.append(
-                f"`{ascii(key)[1:-1]}` holds half a character, or a number that JSON does not have"
-            )
+            name = ascii(key)[1:-1]
+            problems.append(f"`{name}` holds half a character, or a number that JSON does not have")
     return problems
 
 
 def _ranks_over(config: Config, max_rank: int) -> list[str]:
     ranks = {"`r`": config.get("r", 0)}
-    for pattern, rank in (config.get("rank_pattern") or {}).items():
+    rank_pattern = config.get("rank_pattern") or {}
+    for pattern, rank in rank_pattern.items():
         ranks[f"`rank_pattern` {pattern!r}"] = rank
     over = {key: rank for key, rank in ranks.items() if _is_whole(rank) and rank > max_rank}
     return [f"{key}: rank {rank} is over the limit of {max_rank}" for key, rank in over.items()]
@@ -341,8 +354,9 @@ def _list_patterns(config: Config) -> list[tuple[str, str]]:
     patterns = [("rank_pattern", pattern) for pattern in config.get("rank_pattern") or ()]
     patterns += [("alpha_pattern", pattern) for pattern in config.get("alpha_pattern") or ()]
     for key in ("target_modules", "exclude_modules"):
-        if isinstance(config.get(key), str):
-            patterns.append((key, config[key]))
+        pattern = config.get(key)
+        if isinstance(pattern, str):
+            patterns.append((key, pattern))
     return patterns
 
 

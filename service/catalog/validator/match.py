@@ -30,15 +30,16 @@ def match_tensors(
     fitting = (names for names in spellings if names.keys() == expected.keys())
     spelt = next(fitting, {key: key for key in tensors})
     shapes = {plain: tensors[written].shape for plain, written in spelt.items()}
-    missing = sorted(expected.keys() - shapes.keys())
-    strange = sorted(shapes.keys() - expected.keys())
-    shared = sorted(expected.keys() & shapes.keys())
+    wanted, present = expected.keys(), shapes.keys()
+    missing, strange = sorted(wanted - present), sorted(present - wanted)
+    shared = sorted(wanted & present)
     wrong = [key for key in shared if shapes[key] != expected[key]]
     if not (missing or strange or wrong):
         return spelt
-    matched, total = len(shared) - len(wrong), len(expected.keys() | shapes.keys())
+    matched, total = len(shared) - len(wrong), len(wanted | present)
     problems = [f"{matched} of {total} tensors matched the base"]
-    problems += _list_keys("the file lacks", missing) + _list_keys("the base has no place for", strange)
+    problems += _list_keys("the file lacks", missing)
+    problems += _list_keys("the base has no place for", strange)
     problems += [_describe_shapes(key, shapes[key], expected[key]) for key in wrong[:SHOWN]]
     raise AdapterInvalid(problems, matched=matched, total=total)
 
@@ -48,8 +49,13 @@ def _describe_shapes(key: str, shape: Sequence[int], needed: Sequence[int]) -> s
 
 
 def _list_keys(what: str, keys: Sequence[str]) -> list[str]:
-    more = f" (and {len(keys) - SHOWN} more)" if len(keys) > SHOWN else ""
-    return [f"{what} {', '.join(keys[:SHOWN])}{more}"] if keys else []
+    """One problem that names the first of the keys; none where there are no keys."""
+    if not keys:
+        return []
+    hidden = len(keys) - SHOWN
+    more = f" (and {hidden} more)" if hidden > 0 else ""
+    shown = ", ".join(keys[:SHOWN])
+    return [f"{what} {shown}{more}"]
 
 
 def _iterate_spellings(tensors: Iterable[str], body: str) -> Iterable[dict[str, str]]:
@@ -58,7 +64,8 @@ def _iterate_spellings(tensors: Iterable[str], body: str) -> Iterable[dict[str, 
     """
     keys = list(tensors)
     yield {key: key for key in keys}
-    bare = [NAMED.sub(r".\1", key).removeprefix("module.").removeprefix(HEAD) for key in keys]
+    unnamed = [NAMED.sub(r".\1", key) for key in keys]
+    bare = [key.removeprefix("module.").removeprefix(HEAD) for key in unnamed]
     for head in (HEAD, f"{HEAD}{body}."):
         names = {head + name: key for name, key in zip(bare, keys, strict=True)}
         if len(names) == len(keys):

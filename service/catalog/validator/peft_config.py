@@ -169,7 +169,7 @@ def model_features(
     features: set[str] = set()
     if any(limit.by_peft for limit in limits):
         features.add("LoRA on some of the tokens")
-    # The copies would have KV rows of their own, which nobody forks or clears
+    # The copies would have KV blocks of their own, which nobody shares or clears
     if count_attentions(model) > count_attentions(skeleton.model):
         saved = getattr(config, "modules_to_save", None)
         source = "modules_to_save" if saved else config.peft_type.value

@@ -1,6 +1,7 @@
 """Starts the validator process and passes requests to it, one adapter at a time.
 
-Runs in the API process, but for `serve_requests`, which is the child and alone loads torch and PEFT.
+Runs in the API process, but for what begins with `run_process`, which is the child
+(`python -m service.catalog.validator.process FD FORM LEVEL MAX_RANK`) and alone loads torch and PEFT.
 A file that stalls or kills the child costs one refused adapter; the next one gets a fresh child.
 Must not know torch itself.
 """
@@ -9,23 +10,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import multiprocessing
 import os
-import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from multiprocessing import Pipe
 from multiprocessing.connection import Connection
-from multiprocessing.context import SpawnProcess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ...child_process import settle_child, start_child
 from ...core.adapter import share_specs
 from ...core.base_info import LayerLimit
 from ...core.defaults import READ_S, SLOWEST_DISK_BYTES_PER_S
 from ...core.manifest import Manifest, list_names
-from ...errors import AdapterInvalid, AdapterUnsupported, Internal, NotReady
+from ...errors import AdapterInvalid, AdapterUnsupported, Internal, NotReady, Overloaded
+from ...limits import count_oom_kills
 from ...threads import DISK, PROCESS, run_in
 from ..architecture import ModuleNode
 from .messages import NormsRequest, ReadRequest, Refusal, ValidatedAdapter
@@ -34,7 +36,10 @@ if TYPE_CHECKING:
     from .skeleton import Skeleton
 
 T = TypeVar("T")
+PROGRAM = "service.catalog.validator.process"
+PARENT_GONE = (EOFError, BrokenPipeError, ConnectionResetError)
 START_S = 300.0
+RETRY_S = 2  # after memory was short
 
 
 class Validator:
@@ -45,7 +50,7 @@ class Validator:
         self.tree: ModuleNode | None = None
         self._base: tuple[Path, tuple[LayerLimit, ...]] | None = None
         self._turn = asyncio.Lock()
-        self._process: SpawnProcess | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
         self._closed = False
 
@@ -69,7 +74,10 @@ class Validator:
         await self._in_turn(self._introduce_base)
 
     async def validate_adapter(self, folder: Path, known: Manifest = ()) -> ValidatedAdapter:
-        """Validates the adapter in this folder. Raises AdapterInvalid, AdapterUnsupported."""
+        """Validates the adapter in this folder.
+
+        Raises AdapterInvalid, AdapterUnsupported, Overloaded where memory ran out.
+        """
         size = await run_in(DISK, _size_of, folder)
         answer = await self._ask_child(ReadRequest(folder, known), size)
         assert isinstance(answer, ValidatedAdapter)
@@ -103,8 +111,7 @@ class Validator:
     def _kill(self) -> None:
         process = self._process
         if process is not None:
-            with contextlib.suppress(ValueError):  # it has ended meanwhile
-                process.kill()
+            process.kill()
 
     async def _in_turn(self, call: Callable[[], T]) -> T:
         """Calls in a thread, one at a time.
@@ -126,12 +133,10 @@ class Validator:
         return self._pipe or self._spawn_child()
 
     def _spawn_child(self) -> Connection:
-        context = multiprocessing.get_context("spawn")
-        ours, theirs = context.Pipe()
-        arguments = (theirs, self.max_rank)
-        process = context.Process(target=serve_requests, args=arguments, name="adapterd-reader", daemon=True)
-        process.start()
-        theirs.close()
+        alone = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        ours, theirs = Pipe()
+        with theirs:
+            process = start_child(PROGRAM, theirs, str(self.max_rank), environment=os.environ | alone)
         self._pipe, self._process = ours, process
         if self._closed:
             process.kill()
@@ -150,6 +155,7 @@ class Validator:
         return self._exchange_messages(self._pipe or self._introduce_base(), request, seconds)
 
     def _exchange_messages(self, pipe: Connection, message: Any, seconds: float) -> Any:
+        kills, is_short = count_oom_kills(), False
         try:
             pipe.send(message)
             if pipe.poll(seconds):
@@ -157,7 +163,10 @@ class Validator:
             reason = f"reading it took longer than {seconds:.0f} s"
         except (EOFError, OSError):
             reason = "reading it ended the reader's process"
+            is_short = count_oom_kills() > kills
         self._end_child()
+        if is_short:
+            raise Overloaded("memory ran out while the adapter was validated", retry_after=RETRY_S)
         return Refusal((reason,), {}, supported=True)
 
     def _end_child(self) -> None:
@@ -165,8 +174,7 @@ class Validator:
             self._pipe.close()
         if self._process:
             self._process.kill()
-            self._process.join()
-            self._process.close()
+            self._process.wait()
         self._pipe = self._process = None
 
 
@@ -175,28 +183,32 @@ def _size_of(folder: Path) -> int:
     return sum((folder / name).stat().st_size for name in list_names(folder))
 
 
+def run_process(descriptor: str, form: str, level: str, max_rank: str) -> None:
+    """The child."""
+    settle_child(form, level)
+    modules: dict[str, Any] = sys.modules
+    # PEFT would load it, 110 MB, for weights that are never looked at here
+    modules["bitsandbytes"] = None
+    with Connection(int(descriptor)) as pipe, contextlib.suppress(*PARENT_GONE):
+        serve_requests(pipe, int(max_rank))
+
+
 def serve_requests(pipe: Connection, max_rank: int) -> None:
-    """The child.
+    """Answers until the parent is gone, which raises one of PARENT_GONE.
 
     It answers the base's folder and limits with its tree, a ReadRequest with a ValidatedAdapter, a
     NormsRequest with norms. A request that it cannot answer gets a Refusal.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    modules: dict[str, Any] = sys.modules
-    # PEFT would load it, 110 MB, for weights that are never looked at here
-    modules["bitsandbytes"] = None
     from . import check  # here, so that only the child loads torch and PEFT
 
-    with contextlib.suppress(EOFError):
-        base = _receive_base(pipe)
-        while base:
-            request = pipe.recv()
-            if isinstance(request, NormsRequest):
-                work: Callable[[], Any] = partial(check.measure_norms, request.adapter, request.layers)
-            else:
-                work = partial(check.validate_adapter, base, request.folder, max_rank, request.known)
-            pipe.send(answer_request(work))
+    base = _receive_base(pipe)
+    while base:
+        request = pipe.recv()
+        if isinstance(request, NormsRequest):
+            work: Callable[[], Any] = partial(check.measure_norms, request.adapter, request.layers)
+        else:
+            work = partial(check.validate_adapter, base, request.folder, max_rank, request.known)
+        pipe.send(answer_request(work))
 
 
 def _receive_base(pipe: Connection) -> Skeleton | None:
@@ -225,3 +237,7 @@ def answer_request(work: Callable[[], T]) -> T | Refusal:
         return Refusal(tuple(error.problems), extra, not isinstance(error, AdapterUnsupported))
     except OSError as error:
         return Refusal((f"the files cannot be read: {error.strerror}",), {}, supported=True)
+
+
+if __name__ == "__main__":
+    run_process(*sys.argv[1:])

@@ -2,8 +2,8 @@
 built once with the machine's C++ compiler, kept in a cache, built anew where they are damaged there,
 and put in place of the torch path where they apply.
 
-They need bfloat16 weights and a processor with AVX512-BF16; without these, or without a compiler,
-the torch path serves. Runs in the worker process; must not know adapters' files, requests or
+They need bfloat16 weights and a processor with AVX2, AVX-512 or NEON; without these, or without a
+compiler, the torch path serves. Runs in the worker process; must not know adapters' files, requests or
 scheduling.
 """
 
@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +22,23 @@ from torch.utils.cpp_extension import include_paths, library_paths
 from transformers import AttentionInterface
 
 from ... import durable, user_folders
+from ...engine.kv_blocks import count_blocks
 from ...errors import SettingsError
-from ..loading import has_avx512_bf16
+from ..processor import find_compiler, has_vectors
 
-NAME = "adapterd_rows"
+NAME = "adapterd_blocks"
 SOURCE_NAMES = ("ops.cpp", "attention.h", "linear.h", "vectors.h", "thread_pool.h")
 SOURCES = [Path(__file__).with_name(name) for name in SOURCE_NAMES]
-FLAGS = ["-O3", "-march=native", "-std=c++20", "-fPIC", "-shared", "-fopenmp"]
+FLAGS = [
+    "-O3",
+    "-march=native",
+    "-ffp-contract=fast",
+    "-Wno-psabi",
+    "-std=c++20",
+    "-fPIC",
+    "-shared",
+    "-fopenmp",
+]
 FIELDS = 8  # int32 columns of a table, see linear.h
 
 log = logging.getLogger(__name__)
@@ -42,12 +51,12 @@ def load_kernels() -> bool:
     """
     if hasattr(torch.ops.adapterd, "linear"):
         return True
-    if not has_avx512_bf16():
-        log.info("kernels: off, the processor has no AVX512-BF16")
+    if not has_vectors():
+        log.info("kernels: off, the processor has none of AVX2, AVX-512 and NEON")
         return False
     if not _load_library():
         return False
-    AttentionInterface.register(NAME, attend_rows)
+    AttentionInterface.register(NAME, attend_blocks)
     return True
 
 
@@ -77,25 +86,21 @@ def _find_library() -> Path:
     name = f"{folder.name}.so"
     durable.sweep_unfinished(folder.parent)
     if not durable.is_whole(folder):
-        compiler = _find_compiler()
+        compiler = _require_compiler()
         with durable.making_folder(folder) as made:
             _compile_library([compiler, *flags], made / name)
     return folder / name
 
 
-def _find_compiler() -> str:
-    compiler = _which_compiler()
+def _require_compiler() -> str:
+    compiler = find_compiler()
     if compiler is None:
         raise OSError("no C++ compiler (g++) is installed")
     return compiler
 
 
-def _which_compiler() -> str | None:
-    return shutil.which("g++") or shutil.which("c++")
-
-
 def _library_key(flags: Sequence[str]) -> str:
-    text = "".join(source.read_text() for source in SOURCES)
+    text = "".join(source.read_text(encoding="utf-8") for source in SOURCES)
     content = f"{text} {flags} {torch.__version__} {_processor_flags()}"
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
@@ -103,19 +108,19 @@ def _library_key(flags: Sequence[str]) -> str:
 def _compile_library(compiler: Sequence[str], target: Path) -> None:
     links = [*(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu", "-ltorch"]
     command = [*compiler, str(SOURCES[0]), "-o", str(target), *links]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    subprocess.run(command, check=True, capture_output=True, encoding="utf-8", errors="replace")
 
 
 def _processor_flags() -> str:
     """The features `-march=native` depends on: two machines that share a cache folder may differ."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return ""
     return next((line for line in lines if line.startswith("flags")), "")
 
 
-def attend_rows(
+def attend_blocks(
     module: Any,
     query: Tensor,
     key: Tensor,
@@ -131,7 +136,7 @@ def attend_rows(
     dim].
     """
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    buffers = module.kv_keys, module.kv_values, module.kv_table
+    buffers = module.kv_keys, module.kv_values, module.kv_table, module.kv_block_table
     out = torch.ops.adapterd.attend(query, key, value, *buffers, scale, sliding_window or 0, softcap or 0.0)
     return out, None
 
@@ -147,19 +152,35 @@ def fits_kernel(layer: nn.Module) -> bool:
 
 
 class StepTables(NamedTuple):
-    """The spans of a step's tokens, and of those tokens that get logits."""
+    """The spans of a step's tokens, of those that get logits, and the KV blocks of each sequence."""
 
     body: Tensor
     head: Tensor
+    blocks: Tensor
 
 
-def make_tables(rows: int) -> StepTables:
-    size = (1 + 2 * rows, FIELDS)  # every row may decode while another prompt for it is under way
-    return StepTables(torch.zeros(size, dtype=torch.int32), torch.zeros(size, dtype=torch.int32))
+def make_tables(rows: int, context: int) -> StepTables:
+    """For steps of at most `rows` sequences of `context` tokens."""
+    size = (1 + rows, FIELDS)
+    blocks = torch.zeros(rows, count_blocks(context), dtype=torch.int32)
+    return StepTables(torch.zeros(size, dtype=torch.int32), torch.zeros(size, dtype=torch.int32), blocks)
+
+
+def register_tables(layers: Iterable[nn.Module], tables: StepTables) -> None:
+    """Gives attention layers the tables that their kernel reads."""
+    for layer in layers:
+        layer.register_buffer("kv_table", tables.body, persistent=False)
+        layer.register_buffer("kv_block_table", tables.blocks, persistent=False)
+
+
+def fill_blocks(table: Tensor, blocks: Sequence[Sequence[int]]) -> None:
+    """Writes the KV blocks of a step's sequences."""
+    for row, own in zip(table, blocks, strict=False):
+        row[: len(own)] = torch.tensor(own, dtype=torch.int32)
 
 
 def fill_table(table: Tensor, spans: Sequence[Sequence[int]]) -> None:
-    """Writes the spans of a step; each is start, length, KV row, position, pool row, rank, gated."""
+    """Writes the spans of a step; each is start, length, sequence, position, pool row, rank, gated."""
     table[0, 0] = len(spans)
     if spans:
         table[1 : 1 + len(spans), : len(spans[0])] = torch.tensor(spans, dtype=torch.int32)

@@ -1,4 +1,4 @@
-// Attention over KV rows, keys and values bf16 [rows, kv heads, context, dim]: every token sees its own row up to its own position.
+// Attention over KV blocks, keys and values bf16 [blocks, kv heads, kBlock, dim]: every token sees its own sequence up to its own position.
 
 #pragma once
 
@@ -10,17 +10,27 @@
 #include "linear.h"
 #include "vectors.h"
 
-struct Rows {
+constexpr int64_t kBlock = 16;  // positions of a block, as BLOCK_TOKENS says
+static_assert(kBlock == kLanes, "a vector of scores is that of one block");
+
+struct Cache {
   const bf16 *query, *keys, *values;
+  const int32_t* table;  // [sequences, width]: the blocks of each
   bf16* out;  // [tokens, heads, dim]
-  int64_t heads, kv_heads, context, dim;
+  int64_t heads, kv_heads, width, dim;
   int64_t query_head, query_token;  // strides of the query
   float scale, softcap;  // softcap 0: none
   int64_t window;  // 0: none
+
+  // Where one head of a sequence's i-th block begins in `keys` and `values`.
+  int64_t offset(const Span& span, int64_t i, int64_t head) const {
+    return (table[span.sequence * width + i] * kv_heads + head) * kBlock * dim;
+  }
 };
 
+#if defined(__AVX512BF16__)
 // Lane i: the sum over all lanes of v[i].
-inline __m512 sums_of(__m512 (&v)[16]) {
+inline Floats sums_of(__m512 (&v)[16]) {
   const auto by_four = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd)); };
   const auto floats = [](__m512 a, __m512 b) { return _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b)); };
   const auto doubles = [](__m512 a, __m512 b) {
@@ -29,61 +39,122 @@ inline __m512 sums_of(__m512 (&v)[16]) {
   };
   __m512 four[4];
   for (int i = 0; i < 4; ++i) four[i] = doubles(floats(v[4 * i], v[4 * i + 1]), floats(v[4 * i + 2], v[4 * i + 3]));
-  return by_four(by_four(four[0], four[1]), by_four(four[2], four[3]));
+  Floats r;
+  r.part[0] = by_four(by_four(four[0], four[1]), by_four(four[2], four[3]));
+  return r;
 }
 
-// q · keys[p] for 16 positions from `keys` on, of which `live` exist.
-inline __m512 scores_of(const bf16* q, const bf16* keys, int64_t dim, int64_t live) {
+// q · keys[p] for the positions of one block, of which `live` exist.
+inline Floats scores_of(const bf16* q, const bf16* keys, int64_t dim, int64_t live) {
   __m512 sum[16];
   for (int64_t p = 0; p < 16; ++p) {
     const bf16* key = keys + std::min(p, live - 1) * dim;
-    sum[p] = _mm512_setzero_ps();
+    Floats own;
     int64_t d = 0;
-    for (; d + 32 <= dim; d += 32) sum[p] = _mm512_dpbf16_ps(sum[p], pairs(q + d), pairs(key + d));
-    if (d < dim) sum[p] = _mm512_fmadd_ps(widen(q + d), widen(key + d), sum[p]);
+    for (; d + 32 <= dim; d += 32) own = dot(own, pairs(q + d), pairs(key + d));
+    if (d < dim) own += widen(q + d) * widen(key + d);
+    sum[p] = own.part[0];
   }
   return sums_of(sum);
 }
-
-inline __m512 capped(__m512 scores, float softcap) {
-  alignas(64) float each[16];
-  _mm512_store_ps(each, scores);
-  for (float& s : each) s = std::tanh(s / softcap) * softcap;
-  return _mm512_load_ps(each);
-}
-
-// weights = exp(scores - most), bf16, and zeros behind them; their sum
-inline float soften(const float* scores, int64_t seen, float most, bf16* weights) {
-  __m512 total = _mm512_setzero_ps();
-  for (int64_t i = 0; i < seen; i += kLanes) {
-    const __mmask16 live = seen - i >= kLanes ? 0xffff : (1u << (seen - i)) - 1;
-    const __m512 e = _mm512_maskz_mov_ps(live, exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + i), _mm512_set1_ps(most))));
-    narrow(weights + i, e);
-    total = _mm512_add_ps(total, e);
+#else
+// q · keys[p] for the positions of one block, of which `live` exist; the last one's for the rest.
+inline Floats scores_of(const bf16* q, const bf16* keys, int64_t dim, int64_t live) {
+  alignas(64) float each[kLanes];
+  for (int64_t p = 0; p < kLanes; ++p) {
+    const bf16* key = keys + std::min(p, live - 1) * dim;
+    Floats sum;
+    for (int64_t d = 0; d < dim; d += kLanes) sum += widen(q + d) * widen(key + d);
+    each[p] = sum_of(sum);
   }
-  return _mm512_reduce_add_ps(total);
+  return load(each);
+}
+#endif
+
+inline Floats capped(Floats scores, float softcap) {
+  alignas(64) float each[kLanes];
+  store(each, scores);
+  for (float& s : each) s = std::tanh(s / softcap) * softcap;
+  return load(each);
 }
 
-// out[0 : 32 BLOCKS] = sum over positions of weights[p] · values[p] / total, two positions at a time; `live` are the lanes that exist.
+// weights = exp(scores - most), bf16, with zeros behind them and for the first `hidden`, fewer than kLanes; their sum
+inline float soften(const float* scores, int64_t hidden, int64_t seen, float most, bf16* weights) {
+  Floats total;
+  for (int64_t i = 0; i < seen; i += kLanes) {
+    const Floats e = within(i ? 0 : hidden, std::min(kLanes, seen - i), exponential(load(scores + i) - most), Floats{});
+    narrow(weights + i, e);
+    total += e;
+  }
+  return sum_of(total);
+}
+
+#if defined(__AVX512BF16__)
+// 32 outputs of a query: the sums over the positions of weight times value, two positions at a time. `live` are the lanes that exist.
+struct Mixed {
+  Floats low, high;
+  __mmask32 live = 0;
+
+  Mixed() = default;
+  explicit Mixed(int64_t outputs) : live(outputs >= 32 ? ~__mmask32(0) : 0xffff) {}
+
+  void add(const bf16* first, const bf16* second, const Words& weight) {
+    const __m512i x = _mm512_maskz_loadu_epi16(live, first), y = _mm512_maskz_loadu_epi16(live, second);
+    Words even, odd;
+    even.part[0] = (Words::Part)_mm512_unpacklo_epi16(x, y);
+    odd.part[0] = (Words::Part)_mm512_unpackhi_epi16(x, y);
+    low = dot(low, weight, even);
+    high = dot(high, weight, odd);
+  }
+
+  void put(bf16* out, float scale) const {
+    const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  // unpacking took four lanes of every eight to `low`
+    const __m512bh both = _mm512_cvtne2ps_pbh((high * scale).part[0], (low * scale).part[0]);
+    _mm512_mask_storeu_epi16(out, live, _mm512_permutexvar_epi64(order, (__m512i)both));
+  }
+};
+#else
+struct Mixed {
+  Floats low, high;
+  bool whole = false;
+
+  Mixed() = default;
+  explicit Mixed(int64_t outputs) : whole(outputs >= 32) {}
+
+  void add(const bf16* first, const bf16* second, const Words& weight) {
+    const Floats w = first_of(weight), v = second_of(weight);
+    low += widen(first) * w + widen(second) * v;
+    if (whole) high += widen(first + kLanes) * w + widen(second + kLanes) * v;
+  }
+
+  void put(bf16* out, float scale) const {
+    narrow(out, low * scale);
+    if (whole) narrow(out + kLanes, high * scale);
+  }
+};
+#endif
+
+// The blocks that one query sees, from the sequence's `first` on: of all their `seen` positions it does not see the first `hidden`.
+struct Seen {
+  const Span& span;
+  int64_t head, first, hidden, seen;
+};
+
+// out[d : d + 32 BLOCKS] = sum over positions of weights[p] · values[p] / total
 template <int BLOCKS>
-inline void mix(bf16* out, const bf16* values, const bf16* weights, int64_t seen, int64_t dim, __mmask32 live, float total) {
-  __m512 low[BLOCKS], high[BLOCKS];
-  for (int b = 0; b < BLOCKS; ++b) low[b] = high[b] = _mm512_setzero_ps();
-  for (int64_t p = 0; p < seen; p += 2) {
-    const __m512bh weight = broadcast(weights + p);
-    const bf16 *first = values + p * dim, *second = p + 1 < seen ? first + dim : first;
-    for (int b = 0; b < BLOCKS; ++b) {
-      const __m512i x = _mm512_maskz_loadu_epi16(live, first + b * 32), y = _mm512_maskz_loadu_epi16(live, second + b * 32);
-      low[b] = _mm512_dpbf16_ps(low[b], weight, (__m512bh)_mm512_unpacklo_epi16(x, y));
-      high[b] = _mm512_dpbf16_ps(high[b], weight, (__m512bh)_mm512_unpackhi_epi16(x, y));
+inline void mix(const Cache& c, const Seen& s, int64_t d, const bf16* weights, float total, bf16* out) {
+  std::array<Mixed, BLOCKS> mixed;
+  mixed.fill(Mixed(c.dim - d));
+  for (int64_t p = 0; p < s.seen; p += kBlock) {
+    const bf16* values = c.values + c.offset(s.span, s.first + p / kBlock, s.head) + d;
+    const int64_t live = std::min(kBlock, s.seen - p);
+    for (int64_t i = 0; i < live; i += 2) {
+      const bf16 *first = values + i * c.dim, *second = i + 1 < live ? first + c.dim : first;
+      const Words weight = broadcast(weights + p + i);
+      for (int b = 0; b < BLOCKS; ++b) mixed[b].add(first + 32 * b, second + 32 * b, weight);
     }
   }
-  const __m512 scale = _mm512_set1_ps(1 / total);
-  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  // unpacking took four lanes of every eight to `low`
-  for (int b = 0; b < BLOCKS; ++b) {
-    const __m512bh both = _mm512_cvtne2ps_pbh(_mm512_mul_ps(high[b], scale), _mm512_mul_ps(low[b], scale));
-    _mm512_mask_storeu_epi16(out + b * 32, live, _mm512_permutexvar_epi64(order, (__m512i)both));
-  }
+  for (int b = 0; b < BLOCKS; ++b) mixed[b].put(out + d + 32 * b, 1 / total);
 }
 
 struct Scratch {
@@ -96,87 +167,97 @@ struct Scratch {
   }
 };
 
-// One query of one head over `seen` positions of its row.
-inline void attend_head(const Rows& r, const bf16* q, const bf16* keys, const bf16* values, int64_t seen, Scratch& scratch, bf16* out) {
-  __m512 most = _mm512_set1_ps(-std::numeric_limits<float>::infinity());
-  for (int64_t p = 0; p < seen; p += kLanes) {
-    __m512 s = _mm512_mul_ps(scores_of(q, keys + p * r.dim, r.dim, seen - p), _mm512_set1_ps(r.scale));
-    if (r.softcap > 0) s = capped(s, r.softcap);
-    most = _mm512_max_ps(most, s);
-    _mm512_storeu_ps(scratch.scores.data() + p, s);
+// One query of one head.
+inline void attend_head(const Cache& c, const Seen& s, const bf16* q, Scratch& scratch, bf16* out) {
+  const Floats none = all(-std::numeric_limits<float>::infinity());
+  Floats most = none;
+  for (int64_t p = 0; p < s.seen; p += kBlock) {
+    const bf16* keys = c.keys + c.offset(s.span, s.first + p / kBlock, s.head);
+    Floats each = scores_of(q, keys, c.dim, std::min(kBlock, s.seen - p)) * c.scale;
+    if (c.softcap > 0) each = capped(each, c.softcap);
+    store(scratch.scores.data() + p, each);
+    most = larger(most, within(p ? 0 : s.hidden, kBlock, each, none));
   }
   const bf16* weights = scratch.weights.data();
-  const float total = soften(scratch.scores.data(), seen, _mm512_reduce_max_ps(most), scratch.weights.data());
+  const float total = soften(scratch.scores.data(), s.hidden, s.seen, largest_of(most), scratch.weights.data());
   int64_t d = 0;
-  for (; d + 64 <= r.dim; d += 64) mix<2>(out + d, values + d, weights, seen, r.dim, ~__mmask32(0), total);
-  for (; d < r.dim; d += 32) mix<1>(out + d, values + d, weights, seen, r.dim, r.dim - d >= 32 ? ~__mmask32(0) : 0xffff, total);
+  for (; d + 64 <= c.dim; d += 64) mix<2>(c, s, d, weights, total, out);
+  for (; d < c.dim; d += 32) mix<1>(c, s, d, weights, total, out);
 }
 
 // One token's queries that share a KV head.
-inline void attend_group(const Rows& r, const Span& span, int64_t token, int64_t head, Scratch& scratch) {
-  const int64_t position = span.position + token - span.start, group = r.heads / r.kv_heads;
-  const int64_t first = r.window > 0 ? std::max<int64_t>(0, position - r.window + 1) : 0, seen = position + 1 - first;
-  const int64_t base = ((int64_t(span.row) * r.kv_heads + head) * r.context + first) * r.dim;
-  scratch.reserve(seen);
+inline void attend_group(const Cache& c, const Span& span, int64_t token, int64_t head, Scratch& scratch) {
+  const int64_t position = span.position + token - span.start, group = c.heads / c.kv_heads;
+  const int64_t from = c.window > 0 ? std::max<int64_t>(0, position - c.window + 1) : 0, first = from / kBlock;
+  const Seen seen{span, head, first, from % kBlock, position + 1 - first * kBlock};
+  scratch.reserve(seen.seen);
   for (int64_t h = head * group; h < (head + 1) * group; ++h)
-    attend_head(r, r.query + h * r.query_head + token * r.query_token, r.keys + base, r.values + base, seen, scratch,
-                r.out + (token * r.heads + h) * r.dim);
+    attend_head(c, seen, c.query + h * c.query_head + token * c.query_token, scratch, c.out + (token * c.heads + h) * c.dim);
 }
 
-inline void write(const at::Tensor& from, const at::Tensor& to, const Spans& spans) {
-  const int64_t heads = to.size(1), context = to.size(2), dim = to.size(3);
+inline void write(const at::Tensor& from, const at::Tensor& to, const Spans& spans, const at::Tensor& blocks) {
+  const int64_t heads = to.size(1), dim = to.size(3), width = blocks.size(1);
   const bf16* source = from.const_data_ptr<bf16>();
+  const int32_t* table = blocks.const_data_ptr<int32_t>();
   bf16* target = to.mutable_data_ptr<bf16>();
   for (int s = 0; s < spans.count; ++s) {
     const Span& span = spans.first[s];
-    for (int64_t h = 0; h < heads; ++h)
-      for (int64_t t = 0; t < span.length; ++t)
+    for (int64_t t = 0; t < span.length; ++t) {
+      const int64_t position = span.position + t, block = table[span.sequence * width + position / kBlock];
+      for (int64_t h = 0; h < heads; ++h)
         std::copy_n(source + h * from.stride(1) + (span.start + t) * from.stride(2), dim,
-                    target + ((span.row * heads + h) * context + span.position + t) * dim);
+                    target + ((block * heads + h) * kBlock + position % kBlock) * dim);
+    }
   }
 }
 
 // A long run of one sequence's tokens by torch's own tiled attention.
-inline at::Tensor long_span(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values, const Span& span, double scale) {
-  const int64_t end = span.position + span.length, kv_heads = keys.size(1), group = query.size(1) / kv_heads;
-  auto seen = [&](const at::Tensor& rows) {
-    return rows.select(0, span.row).slice(1, 0, end).unsqueeze(1).expand({kv_heads, group, end, rows.size(3)});
+inline at::Tensor long_span(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values, const Span& span,
+                            const at::Tensor& blocks, double scale) {
+  const int64_t end = span.position + span.length, kv_heads = keys.size(1), group = query.size(1) / kv_heads, dim = query.size(3);
+  const at::Tensor own = blocks.select(0, span.sequence).slice(0, 0, (end + kBlock - 1) / kBlock);
+  auto seen = [&](const at::Tensor& cache) {
+    const at::Tensor flat = cache.index_select(0, own).transpose(0, 1).reshape({kv_heads, -1, dim}).slice(1, 0, end);
+    return flat.unsqueeze(1).expand({kv_heads, group, end, dim});
   };
-  at::Tensor q = query.select(0, 0).slice(1, span.start, span.start + span.length).reshape({kv_heads, group, span.length, query.size(3)});
+  at::Tensor q = query.select(0, 0).slice(1, span.start, span.start + span.length).reshape({kv_heads, group, span.length, dim});
   std::optional<at::Tensor> mask;
   if (span.position) {
     at::Tensor at_ = at::arange(end), from = at::arange(span.position, end);
     mask = at_.unsqueeze(0).le(from.unsqueeze(1));
   }
   at::Tensor out = at::scaled_dot_product_attention(q, seen(keys), seen(values), mask, 0.0, !mask, scale);
-  return out.reshape({query.size(1), span.length, query.size(3)}).transpose(0, 1);
+  return out.reshape({query.size(1), span.length, dim}).transpose(0, 1);
 }
 
 constexpr int64_t kLong = 256;  // tokens times positions, in squares: from here on torch's tiles are faster
 
-// attend(q [1, heads, T, dim], k, v [1, kv heads, T, dim], keys, values [rows, kv heads, context, dim], table, scale, window, softcap)
-// -> [1, T, heads, dim], bf16: writes k and v to their rows, then attends over what each token may see. window 0 and softcap 0: none.
+// attend(q [1, heads, T, dim], k, v [1, kv heads, T, dim], keys, values [blocks, kv heads, kBlock, dim], table, blocks int32 [sequences, width],
+// scale, window, softcap) -> [1, T, heads, dim], bf16: writes k and v to their blocks, then attends over what each token may see. window 0
+// and softcap 0: none.
 inline at::Tensor attend(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::Tensor keys, at::Tensor values,
-                         const at::Tensor& table, double scale, int64_t window, double softcap) {
+                         const at::Tensor& table, const at::Tensor& blocks, double scale, int64_t window, double softcap) {
+  TORCH_CHECK(keys.size(2) == kBlock, "adapterd::attend: blocks of ", keys.size(2), " positions");
   const Spans spans(table);
   at::Tensor q = query.stride(3) == 1 ? query : query.contiguous();
-  write(key.stride(3) == 1 ? key : key.contiguous(), keys, spans);
-  write(value.stride(3) == 1 ? value : value.contiguous(), values, spans);
+  write(key.stride(3) == 1 ? key : key.contiguous(), keys, spans, blocks);
+  write(value.stride(3) == 1 ? value : value.contiguous(), values, spans, blocks);
   at::Tensor out = at::empty({1, query.size(2), query.size(1), query.size(3)}, query.options());
-  Rows r{q.const_data_ptr<bf16>(), keys.const_data_ptr<bf16>(), values.const_data_ptr<bf16>(), out.mutable_data_ptr<bf16>(),
-         query.size(1), keys.size(1), keys.size(2), keys.size(3), q.stride(1), q.stride(2), float(scale), float(softcap), window};
+  Cache c{q.const_data_ptr<bf16>(), keys.const_data_ptr<bf16>(), values.const_data_ptr<bf16>(), blocks.const_data_ptr<int32_t>(),
+          out.mutable_data_ptr<bf16>(), query.size(1), keys.size(1), blocks.size(1), keys.size(3), q.stride(1), q.stride(2),
+          float(scale), float(softcap), window};
   std::vector<std::pair<const Span*, int>> work;  // span, token
   for (int s = 0; s < spans.count; ++s) {
     const Span& span = spans.first[s];
     const int64_t end = span.position + span.length;
     if (span.length * end > kLong * kLong && softcap == 0 && (window == 0 || end <= window))
-      out.select(0, 0).slice(0, span.start, span.start + span.length).copy_(long_span(q, keys, values, span, scale));
+      out.select(0, 0).slice(0, span.start, span.start + span.length).copy_(long_span(q, keys, values, span, blocks, scale));
     else for (int t = 0; t < span.length; ++t) work.emplace_back(&span, span.start + t);
   }
-  ThreadPool::shared().each(work.size() * r.kv_heads, [&](int64_t task) {
+  ThreadPool::shared().each(work.size() * c.kv_heads, [&](int64_t task) {
     thread_local Scratch scratch;
-    const auto [span, token] = work[task / r.kv_heads];
-    attend_group(r, *span, token, task % r.kv_heads, scratch);
+    const auto [span, token] = work[task / c.kv_heads];
+    attend_group(c, *span, token, task % c.kv_heads, scratch);
   });
   return out;
 }

@@ -43,7 +43,7 @@ class FusedDecoderLayer:
         self.next: list[Tensor] = []  # the following layer's
         self.norms = [layer.input_layernorm.weight, layer.post_attention_layernorm.weight]
         self.norms += [getattr(norm, "weight", none) for norm in head_norms]
-        self.rows = attention.kv_keys, attention.kv_values, attention.kv_table
+        self.kv = attention.kv_keys, attention.kv_values, attention.kv_table, attention.kv_block_table
         self.options = layer.input_layernorm.variance_epsilon, spec.scale, spec.window
 
     def __call__(
@@ -54,7 +54,7 @@ class FusedDecoderLayer:
         """
         x, (cos, sin) = hidden_states, position_embeddings
         y: Tensor = torch.ops.adapterd.decoder(
-            x, self.linears, self.norms, self.next, cos, sin, *self.rows, *self.options
+            x, self.linears, self.norms, self.next, cos, sin, *self.kv, *self.options
         )
         return y
 

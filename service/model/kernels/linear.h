@@ -10,13 +10,21 @@
 #include "vectors.h"
 
 constexpr int64_t kTile = 2 * kLanes;   // outputs computed together
-constexpr int kPass = 8;                // tokens computed together: 16 sums, which leaves registers for weights and prefetching
+// Tokens and halves of a tile computed together, as many sums as leave registers for weights.
+#if defined(__AVX512F__)
+constexpr int kPass = 8, kHalves = 2;
+#else
+constexpr int kPass = 4, kHalves = 1;
+#endif
 constexpr int64_t kAhead = 4096;        // bytes of weights asked for ahead of their use
 constexpr int64_t kLine = 64;           // bytes that come from memory at once
 
-// Consecutive tokens of one sequence: one row of the step's table.
+// Asks memory for what will be read soon.
+inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
+
+// Consecutive tokens of one sequence, the step's `sequence`-th: one row of the step's table.
 struct Span {
-  int start, length, row, position, low, rank, gated, unused;
+  int start, length, sequence, position, low, rank, gated, unused;
 };
 
 // A table is int32 [1 + spans, 8]; its first row holds the number of spans.
@@ -136,75 +144,102 @@ struct PrefetchList {
   // The part of every range that falls to one of `items`.
   void fetch_part(int64_t item, int64_t items) const {
     for (const auto& [from, lines] : ranges)
-      for (int64_t i = lines * item / items; i < lines * (item + 1) / items; ++i) _mm_prefetch(from + i * kLine, _MM_HINT_T1);
+      for (int64_t i = lines * item / items; i < lines * (item + 1) / items; ++i) prefetch(from + i * kLine);
   }
 };
 
-using Sums = std::array<__m512, 2>;
+using Sums = std::array<Floats, 2>;
 
-// TOKENS tokens' sums for one tile; `next` is what to ask memory for meanwhile.
+// What a layer's inputs are multiplied as: pairs of bfloat16 where an instruction takes them, else float32.
+#if defined(__AVX512BF16__)
+using Input = bf16;
+#else
+using Input = float;
+#endif
+
+using Part = Floats::Part;
+
+// sums[t] += the pairs of weights at `weights` times those at x + t in, for TOKENS tokens.
 template <int TOKENS>
-inline void multiply(const bf16* x, int64_t in, const bf16* weights, const char* next, Sums (&sum)[TOKENS]) {
-  __m512 own[TOKENS][2];  // not `sum` itself: the compiler would keep that in memory
-  for (auto& s : own) s[0] = s[1] = _mm512_setzero_ps();
-  for (int64_t k = 0; k < in / 2; ++k) {
-    const __m512bh first = pairs(weights + k * kTile * 2), second = pairs(weights + k * kTile * 2 + kTile);
-    _mm_prefetch(next + k * 2 * kLine, _MM_HINT_T1);
-    _mm_prefetch(next + k * 2 * kLine + kLine, _MM_HINT_T1);
-    for (int t = 0; t < TOKENS; ++t) {
-      const __m512bh value = broadcast(x + t * in + k * 2);
-      own[t][0] = _mm512_dpbf16_ps(own[t][0], value, first);
-      own[t][1] = _mm512_dpbf16_ps(own[t][1], value, second);
-    }
+inline void multiply_pair(const Input* x, int64_t in, const bf16* weights, Part (&sums)[TOKENS]) {
+  Words::Part pair;
+  std::memcpy(&pair, weights, sizeof pair);
+#if defined(__AVX512BF16__)
+  for (int t = 0; t < TOKENS; ++t) sums[t] = _mm512_dpbf16_ps(sums[t], (__m512bh)broadcast(x + t * in).part[0], (__m512bh)pair);
+#else
+  const Part first = (Part)(pair << 16), second = (Part)(pair & 0xffff0000u);
+  for (int t = 0; t < TOKENS; ++t) {
+    sums[t] += first * x[t * in];
+    sums[t] += second * x[t * in + 1];
   }
-  for (int t = 0; t < TOKENS; ++t) sum[t] = {own[t][0], own[t][1]};
+#endif
+}
+
+// TOKENS tokens' sums for the HALVES halves of a tile from `half` on; `next` is what to ask memory for meanwhile.
+template <int TOKENS, int HALVES>
+inline void multiply(const Input* x, int64_t in, const bf16* weights, const char* next, int half, Sums (&sum)[TOKENS]) {
+  constexpr int kParts = HALVES * Floats::kParts;
+  Part own[kParts][TOKENS]{};  // not `sum` itself: the compiler would keep that in memory
+  for (int64_t k = 0; k < in / 2; ++k) {
+    const int64_t at = (k * 2 + half) * kLine;
+    for (int h = 0; h < HALVES; ++h) prefetch(next + at + h * kLine);
+    for (int p = 0; p < kParts; ++p) multiply_pair<TOKENS>(x + k * 2, in, weights + (at + p * kBytes) / sizeof(bf16), own[p]);
+  }
+  for (int t = 0; t < TOKENS; ++t)
+    for (int p = 0; p < kParts; ++p) sum[t][half + p / Floats::kParts].part[p % Floats::kParts] = own[p][t];
+}
+
+// sum + the rows of B that are the token's own, two at a time. The other half of a pair may be another adapter's row, and its numbers not
+// finite: 0 times those is not 0.
+inline Floats add_pair(Floats sum, Words value, const bf16* b, bool first, bool second) {
+  const uint32_t mine = (first ? 0xffffu : 0u) | (second ? 0xffff0000u : 0u);
+  return dot(sum, value, pairs(b) & mine);
 }
 
 // The base's sums without bias → with gate, bias and the token's own adapter.
 inline Sums adapted(const Tile& tile, const TokenAdapters& adapters, int64_t token, const Sums& base) {
   const Linear& l = *tile.l;
   const int64_t out = tile.at * kTile;
-  __m512 first = base[0], second = base[1];
+  Floats first = base[0], second = base[1];
   const Span* own = adapters.of[token];
   if (const int rank = l.rank(own)) {
     const bf16* inner = tile.inner + token * adapters.width;
     const bf16* b = l.b + (tile.at * l.pool + (own->low & ~1)) * kTile;
     if (own->gated) {
       const float* gate = l.gate + own->low * l.out + out;
-      first = _mm512_fmadd_ps(first, _mm512_loadu_ps(gate), first);
-      second = _mm512_fmadd_ps(second, _mm512_loadu_ps(gate + kLanes), second);
+      first += first * load(gate);
+      second += second * load(gate + kLanes);
     }
     const int from = own->low & 1, to = from + rank;
     for (int r = 0; r < to; r += 2) {
-      // The other half of a pair may be another adapter's row, and its numbers not finite: 0 times those is not 0.
-      const __mmask32 mine = (r < from ? 0xaaaaaaaa : ~0u) & (r + 1 < to ? ~0u : 0x55555555);
-      const __m512bh value = broadcast(inner + r);
-      first = _mm512_dpbf16_ps(first, value, (__m512bh)_mm512_maskz_loadu_epi16(mine, b + r * kTile));
-      second = _mm512_dpbf16_ps(second, value, (__m512bh)_mm512_maskz_loadu_epi16(mine, b + r * kTile + kTile));
+      const Words value = broadcast(inner + r);
+      first = add_pair(first, value, b + r * kTile, r >= from, r + 1 < to);
+      second = add_pair(second, value, b + r * kTile + kTile, r >= from, r + 1 < to);
     }
   }
   if (!l.bias) return {first, second};
-  return {_mm512_add_ps(first, widen(l.bias + out)), _mm512_add_ps(second, widen(l.bias + out + kLanes))};
+  return {first + widen(l.bias + out), second + widen(l.bias + out + kLanes)};
 }
 
 template <int TOKENS, typename Emit>
-inline void pass(const Tile& tile, const TokenAdapters& adapters, const bf16* x, int64_t token, const char* next, const Emit& emit) {
+inline void pass(const Tile& tile, const TokenAdapters& adapters, const Input* x, int64_t token, const char* next, const Emit& emit) {
   Sums sum[TOKENS];
-  multiply<TOKENS>(x + token * tile.l->in, tile.l->in, tile.weights(), next, sum);
+  for (int half = 0; half < 2; half += kHalves)
+    multiply<TOKENS, kHalves>(x + token * tile.l->in, tile.l->in, tile.weights(), next, half, sum);
   for (int t = 0; t < TOKENS; ++t) {
     emit(tile, token + t, adapted(tile, adapters, token + t, sum[t]));
   }
 }
 
 template <int AT_MOST, typename Emit>
-inline void pass_of(int64_t many, const Tile& tile, const TokenAdapters& adapters, const bf16* x, int64_t token, const char* next, const Emit& emit) {
+inline void pass_of(int64_t many, const Tile& tile, const TokenAdapters& adapters, const Input* x, int64_t token, const char* next, const Emit& emit) {
   if (many == AT_MOST) pass<AT_MOST>(tile, adapters, x, token, next, emit);
   else if constexpr (AT_MOST > 1) pass_of<AT_MOST - 1>(many, tile, adapters, x, token, next, emit);
 }
 
 // All tokens of one tile, in passes of nearly equal size: the first asks for what it needs itself soon, the last for `next`, a later tile.
 template <typename Emit>
-inline void compute(const Tile& tile, const TokenAdapters& adapters, const bf16* x, const bf16* next, const Emit& emit) {
+inline void compute(const Tile& tile, const TokenAdapters& adapters, const Input* x, const bf16* next, const Emit& emit) {
   const int64_t passes = (adapters.tokens + kPass - 1) / kPass;
   for (int64_t p = 0; p < passes; ++p) {
     const int64_t start = adapters.tokens * p / passes, stop = adapters.tokens * (p + 1) / passes;
@@ -212,6 +247,22 @@ inline void compute(const Tile& tile, const TokenAdapters& adapters, const bf16*
     pass_of<kPass>(stop - start, tile, adapters, x, start, reinterpret_cast<const char*>(ahead), emit);
   }
 }
+
+// A layer's inputs as they are multiplied.
+#if defined(__AVX512BF16__)
+struct Inputs {
+  const Input* x;
+  Inputs(const bf16* x, int64_t) : x(x) {}
+};
+#else
+struct Inputs {
+  std::vector<float> wide;
+  const Input* x;
+  Inputs(const bf16* narrow, int64_t count) : wide(count), x(wide.data()) {
+    for (int64_t i = 0; i < count; ++i) wide[i] = float(narrow[i]);
+  }
+};
+#endif
 
 // Several layers of the same input x bf16 [tokens, in]. emit(tile, token, sums) is called once for every tile and token; for one tile index
 // the layers follow each other on the same thread where `paired`.
@@ -224,6 +275,7 @@ inline void product(const std::array<const Linear*, LAYERS>& layers, const Token
   ThreadPool& pool = ThreadPool::shared();
   if (size)
     pool.each(LAYERS * adapters.tokens, [&](int64_t i) { shrink(*layers[i % LAYERS], adapters, x, i / LAYERS, inner.data() + i % LAYERS * size); });
+  const Inputs inputs(x, adapters.tokens * layers[0]->in);
   std::vector<Tile> tiles;
   for (size_t i = 0; i < LAYERS; ++i)
     for (int64_t at = 0; at < layers[i]->out / kTile; ++at) tiles.push_back({layers[i], inner.data() + i * size, at});
@@ -232,7 +284,7 @@ inline void product(const std::array<const Linear*, LAYERS>& layers, const Token
     prefetch.fetch_part(item, items);
     for (int64_t k = 0; k < together; ++k) {
       const int64_t later = k * items + std::min(item + pool.threads(), items - 1);  // the threads take turns: most likely one's own
-      compute(tiles[k * items + item], adapters, x, tiles[later].weights(), emit);
+      compute(tiles[k * items + item], adapters, inputs.x, tiles[later].weights(), emit);
     }
   });
 }

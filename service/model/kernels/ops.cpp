@@ -1,4 +1,4 @@
-// The operators of the CPU kernels as torch sees them, for processors with AVX512-BF16: a linear layer with every token's own adapter, attention over KV rows, and a
+// The operators of the CPU kernels as torch sees them, for any processor: a linear layer with every token's own adapter, attention over KV blocks, and a
 // whole decoder layer of Llama's kind in one call. `table` describes a step's tokens, see linear.h.
 
 #include <torch/library.h>
@@ -36,9 +36,9 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, const at::Tenso
 void rotate(bf16* x, const bf16* cos, const bf16* sin, int64_t dim) {
   for (int64_t i = 0; i < dim / 2; i += kLanes) {
     const int64_t j = i + dim / 2;
-    const __m512 a = widen(x + i), b = widen(x + j);
-    narrow(x + i, _mm512_sub_ps(rounded(_mm512_mul_ps(a, widen(cos + i))), rounded(_mm512_mul_ps(b, widen(sin + i)))));
-    narrow(x + j, _mm512_add_ps(rounded(_mm512_mul_ps(b, widen(cos + j))), rounded(_mm512_mul_ps(a, widen(sin + j)))));
+    const Floats a = widen(x + i), b = widen(x + j);
+    narrow(x + i, rounded(a * widen(cos + i)) - rounded(b * widen(sin + i)));
+    narrow(x + j, rounded(b * widen(cos + j)) + rounded(a * widen(sin + j)));
   }
 }
 
@@ -74,7 +74,7 @@ struct Decoder {
   void added(const Linear& layer, const TokenAdapters& adapters, const bf16* input, const bf16* x, bf16* out) const {
     product<1>({&layer}, adapters, input, false, {}, [&](const Tile& tile, int64_t token, const Sums& sum) {
       const int64_t at = token * layer.out + tile.at * kTile;
-      store(out + at, {_mm512_add_ps(widen(x + at), rounded(sum[0])), _mm512_add_ps(widen(x + at + kLanes), rounded(sum[1]))});
+      store(out + at, {widen(x + at) + rounded(sum[0]), widen(x + at + kLanes) + rounded(sum[1])});
     });
   }
 
@@ -83,17 +83,17 @@ struct Decoder {
     product<2>({&gate, &up}, adapters, x, true, prefetch, [&](const Tile& tile, int64_t token, const Sums& sum) {
       bf16* to = act + token * up.out + tile.at * kTile;
       if (tile.l == &gate) store(to, {silu(rounded(sum[0])), silu(rounded(sum[1]))});
-      else store(to, {_mm512_mul_ps(widen(to), rounded(sum[0])), _mm512_mul_ps(widen(to + kLanes), rounded(sum[1]))});
+      else store(to, {widen(to) * rounded(sum[0]), widen(to + kLanes) * rounded(sum[1])});
     });
   }
 };
 
 constexpr int64_t kFetched = 32;  // with more tokens than this, what comes next would leave the caches before it is read
 
-// decoder(x [1, T, hidden], linears, norms, next, cos [1, T, dim], sin, keys, values, table, epsilon, scale, window) -> [1, T, hidden], all
+// decoder(x [1, T, hidden], linears, norms, next, cos [1, T, dim], sin, keys, values, table, blocks, epsilon, scale, window) -> [1, T, hidden], all
 // bf16; `next` are the following layer's linears, or none.
 at::Tensor decoder(const at::Tensor& x, Tensors linears, Tensors norms, Tensors next, const at::Tensor& cos, const at::Tensor& sin,
-                   at::Tensor keys, at::Tensor values, const at::Tensor& table, double epsilon, double scale, int64_t window) {
+                   at::Tensor keys, at::Tensor values, const at::Tensor& table, const at::Tensor& blocks, double epsilon, double scale, int64_t window) {
   const Decoder d(linears, norms, epsilon);
   const int64_t tokens = x.size(1), hidden = x.size(2), dim = keys.size(3), width = d.q.out + d.k.out + d.v.out;
   const TokenAdapters adapters(table, tokens);
@@ -114,7 +114,7 @@ at::Tensor decoder(const at::Tensor& x, Tensors linears, Tensors norms, Tensors 
   ThreadPool::shared().each(tokens, [&](int64_t t) { d.turn(qkv + t * width, c + t * dim, s + t * dim, dim); });
   const int64_t query = d.q.out / dim, key = d.k.out / dim;
   auto part = [&](int64_t from, int64_t many) { return heads.narrow(2, from, many).transpose(1, 2); };
-  at::Tensor mixed = attend(part(0, query), part(query, key), part(query + key, key), keys, values, table, scale, window, 0);
+  at::Tensor mixed = attend(part(0, query), part(query, key), part(query + key, key), keys, values, table, blocks, scale, window, 0);
 
   at::Tensor middle = at::empty_like(x), act = at::empty({tokens, d.up.out}, x.options()), out = at::empty_like(x);
   bf16 *m = middle.mutable_data_ptr<bf16>(), *a = act.mutable_data_ptr<bf16>();
@@ -131,8 +131,8 @@ TORCH_LIBRARY(adapterd, library) {
   library.def("pack(Tensor weight) -> Tensor", &pack);
   library.def("place(Tensor a, Tensor b, Tensor(a!) pool_a, Tensor(b!) pool_b, int start) -> ()", &place);
   library.def("linear(Tensor x, Tensor packed, Tensor bias, Tensor a, Tensor b, Tensor gate, Tensor ranks, Tensor table) -> Tensor", &linear);
-  library.def("attend(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor table, float scale, int window, "
-              "float softcap) -> Tensor", &attend);
-  library.def("decoder(Tensor x, Tensor[] linears, Tensor[] norms, Tensor[] next, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor table, "
+  library.def("attend(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor table, Tensor blocks, float scale, "
+              "int window, float softcap) -> Tensor", &attend);
+  library.def("decoder(Tensor x, Tensor[] linears, Tensor[] norms, Tensor[] next, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor table, Tensor blocks, "
               "float epsilon, float scale, int window) -> Tensor", &decoder);
 }

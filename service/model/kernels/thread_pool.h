@@ -4,13 +4,21 @@
 #pragma once
 
 #include <ATen/Parallel.h>
-#include <immintrin.h>
 #include <sched.h>
 
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <thread>
+
+// Lets the processor's other thread work while this one waits.
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
 
 class ThreadPool {
  public:
@@ -44,7 +52,7 @@ class ThreadPool {
     ticket_.store(epoch << 32 | uint64_t(chunks) << 16, std::memory_order_release);
     ticket_.notify_all();
     while (claim()) {}
-    while (done_.load(std::memory_order_acquire) != uint32_t(chunks)) _mm_pause();
+    while (done_.load(std::memory_order_acquire) != uint32_t(chunks)) relax();
   }
 
  private:
@@ -69,7 +77,7 @@ class ThreadPool {
     for (int idle = 0;; ++idle) {
       const uint64_t seen = ticket_.load(std::memory_order_acquire);
       if (claim()) idle = 0;
-      else if (idle < kAwake) idle % 16 ? _mm_pause() : (void)sched_yield();
+      else if (idle < kAwake) idle % 16 ? relax() : (void)sched_yield();
       else ticket_.wait(seen);
     }
   }

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from hashlib import sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,15 +24,21 @@ from service.errors import AdapterInvalid, Forbidden, PayloadTooLarge
 pytestmark = pytest.mark.anyio
 COMMIT = "c" * 40
 LIMIT = 1_000_000
+DESCRIBED = (
+    "/api/models/org/name",
+    "/api/models/org/name/revision/main",
+    f"/api/models/org/name/revision/{COMMIT}",
+)
 
 
 class HubServer:
-    """One repository, org/name, at one commit; `asked` are the paths that were asked for."""
+    """One repository, org/name, at one commit; `paths` are those that were asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.asked: list[str] = []
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
+        self.paths: list[str] = []
+        handler = type("HandlerOfOneHub", (HubRequestHandler,), {"hub_server": self})
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,))
         self.thread.start()
         self.endpoint = f"http://127.0.0.1:{self.server.server_port}"
@@ -48,59 +55,62 @@ class HubServer:
             if path.is_file()
         }
 
-    def _handler(self) -> type[BaseHTTPRequestHandler]:
-        hub_server = self
+    def find_file(self, path: str) -> bytes | None:
+        """What the repository has under a download's path; None where that is nothing of it."""
+        for head in (f"/org/name/resolve/{COMMIT}/", "/org/name/resolve/main/"):
+            if path.startswith(head):
+                return self.files().get(path.removeprefix(head))
+        return None
 
-        class HubRequestHandler(BaseHTTPRequestHandler):
-            def do_HEAD(self) -> None:
-                self.do_GET()
+    def describe_tree(self) -> list[dict[str, Any]]:
+        return [
+            {"type": "file", "path": name, "size": len(data), "oid": _etag(data)}
+            for name, data in self.files().items()
+        ]
 
-            def do_GET(self) -> None:
-                path = self.path.partition("?")[0]
-                hub_server.asked.append(path)
-                for head in (f"/org/name/resolve/{COMMIT}/", "/org/name/resolve/main/"):
-                    if (
-                        path.startswith(head)
-                        and (content := hub_server.files().get(path.removeprefix(head))) is not None
-                    ):
-                        return self._say(200, content, "application/octet-stream")
-                if path.startswith("/api/models/org/name/tree/"):
-                    tree = [
-                        {"type": "file", "path": name, "size": len(data), "oid": _etag(data)}
-                        for name, data in hub_server.files().items()
-                    ]
-                    return self._say(200, json.dumps(tree).encode())
-                if path in (
-                    "/api/models/org/name",
-                    "/api/models/org/name/revision/main",
-                    f"/api/models/org/name/revision/{COMMIT}",
-                ):
-                    siblings = [
-                        {"rfilename": name, "size": len(data)} for name, data in hub_server.files().items()
-                    ]
-                    return self._say(
-                        200, json.dumps({"id": "org/name", "sha": COMMIT, "siblings": siblings}).encode()
-                    )
-                return self._say(404, b'{"error": "no such repository"}', code="RepoNotFound")
+    def describe_repository(self) -> dict[str, Any]:
+        siblings = [{"rfilename": name, "size": len(data)} for name, data in self.files().items()]
+        return {"id": "org/name", "sha": COMMIT, "siblings": siblings}
 
-            def _say(self, status: int, body: bytes, kind: str = "application/json", code: str = "") -> None:
-                self.send_response(status)
-                headers = {
-                    "content-type": kind,
-                    "content-length": str(len(body)),
-                    "x-repo-commit": COMMIT,
-                    "etag": f'"{_etag(body)}"',
-                }
-                for name, value in (headers | ({"x-error-code": code} if code else {})).items():
-                    self.send_header(name, value)
-                self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(body)
 
-            def log_message(self, format: str, *arguments: object) -> None:
-                return None
+class HubRequestHandler(BaseHTTPRequestHandler):
+    """Answers one request as the hub of its subclass would."""
 
-        return HubRequestHandler
+    hub_server: HubServer
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path, _, _ = self.path.partition("?")
+        self.hub_server.paths.append(path)
+        content = self.hub_server.find_file(path)
+        if content is not None:
+            self._send(200, content, "application/octet-stream")
+        elif path.startswith("/api/models/org/name/tree/"):
+            self._send_json(self.hub_server.describe_tree())
+        elif path in DESCRIBED:
+            self._send_json(self.hub_server.describe_repository())
+        else:
+            self._send(404, b'{"error": "no such repository"}', code="RepoNotFound")
+
+    def _send_json(self, value: Any) -> None:
+        self._send(200, json.dumps(value).encode())
+
+    def _send(self, status: int, body: bytes, kind: str = "application/json", code: str = "") -> None:
+        headers = {"content-type": kind, "content-length": str(len(body)), "x-repo-commit": COMMIT}
+        headers["etag"] = f'"{_etag(body)}"'
+        if code:
+            headers["x-error-code"] = code
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        return None
 
 
 def _etag(body: bytes) -> str:
@@ -113,9 +123,9 @@ def hub_server(tmp_path: Path, plain: Path) -> Iterator[HubServer]:
     shutil.copytree(plain, folder)
     shutil.copytree(plain, folder / "checkpoint-20")
     (folder / "training_args.bin").write_bytes(b"pickle")
-    made = HubServer(folder)
-    yield made
-    made.stop()
+    server = HubServer(folder)
+    yield server
+    server.stop()
 
 
 def store(hub_server: HubServer, tmp_path: Path, *allowed: str, limit: int = LIMIT) -> Store:
@@ -146,7 +156,7 @@ async def test_every_file_that_shapes_an_answer_is_fetched_and_no_other(
         names = sorted((CONFIG, WEIGHTS, *TEXTS))
         assert [path.name for path in sorted(place.folder.iterdir()) if path.is_file()] == names
         assert all((place.folder / name).read_bytes() == (source / name).read_bytes() for name in names)
-    assert not [path for path in dressed.asked if path.endswith((".bin", ".md"))]
+    assert not [path for path in dressed.paths if path.endswith((".bin", ".md"))]
 
 
 @pytest.fixture
@@ -184,9 +194,9 @@ async def test_a_file_that_was_there_and_is_gone_from_the_cache_is_fetched_again
     here = store(dressed, tmp_path, "org/*")
     place = await here.find_source("hub:org/name", revision=COMMIT)
     names = [file.name for file in read_manifest(place.folder)]
-    before = len(dressed.asked)
+    before = len(dressed.paths)
     assert await here.find_source("hub:org/name", revision=COMMIT, held=names) == place
-    assert len(dressed.asked) == before
+    assert len(dressed.paths) == before
     (place.folder / "chat_template.jinja").unlink()
     assert await here.find_source("hub:org/name", revision=COMMIT, held=names) == place
     assert [file.name for file in read_manifest(place.folder)] == names
@@ -195,7 +205,7 @@ async def test_a_file_that_was_there_and_is_gone_from_the_cache_is_fetched_again
 async def test_signs_in_a_subfolder_choose_nothing_else(dressed: HubServer, tmp_path: Path) -> None:
     with pytest.raises(AdapterInvalid):
         await store(dressed, tmp_path, "org/*").find_source("hub:org/name", subfolder="checkpoint-*")
-    assert not [path for path in dressed.asked if "resolve" in path]
+    assert not [path for path in dressed.paths if "resolve" in path]
 
 
 async def test_only_the_two_files_of_the_commit_are_fetched(hub_server: HubServer, tmp_path: Path) -> None:
@@ -203,7 +213,7 @@ async def test_only_the_two_files_of_the_commit_are_fetched(hub_server: HubServe
     assert place.revision == COMMIT
     assert sorted(path.name for path in place.folder.iterdir()) == [CONFIG, WEIGHTS, "checkpoint-20"][:2]
     assert (place.folder / WEIGHTS).read_bytes() == (hub_server.folder / WEIGHTS).read_bytes()
-    assert not [path for path in hub_server.asked if "training_args" in path]
+    assert not [path for path in hub_server.paths if "training_args" in path]
 
 
 async def test_a_subfolder_is_fetched_alone(hub_server: HubServer, tmp_path: Path) -> None:
@@ -220,7 +230,7 @@ async def test_what_no_pattern_allows_is_forbidden_and_not_asked_for(
 ) -> None:
     with pytest.raises(Forbidden, match="ADAPTERD_HUB"):
         await store(hub_server, tmp_path, *allowed).find_source("hub:org/name")
-    assert hub_server.asked == []
+    assert hub_server.paths == []
 
 
 @pytest.mark.parametrize("name", ["org/none", "org/../x", "org/a/b", "org/"])
@@ -234,9 +244,9 @@ async def test_what_the_hub_does_not_have_is_invalid(
 async def test_what_was_fetched_is_there_when_the_hub_is_not(hub_server: HubServer, tmp_path: Path) -> None:
     here = store(hub_server, tmp_path, "org/*")
     place = await here.find_source("hub:org/name", revision="main")
-    before = len(hub_server.asked)
+    before = len(hub_server.paths)
     assert await here.find_source("hub:org/name", revision=COMMIT, held=[CONFIG, WEIGHTS]) == place
-    assert len(hub_server.asked) == before, "a commit whose files are all there needs no asking"
+    assert len(hub_server.paths) == before, "a commit whose files are all there needs no asking"
     hub_server.stop()
     assert (await here.find_source("hub:org/name", revision="main")).folder == place.folder
     with pytest.raises(AdapterInvalid, match="cannot be reached"):
@@ -249,4 +259,4 @@ async def test_what_is_over_the_limit_is_not_fetched(hub_server: HubServer, tmp_
     (hub_server.folder / "tokenizer.json").write_bytes(bytes(LIMIT))
     with pytest.raises(PayloadTooLarge):
         await store(hub_server, tmp_path, "org/*").find_source("hub:org/name")
-    assert not [path for path in hub_server.asked if "resolve" in path]
+    assert not [path for path in hub_server.paths if "resolve" in path]

@@ -13,6 +13,7 @@ import tarfile
 import tracemalloc
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,6 @@ async def test_a_folder_under_the_root_is_found(store: Store, root: Path, plain:
         "a\\b",
         "C:/x",
         "x/..",
-        "\ud800",
         "a" * 2000,
         "a/" * 2_000_000,
     ],
@@ -83,6 +83,20 @@ async def test_sources_outside_are_forbidden(store: Store, source: str) -> None:
         await store.find_source(source)
     with pytest.raises(Forbidden):
         await store.find_source("x", subfolder=source) if source else await store.find_source("")
+
+
+@pytest.mark.parametrize("name", ["\ud800", "bad\udcff", "x/bad\udcff"])
+async def test_a_name_that_is_no_utf8_is_refused_though_the_folder_is_there(
+    store: Store, root: Path, plain: Path, name: str
+) -> None:
+    """Libraries cannot open it, and would say so with the host's path."""
+    for folder in ("bad\udcff", "x/bad\udcff"):
+        with suppress(OSError):  # some file systems have no such names
+            shutil.copytree(plain, root / folder)
+    for source, subfolder, field in ((name, None, "source"), ("x", name, "subfolder")):
+        with pytest.raises(BadRequest, match="no UTF-8") as refused:
+            await store.find_source(source, subfolder)
+        assert (refused.value.param, str(root) in refused.value.message) == (field, False)
 
 
 async def test_a_missing_folder_is_invalid_and_hides_the_root(store: Store, root: Path) -> None:

@@ -89,38 +89,29 @@ def test_they_are_found_in_one_bin_file_beside_what_is_not_loaded(tmp_path: Path
     assert copies(validate_adapter(Skeleton(base), adapter, 64)) == 2
 
 
-@pytest.mark.filterwarnings("ignore")
-def test_they_are_found_under_the_names_that_a_multimodal_base_has_in_its_files(tmp_path: Path) -> None:
-    text = {
-        "vocab_size": 256,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-    }
-    text |= {"num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 256, "pad_token_id": 0}
+def multimodal_config() -> Gemma3Config:
+    text = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    text |= {"max_position_embeddings": 256, "pad_token_id": 0}
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"image_size": 28, "patch_size": 14}
-    tokens = {
-        "image_token_index": 250,
-        "boi_token_index": 246,
-        "eoi_token_index": 247,
-        "mm_tokens_per_image": 4,
-    }
-    config = Gemma3Config(text_config=text, vision_config=vision, **tokens)
+    tokens = {"image_token_index": 250, "boi_token_index": 246, "eoi_token_index": 247}
+    return Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **tokens)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_they_are_found_under_the_names_that_a_multimodal_base_has_in_its_files(tmp_path: Path) -> None:
     base = tmp_path / "base"
     with making.quiet():
         torch.manual_seed(4)
-        AutoModelForCausalLM.from_config(config).float().save_pretrained(base)
+        AutoModelForCausalLM.from_config(multimodal_config()).float().save_pretrained(base)
     assert any(key.startswith("language_model.") for key in load_file(base / "model.safetensors")), (
         "names of today: a weak fixture"
     )
     adapter = making.noise(tmp_path / "a", base, 4, r".*language_model.*\.(q_proj|v_proj)", save=SAVED)
     names = {name for name in making.tensors(adapter) if "lora" not in name}
-    assert names == {
-        "base_model.model.model.language_model.embed_tokens.weight",
-        "base_model.model.lm_head.weight",
-    }
+    embedding, head = "model.language_model.embed_tokens.weight", "lm_head.weight"
+    assert names == {f"base_model.model.{embedding}", f"base_model.model.{head}"}
     assert copies(validate_adapter(Skeleton(base), adapter, 64)) == 2
 
 

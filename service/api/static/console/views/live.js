@@ -70,7 +70,7 @@ function Tiles({ now }) {
     ["Running", count(now.running)],
     ["Waiting", count(now.waiting)],
     ["Tokens/s", fixed(now.generated, 0)],
-    ["KV cache", percent(total(now.samples, "kv_cache_usage_ratio"))],
+    ["KV blocks", kvBlocks(now)],
     ["On the device", count(tiers.get("device") ?? 0)],
     ["In host memory", count(tiers.get("host") ?? 0)],
     ["Host cache", hostCache(now.base)],
@@ -78,6 +78,14 @@ function Tiles({ now }) {
   ];
   return html`<dl class="tiles">${tiles.map(([name, value]) => html`<div class="tile"><dt>${name}</dt><dd>${value}</dd></div>`)}</dl>`;
 }
+
+const kvBlocks = ({ samples }) => {
+  const states = byLabel(samples, "kv_blocks", "state");
+  const [used, cached, empty] = ["used", "cached", "empty"].map((state) => states.get(state) ?? 0);
+  const all = used + cached + empty;
+  const preempted = count(total(samples, "preemptions_total"));
+  return html`${percent(all ? used / all : 0)} <span class="muted">used, ${percent(all ? cached / all : 0)} cached, ${preempted} preemptions</span>`;
+};
 
 const hostCache = ({ host_bytes: used }) => html`${bytes(used)} <span class="muted">of ${megabytes(settings.value?.host_cache_mb)}</span>`;
 

@@ -1,0 +1,170 @@
+"""Says what fits on a device, from a base's config alone, for the command line's `plan`; in its own process.
+
+The arithmetic of pool and KV is the start's own (`core/capacity.py`). Must not know torch: the answer is
+there at once.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .core import capacity
+from .core.base_info import BLOCK_TOKENS, LinearKind
+from .core.defaults import GPU_DEFAULTS
+from .errors import SettingsError
+
+# Config names of models whose layers have q, k, v, o, gate, up and down, and nothing else of weight
+FAMILIES = {
+    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "olmo2"),
+    *("smollm3", "phi3", "seed_oss", "ministral", "helium"),
+}
+DEMO: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "tie_word_embeddings": True,
+}
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+DTYPE_BYTES = 2  # of bfloat16, in which a GPU computes
+# Bytes a weight: 4 bits, a byte for each 64 weights, a float32 for each 256 of those; a byte
+QUANTIZED_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0, "none": float(DTYPE_BYTES)}
+CONTEXTS = (1024, 4096, 16384, 65536)
+
+
+@dataclass(frozen=True, slots=True)
+class BaseShape:
+    """The numbers of a config.json that memory depends on."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocabulary: int
+    context: int
+    has_own_head: bool
+
+    def linears(self) -> list[LinearKind]:
+        """The layers that adapters may adapt, but for the head."""
+        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        shapes = {
+            "q_proj": (self.hidden, query),
+            "k_proj": (self.hidden, key),
+            "v_proj": (self.hidden, key),
+            "o_proj": (query, self.hidden),
+            "gate_proj": (self.hidden, self.intermediate),
+            "up_proj": (self.hidden, self.intermediate),
+            "down_proj": (self.intermediate, self.hidden),
+        }
+        return [LinearKind(name, n_in, n_out, self.layers) for name, (n_in, n_out) in shapes.items()]
+
+    @property
+    def head(self) -> LinearKind:
+        return LinearKind("lm_head", self.hidden, self.vocabulary, 1)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return 2 * self.layers * self.kv_heads * self.head_dim * DTYPE_BYTES
+
+    def weights_bytes(self, quantization: str) -> int:
+        """Quantized layers, and embeddings, head and norms in bfloat16."""
+        linear = sum(kind.in_features * kind.out_features * kind.count for kind in self.linears())
+        embeddings = self.vocabulary * self.hidden * (1 + self.has_own_head)
+        norms = self.hidden * (2 * self.layers + 1)
+        return int(linear * QUANTIZED_BYTES[quantization]) + (embeddings + norms) * DTYPE_BYTES
+
+
+def read_shape(base: str) -> BaseShape:
+    """Of a `config.json`, its folder, or `demo`. Raises SettingsError."""
+    config = DEMO if base == "demo" else _read_config(Path(base))
+    config = config.get("text_config", config)
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise SettingsError(f"--base: model_type {family!r} cannot be planned; `/base` says it once served")
+    try:
+        return _shape_of(config)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise SettingsError(f"--base: config.json lacks a usable {error}") from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SettingsError(f"--base: {file} cannot be read as a config.json: {error}") from error
+    if not isinstance(config, dict):
+        raise SettingsError(f"--base: {file} holds no JSON object")
+    return config
+
+
+def _shape_of(config: Mapping[str, Any]) -> BaseShape:
+    heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
+    return BaseShape(
+        layers=int(config["num_hidden_layers"]),
+        hidden=hidden,
+        intermediate=int(config["intermediate_size"]),
+        heads=heads,
+        kv_heads=int(config.get("num_key_value_heads") or heads),
+        head_dim=int(config.get("head_dim") or hidden // heads),
+        vocabulary=int(config["vocab_size"]),
+        context=int(config.get("max_position_embeddings") or 2048),
+        has_own_head=not config.get("tie_word_embeddings", False),
+    )
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a text such as `24GB` (10^9) or `24GiB` (2^30). Raises SettingsError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    if match is None or match[2].upper() not in UNITS:
+        raise SettingsError(f"--memory: {text!r} is no amount of memory, such as 24GB")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def plan_memory(
+    shape: BaseShape, memory: int, quantization: str, pool_rank: int, rows: int | None, context: int | None
+) -> dict[str, Any]:
+    """What a GPU of so many bytes holds beside this base. Raises SettingsError."""
+    if context is not None and context > shape.context:
+        raise SettingsError(f"--context: {context} is over the base's own {shape.context}")
+    weights = shape.weights_bytes(quantization)
+    pool = capacity.pool_bytes([*shape.linears(), shape.head], pool_rank, DTYPE_BYTES)
+    budget = capacity.kv_budget(memory - weights - pool, "cuda")
+    blocks = capacity.count_kv_blocks(budget, shape.kv_bytes_per_token)
+    tokens, at_once = blocks * BLOCK_TOKENS, rows or GPU_DEFAULTS.rows
+    longest = min(context or shape.context, tokens)
+    lengths = sorted({length for length in CONTEXTS if length < longest} | {longest}) if tokens else []
+    return {
+        "memory_bytes": memory,
+        "weights_bytes": weights,
+        "pool_bytes": pool,
+        "kv_bytes": tokens * shape.kv_bytes_per_token,
+        "kv_bytes_per_token": shape.kv_bytes_per_token,
+        "kv_tokens": tokens,
+        "sequences": [{"context": n, "count": min(at_once, tokens // n)} for n in lengths],
+    }
+
+
+def format_plan(plan: Mapping[str, Any]) -> str:
+    """The plan for people: the same numbers."""
+    rows = [
+        ("memory", "memory_bytes"),
+        ("weights", "weights_bytes"),
+        ("pool", "pool_bytes"),
+        ("KV", "kv_bytes"),
+    ]
+    lines = [f"{name:<10}{plan[key] / 1e9:10.2f} GB" for name, key in rows]
+    lines.append(f"KV holds {plan['kv_tokens']:,} tokens of {plan['kv_bytes_per_token']:,} bytes")
+    lines += [f"{each['count']:>6} sequences of {each['context']:,} tokens" for each in plan["sequences"]]
+    return "\n".join(lines) + ("" if plan["kv_tokens"] else "\nthe base does not fit")

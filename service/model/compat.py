@@ -1,0 +1,67 @@
+"""The private parts of torch, transformers, PEFT and bitsandbytes that the worker leans on, each under a
+name that says what it means.
+
+Runs in the worker process. The upper bounds in pyproject.toml keep them as they are;
+tests/model/test_compat.py shows it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from bitsandbytes import functional
+from torch import Tensor, nn
+
+
+def attention_name(model: Any) -> str:
+    """The name of the attention that the model runs by, as `set_attn_implementation` takes it."""
+    name: str = model.config._attn_implementation
+    return name
+
+
+def random_constructor(model: Any) -> Callable[..., Any]:
+    """Makes a model of this one's class with random weights: (config, dtype, attn_implementation) → model.
+
+    The public constructor of a class takes neither dtype nor attention.
+    """
+    make: Callable[..., Any] = type(model)._from_config
+    return make
+
+
+def unpack_for_cpu(packed: Tensor, state: Any) -> tuple[Tensor, Any]:
+    """The 4-bit weight and its QuantState as `functional.dequantize_4bit` reads them: uint8, two values a
+    byte, and float32 scales in one row.
+
+    bitsandbytes has packed them for its CPU kernel in the layer's first forward (`packed`: [out, in / 2]).
+    The state that is given is changed; its scales are not nested any more, and stay so.
+    """
+    state.original_nested = False
+    unpacked, state = functional._convert_weight_packed_for_cpu_inverse(packed, state)
+    state.absmax = state.absmax.T.reshape(-1).float()
+    return unpacked, state
+
+
+def reads_quantized(layer: nn.Module) -> bool:
+    """Whether PEFT made this layer for a quantized one: in a `bnb` module of the type, or with a backend
+    that dequantizes.
+    """
+    in_own_module = type(layer).__module__.endswith(".bnb")
+    return in_own_module or getattr(layer, "quantization_backend", None) is not None
+
+
+def release_pinned_memory() -> None:
+    """Gives the system back what torch keeps of pinned memory that was freed, for the next of that very
+    size.
+    """
+    torch._C._host_emptyCache()
+
+
+def close_graph_memory(memory: Any) -> None:
+    """Ends allocation to a graph memory pool that a broken recording has left open, as torch 2.11 does,
+    and lets go of it. Raises AttributeError or RuntimeError where this torch has closed it.
+    """
+    device = torch.cuda.current_device()
+    torch._C._cuda_endAllocateToPool(device, memory)
+    torch._C._cuda_releasePool(device, memory)

@@ -1,0 +1,94 @@
+"""Puts the Triton kernels in place of bitsandbytes' product and torch's attention, on a GPU.
+
+The base's own tree keeps theirs, and is what these are compared with at start. Runs in the worker
+process; must not know adapters' files, requests or scheduling.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from . import kv
+from .kernels import triton as kernels
+from .lora_linear import LoraLinear
+from .lora_pool import LoraPool
+from .step_layout import StepLayout
+
+NAME = "adapterd_paged"
+
+log = logging.getLogger(__name__)
+
+
+class NF4Linear(nn.Module):
+    """bitsandbytes' 4-bit layer, with a product of our own for up to 64 tokens.
+
+    One path for all of these, so that a token's result does not depend on how many share its step.
+    """
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        self.layer = layer
+        self._nf4: Any = importlib.import_module(f"{kernels.__name__}.nf4")
+        self._packed = self._nf4.NF4Weight.from_state(layer.weight.data, layer.weight.quant_state)
+
+    @property
+    def weight(self) -> Any:
+        return self.layer.weight
+
+    @property
+    def bias(self) -> Any:
+        return self.layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., in] → [..., out]."""
+        flat = x.reshape(-1, x.shape[-1])
+        if len(flat) > self._nf4.MOST_TOKENS:
+            dense: Tensor = self.layer(x)
+            return dense
+        (y,) = self._nf4.multiply(flat, [self._packed])
+        out: Tensor = y if self.bias is None else y + self.bias
+        return out.view(*x.shape[:-1], -1)
+
+
+def explain_absence(device: torch.device) -> str | None:
+    """Why the kernels cannot be used there; None where they can."""
+    if device.type != "cuda" or torch.version.cuda is None:
+        return "torch has no CUDA here"
+    return kernels.explain_absence()
+
+
+def install_kernels(pool: LoraPool) -> None:
+    """Gives the pool's tree the paged attention, and its 4-bit layers the NF4 product.
+
+    Raises ValueError for weights in another layout than bitsandbytes' NF4.
+    """
+    layers = [layer for layer in pool.layers.values() if isinstance(layer, LoraLinear)]
+    quantized = [layer for layer in layers if type(layer.base_layer).__name__ == "Linear4bit"]
+    for layer in quantized:
+        layer.base_layer = NF4Linear(layer.base_layer)
+    AttentionInterface.register(NAME, partial(kv.attend_blocks, attend_singles=attend_singles))
+    pool.tree.set_attn_implementation(NAME)
+    log.info("kernels: paged attention, and the NF4 product in %d of %d layers", len(quantized), len(layers))
+
+
+def attend_singles(attention: kv.BlockAttention, query: Tensor, layout: StepLayout) -> Tensor:
+    """One token a sequence: query [heads, n, dim] → [n, heads, dim]."""
+    paged: Any = importlib.import_module(f"{kernels.__name__}.attention")
+    if "kv_length" not in layout.masks:
+        layout.masks["kv_length"] = layout.positions[: layout.singles] + 1
+        starts = torch.arange(layout.singles + 1, dtype=torch.int32, device=query.device)
+        layout.masks["starts"] = starts
+    lengths, starts = layout.masks["kv_length"], layout.masks["starts"]
+    keys, values = attention.keys.transpose(1, 2), attention.values.transpose(1, 2)
+    window, chunk = attention.reach
+    reach = paged.ScoreRules(attention.scale, window, chunk, attention.softcap or 0.0)
+    pages = paged.PagedKV(keys, values, starts, lengths, layout.block_table)
+    out: Tensor = paged.attend_decode(query.transpose(0, 1).contiguous(), pages, reach)
+    return out

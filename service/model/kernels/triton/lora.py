@@ -1,0 +1,217 @@
+"""Adds adapters to the outputs of up to three linears that share their input: y += (x Aᵀ * weight) B,
+each token with the rank rows of its own adapters.
+
+A tile is (first token, tokens, first rank row, rank): at most 16 consecutive tokens of one adapter.
+Tokens with several adapters have a tile for each, one behind the other; a tile of no tokens is
+unused. Tokens without a tile keep their y to the bit. Shrink sums the inputs in parts, which expand
+adds in their order. Runs in the worker process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .shapes import LORA_RANK, LORA_TOKENS, MEMBERS, LoraShape, lora_shape
+
+
+class LoraMember(NamedTuple):
+    """One linear's output y [tokens, n_out], and its pools a [rank rows, n_in], b [rank rows, n_out]."""
+
+    y: Tensor
+    a: Tensor
+    b: Tensor
+
+
+class LoraTiles(NamedTuple):
+    """tiles int32 [n, 4]; weights float32 [n, 16], of a tile's tokens; `most_rank` is no less than
+    any tile's rank.
+    """
+
+    tiles: Tensor
+    weights: Tensor
+    most_rank: int
+
+
+@triton.jit(do_not_specialize=["rank_blocks"], do_not_specialize_on_alignment=["tiles"])
+def shrink(
+    x, a0, a1, a2, tiles, inner, n_in, rank_blocks, x_row, a_row, inner_member, inner_split, inner_row,
+    TOKENS: tl.constexpr, RANK: tl.constexpr, K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """inner[member, split, tile * TOKENS + token, rank row of the tile] = the split's part of x Aᵀ."""
+    tile, split, third = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    start, tokens = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1)
+    low, rank = tl.load(tiles + tile * 4 + 2), tl.load(tiles + tile * 4 + 3)
+    member, block = third // rank_blocks, third % rank_blocks
+    if tokens == 0 or block * RANK >= rank:
+        return
+    a = a0
+    if member == 1:
+        a = a1
+    elif member == 2:
+        a = a2
+    t, r, k = tl.arange(0, TOKENS), block * RANK + tl.arange(0, RANK), tl.arange(0, K)
+    rows = x + (start + t)[:, None] * x_row + k[None, :]
+    ranks = a + (low + r)[:, None].to(tl.int64) * a_row + k[None, :]
+    is_token, is_rank = (t < tokens)[:, None], (r < rank)[:, None]
+    share = tl.cdiv(tl.cdiv(n_in, K), tl.num_programs(1))
+    acc = tl.zeros([TOKENS, RANK], tl.float32)
+    for i in tl.range(split * share, tl.minimum((split + 1) * share, tl.cdiv(n_in, K)), num_stages=STAGES):
+        is_input = (i * K + k < n_in)[None, :]
+        left = tl.load(rows + i * K, mask=is_token & is_input, other=0.0)
+        right = tl.load(ranks + i * K, mask=is_rank & is_input, other=0.0)
+        acc = tl.dot(left, tl.trans(right.to(left.dtype)), acc, input_precision="ieee")
+    where = inner + member * inner_member + split * inner_split
+    tl.store(where + (tile * TOKENS + t)[:, None] * inner_row + r[None, :], acc, mask=is_token & is_rank.T)
+
+
+@triton.jit(do_not_specialize=["count"], do_not_specialize_on_alignment=["tiles", "weights"])
+def expand(
+    inner, b0, b1, b2, tiles, weights, y0, y1, y2,
+    count, n_out0, n_out1, n_out2, inner_member, inner_split, inner_row,
+    b_row0, b_row1, b_row2, y_row0, y_row1, y_row2,
+    TOKENS: tl.constexpr, RANK: tl.constexpr, N: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """y[token] += the sum over the token's tiles of (inner * weight) B, of one member's columns."""
+    tile, block = tl.program_id(0), tl.program_id(1)
+    start, tokens = tl.load(tiles + tile * 4), tl.load(tiles + tile * 4 + 1)
+    # The tiles of one token are one program's: the first of them
+    earlier = tl.load(tiles + tile * 4 - 4, mask=tile > 0, other=-1)
+    is_later = (tl.load(tiles + tile * 4 - 3, mask=tile > 0, other=0) > 0) & (earlier == start)
+    if tokens == 0 or is_later:
+        return
+    first1 = tl.cdiv(n_out0, N)
+    first2 = first1 + tl.cdiv(n_out1, N)
+    if block < first1:
+        b, y, n_out, b_row, y_row, parts = b0, y0, n_out0, b_row0, y_row0, inner
+    elif block < first2:
+        b, y, n_out, b_row, y_row, parts = b1, y1, n_out1, b_row1, y_row1, inner + inner_member
+        block -= first1
+    else:
+        b, y, n_out, b_row, y_row, parts = b2, y2, n_out2, b_row2, y_row2, inner + 2 * inner_member
+        block -= first2
+    t, r, n = tl.arange(0, TOKENS), tl.arange(0, RANK), block * N + tl.arange(0, N)
+    is_token, is_column = (t < tokens)[:, None], (n < n_out)[None, :]
+    acc = tl.zeros([TOKENS, N], tl.float32)
+    ranks, goes_on = 0, tokens > 0
+    while goes_on:
+        low, rank = tl.load(tiles + tile * 4 + 2), tl.load(tiles + tile * 4 + 3)
+        weight = tl.load(weights + tile * TOKENS + t)
+        for first in range(0, rank, RANK):
+            is_rank = first + r < rank
+            rows = b + (low + first + r)[:, None].to(tl.int64) * b_row + n[None, :]
+            right = tl.load(rows, mask=is_rank[:, None] & is_column, other=0.0)
+            left = tl.zeros([TOKENS, RANK], tl.float32)
+            where = parts + (tile * TOKENS + t)[:, None] * inner_row + (first + r)[None, :]
+            for split in tl.static_range(SPLITS):
+                left += tl.load(where + split * inner_split, mask=is_token & is_rank[None, :], other=0.0)
+            left = (left * weight[:, None]).to(right.dtype)
+            acc = tl.dot(left, right, acc, input_precision="ieee")
+        ranks += rank
+        tile += 1
+        following = tl.load(tiles + tile * 4, mask=tile < count, other=-1)
+        goes_on = (following == start) & (tl.load(tiles + tile * 4 + 1, mask=tile < count, other=0) > 0)
+    where = y + (start + t)[:, None] * y_row + n[None, :]
+    keep = is_token & is_column & (ranks > 0)
+    tl.store(where, (tl.load(where, mask=keep, other=0.0) + acc).to(y.dtype.element_ty), mask=keep)
+
+
+def add_adapters(
+    x: Tensor, members: Sequence[LoraMember], layout: LoraTiles, shape: LoraShape | None = None
+) -> None:
+    """Adds to each member's y, in place, what the adapters make of x [tokens, n_in].
+
+    Raises ValueError for what does not fit together.
+    """
+    _check_adapters(x, members, layout)
+    count, n_in = layout.tiles.shape[0], x.shape[1]
+    shape = shape or lora_shape(n_in)
+    blocks = triton.cdiv(layout.most_rank, LORA_RANK)
+    if not count or not blocks:
+        return
+    ranks = blocks * LORA_RANK
+    inner = x.new_empty(len(members), shape.splits, count * LORA_TOKENS, ranks, dtype=torch.float32)
+    _launch_shrink(x, members, layout.tiles, inner, shape)
+    _launch_expand(inner, members, layout, shape)
+
+
+SHRINK_STAGES = 4
+
+
+def _launch_shrink(
+    x: Tensor, members: Sequence[LoraMember], tiles: Tensor, inner: Tensor, shape: LoraShape
+) -> None:
+    blocks = inner.shape[3] // LORA_RANK
+    pools = _padded([member.a for member in members])
+    shrink[tiles.shape[0], shape.splits, len(members) * blocks](
+        x,
+        *pools,
+        tiles,
+        inner,
+        x.shape[1],
+        blocks,
+        x.stride(0),
+        pools[0].stride(0),
+        *inner.stride()[:3],
+        TOKENS=LORA_TOKENS,
+        RANK=LORA_RANK,
+        K=shape.inputs,
+        STAGES=SHRINK_STAGES,
+        num_warps=4,
+    )
+
+
+def _launch_expand(inner: Tensor, members: Sequence[LoraMember], layout: LoraTiles, shape: LoraShape) -> None:
+    sizes = [member.y.shape[1] for member in members] + [0] * (MEMBERS - len(members))
+    pools, outputs = _padded([member.b for member in members]), _padded([member.y for member in members])
+    count = layout.tiles.shape[0]
+    expand[count, sum(triton.cdiv(size, shape.columns) for size in sizes)](
+        inner,
+        *pools,
+        layout.tiles,
+        layout.weights,
+        *outputs,
+        count,
+        *sizes,
+        *inner.stride()[:3],
+        *(pool.stride(0) for pool in pools),
+        *(y.stride(0) for y in outputs),
+        TOKENS=LORA_TOKENS,
+        RANK=shape.ranks,
+        N=shape.columns,
+        SPLITS=shape.splits,
+        num_warps=4,
+    )
+
+
+def _padded(tensors: list[Tensor]) -> list[Tensor]:
+    """Of as many as the kernels take: the first stands in for what is not there, and is not read."""
+    return tensors + tensors[:1] * (MEMBERS - len(tensors))
+
+
+def _check_adapters(x: Tensor, members: Sequence[LoraMember], layout: LoraTiles) -> None:
+    if not 1 <= len(members) <= MEMBERS:
+        raise ValueError(f"{len(members)} outputs in one launch, not 1 to {MEMBERS}")
+    tiles, weights = layout.tiles, layout.weights
+    if tiles.dtype != torch.int32 or tiles.dim() != 2 or tiles.shape[1] != 4 or not tiles.is_contiguous():
+        raise ValueError(f"tiles {tuple(tiles.shape)} of {tiles.dtype} are not int32 [n, 4]")
+    if weights.dtype != torch.float32 or weights.shape != (tiles.shape[0], LORA_TOKENS):
+        raise ValueError(f"weights {tuple(weights.shape)} of {weights.dtype} for {tiles.shape[0]} tiles")
+    if x.dim() != 2 or x.stride(1) != 1:
+        raise ValueError(f"inputs {tuple(x.shape)} are no rows")
+    for member in members:
+        _check_member(x, member, members[0].a.stride(0))
+
+
+def _check_member(x: Tensor, member: LoraMember, a_row: int) -> None:
+    y, a, b = member
+    if a.shape[1] != x.shape[1] or a.shape[0] != b.shape[0] or y.shape != (x.shape[0], b.shape[1]):
+        shapes = [tuple(part.shape) for part in (x, y, a, b)]
+        raise ValueError(f"inputs, outputs, A and B of {shapes} do not fit together")
+    if a.stride(0) != a_row or any(part.stride(1) != 1 for part in member):
+        raise ValueError("the pools of one launch differ in their strides")

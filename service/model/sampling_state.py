@@ -1,0 +1,53 @@
+"""One request's own past, as far as it bears on the next token.
+
+Plain numbers, kept as tensors can read them at once. Runs in the worker process; must not know
+tensors or other requests.
+"""
+
+from __future__ import annotations
+
+import random
+from array import array
+from dataclasses import fields
+from typing import Any
+
+from ..core.request import Request
+from ..core.sampling import Sampling
+
+DEFAULTS = Sampling()
+
+
+class SamplingState:
+    """`uses` names the options that differ from their defaults: a row that uses none is greedy.
+
+    `known` are the prompt's ids where they are penalized; `generated` the answer's, each once, and
+    `times` how often each.
+    """
+
+    def __init__(self, request: Request) -> None:
+        sampling = request.sampling
+        self.request = request
+        self.uses = frozenset(
+            field.name
+            for field in fields(sampling)
+            if getattr(sampling, field.name) != getattr(DEFAULTS, field.name)
+        )
+        self.matcher: Any = None
+        self.length = 0
+        self.known = array("q", set(request.prompt) if "repetition_penalty" in self.uses else ())
+        self.generated, self.times = array("q"), array("f")
+        self._place_of: dict[int, int] = {}
+        self.bias_ids = array("q", (id for id, _ in sampling.logit_bias))
+        self.bias_values = array("f", (value for _, value in sampling.logit_bias))
+
+    def add_token(self, token: int) -> None:
+        self.length += 1
+        place = self._place_of.setdefault(token, len(self.generated))
+        if place == len(self.generated):
+            self.generated.append(token)
+            self.times.append(0)
+        self.times[place] += 1
+
+    def draw_uniform(self) -> float:
+        """A number in [0, 1) that is a function of the seed and the index of the token."""
+        return random.Random((self.request.sampling.seed << 32) + self.length).random()

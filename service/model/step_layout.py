@@ -1,0 +1,124 @@
+"""The layout of one step: which tokens run, where their KV lies, which pool rows are theirs.
+
+One object of int32 tensors, made once a step, that the torch layers, the CPU kernels and the recorded
+graphs read alike. Runs in the worker process; must not know requests, sampling or scheduling.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..core.adapter import Digest
+from ..core.base_info import BLOCK_TOKENS
+
+
+class SequenceStep(NamedTuple):
+    """The tokens of one sequence in a step, from `position` on; `blocks` are its KV blocks up to the last.
+
+    `adapter` acts on them. The last `kept` of them get logits.
+    """
+
+    tokens: Sequence[int]
+    position: int
+    blocks: Sequence[int]
+    adapter: Digest | None = None
+    kept: int = 1
+
+    @property
+    def end(self) -> int:
+        """The positions that the sequence has after the step."""
+        return self.position + len(self.tokens)
+
+
+class Prefill(NamedTuple):
+    """Tokens [start, start + length) of the flat step are those of one sequence, from `position` on."""
+
+    start: int
+    length: int
+    position: int
+    blocks: Tensor
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """T flat tokens of S sequences, the first `singles` of which have one token each.
+
+    int32 on the device: `tokens`, `positions`, `write_block` and `write_offset` [T], the place of each
+    token's KV; `block_table` [singles, B]; `logits_index` [K], the tokens that get logits. `prefills` are
+    the other sequences. `masks` are those that layers have made of it.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    write_block: Tensor
+    write_offset: Tensor
+    block_table: Tensor
+    logits_index: Tensor
+    singles: int
+    prefills: tuple[Prefill, ...] = ()
+    masks: dict[Hashable, Tensor] = field(default_factory=dict)
+
+
+def make_layout(sequences: Sequence[SequenceStep], device: torch.device) -> StepLayout:
+    """Of sequences in the order of their tokens, those of one token first."""
+    singles = count_singles(sequences)
+    columns = list(chain.from_iterable(map(_token_columns, sequences)))
+    flat = torch.tensor(columns, dtype=torch.int32).view(len(columns), 4).T
+    tokens, positions, write_block, write_offset = flat.contiguous().to(device)
+    return StepLayout(
+        tokens,
+        positions,
+        write_block,
+        write_offset,
+        make_block_table([sequence.blocks for sequence in sequences[:singles]]).to(device),
+        torch.tensor(list_kept(sequences), dtype=torch.int32, device=device),
+        singles,
+        tuple(_list_prefills(sequences, device)),
+    )
+
+
+def count_singles(sequences: Sequence[SequenceStep]) -> int:
+    return sum(len(sequence.tokens) == 1 for sequence in sequences)
+
+
+def list_kept(sequences: Sequence[SequenceStep]) -> list[int]:
+    """The flat indices of the tokens that get logits."""
+    kept: list[int] = []
+    end = 0
+    for sequence in sequences:
+        end += len(sequence.tokens)
+        kept += range(end - sequence.kept, end)
+    return kept
+
+
+def make_block_table(blocks: Sequence[Sequence[int]]) -> Tensor:
+    """int32 [sequences, the most blocks of one]. One that has fewer is filled up with its own first: what
+    is masked is still multiplied, and another's may not be finite.
+    """
+    width = max(map(len, blocks), default=0)
+    rows = [[*own, *own[:1] * (width - len(own))] for own in map(list, blocks)]
+    return torch.tensor(rows, dtype=torch.int32).view(len(blocks), width)
+
+
+def _token_columns(sequence: SequenceStep) -> Iterator[tuple[int, int, int, int]]:
+    """Token, position, block and offset in it, of each token."""
+    for position, token in enumerate(sequence.tokens, sequence.position):
+        block, offset = divmod(position, BLOCK_TOKENS)
+        yield token, position, sequence.blocks[block], offset
+
+
+def _list_prefills(sequences: Sequence[SequenceStep], device: torch.device) -> list[Prefill]:
+    prefills, start = [], 0
+    for sequence in sequences:
+        length = len(sequence.tokens)
+        if length > 1:
+            blocks = torch.tensor(sequence.blocks, dtype=torch.int32, device=device)
+            prefills.append(Prefill(start, length, sequence.position, blocks))
+        start += length
+    return prefills

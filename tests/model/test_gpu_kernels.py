@@ -1,0 +1,79 @@
+"""The Triton kernels as the service puts them in place, in Triton's interpreter: what a GPU runs, said by
+torch and bitsandbytes too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from bitsandbytes import functional
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from service.core.base_info import BLOCK_TOKENS
+from service.model import gpu_kernels, kv
+from service.model.step_layout import SequenceStep, make_layout
+
+CPU = torch.device("cpu")
+SEQUENCES = [
+    SequenceStep([1], 9, [7]),
+    SequenceStep([1], 37, [3, 11, 0]),
+    SequenceStep([1], 16, [6, 2]),
+    SequenceStep([1] * 20, 0, [9, 1]),
+]
+
+
+class PagedLayer:
+    """An attention layer's buffers, in which others have written."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(1)
+        self.kv_keys, self.kv_values = (torch.randn(12, 2, BLOCK_TOKENS, 32) for _ in range(2))
+
+
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (18, None), (None, 20.0)])
+def test_attention_by_the_kernel_is_torchs_own(window: int | None, softcap: float | None) -> None:
+    ours, plain = PagedLayer(), PagedLayer()
+    tokens = sum(len(sequence.tokens) for sequence in SEQUENCES)
+    query, key, value = (torch.randn(1, heads, tokens, 32) for heads in (6, 2, 2))
+    options: dict[str, Any] = {"scaling": 0.3, "sliding_window": window, "softcap": softcap}
+    with torch.inference_mode():
+        options["layout"] = make_layout(SEQUENCES, CPU)
+        want, _ = kv.attend_blocks(plain, query, key, value, None, **options)
+        options["attend_singles"] = gpu_kernels.attend_singles
+        got, _ = kv.attend_blocks(ours, query, key, value, None, **options)
+    assert torch.allclose(got, want, atol=1e-5)
+    assert torch.equal(ours.kv_keys, plain.kv_keys)
+
+
+class QuantizedLayer(torch.nn.Module):
+    """bitsandbytes' 4-bit layer as a GPU holds it."""
+
+    def __init__(self, dense: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        data, state = functional.quantize_4bit(dense, quant_type="nf4", compress_statistics=True)
+        weight: Any = torch.nn.Parameter(data, requires_grad=False)
+        weight.quant_state = state
+        self.weight = weight
+        self.bias = bias
+        self.dense = functional.dequantize_4bit(data, state)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, self.dense, self.bias)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("tokens", [1, 3, 65])
+def test_a_4_bit_layer_answers_as_bitsandbytes_holds_its_weights(tokens: int, biased: bool) -> None:
+    torch.manual_seed(0)
+    layer = QuantizedLayer(torch.randn(96, 128), torch.randn(96) if biased else None)
+    ours, x = gpu_kernels.NF4Linear(layer), torch.randn(1, tokens, 128)
+    assert torch.allclose(ours(x), layer(x), atol=1e-4)
+    assert ours.weight is layer.weight
+
+
+def test_where_torch_has_no_cuda_the_reason_is_said() -> None:
+    assert gpu_kernels.explain_absence(CPU) == "torch has no CUDA here"

@@ -1,0 +1,90 @@
+"""`plan` says what the start will find, from a config alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from service import memory_plan
+from service.commands import run_command
+from service.core import capacity
+from service.core.base_info import BLOCK_TOKENS
+from service.model import kv, loading
+from service.model.build import build_runner
+from service.settings import Settings
+from tests import making
+
+LLAMA_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+}
+
+
+def config_file(folder: Path, **changes: object) -> str:
+    (folder / "config.json").write_text(json.dumps(LLAMA_8B | changes), encoding="utf-8")
+    return str(folder)
+
+
+@pytest.mark.parametrize(("memory", "tokens"), [("24GB", 90_000), ("48GB", 250_000), ("80GB", 460_000)])
+def test_an_8b_base_in_nf4_leaves_room_for_so_many_tokens(
+    memory: str, tokens: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", "--base", config_file(tmp_path), "--memory", memory, "--pool-rank", "512"]
+    assert run_command([*arguments, "--format", "json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["kv_tokens"] > tokens
+    assert plan["kv_bytes_per_token"] == 131_072
+    assert plan["weights_bytes"] == pytest.approx(5.70e9, rel=0.01)
+    longest = plan["sequences"][-1]
+    assert longest["context"] == min(131_072, plan["kv_tokens"])
+    assert longest["count"] == plan["kv_tokens"] // longest["context"]
+    assert run_command(arguments) == 0
+    assert f"KV holds {plan['kv_tokens']:,} tokens" in capsys.readouterr().out
+
+
+def test_a_base_that_does_not_fit_has_no_tokens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_command(["plan", "--base", config_file(tmp_path), "--memory", "2GB", "--format", "json"]) == 1
+    assert json.loads(capsys.readouterr().out)["kv_tokens"] == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--memory", "banana"), ("--base", "no/such/config.json"), ("--context", "999999")],
+)
+def test_a_wrong_option_is_one_line_that_names_it(
+    option: str, value: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"--base": config_file(tmp_path), "--memory": "24GB"} | {option: value}
+    assert run_command(["plan", *(part for pair in given.items() for part in pair)]) == 2
+    error = capsys.readouterr().err
+    assert option in error
+    assert error.count("\n") == 1
+
+
+def test_an_unknown_family_is_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = config_file(tmp_path, model_type="mamba")
+    assert run_command(["plan", "--base", base, "--memory", "24GB"]) == 2
+    assert "'mamba'" in capsys.readouterr().err
+
+
+def test_the_plan_and_the_start_have_the_same_numbers(tmp_path: Path) -> None:
+    """Of a base in bfloat16: its layers, its pool, the bytes of a token and the blocks for some memory."""
+    base = making.tiny(tmp_path / "base")
+    settings = Settings(base=str(base), device="cpu", dtype="bfloat16", kv_mb=3, max_rows=2, compile="off")
+    runner, card = build_runner(settings, lambda stage, fraction: None)
+    shape = memory_plan.read_shape(str(base))
+    planned = {(k.name, k.in_features, k.out_features, k.count) for k in [*shape.linears(), shape.head]}
+    served = loading.list_linear_kinds(runner.model, ())
+    assert planned == {(k.name, k.in_features, k.out_features, k.count) for k in served}
+    assert shape.kv_bytes_per_token == kv.bytes_per_position(runner.attention, runner.model.dtype)
+    assert shape.weights_bytes("none") == card.resident_bytes["bfloat16"]
+    assert card.kv_blocks == capacity.count_kv_blocks(3 * 10**6, shape.kv_bytes_per_token)
+    assert card.context == min(shape.context, card.kv_blocks * BLOCK_TOKENS)

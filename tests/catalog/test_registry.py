@@ -1114,8 +1114,7 @@ async def test_where_registrations_can_only_be_read_changes_are_taken_and_forgot
             assert [card["id"] for card in registry.list_cards()] == ["b"]
     assert snapshot(stocked.root) == before
     assert [message for message in caplog.messages if "restart" in message] == [
-        f"no change will outlive a restart: {stocked.root} cannot be written, nor any upload be stored: "
-        "Read-only file system"
+        f"no change will outlive a restart: {stocked.root} cannot be written: Read-only file system"
     ]
 
 

@@ -6,9 +6,8 @@ import re
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from io import FileIO
 from pathlib import Path
 
 import pytest
@@ -37,7 +36,7 @@ class Fault:
     flags: Sequence[str] = ()
     variables: dict[str, str] = field(default_factory=dict)
     program: Sequence[str] = REAL
-    lock: FileIO | None = None  # held as long as this is there
+    lock: AbstractContextManager[object] = field(default_factory=nullcontext)  # held meanwhile
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -59,7 +58,9 @@ def newer_state(folder: Path) -> Fault:
 
 
 def held_directory(folder: Path) -> Fault:
-    return Fault(["--adapters-dir", str(folder)], lock=claim_directory(folder, 8080))
+    lock = claim_directory(folder, 8080)
+    assert lock is not None
+    return Fault(["--adapters-dir", str(folder)], lock=lock)
 
 
 def no_cache(folder: Path) -> Fault:
@@ -108,7 +109,7 @@ def taken_port() -> Iterator[str]:
 def test_each_last_line_comes_with_its_code(row: list[str], tmp_path: Path) -> None:
     line = row[0].strip("`")
     fault = find_fault(line)(tmp_path)
-    with taken_port() as port:
+    with taken_port() as port, fault.lock:
         flags = [port if flag == "PORT" else flag for flag in fault.flags]
         given = [] if port in flags else ["--port", "0"]
         ran = run("serve", *flags, *given, program=fault.program, variables=fault.variables)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .child_process import QUIET
-from .errors import AdapterdError, SettingsError
+from .errors import AdapterdError, DirectoryHeld, SettingsError
 from .exit_codes import ExitCode
 from .settings import Settings, read_settings
 from .telemetry import logs
@@ -31,6 +31,9 @@ def run_command(arguments: Sequence[str] | None = None) -> int:
     try:
         code: int = chosen.run(chosen)
         return code
+    except DirectoryHeld as error:
+        logs.tell_failure(str(error))
+        return ExitCode.HELD
     except (SettingsError, AdapterdError, OSError, ValueError) as error:
         logs.tell_failure(str(error))
         return ExitCode.REFUSED

@@ -16,6 +16,7 @@ AdapterdError
 ├── AdapterInvalid           422, details.problems
 │   ├── SourceMissing        (404 under vLLM's names)
 │   └── AdapterUnsupported
+├── StorageFull              507
 ├── Overloaded               429, retry-after
 ├── Cancelled                499, for the log only
 ├── Internal                 500
@@ -40,6 +41,10 @@ class SettingsError(Exception):
 
 class DoesNotFit(SettingsError):
     """The base, or what serving it takes, is larger than the memory or the disk that there is."""
+
+
+class DirectoryHeld(SettingsError):
+    """Another service has the directory of registrations; it may be gone at the next try."""
 
 
 class AdapterdError(Exception):
@@ -124,6 +129,12 @@ class AdapterUnsupported(AdapterInvalid):
     code = ErrorCode.ADAPTER_UNSUPPORTED
 
 
+class StorageFull(AdapterdError):
+    """What was to be kept could not be written, and nothing has changed."""
+
+    code, status = ErrorCode.STORAGE_FULL, 507
+
+
 class Overloaded(AdapterdError):
     code, status = ErrorCode.OVERLOADED, 429
 
@@ -160,6 +171,7 @@ ERROR_OF_CODE: Mapping[ErrorCode, type[AdapterdError]] = MappingProxyType(
             PayloadTooLarge,
             AdapterInvalid,
             AdapterUnsupported,
+            StorageFull,
             Overloaded,
             Cancelled,
             Internal,

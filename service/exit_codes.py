@@ -17,6 +17,7 @@ class ExitCode(IntEnum):
     OK = 0
     FAILED = 1  # the base cannot be served; an adapter that `inspect` was asked of has problems
     REFUSED = 2  # a setting, a flag or a file stops the start
+    HELD = 3  # another service has the registrations; it may be gone at the next try
     HUNG_UP = OF_SIGNAL + signal.SIGHUP
     INTERRUPTED = OF_SIGNAL + signal.SIGINT
     TERMINATED = OF_SIGNAL + signal.SIGTERM

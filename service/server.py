@@ -9,6 +9,7 @@ import asyncio
 import errno
 import logging
 import os
+import re
 import resource
 import signal
 import socket
@@ -41,6 +42,7 @@ FILES = 65_536  # open at once, if the system lets it have so many
 # once
 OWN_FILES = 256
 FAULTS_OF_HOST = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EINVAL)
+VARIABLE = re.compile(r"[A-Z][A-Z_]+: ")
 
 
 class Server(uvicorn.Server):
@@ -93,7 +95,7 @@ def run_server(settings: Settings, tracer: Tracer | None = None) -> int:
     """Serves until a signal; the exit code: OK after a drain, FAILED where the base can never be served,
     REFUSED where it is larger than the memory.
 
-    Raises SettingsError.
+    Raises SettingsError; DirectoryHeld where another service has the registrations.
     """
     from .app import create_app
 
@@ -107,7 +109,9 @@ def run_server(settings: Settings, tracer: Tracer | None = None) -> int:
         server.should_exit = True
 
     app = create_app(settings, on_failure=stop_failed, record=tracer.record_request if tracer else None)
-    server = Server(_make_config(app, settings), app.state.services)
+    services: Services = app.state.services
+    services.registry.claim_state()
+    server = Server(_make_config(app, settings), services)
     _log_address(listener)
     server.run(sockets=[listener])
     if tracer:
@@ -145,7 +149,7 @@ def _log_address(listener: socket.socket) -> None:
 
 
 def _tell_failure(reason: str) -> None:
-    logs.tell_failure(reason if reason.startswith("ADAPTERD_") else f"ADAPTERD_BASE: {reason}")
+    logs.tell_failure(reason if VARIABLE.match(reason) else f"ADAPTERD_BASE: {reason}")
 
 
 def _leave_stuck_threads(code: int) -> None:

@@ -25,6 +25,7 @@ from pydantic import (
 
 from .errors import SettingsError
 from .keys import Key, parse_keys
+from .user_folders import state_folder
 
 PREFIX = "ADAPTERD_"
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
@@ -171,6 +172,15 @@ class Settings(BaseModel):
         if self.adapters_dir is not None:
             return self.adapters_dir
         return DEMO_ADAPTERS if self.base == "demo" else Path("adapters")
+
+    @property
+    def state(self) -> Path:
+        """The folder of registrations and uploads: the adapters directory; for the shipped adapters, which
+        lie in the code, a folder of the user's. Raises SettingsError where the user has none.
+        """
+        if self.adapters_dir is None and self.base == "demo":
+            return state_folder() / "demo"
+        return self.adapters
 
     def public_values(self) -> dict[str, Any]:
         """The values that `/info` shows: no secret, no path of the host."""

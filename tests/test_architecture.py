@@ -16,7 +16,10 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 MODULES = sorted((ROOT / "service").rglob("*.py"))
-READS_ENVIRONMENT = {"service/commands.py"}
+READS_ENVIRONMENT = {
+    "service/commands.py",
+    "service/user_folders.py",  # as libraries do, in each process: where this user's folders are
+}
 SETS_ENVIRONMENT = {  # of the processes they start
     "service/catalog/validator/process.py",
     "service/worker/process.py",
@@ -44,7 +47,7 @@ def test_every_module_says_in_its_first_lines_what_it_is(path: Path) -> None:
     assert summary.endswith((".", ":", ";"))
 
 
-def test_only_the_command_line_reads_the_environment() -> None:
+def test_only_the_command_line_reads_settings_from_the_environment() -> None:
     found = {
         str(path.relative_to(ROOT))
         for path in MODULES

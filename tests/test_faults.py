@@ -91,7 +91,7 @@ def test_a_full_disk_refuses_an_upload_and_nothing_else(place: tuple[httpx.Clien
     whole = psutil.Process(pid).rlimit(psutil.RLIMIT_FSIZE)
     psutil.Process(pid).rlimit(psutil.RLIMIT_FSIZE, (ROOM, resource.RLIM_INFINITY))
     full = http.post("/adapters/large/upload", files=files)
-    assert (full.status_code, refused(full, root)["error_type"]) == (403, "forbidden")
+    assert (full.status_code, refused(full, root)["error_type"]) == (507, "storage_full")
     assert "stored" in full.json()["error"]
     assert [
         http.get("/adapters/large").status_code,

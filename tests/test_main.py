@@ -19,6 +19,7 @@ import pytest
 
 from deploy.bench.servers import free_port
 from service import commands as command
+from service.catalog.ownership import claim_directory
 from service.settings import Settings
 from tests import making
 
@@ -136,6 +137,17 @@ def test_a_base_that_cannot_be_served_ends_the_process_with_one_line() -> None:
 def test_a_base_that_does_not_fit_ends_as_a_wrong_setting_does() -> None:
     with server("--large", "--log-level", "error", serves=False) as (process, _):
         assert ended(process) == (2, "ADAPTERD_BASE: it is too large\n")
+
+
+def test_a_directory_that_another_service_has_is_one_line_that_names_it(tmp_path: Path) -> None:
+    held = claim_directory(tmp_path, 8080)
+    assert held is not None
+    with held:
+        ran = run("service", "serve", "--port", str(free_port()), ADAPTERD_ADAPTERS_DIR=str(tmp_path))
+    assert (ran.returncode, ran.stdout) == (3, "")
+    said = f"ADAPTERD_ADAPTERS_DIR: {tmp_path} is held by another service, process {os.getpid()} on the host "
+    assert ran.stderr.splitlines()[-1].startswith(said)
+    assert "Traceback" not in ran.stderr
 
 
 def test_a_port_in_use_is_one_line() -> None:

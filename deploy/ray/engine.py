@@ -39,7 +39,7 @@ class Shared(Registry):
 
     def __init__(self, settings: Settings, device: WorkerClient) -> None:
         super().__init__(settings, device)
-        self._root = settings.adapters
+        self._root = settings.state
         self._seen = (0, 0)
         self._following = asyncio.Lock()
 
@@ -51,6 +51,9 @@ class Shared(Registry):
         return await run_in(DISK, version, self._root)
 
     async def open_catalog(self) -> None:
+        await run_in(
+            DISK, self.claim_state, True
+        )  # beside other engines; a service of its own would not follow
         async with changing(self._root):  # what it reads while it opens, nobody changes
             await super().open_catalog()
             self._seen = await self._version()
@@ -169,7 +172,7 @@ class Engine:
         while True:
             await asyncio.sleep(LOOK_S)
             if await self.registry.is_behind():
-                async with changing(self.settings.adapters):
+                async with changing(self.settings.state):
                     await self.follow()
 
 

@@ -91,7 +91,7 @@ class Answer(Response):
         answer begins.
         """
         async with contextlib.AsyncExitStack() as turn:
-            await turn.enter_async_context(changing(self.settings.adapters))
+            await turn.enter_async_context(changing(self.settings.state))
             held = True
             async for message in self._exchanged():
                 if held:

@@ -12,9 +12,10 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TextIO
 
+from service.catalog.state_file import STATE_FILE
 from service.threads import DISK, run_in
 
-STATE_FILE, LOCK = ".adapterd.json", ".adapterd.lock"
+LOCK = ".adapterd.lock"
 LOOK_S = 0.01
 
 

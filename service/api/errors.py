@@ -38,6 +38,7 @@ OPENAI_TYPES = {
     403: "permission_error",
     429: "rate_limit_error",
     500: "server_error",
+    507: "server_error",
 } | dict.fromkeys((503, 504), "service_unavailable_error")
 STATUSES = {
     401: "the key is missing or wrong",
@@ -51,6 +52,7 @@ STATUSES = {
     500: "a defect; the request id is in the body",
     503: "loading, draining, restarting, or the worker was lost meanwhile",
     504: "the request's time limit passed",
+    507: "what was to be kept could not be written; nothing has changed",
 }
 ALWAYS = (401, 405, 413, 500)
 

@@ -9,6 +9,7 @@ over.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -92,26 +93,40 @@ class AdapterTable:
             self.device.add_adapter(adapter, entry.pinned, entry.pinned)
 
     async def replace_adapter(
-        self, entry: RegisteredAdapter, adapter: Adapter, preload: bool
+        self,
+        entry: RegisteredAdapter,
+        adapter: Adapter,
+        preload: bool,
+        remember: Callable[[Callable[[], None]], Awaitable[None]],
     ) -> RegisteredAdapter | None:
         """Puts an adapter under its id once the device has it, if it is to be loaded now.
 
-        The entry that it replaces ends with its last lease, and is returned. Raises AdapterInvalid when
-        the device cannot load the new one, Overloaded and NotReady when that is not its fault; then nothing
-        has changed.
+        `remember` is given the call that does so, and makes it once the registration is kept. The entry
+        that it replaces ends with its last lease, and is returned. Raises AdapterInvalid when the device
+        cannot load the new one, Overloaded and NotReady when that is not its fault, and what `remember`
+        raises; then nothing has changed.
         """
-        async with self.lock_for(adapter.digest):
-            self.device.add_adapter(adapter, entry.pinned, preload)
-            if preload and self.device.tier_of(adapter.digest) is Tier.DISK:
-                await self._wait_until_loaded(adapter.digest)
-            held = self.current.get(entry.version.id)
-            if held:
+        replaced: list[RegisteredAdapter] = []
+
+        def put_entry() -> None:
+            if held := self.current.get(entry.version.id):
                 self.withdraw_adapter(held)
+                replaced.append(held)
             self.current[entry.version.id] = entry
             if entry.pinned:  # another id of this content may have been unpinned meanwhile
                 self.device.pin_adapter(adapter.digest, True)
             metrics.adapter_registered(entry.version.id)
-        return held
+
+        async with self.lock_for(adapter.digest):
+            self.device.add_adapter(adapter, entry.pinned, preload)
+            if preload and self.device.tier_of(adapter.digest) is Tier.DISK:
+                await self._wait_until_loaded(adapter.digest)
+            try:
+                await remember(put_entry)
+            except AdapterdError:
+                await self._release_content(adapter.digest)
+                raise
+        return replaced[0] if replaced else None
 
     async def try_out(self, adapter: Adapter) -> None:
         """Loads a content that no id has yet, and lets it go again.

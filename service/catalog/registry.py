@@ -6,14 +6,18 @@ Runs in the API process, on one event loop; must not know tensors or HTTP.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import replace as changed
+from functools import partial
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from .. import durable
 from ..core.adapter import ExecutionPath
 from ..core.messages import Load
-from ..errors import AdapterInvalid, Conflict, NotReady
+from ..errors import AdapterInvalid, Conflict, NotReady, StorageFull
 from ..settings import Settings
 from ..telemetry import metrics
 from ..threads import DISK, run_in
@@ -22,10 +26,13 @@ from . import summary_text as tables
 from .adapter_table import AdapterTable, Device
 from .mixes import Mix, make_mix
 from .norms import NormCache, group_by_layer
+from .ownership import claim_directory
 from .sources.hub import Hub
 from .sources.store import SourceLocation, Store, UploadedFile, delete_folder, upload_source
 from .startup import Startup, read_location
-from .state_file import StateFile
+from .state_file import STATE_FILE, Record, StateFile
+from .takeover import take_over_state
+from .validation_cache import ValidationCache
 from .validator.messages import ValidatedAdapter
 from .validator.process import Validator
 from .versions import AdapterVersion, RegisteredAdapter
@@ -33,6 +40,7 @@ from .versions import AdapterVersion, RegisteredAdapter
 __all__ = ["AdapterVersion", "Device", "Registry"]
 
 Json = dict[str, Any]
+T = TypeVar("T")
 
 
 class Registry:
@@ -54,17 +62,30 @@ class Registry:
         named = ids.base_name(settings.base)  # now, for later the event loop would ask the disk
         self.base_id = settings.base_id or named
         self._settings = settings
-        self._store = Store(settings.adapters, hub or Hub(settings.hub), int(settings.max_upload_mb * 1e6))
-        self._state_file = StateFile(settings.adapters / ".adapterd.json")
+        limit = int(settings.max_upload_mb * 1e6)
+        self._store = Store(settings.adapters, hub or Hub(settings.hub), limit, settings.state)
+        self._state_file = StateFile(settings.state / STATE_FILE)
         self._state_file.check_version()
+        self._cache = ValidationCache(settings.state)
+        self._lock: FileIO | None = None
         self._table = AdapterTable(device)
-        self._saving = asyncio.Lock()
+        self._changing = asyncio.Lock()
         self._deleted: set[str] = set()
         self._validator = validator(settings.max_rank)
         self._norms = NormCache(self._validator)
         self._opened = False
 
     # ---- life
+
+    def claim_state(self, shared: bool = False) -> None:
+        """Takes the directory of registrations for this service until `close`, before anything is read.
+
+        `shared`: beside others that follow each other (see `follow_state_file`). Raises DirectoryHeld
+        where another service has it.
+        """
+        self._lock = claim_directory(self._settings.state, self._settings.port, shared)
+        if self._settings.state != self._settings.adapters:
+            take_over_state(self._settings.adapters, self._settings.state)
 
     async def open_catalog(self) -> None:
         """Starts the validator on the device's base, restores the registrations of before, and
@@ -73,23 +94,32 @@ class Registry:
         base = self._table.base
         await self._validator.start_on(Path(base.folder), base.limits)
         await run_in(DISK, self._state_file.read_file)
+        await run_in(DISK, self._cache.read_file, base, self._settings.max_rank)
         self._deleted = set(self._state_file.deleted)
-        async for entry in Startup(self._store, self._state_file, self._validator, self.base_id):
+        async for entry in self._make_startup():
             self._table.insert_adapter(entry)
+        await run_in(DISK, self._cache.end_start)
         self._opened = True
-        await self._save_state()
+        with suppress(StorageFull):  # the log has it, and what is there was found or read
+            await self._in_turn(self._write_state)
+
+    def _make_startup(self) -> Startup:
+        return Startup(self._store, self._state_file, self._validator, self._cache, self.base_id)
 
     async def follow_state_file(self) -> None:
         """Takes over the ids that another process has added, changed and removed in the same directory.
 
-        Nobody may change anything here or there while it runs; see deploy/ray.
+        Nobody may change anything there while it runs; see deploy/ray.
         """
+        await self._in_turn(self._follow)
+
+    async def _follow(self) -> None:
         await run_in(DISK, self._state_file.read_file)
         self._deleted = set(self._state_file.deleted)
         for id in self._table.current.keys() - self._state_file.records:
             self._table.withdraw_adapter(self._table.current[id])
             metrics.adapter_removed(id)
-        startup = Startup(self._store, self._state_file, self._validator, self.base_id)
+        startup = self._make_startup()
         for id, record in self._state_file.records.items():
             held = self._table.current.get(id)
             if held is None or held.digest != record.digest:
@@ -108,8 +138,11 @@ class Registry:
         await self._validator.warm_up()
 
     async def close(self) -> None:
-        self._table.cancel_endings()
+        async with self._changing:  # the last change is kept and made before
+            self._table.cancel_endings()
         await self._validator.close()
+        if self._lock is not None:
+            self._lock.close()
 
     # ---- changing
 
@@ -130,7 +163,7 @@ class Registry:
         Other content needs `replace`.
 
         Raises BadRequest, Conflict, Forbidden, AdapterInvalid, AdapterUnsupported, Overloaded where memory
-        is short, NotReady where the worker was lost meanwhile.
+        is short, StorageFull where a disk is, NotReady where the worker was lost meanwhile.
         """
         ids.check_id(id, self.base_id)
         location = await self._store.find_source(source, subfolder, revision)
@@ -199,30 +232,36 @@ class Registry:
     async def remove_adapter(self, id: str, purge: bool = False) -> Json:
         """Takes the id away at once, waits for its leases, then frees its content.
 
-        The content stays where another id has it too. Raises AdapterNotFound.
+        The content stays where another id has it too. Raises AdapterNotFound, StorageFull.
         """
-        entry = self._table.find_adapter(id)
-        location, drained = entry.version.place, entry.in_flight
-        self._deleted = self._deleted | {id, location.path}
-        ending = self._table.withdraw_adapter(entry)
-        metrics.adapter_removed(id)
-        await self._save_state()
+        entry, drained, ending = await self._in_turn(partial(self._remove_entry, id))
         freed = await asyncio.shield(ending)
         if purge:
-            async with self._purge_after(location.source):
+            async with self._purge_after(entry.version.place.source):
                 pass
         digest = entry.digest or None
         return {"id": id, "digest": digest, "drained_requests": drained, "freed_bytes": freed}
 
+    async def _remove_entry(self, id: str) -> tuple[RegisteredAdapter, int, asyncio.Task[int]]:
+        """The entry, how many requests ran on it, and the task that ends it."""
+        entry = self._table.find_adapter(id)
+        await self._write_state({id: None}, deleted=(id, entry.version.place.path))
+        drained, ending = entry.in_flight, self._table.withdraw_adapter(entry)
+        metrics.adapter_removed(id)
+        return entry, drained, ending
+
     async def pin_adapter(self, id: str, pinned: bool) -> Json:
         """Pins to, or unpins from, the device; the card.
 
-        Raises AdapterNotFound, AdapterInvalid for a failed adapter.
+        Raises AdapterNotFound, AdapterInvalid for a failed adapter, StorageFull.
         """
+        return self._card_of(await self._in_turn(partial(self._pin_entry, id, pinned)))
+
+    async def _pin_entry(self, id: str, pinned: bool) -> RegisteredAdapter:
         entry = self._table.find_usable(id)
+        await self._write_state({id: changed(entry.to_record(), pinned=pinned)})
         self._table.pin_adapter(entry, pinned)
-        await self._save_state()
-        return self._card_of(entry)
+        return entry
 
     def note_load(self, load: Load) -> None:
         """Shows the result of a load on the device as the state of the adapters with this content."""
@@ -307,8 +346,9 @@ class Registry:
     async def _register_version(
         self, version: AdapterVersion, pinned: bool, preload: bool, replace: bool
     ) -> tuple[Json, bool]:
-        id, adapter = version.id, version.adapter
-        assert adapter is not None, "only what was read can be taken"
+        id, validated = version.id, version.validated
+        assert validated is not None, "only what was read can be taken"
+        adapter = validated.adapter
         held = self._table.current.get(id)
         if held and held.digest == adapter.digest:
             if not held.failure:
@@ -319,8 +359,15 @@ class Registry:
         if conflicts and not replace:
             raise Conflict(conflicts[0], param="id")
         entry = RegisteredAdapter(version, pinned)
-        before = await self._table.replace_adapter(entry, adapter, preload)
-        await self._save_state()
+
+        async def remember(put_entry: Callable[[], None]) -> None:
+            await self._write_state({id: entry.to_record()})
+            put_entry()
+
+        before = await self._table.replace_adapter(
+            entry, adapter, preload, lambda put_entry: self._in_turn(partial(remember, put_entry))
+        )
+        await run_in(DISK, self._cache.add_adapter, version.fingerprint, validated)
         # Not by id: somebody may have deleted it by now
         return self._card_of(entry), not (before and before.digest)
 
@@ -372,15 +419,34 @@ class Registry:
         served = ids.ServedBase(self.base_id, self._settings.base)
         return summary.make_summary(entry, self._table.tier_of(entry), self._table.base, served)
 
-    async def _save_state(self) -> None:
-        async with self._saving:
-            deleted = self._deleted
-            present = await run_in(DISK, _list_present, self._settings.adapters, deleted)
-            # A folder that was deleted meanwhile may have been made anew before
-            if self._deleted is deleted:
-                self._deleted = present
-            records = {id: entry.to_record() for id, entry in self._table.current.items()}
-            await run_in(DISK, self._state_file.write_file, records, set(self._deleted))
+    async def _in_turn(self, change: Callable[[], Awaitable[T]]) -> T:
+        """Makes one change at a time of what is registered, to its end also where its caller leaves: what is
+        written and what is served must not differ.
+        """
+
+        async def turn() -> T:
+            async with self._changing:
+                return await change()
+
+        return await asyncio.shield(asyncio.create_task(turn()))
+
+    async def _write_state(
+        self, changes: Mapping[str, Record | None] | None = None, deleted: Iterable[str] = ()
+    ) -> None:
+        """Writes the registrations as they will be after these changes; None is a deletion.
+
+        Raises StorageFull; then they are as they were.
+        """
+        names = self._deleted.union(deleted)
+        kept = await run_in(DISK, _list_present, self._settings.adapters, names)
+        records = {id: entry.to_record() for id, entry in self._table.current.items()} | dict(changes or {})
+        registered = {id: record for id, record in records.items() if record is not None}
+        try:
+            await run_in(DISK, self._state_file.write_file, registered, kept)
+        except durable.NotWritten as error:
+            reason = f"the change cannot be kept: {error.strerror}"
+            raise StorageFull(f"{reason}; nothing has changed, ask again once there is room") from error
+        self._deleted = kept
 
 
 def _list_present(root: Path, names: set[str]) -> set[str]:

@@ -15,6 +15,7 @@ from ..threads import DISK, run_in
 from . import ids, versions
 from .sources.store import SourceLocation, Store
 from .state_file import Record, StateFile
+from .validation_cache import ValidationCache
 from .validator import header
 from .validator.messages import ValidatedAdapter
 from .validator.process import Validator
@@ -28,8 +29,16 @@ class Startup:
     and harms no other.
     """
 
-    def __init__(self, store: Store, state_file: StateFile, validator: Validator, base_id: str) -> None:
-        self.store, self.state_file, self.validator, self.base_id = store, state_file, validator, base_id
+    def __init__(
+        self,
+        store: Store,
+        state_file: StateFile,
+        validator: Validator,
+        cache: ValidationCache,
+        base_id: str,
+    ) -> None:
+        self.store, self.state_file, self.base_id = store, state_file, base_id
+        self.validator, self.cache = validator, cache
 
     async def __aiter__(self) -> AsyncIterator[RegisteredAdapter]:
         await run_in(DISK, self.store.sweep_interrupted)
@@ -83,12 +92,23 @@ class Startup:
         location = await self.store.find_source(
             record.source, record.subfolder, record.revision, uploads=True, held=held
         )
-        return location, *await read_location(self.validator, location, record)
+        return location, *await self._read_location(location, record)
+
+    async def _read_location(
+        self, location: SourceLocation, record: Record | None = None
+    ) -> tuple[str, ValidatedAdapter]:
+        """As read_location; what was found of these very files before is not looked at again."""
+        fingerprint = await run_in(DISK, location.compute_fingerprint)
+        if found := self.cache.find_adapter(fingerprint):
+            return fingerprint, found.move_to(location.folder)
+        fingerprint, validated = await read_location(self.validator, location, record)
+        await run_in(DISK, self.cache.add_adapter, fingerprint, validated)
+        return fingerprint, validated
 
     async def _register_folder(self, folder: str) -> RegisteredAdapter:
         try:
             location = await self.store.find_source(folder)
-            fingerprint, validated = await read_location(self.validator, location)
+            fingerprint, validated = await self._read_location(location)
         except (AdapterdError, OSError) as error:
             return self._failed_adapter(folder, SourceLocation(self.store.root, folder), None, error)
         version = AdapterVersion(folder, location, fingerprint, versions.current_time(), validated)

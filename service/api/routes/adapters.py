@@ -13,6 +13,7 @@ from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import UploadFile
 
+from ...catalog.sources.store import refuse_upload
 from ...core.manifest import CONFIG, TEXT_FILES, WEIGHTS
 from ...errors import AdapterNotFound, BadRequest, Conflict, Forbidden, NotFound, SourceMissing
 from ...settings import Dtype
@@ -29,8 +30,8 @@ changing = APIRouter(tags=["adapters"], dependencies=[ADMIN_SCOPE])
 
 Id = Annotated[str, Path(description="The adapter's id; one with a slash is written raw or as %2F.")]
 Reading = document_errors(404, 503)
-Changing = document_errors(403, 404, 409, 422, 429, 503, 504)
-Aliased = document_errors(403, 404, 422, 429, 503, openai=True)
+Changing = document_errors(403, 404, 409, 422, 429, 503, 504, 507)
+Aliased = document_errors(403, 404, 422, 429, 503, 507, openai=True)
 SAME: dict[int | str, dict[str, Any]] = {
     200: {"description": "this content is already registered under this id"}
 }
@@ -125,7 +126,7 @@ async def upload_adapter(id: Id, services: OpenRegistry, request: Request) -> Re
             card, created = await services.registry.upload_adapter(id, files)
             return _registration_answer(card, created)
     except OSError as error:
-        raise Forbidden(f"the upload cannot be stored: {error.strerror}") from error
+        raise refuse_upload(error) from error
 
 
 @reading.get("/adapters/{id:path}/summary", responses=Reading | {200: {"content": {"text/plain": {}}}})

@@ -5,6 +5,7 @@ Must not know what the files mean.
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 from collections.abc import Collection
@@ -17,10 +18,11 @@ from huggingface_hub import HfApi, ModelInfo, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from ...core.manifest import PATTERNS, is_manifest_name
-from ...errors import AdapterdError, AdapterInvalid, Forbidden, PayloadTooLarge
+from ...errors import AdapterdError, AdapterInvalid, Forbidden, PayloadTooLarge, StorageFull
 
 log = logging.getLogger("adapterd.adapters")
 
+FULL = (errno.ENOSPC, errno.EDQUOT)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -45,7 +47,8 @@ class Hub:
 
         `held` names the files that this commit is known to have: with all of them in the cache it
         is not asked for again. Raises Forbidden unless a pattern allows the name, AdapterInvalid
-        with the hub's reason, PayloadTooLarge over `limit` bytes.
+        with the hub's reason, PayloadTooLarge over `limit` bytes, StorageFull where the cache has no
+        room.
         """
         if not any(fnmatchcase(name, pattern) for pattern in self.allowed):
             refusal = f"hub:{name[:100]} is not among the allowed sources (ADAPTERD_HUB)"
@@ -55,6 +58,8 @@ class Hub:
         except AdapterdError:
             raise
         except Exception as error:  # a broken download raises what the HTTP library under it raises
+            if isinstance(error, OSError) and error.errno in FULL:
+                raise StorageFull(f"hub:{name} cannot be stored: {error.strerror}") from None
             raise AdapterInvalid([_describe_failure(name, error)]) from None
         commit = folder.name
         return folder / subfolder if subfolder else folder, commit

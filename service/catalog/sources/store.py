@@ -1,12 +1,14 @@
 """Finds and stores adapters' files:
-folders under one root, uploads in a hidden part of it, content of the hub in its cache.
+folders under one root, uploads in a hidden folder beside the registrations, content of the hub in its cache.
 
 Runs in the API process; must not know ids or states. Whatever it hands out lies under the root (or the
-hub's cache) after every link is resolved, every file of the manifest included.
+registrations' folder, or the hub's cache) after every link is resolved, every file of the manifest
+included.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import shutil
@@ -16,13 +18,24 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryFile
 from typing import Protocol
 
+from ... import durable
 from ...core.adapter import Digest
 from ...core.manifest import compute_digest, is_manifest_name, list_names, read_manifest
-from ...errors import AdapterInvalid, BadRequest, Forbidden, PayloadTooLarge, SourceMissing
+from ...errors import (
+    AdapterdError,
+    AdapterInvalid,
+    BadRequest,
+    Forbidden,
+    PayloadTooLarge,
+    SourceMissing,
+    StorageFull,
+)
 from ...threads import DISK, DOWNLOAD, run_in
 from ..validator.header import CONFIG, WEIGHTS
 from .archive import PIECE, extract_adapter
 from .hub import Hub
+
+log = logging.getLogger("adapterd.adapters")
 
 UPLOADS = ".uploads"
 DEPTH = 4  # folders below the root that are looked at for adapters at start
@@ -51,22 +64,28 @@ class SourceLocation:
         return f"{self.source}/{self.subfolder}" if self.subfolder else self.source
 
     def compute_fingerprint(self) -> str:
-        """Changes when a file of the manifest comes, goes, is replaced or written to; cheap, and no
-        proof of content.
+        """Changes when a file of the manifest comes, goes, is replaced or written to, if only its
+        times are put back: nobody sets when its inode was changed. Cheap, and no proof of content.
+
+        Raises OSError.
         """
         return ":".join(_fingerprint_file(self.folder / name) for name in list_names(self.folder))
 
 
 def _fingerprint_file(path: Path) -> str:
     stat = os.stat(path)
-    return f"{path.name}-{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}"
+    return f"{path.name}-{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ctime_ns}"
 
 
 class Store:
-    """The adapters directory and the hub; `limit` is the largest upload or download in bytes."""
+    """The adapters directory and the hub; `limit` is the largest upload or download in bytes.
 
-    def __init__(self, root: Path, hub: Hub, limit: int) -> None:
+    Uploads are kept in `state`, which is the adapters directory where nothing is given.
+    """
+
+    def __init__(self, root: Path, hub: Hub, limit: int, state: Path | None = None) -> None:
         self.root, self.hub, self.limit = root, hub, limit
+        self.state = state or root
 
     async def find_source(
         self,
@@ -98,23 +117,52 @@ class Store:
         return await run_in(DISK, _resolve_location, location, self.hub.cache)
 
     def _find_local(self, source: str, subfolder: str | None, uploads: bool) -> SourceLocation:
-        if not (uploads and _is_upload(source)):
+        is_upload = uploads and _is_upload(source)
+        top = self.state if is_upload else self.root
+        if not is_upload:
             source = _check_relative(source, "source")
-        path = self.root / source
+        path = top / source
         inner = _check_relative(subfolder, "subfolder") if subfolder else None
         folder = path / inner if inner else path
-        return _resolve_location(SourceLocation(folder, source, inner), self.root)
+        return _resolve_location(SourceLocation(folder, source, inner), top)
 
     def list_folders(self) -> Iterator[str]:
         """Every folder below the root that holds an adapter's config, hidden ones aside, by
         relative path.
+
+        A link counts as the folder that it leads to, unless that lies outside of the root, which is
+        logged, or the link lies in it.
         """
-        for path, below, files in os.walk(self.root):
-            folder = Path(path).relative_to(self.root)
-            shown = sorted(name for name in below if not name.startswith("."))
-            below[:] = shown if len(folder.parts) < DEPTH else []
-            if CONFIG in files and folder.parts:
-                yield folder.as_posix()
+        top = self.root.resolve()
+        pending: list[tuple[Path, tuple[Path, ...]]] = [(self.root, (top,))]
+        while pending:
+            folder, parents = pending.pop()
+            entries = _list_visible(folder)
+            if len(parents) > 1 and any(entry.name == CONFIG for entry in entries):
+                yield folder.relative_to(self.root).as_posix()
+            if len(parents) > DEPTH:
+                continue
+            for entry in entries:
+                real = self._find_folder(entry, parents[-1], top)
+                if real is not None and real not in parents:
+                    pending.append((folder / entry.name, (*parents, real)))
+
+    def _find_folder(self, entry: os.DirEntry[str], parent: Path, top: Path) -> Path | None:
+        """The real folder of a folder in the real folder `parent`, or of a link there to a folder.
+
+        None for anything else, and outside of `top`.
+        """
+        try:
+            if not entry.is_dir():
+                return None
+            real = Path(entry.path).resolve() if entry.is_symlink() else parent / entry.name
+        except (OSError, RuntimeError):  # a link without an end, a folder that cannot be looked into
+            return None
+        if real.is_relative_to(top):
+            return real
+        name = Path(entry.path).relative_to(self.root)
+        log.warning("the link %s is not registered: it leaves the adapters directory", name)
+        return None
 
     # ---- uploads
 
@@ -122,10 +170,10 @@ class Store:
         """Writes the parts of an upload to a folder of their own; the caller keeps or discards it.
 
         Raises BadRequest naming a wrong part, PayloadTooLarge, AdapterInvalid for a bad archive,
-        Forbidden when nothing can be stored.
+        StorageFull or Forbidden when nothing can be stored.
         """
         _check_parts(files)
-        folder = self.root / UPLOADS / f".{secrets.token_hex(8)}"
+        folder = self.state / UPLOADS / f".{secrets.token_hex(8)}"
         try:
             await run_in(DISK, folder.mkdir, parents=True)
             await self._receive_files(files, folder)
@@ -133,7 +181,7 @@ class Store:
                 await run_in(DISK, _unpack_archive, folder, self.limit)
         except OSError as error:
             await run_in(DISK, delete_folder, folder)
-            raise Forbidden(f"the upload cannot be stored: {error.strerror}") from None
+            raise refuse_upload(error) from None
         except BaseException:
             await run_in(DISK, delete_folder, folder)
             raise
@@ -155,33 +203,55 @@ class Store:
     def keep_upload(self, staged: Path, content: str) -> SourceLocation:
         """Moves a staged folder to the source of its digest, in one step; the folder that lay there
         already is kept if it has the same content.
+
+        Raises StorageFull, Forbidden.
         """
         source = upload_source(content)
-        target = self.root / source
-        if target.exists() and _is_content(target, content):
-            delete_folder(staged)
-        else:
-            delete_folder(target)
-            staged.rename(target)
+        target = self.state / source
+        try:
+            if target.exists() and _is_content(target, content):
+                delete_folder(staged)
+            else:
+                delete_folder(target)
+                durable.publish_folder(staged, target)
+        except OSError as error:
+            raise refuse_upload(error) from None
         return SourceLocation(target.resolve(), source)
 
     def purge_upload(self, source: str) -> None:
         """Deletes an upload's folder; any other source is left alone."""
         if _is_upload(source):
-            delete_folder(self.root / source)
+            delete_folder(self.state / source)
 
     def sweep_interrupted(self) -> None:
-        """Deletes the folders that interrupted uploads have left."""
-        for path in (self.root / UPLOADS).glob(".*"):
+        """Deletes what interrupted uploads have left, and what has been half written."""
+        durable.delete_unfinished(self.state)
+        for path in (self.state / UPLOADS).glob(".*"):
             delete_folder(path)
 
     def try_writing(self) -> None:
         """Raises OSError where no upload can be stored; leaves nothing behind."""
-        folder = self.root / UPLOADS
+        folder = self.state / UPLOADS
         while not folder.exists():
             folder = folder.parent
         with TemporaryFile(dir=folder) as file:
             file.write(b"x")
+
+
+def refuse_upload(error: OSError) -> AdapterdError:
+    """The refusal of an upload that could not be stored."""
+    message = f"the upload cannot be stored: {error.strerror or type(error).__name__}"
+    return Forbidden(message) if error.errno in durable.READ_ONLY else StorageFull(message)
+
+
+def _list_visible(folder: Path) -> list[os.DirEntry[str]]:
+    """The entries of a folder that are not hidden, the last first; none where it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            visible = [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError:
+        return []
+    return sorted(visible, key=lambda entry: entry.name, reverse=True)
 
 
 def _check_parts(files: Mapping[str, UploadedFile]) -> None:

@@ -1,6 +1,6 @@
 """The CPU kernels:
-built once with the machine's C++ compiler, kept in a cache, and put in place of the torch path
-where they apply.
+built once with the machine's C++ compiler, kept in a cache, built anew where they are damaged there,
+and put in place of the torch path where they apply.
 
 They need bfloat16 weights and a processor with AVX2, AVX-512 or NEON; without these, or without a
 compiler, the torch path serves. Runs in the worker process; must not know adapters' files, requests or
@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import subprocess
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +21,9 @@ from torch import Tensor, nn
 from torch.utils.cpp_extension import include_paths, library_paths
 from transformers import AttentionInterface
 
+from ... import durable, user_folders
 from ...engine.kv_blocks import count_blocks
-from ..loading import CACHE
+from ...errors import SettingsError
 from ..processor import find_compiler, has_vectors
 
 NAME = "adapterd_blocks"
@@ -54,31 +54,42 @@ def load_kernels() -> bool:
     if not has_vectors():
         log.info("kernels: off, the processor has none of AVX2, AVX-512 and NEON")
         return False
-    try:
-        library: Any = torch.ops
-        library.load_library(_build_library())
-    except (OSError, subprocess.CalledProcessError) as error:
-        reason = str(getattr(error, "stderr", None) or error)[-300:]
-        log.warning("kernels: off, they cannot be built: %s", reason)
+    if not _load_library():
         return False
     AttentionInterface.register(NAME, attend_blocks)
     return True
 
 
-def _build_library() -> Path:
-    """The shared library for this source, torch and processor.
+def _load_library() -> bool:
+    try:
+        library = _find_library()
+    except (OSError, subprocess.CalledProcessError, SettingsError) as error:
+        reason = str(getattr(error, "stderr", None) or error)[-300:]
+        log.warning("kernels: off, they cannot be built: %s", reason)
+        return False
+    operators: Any = torch.ops
+    try:
+        operators.load_library(library)
+    except OSError as error:  # torch names the library alone; the loader has the reason
+        log.warning("kernels: off, their library cannot be loaded: %s", error.__cause__ or error)
+        return False
+    return True
 
-    Raises OSError or CalledProcessError.
+
+def _find_library() -> Path:
+    """The shared library for this source, torch and processor, built where there is no whole one.
+
+    Raises OSError, CalledProcessError, or SettingsError where there is no cache.
     """
     flags = [*FLAGS, *(f"-I{path}" for path in include_paths())]
-    target = CACHE / "kernels" / f"ops-{_library_key(flags)}.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as aside:
-            library = Path(aside) / target.name
-            _compile_library([_require_compiler(), *flags], library)
-            library.rename(target)
-    return target
+    folder = user_folders.cache_folder() / "kernels" / f"ops-{_library_key(flags)}"
+    name = f"{folder.name}.so"
+    durable.sweep_unfinished(folder.parent)
+    if not durable.is_whole(folder):
+        compiler = _require_compiler()
+        with durable.making_folder(folder) as made:
+            _compile_library([compiler, *flags], made / name)
+    return folder / name
 
 
 def _require_compiler() -> str:

@@ -4,6 +4,7 @@ an archive says.
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import os
@@ -21,10 +22,17 @@ import pytest
 
 from service.catalog.sources import store as store_module
 from service.catalog.sources.hub import Hub
-from service.catalog.sources.store import SourceLocation, Store
+from service.catalog.sources.store import SourceLocation, Store, upload_source
 from service.catalog.validator.header import CONFIG, WEIGHTS
 from service.core.manifest import compute_digest, read_manifest
-from service.errors import AdapterInvalid, BadRequest, Forbidden, PayloadTooLarge
+from service.errors import (
+    AdapterdError,
+    AdapterInvalid,
+    BadRequest,
+    Forbidden,
+    PayloadTooLarge,
+    StorageFull,
+)
 
 from ..test_registry import Part, parts
 
@@ -144,6 +152,41 @@ async def test_folders_below_the_root_are_listed_without_hidden_ones(
     assert list(store.list_folders()) == ["a", "d/e/f/g", "org/b"]
 
 
+async def test_links_within_the_root_are_listed_and_those_that_leave_it_are_named(
+    store: Store, root: Path, plain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As git-sync and Kubernetes lay them."""
+    for name in ("real", ".worktrees/a1/tone", ".worktrees/a1/team/x", "map/..2026"):
+        shutil.copytree(plain, root / name)
+    shutil.copytree(plain, tmp_path / "outside")
+    (root / "map" / "..data").symlink_to("..2026")
+    (root / "map" / CONFIG).symlink_to(f"..data/{CONFIG}")
+    (root / "map" / WEIGHTS).symlink_to(f"..data/{WEIGHTS}")
+    (root / "org").mkdir()
+    links = {"tone": ".worktrees/a1/tone", "org/again": "../real", "team": str(root / ".worktrees/a1/team")}
+    links |= dict.fromkeys(("leaves", "org/leaves too"), str(tmp_path / "outside"))
+    for name, target in links.items():
+        (root / name).symlink_to(target)
+    listed = ["map", "org/again", "real", "team/x", "tone"]
+    assert list(store.list_folders()) == listed
+    assert sorted(caplog.messages) == [
+        f"the link {name} is not registered: it leaves the adapters directory"
+        for name in ("leaves", "org/leaves too")
+    ]
+    for name in listed:
+        assert (await store.find_source(name)).folder.is_relative_to(root)
+
+
+def test_links_in_a_circle_end(store: Store, root: Path, plain: Path) -> None:
+    shutil.copytree(plain, root / "a")
+    shutil.copytree(plain, root / "b")
+    circles = {"round": ".", "a/self": ".", "a/up": "..", "a/b": "../b", "b/a": "../a"}
+    circles |= {"gone": "nowhere", "loop": "loop"}
+    for name, target in circles.items():
+        (root / name).symlink_to(target)
+    assert list(store.list_folders()) == ["a", "a/b", "b", "b/a"]
+
+
 def test_the_fingerprint_changes_with_every_file_of_the_manifest_and_with_no_other(
     root: Path, plain: Path
 ) -> None:
@@ -161,6 +204,20 @@ def test_the_fingerprint_changes_with_every_file_of_the_manifest_and_with_no_oth
     assert len(seen) == 3 + 2 * len(TEXTS)
     (root / "x" / "README.md").touch()
     assert place.compute_fingerprint() in seen
+
+
+def test_the_fingerprint_changes_with_content_of_the_same_size_and_time(root: Path, plain: Path) -> None:
+    shutil.copytree(plain, root / "x")
+    place, weights = SourceLocation(root / "x", "x"), root / "x" / WEIGHTS
+    before, stat = place.compute_fingerprint(), weights.stat()
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    while weights.stat().st_ctime_ns == stat.st_ctime_ns:  # a file system's clock ticks
+        weights.write_bytes(content)
+        os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    now = weights.stat()
+    assert (now.st_size, now.st_mtime_ns, now.st_ino) == (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    assert place.compute_fingerprint() != before
 
 
 async def test_what_is_named_like_a_file_of_the_manifest_and_is_none_is_refused(
@@ -407,14 +464,57 @@ async def test_other_parts_are_a_bad_request(store: Store, names: tuple[str, ...
         await store.stage_upload({name: Part(b"") for name in names})
 
 
-async def test_an_upload_that_is_cut_off_leaves_nothing(store: Store, root: Path) -> None:
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (errno.ENOSPC, StorageFull),
+        (errno.EDQUOT, StorageFull),
+        (errno.EIO, StorageFull),
+        (errno.EROFS, Forbidden),
+        (errno.EACCES, Forbidden),
+    ],
+)
+async def test_an_upload_that_cannot_be_stored_is_told_and_leaves_nothing(
+    store: Store, root: Path, code: int, kind: type[AdapterdError]
+) -> None:
     class Broken:
         async def read(self, size: int = -1) -> bytes:
-            raise ConnectionResetError
+            raise OSError(code, os.strerror(code))
 
-    with pytest.raises(Forbidden):
+    with pytest.raises(kind, match=f"^the upload cannot be stored: {os.strerror(code)}$"):
         await store.stage_upload({"file": Broken()})
     assert list((root / ".uploads").iterdir()) == []
+
+
+async def test_an_upload_is_synced_before_it_has_its_name(
+    store: Store, root: Path, plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[tuple[int, bool]] = []
+    name, sync = compute_digest(read_manifest(plain)), os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append((os.fstat(descriptor).st_ino, (root / upload_source(name)).exists()))
+        sync(descriptor)
+
+    staged = await store.stage_upload(parts(plain))
+    monkeypatch.setattr(os, "fsync", note)
+    place = store.keep_upload(staged, name)
+    before = {inode for inode, is_named in synced if not is_named}
+    assert before == {path.stat().st_ino for path in (place.folder, *place.folder.iterdir())}
+    assert [inode for inode, is_named in synced if is_named] == [place.folder.parent.stat().st_ino]
+
+
+async def test_an_upload_that_cannot_be_synced_is_not_kept(
+    store: Store, root: Path, plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    staged = await store.stage_upload(parts(plain))
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(StorageFull):
+        store.keep_upload(staged, compute_digest(read_manifest(plain)))
+    assert list((root / ".uploads").iterdir()) == [staged]
 
 
 async def test_what_was_kept_under_a_digest_is_replaced_only_when_it_is_not_that(

@@ -28,7 +28,7 @@ from ..core.defaults import defaults_of
 from ..errors import SettingsError
 from ..settings import HUB_ID, Dtype, Settings
 from . import base_size
-from .processor import find_compiler, has_vectors
+from .kernels import can_load_kernels
 
 log = logging.getLogger(__name__)
 
@@ -186,13 +186,12 @@ def device_of(settings: Settings) -> torch.device:
 
 
 def dtype_of(settings: Settings, device: torch.device) -> torch.dtype:
-    """bfloat16 on a GPU, and on a CPU where the kernels can be built, which read half the bytes; else
-    float32, which torch computes in faster.
+    """bfloat16 on a GPU, and on a CPU that has the kernels, which read half the bytes; else float32, which
+    torch computes in faster.
     """
     if settings.dtype != "auto":
         return DTYPES[settings.dtype]
-    has_kernels = has_vectors() and find_compiler() is not None
-    return torch.bfloat16 if device.type == "cuda" or has_kernels else torch.float32
+    return torch.bfloat16 if device.type == "cuda" or can_load_kernels() else torch.float32
 
 
 def quantization_of(settings: Settings, device: torch.device) -> str:

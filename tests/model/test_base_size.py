@@ -169,7 +169,7 @@ def test_converting_asks_first(
 ) -> None:
     leave(monkeypatch, 1000)
     cache = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr(loading, "CACHE", cache)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     with pytest.raises(DoesNotFit):
         loading.convert_gguf(packed, torch.float32, loading.no_progress)
     assert not list(cache.rglob("*.safetensors"))

@@ -34,10 +34,15 @@ def ask(library: Path) -> int:
 
 
 def test_it_is_built_once_and_found_without_a_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = kernels.find_compiler()
+    monkeypatch.setattr(kernels, "find_compiler", lambda: None)
+    assert not kernels.can_load_kernels()
+    monkeypatch.setattr(kernels, "find_compiler", lambda: compiler)
     library = kernels._find_library()
     built = library.stat()
     assert library.is_relative_to(cache)
     monkeypatch.setattr(kernels, "find_compiler", lambda: None)
+    assert kernels.can_load_kernels()
     assert kernels._find_library() == library
     assert kernels._load_library()
     assert library.stat() == built

@@ -81,15 +81,32 @@ def _find_library() -> Path:
 
     Raises OSError, CalledProcessError, or SettingsError where there is no cache.
     """
-    flags = [*FLAGS, *(f"-I{path}" for path in include_paths())]
-    folder = user_folders.cache_folder() / "kernels" / f"ops-{_library_key(flags)}"
+    folder = _library_folder()
     name = f"{folder.name}.so"
     durable.sweep_unfinished(folder.parent)
     if not durable.is_whole(folder):
         compiler = _require_compiler()
         with durable.making_folder(folder) as made:
-            _compile_library([compiler, *flags], made / name)
+            _compile_library([compiler, *_list_flags()], made / name)
     return folder / name
+
+
+def can_load_kernels() -> bool:
+    """Whether this processor can run the kernels and they are built, or can be."""
+    if not has_vectors():
+        return False
+    try:
+        return find_compiler() is not None or durable.is_whole(_library_folder())
+    except (OSError, SettingsError):
+        return False
+
+
+def _library_folder() -> Path:
+    return user_folders.cache_folder() / "kernels" / f"ops-{_library_key(_list_flags())}"
+
+
+def _list_flags() -> list[str]:
+    return [*FLAGS, *(f"-I{path}" for path in include_paths())]
 
 
 def _require_compiler() -> str:

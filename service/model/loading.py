@@ -95,9 +95,9 @@ def convert_gguf(file: Path, dtype: torch.dtype, progress: Progress) -> Path:
     durable.sweep_unfinished(target.parent)
     try:
         if not _is_whole(target):
-            base_size.check_conversion(file, dtype, target)
             progress("converting the GGUF file, once", 0.0)
-            with durable.making_folder(target) as folder:
+            with durable.making_folder(target) as folder:  # before the size, for it may not be possible at all
+                base_size.check_conversion(file, dtype, target)
                 _write_converted(file, dtype, folder)
             progress("converting the GGUF file, once", 1.0)
     except durable.NotWritten as error:

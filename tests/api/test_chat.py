@@ -126,7 +126,6 @@ NO_MESSAGES: list[Any] = [
     [{"role": "user", "content": None}],
     [{"role": "user"}],
     [{"content": "x"}],
-    [{"role": "assistant"}],
     [{**USER, "extra": 1}],
     [{"role": "user", "content": [IMAGE]}],
     [{"role": "user", "content": "\ud800"}],
@@ -204,7 +203,7 @@ GOOD = {
     "stop": '"x"',
 }
 BAD = {
-    "max_tokens": "0 -1 true 513",
+    "max_tokens": "0 -2 true 513",
     "max_completion_tokens": "0 1e9",
     "top_logprobs": "1 100",
     "logprobs": "1",
@@ -213,7 +212,7 @@ BAD = {
     "temperature": "-1 NaN",
     "n": "129",
     "no_such_field": "1",
-    "store": "true",
+    "suffix": '"x"',
     "echo": "true",
 }
 

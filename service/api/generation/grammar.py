@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -17,14 +18,25 @@ from hashlib import sha256
 from typing import Any, NamedTuple
 from urllib.parse import unquote
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
 from ...engine.lru import LRU
 from ...errors import BadRequest
 from ...threads import GRAMMAR, run_in
 from ..schemas.shared import AnyText, JsonGrammar, JsonObject, JsonSchema, PlainSchema, Regex, RegexGrammar
+from ..schemas.structured import Choices, GrammarRules
 
-Wanted = JsonObject | JsonSchema | PlainSchema | Regex | AnyText | JsonGrammar | RegexGrammar
+Wanted = (
+    JsonObject
+    | JsonSchema
+    | PlainSchema
+    | Regex
+    | AnyText
+    | JsonGrammar
+    | RegexGrammar
+    | Choices
+    | GrammarRules
+)
 
 DEEPEST = 500  # the compiler descends on the stack and would end the process near 1500
 LARGEST = 100_000  # characters of a grammar
@@ -37,6 +49,7 @@ COMPILING_S = 2.0  # of processor time; a sampler compiles the same in half of i
 TOO_LONG = "it takes too long to compile"
 MAX_COMPLAINT = 300  # characters of the compiler's complaint
 REMEMBERED = 16_000_000  # bytes of grammars that need no second check
+FOREIGN = ("%json", "%lark", "%import")  # in a grammar's rules
 ENTRY = 500  # bytes that a verdict takes beside its texts
 
 # one space where people write one, none elsewhere: a model that may write white space between any
@@ -101,6 +114,10 @@ async def compile_grammar(wanted: Wanted | None, param: str = "response_format")
     if isinstance(wanted, Regex | RegexGrammar):
         pattern = wanted.regex if isinstance(wanted, Regex) else wanted.value
         return await regex_grammar(pattern, param)
+    if isinstance(wanted, Choices):
+        return await regex_grammar("|".join(map(_escape_text, wanted.texts)), param)
+    if isinstance(wanted, GrammarRules):
+        return await _check_text("rules", wanted.rules, partial(_check_rules, wanted.rules), param)
     return await schema_grammar(_schema_of(wanted), param)
 
 
@@ -142,7 +159,27 @@ async def _check_text(kind: str, text: str, check: Callable[[], Verdict], param:
     return verdict.grammar
 
 
+def _escape_text(text: str) -> str:
+    """The expression that this text alone matches."""
+    return re.sub(r"([\\.+*?()|\[\]{}^$#&~-])", r"\\\1", text)
+
+
 # ---- in a thread
+
+
+def _check_rules(rules: str) -> Verdict:
+    """Rules that refer to each other are compiled on the stack, and a schema within them would be
+    compiled with none of the limits that schemas have.
+    """
+    if rules.count("\n") > DEEPEST or rules.count("::=") > DEEPEST:
+        return Verdict("", f"the grammar has over {DEEPEST} lines or rules")
+    foreign = next((word for word in FOREIGN if word in rules), None)
+    if foreign:
+        return Verdict("", f"{foreign} is not served within a grammar")
+    try:
+        return _check_grammar(grammar_from("grammar", rules))
+    except ValueError as error:  # a lone surrogate's, too
+        return Verdict("", one_line(f"not a grammar: {error}"))
 
 
 def _check_regex(pattern: str) -> Verdict:
@@ -175,8 +212,13 @@ def _check_calls(functions: Mapping[str, dict[str, Any]]) -> Verdict:
 
 
 def _check_grammar(grammar: str) -> Verdict:
-    problem = _size_problem(grammar) or _try_grammar(grammar).strip()[:MAX_COMPLAINT]
+    problem = _size_problem(grammar) or one_line(_try_grammar(grammar))
     return Verdict("", problem) if problem else Verdict(grammar)
+
+
+def one_line(complaint: str) -> str:
+    """The compiler's complaint without its picture of the place, which takes more lines."""
+    return " ".join(complaint.strip().partition("\n")[0].split())[:MAX_COMPLAINT]
 
 
 def _size_problem(text: str) -> str:

@@ -339,6 +339,10 @@ class AdapterTokenizer:
             )
         return template
 
+    def names_word(self, word: str, tools: bool) -> bool:
+        """Whether the chat template holds this word: a role or a field that it knows."""
+        return word in self.choose_template(tools)
+
     def tool_format(self) -> CallFormat | None:
         """How the chat template writes tool calls. Raises BadRequest when it takes no tools."""
         template = self.choose_template(tools=True)

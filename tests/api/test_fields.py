@@ -55,7 +55,7 @@ def fresh(api: ScriptedApp) -> Iterator[None]:
     assert api.quiet, "a request left a lease or a ticket behind"
 
 
-def ask(api: ScriptedApp, kind: str, status: int = 200, **fields: Any) -> Any:
+def ask(api: ScriptedApp, kind: str, /, status: int = 200, **fields: Any) -> Any:
     return api.chat(status=status, **fields) if kind == "chat" else api.complete(status=status, **fields)
 
 
@@ -86,7 +86,8 @@ def test_a_label_is_taken_with_any_value_and_changes_nothing(api: ScriptedApp, k
 @pytest.mark.parametrize("name", names_of(FieldKind.NO_OP))
 def test_a_no_op_is_taken_with_its_value_alone(api: ScriptedApp, kind: str, name: str) -> None:
     ask(api, kind, **{name: NO_OPS[name]})
-    ask(api, kind, **{name: None})
+    nothing: dict[str, Any] = {name: None}
+    ask(api, kind, **nothing)
     error = ask(api, kind, 400, **{name: ["audio"] if name == "modalities" else 2})["error"]
     assert error["param"].startswith(name)
 
@@ -102,7 +103,8 @@ def test_history_is_taken_as_an_answer_or_a_stream_gave_it(api: ScriptedApp) -> 
     call = {"index": 0, "id": "a", "type": "function", "function": {"name": "now", "arguments": None}}
     turn = {"role": "assistant", "content": None, "refusal": None, "audio": None, "function_call": None}
     part = {"type": "text", "text": "Hi", "cache_control": {"type": "ephemeral"}}
-    for past in (turn, turn | {"tool_calls": []}, {"role": "assistant"}, turn | {"tool_calls": [call]}):
+    pasts: tuple[dict[str, Any], ...] = (turn, turn | {"tool_calls": []}, {"role": "assistant"})
+    for past in (*pasts, turn | {"tool_calls": [call]}):
         api.chat([HI, past, {"role": "user", "content": [part]}])
     error = api.chat([HI, turn | {"function_call": {"name": "now"}}, HI], status=400)["error"]
     assert error["param"] == "messages.1.function_call"

@@ -352,7 +352,7 @@ def token_budget(prompt: int, options: GenerationOptions, context: int) -> int:
 
 def _context_exceeded(prompt: int, wanted: int, context: int, param: str) -> ContextLengthExceeded:
     return ContextLengthExceeded(
-        f"the maximum context length is {context} tokens; the prompt has {prompt} "
+        f"This model's maximum context length is {context} tokens; the prompt has {prompt} "
         f"and {param} {wanted} makes {prompt + wanted}: shorten one of them",
         details={"context": context, "prompt_tokens": prompt, "max_tokens": wanted},
         param=param,

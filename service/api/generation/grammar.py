@@ -11,12 +11,11 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from functools import cache, partial
 from hashlib import sha256
 from typing import Any, NamedTuple
-from urllib.parse import unquote
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
@@ -25,6 +24,8 @@ from ...errors import BadRequest
 from ...threads import GRAMMAR, run_in
 from ..schemas.shared import AnyText, JsonGrammar, JsonObject, JsonSchema, PlainSchema, Regex, RegexGrammar
 from ..schemas.structured import Choices, GrammarRules
+from .schema_edits import edit_schema, find_target
+from .schema_faults import MAX_COMPLAINT, TOO_LONG, describe_complaint, find_fault, name_place
 
 Wanted = (
     JsonObject
@@ -46,8 +47,6 @@ LIMITS = {"max_grammar_size": 20_000, "initial_lexer_fuel": 200_000}
 # worker's life
 MULTIPLE = 10_000
 COMPILING_S = 2.0  # of processor time; a sampler compiles the same in half of it
-TOO_LONG = "it takes too long to compile"
-MAX_COMPLAINT = 300  # characters of the compiler's complaint
 REMEMBERED = 16_000_000  # bytes of grammars that need no second check
 FOREIGN = ("%json", "%lark", "%import")  # in a grammar's rules
 ENTRY = 500  # bytes that a verdict takes beside its texts
@@ -178,8 +177,8 @@ def _check_rules(rules: str) -> Verdict:
         return Verdict("", f"{foreign} is not served within a grammar")
     try:
         return _check_grammar(grammar_from("grammar", rules))
-    except ValueError as error:  # a lone surrogate's, too
-        return Verdict("", one_line(f"not a grammar: {error}"))
+    except ValueError:  # a lone surrogate's, too
+        return Verdict("", "these are no rules of a grammar")
 
 
 def _check_regex(pattern: str) -> Verdict:
@@ -195,11 +194,29 @@ def _check_schema(schema: dict[str, Any]) -> Verdict:
         return Verdict("", problem)
     if common_multiple(schema) > MULTIPLE:
         return Verdict("", f"what all `multipleOf` in it have in common is over {MULTIPLE}")
+    edited = edit_schema(schema)
     try:
-        text = LLMatcher.grammar_from_json_schema(json.dumps(schema, allow_nan=False), overrides=SPACING)
+        text = _write_schema(edited)
     except ValueError as error:
         return Verdict("", f"not a JSON schema: {error}"[:MAX_COMPLAINT])
-    return _check_grammar(text)
+    size_problem = _size_problem(text)
+    if size_problem:
+        return Verdict("", size_problem)
+    complaint = _try_grammar(text)
+    return Verdict("", _locate_complaint(edited, complaint)) if complaint else Verdict(text)
+
+
+def _write_schema(schema: dict[str, Any]) -> str:
+    text: str = LLMatcher.grammar_from_json_schema(json.dumps(schema, allow_nan=False), overrides=SPACING)
+    return text
+
+
+def _locate_complaint(schema: dict[str, Any], complaint: str) -> str:
+    reason = describe_complaint(complaint)
+    if complaint == TOO_LONG:
+        return reason
+    place = find_fault(schema, complaint, lambda part: _try_grammar(_write_schema(part)))
+    return f"{name_place(place)}: {reason}" if place else reason
 
 
 def _check_calls(functions: Mapping[str, dict[str, Any]]) -> Verdict:
@@ -208,17 +225,21 @@ def _check_calls(functions: Mapping[str, dict[str, Any]]) -> Verdict:
         reference = f"#/$defs/{at}"
         calls.append(_call_schema(name, reference))
         definitions[str(at)] = _move_schema(schema, reference)
-    return _check_schema({"anyOf": calls, "$defs": definitions})
+    verdict = _check_schema({"anyOf": calls, "$defs": definitions})
+    return Verdict(verdict.grammar, _name_function(verdict.problem, list(functions)))
+
+
+def _name_function(problem: str, names: Sequence[str]) -> str:
+    """The problem with the function's name in place of its number among the definitions."""
+    return re.sub(r"^\$defs\.(\d+)", lambda found: names[int(found[1])], problem)
 
 
 def _check_grammar(grammar: str) -> Verdict:
-    problem = _size_problem(grammar) or one_line(_try_grammar(grammar))
-    return Verdict("", problem) if problem else Verdict(grammar)
-
-
-def one_line(complaint: str) -> str:
-    """The compiler's complaint without its picture of the place, which takes more lines."""
-    return " ".join(complaint.strip().partition("\n")[0].split())[:MAX_COMPLAINT]
+    size_problem = _size_problem(grammar)
+    if size_problem:
+        return Verdict("", size_problem)
+    complaint = _try_grammar(grammar)
+    return Verdict("", describe_complaint(complaint)) if complaint else Verdict(grammar)
 
 
 def _size_problem(text: str) -> str:
@@ -292,7 +313,7 @@ def schema_depth(schema: Any) -> int:
         depths[id(value)] = 1 + max(inner_depths, default=0)
     own_depth = depths[id(schema)]
     references = {ref for value in values if (ref := _reference_of(value)) is not None}
-    targets = [_find_target(schema, ref) for ref in references]
+    targets = [find_target(schema, ref) for ref in references]
     return own_depth + sum(depths.get(id(target), own_depth) for target in targets)
 
 
@@ -325,16 +346,6 @@ def _reference_of(value: Any) -> str | None:
 def _inner_values(value: Any) -> list[Any]:
     inner = value.values() if isinstance(value, dict) else value
     return [v for v in inner if isinstance(v, dict | list)]
-
-
-def _find_target(schema: Any, ref: str) -> Any:
-    """The part of the schema that a reference points at; None where that cannot be told."""
-    target = schema
-    for part in ref.removeprefix("#").split("/")[1:]:
-        if not isinstance(target, dict):
-            return None
-        target = target.get(unquote(part).replace("~1", "/").replace("~0", "~"))
-    return target
 
 
 def _schema_of(wanted: JsonObject | JsonSchema | PlainSchema | JsonGrammar) -> dict[str, Any]:

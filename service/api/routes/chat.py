@@ -40,6 +40,9 @@ if TYPE_CHECKING:
 
 router = APIRouter()
 
+ROLE_OF = {"developer": "system"}  # where a template does not know the one
+NO_ARGUMENTS: JsonDict = {"type": "object", "properties": {}}
+
 
 @router.post("/v1/chat/completions", responses=EVENTS | document_errors(404, 422, 429, 503, 504, openai=True))
 async def answer_chat(body: ChatRequest, request: Request, admission: Admitted) -> Response:
@@ -48,6 +51,8 @@ async def answer_chat(body: ChatRequest, request: Request, admission: Admitted) 
     tools = _offered_tools(body)
     format = tokenizer.tool_format() if tools else None
     messages = [_template_message(message) for message in body.messages]
+    if not tokenizer.names_word("developer", tools=bool(tools)):
+        messages = [turn | {"role": ROLE_OF.get(turn["role"], turn["role"])} for turn in messages]
     prompt = await chat_prompt(admission, tokenizer, messages, tools, _template_options(body))
     options = await _make_options(body, tokenizer)
     admission.submit_prompt(tokenizer, prompt, options)
@@ -138,7 +143,7 @@ async def _make_grammar(body: ChatRequest) -> str | None:
             "tool_choice: a forced call cannot go with response_format, ignore_eos or min_tokens",
             param="tool_choice",
         )
-    functions = {function.name: function.parameters or {"type": "object"} for function in body.forced}
+    functions = {function.name: function.parameters or NO_ARGUMENTS for function in body.forced}
     return await calls_grammar(functions, "tools")
 
 

@@ -19,6 +19,7 @@ from .api import errors
 from .api.generation.sse import JsonAnswer
 from .api.middleware.access_log import AccessLog
 from .api.middleware.authentication import Authentication
+from .api.middleware.body_encoding import BodyEncoding
 from .api.middleware.body_limit import BodyLimit
 from .api.middleware.cors import CorsOrigins
 from .api.middleware.drain import DrainGate
@@ -104,13 +105,16 @@ def _make_middleware(services: Services, record: Callable[[Trace], None] | None)
     without one.
     """
     settings = services.settings
+    limit = Middleware(BodyLimit, body_mb=settings.max_body_mb, upload_mb=settings.max_upload_mb)
     return [
         Middleware(AccessLog, record=record),
         *_make_cors(settings),
         Middleware(DrainGate, services=services),
         Middleware(Authentication, settings=settings),
         Middleware(RateLimit, settings=settings),
-        Middleware(BodyLimit, body_mb=settings.max_body_mb, upload_mb=settings.max_upload_mb),
+        limit,
+        Middleware(BodyEncoding),
+        limit,
     ]
 
 
@@ -121,7 +125,7 @@ def _make_cors(settings: Settings) -> list[Middleware]:
         CorsOrigins,
         allow_origins=settings.cors_origins,
         allow_methods=METHODS,
-        allow_headers=["authorization", "content-type", "x-request-id"],
+        allow_headers=["*"],  # whichever an origin that may ask asks for
         expose_headers=EXPOSED,
     )
     return [cors]

@@ -13,6 +13,7 @@ AdapterdError
 ├── MethodNotAllowed         405
 ├── Conflict                 409
 ├── PayloadTooLarge          413
+├── UnsupportedEncoding      415
 ├── AdapterInvalid           422, details.problems
 │   ├── SourceMissing        (404 under vLLM's names)
 │   └── AdapterUnsupported
@@ -109,6 +110,10 @@ class PayloadTooLarge(AdapterdError):
     code, status = ErrorCode.PAYLOAD_TOO_LARGE, 413
 
 
+class UnsupportedEncoding(AdapterdError):
+    code, status = ErrorCode.UNSUPPORTED_ENCODING, 415
+
+
 class AdapterInvalid(AdapterdError):
     """The adapter cannot be served; every problem names a key, tensor or number."""
 
@@ -169,6 +174,7 @@ ERROR_OF_CODE: Mapping[ErrorCode, type[AdapterdError]] = MappingProxyType(
             MethodNotAllowed,
             Conflict,
             PayloadTooLarge,
+            UnsupportedEncoding,
             AdapterInvalid,
             AdapterUnsupported,
             StorageFull,

@@ -32,7 +32,8 @@ HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 FAULT = re.compile(r"^(?:(step|kill|stuck):([1-9]\d*)|(stuck)|(slow_load):(\d+(?:\.\d+)?))$")
 HUB_PATTERN = r"^[\w.*-]+/[\w.*-]+$"
 HIDDEN = {"api_keys", "admin_keys", "adapters_dir", "base", "forwarded_allow_ips"}
-ORIGIN = r"^(\*|https?://[^/\s]+)$"
+# As browsers spell them, of pages and of desktop programs and extensions; no pattern of several
+ORIGIN = r"^(\*|[A-Za-z][A-Za-z0-9+.-]*://[^/\s*]+)$"
 DEMO_ADAPTERS = Path(__file__).parent / "demo" / "adapters"
 
 

@@ -19,7 +19,8 @@ from starlette.routing import compile_path
 
 from service import errors
 from service.api.errors import status_of
-from service.api.schemas.chat import ChatRequest
+from service.api.schemas.chat import ChatMessage, ChatRequest
+from service.api.schemas.fields import TABLES, render_table
 from service.api.schemas.generate import GenerateRequest, Parameters
 from service.api.schemas.openai import CompletionRequest, OpenAIRequest
 from service.commands import run_command
@@ -164,6 +165,7 @@ OWN: dict[str, list[str]] = {  # the fields that a table must have
     "field of both": list(OpenAIRequest.model_fields),
     "field of completions": list(CompletionRequest.model_fields.keys() - OpenAIRequest.model_fields.keys()),
     "field of chat": list(ChatRequest.model_fields.keys() - OpenAIRequest.model_fields.keys()),
+    "field of a message": list(ChatMessage.model_fields),
 }
 
 
@@ -173,6 +175,11 @@ def test_every_field_is_in_its_table_once_and_no_other_is(title: str) -> None:
         rows for header, rows in read_tables(PAGES["docs/clients.md"]) if header.startswith(f"| {title} |")
     ]
     assert sorted(name for row in rows for name in re.findall(r"`(\w+)`", row[0])) == sorted(OWN[title])
+
+
+@pytest.mark.parametrize("title", TABLES)
+def test_the_tables_of_openais_fields_are_those_of_the_schemas(title: str) -> None:
+    assert render_table(title, TABLES[title]) in PAGES["docs/clients.md"]
 
 
 def is_taken(schema: type[BaseModel], body: dict[str, Any]) -> bool:

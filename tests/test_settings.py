@@ -53,7 +53,7 @@ WRONG = {
     "API_KEYS": ("@/no/such/file", "sha256:short"),
     "KEY_RATE": ("0", "-1", "fast"),
     "KEY_CONCURRENCY": ("0",),
-    "CORS_ORIGINS": ("example.org", "https://example.org/path"),
+    "CORS_ORIGINS": ("example.org", "https://example.org/path", "https://*.example.org"),
     "FORWARDED_ALLOW_IPS": ("*", "proxy.example.org", "10.0.0.1/8"),
     "METRICS_ADAPTERS": ("-1",),
     "METRICS_OPEN": ("yes",),

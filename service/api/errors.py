@@ -47,6 +47,7 @@ STATUSES = {
     405: "no such method",
     409: "the id is taken or reserved",
     413: "the body is over its limit",
+    415: "the body's content-encoding is not served",
     422: "a bad field, or an adapter that cannot be served",
     429: "the queue is full, memory is short, or the key is over its limit",
     500: "a defect; the request id is in the body",
@@ -54,7 +55,8 @@ STATUSES = {
     504: "the request's time limit passed",
     507: "what was to be kept could not be written; nothing has changed",
 }
-ALWAYS = (401, 405, 413, 500)
+LONGEST_PATH = 200  # characters of a path that is told again
+ALWAYS = (401, 405, 413, 415, 500)
 
 
 def openai_dialect(path: str) -> bool:
@@ -109,6 +111,8 @@ def error_response(error: AdapterdError, scope: Scope, headers: Mapping[str, str
     sent_headers = dict(headers or {})
     if error.retry_after is not None or error.status in (429, 503):
         sent_headers["retry-after"] = str(error.retry_after or 1)
+    if error.status == 504:
+        sent_headers["x-should-retry"] = "false"  # OpenAI's clients would ask for the same three times more
     if error.status == 401:
         sent_headers.setdefault("www-authenticate", "Bearer")
     # ASCII only: a lone surrogate that a client sent must not break the answer that refuses it
@@ -201,7 +205,9 @@ def _answer_wrong_method(request: Request) -> Response:
 def _known_error(status: int, scope: Scope) -> AdapterdError:
     """The framework's own refusal as an error of ours."""
     if status == 404:
-        return NotFound("there is no such route; /docs lists them")
+        return NotFound(
+            f"there is no route {scope['method']} {scope['path'][:LONGEST_PATH]}; /docs lists them"
+        )
     if status < 500:
         return BadRequest(
             "the body cannot be read: it is no UTF-8 JSON, is nested too deep, or is a broken form"

@@ -21,6 +21,7 @@ class ErrorCode(StrEnum):
     METHOD_NOT_ALLOWED = "method_not_allowed"
     CONFLICT = "conflict"
     PAYLOAD_TOO_LARGE = "payload_too_large"
+    UNSUPPORTED_ENCODING = "unsupported_encoding"
     ADAPTER_INVALID = "adapter_invalid"
     ADAPTER_UNSUPPORTED = "adapter_unsupported"
     STORAGE_FULL = "storage_full"

@@ -15,7 +15,8 @@ class Sampling:
     `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0, `typical_p` 1, penalties 1 / 0 / 0
     are off. `logit_bias` pairs are (token id, added value). `logprobs` is the number of runner-up
     tokens wanted beside the chosen one's log probability (0: only the chosen one's); None: none.
-    `grammar` is an llguidance grammar as JSON text. No eos is sampled before `min_tokens`.
+    `grammar` is an llguidance grammar as JSON text. No eos is sampled before `min_tokens`. `bad_words` are
+    sequences of ids that the answer should not hold; only where nothing else is allowed may one come.
     """
 
     temperature: float = 0.0
@@ -31,3 +32,4 @@ class Sampling:
     logprobs: int | None = None
     grammar: str | None = None
     min_tokens: int = 0
+    bad_words: tuple[tuple[int, ...], ...] = ()

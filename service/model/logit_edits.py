@@ -9,6 +9,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor
 from .grammar_masks import unpack_masks
 from .sampling_state import SamplingState
 from .transfers import send, send_rows
+
+# Under every logit, and finite: where a grammar allows nothing else the token comes, and no request fails
+BANNED = -1e30
 
 
 class Row(NamedTuple):
@@ -75,7 +79,7 @@ def collect_edits(rows: Sequence[Row], device: torch.device) -> LogitEdits:
     return LogitEdits(
         _join_entries(_scale_known(states), device),
         tuple(entries for entries in added if entries),
-        _join_entries(_ban_ends(states), device),
+        _join_entries(chain(_ban_ends(states), _ban_words(states)), device),
         _join_masks(rows, device),
     )
 
@@ -117,6 +121,13 @@ def _ban_ends(states: States) -> Change:
         if state.length < state.request.sampling.min_tokens:
             ends = torch.tensor(list(state.request.eos), dtype=torch.int64)
             yield row, ends, torch.full((len(ends),), float("-inf"))
+
+
+def _ban_words(states: States) -> Change:
+    """No last token of a bad word behind its others."""
+    for row, state in states:
+        if "bad_words" in state.uses and (banned := state.list_banned()):
+            yield row, torch.tensor(banned, dtype=torch.int64), torch.full((len(banned),), BANNED)
 
 
 def _read_array(numbers: array[int] | array[float], dtype: torch.dtype) -> Tensor:

@@ -33,7 +33,8 @@ REASON = 500  # characters of a template's own words that are passed on
 class RenderRequest:
     """A conversation to render, as plain data.
 
-    `variables` are the special tokens' texts; `limit` is the most characters that the text may have.
+    `variables` are the special tokens' texts and a request's own; `limit` is the most characters that the
+    text may have; the others are as in TemplateOptions.
     """
 
     template: str
@@ -41,6 +42,8 @@ class RenderRequest:
     tools: list[dict[str, Any]] | None
     variables: dict[str, Any]
     limit: int
+    opens_turn: bool = True
+    continues: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ class Rendering:
 
 
 def render_template(request: RenderRequest) -> str:
-    """The text that transformers' `apply_chat_template` gives, up to where the assistant answers.
+    """The text that transformers' `apply_chat_template` gives.
 
     Raises whatever the template raises.
     """
@@ -67,7 +70,8 @@ def render_template(request: RenderRequest) -> str:
         conversations=[[_drop_nulls(message) for message in request.messages]],
         tools=request.tools,
         chat_template=request.template,
-        add_generation_prompt=True,
+        add_generation_prompt=request.opens_turn,
+        continue_final_message=request.continues,
         **request.variables,
     )
     text: str = rendered[0]

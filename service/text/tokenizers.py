@@ -26,6 +26,7 @@ from ..core.manifest import Manifest, check_text_files
 from ..errors import AdapterInvalid, BadRequest, SettingsError
 from .compat import is_panic
 from .incremental import BROKEN, IncrementalDecoder
+from .template_options import PLAIN, TemplateOptions
 from .template_process import RenderRequest, describe_refusal, render_template
 from .template_renderer import TemplateRenderer
 from .tool_calls import CallFormat, declared_format
@@ -298,9 +299,16 @@ class AdapterTokenizer:
         """The text of the ids, special tokens left out."""
         return self.backend.decode(list(ids), skip_special_tokens=True)
 
-    def make_decoder(self, prompt: Sequence[int] = ()) -> IncrementalDecoder:
-        """Turns the answer to this prompt into text, token by token."""
-        return IncrementalDecoder(self.backend.decode, self.special, prompt)
+    def make_decoder(
+        self, prompt: Sequence[int] = (), kept_special: frozenset[int] = frozenset()
+    ) -> IncrementalDecoder:
+        """Turns the answer to this prompt into text, token by token; `kept_special` are special tokens
+        that are text.
+        """
+        if not kept_special:
+            return IncrementalDecoder(self.backend.decode, self.special, prompt)
+        decode = partial(self.backend.decode, skip_special_tokens=False)
+        return IncrementalDecoder(decode, self.special - kept_special, prompt)
 
     def token_text(self, id: int) -> str:
         """One token's text as it is within a text, special ones by their name; the bytes of an
@@ -331,6 +339,10 @@ class AdapterTokenizer:
             )
         return template
 
+    def names_word(self, word: str, tools: bool) -> bool:
+        """Whether the chat template holds this word: a role or a field that it knows."""
+        return word in self.choose_template(tools)
+
     def tool_format(self) -> CallFormat | None:
         """How the chat template writes tool calls. Raises BadRequest when it takes no tools."""
         template = self.choose_template(tools=True)
@@ -339,18 +351,28 @@ class AdapterTokenizer:
         return declared_format(template)
 
     def render_request(
-        self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, limit: int
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] | None,
+        limit: int,
+        options: TemplateOptions = PLAIN,
     ) -> RenderRequest:
         """The conversation as the template gets it; the text may have `limit` characters.
 
-        Raises BadRequest when there is no template.
+        Raises BadRequest when there is no template, or where a variable is a special token's.
         """
+        taken = sorted(self.specials.keys() & options.variables.keys())
+        if taken:
+            param = "chat_template_kwargs"
+            raise BadRequest(f"{param}: {taken[0]!r} is the tokenizer's own", param=param)
         return RenderRequest(
             self.choose_template(bool(tools)),
             [dict(message) for message in messages],
             [dict(tool) for tool in tools] if tools else None,
-            dict(self.specials),
+            {**options.variables, **self.specials},
             limit,
+            options.opens_turn,
+            options.continues,
         )
 
     @staticmethod

@@ -308,6 +308,20 @@ def test_a_site_that_is_named_may_ask_with_a_key() -> None:
         assert served.http.post("/adapters", json=body, headers=FOREIGN).status_code == 401
 
 
+ASKED = "x-stainless-os,user-agent,traceparent,x-api-key,http-referer"
+
+
+@pytest.mark.parametrize("origin", [SITE, "app://obsidian.md", "tauri://localhost", "chrome-extension://abc"])
+def test_a_named_origin_of_any_scheme_may_send_any_header(origin: str) -> None:
+    asks = PREFLIGHT | {"origin": origin, "access-control-request-headers": ASKED}
+    with serve_app(admin_keys="sk-admin", cors_origins=f"{SITE},{origin}") as served:
+        allowed = served.http.options("/v1/chat/completions", headers=asks)
+        assert (allowed.status_code, allowed.headers["access-control-allow-origin"]) == (200, origin)
+        assert set(ASKED.split(",")) <= set(allowed.headers["access-control-allow-headers"].split(","))
+        evil = asks | {"origin": "app://evil"}
+        assert served.http.options("/v1/chat/completions", headers=evil).status_code == 403
+
+
 def test_a_site_that_is_not_named_may_not_ask_and_a_named_one_not_in_every_way() -> None:
     other = {"origin": "https://evil.example.org", "sec-fetch-site": "cross-site"}
     with serve_app(admin_keys="sk-admin", cors_origins=f"{SITE}, https://b.example.org") as served:

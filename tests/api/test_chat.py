@@ -126,7 +126,6 @@ NO_MESSAGES: list[Any] = [
     [{"role": "user", "content": None}],
     [{"role": "user"}],
     [{"content": "x"}],
-    [{"role": "assistant"}],
     [{**USER, "extra": 1}],
     [{"role": "user", "content": [IMAGE]}],
     [{"role": "user", "content": "\ud800"}],
@@ -204,7 +203,7 @@ GOOD = {
     "stop": '"x"',
 }
 BAD = {
-    "max_tokens": "0 -1 true 513",
+    "max_tokens": "0 -2 true 513",
     "max_completion_tokens": "0 1e9",
     "top_logprobs": "1 100",
     "logprobs": "1",
@@ -213,7 +212,7 @@ BAD = {
     "temperature": "-1 NaN",
     "n": "129",
     "no_such_field": "1",
-    "store": "true",
+    "suffix": '"x"',
     "echo": "true",
 }
 
@@ -253,6 +252,7 @@ def test_a_limit_over_the_context_is_called_as_it_was_sent(api: ScriptedApp) -> 
         error = api.chat(status=400, **{name: 513})["error"]
         assert (error["code"], error["param"]) == ("context_length_exceeded", name)
         assert f"{name} 513" in error["message"]
+        assert error["message"].startswith("This model's maximum context length is 512 tokens"), "for litellm"
 
 
 def test_a_schema_becomes_a_grammar(api: ScriptedApp) -> None:
@@ -491,3 +491,23 @@ def test_what_cannot_go_together(tooled: ScriptedApp) -> None:
     tooled.chat(tools=[ADD], tool_choice="required", response_format={"type": "json_object"}, status=400)
     broken = {"type": "function", "function": {"name": "add", "parameters": {"type": "nonsense"}}}
     assert "tools" in tooled.chat(tools=[broken], tool_choice="required", status=400)["error"]["message"]
+
+
+DEVELOPER = {"role": "developer", "content": "Be brief."}
+
+
+def test_a_developer_is_the_system_where_the_template_knows_none(
+    api: ScriptedApp, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    api.chat([DEVELOPER, USER])
+    assert prompt(api).startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
+    knows = "{% for m in messages %}{{ m.role }}:{{ m.content }}\n{% endfor %}{# developer #}"
+    with serve_script(tmp_path_factory.mktemp("developer"), template=knows) as other:
+        other.chat([DEVELOPER, USER])
+        assert prompt(other) == "developer:Be brief.\nuser:Hi\n"
+
+
+@pytest.mark.parametrize("role", ["banana", "User", "human", ""])
+def test_a_role_that_is_none_is_named(api: ScriptedApp, role: str) -> None:
+    error = api.chat([{"role": role, "content": "x"}, USER], status=400)["error"]
+    assert (error["param"], repr(role) in error["message"]) == ("messages.0.role", True)

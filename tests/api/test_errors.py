@@ -10,7 +10,7 @@ import pytest
 from pydantic import TypeAdapter, ValidationError
 
 from service import errors as tree
-from service.api.errors import error_body, status_of
+from service.api.errors import error_body, error_response, status_of
 from service.api.generation.answer import failure_error
 from service.api.routes.adapters import Registration
 from service.api.schemas.chat import ChatRequest
@@ -208,3 +208,20 @@ def test_the_problems_of_an_adapter_are_listed(served: ServedApp) -> None:
 )
 def test_what_the_engine_tells_by_code_is_the_plain_error_of_that_code(kind: type[AdapterdError]) -> None:
     assert type(failure_error(Event(1, finish=Finish.FAILED, code=kind.code, message="why"))) is kind
+
+
+@pytest.mark.parametrize("path", ["/v1/v1/chat/completions", "/chat/completions", "/v1/chat/completions/"])
+def test_a_path_that_is_none_is_named_with_its_method(served: ServedApp, path: str) -> None:
+    answer = served.http.post(path, json={})
+    assert answer.status_code == 404
+    assert f"POST {path}" in answer.text
+
+
+def test_the_models_are_listed_behind_a_slash_too(served: ServedApp) -> None:
+    assert served.json("GET", "/v1/models/") == served.json("GET", "/v1/models")
+
+
+def test_a_time_limit_that_passed_is_not_tried_again_by_openais_client() -> None:
+    scope = {"type": "http", "path": "/v1/completions"}
+    for kind, tried in ((tree.DeadlineExceeded, "false"), (tree.NotReady, None), (tree.Overloaded, None)):
+        assert error_response(kind("x"), scope).headers.get("x-should-retry") == tried

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 
-from service.api.generation import grammar
+from service.api.generation import grammar, schema_faults
 from service.api.generation.grammar import Verdict, Verdicts
+from service.api.generation.schema_edits import FORMATS
 from service.api.schemas.shared import JsonObject, Regex
 from service.errors import BadRequest
 
@@ -122,9 +123,9 @@ def test_what_no_sampler_could_follow_is_refused_by_the_api() -> None:
     """What is never complete, or only shows its size when it is begun, would fail in the middle of
     a stream.
     """
-    with pytest.raises(BadRequest, match="response_format: parser error"):
+    with pytest.raises(BadRequest, match="response_format: it is too large to be followed, or never ends"):
         compiled({"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]})
-    with pytest.raises(BadRequest, match="response_format: lexer error"):
+    with pytest.raises(BadRequest, match="response_format: it is too large to be followed, or never ends"):
         asyncio.run(grammar.compile_grammar(Regex(type="regex", regex="(a{1000}){1000}")))
 
 
@@ -285,3 +286,99 @@ def test_nothing_of_a_schema_is_walked_through_on_the_event_loop(monkeypatch: py
         monkeypatch.setattr(grammar, name, walked)
     assert compiled({"type": "integer"})
     assert asyncio.run(grammar.calls_grammar({"add": {"type": "object"}}, "tools"))
+
+
+# ---- what schemas mean here
+
+ONE = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+MORE = '{"a": 1, "b": 2}'
+
+
+@pytest.mark.parametrize(
+    ("schema", "text", "fits"),
+    [
+        (ONE, '{"a": 1}', True),
+        (ONE, MORE, False),
+        (ONE | {"additionalProperties": True}, MORE, True),
+        (ONE | {"additionalProperties": {"type": "integer"}}, MORE, True),
+        ({"type": "object"}, MORE, True),
+        ({"type": "object", "properties": {}}, "{}", True),
+        ({"type": "object", "properties": {}}, '{"a": 1}', False),
+        ({"type": "array", "items": ONE}, f"[{MORE}]", False),
+        ({"$ref": "#/$defs/x", "$defs": {"x": ONE}}, MORE, False),
+        ({"anyOf": [ONE, {"type": "null"}]}, MORE, False),
+        ({"allOf": [ONE]}, MORE, False),
+        # What several describe together is as open as it was
+        ({"allOf": [ONE, {"properties": {"b": {"type": "integer"}}}]}, MORE, True),
+        ({"allOf": [{"$ref": "#/$defs/x"}, {"properties": {"b": {}}}], "$defs": {"x": ONE}}, MORE, True),
+        (ONE | {"anyOf": [{"properties": {"b": {"type": "integer"}}}]}, MORE, True),
+        # A property's name, and a value, are no schema
+        ({"type": "object", "properties": {"properties": ONE}}, f'{{"properties": {MORE}}}', False),
+        ({"const": {"properties": {"a": 1}}}, '{"properties": {"a": 1}}', True),
+        ({"type": "object", "properties": {"a": {}}, "required": ["b"]}, '{"b": 1}', True),
+        # Annotations
+        ({"type": "object", "propertyNames": {"type": "string"}}, MORE, True),
+        ({"type": "string", "format": "path"}, '"/a"', True),
+        ({"type": "string", "format": "date"}, '"/a"', False),
+        ({"type": "object", "properties": {"format": {"const": 1}}}, '{"format": 1}', True),
+    ],
+    ids=str,
+)
+def test_objects_are_closed_and_unknown_formats_annotate(
+    schema: dict[str, Any], text: str, fits: bool
+) -> None:
+    before = json.dumps(schema)
+    assert follows(compiled(schema), text) is fits
+    assert json.dumps(schema) == before, "what was given stays as it is"
+
+
+def test_every_format_that_is_kept_is_one_that_the_compiler_knows() -> None:
+    for name in FORMATS:
+        assert compiled({"type": "string", "format": name})
+    unknown = LLMatcher.grammar_from_json_schema(json.dumps({"type": "string", "format": "path"}))
+    assert LLMatcher.validate_grammar_with_warnings(unknown)[0]
+
+
+AHEAD = {"type": "string", "pattern": "^(?=.*[a-z]).*$"}
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        (
+            {"type": "object", "properties": {"user": {"properties": {"secret": AHEAD}}}},
+            "user.secret: the ex",
+        ),
+        ({"type": "array", "items": {"anyOf": [ONE, AHEAD]}}, "items.anyOf.1: the expression cannot be read"),
+        ({"$ref": "#/$defs/x", "$defs": {"x": {"properties": {"y": AHEAD}}}}, "$defs.x.y: the expression"),
+        ({"properties": {"a": {"not": {}}}}, "a: `not` is not served in a schema"),
+        ({"properties": {"a": {"type": "text"}}}, "a: there is no type text"),
+        (
+            {"properties": {"properties": {"properties": {"b": {"type": "text"}}}}},
+            "properties.b: there is ",
+        ),
+        ({"propertyNames": {"pattern": "^a"}}, "`propertyNames` is not served"),
+        (AHEAD, "the expression cannot be read: look-around"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_compiled_is_named_by_its_place_in_one_line(
+    schema: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(BadRequest) as caught:
+        compiled(schema)
+    assert caught.value.message.startswith(f"response_format: {message}")
+    assert "\n" not in caught.value.message
+    assert "regex parse error" not in caught.value.message
+
+
+def test_a_functions_fault_is_named_by_the_function() -> None:
+    broken = {"properties": {"a": {"$ref": "#/$defs/x"}}, "$defs": {"x": AHEAD}}
+    with pytest.raises(BadRequest, match=r"tools: say\.a: the expression"):
+        asyncio.run(grammar.calls_grammar({"add": ONE, "say": broken}, "tools"))
+
+
+def test_a_fault_that_takes_long_to_find_is_told_without_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(schema_faults, "SEARCH_S", -1.0)
+    with pytest.raises(BadRequest, match="response_format: there is no type text"):
+        compiled({"properties": {"a": {"type": "text"}}})

@@ -86,6 +86,9 @@ class RowSampler:
         logits = _add_bias(_apply_penalties(logits.clone(), state), sampling)
         if len(state.generated) < sampling.min_tokens:
             logits[list(state.request.eos)] = float("-inf")
+        for *before, last in sampling.bad_words:
+            if state.generated[len(state.generated) - len(before) :] == before:
+                logits[last] = -1e30
         if sampling.grammar is not None:
             logits = self._apply_grammar(logits, state, sampling.grammar)
         if not logits.max().isfinite():
@@ -140,6 +143,7 @@ def _is_greedy(sampling: Sampling) -> bool:
         sampling.logit_bias,
         sampling.grammar is not None,
         sampling.min_tokens != 0,
+        sampling.bad_words,
     )
     return sampling.temperature == 0 and not any(changes)
 

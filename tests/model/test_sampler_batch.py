@@ -80,6 +80,7 @@ def random_sampling(chance: random.Random) -> Sampling:
         logprobs=one_of((None, None, 0, 1, 5, 20)),
         grammar=one_of((None, None, None, None, str(chance.randrange(100)))),
         min_tokens=one_of((0, 0, 3)),
+        bad_words=one_of(((), (), ((2,), (5, 5)))),
     )
 
 
@@ -217,6 +218,7 @@ CHANGES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "logprobs": ({"logprobs": 2}, {}),
     "grammar": ({"grammar": "3"}, {}),
     "min_tokens": ({"min_tokens": 1}, {}),
+    "bad_words": ({"bad_words": ((2,), (0, 0), (1, 1))}, {}),
 }
 
 

@@ -28,6 +28,7 @@ from ...errors import BadRequest, ContextLengthExceeded
 from ...telemetry import metrics
 from ...telemetry.traces import TracePart
 from ...text.stop_strings import StopStrings
+from ...text.template_options import PLAIN, TemplateOptions
 from ...threads import TEXT, run_in
 from ..middleware.access_log import logged_headers
 from ..services import ReadyServices, Services, get_scope
@@ -52,13 +53,17 @@ JsonMapping = Mapping[str, Any]
 class GenerationOptions:
     """The generation options of a request, the same for each of its prompts.
 
-    The `param`s are the dialect's names for `max_tokens` and the prompt.
+    The `param`s are the dialect's names for `max_tokens` and the prompt. `stop_ids` end the answer as an
+    eos does; `keep_stop` and `kept_special` are as in Answer.
     """
 
     sampling: Sampling
     max_tokens: int | None
     default_tokens: int | None
     stop: Sequence[str] = ()
+    stop_ids: tuple[int, ...] = ()
+    keep_stop: bool = False
+    kept_special: frozenset[int] = frozenset()
     count: int = 1
     seed: int | None = None
     ignore_eos: bool = False
@@ -146,9 +151,10 @@ class Admission:
         """
         self._check_prompt(prompt, options)
         self._check_sampling(tokenizer, options.sampling)
+        self._check_ids(options.stop_ids, "stop_token_ids")
         request = self._make_request(tokenizer, prompt, options)
         requests = _seed_each(request, options)
-        answers = [self._start_answer(each, tokenizer, options.stop) for each in requests]
+        answers = [self._start_answer(each, tokenizer, options) for each in requests]
         self.answers += answers
         return answers
 
@@ -156,13 +162,14 @@ class Admission:
         self, tokenizer: AdapterTokenizer, prompt: tuple[int, ...], options: GenerationOptions
     ) -> Request:
         """The request that all answers to this prompt share but for their seeds."""
+        eos = frozenset() if options.ignore_eos else self._possible_eos(tokenizer.eos)
         return Request(
             UNNUMBERED,
             prompt,
             max_tokens=token_budget(len(prompt), options, self.base.context),
             adapter=self.digest,
             sampling=options.sampling,
-            eos=frozenset() if options.ignore_eos else self._possible_eos(tokenizer.eos),
+            eos=eos | frozenset(options.stop_ids),
             prompt_logprobs=options.prompt_logprobs,
         )
 
@@ -176,13 +183,7 @@ class Admission:
             )
 
     def _check_sampling(self, tokenizer: AdapterTokenizer, sampling: Sampling) -> None:
-        size = self.base.vocab_size
-        unknown_ids = [id for id, _ in sampling.logit_bias if id >= size]
-        if unknown_ids:
-            raise BadRequest(
-                f"logit_bias: no token has the id {unknown_ids[0]}; the vocabulary has {size}",
-                param="logit_bias",
-            )
+        self._check_ids([id for id, _ in sampling.logit_bias], "logit_bias")
         # The worker applies a grammar to the base's vocabulary
         if sampling.grammar is not None and tokenizer.words.own_vocabulary:
             raise BadRequest(
@@ -190,10 +191,21 @@ class Admission:
                 "so no answer of it can be held to a format"
             )
 
-    def _start_answer(self, request: Request, tokenizer: AdapterTokenizer, stop: Sequence[str]) -> Answer:
+    def _check_ids(self, ids: Sequence[int], param: str) -> None:
+        size = self.base.vocab_size
+        unknown_ids = [id for id in ids if id >= size]
+        if unknown_ids:
+            raise BadRequest(
+                f"{param}: no token has the id {unknown_ids[0]}; the vocabulary has {size}", param=param
+            )
+
+    def _start_answer(
+        self, request: Request, tokenizer: AdapterTokenizer, options: GenerationOptions
+    ) -> Answer:
         ticket = self.services.client.submit_request(request)
         self.resources.callback(ticket.cancel_request)
-        return Answer(ticket, tokenizer, StopStrings(stop))
+        stops = StopStrings(options.stop)
+        return Answer(ticket, tokenizer, stops, options.keep_stop, options.kept_special)
 
     def _possible_eos(self, eos: frozenset[int]) -> frozenset[int]:
         """The eos ids that the vocabulary has: an adapter's files may name any number, and the
@@ -340,7 +352,7 @@ def token_budget(prompt: int, options: GenerationOptions, context: int) -> int:
 
 def _context_exceeded(prompt: int, wanted: int, context: int, param: str) -> ContextLengthExceeded:
     return ContextLengthExceeded(
-        f"the maximum context length is {context} tokens; the prompt has {prompt} "
+        f"This model's maximum context length is {context} tokens; the prompt has {prompt} "
         f"and {param} {wanted} makes {prompt + wanted}: shorten one of them",
         details={"context": context, "prompt_tokens": prompt, "max_tokens": wanted},
         param=param,
@@ -366,9 +378,10 @@ async def chat_prompt(
     tokenizer: AdapterTokenizer,
     messages: Sequence[JsonMapping],
     tools: Sequence[JsonMapping],
+    template: TemplateOptions = PLAIN,
 ) -> tuple[int, ...]:
     """The ids of the conversation, up to where the assistant answers. Raises as `_render_chat`."""
-    text = await _render_chat(admission, tokenizer, messages, tools)
+    text = await _render_chat(admission, tokenizer, messages, tools, template)
     # The template has written the special tokens itself
     return await tokenize_text(admission.http_request, tokenizer, text, special=False)
 
@@ -378,6 +391,7 @@ async def _render_chat(
     tokenizer: AdapterTokenizer,
     messages: Sequence[JsonMapping],
     tools: Sequence[JsonMapping],
+    template: TemplateOptions,
 ) -> str:
     """The conversation as the template writes it.
 
@@ -385,7 +399,7 @@ async def _render_chat(
     NotReady.
     """
     limit = max(MAX_RENDERED, RENDERED_PER_TOKEN * admission.base.context)
-    render_request = tokenizer.render_request(messages, tools, limit)
+    render_request = tokenizer.render_request(messages, tools, limit, template)
     if tokenizer.own_template:
         return await admission.services.tokenizers.renderer.render(render_request)
     if len(await admission.http_request.body()) > LARGE_BODY:

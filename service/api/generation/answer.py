@@ -46,7 +46,8 @@ class TextPiece:
 class Answer:
     """One continuation of a prompt; it is read once, and its pieces and tokens are kept.
 
-    Stop strings count after the request's `min_tokens`.
+    Stop strings count after the request's `min_tokens`; `keep_stop`: what ends the text is part of it.
+    `kept_special` are special tokens that are text.
 
     `scored` are the prompt's tokens with log probabilities, where the request wants them.
     """
@@ -54,6 +55,8 @@ class Answer:
     ticket: Ticket
     tokenizer: AdapterTokenizer
     stops: StopStrings
+    keep_stop: bool = False
+    kept_special: frozenset[int] = frozenset()
     pieces: list[TextPiece] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     scored: tuple[Token, ...] = ()
@@ -71,7 +74,7 @@ class Answer:
 
         Raises the error that ended the sequence otherwise.
         """
-        decoder = self.tokenizer.make_decoder(self.prompt)
+        decoder = self.tokenizer.make_decoder(self.prompt, self.kept_special)
         async for event in self.ticket:
             piece = self._make_piece(event, decoder)
             self.pieces.append(piece)
@@ -122,7 +125,7 @@ class Answer:
         still hold.
         """
         decoded = ""
-        if event.token is not None and event.finish is not Finish.EOS:
+        if event.token is not None and (self.keep_stop or event.finish is not Finish.EOS):
             decoded = decoder.push_token(event.token.id)
         text = self._push_text(decoded, last=False)
         if self.stops.found is None and event.finish is not None:
@@ -137,9 +140,9 @@ class Answer:
         if min_tokens and len(self.tokens) <= min_tokens:
             return text
         text = self.stops.push_text(text)
-        if last and self.stops.found is None:
-            text += self.stops.flush_held()
-        return text
+        if self.stops.found is not None:
+            return text + self.stops.found if self.keep_stop else text
+        return text + self.stops.flush_held() if last else text
 
 
 def failure_error(event: Event) -> errors.AdapterdError:

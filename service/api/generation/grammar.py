@@ -8,23 +8,36 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from functools import cache, partial
 from hashlib import sha256
 from typing import Any, NamedTuple
-from urllib.parse import unquote
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
 
 from ...engine.lru import LRU
 from ...errors import BadRequest
 from ...threads import GRAMMAR, run_in
 from ..schemas.shared import AnyText, JsonGrammar, JsonObject, JsonSchema, PlainSchema, Regex, RegexGrammar
+from ..schemas.structured import Choices, GrammarRules
+from .schema_edits import edit_schema, find_target
+from .schema_faults import MAX_COMPLAINT, TOO_LONG, describe_complaint, find_fault, name_place
 
-Wanted = JsonObject | JsonSchema | PlainSchema | Regex | AnyText | JsonGrammar | RegexGrammar
+Wanted = (
+    JsonObject
+    | JsonSchema
+    | PlainSchema
+    | Regex
+    | AnyText
+    | JsonGrammar
+    | RegexGrammar
+    | Choices
+    | GrammarRules
+)
 
 DEEPEST = 500  # the compiler descends on the stack and would end the process near 1500
 LARGEST = 100_000  # characters of a grammar
@@ -34,9 +47,8 @@ LIMITS = {"max_grammar_size": 20_000, "initial_lexer_fuel": 200_000}
 # worker's life
 MULTIPLE = 10_000
 COMPILING_S = 2.0  # of processor time; a sampler compiles the same in half of it
-TOO_LONG = "it takes too long to compile"
-MAX_COMPLAINT = 300  # characters of the compiler's complaint
 REMEMBERED = 16_000_000  # bytes of grammars that need no second check
+FOREIGN = ("%json", "%lark", "%import")  # in a grammar's rules
 ENTRY = 500  # bytes that a verdict takes beside its texts
 
 # one space where people write one, none elsewhere: a model that may write white space between any
@@ -101,6 +113,10 @@ async def compile_grammar(wanted: Wanted | None, param: str = "response_format")
     if isinstance(wanted, Regex | RegexGrammar):
         pattern = wanted.regex if isinstance(wanted, Regex) else wanted.value
         return await regex_grammar(pattern, param)
+    if isinstance(wanted, Choices):
+        return await regex_grammar("|".join(map(_escape_text, wanted.texts)), param)
+    if isinstance(wanted, GrammarRules):
+        return await _check_text("rules", wanted.rules, partial(_check_rules, wanted.rules), param)
     return await schema_grammar(_schema_of(wanted), param)
 
 
@@ -142,7 +158,27 @@ async def _check_text(kind: str, text: str, check: Callable[[], Verdict], param:
     return verdict.grammar
 
 
+def _escape_text(text: str) -> str:
+    """The expression that this text alone matches."""
+    return re.sub(r"([\\.+*?()|\[\]{}^$#&~-])", r"\\\1", text)
+
+
 # ---- in a thread
+
+
+def _check_rules(rules: str) -> Verdict:
+    """Rules that refer to each other are compiled on the stack, and a schema within them would be
+    compiled with none of the limits that schemas have.
+    """
+    if rules.count("\n") > DEEPEST or rules.count("::=") > DEEPEST:
+        return Verdict("", f"the grammar has over {DEEPEST} lines or rules")
+    foreign = next((word for word in FOREIGN if word in rules), None)
+    if foreign:
+        return Verdict("", f"{foreign} is not served within a grammar")
+    try:
+        return _check_grammar(grammar_from("grammar", rules))
+    except ValueError:  # a lone surrogate's, too
+        return Verdict("", "these are no rules of a grammar")
 
 
 def _check_regex(pattern: str) -> Verdict:
@@ -158,11 +194,29 @@ def _check_schema(schema: dict[str, Any]) -> Verdict:
         return Verdict("", problem)
     if common_multiple(schema) > MULTIPLE:
         return Verdict("", f"what all `multipleOf` in it have in common is over {MULTIPLE}")
+    edited = edit_schema(schema)
     try:
-        text = LLMatcher.grammar_from_json_schema(json.dumps(schema, allow_nan=False), overrides=SPACING)
+        text = _write_schema(edited)
     except ValueError as error:
         return Verdict("", f"not a JSON schema: {error}"[:MAX_COMPLAINT])
-    return _check_grammar(text)
+    size_problem = _size_problem(text)
+    if size_problem:
+        return Verdict("", size_problem)
+    complaint = _try_grammar(text)
+    return Verdict("", _locate_complaint(edited, complaint)) if complaint else Verdict(text)
+
+
+def _write_schema(schema: dict[str, Any]) -> str:
+    text: str = LLMatcher.grammar_from_json_schema(json.dumps(schema, allow_nan=False), overrides=SPACING)
+    return text
+
+
+def _locate_complaint(schema: dict[str, Any], complaint: str) -> str:
+    reason = describe_complaint(complaint)
+    if complaint == TOO_LONG:
+        return reason
+    place = find_fault(schema, complaint, lambda part: _try_grammar(_write_schema(part)))
+    return f"{name_place(place)}: {reason}" if place else reason
 
 
 def _check_calls(functions: Mapping[str, dict[str, Any]]) -> Verdict:
@@ -171,12 +225,21 @@ def _check_calls(functions: Mapping[str, dict[str, Any]]) -> Verdict:
         reference = f"#/$defs/{at}"
         calls.append(_call_schema(name, reference))
         definitions[str(at)] = _move_schema(schema, reference)
-    return _check_schema({"anyOf": calls, "$defs": definitions})
+    verdict = _check_schema({"anyOf": calls, "$defs": definitions})
+    return Verdict(verdict.grammar, _name_function(verdict.problem, list(functions)))
+
+
+def _name_function(problem: str, names: Sequence[str]) -> str:
+    """The problem with the function's name in place of its number among the definitions."""
+    return re.sub(r"^\$defs\.(\d+)", lambda found: names[int(found[1])], problem)
 
 
 def _check_grammar(grammar: str) -> Verdict:
-    problem = _size_problem(grammar) or _try_grammar(grammar).strip()[:MAX_COMPLAINT]
-    return Verdict("", problem) if problem else Verdict(grammar)
+    size_problem = _size_problem(grammar)
+    if size_problem:
+        return Verdict("", size_problem)
+    complaint = _try_grammar(grammar)
+    return Verdict("", describe_complaint(complaint)) if complaint else Verdict(grammar)
 
 
 def _size_problem(text: str) -> str:
@@ -250,7 +313,7 @@ def schema_depth(schema: Any) -> int:
         depths[id(value)] = 1 + max(inner_depths, default=0)
     own_depth = depths[id(schema)]
     references = {ref for value in values if (ref := _reference_of(value)) is not None}
-    targets = [_find_target(schema, ref) for ref in references]
+    targets = [find_target(schema, ref) for ref in references]
     return own_depth + sum(depths.get(id(target), own_depth) for target in targets)
 
 
@@ -283,16 +346,6 @@ def _reference_of(value: Any) -> str | None:
 def _inner_values(value: Any) -> list[Any]:
     inner = value.values() if isinstance(value, dict) else value
     return [v for v in inner if isinstance(v, dict | list)]
-
-
-def _find_target(schema: Any, ref: str) -> Any:
-    """The part of the schema that a reference points at; None where that cannot be told."""
-    target = schema
-    for part in ref.removeprefix("#").split("/")[1:]:
-        if not isinstance(target, dict):
-            return None
-        target = target.get(unquote(part).replace("~1", "/").replace("~0", "~"))
-    return target
 
 
 def _schema_of(wanted: JsonObject | JsonSchema | PlainSchema | JsonGrammar) -> dict[str, Any]:

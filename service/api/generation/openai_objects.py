@@ -76,6 +76,18 @@ def usage_of(admission: Admission) -> JsonDict:
     }
 
 
+def usage_fields(body: OpenAIRequest, admission: Admission) -> JsonDict:
+    """The usage that a chunk carries beside its choice."""
+    if body.usage_everywhere:
+        return {"usage": usage_of(admission)}
+    return {"usage": None} if body.usage_wanted else {}
+
+
+def usage_chunk(admission: Admission) -> JsonDict:
+    """The fields of the last chunk, where the usage is wanted."""
+    return {"choices": [], "usage": usage_of(admission)}
+
+
 async def merge_answers(answers: Sequence[Answer]) -> AsyncIterator[tuple[int, TextPiece]]:
     """The pieces of all answers as they come, each with its answer's index."""
     if len(answers) == 1:

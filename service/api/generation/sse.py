@@ -4,6 +4,7 @@ must not know a dialect's shapes but the error body.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
@@ -19,6 +20,8 @@ log = logging.getLogger("adapterd.stream")
 
 UNBUFFERED = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 DONE = b"data: [DONE]\n\n"
+# A comment, which clients skip, and how often one is sent: proxies cut a connection that is silent for 60 s
+WAITING, WAITING_S = b": waiting\n\n", 15.0
 EVENT = {
     "type": "object",
     "properties": {"data": {"type": "string", "description": "JSON"}},
@@ -56,7 +59,10 @@ def stream_events(
 
 async def _iterate_frames(request: Request, events: AsyncIterator[Mapping[str, Any]]) -> AsyncIterator[bytes]:
     try:
-        async for event in events:
+        async for event in _wait_for_events(events):
+            if event is None:
+                yield WAITING
+                continue
             first, *rest = await render_pieces(event)
             yield b"".join((b"data: ", first, b"" if rest else b"\n\n"))
             for piece in rest:
@@ -70,6 +76,30 @@ async def _iterate_frames(request: Request, events: AsyncIterator[Mapping[str, A
         yield _frame_error(internal_error(request.scope), request)
     if openai_dialect(request.scope["path"]):
         yield DONE
+
+
+def _take_outcome(task: asyncio.Future[Any]) -> None:
+    """So that nobody is told of an error that no reader was there for."""
+    if not task.cancelled():
+        task.exception()
+
+
+async def _wait_for_events(
+    events: AsyncIterator[Mapping[str, Any]],
+) -> AsyncIterator[Mapping[str, Any] | None]:
+    """The events; None for each `WAITING_S` in which the first one has not come."""
+    iterator = aiter(events)
+    first = asyncio.ensure_future(anext(iterator, None))
+    first.add_done_callback(_take_outcome)
+    try:
+        while not (await asyncio.wait({first}, timeout=WAITING_S))[0]:
+            yield None
+        event = await first
+    finally:
+        first.cancel()
+    while event is not None:
+        yield event
+        event = await anext(iterator, None)
 
 
 def _frame_error(error: AdapterdError, request: Request) -> bytes:

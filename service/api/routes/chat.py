@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -11,11 +12,12 @@ from fastapi import APIRouter, Request, Response
 
 from ...core.request import Token
 from ...errors import BadRequest
+from ...text.template_options import TemplateOptions
 from ...text.tool_calls import CallFormat, CallParser, ToolCallText
 from ..errors import document_errors
 from ..generation.admission import Admission, Admitted, GenerationOptions, chat_prompt
 from ..generation.answer import Answer, AnswerEnding, TextPiece
-from ..generation.grammar import calls_grammar, compile_grammar
+from ..generation.grammar import calls_grammar
 from ..generation.logprobs import best_tokens, finite_logprob
 from ..generation.openai_objects import (
     FINISH,
@@ -23,16 +25,23 @@ from ..generation.openai_objects import (
     enter_model,
     merge_answers,
     object_fields,
+    usage_chunk,
+    usage_fields,
     usage_of,
 )
+from ..generation.openai_options import bound_grammar, openai_options
 from ..generation.rendering import defer_elements, render_answer
 from ..generation.sse import EVENTS, stream_events
+from ..generation.token_ids import id_list, trainer_fields
 from ..schemas.chat import ChatMessage, ChatRequest, ToolCall
 
 if TYPE_CHECKING:
     from ...text.tokenizers import AdapterTokenizer
 
 router = APIRouter()
+
+ROLE_OF = {"developer": "system"}  # where a template does not know the one
+NO_ARGUMENTS: JsonDict = {"type": "object", "properties": {}}
 
 
 @router.post("/v1/chat/completions", responses=EVENTS | document_errors(404, 422, 429, 503, 504, openai=True))
@@ -42,8 +51,10 @@ async def answer_chat(body: ChatRequest, request: Request, admission: Admitted) 
     tools = _offered_tools(body)
     format = tokenizer.tool_format() if tools else None
     messages = [_template_message(message) for message in body.messages]
-    prompt = await chat_prompt(admission, tokenizer, messages, tools)
-    options = await _make_options(body)
+    if not tokenizer.names_word("developer", tools=bool(tools)):
+        messages = [turn | {"role": ROLE_OF.get(turn["role"], turn["role"])} for turn in messages]
+    prompt = await chat_prompt(admission, tokenizer, messages, tools, _template_options(body))
+    options = await _make_options(body, tokenizer)
     admission.submit_prompt(tokenizer, prompt, options)
     parsers = [_make_parser(body, format) for _ in admission.answers]
     if body.stream:
@@ -55,7 +66,18 @@ async def answer_chat(body: ChatRequest, request: Request, admission: Admitted) 
     choices = (_make_choice(body, i, answer, parser) for i, (answer, parser) in enumerate(answers))
     shared_fields = object_fields("chatcmpl", "chat.completion", body.model, admission)
     completion = shared_fields | {"choices": choices, "usage": usage_of(admission)}
+    completion |= _whole_prompt_ids(body, admission)
     return await render_answer(completion, admission.make_headers() | admission.make_times())
+
+
+def _template_options(body: ChatRequest) -> TemplateOptions:
+    continues = bool(body.continue_final_message)
+    opens_turn = not continues if body.add_generation_prompt is None else body.add_generation_prompt
+    return TemplateOptions(body.template_variables, opens_turn, continues)
+
+
+def _whole_prompt_ids(body: ChatRequest, admission: Admission) -> JsonDict:
+    return {"prompt_token_ids": id_list(admission.answers[0].prompt)} if body.return_token_ids else {}
 
 
 def _offered_tools(body: ChatRequest) -> list[JsonDict]:
@@ -76,6 +98,9 @@ def _template_message(message: ChatMessage) -> JsonDict:
     turn: JsonDict = {"role": message.role, "content": message.text}
     if message.name is not None:
         turn["name"] = message.name
+    reasoning = message.reasoning_content or message.reasoning
+    if reasoning:
+        turn["reasoning_content"] = reasoning
     if message.tool_call_id is not None:
         turn["tool_call_id"] = message.tool_call_id
     if message.tool_calls:
@@ -97,17 +122,12 @@ def _parse_arguments(text: str) -> Any:
         return text
 
 
-async def _make_options(body: ChatRequest) -> GenerationOptions:
+async def _make_options(body: ChatRequest, tokenizer: AdapterTokenizer) -> GenerationOptions:
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    grammar = await _make_grammar(body)
-    return GenerationOptions(
-        sampling=body.make_sampling(logprobs, grammar),
+    options = await openai_options(body, tokenizer, logprobs, await _make_grammar(body))
+    return replace(
+        options,
         max_tokens=body.max_completion_tokens if body.max_tokens is None else body.max_tokens,
-        default_tokens=None,
-        stop=body.stop or (),
-        count=body.n or 1,
-        seed=body.seed,
-        ignore_eos=bool(body.ignore_eos),
         param="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
         prompt_param="messages",
     )
@@ -115,7 +135,7 @@ async def _make_options(body: ChatRequest) -> GenerationOptions:
 
 async def _make_grammar(body: ChatRequest) -> str | None:
     """The grammar of the response format, or of a call that the client insists on."""
-    constraint = await compile_grammar(body.response_format)
+    constraint = await bound_grammar(body)
     if not body.forced:
         return constraint
     if constraint is not None or body.ignore_eos or body.min_tokens:
@@ -123,7 +143,7 @@ async def _make_grammar(body: ChatRequest) -> str | None:
             "tool_choice: a forced call cannot go with response_format, ignore_eos or min_tokens",
             param="tool_choice",
         )
-    functions = {function.name: function.parameters or {"type": "object"} for function in body.forced}
+    functions = {function.name: function.parameters or NO_ARGUMENTS for function in body.forced}
     return await calls_grammar(functions, "tools")
 
 
@@ -143,7 +163,7 @@ def _make_choice(body: ChatRequest, index: int, answer: Answer, parser: CallPars
         "message": message,
         "logprobs": _logprobs_object(body, answer.tokenizer, answer.tokens),
         "finish_reason": _finish_reason(answer.ending, calls),
-    }
+    } | trainer_fields(body, answer)
 
 
 async def _stream_chunks(
@@ -152,21 +172,32 @@ async def _stream_chunks(
     """A chunk for every token, also one that adds no text yet, so that a client sees the work go
     on.
     """
-    shared_fields |= {"usage": None} if body.usage_wanted else {}
+    first_fields = _whole_prompt_ids(body, admission)
     async for i, piece in merge_answers(admission.answers):
         for choice in _make_choices(body, i, admission.answers[i], piece, parsers[i]):
-            yield shared_fields | {"choices": [choice]}
+            yield shared_fields | {"choices": [choice]} | usage_fields(body, admission) | first_fields
+            first_fields = {}
     if body.usage_wanted:
-        yield shared_fields | {"choices": [], "usage": usage_of(admission)}
+        yield shared_fields | usage_chunk(admission)
 
 
 def _make_choices(
     body: ChatRequest, index: int, answer: Answer, piece: TextPiece, parser: CallParser
 ) -> Iterator[JsonDict]:
-    """The choices, one a chunk, that a piece adds to its answer."""
-    logprobs = _logprobs_object(body, answer.tokenizer, [piece.token]) if piece.token else None
+    """The choices, one a chunk, that a piece adds to its answer; the first of them has its token's id."""
+    deltas = _make_deltas(body, index, answer, piece, parser)
     if len(answer.pieces) == 1:
         yield _make_delta(index, {"role": "assistant", "content": ""})
+    ids: JsonDict = {"token_ids": [piece.token.id] if piece.token else []} if body.return_token_ids else {}
+    for choice in deltas:
+        yield choice | ids
+        ids = {name: [] for name in ids}
+
+
+def _make_deltas(
+    body: ChatRequest, index: int, answer: Answer, piece: TextPiece, parser: CallParser
+) -> Iterator[JsonDict]:
+    logprobs = _logprobs_object(body, answer.tokenizer, [piece.token]) if piece.token else None
     text, calls = parser.push_text(piece.text), list[ToolCallText]()
     if piece.ending:
         rest, calls = parser.finish_calls()

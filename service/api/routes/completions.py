@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter, Request, Response
@@ -11,7 +12,6 @@ from ...core.request import Token
 from ..errors import document_errors
 from ..generation.admission import Admission, Admitted, GenerationOptions, decode_ids, tokenize_text
 from ..generation.answer import Answer, TextPiece
-from ..generation.grammar import compile_grammar
 from ..generation.logprobs import best_tokens, finite_logprob
 from ..generation.openai_objects import (
     FINISH,
@@ -19,10 +19,14 @@ from ..generation.openai_objects import (
     enter_model,
     merge_answers,
     object_fields,
+    usage_chunk,
+    usage_fields,
     usage_of,
 )
+from ..generation.openai_options import bound_grammar, openai_options
 from ..generation.rendering import defer_elements, render_answer
 from ..generation.sse import EVENTS, stream_events
+from ..generation.token_ids import id_list, trainer_fields
 from ..schemas.openai import CompletionRequest
 
 if TYPE_CHECKING:
@@ -37,7 +41,7 @@ DEFAULT_TOKENS = 16
 async def answer_completion(body: CompletionRequest, request: Request, admission: Admitted) -> Response:
     """Continues one prompt or several; with `stream`, as server-sent events."""
     tokenizer = await enter_model(body, admission)
-    options = await _make_options(body)
+    options = await _make_options(body, tokenizer)
     layouts: list[TextLayout] = []
     for prompt in body.prompts:
         ids = await tokenize_text(request, tokenizer, prompt) if isinstance(prompt, str) else tuple(prompt)
@@ -83,40 +87,46 @@ class TextLayout:
             self._next += len(text)
 
 
-async def _make_options(body: CompletionRequest) -> GenerationOptions:
-    grammar = await compile_grammar(body.response_format)
-    return GenerationOptions(
-        sampling=body.make_sampling(body.logprobs, grammar),
+async def _make_options(body: CompletionRequest, tokenizer: AdapterTokenizer) -> GenerationOptions:
+    options = await openai_options(body, tokenizer, body.logprobs, await bound_grammar(body))
+    scored = [
+        count for count in (body.prompt_logprobs, body.logprobs if body.echo else None) if count is not None
+    ]
+    return replace(
+        options,
         max_tokens=body.max_tokens,
         default_tokens=DEFAULT_TOKENS,
-        stop=body.stop or (),
-        count=body.n or 1,
-        seed=body.seed,
-        ignore_eos=bool(body.ignore_eos),
-        prompt_logprobs=body.logprobs if body.echo else None,
+        prompt_logprobs=max(scored, default=None),
     )
 
 
 def _make_choice(body: CompletionRequest, index: int, answer: Answer, layout: TextLayout) -> JsonDict:
     echoed = answer.scored if body.echo else ()
     tokens = (*echoed, *answer.tokens)
-    return {
-        "index": index,
-        "text": layout.echo + answer.text,
-        "logprobs": _logprobs_object(body, answer.tokenizer, tokens, layout),
-        "finish_reason": FINISH[answer.ending],
-    }
+    return (
+        {
+            "index": index,
+            "text": layout.echo + answer.text,
+            "logprobs": _logprobs_object(body, answer.tokenizer, tokens, layout),
+            "finish_reason": FINISH[answer.ending],
+        }
+        | _prompt_ids(body, answer)
+        | trainer_fields(body, answer)
+    )
+
+
+def _prompt_ids(body: CompletionRequest, answer: Answer) -> JsonDict:
+    return {"prompt_token_ids": id_list(answer.prompt)} if body.return_token_ids else {}
 
 
 async def _stream_chunks(
     body: CompletionRequest, admission: Admission, shared_fields: JsonDict, layouts: list[TextLayout]
 ) -> AsyncIterator[JsonDict]:
-    usage: JsonDict = {"usage": None} if body.usage_wanted else {}
     async for i, piece in merge_answers(admission.answers):
         choice = _make_delta(body, i, admission.answers[i], piece, layouts[i])
-        yield shared_fields | {"choices": [choice]} | usage
+        yield shared_fields | {"choices": [choice]} | usage_fields(body, admission)
     if body.usage_wanted:
-        yield shared_fields | {"choices": [], "usage": usage_of(admission)}
+        yield shared_fields | usage_chunk(admission)
 
 
 def _make_delta(
@@ -130,7 +140,14 @@ def _make_delta(
         "text": echo + piece.text,
         "logprobs": _logprobs_object(body, answer.tokenizer, tokens, layout),
         "finish_reason": FINISH[piece.ending] if piece.ending else None,
-    }
+    } | _delta_ids(body, answer, piece, is_first)
+
+
+def _delta_ids(body: CompletionRequest, answer: Answer, piece: TextPiece, is_first: bool) -> JsonDict:
+    if not body.return_token_ids:
+        return {}
+    ids = [] if piece.token is None else [piece.token.id]
+    return (_prompt_ids(body, answer) if is_first else {}) | {"token_ids": ids}
 
 
 def _scored_tokens(answer: Answer, piece: TextPiece, is_first: bool) -> tuple[Token, ...]:

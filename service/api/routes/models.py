@@ -28,5 +28,5 @@ async def list_models(services: OpenRegistry, scope: VisibleAdapters) -> dict[st
 
 @router.get("/v1/models/{id:path}", responses=document_errors(404, 503, openai=True))
 async def get_model(id: str, services: OpenRegistry, scope: VisibleAdapters) -> dict[str, Any]:
-    """One of them."""
-    return known_model(id, services, scope)
+    """One of them; without an id, behind the slash, all."""
+    return known_model(id, services, scope) if id else await list_models(services, scope)

@@ -8,64 +8,104 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
-from .openai import OpenAIRequest, one_finding
-from .shared import MAX_TOP, StrictModel, Tokens
+from .openai import Label, Limit, OnlyNull, OpenAIRequest, one_finding
+from .shared import MAX_TOP, StrictModel
 
 MAX_TOOLS = 128
 MAX_PARTS = 10_000  # messages, parts of one, calls in one
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+# Variables of a template that are set by other fields, or by nobody
+TAKEN = frozenset(
+    {
+        "messages", "conversations", "tools", "documents", "chat_template", "add_generation_prompt",
+        "continue_final_message", "return_assistant_tokens_mask",
+    }
+)  # fmt: skip
 
 
 class TextPart(StrictModel):
     type: Literal["text"]
     text: str
+    cache_control: Label = None
+
+
+def _refuse_media(value: Any) -> Any:
+    kind = value.get("type") if isinstance(value, dict) else None
+    if isinstance(kind, str) and kind != "text":
+        raise ValueError(f"{kind[:40]} is not served here, only text")
+    return value
+
+
+def _as_parts(value: Any) -> Any:
+    if isinstance(value, str):
+        return [{"type": "text", "text": value}]
+    if not isinstance(value, list | None):
+        raise ValueError("must be a text or a list of text parts")
+    return value
 
 
 Many = Field(max_length=MAX_PARTS, fail_fast=True)  # else each wrong one would be reported
-Parts = Annotated[list[TextPart], Many]
+Part = Annotated[TextPart, BeforeValidator(_refuse_media, json_schema_input_type=TextPart)]
+Parts = Annotated[list[Part], Many]
+# Always a list once it is read, so that a finding names the part and no kind of content
+Content = Annotated[Parts | None, BeforeValidator(_as_parts, json_schema_input_type=str | Parts | None)]
+
+
+def _check_role(value: str) -> str:
+    if value not in ROLES:
+        raise ValueError(f"{value[:40]!r} is no role; roles are {', '.join(ROLES)}")
+    return value
+
+
+Role = Annotated[str, AfterValidator(_check_role), WithJsonSchema({"type": "string", "enum": list(ROLES)})]
+
+
+def _no_arguments(value: Any) -> Any:
+    return "{}" if value is None else value
 
 
 class FunctionCall(StrictModel):
     name: str
-    arguments: str
+    arguments: Annotated[str, BeforeValidator(_no_arguments, json_schema_input_type=str | None)] = "{}"
 
 
 class ToolCall(StrictModel):
     id: str | None = None
+    index: int | None = Field(default=None, description="as a stream has it; ignored")
     type: Literal["function"] = "function"
     function: FunctionCall
 
 
 class ChatMessage(StrictModel):
-    """One turn.
+    """One turn. Only an assistant's may be without content."""
 
-    Content is a text or a list of text parts; only an assistant that calls tools may leave it out.
-    """
-
-    role: str = Field(min_length=1, max_length=64)
-    content: Annotated[
-        str | Parts | None, one_finding(f"must be a text or a list of up to {MAX_PARTS} text parts")
-    ] = None
+    role: Role
+    content: Content = None
     name: str | None = None
     tool_calls: Annotated[list[ToolCall], Many] | None = None
     tool_call_id: str | None = None
-    # fields of an earlier answer that OpenAI's client sends back; always null in ours
-    refusal: None = None
-    audio: None = None
-    function_call: None = None
-    annotations: None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = Field(default=None, description="another name of `reasoning_content`")
+    # of an earlier answer, as clients send it back
+    id: Label = None
+    refusal: Label = None
+    annotations: Label = None
+    provider_specific_fields: Label = None
+    cache_control: Label = None
+    audio: OnlyNull = None
+    function_call: OnlyNull = None
 
     @model_validator(mode="after")
     def _check_whole(self) -> ChatMessage:
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+        if self.content is None and self.role != "assistant":
             raise ValueError("content is required")
         return self
 
     @property
     def text(self) -> str:
-        content = self.content or ""
-        return content if isinstance(content, str) else "".join(part.text for part in content)
+        return "".join(part.text for part in self.content or ())
 
 
 def _check_writable(value: dict[str, Any]) -> dict[str, Any]:
@@ -98,6 +138,17 @@ class FunctionSpec(StrictModel):
 class Tool(StrictModel):
     type: Literal["function"]
     function: FunctionSpec
+    cache_control: Label = None
+
+
+def _check_variables(value: dict[str, Any]) -> dict[str, Any]:
+    taken = sorted(TAKEN.intersection(value))
+    if taken:
+        raise ValueError(f"{taken[0]!r} is not for a request to set")
+    return _check_writable(value)
+
+
+TemplateVariables = Annotated[dict[str, Any], AfterValidator(_check_variables)]
 
 
 class ChosenName(StrictModel):
@@ -113,8 +164,8 @@ class ChatRequest(OpenAIRequest):
     """A conversation to answer."""
 
     messages: Annotated[list[ChatMessage], Many] = Field(min_length=1)
-    max_tokens: Tokens | None = Field(default=None, description="what the context leaves, unless given")
-    max_completion_tokens: Tokens | None = None
+    max_tokens: Limit = Field(default=None, description="what the context leaves, unless given")
+    max_completion_tokens: Limit = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
     tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
@@ -125,6 +176,25 @@ class ChatRequest(OpenAIRequest):
     parallel_tool_calls: bool | None = Field(
         default=None, description="false: of several calls only the first one is told"
     )
+
+    chat_template_kwargs: TemplateVariables | None = Field(default=None, description="reach the template")
+    reasoning_effort: Annotated[str, Field(max_length=64)] | None = Field(
+        default=None, description="reaches the template"
+    )
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_template(self) -> ChatRequest:
+        if self.add_generation_prompt and self.continue_final_message:
+            raise ValueError("add_generation_prompt does not go with continue_final_message")
+        return self
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """The variables that a template gets beside messages, tools and special tokens."""
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return effort | (self.chat_template_kwargs or {})
 
     @model_validator(mode="after")
     def _check_sound(self) -> ChatRequest:

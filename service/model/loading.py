@@ -96,8 +96,8 @@ def convert_gguf(file: Path, dtype: torch.dtype, progress: Progress) -> Path:
     try:
         if not _is_whole(target):
             progress("converting the GGUF file, once", 0.0)
-            with durable.making_folder(target) as folder:  # before the size, for it may not be possible at all
-                base_size.check_conversion(file, dtype, target)
+            with durable.making_folder(target) as folder:
+                base_size.check_conversion(file, dtype, target)  # now that there is a folder to be filled
                 _write_converted(file, dtype, folder)
             progress("converting the GGUF file, once", 1.0)
     except durable.NotWritten as error:

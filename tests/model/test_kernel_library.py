@@ -34,7 +34,7 @@ def ask(library: Path) -> int:
 
 
 def test_it_is_built_once_and_found_without_a_compiler(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = kernels.find_compiler()
+    compiler = processor.find_compiler()
     monkeypatch.setattr(kernels, "find_compiler", lambda: None)
     assert not kernels.can_load_kernels()
     monkeypatch.setattr(kernels, "find_compiler", lambda: compiler)

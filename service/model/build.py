@@ -23,7 +23,7 @@ from ..core.base_info import BLOCK_TOKENS, BaseInfo
 from ..core.defaults import defaults_of
 from ..errors import DoesNotFit, SettingsError
 from ..settings import Settings
-from . import base_size, gpu_kernels, kernels, kv, loading, rope, selfcheck
+from . import base_size, gpu_kernels, kernels, kv, loading, processor, rope, selfcheck
 from .graphs import CudaGraphs
 from .kernels import decoder
 from .linear_calls import LinearCalls, recorded_calls
@@ -218,7 +218,8 @@ def _install_kernels(pool: LoraPool, attention: Sequence[kv.AttentionSpec]) -> N
     pool.tree.set_attn_implementation(kernels.NAME)
     lists = (m for m in pool.tree.modules() if isinstance(m, nn.ModuleList) and len(m) == len(attention))
     installed = sum(decoder.install_layers(layers, attention) for layers in lists)
-    log.info("kernels: %d of %d layers in one call each", installed, len(attention))
+    facts = processor.name_vectors(), installed, len(attention), torch.get_num_threads()
+    log.info("kernels: %s, bfloat16, %d of %d layers in one call each, %d threads", *facts)
 
 
 def _record_graphs(base: ProbedBase, pool: LoraPool, card: BaseInfo, expected: Tensor) -> CudaGraphs | None:

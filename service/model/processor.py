@@ -9,7 +9,12 @@ import torch
 
 def has_vectors() -> bool:
     """Whether the processor has the vectors that the CPU kernels need: AVX2 with FMA, AVX-512, NEON."""
-    return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX")
+    return name_vectors() not in ("DEFAULT", "NO AVX")
+
+
+def name_vectors() -> str:
+    """The processor's vectors, such as AVX2."""
+    return str(torch.backends.cpu.get_cpu_capability())
 
 
 def find_compiler() -> str | None:

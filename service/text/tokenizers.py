@@ -30,6 +30,7 @@ from .template_options import PLAIN, TemplateOptions
 from .template_process import RenderRequest, describe_refusal, render_template
 from .template_renderer import TemplateRenderer
 from .tool_calls import CallFormat, declared_format
+from .tool_calls.formats import SPECIAL_TEXTS
 
 # Adapters' tokenizers that stay in memory; most share the base's backend and are small
 KEPT = 512
@@ -51,7 +52,15 @@ TEMPLATE_JSON, GENERATION, CONFIG = "chat_template.json", "generation_config.jso
 OWN = (WORDS, *VOCABULARIES, SETTINGS, SPECIALS, TEMPLATE, TEMPLATE_JSON, GENERATION)
 NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Settings that shape no ids
-UNSHAPING = ("chat_template", "model_max_length", "name_or_path", "padding_side", "truncation_side")
+UNSHAPING = (
+    "chat_template",
+    "tool_call_format",
+    "model_max_length",
+    "name_or_path",
+    "padding_side",
+    "truncation_side",
+)
+CALLS = "tool_call_format"  # the setting of an adapter, or of a base, that names it
 LONGEST_TEMPLATE = 1_000_000  # characters
 BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how sentencepiece writes one
 BYTES = {char: byte for byte, char in bytes_to_unicode().items()}  # how byte-level tokenizers do
@@ -106,7 +115,11 @@ class Tokenizers:
             eos |= {self._tokenizer.eos_token_id}
         templates = self._tokenizer.chat_template or _read_templates(self.folder, {})
         specials: dict[str, Any] = self._tokenizer.special_tokens_map
-        return AdapterTokenizer(self._words, eos, templates, specials)
+        try:
+            format = _read_call_format(_read_json(self.folder / SETTINGS))
+        except AdapterInvalid as error:
+            raise SettingsError(f"ADAPTERD_BASE: {error.message}") from None
+        return AdapterTokenizer(self._words, eos, templates, specials, call_format=format)
 
     def _trim_cache(self) -> None:
         cached = list(self._cached.items())  # a list, for other threads add to it meanwhile
@@ -139,7 +152,9 @@ class Tokenizers:
             eos |= {own_eos}
         specials = {**base.specials, **named}
         own_template = (templates, specials) != (base.templates, base.specials)
-        return AdapterTokenizer(words, eos, templates, specials, own_template)
+        # A template of the adapter's own is not what the base's files speak of
+        format = _read_call_format(settings) or (base.call_format if templates == base.templates else None)
+        return AdapterTokenizer(words, eos, templates, specials, own_template, format)
 
     def _words_of(self, folder: Path, settings: Mapping[str, Any]) -> Words:
         """The adapter's own backend, or the base's where ids and text are shaped alike. One of each
@@ -262,7 +277,8 @@ class AdapterTokenizer:
 
     `templates` is a chat template, or several by name (`default`, `tool_use`), or None; `specials`
     are the special tokens' texts that a template may use. `own_template`: one of these is an
-    adapter's, and so not to be trusted.
+    adapter's, and so not to be trusted. `call_format` is the form of tool calls where the files say it,
+    and not the template.
     """
 
     words: Words
@@ -270,6 +286,7 @@ class AdapterTokenizer:
     templates: Templates | None = None
     specials: Mapping[str, Any] = field(default_factory=dict)
     own_template: bool = False
+    call_format: CallFormat | None = None
 
     @property
     def backend(self) -> Tokenizer:
@@ -343,12 +360,33 @@ class AdapterTokenizer:
         """Whether the chat template holds this word: a role or a field that it knows."""
         return word in self.choose_template(tools)
 
-    def tool_format(self) -> CallFormat | None:
-        """How the chat template writes tool calls. Raises BadRequest when it takes no tools."""
-        template = self.choose_template(tools=True)
-        if "tools" not in template:
-            raise BadRequest("tools: this model's chat template takes none", param="tools")
-        return declared_format(template)
+    @cached_property
+    def call_marks(self) -> frozenset[int]:
+        """The special tokens that stand around calls, and must stay in the text to be found there."""
+        ids = (self.backend.token_to_id(text) for text in SPECIAL_TEXTS)
+        return frozenset(id for id in ids if id is not None and id in self.special)
+
+    def find_call_format(self) -> CallFormat | None:
+        """How the model writes tool calls; None where that is not known."""
+        return self.call_format or declared_format(self.choose_template(tools=True))
+
+    def tool_format(self) -> CallFormat:
+        """How the model writes tool calls where it may choose to.
+
+        Raises BadRequest when its template takes no tools, or the form is not known.
+        """
+        if not self.names_word("tools", tools=True):
+            raise BadRequest(
+                "tools: this model's chat template takes none; tool_choice can force a call", param="tools"
+            )
+        format = self.find_call_format()
+        if format is None:
+            raise BadRequest(
+                "tools: this model's chat template writes calls in a form that is not known here; "
+                f"tool_choice can force a call, and {CALLS} in {SETTINGS} names a form",
+                param="tools",
+            )
+        return format
 
     def render_request(
         self,
@@ -469,6 +507,17 @@ def _read_templates(folder: Path, settings: Mapping[str, Any]) -> Templates | No
         return None
     _check_length(found)
     return found
+
+
+def _read_call_format(settings: Mapping[str, Any]) -> CallFormat | None:
+    """Raises AdapterInvalid for one that is not known."""
+    name = settings.get(CALLS)
+    if name is None:
+        return None
+    if name not in list(CallFormat):
+        known = ", ".join(CallFormat)
+        raise AdapterInvalid([f"{SETTINGS}: {CALLS} is {str(name)[:40]!r}, and not one of {known}"])
+    return CallFormat(name)
 
 
 def _check_length(templates: Templates) -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+from llguidance import LLMatcher, LLTokenizer
 
 from service.text.template_renderer import TemplateRenderer
 from service.text.tokenizers import AdapterTokenizer
@@ -298,7 +300,7 @@ def test_a_call(tooled: ScriptedApp) -> None:
     assert choice["finish_reason"] == "tool_calls"
     (call,) = choice["message"]["tool_calls"]
     assert choice["message"]["content"] == "Well. "
-    assert call["id"].startswith("call_")
+    assert re.fullmatch("[A-Za-z0-9]{9}", call["id"])
     assert (call["type"], call["function"]) == ("function", {"name": "add", "arguments": '{"a": 1}'})
     assert '"name": "add"' in prompt(tooled)
     tooled.says(SAID)
@@ -318,8 +320,12 @@ def test_a_streamed_call_shows_nothing_of_its_text(tooled: ScriptedApp) -> None:
         "/v1/chat/completions", {"model": "x", "messages": [USER], "tools": [ADD], "stream": True}
     )
     assert content(events) == "Well. "
-    (call,) = [c for e in events for c in e["choices"][0]["delta"].get("tool_calls", [])]
-    assert (call["index"], call["function"]) == (0, {"name": "add", "arguments": '{"a": 1}'})
+    first, *others = [c for e in events for c in e["choices"][0]["delta"].get("tool_calls", [])]
+    assert re.fullmatch("[A-Za-z0-9]{9}", first["id"])
+    assert (first["index"], first["type"], first["function"]["name"]) == (0, "function", "add")
+    assert all(piece.keys() == {"index", "function"} for piece in others)
+    assert "".join(piece["function"]["arguments"] for piece in (first, *others)) == '{"a": 1}'
+    assert len([piece for piece in others if piece["function"]["arguments"]]) > 2, "as they come"
     assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
@@ -337,15 +343,17 @@ def test_no_call_is_text_in_both_ways(tooled: ScriptedApp) -> None:
     assert events[-1]["choices"][0]["finish_reason"] == "stop"
 
 
-@pytest.mark.parametrize("value", [r'{"a": "\ud800"}', r'"\udc00"', '{"a": NaN}', '{"a": -Infinity}'])
-def test_arguments_that_no_answer_could_carry_are_content(tooled: ScriptedApp, value: str) -> None:
-    said = '{"name": "add", "arguments": ' + value + "}"
-    tooled.says(said)
-    assert tooled.chat(tools=[ADD], max_tokens=len(said))["choices"][0]["message"]["content"] == said
-    events = tooled.stream(
-        "/v1/chat/completions", {"model": "x", "messages": [USER], "tools": [ADD], "stream": True}
-    )
-    assert content(events) == said
+@pytest.mark.parametrize("value", [r'{"a": "\ud800"}', '{"a": NaN}', '{"a": 1', '{"a": "<tool_call>"}'])
+def test_arguments_are_told_as_the_model_wrote_them(tooled: ScriptedApp, value: str) -> None:
+    tooled.says('{"name": "add", "arguments": ' + value)
+    (choice,) = tooled.chat(tools=[ADD])["choices"]
+    assert choice["message"]["content"] is None
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "add", "arguments": value}
+    body = {"model": "x", "messages": [USER], "tools": [ADD], "stream": True}
+    events = tooled.stream("/v1/chat/completions", body)
+    pieces = [c for e in events for c in e["choices"][0]["delta"].get("tool_calls", [])]
+    assert "".join(piece["function"]["arguments"] for piece in pieces) == value
+    assert content(events) == ""
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
@@ -410,7 +418,8 @@ def test_what_is_large_in_whatever_way_is_tokenized_off_the_event_loop(
     """/health and every stream wait for what is done on it."""
     calls = LoopCalls()
     monkeypatch.setattr(AdapterTokenizer, "encode", calls.make_stub((1, 2)))
-    monkeypatch.setattr(AdapterTokenizer, "render_here", calls.make_stub("Hi"))
+    rendered = "a" * 30_000 if large == "calls" else "Hi"
+    monkeypatch.setattr(AdapterTokenizer, "render_here", calls.make_stub(rendered))
     call = {"role": "assistant", "tool_calls": [{"function": {"name": "a" * 30_000, "arguments": "{}"}}]}
     if large == "prompts":
         tooled.complete(["a" * 5000] * 10, max_tokens=1)
@@ -488,7 +497,7 @@ def test_arguments_that_are_no_sensible_json_do_no_harm(api: ScriptedApp, argume
 def test_what_cannot_go_together(tooled: ScriptedApp) -> None:
     named = {"type": "function", "function": {"name": "other"}}
     assert "tool_choice" in tooled.chat(tools=[ADD], tool_choice=named, status=400)["error"]["message"]
-    tooled.chat(tools=[ADD], tool_choice="required", response_format={"type": "json_object"}, status=400)
+    tooled.chat(tools=[ADD], tool_choice="required", ignore_eos=True, status=400)
     broken = {"type": "function", "function": {"name": "add", "parameters": {"type": "nonsense"}}}
     assert "tools" in tooled.chat(tools=[broken], tool_choice="required", status=400)["error"]["message"]
 
@@ -511,3 +520,128 @@ def test_a_developer_is_the_system_where_the_template_knows_none(
 def test_a_role_that_is_none_is_named(api: ScriptedApp, role: str) -> None:
     error = api.chat([{"role": role, "content": "x"}, USER], status=400)["error"]
     assert (error["param"], repr(role) in error["message"]) == ("messages.0.role", True)
+
+
+# ---- tools beside other things
+
+OTHER = {"type": "regex", "regex": "[0-9]+"}
+
+
+def follows(api: ScriptedApp, text: str) -> bool:
+    matcher = LLMatcher(LLTokenizer("byte"), api.request.sampling.grammar)
+    taken = matcher.try_consume_tokens(list(text.encode()))
+    return bool(taken == len(text.encode()) and matcher.is_accepting())
+
+
+FRAMED = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+
+
+@pytest.mark.parametrize(
+    "bound",
+    [
+        {"response_format": OTHER},
+        {"structured_outputs": {"regex": "[0-9]+"}},
+        {"guided_grammar": "start: /[0-9]+/"},
+        {"guided_json": {"type": "integer"}},
+    ],
+)
+def test_where_an_answer_is_bound_it_is_that_or_a_call(tooled: ScriptedApp, bound: dict[str, Any]) -> None:
+    tooled.says(FRAMED)
+    (choice,) = tooled.chat(tools=[ADD], **bound)["choices"]
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"a": 1}'
+    assert follows(tooled, FRAMED)
+    assert follows(tooled, "12")
+    assert not follows(tooled, FRAMED.replace("add", "foo"))
+    assert not follows(tooled, "x")
+    tooled.chat(tools=[ADD], tool_choice="none", **bound)
+    assert not follows(tooled, FRAMED)
+
+
+def test_a_forced_calls_grammar_wins(tooled: ScriptedApp) -> None:
+    tooled.chat(tools=[ADD], tool_choice="required", response_format=OTHER)
+    assert follows(tooled, '{"name": "add", "arguments": {"a": 1}}')
+    assert not follows(tooled, "12")
+
+
+def test_a_forced_call_works_on_a_base_whose_template_knows_no_tools(api: ScriptedApp) -> None:
+    api.says('{"name": "now", "arguments": {}}')
+    named = {"type": "function", "function": {"name": "now"}}
+    (choice,) = api.chat(tools=[ADD, NOW], tool_choice=named)["choices"]
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "now", "arguments": "{}"}
+    assert follows(api, '{"name": "now", "arguments": {}}')
+    assert not follows(api, '{"name": "now", "arguments": {"a": 1}}')
+    assert api.chat(tools=[ADD], status=400)["error"]["param"] == "tools"
+
+
+def dress(api: ScriptedApp, name: str, template: str, **settings: Any) -> None:
+    folder = api.registry.root / name
+    folder.mkdir(exist_ok=True)
+    (folder / "chat_template.jinja").write_text(template)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    digest = "sha256:" + (name * 64)[:64]
+    api.registry.cards[name] = {"id": name, "digest": digest, "source": name}
+
+
+UNKNOWN = "{% for tool in tools or [] %}{{ tool.function.name }}{% endfor %}{{ messages[0].content }}"
+
+
+def test_a_form_that_is_not_known_is_refused_unless_the_adapter_names_one(api: ScriptedApp) -> None:
+    dress(api, "a", UNKNOWN)
+    error = api.chat(model="a", tools=[ADD], status=400)["error"]
+    assert "tool_call_format" in error["message"]
+    api.says(FRAMED)
+    dress(api, "b", UNKNOWN, tool_call_format="hermes")
+    (choice,) = api.chat(model="b", tools=[ADD])["choices"]
+    assert choice["finish_reason"] == "tool_calls"
+    dress(api, "c", UNKNOWN, tool_call_format="nonsense")
+    assert "nonsense" in api.chat(model="c", tools=[ADD], status=400)["error"]["message"]
+    for name in "abc":
+        del api.registry.cards[name]
+
+
+def test_a_marker_that_is_a_special_token_is_found(api: ScriptedApp) -> None:
+    """A tokenizer leaves special tokens out of the text, where the parser would look for it."""
+    dress(api, "d", "{% if tools %}[TOOL_CALLS]{% endif %}{{ messages[0].content }}")
+    words = json.loads(making.tokenizer().backend_tokenizer.to_str())
+    marks = {"[TOOL_CALLS]": len(making.tokenizer()), "[ARGS]": len(making.tokenizer()) + 1}
+    for text, id in marks.items():
+        words["added_tokens"].append(words["added_tokens"][0] | {"id": id, "content": text})
+    (api.registry.root / "d" / "tokenizer.json").write_text(json.dumps(words))
+    first, second = marks.values()
+    api.engine.script = lambda _: [first, *making.ids("add"), second, *making.ids('{"a": 1}')]
+    (choice,) = api.chat(model="d", tools=[ADD])["choices"]
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "add", "arguments": '{"a": 1}'}
+    assert choice["message"]["content"] is None
+    del api.registry.cards["d"]
+
+
+CALLED = [
+    USER,
+    {
+        "role": "assistant",
+        "content": "So.",
+        "tool_calls": [{"id": "a", "function": {"name": "add", "arguments": '{"a": 41}'}}],
+    },
+    {"role": "tool", "tool_call_id": "a", "content": "forty-two"},
+]
+
+
+def test_past_calls_are_text_where_the_template_knows_none(api: ScriptedApp) -> None:
+    api.chat(CALLED)
+    assert 'assistant\nSo.\n{"name": "add", "arguments": {"a": 41}}<|im_end|>' in prompt(api)
+    assert "tool\nforty-two<|im_end|>" in prompt(api)
+
+
+@pytest.mark.parametrize(
+    ("template", "place"),
+    [
+        ("{% for m in messages %}{{ m.content }}{% endfor %}{# tool_calls #}", "messages.1.tool_calls"),
+        ("{% for m in messages if m.role != 'tool' %}{{ m.content }}{% endfor %}", "messages.2"),
+    ],
+)
+def test_a_template_that_drops_past_calls_is_told_by_their_place(
+    api: ScriptedApp, template: str, place: str
+) -> None:
+    dress(api, "e" + place[9], template)
+    assert api.chat(CALLED, model="e" + place[9], status=400)["error"]["param"] == place
+    del api.registry.cards["e" + place[9]]

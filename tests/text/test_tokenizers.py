@@ -21,7 +21,7 @@ from service.text import tokenizers as words
 from service.text.incremental import BROKEN, IncrementalDecoder
 from service.text.stop_strings import StopStrings
 from service.text.tokenizers import AdapterTokenizer, Words
-from service.text.tool_calls import CallFormat, CallParser, ToolCallText, declared_format
+from service.text.tool_calls import CallFormat
 from tests import making
 
 ALPHABET = "aé日😀👩‍👩‍👧 \n.,the wonß한"
@@ -671,74 +671,6 @@ def test_broken_tokenizer_files_are_the_adapters_fault(text: Text, own: Path) ->
     (own / "tokenizer.json").write_text("{")
     with pytest.raises(AdapterInvalid, match="tokenizer"):
         text.tokenizer_of("broken", own)
-
-
-# ---- tool calls
-
-
-def calls(
-    whole: str, format: CallFormat | None, rng: random.Random, forced: bool = False
-) -> tuple[str, list[ToolCallText]]:
-    reading = CallParser(format, ["add", "now"], forced)
-    content = "".join(reading.push_text(part) for part in pieces(whole, rng))
-    rest, found = reading.finish_calls()
-    return content + rest, found
-
-
-ADD = '{"name": "add", "arguments": {"a": 1, "b": "é"}}'
-ADDED = ToolCallText("add", '{"a": 1, "b": "é"}')
-NOW = ToolCallText("now", "{}")
-
-
-@pytest.mark.parametrize(
-    ("format", "whole", "content", "found"),
-    [
-        (CallFormat.HERMES, f"<tool_call>\n{ADD}\n</tool_call>", "", [ADDED]),
-        (
-            CallFormat.HERMES,
-            f'Well. <tool_call>{ADD}</tool_call>\n<tool_call>{{"name": "now"}}</tool_call>',
-            "Well. ",
-            [ADDED, NOW],
-        ),
-        (CallFormat.HERMES, f"\n{ADD}\n", "\n", [ADDED]),
-        (CallFormat.HERMES, "a <tool_cal is no call", "a <tool_cal is no call", []),
-        (CallFormat.HERMES, "<tool_call>{broken</tool_call>", "<tool_call>{broken</tool_call>", []),
-        (
-            CallFormat.HERMES,
-            '{"name": "unknown", "arguments": {}}',
-            '{"name": "unknown", "arguments": {}}',
-            [],
-        ),
-        (CallFormat.MISTRAL, f"[TOOL_CALLS][{ADD}, {ADD}]", "", [ADDED, ADDED]),
-        (CallFormat.MISTRAL, f"[{ADD}]", "", [ADDED]),
-        (
-            CallFormat.LLAMA,
-            '{"name": "now", "parameters": {}}; ' + ADD.replace("arguments", "parameters"),
-            "",
-            [NOW, ADDED],
-        ),
-        (CallFormat.LLAMA, f"<|python_tag|>{ADD}", "", [ADDED]),
-        (CallFormat.HERMES, "[" * 5000, "[" * 5000, []),
-        (None, ADD, ADD, []),
-    ],
-)
-def test_calls_are_read_however_the_text_comes(
-    format: CallFormat | None, whole: str, content: str, found: list[ToolCallText]
-) -> None:
-    for seed in range(30):
-        got, read = calls(whole, format, random.Random(seed))
-        assert (got.strip(), read) == (content.strip(), found)
-
-
-def test_a_forced_call_is_read_in_any_format() -> None:
-    assert calls(ADD, None, random.Random(0), forced=True) == ("", [ADDED])
-
-
-def test_a_template_declares_its_format() -> None:
-    assert declared_format("... <tool_call> ...") is CallFormat.HERMES
-    assert declared_format("[TOOL_CALLS] [") is CallFormat.MISTRAL
-    assert declared_format("<|python_tag|>") is CallFormat.LLAMA
-    assert declared_format("{{ tools }}") is None
 
 
 def test_a_template_without_tools_takes_none(text: Text, own: Path) -> None:

@@ -379,9 +379,17 @@ async def chat_prompt(
     messages: Sequence[JsonMapping],
     tools: Sequence[JsonMapping],
     template: TemplateOptions = PLAIN,
+    shown: Sequence[tuple[str, str]] = (),
 ) -> tuple[int, ...]:
-    """The ids of the conversation, up to where the assistant answers. Raises as `_render_chat`."""
+    """The ids of the conversation, up to where the assistant answers.
+
+    `shown` are places in the request, each with a word of it that the text must have. Raises as
+    `_render_chat`, and BadRequest naming the place that the template leaves out.
+    """
     text = await _render_chat(admission, tokenizer, messages, tools, template)
+    for place, word in shown:
+        if word not in text:
+            raise BadRequest(f"{place}: this model's chat template leaves it out", param=place)
     # The template has written the special tokens itself
     return await tokenize_text(admission.http_request, tokenizer, text, special=False)
 

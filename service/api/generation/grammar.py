@@ -116,13 +116,13 @@ async def compile_grammar(wanted: Wanted | None, param: str = "response_format")
     if isinstance(wanted, Choices):
         return await regex_grammar("|".join(map(_escape_text, wanted.texts)), param)
     if isinstance(wanted, GrammarRules):
-        return await _check_text("rules", wanted.rules, partial(_check_rules, wanted.rules), param)
+        return await check_text("rules", wanted.rules, partial(_check_rules, wanted.rules), param)
     return await schema_grammar(_schema_of(wanted), param)
 
 
 async def regex_grammar(pattern: str, param: str) -> str:
     """The grammar of texts that match. Raises BadRequest naming `param` when none can."""
-    return await _check_text("regex", pattern, partial(_check_regex, pattern), param)
+    return await check_text("regex", pattern, partial(_check_regex, pattern), param)
 
 
 async def schema_grammar(schema: dict[str, Any], param: str) -> str:
@@ -131,7 +131,7 @@ async def schema_grammar(schema: dict[str, Any], param: str) -> str:
     Raises BadRequest naming `param` when nothing can.
     """
     text = json.dumps(schema, ensure_ascii=False)
-    return await _check_text("schema", text, partial(_check_schema, schema), param)
+    return await check_text("schema", text, partial(_check_schema, schema), param)
 
 
 async def calls_grammar(functions: Mapping[str, dict[str, Any]], param: str) -> str:
@@ -139,10 +139,10 @@ async def calls_grammar(functions: Mapping[str, dict[str, Any]], param: str) -> 
     arguments. Raises as `schema_grammar`.
     """
     text = json.dumps(functions, ensure_ascii=False)
-    return await _check_text("calls", text, partial(_check_calls, functions), param)
+    return await check_text("calls", text, partial(_check_calls, functions), param)
 
 
-async def _check_text(kind: str, text: str, check: Callable[[], Verdict], param: str) -> str:
+async def check_text(kind: str, text: str, check: Callable[[], Verdict], param: str) -> str:
     """The grammar of the text.
 
     A text that is too large is refused before it is walked through: that takes longer than to read
@@ -176,14 +176,14 @@ def _check_rules(rules: str) -> Verdict:
     if foreign:
         return Verdict("", f"{foreign} is not served within a grammar")
     try:
-        return _check_grammar(grammar_from("grammar", rules))
+        return check_grammar(grammar_from("grammar", rules))
     except ValueError:  # a lone surrogate's, too
         return Verdict("", "these are no rules of a grammar")
 
 
 def _check_regex(pattern: str) -> Verdict:
     try:
-        return _check_grammar(LLMatcher.grammar_from_regex(pattern))
+        return check_grammar(LLMatcher.grammar_from_regex(pattern))
     except UnicodeEncodeError:
         return Verdict("", "the expression holds a lone surrogate")
 
@@ -234,7 +234,7 @@ def _name_function(problem: str, names: Sequence[str]) -> str:
     return re.sub(r"^\$defs\.(\d+)", lambda found: names[int(found[1])], problem)
 
 
-def _check_grammar(grammar: str) -> Verdict:
+def check_grammar(grammar: str) -> Verdict:
     size_problem = _size_problem(grammar)
     if size_problem:
         return Verdict("", size_problem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -13,10 +14,11 @@ from fastapi import APIRouter, Request, Response
 from ...core.request import Token
 from ...errors import BadRequest
 from ...text.template_options import TemplateOptions
-from ...text.tool_calls import CallFormat, CallParser, ToolCallText
+from ...text.tool_calls import CallDelta, CallFormat, CallParser, ToolCallText
 from ..errors import document_errors
 from ..generation.admission import Admission, Admitted, GenerationOptions, chat_prompt
 from ..generation.answer import Answer, AnswerEnding, TextPiece
+from ..generation.call_grammars import bound_or_call
 from ..generation.grammar import calls_grammar
 from ..generation.logprobs import best_tokens, finite_logprob
 from ..generation.openai_objects import (
@@ -33,7 +35,7 @@ from ..generation.openai_options import bound_grammar, openai_options
 from ..generation.rendering import defer_elements, render_answer
 from ..generation.sse import EVENTS, stream_events
 from ..generation.token_ids import id_list, trainer_fields
-from ..schemas.chat import ChatMessage, ChatRequest, ToolCall
+from ..schemas.chat import ChatMessage, ChatRequest, FunctionSpec, ToolCall
 
 if TYPE_CHECKING:
     from ...text.tokenizers import AdapterTokenizer
@@ -49,12 +51,14 @@ async def answer_chat(body: ChatRequest, request: Request, admission: Admitted) 
     """Answers a conversation, or calls tools; with `stream`, as server-sent events."""
     tokenizer = await enter_model(body, admission)
     tools = _offered_tools(body)
-    format = tokenizer.tool_format() if tools else None
-    messages = [_template_message(message) for message in body.messages]
+    format = _choose_format(body, tokenizer) if tools else None
+    knows_calls = tokenizer.names_word("tool_calls", tools=bool(tools))
+    messages = [_template_message(message, knows_calls) for message in body.messages]
     if not tokenizer.names_word("developer", tools=bool(tools)):
         messages = [turn | {"role": ROLE_OF.get(turn["role"], turn["role"])} for turn in messages]
-    prompt = await chat_prompt(admission, tokenizer, messages, tools, _template_options(body))
-    options = await _make_options(body, tokenizer)
+    shown = list(_list_shown(body.messages))
+    prompt = await chat_prompt(admission, tokenizer, messages, tools, _template_options(body), shown)
+    options = await _make_options(body, tokenizer, format)
     admission.submit_prompt(tokenizer, prompt, options)
     parsers = [_make_parser(body, format) for _ in admission.answers]
     if body.stream:
@@ -68,6 +72,11 @@ async def answer_chat(body: ChatRequest, request: Request, admission: Admitted) 
     completion = shared_fields | {"choices": choices, "usage": usage_of(admission)}
     completion |= _whole_prompt_ids(body, admission)
     return await render_answer(completion, admission.make_headers() | admission.make_times())
+
+
+def _choose_format(body: ChatRequest, tokenizer: AdapterTokenizer) -> CallFormat | None:
+    """The form of the calls; a forced one has the grammar's own, and works where no other is known."""
+    return tokenizer.find_call_format() if body.forced else tokenizer.tool_format()
 
 
 def _template_options(body: ChatRequest) -> TemplateOptions:
@@ -90,11 +99,28 @@ def _offered_tools(body: ChatRequest) -> list[JsonDict]:
 def _make_parser(body: ChatRequest, format: CallFormat | None) -> CallParser:
     names = [] if body.tool_choice == "none" else body.names
     is_single = body.parallel_tool_calls is False
-    return CallParser(format, names, forced=bool(body.forced), single=is_single)
+    return CallParser(format, names, bool(body.forced), is_single, _schemas_of(body.functions))
 
 
-def _template_message(message: ChatMessage) -> JsonDict:
-    """A message as templates expect it: its text in one piece, the arguments of calls as objects."""
+def _schemas_of(functions: Sequence[FunctionSpec]) -> dict[str, JsonDict]:
+    return {function.name: function.parameters or NO_ARGUMENTS for function in functions}
+
+
+def _list_shown(messages: Sequence[ChatMessage]) -> Iterator[tuple[str, str]]:
+    """The places of past calls and results, each with a word that the prompt has unless it drops them."""
+    for at, message in enumerate(messages):
+        for call in message.tool_calls or ():
+            yield f"messages.{at}.tool_calls", call.function.name
+        if message.role in ("tool", "function"):
+            words = re.findall("[A-Za-z0-9]+", message.text)
+            yield f"messages.{at}", max(words, key=len, default="")
+
+
+def _template_message(message: ChatMessage, knows_calls: bool) -> JsonDict:
+    """A message as templates expect it: its text in one piece, the arguments of calls as objects.
+
+    Where a template knows no calls, they are text, in the form that a forced call has.
+    """
     turn: JsonDict = {"role": message.role, "content": message.text}
     if message.name is not None:
         turn["name"] = message.name
@@ -103,9 +129,15 @@ def _template_message(message: ChatMessage) -> JsonDict:
         turn["reasoning_content"] = reasoning
     if message.tool_call_id is not None:
         turn["tool_call_id"] = message.tool_call_id
-    if message.tool_calls:
+    if message.tool_calls and not knows_calls:
+        turn["content"] = "\n".join(filter(None, [message.text, *map(_write_call, message.tool_calls)]))
+    elif message.tool_calls:
         turn["tool_calls"] = [_template_call(call) for call in message.tool_calls]
     return turn
+
+
+def _write_call(call: ToolCall) -> str:
+    return f'{{"name": {json.dumps(call.function.name)}, "arguments": {call.function.arguments}}}'
 
 
 def _template_call(call: ToolCall) -> JsonDict:
@@ -122,29 +154,34 @@ def _parse_arguments(text: str) -> Any:
         return text
 
 
-async def _make_options(body: ChatRequest, tokenizer: AdapterTokenizer) -> GenerationOptions:
+async def _make_options(
+    body: ChatRequest, tokenizer: AdapterTokenizer, format: CallFormat | None
+) -> GenerationOptions:
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
-    options = await openai_options(body, tokenizer, logprobs, await _make_grammar(body))
+    options = await openai_options(body, tokenizer, logprobs, await _make_grammar(body, format))
+    marks = tokenizer.call_marks if format else frozenset()
     return replace(
         options,
+        kept_special=options.kept_special | marks,
         max_tokens=body.max_completion_tokens if body.max_tokens is None else body.max_tokens,
         param="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
         prompt_param="messages",
     )
 
 
-async def _make_grammar(body: ChatRequest) -> str | None:
-    """The grammar of the response format, or of a call that the client insists on."""
-    constraint = await bound_grammar(body)
-    if not body.forced:
-        return constraint
-    if constraint is not None or body.ignore_eos or body.min_tokens:
-        raise BadRequest(
-            "tool_choice: a forced call cannot go with response_format, ignore_eos or min_tokens",
-            param="tool_choice",
-        )
-    functions = {function.name: function.parameters or NO_ARGUMENTS for function in body.forced}
-    return await calls_grammar(functions, "tools")
+async def _make_grammar(body: ChatRequest, format: CallFormat | None) -> str | None:
+    """The grammar of a call that the client insists on; else of what the answer must be, or a call where
+    tools are offered.
+    """
+    if body.forced:
+        if body.ignore_eos or body.min_tokens:
+            refusal = "tool_choice: a forced call cannot go with ignore_eos or min_tokens"
+            raise BadRequest(refusal, param="tool_choice")
+        return await calls_grammar(_schemas_of(body.forced), "tools")
+    bound = await bound_grammar(body)
+    if bound is None or body.bound is None or not _offered_tools(body):
+        return bound
+    return await bound_or_call(bound, _schemas_of(body.functions), format, body.bound[0])
 
 
 # ---- the answer
@@ -202,13 +239,20 @@ def _make_deltas(
     if piece.ending:
         rest, calls = parser.finish_calls()
         text += rest
-    if text or logprobs or piece.ending is not AnswerEnding.EOS:
+    deltas = parser.take_deltas()
+    if text or logprobs or not (deltas or piece.ending is AnswerEnding.EOS):
         yield _make_delta(index, {"content": text}, logprobs=logprobs)
-    for at, call in enumerate(calls):
-        call_delta = {"index": at, **_call_object(call)}
-        yield _make_delta(index, {"tool_calls": [call_delta]})
+    for delta in deltas:
+        yield _make_delta(index, {"tool_calls": [_call_delta(delta)]})
     if piece.ending:
         yield _make_delta(index, {}, _finish_reason(piece.ending, calls))
+
+
+def _call_delta(delta: CallDelta) -> JsonDict:
+    """The first piece of a call has all its fields, the others have arguments alone."""
+    if delta.name is None:
+        return {"index": delta.index, "function": {"arguments": delta.arguments}}
+    return {"index": delta.index, **_call_object(ToolCallText(delta.name, delta.arguments))}
 
 
 def _make_delta(
@@ -225,7 +269,7 @@ def _finish_reason(ending: AnswerEnding, parsers: Sequence[ToolCallText]) -> str
 
 def _call_object(call: ToolCallText) -> JsonDict:
     return {
-        "id": f"call_{uuid4().hex[:24]}",
+        "id": uuid4().hex[:9],  # nine alphanumerics: Mistral's templates take no other
         "type": "function",
         "function": {"name": call.name, "arguments": call.arguments},
     }

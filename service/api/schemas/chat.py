@@ -212,13 +212,17 @@ class ChatRequest(OpenAIRequest):
         return self
 
     @property
+    def functions(self) -> list[FunctionSpec]:
+        return [tool.function for tool in self.tools or ()]
+
+    @property
     def names(self) -> list[str]:
-        return [tool.function.name for tool in self.tools or ()]
+        return [function.name for function in self.functions]
 
     @property
     def forced(self) -> list[FunctionSpec]:
         """The functions one of which must be called; none where the model may choose."""
-        functions = [tool.function for tool in self.tools or ()]
+        functions = self.functions
         if isinstance(self.tool_choice, ChosenTool):
             chosen = self.tool_choice.function.name
             return [f for f in functions if f.name == chosen]

@@ -31,6 +31,7 @@ def check_base(folder: Path, name: str, device: torch.device, dtype: torch.dtype
         return  # loading it says what is wrong
     kind = f"{megabytes(weights)} of weights"
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what torch keeps for itself is free, too
         free, most = torch.cuda.mem_get_info(device)
         _require_bytes(name, kind, weights, free, f"{device} has {megabytes(most)}")
         return

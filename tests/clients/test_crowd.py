@@ -50,7 +50,7 @@ class Question:
             return read_text(answer.raise_for_status().json(), "message")
         *frames, done, end = answer.raise_for_status().text.split("\n\n")
         assert (done, end) == ("data: [DONE]", "")
-        events = [json.loads(frame.removeprefix("data: ")) for frame in frames]
+        events = [json.loads(frame.removeprefix("data: ")) for frame in frames if frame[0] != ":"]
         return "".join(read_text(event, "delta") for event in events)
 
 

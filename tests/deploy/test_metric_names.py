@@ -45,5 +45,12 @@ def test_failures_are_asked_for_by_codes_that_exist() -> None:
     asked = {
         code for text in ASKED for found in re.findall(r'code=~?"([^"]*)"', text) for code in found.split("|")
     }
-    assert asked == {"internal", "not_ready", "deadline_exceeded", "overloaded", "unauthorized"}
+    assert asked == {
+        "internal",
+        "not_ready",
+        "deadline_exceeded",
+        "overloaded",
+        "unauthorized",
+        "storage_full",
+    }
     assert asked <= set(codes())

@@ -196,8 +196,8 @@ def test_rows_go_on_from_their_own_last_token_or_from_what_they_are_fed() -> Non
     ]
     after = Decoding(runner, [[1, 2], [3, 4]], {1: None}, after=decoding)
     after.step()
-    assert [(row_of(c), c.position, c.tokens) for c in runner.plans[-1].chunks] == [(1, 2, (7,))]
-    assert len(runner.plans) == 5, "prompts that were read are not read again"
+    assert [(row_of(c), c.position, c.tokens) for c in runner.steps[-1]] == [(1, 2, (7,))]
+    assert len(runner.steps) == 5, "prompts that were read are not read again"
 
 
 def test_of_what_was_not_timed_there_is_no_ratio(tmp_path: Path) -> None:

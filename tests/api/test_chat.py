@@ -601,7 +601,7 @@ def test_a_form_that_is_not_known_is_refused_unless_the_adapter_names_one(api: S
 
 def test_a_marker_that_is_a_special_token_is_found(api: ScriptedApp) -> None:
     """A tokenizer leaves special tokens out of the text, where the parser would look for it."""
-    dress(api, "d", "{% if tools %}[TOOL_CALLS]{% endif %}{{ messages[0].content }}")
+    dress(api, "d", "{% if tools %}{# [TOOL_CALLS] #}{% endif %}{{ messages[0].content }}")
     words = json.loads(making.tokenizer().backend_tokenizer.to_str())
     marks = {"[TOOL_CALLS]": len(making.tokenizer()), "[ARGS]": len(making.tokenizer()) + 1}
     for text, id in marks.items():

@@ -3,8 +3,8 @@
 Must not know HTTP or tokens.
 """
 
+from .calls import CallDelta, ToolCallText
 from .formats import CallFormat, declared_format
 from .parser import CallParser
-from .told import CallDelta, ToolCallText
 
 __all__ = ["CallDelta", "CallFormat", "CallParser", "ToolCallText", "declared_format"]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from .told import CallReader
+from .calls import CallReader
 
 KEYS = ('"name"', '"arguments"', '"parameters"', '"type"')
 TYPE = '"type":"function"'  # as some write before the name
@@ -52,7 +52,7 @@ class JsonReader(CallReader):
             self._depth += 1
         self._body.append(char)
         if self._tells:
-            self._told.append(char)
+            self.arguments.append(char)
         self._follow_string(char)
         if not self._in_string and char in "}]":
             self._depth -= 1
@@ -90,7 +90,7 @@ class JsonReader(CallReader):
         name = value.get("name")
         if isinstance(name, str) and name in self._names:
             self.name = name
-            self._told.append(arguments)
+            self.arguments.append(arguments)
         else:
             self.failed = True
 

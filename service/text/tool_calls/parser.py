@@ -7,10 +7,10 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from ..stop_strings import StopStrings
+from .calls import CallDelta, CallReader, ToolCallText
 from .formats import ARGUMENTS, CALL_ID, MARKERS, SEPARATORS, CallFormat
 from .json_calls import KEYS, JsonReader, is_type_open, may_be_json
 from .python_calls import PythonReader, may_be_python
-from .told import CallDelta, CallReader, ToolCallText
 from .xml_calls import BEGIN, XmlReader
 
 # A bracket at the end of what has come may be the beginning of Mistral's marker

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from .told import CallReader
+from .calls import CallReader
 
 NAME = re.compile(r"[A-Za-z_][\w.-]*")
 TOKEN = re.compile(
@@ -61,7 +61,7 @@ class PythonReader(CallReader):
         self.failed = name not in self._names
         if not self.failed:
             self.name = name
-            self._told.append(arguments)
+            self.arguments.append(arguments)
 
 
 def may_be_python(text: str, names: Collection[str]) -> bool:

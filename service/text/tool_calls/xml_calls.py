@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from .told import CallReader
+from .calls import CallReader
 
 BEGIN, LAST, END = "<function=", "</parameter>", "</function>"
 HEAD = re.compile(r"<function=([^>\n]*)>")
@@ -38,7 +38,7 @@ class XmlReader(CallReader):
         inner, end, behind = self._rest.partition(END)
         if not end or "<parameter=" in inner:
             return None
-        self._told.append("}" if self._count else "{}")
+        self.arguments.append("}" if self._count else "{}")
         return behind
 
     def _read_head(self) -> bool:
@@ -54,7 +54,7 @@ class XmlReader(CallReader):
         value = _read_value(text, self._schema_of(key))
         written = json.dumps(value, ensure_ascii=False)
         before = ", " if self._count else "{"
-        self._told.append(f"{before}{json.dumps(key, ensure_ascii=False)}: {written}")
+        self.arguments.append(f"{before}{json.dumps(key, ensure_ascii=False)}: {written}")
         self._count += 1
 
     def _schema_of(self, key: str) -> Any:

@@ -25,13 +25,14 @@ class CallDelta:
 class CallReader:
     """Reads one call from its first character on.
 
-    `name` is set once it is known. `failed`: it is no call of a known tool.
+    `name` is set once it is known, `arguments` are pieces that were not taken yet. `failed`: it is no call of
+    a known tool.
     """
 
     def __init__(self) -> None:
         self.name: str | None = None
         self.failed = False
-        self._told: list[str] = []
+        self.arguments: list[str] = []
 
     def push_text(self, text: str) -> str | None:
         """The text behind the call; None while the call goes on."""
@@ -39,6 +40,6 @@ class CallReader:
 
     def take_arguments(self) -> str:
         """The part of the arguments that was not taken before."""
-        text = "".join(self._told)
-        self._told.clear()
+        text = "".join(self.arguments)
+        self.arguments.clear()
         return text

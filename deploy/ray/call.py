@@ -15,6 +15,7 @@ from starlette.types import Scope
 from service.api.middleware.authentication import READING
 from service.api.schemas.chat import ChatRequest
 from service.api.schemas.generate import GenerateRequest
+from service.api.schemas.messages import CountTokensRequest, MessagesRequest
 from service.api.schemas.openai import CompletionRequest
 from service.api.schemas.tokens import DetokenizeRequest, TokenizeRequest
 from service.catalog import ids
@@ -26,6 +27,8 @@ SHAPES: dict[str, type[BaseModel]] = {
     "/generate_stream": GenerateRequest,
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatRequest,
+    "/v1/messages": MessagesRequest,
+    "/v1/messages/count_tokens": CountTokensRequest,
     "/tokenize": TokenizeRequest,
     "/detokenize": DetokenizeRequest,
 }

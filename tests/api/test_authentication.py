@@ -104,6 +104,8 @@ GENERATION = {
     "/generate_stream",
     "/v1/completions",
     "/v1/chat/completions",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
     "/tokenize",
     "/detokenize",
 }

@@ -11,11 +11,18 @@ from fastapi import APIRouter, Request, Response
 from ...text.template_options import TemplateOptions
 from ..errors import document_errors
 from ..generation.admission import Admission, Admitted, decode_ids, tokenize_text
-from ..generation.conversation import Conversation, PastCall, Turn, make_turn, render_conversation
-from ..generation.openai_objects import chosen_adapter
+from ..generation.conversation import (
+    Conversation,
+    OfferedTool,
+    PastCall,
+    Turn,
+    make_turn,
+    render_conversation,
+)
+from ..generation.names import enter_named
 from ..generation.rendering import defer_elements, render_answer
 from ..generation.token_ids import id_list
-from ..schemas.chat import ChatMessage
+from ..schemas.chat import ChatMessage, Tool
 from ..schemas.tokens import DetokenizeRequest, TokenizeRequest
 from ..scopes import KEY_SCOPE
 
@@ -30,7 +37,7 @@ RESPONSES = document_errors(404, 422, 429, 503)
 @router.post("/tokenize", responses=RESPONSES)
 async def tokenize_prompt(body: TokenizeRequest, request: Request, admission: Admitted) -> Response:
     """The ids that a text, or a conversation by the adapter's template, has in a request's prompt."""
-    tokenizer = await _enter_named(body.model, admission)
+    tokenizer = await enter_named(body.model, admission)
     ids = await _prompt_ids(body, request, admission, tokenizer)
     answer = {
         "count": len(ids),
@@ -47,14 +54,10 @@ async def tokenize_prompt(body: TokenizeRequest, request: Request, admission: Ad
 @router.post("/detokenize", responses=RESPONSES)
 async def detokenize_ids(body: DetokenizeRequest, admission: Admitted) -> Response:
     """The text of these ids, special tokens by their names."""
-    tokenizer = await _enter_named(body.model, admission)
+    tokenizer = await enter_named(body.model, admission)
     admission.check_ids(body.tokens, "tokens")
     text = await decode_ids(tokenizer, body.tokens, special=True)
     return await render_answer({"prompt": text, "adapter": admission.adapter}, admission.adapter_headers())
-
-
-async def _enter_named(model: str | None, admission: Admission) -> AdapterTokenizer:
-    return await admission.enter_adapter(model and chosen_adapter(model, admission.services))
 
 
 async def _prompt_ids(
@@ -67,10 +70,15 @@ async def _prompt_ids(
     continues = bool(body.continue_final_message)
     opens_turn = not continues if body.add_generation_prompt is None else body.add_generation_prompt
     template = TemplateOptions(body.chat_template_kwargs or {}, opens_turn, continues)
-    conversation = Conversation(turns, body.offered_tools, template)
+    conversation = Conversation(turns, [_offer_tool(tool) for tool in body.tools or ()], template=template)
     return await render_conversation(
         admission, tokenizer, conversation, special=bool(body.add_special_tokens)
     )
+
+
+def _offer_tool(tool: Tool) -> OfferedTool:
+    function = tool.function
+    return OfferedTool(function.name, function.description, function.parameters, function.strict)
 
 
 def _template_turn(message: ChatMessage) -> Turn:

@@ -5,13 +5,13 @@ A field that would be ignored is refused.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from .chat import MAX_TOOLS, ChatMessage, Many, TemplateVariables, Tool
+from .chat import ChatMessage, Many, TemplateVariables, Tool
 from .openai import TokenId
-from .shared import StrictModel
+from .shared import MAX_TOOLS, StrictModel
 
 CHAT_FIELDS = ("add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools")
 ModelName = Annotated[str | None, Field(description="an adapter, the base, or base:adapter; null: the base")]
@@ -42,10 +42,6 @@ class TokenizeRequest(StrictModel):
         if self.add_generation_prompt and self.continue_final_message:
             raise ValueError("add_generation_prompt does not go with continue_final_message")
         return self
-
-    @property
-    def offered_tools(self) -> list[dict[str, Any]]:
-        return [tool.function.template_form for tool in self.tools or ()]
 
 
 class DetokenizeRequest(StrictModel):

@@ -17,6 +17,7 @@ from service.api.schemas.chat import ChatRequest
 from service.api.schemas.generate import GenerateRequest
 from service.api.schemas.messages import CountTokensRequest, MessagesRequest
 from service.api.schemas.openai import CompletionRequest
+from service.api.schemas.responses import ResponseRequest
 from service.api.schemas.tokens import DetokenizeRequest, TokenizeRequest
 from service.catalog import ids
 from service.settings import Settings
@@ -27,6 +28,7 @@ SHAPES: dict[str, type[BaseModel]] = {
     "/generate_stream": GenerateRequest,
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatRequest,
+    "/v1/responses": ResponseRequest,
     "/v1/messages": MessagesRequest,
     "/v1/messages/count_tokens": CountTokensRequest,
     "/tokenize": TokenizeRequest,

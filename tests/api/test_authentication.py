@@ -104,6 +104,7 @@ GENERATION = {
     "/generate_stream",
     "/v1/completions",
     "/v1/chat/completions",
+    "/v1/responses",
     "/v1/messages",
     "/v1/messages/count_tokens",
     "/tokenize",

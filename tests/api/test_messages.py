@@ -126,6 +126,9 @@ def test_a_call_is_a_block(api: ScriptedApp) -> None:
     assert message["stop_reason"] == "tool_use"
     api.says('<tool_call>{"name": "add", "arguments": "[NaN]"}</tool_call>')
     assert ask(api, tools=[ADD], max_tokens=200)["content"][0]["input"] == {"arguments": "[NaN]"}
+    deep = '{"a": ' + "[" * 120 + "]" * 120 + "}"
+    api.says('<tool_call>{"name": "add", "arguments": ' + deep + "}</tool_call>")
+    assert ask(api, tools=[ADD], max_tokens=310)["content"][0]["input"] == {"arguments": deep}
 
 
 CHOICES: list[tuple[dict[str, Any] | None, bool, bool]] = [

@@ -13,7 +13,7 @@ from uuid import uuid4
 from ...core.sampling import Sampling
 from ...text.template_options import PLAIN, TemplateOptions
 from ...text.tool_calls import CallParser, ToolCallText
-from ..schemas.shared import COLD, one_unless
+from ..schemas.shared import COLD, TOLD_LEVELS, is_nested_deeper, one_unless
 from .admission import Admission, GenerationOptions, chat_prompt
 from .answer import Answer
 from .grammar import calls_grammar
@@ -174,10 +174,19 @@ def new_call_id() -> str:
 
 
 def arguments_object(call: ToolCallText) -> Turn:
-    """The call's arguments; what is no object of JSON is under `arguments` in one."""
+    """The call's arguments; a text that is no object of JSON, or one too deep to write, is under
+    `arguments` in one.
+    """
     value = parse_json(call.arguments)
+    if not isinstance(value, dict) or is_nested_deeper(value, TOLD_LEVELS) or not _is_writable(value):
+        return {"arguments": call.arguments}
+    return value
+
+
+def _is_writable(value: Turn) -> bool:
+    """Whether JSON has all its numbers."""
     try:
         json.dumps(value, allow_nan=False)
-    except (ValueError, RecursionError):
-        value = call.arguments
-    return value if isinstance(value, dict) else {"arguments": value}
+    except ValueError:
+        return False
+    return True

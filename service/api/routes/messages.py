@@ -245,7 +245,12 @@ async def _stream_message(
 
 
 def _start_message(body: MessagesRequest, admission: Admission) -> JsonDict:
-    nothing = {"content": [], "stop_reason": None, "stop_sequence": None, "usage": _usage_object(admission)}
+    nothing: JsonDict = {
+        "content": [],
+        "stop_reason": None,
+        "stop_sequence": None,
+        "usage": _usage_object(admission),
+    }
     return {"type": "message_start", "message": _message_object(body, admission) | nothing}
 
 

@@ -24,6 +24,7 @@ MAX_SEQUENCES = 128  # answers to one HTTP request
 MAX_UNKNOWN = 16  # fields
 MAX_TOP = 20  # runner-up tokens with log probabilities
 MAX_TOOLS = 128
+TOLD_LEVELS = 100  # of JSON in an answer: writing it descends on the stack
 MAX_PARTS = 10_000  # messages, parts of one, calls in one
 # Of numbers that are counted and reported again: Python spells none of more than 4300 digits
 LARGEST = 2**63
@@ -65,6 +66,25 @@ def _refuse_value(value: Any) -> Any:
     return value
 
 
+def is_nested_deeper(value: Any, levels: int) -> bool:
+    """Whether objects and lists in the value, itself counted, are within each other over so many levels."""
+    level = [value]
+    for _ in range(levels):
+        nested = [
+            inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        level = [inner for inner in nested if isinstance(inner, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def _check_depth(value: dict[str, Any]) -> dict[str, Any]:
+    if is_nested_deeper(value, TOLD_LEVELS):
+        raise ValueError(f"is nested over {TOLD_LEVELS} levels deep")
+    return check_writable(value)
+
+
 def check_writable(value: dict[str, Any]) -> dict[str, Any]:
     try:
         json.dumps(value, allow_nan=False)
@@ -76,6 +96,7 @@ def check_writable(value: dict[str, Any]) -> dict[str, Any]:
 Label = Annotated[Any, Field(description="taken and ignored")]
 OnlyNull = Annotated[None, BeforeValidator(_refuse_value, json_schema_input_type=None)]
 WritableObject = Annotated[dict[str, Any], AfterValidator(check_writable)]
+ToldObject = Annotated[dict[str, Any], AfterValidator(_check_depth)]  # one that the answer tells again
 NotOffered = Annotated[Literal[False] | None, BeforeValidator(_not_offered)]
 
 

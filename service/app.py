@@ -24,7 +24,7 @@ from .api.middleware.body_limit import BodyLimit
 from .api.middleware.cors import CorsOrigins
 from .api.middleware.drain import DrainGate
 from .api.middleware.rate_limit import RateLimit
-from .api.routes import adapters, generate, models, ops
+from .api.routes import adapters, generate, messages, models, ops, responses, tokens
 from .api.services import Services
 from .settings import Settings
 from .telemetry import metrics
@@ -42,6 +42,9 @@ ROUTERS = (
     ops.measures,
     generate.router,
     models.router,
+    responses.router,
+    messages.router,
+    tokens.router,
     adapters.reading,
     adapters.changing,
     ops.router,

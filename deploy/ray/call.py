@@ -15,7 +15,10 @@ from starlette.types import Scope
 from service.api.middleware.authentication import READING
 from service.api.schemas.chat import ChatRequest
 from service.api.schemas.generate import GenerateRequest
+from service.api.schemas.messages import CountTokensRequest, MessagesRequest
 from service.api.schemas.openai import CompletionRequest
+from service.api.schemas.responses import ResponseRequest
+from service.api.schemas.tokens import DetokenizeRequest, TokenizeRequest
 from service.catalog import ids
 from service.settings import Settings
 
@@ -25,6 +28,11 @@ SHAPES: dict[str, type[BaseModel]] = {
     "/generate_stream": GenerateRequest,
     "/v1/completions": CompletionRequest,
     "/v1/chat/completions": ChatRequest,
+    "/v1/responses": ResponseRequest,
+    "/v1/messages": MessagesRequest,
+    "/v1/messages/count_tokens": CountTokensRequest,
+    "/tokenize": TokenizeRequest,
+    "/detokenize": DetokenizeRequest,
 }
 KEPT = (
     "type",
@@ -90,6 +98,6 @@ def _adapter(shape: type[BaseModel], body: bytes, settings: Settings) -> str:
     if isinstance(asked, GenerateRequest):
         id = (asked.parameters.adapter_id if asked.parameters else None) or ""
     else:
-        id = str(getattr(asked, "model", "")).rpartition(":")[2]
+        id = str(getattr(asked, "model", None) or "").rpartition(":")[2]
     base = settings.base_id or ids.base_name(settings.base)
     return "" if id in (base, *ids.BASE) else id

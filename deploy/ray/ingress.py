@@ -22,7 +22,7 @@ from starlette.middleware import Middleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api import errors
-from service.api.generation.sse import DONE, frame_event
+from service.api.generation.sse import end_frames
 from service.api.middleware.access_log import AccessLog
 from service.api.middleware.body_limit import BodyLimit
 from service.errors import NotReady
@@ -123,8 +123,7 @@ class Answer(Response):
             await errors.error_response(error, scope)(scope, _nothing, send)
         elif b"text/event-stream" in dict(self.started["headers"]).get(b"content-type", b""):
             errors.note_error(error, scope)
-            openai = errors.openai_dialect(scope["path"])
-            last = frame_event(errors.error_body(error, openai)) + (DONE if openai else b"")
+            last = end_frames(error, scope["path"])
             await send({"type": "http.response.body", "body": last, "more_body": False})
 
 

@@ -55,12 +55,29 @@ STATUSES = {
     504: "the request's time limit passed",
     507: "what was to be kept could not be written; nothing has changed",
 }
+# Anthropic's types, by the status that is sent
+ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "api_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+    507: "api_error",
+}
 LONGEST_PATH = 200  # characters of a path that is told again
 ALWAYS = (401, 405, 413, 415, 500)
 
 
 def openai_dialect(path: str) -> bool:
     return path.startswith("/v1/")
+
+
+def anthropic_dialect(path: str) -> bool:
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
 
 
 def status_of(error: AdapterdError, openai: bool) -> int:
@@ -75,6 +92,16 @@ def error_body(error: AdapterdError, openai: bool) -> dict[str, Any]:
     if error.details is not None:
         body["details"] = error.details
     return body
+
+
+def body_at(error: AdapterdError, path: str) -> dict[str, Any]:
+    """The error's JSON in the envelope of the dialect that has this path."""
+    return anthropic_body(error) if anthropic_dialect(path) else error_body(error, openai_dialect(path))
+
+
+def anthropic_body(error: AdapterdError) -> dict[str, Any]:
+    kind = ANTHROPIC_TYPES.get(status_of(error, openai=True), "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
 
 
 def _openai_error(error: AdapterdError) -> dict[str, Any]:
@@ -107,7 +134,6 @@ def note_error(error: AdapterdError, scope: Scope) -> None:
 
 def error_response(error: AdapterdError, scope: Scope, headers: Mapping[str, str] | None = None) -> Response:
     note_error(error, scope)
-    openai = openai_dialect(scope["path"])
     sent_headers = dict(headers or {})
     if error.retry_after is not None or error.status in (429, 503):
         sent_headers["retry-after"] = str(error.retry_after or 1)
@@ -116,17 +142,22 @@ def error_response(error: AdapterdError, scope: Scope, headers: Mapping[str, str
     if error.status == 401:
         sent_headers.setdefault("www-authenticate", "Bearer")
     # ASCII only: a lone surrogate that a client sent must not break the answer that refuses it
-    content = json.dumps(error_body(error, openai), separators=(",", ":"), allow_nan=False)
-    return Response(content, status_of(error, openai), sent_headers, "application/json")
+    content = json.dumps(body_at(error, scope["path"]), separators=(",", ":"), allow_nan=False)
+    return Response(
+        content, status_of(error, openai_dialect(scope["path"])), sent_headers, "application/json"
+    )
 
 
-def document_errors(*statuses: int, openai: bool = False) -> dict[int | str, dict[str, Any]]:
+def document_errors(
+    *statuses: int, openai: bool = False, anthropic: bool = False
+) -> dict[int | str, dict[str, Any]]:
     """The `responses` of a route for OpenAPI: its own refusals and those that every route has."""
-    example = error_body(BadRequest("max_new_tokens: must be at least 1", param="max_new_tokens"), openai)
+    error = BadRequest("max_new_tokens: must be at least 1", param="max_new_tokens")
+    example = anthropic_body(error) if anthropic else error_body(error, openai)
     content = {"application/json": {"schema": {"type": "object", "required": ["error"]}, "example": example}}
     responses: dict[int | str, dict[str, Any]] = {}
     for status in sorted({*ALWAYS, *statuses}):
-        sent_status = BAD_REQUEST.get(status, status) if openai else status
+        sent_status = BAD_REQUEST.get(status, status) if openai or anthropic else status
         responses[sent_status] = {"description": STATUSES[status], "content": content}
     return responses
 

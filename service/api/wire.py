@@ -16,7 +16,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from ..errors import AdapterdError, BadRequest, PayloadTooLarge, TooSlow
 from ..telemetry import metrics
 from .compat import stop_keepalive_timer
-from .errors import error_body, openai_dialect, status_of
+from .errors import body_at, status_of
 
 HEAD_BYTES = 64 * 1024  # of a request line and its headers
 PIECE_BYTES = 64 * 1024  # of a body
@@ -212,7 +212,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def _send_error(self, error: AdapterdError) -> None:
         url = getattr(self, "url", b"").decode("latin-1")
-        content = json.dumps(error_body(error, openai_dialect(url))).encode()
+        content = json.dumps(body_at(error, url.partition("?")[0])).encode()
         # A 400 in either dialect where there is no request
         line = STATUS_LINE[status_of(error, openai=True)]
         kind = b"content-type: application/json\r\nx-content-type-options: nosniff\r\n"

@@ -312,9 +312,21 @@ class AdapterTokenizer:
                 raise
             raise BadRequest("the tokenizer fails at this text") from error
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids, special tokens left out."""
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], special: bool = False) -> str:
+        """The text of the ids; `special`: special tokens by their names, which are else left out.
+
+        Raises BadRequest where the tokenizer fails at them.
+        """
+        try:
+            return self.backend.decode(list(ids), skip_special_tokens=not special)
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            raise BadRequest("the tokenizer fails at these ids") from error
+
+    def token_name(self, id: int) -> str:
+        """One token as the vocabulary spells it; nothing where it has none."""
+        return self.backend.id_to_token(id) or ""
 
     def make_decoder(
         self, prompt: Sequence[int] = (), kept_special: frozenset[int] = frozenset()
@@ -335,7 +347,7 @@ class AdapterTokenizer:
 
     def piece_bytes(self, id: int) -> bytes:
         """One token's own bytes, also where they are only a part of a character."""
-        text, name = self.token_text(id), self.backend.id_to_token(id) or ""
+        text, name = self.token_text(id), self.token_name(id)
         if BROKEN not in text:
             return text.encode()
         if byte := BYTE.fullmatch(name):

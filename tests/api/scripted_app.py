@@ -61,6 +61,18 @@ class ScriptedApp:
             assert frames.pop() == "data: [DONE]"
         return [json.loads(frame.removeprefix("data: ")) for frame in frames]
 
+    def named_events(self, path: str, body: Any) -> list[Any]:
+        """The events of a dialect that names each in a line before it and has no [DONE]."""
+        answer = self.post(path, body)
+        assert answer.headers["content-type"].startswith("text/event-stream")
+        frames = answer.text.split("\n\n")
+        assert frames.pop() == ""
+        events = []
+        for name, data in (frame.split("\n") for frame in frames):
+            events.append(json.loads(data.removeprefix("data: ")))
+            assert name == f"event: {events[-1]['type']}"
+        return events
+
     @property
     def request(self) -> Request:
         """The last request that the engine got."""

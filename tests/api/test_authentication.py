@@ -98,7 +98,18 @@ def test_changing_adapters_needs_the_admin_scope(served: ServedApp) -> None:
         assert answer.status_code in (200, 201), answer.text
 
 
-GENERATION = {"/", "/generate", "/generate_stream", "/v1/completions", "/v1/chat/completions"}
+GENERATION = {
+    "/",
+    "/generate",
+    "/generate_stream",
+    "/v1/completions",
+    "/v1/chat/completions",
+    "/v1/responses",
+    "/v1/messages",
+    "/v1/messages/count_tokens",
+    "/tokenize",
+    "/detokenize",
+}
 
 
 def changing(served: ServedApp) -> list[tuple[str, str]]:

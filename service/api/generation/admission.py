@@ -151,7 +151,7 @@ class Admission:
         """
         self._check_prompt(prompt, options)
         self._check_sampling(tokenizer, options.sampling)
-        self._check_ids(options.stop_ids, "stop_token_ids")
+        self.check_ids(options.stop_ids, "stop_token_ids")
         request = self._make_request(tokenizer, prompt, options)
         requests = _seed_each(request, options)
         answers = [self._start_answer(each, tokenizer, options) for each in requests]
@@ -183,7 +183,7 @@ class Admission:
             )
 
     def _check_sampling(self, tokenizer: AdapterTokenizer, sampling: Sampling) -> None:
-        self._check_ids([id for id, _ in sampling.logit_bias], "logit_bias")
+        self.check_ids([id for id, _ in sampling.logit_bias], "logit_bias")
         # The worker applies a grammar to the base's vocabulary
         if sampling.grammar is not None and tokenizer.words.own_vocabulary:
             raise BadRequest(
@@ -191,7 +191,8 @@ class Admission:
                 "so no answer of it can be held to a format"
             )
 
-    def _check_ids(self, ids: Sequence[int], param: str) -> None:
+    def check_ids(self, ids: Sequence[int], param: str) -> None:
+        """Raises BadRequest naming `param` for an id that the vocabulary has not."""
         size = self.base.vocab_size
         unknown_ids = [id for id in ids if id >= size]
         if unknown_ids:
@@ -252,7 +253,10 @@ class Admission:
 
     def make_headers(self) -> dict[str, str]:
         """The headers that are known once the request is admitted."""
-        headers = {"x-prompt-tokens": str(self.prompt_tokens)}
+        return {"x-prompt-tokens": str(self.prompt_tokens), **self.adapter_headers()}
+
+    def adapter_headers(self) -> dict[str, str]:
+        headers = {}
         if self.version is not None:
             headers["x-adapter-id"] = self.version.id
         if self.digest is not None:
@@ -380,18 +384,19 @@ async def chat_prompt(
     tools: Sequence[JsonMapping],
     template: TemplateOptions = PLAIN,
     shown: Sequence[tuple[str, str]] = (),
+    special: bool = False,
 ) -> tuple[int, ...]:
     """The ids of the conversation, up to where the assistant answers.
 
-    `shown` are places in the request, each with a word of it that the text must have. Raises as
-    `_render_chat`, and BadRequest naming the place that the template leaves out.
+    `shown` are places in the request, each with a word of it that the text must have. `special`: as if the
+    text were plain; the template has written the special tokens itself. Raises as `_render_chat`, and
+    BadRequest naming the place that the template leaves out.
     """
     text = await _render_chat(admission, tokenizer, messages, tools, template)
     for place, word in shown:
         if word not in text:
             raise BadRequest(f"{place}: this model's chat template leaves it out", param=place)
-    # The template has written the special tokens itself
-    return await tokenize_text(admission.http_request, tokenizer, text, special=False)
+    return await tokenize_text(admission.http_request, tokenizer, text, special)
 
 
 async def _render_chat(
@@ -415,6 +420,10 @@ async def _render_chat(
     return tokenizer.render_here(render_request)
 
 
-async def decode_ids(tokenizer: AdapterTokenizer, ids: Sequence[int]) -> str:
-    """The text of the ids, decoded off the event loop where there are many."""
-    return tokenizer.decode(ids) if len(ids) < MANY_IDS else await run_in(TEXT, tokenizer.decode, ids)
+async def decode_ids(tokenizer: AdapterTokenizer, ids: Sequence[int], special: bool = False) -> str:
+    """The text of the ids, decoded off the event loop where there are many; `special`: special tokens
+    are text.
+    """
+    if len(ids) < MANY_IDS:
+        return tokenizer.decode(ids, special)
+    return await run_in(TEXT, tokenizer.decode, ids, special)

@@ -18,6 +18,7 @@ from ..schemas.openai import OpenAIRequest
 from ..services import AdapterScope, Services
 from .admission import Admission
 from .answer import Answer, AnswerEnding, TextPiece
+from .names import chosen_adapter
 
 if TYPE_CHECKING:
     from ...catalog.registry import AdapterVersion
@@ -26,19 +27,6 @@ if TYPE_CHECKING:
 JsonDict = dict[str, Any]
 STARTED = int(time.time())
 FINISH = {AnswerEnding.LENGTH: "length", AnswerEnding.EOS: "stop", AnswerEnding.STOP: "stop"}
-
-
-def chosen_adapter(model: str, services: Services) -> str | None:
-    """The id of the adapter that a model name means; None for the base.
-
-    `base:adapter` is the adapter.
-    """
-    if model in services.bases:
-        return None
-    for base in services.bases:
-        if model.startswith(base + ":"):
-            return model.removeprefix(base + ":")
-    return model
 
 
 async def enter_model(body: OpenAIRequest, admission: Admission) -> AdapterTokenizer:

@@ -59,7 +59,9 @@ class Authentication:
             return None
         secret = _read_secret(scope)
         if secret is None:
-            return Unauthorized("a key is needed: send it as 'Authorization: Bearer KEY'")
+            return Unauthorized(
+                "a key is needed: send it as 'Authorization: Bearer KEY' or as 'x-api-key: KEY'"
+            )
         user, admin = find_key(secret, self.settings.api_keys), find_key(secret, self.settings.admin_keys)
         key = admin or user
         if key is None:
@@ -87,7 +89,11 @@ def _read_secret(scope: Scope) -> str | None:
     A browser can only send a key for a page by Basic authentication, as the password. It would send
     it with any request that another site makes it send, too; so there it counts for reading only.
     """
-    raw = dict(scope["headers"]).get(b"authorization", b"").strip()
+    headers = dict(scope["headers"])
+    raw = headers.get(b"authorization", b"").strip()
+    plain = headers.get(b"x-api-key", b"").strip()  # Anthropic's clients send it so
+    if plain and not raw:
+        return str(plain.decode("utf-8", "surrogateescape"))
     scheme, _, credentials = raw.partition(b" ")
     credentials = credentials.strip()
     if scheme.lower() == b"bearer" and credentials:

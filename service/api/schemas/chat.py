@@ -5,16 +5,22 @@ API process; must not know the engine. A field that would be ignored is refused.
 
 from __future__ import annotations
 
-import json
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema, model_validator
 
-from .openai import Label, Limit, OnlyNull, OpenAIRequest, one_finding
-from .shared import MAX_TOP, StrictModel
+from .openai import Limit, OpenAIRequest, one_finding
+from .shared import (
+    MAX_PARTS,
+    MAX_TOOLS,
+    MAX_TOP,
+    Label,
+    OnlyNull,
+    StrictModel,
+    WritableObject,
+    check_writable,
+)
 
-MAX_TOOLS = 128
-MAX_PARTS = 10_000  # messages, parts of one, calls in one
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 # Variables of a template that are set by other fields, or by nobody
 TAKEN = frozenset(
@@ -108,18 +114,10 @@ class ChatMessage(StrictModel):
         return "".join(part.text for part in self.content or ())
 
 
-def _check_writable(value: dict[str, Any]) -> dict[str, Any]:
-    try:
-        json.dumps(value, allow_nan=False)
-    except (ValueError, RecursionError):
-        raise ValueError("holds a number that JSON does not have, or is nested too deep") from None
-    return value
-
-
 class FunctionSpec(StrictModel):
     name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")
     description: str | None = None
-    parameters: Annotated[dict[str, Any], AfterValidator(_check_writable)] | None = None
+    parameters: WritableObject | None = None
     strict: bool | None = None
 
     @property
@@ -145,7 +143,7 @@ def _check_variables(value: dict[str, Any]) -> dict[str, Any]:
     taken = sorted(TAKEN.intersection(value))
     if taken:
         raise ValueError(f"{taken[0]!r} is not for a request to set")
-    return _check_writable(value)
+    return check_writable(value)
 
 
 TemplateVariables = Annotated[dict[str, Any], AfterValidator(_check_variables)]

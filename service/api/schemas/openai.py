@@ -28,12 +28,16 @@ from .shared import (
     AdapterParts,
     AnyText,
     Factor,
+    Label,
     NotOffered,
+    OnlyNull,
     OpenAIFormat,
     Penalty,
+    Probability,
     Seed,
     StopList,
     StrictModel,
+    Temperature,
     Tokens,
     TopK,
     one_unless,
@@ -43,8 +47,6 @@ from .structured import Bound, ChoiceList, SchemaOrText, StructuredOutputs, list
 BIAS, MAX_BIASES, ID_DIGITS = 100.0, 1024, 10
 MAX_STOP_IDS = 128
 MAX_BAD_WORDS, MAX_BAD_WORD = 128, 100
-Temperature = Annotated[float, Field(ge=0, le=2)]
-Probability = Annotated[float, Field(ge=0, le=1)]
 
 
 class StreamOptions(StrictModel):
@@ -58,14 +60,6 @@ def _unset_minus_one(value: Any) -> Any:
     return None if value == -1 and not isinstance(value, bool) else value
 
 
-def _refuse_value(value: Any) -> Any:
-    if value is not None:
-        raise ValueError("is not offered here; only null is taken")
-    return value
-
-
-Label = Annotated[Any, Field(description="taken and ignored")]
-OnlyNull = Annotated[None, BeforeValidator(_refuse_value, json_schema_input_type=None)]
 OptionalSeed = Annotated[
     Seed | None, BeforeValidator(_unset_minus_one, json_schema_input_type=Seed | Literal[-1] | None)
 ]

@@ -4,15 +4,28 @@ strict numbers, refused extras, stop strings, response formats. API process; mus
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 
 MAX_STOPS, MAX_STOP_LENGTH = 16, 1000
 MAX_SEQUENCES = 128  # answers to one HTTP request
 MAX_UNKNOWN = 16  # fields
 MAX_TOP = 20  # runner-up tokens with log probabilities
+MAX_TOOLS = 128
+TOLD_LEVELS = 100  # of JSON in an answer: writing it descends on the stack
+MAX_PARTS = 10_000  # messages, parts of one, calls in one
 # Of numbers that are counted and reported again: Python spells none of more than 4300 digits
 LARGEST = 2**63
 COLD = 1e-5  # a temperature under this is greedy: a quotient by it would not fit a float32
@@ -47,6 +60,43 @@ def _not_offered(value: Any) -> Any:
     return value
 
 
+def _refuse_value(value: Any) -> Any:
+    if value is not None:
+        raise ValueError("is not offered here; only null is taken")
+    return value
+
+
+def is_nested_deeper(value: Any, levels: int) -> bool:
+    """Whether objects and lists in the value, itself counted, are within each other over so many levels."""
+    level = [value]
+    for _ in range(levels):
+        nested = [
+            inner for outer in level for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        level = [inner for inner in nested if isinstance(inner, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def _check_depth(value: dict[str, Any]) -> dict[str, Any]:
+    if is_nested_deeper(value, TOLD_LEVELS):
+        raise ValueError(f"is nested over {TOLD_LEVELS} levels deep")
+    return check_writable(value)
+
+
+def check_writable(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (ValueError, RecursionError):
+        raise ValueError("holds a number that JSON does not have, or is nested too deep") from None
+    return value
+
+
+Label = Annotated[Any, Field(description="taken and ignored")]
+OnlyNull = Annotated[None, BeforeValidator(_refuse_value, json_schema_input_type=None)]
+WritableObject = Annotated[dict[str, Any], AfterValidator(check_writable)]
+ToldObject = Annotated[dict[str, Any], AfterValidator(_check_depth)]  # one that the answer tells again
 NotOffered = Annotated[Literal[False] | None, BeforeValidator(_not_offered)]
 
 
@@ -63,6 +113,8 @@ Seed = Annotated[int, Field(ge=0, lt=2**64)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Factor = Annotated[float, Field(ge=0.01, le=100)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Temperature = Annotated[float, Field(ge=0, le=2)]
 Tokens = Annotated[int, Field(ge=1, lt=LARGEST)]
 TopK = Annotated[int, Field(ge=-1)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
@@ -136,7 +188,8 @@ def _kind_or_plain(value: Any) -> str | None:
     return "plain_schema" if is_plain else kind
 
 
-def _discriminator(*kinds: str, by: Callable[[Any], str | None] = _kind_of) -> Discriminator:
+def kind_discriminator(*kinds: str, by: Callable[[Any], str | None] = _kind_of) -> Discriminator:
+    """Tells the shapes of a union apart by their `type`, with one finding for any other."""
     message = f"the type must be one of {', '.join(kinds)}"
     return Discriminator(by, custom_error_type="kind", custom_error_message=message)
 
@@ -148,12 +201,12 @@ _Text = Annotated[AnyText, Tag("text")]
 _Regex = Annotated[Regex, Tag("regex")]
 ResponseFormat = Annotated[
     _Object | _Schema | _Plain | _Regex | _Text,
-    _discriminator("text", "json_object", "json_schema", "regex", by=_kind_or_plain),
+    kind_discriminator("text", "json_object", "json_schema", "regex", by=_kind_or_plain),
 ]
 OpenAIFormat = Annotated[
-    _Object | _Schema | _Regex | _Text, _discriminator("text", "json_object", "json_schema", "regex")
+    _Object | _Schema | _Regex | _Text, kind_discriminator("text", "json_object", "json_schema", "regex")
 ]
 Grammar = Annotated[
     Annotated[JsonGrammar, Tag("json")] | Annotated[RegexGrammar, Tag("regex")],
-    _discriminator("json", "regex"),
+    kind_discriminator("json", "regex"),
 ]

@@ -1,0 +1,95 @@
+"""POST /tokenize and /detokenize, in vLLM's shapes. API process; must not know another dialect's wire
+shapes, but the messages that it takes as OpenAI's have them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from fastapi import APIRouter, Request, Response
+
+from ...text.template_options import TemplateOptions
+from ..errors import document_errors
+from ..generation.admission import Admission, Admitted, decode_ids, tokenize_text
+from ..generation.conversation import (
+    Conversation,
+    OfferedTool,
+    PastCall,
+    Turn,
+    make_turn,
+    render_conversation,
+)
+from ..generation.names import enter_named
+from ..generation.rendering import defer_elements, render_answer
+from ..generation.token_ids import id_list
+from ..schemas.chat import ChatMessage, Tool
+from ..schemas.tokens import DetokenizeRequest, TokenizeRequest
+from ..scopes import KEY_SCOPE
+
+if TYPE_CHECKING:
+    from ...text.tokenizers import AdapterTokenizer
+
+router = APIRouter(tags=["tokens"], dependencies=[KEY_SCOPE])
+
+RESPONSES = document_errors(404, 422, 429, 503)
+
+
+@router.post("/tokenize", responses=RESPONSES)
+async def tokenize_prompt(body: TokenizeRequest, request: Request, admission: Admitted) -> Response:
+    """The ids that a text, or a conversation by the adapter's template, has in a request's prompt."""
+    tokenizer = await enter_named(body.model, admission)
+    ids = await _prompt_ids(body, request, admission, tokenizer)
+    answer = {
+        "count": len(ids),
+        "max_model_len": admission.base.context,
+        "tokens": id_list(ids),
+        "token_strs": None,
+        "adapter": admission.adapter,
+    }
+    if body.return_token_strs:
+        answer["token_strs"] = defer_elements(len(ids), (tokenizer.token_name(id) for id in ids))
+    return await render_answer(answer, admission.adapter_headers())
+
+
+@router.post("/detokenize", responses=RESPONSES)
+async def detokenize_ids(body: DetokenizeRequest, admission: Admitted) -> Response:
+    """The text of these ids, special tokens by their names."""
+    tokenizer = await enter_named(body.model, admission)
+    admission.check_ids(body.tokens, "tokens")
+    text = await decode_ids(tokenizer, body.tokens, special=True)
+    return await render_answer({"prompt": text, "adapter": admission.adapter}, admission.adapter_headers())
+
+
+async def _prompt_ids(
+    body: TokenizeRequest, request: Request, admission: Admission, tokenizer: AdapterTokenizer
+) -> tuple[int, ...]:
+    if body.prompt is not None:
+        special = body.add_special_tokens is not False
+        return await tokenize_text(request, tokenizer, body.prompt, special)
+    turns = [_template_turn(message) for message in body.messages or ()]
+    continues = bool(body.continue_final_message)
+    opens_turn = not continues if body.add_generation_prompt is None else body.add_generation_prompt
+    template = TemplateOptions(body.chat_template_kwargs or {}, opens_turn, continues)
+    conversation = Conversation(turns, [_offer_tool(tool) for tool in body.tools or ()], template=template)
+    return await render_conversation(
+        admission, tokenizer, conversation, special=bool(body.add_special_tokens)
+    )
+
+
+def _offer_tool(tool: Tool) -> OfferedTool:
+    function = tool.function
+    return OfferedTool(function.name, function.description, function.parameters, function.strict)
+
+
+def _template_turn(message: ChatMessage) -> Turn:
+    calls = [
+        PastCall(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or ()
+    ]
+    return make_turn(
+        message.role,
+        message.text,
+        calls,
+        name=message.name,
+        reasoning_content=message.reasoning_content or message.reasoning or None,
+        tool_call_id=message.tool_call_id,
+    )

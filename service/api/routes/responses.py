@@ -234,7 +234,7 @@ class ItemEvents:
 
     output: list[JsonDict] = field(default_factory=list)
     _open: JsonDict | None = None
-    _texts: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
 
     def add_text(self, text: str) -> Iterator[JsonDict]:
         if self._open is None:
@@ -242,13 +242,13 @@ class ItemEvents:
             yield self._item_event("added", self._open | {"content": []})
             yield self._part_event("content_part.added", self._open, part=_text_part(""))
         if text:
-            self._texts.append(text)
+            self.texts.append(text)
             yield self._part_event("output_text.delta", self._open, delta=text, logprobs=[])
 
     def end_text(self, status: str) -> Iterator[JsonDict]:
         if self._open is None:
             return
-        text, item = "".join(self._texts), self._open
+        text, item = "".join(self.texts), self._open
         yield self._part_event("output_text.done", item, text=text, logprobs=[])
         yield self._part_event("content_part.done", item, part=_text_part(text))
         yield self._end_item(item | {"status": status, "content": [_text_part(text)]})

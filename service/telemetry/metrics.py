@@ -18,7 +18,7 @@ from .gpu import GpuReading
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
-class Registry(CollectorRegistry):
+class WorkerLabelRegistry(CollectorRegistry):
     """Shows no label `device` where it is empty: there is one worker then, and nothing to tell apart."""
 
     def collect(self) -> Iterator[Metric]:
@@ -34,7 +34,7 @@ def _hide_device(sample: Sample) -> Sample:
     return Sample(sample.name, labels, sample.value, sample.timestamp, sample.exemplar)
 
 
-REGISTRY = Registry()
+REGISTRY = WorkerLabelRegistry()
 
 MOMENTS = (
     0.001,

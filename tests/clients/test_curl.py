@@ -114,7 +114,7 @@ def test_an_adapters_life(told: dict[str, str]) -> None:
 @pytest.mark.parametrize("line", OTHERS)
 def test_the_lines_of_the_other_pages_are_answered(demo: Demo, tmp_path: Path, line: str) -> None:
     answer = run(line, demo, tmp_path)
-    assert '"error"' not in answer
+    assert '"error"' not in answer.replace('"error":null', "")
     assert json.loads(answer)
 
 

@@ -69,14 +69,19 @@ class SchedulerDriver:
         self.scheduler.submit_request(request)
         return id
 
-    def read(self) -> None:
-        """What the loader does: one adapter at a time."""
+    def _take_load(self) -> bool:
+        """Whether there is an adapter to be read next, which then is `pending`."""
         if self.pending is None and (wanted := self.scheduler.next_load()) is not None:
             self.pending, victims = wanted
             flying = {s.adapter for s in self.scheduler.running.values()}
             assert not flying & set(victims), "an adapter in flight was forgotten in host memory"
             for digest in victims:
                 self.runner.evict_adapter(digest)
+        return self.pending is not None
+
+    def read(self) -> None:
+        """What the loader does: one adapter at a time."""
+        self._take_load()
         if self.reading and self.pending is not None:
             adapter, self.pending = self.pending, None
             if adapter.weights == "missing":
@@ -132,12 +137,7 @@ class SchedulerDriver:
 
     def settle(self, limit: int = 5000) -> None:
         for _ in range(limit):
-            if (
-                self.step() == EMPTY
-                and not self.busy
-                and self.pending is None
-                and self.scheduler.next_load() is None
-            ):
+            if self.step() == EMPTY and not self.busy and not self._take_load():
                 return
         raise AssertionError("the scheduler does not come to rest")
 

@@ -84,9 +84,11 @@ class DeviceRouter:
 
     @property
     def reason(self) -> str:
-        """Why no worker is ready, fit for a person."""
-        reasons = [f"{client.device}: {client.reason}" for client in self.clients if client.reason]
-        return "; ".join(reasons)
+        """Why no worker is ready, fit for a person; where the reasons differ, by device."""
+        reasons = {client.device: client.reason for client in self.clients if client.reason}
+        if len(set(reasons.values())) == 1:
+            return next(iter(reasons.values()))
+        return "; ".join(f"{device}: {reason}" for device, reason in reasons.items())
 
     @property
     def exit_code(self) -> ExitCode:

@@ -271,3 +271,21 @@ def test_a_key_may_come_as_anthropics_clients_send_it(tmp_path_factory: pytest.T
         assert codes == [401, 401, 200]
         refused = keyed.http.post(COUNT, json={}).json()
         assert refused["error"]["type"] == "authentication_error"
+
+
+def test_past_calls_are_text_where_the_template_knows_none(tmp_path_factory: pytest.TempPathFactory) -> None:
+    plain = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    past = [*HI, {"role": "assistant", "content": [USE]}, {"role": "user", "content": [RESULT]}]
+    with serve_script(tmp_path_factory.mktemp("plain"), template=plain) as api:
+        ask(api, messages=past)
+        assert 'assistant: {"name": "add", "arguments": {"a": 1}}\ntool: 2\n' in prompt(api)
+
+
+def test_a_template_that_drops_a_result_is_told_by_its_place(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    deaf = "{% for m in messages if m.role != 'tool' %}{{ m.content }}{% endfor %}"
+    past = [*HI, {"role": "assistant", "content": [USE]}, {"role": "user", "content": [RESULT]}]
+    with serve_script(tmp_path_factory.mktemp("deaf"), template=deaf) as api:
+        refusal = api.post(PATH, make_body(messages=past), 400).json()
+        assert "messages.2" in refusal["error"]["message"]

@@ -243,3 +243,23 @@ def test_an_unknown_model(api: ScriptedApp) -> None:
     refused = api.post(PATH, {"model": "none", "input": "Hi"}, 404).json()["error"]
     assert refused["code"] == "model_not_found"
     assert "none" in refused["message"]
+
+
+def test_a_call_or_the_bound_text_where_both_are_asked_for(api: ScriptedApp) -> None:
+    """Else a format would make the offered functions unreachable without a word."""
+    bound = {"format": {"type": "json_schema", "name": "n", "schema": NUMBER}}
+    ask(api, text=bound)
+    alone = api.request.sampling.grammar
+    ask(api, text=bound, tools=[ADD])
+    joined = api.request.sampling.grammar
+    assert alone is not None
+    assert joined is not None
+    assert "<tool_call>" in joined
+    assert "<tool_call>" not in alone
+
+
+def test_a_template_that_drops_calls_is_told_by_their_place(tmp_path_factory: pytest.TempPathFactory) -> None:
+    deaf = "{% for m in messages %}{{ m.content }}{% endfor %}{# tool_calls #}"
+    with serve_script(tmp_path_factory.mktemp("deaf"), template=deaf) as api:
+        refusal = ask(api, [HI, CALL, RESULT], 400)
+        assert refusal["error"]["param"] == "input.1"

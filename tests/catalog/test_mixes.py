@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,12 +25,12 @@ pytestmark = pytest.mark.anyio
 POOL = 64
 
 
-def version_of(id: str, rank: int = 4, module: str = "q_proj", **changes: object) -> AdapterVersion:
+def version_of(id: str, rank: int = 4, module: str = "q_proj") -> AdapterVersion:
     """A version whose content is named after its id."""
     version = make_version(id, f"sha256:{id}", Path("/nowhere"))
     assert version.validated is not None
     spec = LoraLayerSpec(module, rank, 1.0, "a", "b")
-    adapter = replace(version.validated.adapter, rank=rank, patches=(spec,), **changes)  # type: ignore[arg-type]
+    adapter = replace(version.validated.adapter, rank=rank, patches=(spec,))
     return replace(version, validated=replace(version.validated, adapter=adapter))
 
 
@@ -59,10 +60,10 @@ DORA = (LoraLayerSpec("q_proj", 4, 1.0, "a", "b", "magnitude"),)
     ("changes", "kind"),
     [({"patches": DORA}, "DoRA"), ({"lane": ExecutionPath.SHADOW}, "PEFT"), ({"invocation": (5,)}, "aLoRA")],
 )
-def test_what_is_more_than_plain_lora_is_refused_by_name(changes: dict[str, object], kind: str) -> None:
+def test_what_is_more_than_plain_lora_is_refused_by_name(changes: dict[str, Any], kind: str) -> None:
     special = version_of("special")
     assert special.validated is not None
-    adapter = replace(special.validated.adapter, **changes)  # type: ignore[arg-type]
+    adapter = replace(special.validated.adapter, **changes)
     special = replace(special, validated=replace(special.validated, adapter=adapter))
     with pytest.raises(AdapterUnsupported) as refusal:
         make_mix([version_of("a"), special], [1, 1], POOL)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from service.core.adapter import Adapter, Digest, Tier
 from service.core.error_codes import ErrorCode
@@ -61,10 +62,10 @@ class SchedulerDriver:
         self.plans: list[Plan] = []
 
     def submit(
-        self, prompt: Sequence[int], max_tokens: int = 4, adapter: Adapter | None = None, **more: object
+        self, prompt: Sequence[int], max_tokens: int = 4, adapter: Adapter | None = None, **more: Any
     ) -> int:
         id = len(self.stories)
-        request = Request(id, tuple(prompt), max_tokens, adapter.digest if adapter else None, **more)  # type: ignore[arg-type]
+        request = Request(id, tuple(prompt), max_tokens, adapter.digest if adapter else None, **more)
         self.stories[id] = Story(request)
         self.scheduler.submit_request(request)
         return id

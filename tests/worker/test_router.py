@@ -15,6 +15,7 @@ import pytest
 from service.core.adapter import Digest, Tier
 from service.core.request import UNNUMBERED, Finish, Request
 from service.errors import NotReady, SettingsError
+from service.exit_codes import ExitCode
 from service.settings import Settings, read_settings
 from service.telemetry import metrics
 from service.worker import router
@@ -157,10 +158,14 @@ async def test_a_pinned_adapter_lies_on_every_device() -> None:
         await until(lambda: all(client.is_resident(content.digest) for client in engine.clients))
 
 
-async def test_a_base_that_one_device_cannot_serve_is_told_with_the_device() -> None:
+async def test_a_base_that_no_device_can_serve_is_told_once_as_one_device_tells_it() -> None:
+    engine = DeviceRouter(Settings(device="cpu,cpu"), "tests.fakes:build_broken")
+    await engine.start_worker()
     with pytest.raises(NotReady):
-        async with devices("build_broken"):
-            pass
+        await engine.wait_ready()
+    await until(lambda: engine.state == "failed")
+    assert (engine.reason, engine.exit_code) == ("ADAPTERD_BASE: the fake base is broken", ExitCode.FAILED)
+    await engine.stop_worker(0)
 
 
 def test_memory_and_threads_are_divided() -> None:

@@ -1,12 +1,13 @@
 """A conversation as chat templates take it, whichever dialect it came in: turns, tools, forced calls,
-and the calls read out of its answer. API process; must not know a dialect.
+and the calls read out of its answers. API process; must not know a dialect.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field, replace
+import re
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -16,14 +17,16 @@ from ...text.tool_calls import CallFormat, CallParser, ToolCallText
 from ..schemas.shared import COLD, TOLD_LEVELS, is_nested_deeper, one_unless
 from .admission import Admission, GenerationOptions, chat_prompt
 from .answer import Answer
+from .call_grammars import bound_or_call
 from .grammar import calls_grammar
 
 if TYPE_CHECKING:
     from ...text.tokenizers import AdapterTokenizer
 
-Turn = dict[str, Any]
+JsonObject = dict[str, Any]
 PLAIN_ROLE = {"developer": "system"}  # where a template does not know the one
-NOTHING: Turn = {"type": "object", "properties": {}}  # the parameters of a function that has none
+NOTHING: JsonObject = {"type": "object", "properties": {}}  # the parameters of a function that has none
+RESULTS = ("tool", "function")  # the roles that give a call's result
 
 
 # ---- turns and tools
@@ -31,16 +34,64 @@ NOTHING: Turn = {"type": "object", "properties": {}}  # the parameters of a func
 
 @dataclass(frozen=True)
 class PastCall:
-    """An earlier turn's call of a function; `arguments` are JSON text or what it says."""
+    """An earlier turn's call of a function; `arguments` are JSON text or what it says, `place` is where it
+    stands in the request.
+    """
 
     id: str | None
     name: str
     arguments: Any
+    place: str
 
     @property
-    def template_form(self) -> Turn:
+    def template_form(self) -> JsonObject:
         function = {"name": self.name, "arguments": parse_json(self.arguments)}
         return {"id": self.id, "type": "function", "function": function}
+
+    @property
+    def text(self) -> str:
+        """The call in the form that a forced one has."""
+        arguments = self.arguments if isinstance(self.arguments, str) else json.dumps(self.arguments)
+        return f'{{"name": {json.dumps(self.name)}, "arguments": {arguments}}}'
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A message of the conversation; `place` is where it stands in the request.
+
+    `named` are further fields as templates know them, such as `tool_call_id`; those that are None or empty
+    are left out.
+    """
+
+    role: str
+    text: str
+    place: str
+    calls: Sequence[PastCall] = ()
+    named: Mapping[str, str | None] | None = None
+
+    def template_form(self, knows_calls: bool, knows_developer: bool) -> JsonObject:
+        """The message as a template expects it: its text in one piece, the arguments of calls as objects.
+
+        Where the template knows no calls, they are text.
+        """
+        role = self.role if knows_developer else PLAIN_ROLE.get(self.role, self.role)
+        form: JsonObject = {"role": role, "content": self.text}
+        form |= {name: value for name, value in (self.named or {}).items() if value}
+        if self.calls and knows_calls:
+            form["tool_calls"] = [call.template_form for call in self.calls]
+        elif self.calls:
+            form["content"] = "\n".join(filter(None, [self.text, *(call.text for call in self.calls)]))
+        return form
+
+    def list_shown(self) -> Iterator[tuple[str, str]]:
+        """The places of its calls and of a result, each with a word that the prompt has unless the
+        template drops them.
+        """
+        for call in self.calls:
+            yield call.place, call.name
+        if self.role in RESULTS:
+            words = re.findall("[A-Za-z0-9]+", self.text)
+            yield self.place, max(words, key=len, default="")
 
 
 def parse_json(text: Any) -> Any:
@@ -53,29 +104,17 @@ def parse_json(text: Any) -> Any:
         return text
 
 
-def make_turn(role: str, text: str, calls: Sequence[PastCall] = (), **named: str | None) -> Turn:
-    """A message as templates expect it: its text in one piece, the arguments of calls as objects.
-
-    `named` are further fields, such as `tool_call_id`; those that are None are left out.
-    """
-    turn: Turn = {"role": role, "content": text}
-    turn |= {name: value for name, value in named.items() if value is not None}
-    if calls:
-        turn["tool_calls"] = [call.template_form for call in calls]
-    return turn
-
-
 @dataclass(frozen=True)
 class OfferedTool:
     """A function that the model may call; `parameters` is the schema of its arguments."""
 
     name: str
     description: str | None = None
-    parameters: Turn | None = None
+    parameters: JsonObject | None = None
     strict: bool | None = None
 
     @property
-    def template_form(self) -> Turn:
+    def template_form(self) -> JsonObject:
         """The function as a template gets it: the fields that were given, and no others."""
         given = {name: value for name, value in vars(self).items() if value is not None}
         return {"type": "function", "function": given}
@@ -93,8 +132,13 @@ class Conversation:
     tools: Sequence[OfferedTool] = ()
     forced: Sequence[str] = ()
     single: bool = False
-    template: TemplateOptions = field(default=PLAIN)
+    template: TemplateOptions = PLAIN
     param: str = "messages"
+
+    @property
+    def schemas(self) -> dict[str, JsonObject]:
+        """The schema of each function's arguments."""
+        return {tool.name: tool.parameters or NOTHING for tool in self.tools}
 
 
 async def render_conversation(
@@ -102,17 +146,17 @@ async def render_conversation(
 ) -> tuple[int, ...]:
     """The ids of the conversation; `special` as in `chat_prompt`.
 
-    Raises BadRequest with the template's own reason, Overloaded, NotReady.
+    Raises BadRequest with the template's own reason or the place that it leaves out, Overloaded, NotReady.
     """
-    turns = conversation.turns
-    tools = [tool.template_form for tool in conversation.tools]
     _choose_format(tokenizer, conversation)  # raises where the template takes no tools
-    if not tokenizer.names_word("developer", tools=bool(tools)):
-        turns = [turn | {"role": PLAIN_ROLE.get(turn["role"], turn["role"])} for turn in turns]
-    return await chat_prompt(admission, tokenizer, turns, tools, conversation.template, special=special)
+    tools = [tool.template_form for tool in conversation.tools]
+    known = [tokenizer.names_word(word, tools=bool(tools)) for word in ("tool_calls", "developer")]
+    messages = [turn.template_form(*known) for turn in conversation.turns]
+    shown = [pair for turn in conversation.turns for pair in turn.list_shown()]
+    return await chat_prompt(admission, tokenizer, messages, tools, conversation.template, shown, special)
 
 
-# ---- the answer
+# ---- the answers
 
 
 def plain_sampling(temperature: float | None, top_p: float | None, top_k: int | None = None) -> Sampling:
@@ -127,31 +171,50 @@ async def submit_conversation(
     tokenizer: AdapterTokenizer,
     conversation: Conversation,
     options: GenerationOptions,
-) -> AnswerReader:
-    """Takes the ticket of the one answer; a forced call's grammar goes before the options' own.
+    bound_param: str = "",
+) -> list[AnswerReader]:
+    """Takes the tickets of all answers.
 
-    Raises as `render_conversation` and `Admission.submit_prompt`.
+    The options' grammar, of the field `bound_param`, binds an answer that calls nothing. Raises as
+    `render_conversation` and `Admission.submit_prompt`.
     """
-    prompt = await render_conversation(admission, tokenizer, conversation)
-    if conversation.forced:
-        schemas = {tool.name: tool.parameters or NOTHING for tool in conversation.tools}
-        grammar = await calls_grammar({name: schemas[name] for name in conversation.forced}, "tools")
-        options = replace(options, sampling=replace(options.sampling, grammar=grammar))
-    marks = tokenizer.call_marks if conversation.tools else frozenset()
-    kept = options.kept_special | marks
-    options = replace(options, prompt_param=conversation.param, kept_special=kept)
-    (answer,) = admission.submit_prompt(tokenizer, prompt, options)
-    return AnswerReader(answer, _make_parser(tokenizer, conversation))
-
-
-def _make_parser(tokenizer: AdapterTokenizer, conversation: Conversation) -> CallParser:
     format = _choose_format(tokenizer, conversation)
-    schemas = {tool.name: tool.parameters or NOTHING for tool in conversation.tools}
+    prompt = await render_conversation(admission, tokenizer, conversation)
+    grammar = await _join_grammars(conversation, format, options.sampling.grammar, bound_param)
+    options = replace(
+        options,
+        sampling=replace(options.sampling, grammar=grammar),
+        kept_special=options.kept_special | (tokenizer.call_marks if format else frozenset()),
+        prompt_param=conversation.param,
+    )
+    answers = admission.submit_prompt(tokenizer, prompt, options)
+    return [AnswerReader(answer, _make_parser(conversation, format)) for answer in answers]
+
+
+async def _join_grammars(
+    conversation: Conversation, format: CallFormat | None, bound: str | None, param: str
+) -> str | None:
+    """The grammar of a call that the client insists on; else of what the answer must be, or a call where
+    tools are offered.
+    """
+    schemas = conversation.schemas
+    if conversation.forced:
+        return await calls_grammar({name: schemas[name] for name in conversation.forced}, "tools")
+    if bound is None or not schemas:
+        return bound
+    return await bound_or_call(bound, schemas, format, param)
+
+
+def _make_parser(conversation: Conversation, format: CallFormat | None) -> CallParser:
+    schemas = conversation.schemas
     return CallParser(format, [*schemas], bool(conversation.forced), conversation.single, schemas)
 
 
 def _choose_format(tokenizer: AdapterTokenizer, conversation: Conversation) -> CallFormat | None:
-    """The form of calls; a forced one may go without. Raises BadRequest where the template has none."""
+    """The form of calls; a forced one has the grammar's own, and works where no other is known.
+
+    Raises BadRequest where the template has none.
+    """
     if not conversation.tools:
         return None
     return tokenizer.find_call_format() if conversation.forced else tokenizer.tool_format()
@@ -161,18 +224,18 @@ class AnswerReader:
     """An answer's text and calls, as they come or, once it was read to its end, whole."""
 
     def __init__(self, answer: Answer, parser: CallParser) -> None:
-        self.answer, self._parser = answer, parser
+        self.answer, self.parser = answer, parser
 
     async def read_parts(self) -> AsyncIterator[tuple[str, list[ToolCallText]]]:
         """The text and the calls that each token adds, often none."""
         async for piece in self.answer.read_pieces():
-            text = self._parser.push_text(piece.text)
-            rest, calls = self._parser.finish_calls() if piece.ending else ("", [])
+            text = self.parser.push_text(piece.text)
+            rest, calls = self.parser.finish_calls() if piece.ending else ("", [])
             yield text + rest, calls
 
     def split_text(self) -> tuple[str, list[ToolCallText]]:
-        text = self._parser.push_text(self.answer.text)
-        rest, calls = self._parser.finish_calls()
+        text = self.parser.push_text(self.answer.text)
+        rest, calls = self.parser.finish_calls()
         return text + rest, calls
 
 
@@ -181,7 +244,7 @@ def new_call_id() -> str:
     return uuid4().hex[:9]
 
 
-def arguments_object(call: ToolCallText) -> Turn:
+def arguments_object(call: ToolCallText) -> JsonObject:
     """The call's arguments; a text that is no object of JSON, or one too deep to write, is under
     `arguments` in one.
     """
@@ -191,7 +254,7 @@ def arguments_object(call: ToolCallText) -> Turn:
     return value
 
 
-def _is_writable(value: Turn) -> bool:
+def _is_writable(value: JsonObject) -> bool:
     """Whether JSON has all its numbers."""
     try:
         json.dumps(value, allow_nan=False)

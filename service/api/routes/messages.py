@@ -5,7 +5,7 @@ another dialect's wire shapes.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
-from itertools import groupby
+from itertools import chain, groupby
 from typing import Any
 from uuid import uuid4
 
@@ -23,7 +23,6 @@ from ..generation.conversation import (
     PastCall,
     Turn,
     arguments_object,
-    make_turn,
     new_call_id,
     plain_sampling,
     render_conversation,
@@ -59,7 +58,8 @@ REASONS = {
 async def answer_message(body: MessagesRequest, request: Request, admission: Admitted) -> Response:
     """Answers a conversation, or calls tools; with `stream`, as server-sent events."""
     tokenizer = await enter_named(body.model, admission)
-    reader = await submit_conversation(admission, tokenizer, _make_conversation(body), _make_options(body))
+    options = _make_options(body)
+    (reader,) = await submit_conversation(admission, tokenizer, _make_conversation(body), options)
     if body.stream:
         return stream_events(request, _stream_message(body, admission, reader), admission.make_headers())
     await admission.finish_answers()
@@ -84,10 +84,10 @@ async def count_message_tokens(body: CountTokensRequest, admission: Admitted) ->
 
 
 def _make_conversation(body: CountTokensRequest) -> Conversation:
-    system = [] if body.system_text is None else [make_turn("system", body.system_text)]
-    turns = [turn for message in body.messages for turn in _template_turns(message)]
+    system = [] if body.system_text is None else [Turn("system", body.system_text, "system")]
+    said = [_read_turns(message, f"messages.{at}") for at, message in enumerate(body.messages)]
     return Conversation(
-        [*system, *turns],
+        [*system, *chain.from_iterable(said)],
         [_offer_tool(tool) for tool in body.offered],
         [tool.name for tool in body.forced],
         body.takes_one_call,
@@ -107,27 +107,32 @@ def _offer_tool(tool: ClaudeTool) -> OfferedTool:
     return OfferedTool(tool.name, tool.description, tool.input_schema, tool.strict)
 
 
-def _template_turns(message: ClaudeMessage) -> Iterator[Turn]:
-    return _assistant_turns(message) if message.role == "assistant" else _user_turns(message)
+def _read_turns(message: ClaudeMessage, place: str) -> Iterator[Turn]:
+    if message.role == "assistant":
+        yield _said_by_assistant(message, place)
+    else:
+        yield from _said_by_user(message, place)
 
 
-def _assistant_turns(message: ClaudeMessage) -> Iterator[Turn]:
+def _said_by_assistant(message: ClaudeMessage, place: str) -> Turn:
     uses = [block for block in message.content if isinstance(block, ToolUseBlock)]
     thoughts = [block.thinking for block in message.content if isinstance(block, ThinkingBlock)]
-    calls = [PastCall(use.id, use.name, use.input) for use in uses]
-    yield make_turn("assistant", message.text, calls, reasoning_content="".join(thoughts) or None)
+    calls = [PastCall(use.id, use.name, use.input, f"{place}.content") for use in uses]
+    return Turn("assistant", message.text, place, calls, {"reasoning_content": "".join(thoughts)})
 
 
-def _user_turns(message: ClaudeMessage) -> Iterator[Turn]:
+def _said_by_user(message: ClaudeMessage, place: str) -> Iterator[Turn]:
     """A turn of its own for each result, and one for the text between them."""
     if not message.content:
-        yield make_turn("user", "")
+        yield Turn("user", "", place)
     for is_result, blocks in groupby(message.content, lambda block: isinstance(block, ToolResultBlock)):
         if is_result:
             results = (block for block in blocks if isinstance(block, ToolResultBlock))
-            yield from (make_turn("tool", each.text, tool_call_id=each.tool_use_id) for each in results)
+            for each in results:
+                yield Turn("tool", each.text, place, named={"tool_call_id": each.tool_use_id})
         else:
-            yield make_turn("user", "".join(block.text for block in blocks if isinstance(block, TextBlock)))
+            texts = [block.text for block in blocks if isinstance(block, TextBlock)]
+            yield Turn("user", "".join(texts), place)
 
 
 def _make_options(body: MessagesRequest) -> GenerationOptions:
@@ -136,7 +141,6 @@ def _make_options(body: MessagesRequest) -> GenerationOptions:
         max_tokens=body.max_tokens,
         default_tokens=None,
         stop=body.stop_sequences or (),
-        prompt_param="messages",
     )
 
 

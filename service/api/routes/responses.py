@@ -24,7 +24,6 @@ from ..generation.conversation import (
     OfferedTool,
     PastCall,
     Turn,
-    make_turn,
     new_call_id,
     plain_sampling,
     submit_conversation,
@@ -47,6 +46,8 @@ router = APIRouter(tags=["OpenAI"], dependencies=[KEY_SCOPE])
 
 JsonDict = dict[str, Any]
 Calls = Sequence[ToolCallText]
+PlacedItem = tuple[str, Item]  # its place in the request
+BOUND = "text.format"
 
 
 @router.post("/v1/responses", responses=EVENTS | document_errors(404, 422, 429, 503, 504, openai=True))
@@ -54,7 +55,8 @@ async def answer_response(body: ResponseRequest, request: Request, admission: Ad
     """Answers a conversation, or calls functions; with `stream`, as server-sent events."""
     tokenizer = await enter_named(body.model, admission)
     options = await _make_options(body)
-    reader = await submit_conversation(admission, tokenizer, _make_conversation(body), options)
+    conversation = _make_conversation(body)
+    (reader,) = await submit_conversation(admission, tokenizer, conversation, options, BOUND)
     shared_fields = _response_fields(body, admission)
     if body.stream:
         events = _stream_response(shared_fields, admission, reader)
@@ -72,9 +74,9 @@ async def answer_response(body: ResponseRequest, request: Request, admission: Ad
 
 
 def _make_conversation(body: ResponseRequest) -> Conversation:
-    system = [] if body.instructions is None else [make_turn("system", body.instructions)]
+    system = [] if body.instructions is None else [Turn("system", body.instructions, "instructions")]
     return Conversation(
-        [*system, *_template_turns(body.input)],
+        [*system, *_read_turns(body.input)],
         [OfferedTool(tool.name, tool.description, tool.parameters, tool.strict) for tool in body.offered],
         body.forced,
         body.parallel_tool_calls is False,
@@ -83,50 +85,56 @@ def _make_conversation(body: ResponseRequest) -> Conversation:
     )
 
 
-def _template_turns(items: Iterable[Item]) -> Iterator[Turn]:
-    for is_said, group in groupby(items, _is_said):
+def _read_turns(items: Iterable[Item]) -> Iterator[Turn]:
+    placed = [(f"input.{at}", item) for at, item in enumerate(items)]
+    for is_said, group in groupby(placed, _is_said):
         if is_said:
             yield from map(_said_turn, _split_said(group))
         else:
-            yield from map(_given_turn, group)
+            yield from (_given_turn(place, item) for place, item in group)
 
 
-def _is_said(item: Item) -> bool:
+def _is_said(placed: PlacedItem) -> bool:
     """Whether the assistant said it."""
+    _, item = placed
     if isinstance(item, MessageItem):
         return item.role == "assistant"
     return isinstance(item, CallItem | ReasoningItem)
 
 
-def _split_said(items: Iterable[Item]) -> list[list[Item]]:
+def _split_said(items: Iterable[PlacedItem]) -> list[list[PlacedItem]]:
     """The items of each turn: thoughts, then a text, then calls."""
-    turns: list[list[Item]] = [[]]
-    for item in items:
-        is_begun = any(not isinstance(each, ReasoningItem) for each in turns[-1])
+    turns: list[list[PlacedItem]] = [[]]
+    for place, item in items:
+        is_begun = any(not isinstance(each, ReasoningItem) for _, each in turns[-1])
         if is_begun and not isinstance(item, CallItem):
             turns.append([])
-        turns[-1].append(item)
+        turns[-1].append((place, item))
     return turns
 
 
-def _said_turn(items: Sequence[Item]) -> Turn:
+def _said_turn(placed: Sequence[PlacedItem]) -> Turn:
+    items = [item for _, item in placed]
     texts = [item.text for item in items if isinstance(item, MessageItem)]
     thoughts = [item.text for item in items if isinstance(item, ReasoningItem)]
     calls = [
-        PastCall(call.call_id, call.name, call.arguments) for call in items if isinstance(call, CallItem)
+        PastCall(item.call_id, item.name, item.arguments, place)
+        for place, item in placed
+        if isinstance(item, CallItem)
     ]
-    return make_turn("assistant", "".join(texts), calls, reasoning_content="".join(thoughts) or None)
+    place, _ = placed[0]
+    return Turn("assistant", "".join(texts), place, calls, {"reasoning_content": "".join(thoughts)})
 
 
-def _given_turn(item: Item) -> Turn:
+def _given_turn(place: str, item: Item) -> Turn:
     if isinstance(item, CallOutputItem):
-        return make_turn("tool", item.text, tool_call_id=item.call_id)
+        return Turn("tool", item.text, place, named={"tool_call_id": item.call_id})
     assert isinstance(item, MessageItem), "all else is the assistant's"
-    return make_turn(item.role, item.text)
+    return Turn(item.role, item.text, place)
 
 
 async def _make_options(body: ResponseRequest) -> GenerationOptions:
-    grammar = None if body.forced else await compile_grammar(body.bound, "text.format")
+    grammar = None if body.forced else await compile_grammar(body.bound, BOUND)
     return GenerationOptions(
         sampling=replace(plain_sampling(body.temperature, body.top_p), grammar=grammar),
         max_tokens=body.max_output_tokens,

@@ -8,21 +8,13 @@ from typing import TYPE_CHECKING
 
 from fastapi import APIRouter, Request, Response
 
-from ...text.template_options import TemplateOptions
 from ..errors import document_errors
 from ..generation.admission import Admission, Admitted, decode_ids, tokenize_text
-from ..generation.conversation import (
-    Conversation,
-    OfferedTool,
-    PastCall,
-    Turn,
-    make_turn,
-    render_conversation,
-)
+from ..generation.conversation import Conversation, render_conversation
 from ..generation.names import enter_named
+from ..generation.openai_conversation import end_turns, offer_functions, read_turns
 from ..generation.rendering import defer_elements, render_answer
 from ..generation.token_ids import id_list
-from ..schemas.chat import ChatMessage, Tool
 from ..schemas.tokens import DetokenizeRequest, TokenizeRequest
 from ..scopes import KEY_SCOPE
 
@@ -66,30 +58,13 @@ async def _prompt_ids(
     if body.prompt is not None:
         special = body.add_special_tokens is not False
         return await tokenize_text(request, tokenizer, body.prompt, special)
-    turns = [_template_turn(message) for message in body.messages or ()]
-    continues = bool(body.continue_final_message)
-    opens_turn = not continues if body.add_generation_prompt is None else body.add_generation_prompt
-    template = TemplateOptions(body.chat_template_kwargs or {}, opens_turn, continues)
-    conversation = Conversation(turns, [_offer_tool(tool) for tool in body.tools or ()], template=template)
+    conversation = Conversation(
+        read_turns(body.messages or ()),
+        offer_functions([tool.function for tool in body.tools or ()]),
+        template=end_turns(
+            body.chat_template_kwargs or {}, body.add_generation_prompt, body.continue_final_message
+        ),
+    )
     return await render_conversation(
         admission, tokenizer, conversation, special=bool(body.add_special_tokens)
-    )
-
-
-def _offer_tool(tool: Tool) -> OfferedTool:
-    function = tool.function
-    return OfferedTool(function.name, function.description, function.parameters, function.strict)
-
-
-def _template_turn(message: ChatMessage) -> Turn:
-    calls = [
-        PastCall(call.id, call.function.name, call.function.arguments) for call in message.tool_calls or ()
-    ]
-    return make_turn(
-        message.role,
-        message.text,
-        calls,
-        name=message.name,
-        reasoning_content=message.reasoning_content or message.reasoning or None,
-        tool_call_id=message.tool_call_id,
     )

@@ -120,18 +120,6 @@ class FunctionSpec(StrictModel):
     parameters: WritableObject | None = None
     strict: bool | None = None
 
-    @property
-    def template_form(self) -> dict[str, Any]:
-        """The function as a template gets it: the fields that were given, and no others."""
-        fields = {
-            "name": self.name,
-            "description": self.description,
-            "parameters": self.parameters,
-            "strict": self.strict,
-        }
-        given = {name: value for name, value in fields.items() if value is not None}
-        return {"type": "function", "function": given}
-
 
 class Tool(StrictModel):
     type: Literal["function"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 
@@ -22,7 +23,7 @@ class CallDelta:
     arguments: str
 
 
-class CallReader:
+class CallReader(ABC):
     """Reads one call from its first character on.
 
     `name` is set once it is known, `arguments` are pieces that were not taken yet. `failed`: it is no call of
@@ -34,9 +35,9 @@ class CallReader:
         self.failed = False
         self.arguments: list[str] = []
 
+    @abstractmethod
     def push_text(self, text: str) -> str | None:
         """The text behind the call; None while the call goes on."""
-        raise NotImplementedError
 
     def take_arguments(self) -> str:
         """The part of the arguments that was not taken before."""

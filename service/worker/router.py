@@ -13,10 +13,11 @@ from dataclasses import fields, replace
 
 from ..core.adapter import Adapter, Digest, Placement, Tier
 from ..core.base_info import BaseInfo
+from ..core.capacity import CPU_SHARE
 from ..core.messages import Gauges, Load
 from ..core.request import Request
 from ..exit_codes import ExitCode
-from ..limits import usable_processors
+from ..limits import free_memory, usable_processors
 from ..settings import Settings
 from .client import FACTORY, WorkerClient
 from .supervisor import WorkerState
@@ -24,12 +25,12 @@ from .ticket import Ticket
 
 # Requests that may wait on the device that holds their adapter before it is loaded on another one
 LOADING = 8
-# The state of the whole is the first of these that a worker is in
+# The state of the whole is the first of these that a worker is in; none loads but before it was ready once
 STATES = (
+    WorkerState.LOADING,
     WorkerState.READY,
     WorkerState.DRAINING,
     WorkerState.RESTARTING,
-    WorkerState.LOADING,
     WorkerState.FAILED,
 )
 TIERS = (Tier.DEVICE, Tier.HOST, Tier.DISK)
@@ -202,11 +203,21 @@ class DeviceRouter:
 
 
 def divide_settings(settings: Settings) -> list[Settings]:
-    """Each device's own: they share the host's memory for adapters, and those on the CPU its threads."""
-    devices = settings.devices
-    threads = (settings.threads or usable_processors()) // max(1, devices.count("cpu"))
-    shared = {"host_cache_mb": max(1, settings.host_cache_mb // len(devices)), "threads": max(1, threads)}
-    return [settings.model_copy(update=shared | {"device": device}) for device in devices]
+    """Each device's own: they share the host's memory for adapters, and those on the CPU its threads and
+    its memory for KV, too.
+    """
+    devices, free = settings.devices, free_memory()
+    free_mb = free.memory // 10**6 if free else None
+    cache_mb = settings.host_cache_mb if free_mb is None else min(settings.host_cache_mb, free_mb // 2)
+    every = {"host_cache_mb": max(1, cache_mb // len(devices))}
+    on_cpu = {"threads": max(1, (settings.threads or usable_processors()) // max(1, devices.count("cpu")))}
+    if settings.kv_mb is None and free_mb is not None:
+        on_cpu["kv_mb"] = max(1, int(free_mb * CPU_SHARE) // max(1, devices.count("cpu")))
+    own = [every | (on_cpu if device == "cpu" else {}) for device in devices]
+    return [
+        settings.model_copy(update=each | {"device": device})
+        for each, device in zip(own, devices, strict=True)
+    ]
 
 
 def name_devices(devices: Sequence[str]) -> list[str]:

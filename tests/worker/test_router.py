@@ -16,6 +16,7 @@ from service.core.adapter import Digest, Tier
 from service.core.request import UNNUMBERED, Finish, Request
 from service.errors import NotReady, SettingsError
 from service.exit_codes import ExitCode
+from service.limits import FreeMemory
 from service.settings import Settings, read_settings
 from service.telemetry import metrics
 from service.worker import router
@@ -168,9 +169,15 @@ async def test_a_base_that_no_device_can_serve_is_told_once_as_one_device_tells_
     await engine.stop_worker(0)
 
 
-def test_memory_and_threads_are_divided() -> None:
-    own = divide_settings(Settings(device="cpu,cpu", host_cache_mb=1000, threads=4))
-    assert [(one.device, one.host_cache_mb, one.threads) for one in own] == [("cpu", 500, 2)] * 2
+@pytest.mark.parametrize(("free_gb", "cache"), [(8, 500), (1, 250)])
+def test_memory_and_threads_are_divided(monkeypatch: pytest.MonkeyPatch, free_gb: int, cache: int) -> None:
+    """What is free counts once, though each worker sees all of it."""
+    monkeypatch.setattr(router, "free_memory", lambda: FreeMemory(free_gb * 10**9, 0, "the test"))
+    on_cpu = divide_settings(Settings(device="cpu,cpu", host_cache_mb=1000, threads=4))
+    sizes = [(own.device, own.host_cache_mb, own.threads, own.kv_mb) for own in on_cpu]
+    assert sizes == [("cpu", cache, 2, 125 * free_gb)] * 2
+    on_gpus = divide_settings(Settings(device="cuda:0,cuda:1", host_cache_mb=1000, threads=4))
+    assert [(own.host_cache_mb, own.threads, own.kv_mb) for own in on_gpus] == [(cache, 4, None)] * 2
 
 
 def test_devices_have_names_of_their_own() -> None:

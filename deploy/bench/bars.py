@@ -100,7 +100,7 @@ def time_kinds(words: int, tokens: int) -> dict[str, float]:
     folder = OUT / "adapters-16-rank-16"
     make(folder, 16)
     with started(settings(folder, 256), OUT / "kinds.log") as server:
-        return asyncio.run(request_kinds.compare_kinds(server, words, tokens, 7))
+        return asyncio.run(request_kinds.compare_kinds(server, words, tokens, REPEATS))
 
 
 def kinds() -> dict[str, float]:

@@ -4,6 +4,8 @@ by id, chat.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from huggingface_hub import AsyncInferenceClient, InferenceClient
 from huggingface_hub.errors import UnknownError
@@ -49,8 +51,8 @@ def test_streams(client: InferenceClient) -> None:
 
 
 def test_a_schema(client: InferenceClient) -> None:
-    schema = {"type": "json", "value": Order.model_json_schema()}
-    text = client.text_generation(orders.TASK.sample, adapter_id="orders", grammar=schema, max_new_tokens=96)  # type: ignore[call-overload]
+    schema: Any = {"type": "json", "value": Order.model_json_schema()}
+    text = client.text_generation(orders.TASK.sample, adapter_id="orders", grammar=schema, max_new_tokens=96)
     assert Order.model_validate_json(text) == Order.model_validate_json(ORDER)
 
 

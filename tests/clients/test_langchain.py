@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 from langchain_openai import ChatOpenAI, OpenAI
 from pydantic import SecretStr
@@ -34,8 +36,8 @@ def test_completions(demo: Demo) -> None:
 
 
 @pytest.mark.parametrize("method", ["json_schema", "function_calling"])
-def test_structured_output(demo: Demo, method: str) -> None:
-    model = chat(demo, "caller").with_structured_output(Order, method=method)  # type: ignore[arg-type]
+def test_structured_output(demo: Demo, method: Literal["json_schema", "function_calling"]) -> None:
+    model = chat(demo, "caller").with_structured_output(Order, method=method)
     answer = model.invoke(SPOKEN_ORDER)
     assert isinstance(answer, Order)
     assert (answer.quantity, answer.city) == (7, Order.model_validate_json(ORDER).city)

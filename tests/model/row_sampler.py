@@ -197,9 +197,9 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
 def _keep_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     """Keeps the fewest best tokens whose mass reaches top_p; always the best one."""
     total = probabilities.sum()
-    best = probabilities.topk(min(NUCLEUS, probabilities.shape[0]))
+    best: Any = probabilities.topk(min(NUCLEUS, probabilities.shape[0]))
     if best.values.sum() < top_p * total:
-        best = probabilities.sort(descending=True, stable=True)  # type: ignore[assignment]
+        best = probabilities.sort(descending=True, stable=True)
     before = best.values.cumsum(-1) - best.values
     # A mass that is 0 in float32 still has the best one
     kept = best.indices[: max(1, int((before < top_p * total).sum()))]

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -241,13 +241,17 @@ def zipped(members: dict[str, bytes]) -> bytes:
     return out.getvalue()
 
 
+Packing = Literal["w:", "w:gz", "w:bz2", "w:xz"]
+PACKINGS: tuple[Packing, ...] = ("w:", "w:gz", "w:bz2", "w:xz")
+
+
 def tarred(
     members: dict[str, bytes],
-    mode: str = "w:gz",
+    mode: Packing = "w:gz",
     change: Callable[[tarfile.TarInfo], None] = lambda info: None,
 ) -> bytes:
     out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode=mode) as file:  # type: ignore[call-overload]
+    with tarfile.open(fileobj=out, mode=mode) as file:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
             info.size = len(content)
@@ -260,9 +264,7 @@ def content(folder: Path, prefix: str = "") -> dict[str, bytes]:
     return {prefix + name: (folder / name).read_bytes() for name in (CONFIG, WEIGHTS)}
 
 
-@pytest.mark.parametrize(
-    "pack", [zipped, *(partial(tarred, mode=mode) for mode in ("w", "w:gz", "w:bz2", "w:xz"))]
-)
+@pytest.mark.parametrize("pack", [zipped, *(partial(tarred, mode=mode) for mode in PACKINGS)])
 @pytest.mark.parametrize("prefix", ["", "checkpoint-20/", "./"])
 async def test_an_archive_gives_the_two_files_and_nothing_else(
     store: Store, plain: Path, pack: Callable[[dict[str, bytes]], bytes], prefix: str

@@ -110,6 +110,7 @@ class Settings(BaseModel):
     metrics_open: Literal["off", "on"] = "off"
     lora_requests_info: Literal["off", "on"] = "off"
     compile: Literal["off", "auto", "on"] = "auto"
+    kernels: Literal["auto", "avx2", "avx512", "avx512_bf16"] = "auto"
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     faults: Faults = Faults()

@@ -164,13 +164,13 @@ def _keep_nucleus(candidates: Candidates, top_p: Tensor, width: int | None) -> C
         is_kept, is_whole = _find_best(probabilities, probabilities, mass, width)
         return Candidates(probabilities * is_kept, among, is_whole & was_whole)
     if among is None:
-        best = probabilities.topk(min(width, probabilities.shape[-1]))
+        ordered, places = probabilities.topk(min(width, probabilities.shape[-1]))
     else:  # few, so that of equal ones the lowest tokens can come first
-        best = probabilities.sort(dim=-1, descending=True, stable=True)
-    is_kept = torch.arange(best.values.shape[-1], device=mass.device) < _count_tokens(best.values, mass)
-    places, order = best.indices.sort(-1)
-    kept = (best.values * is_kept).gather(-1, order)
-    is_whole = (best.values.sum(-1, keepdim=True) >= mass) & was_whole
+        ordered, places = probabilities.sort(dim=-1, descending=True, stable=True)
+    is_kept = torch.arange(ordered.shape[-1], device=mass.device) < _count_tokens(ordered, mass)
+    places, order = places.sort(-1)
+    kept = (ordered * is_kept).gather(-1, order)
+    is_whole = (ordered.sum(-1, keepdim=True) >= mass) & was_whole
     return Candidates(kept, places if among is None else among.gather(-1, places), is_whole)
 
 

@@ -164,13 +164,13 @@ def test_the_gate_of_one_that_is_gone_is_not_left_for_the_next() -> None:
 
 
 def nf4_layer(n_in: int, n_out: int, bias: bool = False) -> torch.nn.Module:
-    layer = Linear4bit(n_in, n_out, bias=bias, compute_dtype=BF16, quant_type="nf4")
+    layer: torch.nn.Module = Linear4bit(n_in, n_out, bias=bias, compute_dtype=BF16, quant_type="nf4")
     layer.weight = Params4bit(made(n_out, n_in), requires_grad=False, quant_type="nf4").to("cpu")
     return layer.to(BF16).eval()
 
 
 def int8_layer(n_in: int, n_out: int, bias: bool = False) -> torch.nn.Module:
-    layer = Linear8bitLt(n_in, n_out, bias=bias, has_fp16_weights=False)
+    layer: torch.nn.Module = Linear8bitLt(n_in, n_out, bias=bias, has_fp16_weights=False)
     layer.weight = Int8Params(made(n_out, n_in), requires_grad=False).to("cpu")
     return layer.eval()
 

@@ -114,6 +114,9 @@ class FakeRegistry:
 
     # ---- using and looking
 
+    async def resolve_adapter(self, id: str) -> None:
+        return None
+
     @contextmanager
     def lease_adapter(self, id: str) -> Iterator[AdapterVersion]:
         card = self.card_of(id)

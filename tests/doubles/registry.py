@@ -180,7 +180,7 @@ def check_source(source: str) -> None:
 def make_version(id: str, digest: str, folder: Path, files: Manifest = ()) -> AdapterVersion:
     """A version of this content; one of an id with a slash came from the hub."""
     # Here, for it imports the hub's client
-    from service.catalog.sources.store import SourceLocation
+    from service.catalog.sources.base import SourceLocation
     from service.catalog.validator.messages import ValidatedAdapter
     from service.catalog.versions import AdapterVersion
 

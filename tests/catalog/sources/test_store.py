@@ -21,8 +21,9 @@ from typing import Any, Literal
 import pytest
 
 from service.catalog.sources import store as store_module
+from service.catalog.sources.base import SourceLocation
 from service.catalog.sources.hub import Hub
-from service.catalog.sources.store import SourceLocation, Store, upload_source
+from service.catalog.sources.store import Store, upload_source
 from service.catalog.validator.header import CONFIG, WEIGHTS
 from service.core.manifest import compute_digest, read_manifest
 from service.errors import (

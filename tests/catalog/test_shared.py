@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from service import durable
+from service import durable, file_lock
 from service.catalog import turns
 from service.catalog.registry import Registry
 from service.catalog.startup import ABANDONED_S
@@ -96,7 +96,7 @@ async def test_of_two_contents_for_one_id_one_is_registered(stocked: RegistryFix
     async with two_services(stocked) as (one, two):
         for i in range(5):
             tries = (one.register_adapter(f"a{i}", PLAIN), two.register_adapter(f"a{i}", OTHER))
-            results: list[Any] = await asyncio.gather(*tries, return_exceptions=True)
+            results: list[Any] = list(await asyncio.gather(*tries, return_exceptions=True))
             assert sorted(isinstance(result, Conflict) for result in results) == [False, True]
             ((card, created),) = [result for result in results if not isinstance(result, Conflict)]
             assert created
@@ -236,7 +236,7 @@ async def test_where_nothing_can_be_locked_a_change_is_refused(
         def refuse(*given: object) -> bool:
             raise OSError(37, "No locks available")
 
-        monkeypatch.setattr(turns.file_lock, "try_lock", refuse)
+        monkeypatch.setattr(file_lock, "try_lock", refuse)
         with pytest.raises(StorageFull, match="No locks available"):
             await registry.register_adapter("a", PLAIN)
         assert told(registry) == {}

@@ -6,7 +6,7 @@ not know where the files go.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 from ...core.manifest import is_manifest_name
@@ -39,7 +39,7 @@ class StoreFolder:
     def __init__(self, store: Any, path: str) -> None:
         self.store, self.path = store, path
 
-    def open_files(self) -> Iterator[RemoteFile]:
+    def open_files(self) -> Generator[RemoteFile, None, None]:
         """Each file of the manifest that is there, to be read before the next.
 
         Raises what the file system's library raises.

@@ -5,7 +5,8 @@ that may wait. Must not know how they are fetched or what they mean.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from pathlib import Path
 from typing import IO, NamedTuple, Protocol
 
@@ -29,7 +30,7 @@ class RemoteFile(NamedTuple):
 class RemoteFolder(Protocol):
     """Files elsewhere, each to be read before the next is asked for."""
 
-    def open_files(self) -> Iterator[RemoteFile]: ...
+    def open_files(self) -> Generator[RemoteFile, None, None]: ...
 
 
 class Download:
@@ -42,9 +43,10 @@ class Download:
 
     def fetch_files(self, remote: RemoteFolder) -> None:
         """Raises AdapterInvalid, PayloadTooLarge, and what the remote folder raises."""
-        for file in remote.open_files():
-            self._check_size(file.name, file.size or 0)
-            self._fetch_file(file)
+        with closing(remote.open_files()) as files:
+            for file in files:
+                self._check_size(file.name, file.size or 0)
+                self._fetch_file(file)
         missing = [name for name in (CONFIG, WEIGHTS) if not (self.folder / name).exists()]
         if len(missing) == 2:
             raise SourceMissing([f"{self.name}: no adapter lies there"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager, suppress
 from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
 from typing import IO, cast
@@ -36,7 +36,7 @@ class WebFolder:
     def __init__(self, url: SourceUrl, addresses: list[str], allows: Callable[[SourceUrl], bool]) -> None:
         self.url, self.addresses, self.allows = url, addresses, allows
 
-    def open_files(self) -> Iterator[RemoteFile]:
+    def open_files(self) -> Generator[RemoteFile, None, None]:
         """Each file of the manifest that is there, to be read before the next.
 
         Raises AdapterInvalid, OSError, HTTPException.
@@ -56,11 +56,11 @@ class WebFolder:
         for _ in range(HOPS):
             with closing(self._connect()) as connection, _limit_time(connection.sock):
                 connection.request("GET", f"/{url.path}", headers={"user-agent": "adapterd"})
-                answer = connection.getresponse()
-                if answer.status not in MOVED:
-                    yield answer
-                    return
-                url = self._follow(url, answer.getheader("location", ""))
+                with connection.getresponse() as answer:
+                    if answer.status not in MOVED:
+                        yield answer
+                        return
+                    url = self._follow(url, answer.getheader("location", ""))
         raise AdapterInvalid([f"{self.url}: redirected again and again"])
 
     def _follow(self, url: SourceUrl, location: str) -> SourceUrl:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -17,6 +16,7 @@ from ...core.adapter import Digest
 from ...core.manifest import CONFIG, list_names
 from ...errors import AdapterInvalid, BadRequest, Forbidden, SourceMissing
 from ...source_urls import is_url
+from ...threads import Threads
 
 UPLOADS, DOWNLOADS = ".uploads", ".downloads"  # folders beside the registrations
 HUB = "hub:"  # how the names of its content begin
@@ -92,7 +92,7 @@ class Source(Protocol):
     """A place that adapters come from; `threads` are those that `find_files` may hold."""
 
     @property
-    def threads(self) -> ThreadPoolExecutor: ...
+    def threads(self) -> Threads: ...
 
     def takes(self, source: str) -> bool:
         """Whether a source of this name is this place's to find, or to refuse."""

@@ -25,6 +25,8 @@ NAMES = (CONFIG, WEIGHTS, *TEXT_FILES, "vocab.json", "vocab.txt")
 ABSENT = (404, 410)
 MOVED = (301, 302, 303, 307, 308)
 HOPS = 3
+HEADERS = {"user-agent": "adapterd", "connection": "close"}
+PAGE = 1 << 16  # bytes of an error page
 WAIT_S = 20  # for a connection, and for each piece
 
 
@@ -44,6 +46,7 @@ class WebFolder:
         for name in NAMES:
             with self._ask(self.url.join(name)) as answer:
                 if answer.status in ABSENT:
+                    answer.read(PAGE)  # else the server sees its connection broken
                     continue
                 if answer.status != 200:
                     raise AdapterInvalid([f"{self.url}: {name} was answered with {answer.status}"])
@@ -55,7 +58,7 @@ class WebFolder:
     def _ask(self, url: SourceUrl) -> Iterator[HTTPResponse]:
         for _ in range(HOPS):
             with closing(self._connect()) as connection, _limit_time(connection.sock):
-                connection.request("GET", f"/{url.path}", headers={"user-agent": "adapterd"})
+                connection.request("GET", f"/{url.path}", headers=HEADERS)
                 with connection.getresponse() as answer:
                     if answer.status not in MOVED:
                         yield answer

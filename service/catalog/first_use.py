@@ -11,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable
 from weakref import WeakValueDictionary
 
-from ..errors import AdapterInvalid, BadRequest, Conflict, Forbidden
+from ..errors import AdapterInvalid, BadRequest, Conflict, Forbidden, NotReady, StorageFull
 
 log = logging.getLogger("adapterd.adapters")
 
@@ -36,7 +36,7 @@ class FirstUse:
         """Registers the folder, if there is one; an unknown name stays unknown.
 
         Raises AdapterInvalid where it holds nothing that can be served, also for a minute after that was
-        found; Overloaded, NotReady, StorageFull.
+        found; Overloaded, NotReady, also where the disk is full.
         """
         lock = self._turns.setdefault(name, asyncio.Lock())
         async with lock:
@@ -59,6 +59,10 @@ class FirstUse:
         except AdapterInvalid as error:
             self._remember(name, error)
             raise
+        except StorageFull as error:
+            raise NotReady(
+                f"the folder {name} is not registered yet: {error.message}", retry_after=2
+            ) from None
         except VAIN as error:
             log.warning("the folder %s is not registered: %s", name, error.message)
             self._remember(name, None)

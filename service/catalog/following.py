@@ -5,6 +5,7 @@ Runs in the API process; must not know files of adapters or how a change is made
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,9 @@ from .state_file import Record, StateFile
 from .turns import FileVersion, read_version
 from .versions import RegisteredAdapter
 
+AGAIN_S = 5.0  # until an adapter that could not be read is tried again
+TRIES = 12  # a network share may say for a minute that what is new is not there
+
 
 class Follower:
     """`records` are the registrations as this service has taken them over or written them itself."""
@@ -28,11 +32,12 @@ class Follower:
         self._folder, self._state_file, self._table = folder, state_file, table
         self._make_startup = make_startup
         self._seen: FileVersion | None = None
+        self._again: dict[str, tuple[float, int]] = {}  # when, and how many tries are left
         self.records: dict[str, Record] = {}
 
     async def is_behind(self) -> bool:
-        """Whether the file is another than was taken over. Raises OSError."""
-        return await run_in(DISK, read_version, self._folder) != self._seen
+        """Whether the file is another than was taken over, or part of it could not be. Raises OSError."""
+        return bool(self._list_due()) or await run_in(DISK, read_version, self._folder) != self._seen
 
     async def follow_changes(self) -> None:
         """Takes over what is new, one record after the other; where it is interrupted, the next call goes on.
@@ -40,12 +45,12 @@ class Follower:
         Raises OSError, NotReady where a newer service has written the file.
         """
         version = await run_in(DISK, read_version, self._folder)
-        if version == self._seen:
+        if version == self._seen and not self._list_due():
             return
         try:
             await run_in(DISK, self._state_file.read_file)
-        except SettingsError as error:
-            raise NotReady(f"the registrations are a newer service's: {error}") from None
+        except SettingsError:  # it names the folder
+            raise NotReady("a newer version of the service has written the registrations") from None
         startup = self._make_startup()
         for id, record in self._find_changes().items():
             await self._take_over(startup, id, record)
@@ -73,17 +78,25 @@ class Follower:
         """What has been added, changed or, as None, removed."""
         now = self._state_file.records
         ids = dict.fromkeys((*self.records, *now))
-        return {id: now.get(id) for id in ids if now.get(id) != self.records.get(id)}
+        changed = [id for id in ids if now.get(id) != self.records.get(id)]
+        return {id: now.get(id) for id in dict.fromkeys((*changed, *self._list_due()))}
+
+    def _list_due(self) -> list[str]:
+        return [id for id, (due, _) in self._again.items() if due <= time.monotonic()]
 
     async def _take_over(self, startup: Startup, id: str, record: Record | None) -> None:
         held = self._table.current.get(id)
+        _, tries = self._again.pop(id, (0.0, TRIES))
         if record is None:
             self._replace(held, None)
             metrics.adapter_removed(id)
             self.records.pop(id, None)
             return
         if held is None or held.digest != record.digest:
-            self._replace(held, await startup.restore_record(id, record))
+            entry = await startup.restore_record(id, record)
+            self._replace(held, entry)
+            if tries and (entry is None or entry.version.validated is None):
+                self._again[id] = time.monotonic() + AGAIN_S, tries - 1
         elif held.pinned != record.pinned:
             self._table.pin_adapter(held, record.pinned)
         self.records[id] = record

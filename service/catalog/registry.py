@@ -316,7 +316,7 @@ class Registry:
         """Registers the folder of this name, if ADAPTERD_RESOLVE is on and nothing is registered under it.
 
         An unknown name stays unknown. Raises AdapterInvalid for a folder that cannot be served; Overloaded,
-        NotReady, StorageFull.
+        NotReady.
         """
         if self._settings.resolve == "on" and id not in self._table.current and ids.is_valid(id):
             await self._first_use.register_folder(id)
@@ -501,6 +501,7 @@ class Registry:
             if durable.why_unwritable(self._settings.state):
                 raise Forbidden("this service may only read the registrations: ask one that may change them")
             try:
+                await self._follower.follow_changes()  # what takes long, in nobody's turn
                 async with take_turn(self._settings.state):
                     await self._follower.follow_changes()
                     return await change()

@@ -15,7 +15,15 @@ import pytest
 from service.catalog import first_use
 from service.catalog.first_use import FirstUse
 from service.catalog.registry import Registry
-from service.errors import AdapterInvalid, AdapterNotFound, AdapterUnsupported, Forbidden, Overloaded
+from service.errors import (
+    AdapterInvalid,
+    AdapterNotFound,
+    AdapterUnsupported,
+    Forbidden,
+    NotReady,
+    Overloaded,
+    StorageFull,
+)
 
 from .conftest import InProcessValidator, RegistryFixture
 
@@ -172,3 +180,13 @@ async def test_a_broken_folder_is_told_and_not_listed(catalog: RegistryFixture, 
         assert registry.list_cards() == []
         known: Any = registry._validator
         assert len(known.reads) <= 1
+
+
+async def test_a_full_disk_is_no_verdict(clock: list[float]) -> None:
+    folders = Folders("a")
+    folders.error = StorageFull("the change cannot be kept: No space left on device")
+    with pytest.raises(NotReady, match=r"not registered yet: .* No space left"):
+        await folders.first_use.register_folder("a")
+    folders.error = None
+    await folders.first_use.register_folder("a")
+    assert folders.registered == {"a"}

@@ -18,11 +18,19 @@ from typing import Any
 import pytest
 
 from service import durable, file_lock
-from service.catalog import turns
+from service.catalog import following, turns
 from service.catalog.registry import Registry
 from service.catalog.startup import ABANDONED_S
 from service.catalog.state_file import STATE_FILE
-from service.errors import AdapterNotFound, Conflict, DirectoryHeld, Forbidden, NotReady, StorageFull
+from service.errors import (
+    AdapterNotFound,
+    Conflict,
+    DirectoryHeld,
+    Forbidden,
+    NotReady,
+    SourceMissing,
+    StorageFull,
+)
 
 from .conftest import RegistryFixture
 from .test_registry import device, parts, settle
@@ -255,3 +263,28 @@ async def test_a_file_of_a_newer_version_is_told_once_and_not_written_over(
         assert len([line for line in caplog.messages if "cannot be followed" in line]) == 1
         assert (stocked.root / STATE_FILE).read_text() == newer
         assert told(registry).keys() == {"a"}
+
+
+async def test_what_a_network_share_shows_late_is_tried_again(
+    stocked: RegistryFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other service's folder is there, and this one's machine does not see it yet."""
+    monkeypatch.setattr(following, "AGAIN_S", 0.3)
+    async with two_services(stocked) as (one, two):
+        find = two._store.find_source
+        late = {"until": time.monotonic() + 1}
+
+        async def see_late(source: str, *given: Any, **named: Any) -> Any:
+            if time.monotonic() < late["until"]:
+                raise SourceMissing([f"source {source!r}: there is no such folder"])
+            return await find(source, *given, **named)
+
+        monkeypatch.setattr(two._store, "find_source", see_late)
+        card, _ = await one.register_adapter("a", PLAIN)
+        while "a" not in told(two):  # noqa: ASYNC110 - a file has no event
+            await asyncio.sleep(0.01)
+        assert two.card_of("a")["state"] == "failed"
+        late["until"] = time.monotonic()
+        await until_same(one, two)
+        assert two.card_of("a")["digest"] == card["digest"]
+        assert not two._follower._again

@@ -8,14 +8,21 @@ import errno
 import logging
 import os
 import socket
+import ssl
+import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import fsspec
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
 
 from service.catalog.sources import remote, web
 from service.catalog.sources.base import SourceLocation
@@ -35,8 +42,6 @@ from service.errors import (
     StorageFull,
 )
 
-from ...loopback import listening
-
 pytestmark = pytest.mark.anyio
 LIMIT = 1_000_000
 FILES = ("chat_template.jinja", "tokenizer.json", "vocab.txt", "vocab.json")
@@ -44,6 +49,8 @@ FILES = ("chat_template.jinja", "tokenizer.json", "vocab.txt", "vocab.json")
 
 class Site:
     """Files of a web server by path, and how it answers for some of them."""
+
+    server: ThreadingHTTPServer
 
     def __init__(self) -> None:
         self.url = ""
@@ -93,9 +100,13 @@ def site() -> Iterator[Site]:
         def log_message(self, format: str, *arguments: object) -> None:
             return None
 
-    with listening(Handler) as url:
-        one.url = url
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as one.server:
+        thread = threading.Thread(target=one.server.serve_forever, args=(0.01,))
+        thread.start()
+        one.url = f"http://127.0.0.1:{one.server.server_port}"
         yield one
+        one.server.shutdown()
+        thread.join()
 
 
 @pytest.fixture
@@ -299,6 +310,53 @@ async def test_https_is_never_spoken_in_the_clear(site: Site, tmp_path: Path) ->
     url = f"https://127.0.0.1:{port}"
     with pytest.raises(AdapterInvalid, match=r"cannot be fetched: SSLError$"):
         await store(tmp_path, url).find_source(f"{url}/one")
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A certificate for files.example.com that it has signed itself, with its key."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "files.example.com")])
+    now = datetime.now(UTC)
+    signed = (
+        x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("files.example.com")]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    encoding = serialization.Encoding.PEM
+    form, none = serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    path = tmp_path / "certificate.pem"
+    path.write_bytes(key.private_bytes(encoding, form, none) + signed.public_bytes(encoding))
+    return path
+
+
+async def test_https_asks_the_checked_address_and_believes_the_name_alone(
+    site: Site, tmp_path: Path, plain: Path, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site.put(plain, "/team/one")
+    own = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    own.load_cert_chain(certificate)
+    site.server.socket = own.wrap_socket(site.server.socket, server_side=True)
+    port = site.server.server_port
+    names = {"files.example.com": "127.0.0.1", "other.example.com": "127.0.0.1"}
+    resolve = socket.getaddrinfo
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *given, **named: resolve(names.get(host, host), *given, **named)
+    )
+    prefixes = [f"https://{host}:{port}/team" for host in (*names, "127.0.0.1")]
+    here = store(tmp_path, *prefixes)
+    refusal = r"cannot be fetched: SSLCertVerificationError$"
+    with pytest.raises(AdapterInvalid, match=refusal):
+        await here.find_source(f"{prefixes[0]}/one")
+    trusting = ssl.create_default_context(cafile=str(certificate))
+    monkeypatch.setattr(ssl, "create_default_context", lambda: trusting)
+    place = await here.find_source(f"{prefixes[0]}/one")
+    assert digest_of(place.folder) == digest_of(plain)
+    assert site.hosts == {f"files.example.com:{port}"}
+    with pytest.raises(AdapterInvalid, match=refusal):
+        await here.find_source(f"{prefixes[1]}/one")
 
 
 # ---- object stores

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace as changed
 from functools import partial
 from io import FileIO
@@ -114,8 +114,10 @@ class Registry:
             self._table.insert_adapter(entry)
         await run_in(DISK, self._cache.end_start)
         self._opened = True
-        with suppress(StorageFull, Forbidden):  # the log has it, and what is there was found or read
+        try:
             await self._in_turn(partial(self._write_opened, before))
+        except (StorageFull, Forbidden, NotReady) as error:  # what is there was found or read
+            log.info("what was found at start is not remembered: %s", error)
         if self._shared:
             self._watching = asyncio.create_task(self._watch_others())
 

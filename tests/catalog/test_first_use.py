@@ -5,6 +5,7 @@ where that was in vain.
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import time
 from pathlib import Path
@@ -190,3 +191,19 @@ async def test_a_full_disk_is_no_verdict(clock: list[float]) -> None:
     folders.error = None
     await folders.first_use.register_folder("a")
     assert folders.registered == {"a"}
+
+
+async def test_a_folder_that_may_not_be_looked_into_is_unknown(
+    catalog: RegistryFixture, plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with catalog.opened(resolve="on") as registry:
+        shutil.copytree(plain, catalog.root / "shut")
+        stat = os.stat
+
+        def refuse(path: Any, **named: Any) -> os.stat_result:
+            if "shut" in str(path):
+                raise PermissionError(13, "Permission denied")
+            return stat(path, **named)
+
+        monkeypatch.setattr(os, "stat", refuse)
+        assert not await resolve(registry, "shut")

@@ -288,3 +288,12 @@ async def test_what_a_network_share_shows_late_is_tried_again(
         await until_same(one, two)
         assert two.card_of("a")["digest"] == card["digest"]
         assert not two._follower._again
+
+
+async def test_a_service_starts_though_another_keeps_its_turn(
+    stocked: RegistryFixture, plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(plain, stocked.root / "found")
+    monkeypatch.setattr(turns, "LONGEST_S", 0.1)
+    async with turns.take_turn(stocked.root), stocked.opened(shared="on") as registry:
+        assert told(registry).keys() == {"found"}

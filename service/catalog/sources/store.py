@@ -81,7 +81,7 @@ class Store:
 
     def has_folder(self, name: str) -> bool:
         """Whether an adapter's folder of this name lies below the root; the name is a plain relative path."""
-        return (self.root / name / CONFIG).is_file()
+        return os.path.isfile(self.root / name / CONFIG)
 
     def list_folders(self) -> Iterator[str]:
         """Every folder below the root that holds an adapter's config, hidden ones aside, by

@@ -24,7 +24,7 @@ from .remote import LONGEST_S, RemoteFile
 NAMES = (CONFIG, WEIGHTS, *TEXT_FILES, "vocab.json", "vocab.txt")
 ABSENT = (404, 410)
 MOVED = (301, 302, 303, 307, 308)
-HOPS = 3
+HOPS = 3  # redirects that are followed
 HEADERS = {"user-agent": "adapterd", "connection": "close"}
 PAGE = 1 << 16  # bytes of an error page
 WAIT_S = 20  # for a connection, and for each piece
@@ -56,7 +56,7 @@ class WebFolder:
 
     @contextmanager
     def _ask(self, url: SourceUrl) -> Iterator[HTTPResponse]:
-        for _ in range(HOPS):
+        for _ in range(HOPS + 1):
             with closing(self._connect()) as connection, _limit_time(connection.sock):
                 connection.request("GET", f"/{url.path}", headers=HEADERS)
                 with connection.getresponse() as answer:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -237,6 +238,9 @@ async def test_a_redirect_leads_to_the_same_host_below_a_prefix_or_nowhere(
         with pytest.raises(AdapterInvalid, match="redirected to another place") as caught:
             await here.find_source(f"{site.url}/team/one")
         assert "hunter2" not in caught.value.message
+    steps = [f"/team/{name}/{CONFIG}" for name in ("one", "a", "b", "real")]
+    site.moved |= dict(pairwise(steps))
+    assert digest_of((await here.find_source(f"{site.url}/team/one")).folder) == digest_of(plain)
     site.moved[f"/team/one/{CONFIG}"] = f"/team/one/{CONFIG}"
     with pytest.raises(AdapterInvalid, match="again and again"):
         await here.find_source(f"{site.url}/team/one")

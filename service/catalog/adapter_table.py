@@ -77,7 +77,7 @@ class AdapterTable:
 
     def is_source_used(self, source: str) -> bool:
         """Whether anything, leased or named, lies in this source."""
-        return any(entry.version.place.source == source for entry in self._list_held())
+        return any(entry.version.place.stored == source for entry in self._list_held())
 
     def lock_for(self, name: str) -> asyncio.Lock:
         """One at a time for an id, and for a content."""

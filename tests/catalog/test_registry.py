@@ -22,7 +22,7 @@ import pytest
 
 from service import durable
 from service.catalog.registry import Registry
-from service.catalog.sources.store import SourceLocation
+from service.catalog.sources.base import SourceLocation
 from service.catalog.validator.messages import ValidatedAdapter
 from service.core.adapter import ExecutionPath, Tier
 from service.core.base_info import LayerLimit

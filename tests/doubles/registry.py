@@ -31,8 +31,9 @@ class FakeRegistry:
     """Cards by id. An adapter's folder is `root`/id: a lease is of what lies there, or of the card's digest
     where nothing does.
 
-    `ids` are registered from the start. `calls` are the registrations, uploads and the end that came,
-    `leased` the ids that are leased now. A source may be named after the error that it raises.
+    `ids` are registered from the start, `folders` once a request names them. `calls` are the registrations,
+    uploads and the end that came, `leased` the ids that are leased now. A source may be named after the error
+    that it raises.
     """
 
     base_id = "tiny"
@@ -42,6 +43,7 @@ class FakeRegistry:
         self.cards: dict[str, Json] = {}
         self.calls: list[tuple[Any, ...]] = []
         self.leased: list[str] = []
+        self.folders: set[str] = set()
         for id in ids:
             self.cards[id] = {"id": id, "digest": DIGEST, "source": id}
             metrics.adapter_registered(id)
@@ -114,6 +116,10 @@ class FakeRegistry:
 
     # ---- using and looking
 
+    async def resolve_adapter(self, id: str) -> None:
+        if id in self.folders:
+            self.cards.setdefault(id, {"id": id, "digest": DIGEST, "source": id})
+
     @contextmanager
     def lease_adapter(self, id: str) -> Iterator[AdapterVersion]:
         card = self.card_of(id)
@@ -177,7 +183,7 @@ def check_source(source: str) -> None:
 def make_version(id: str, digest: str, folder: Path, files: Manifest = ()) -> AdapterVersion:
     """A version of this content; one of an id with a slash came from the hub."""
     # Here, for it imports the hub's client
-    from service.catalog.sources.store import SourceLocation
+    from service.catalog.sources.base import SourceLocation
     from service.catalog.validator.messages import ValidatedAdapter
     from service.catalog.versions import AdapterVersion
 

@@ -121,7 +121,7 @@ class Admission:
         tokenizers = self.services.tokenizers
         if id is None:
             return tokenizers.base
-        get_scope(self.http_request).require_visible(id)
+        await self._resolve_adapter(id)
         version = self.resources.enter_context(self.services.registry.lease_adapter(id))
         self.version = version
         cached = tokenizers.find_cached(version.digest)
@@ -129,18 +129,22 @@ class Admission:
             return cached
         return await run_in(TEXT, tokenizers.tokenizer_of, version.digest, version.folder, version.files)
 
-    def enter_mix(self, weights: Sequence[tuple[str, float]]) -> AdapterTokenizer:
+    async def enter_mix(self, weights: Sequence[tuple[str, float]]) -> AdapterTokenizer:
         """Leases these adapters, by id and weight, until the request is over, and returns the base's
         tokenizer.
 
         Raises AdapterNotFound, AdapterUnsupported, BadRequest, NotReady.
         """
         tokenizer = self.services.tokenizers.base
-        scope = get_scope(self.http_request)
         for id, _ in weights:
-            scope.require_visible(id)
+            await self._resolve_adapter(id)
         self.mix = self.resources.enter_context(self.services.registry.lease_mix(weights))
         return tokenizer
+
+    async def _resolve_adapter(self, id: str) -> None:
+        """Raises AdapterNotFound for what the key may not know of, and as `Registry.resolve_adapter`."""
+        get_scope(self.http_request).require_visible(id)
+        await self.services.registry.resolve_adapter(id)
 
     def submit_prompt(
         self, tokenizer: AdapterTokenizer, prompt: tuple[int, ...], options: GenerationOptions

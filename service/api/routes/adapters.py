@@ -39,7 +39,9 @@ JsonDict = dict[str, Any]
 
 
 class Source(StrictModel):
-    source: str = Field(description="A folder relative to the adapters directory, or hub:org/name.")
+    source: str = Field(
+        description="A folder relative to the adapters directory, hub:org/name, or a URL that is allowed."
+    )
     subfolder: str | None = None
     revision: str | None = None
     pinned: bool = False
@@ -85,7 +87,7 @@ async def list_adapters(services: OpenRegistry, scope: VisibleAdapters) -> JsonD
 
 @changing.post("/adapters", status_code=201, responses=Changing | SAME)
 async def register_adapter(body: Registration, services: OpenRegistry) -> Response:
-    """Registers a folder, or content of the hub, under an id."""
+    """Registers a folder, or content of the hub or of an allowed URL, under an id."""
     card, created = await services.registry.register_adapter(**body.model_dump())
     return _registration_answer(card, created)
 

@@ -142,7 +142,7 @@ async def _admit_prompt(
 
 async def _enter_adapters(parameters: Parameters, admission: Admission) -> AdapterTokenizer:
     if parameters.weights:
-        return admission.enter_mix(parameters.weights)
+        return await admission.enter_mix(parameters.weights)
     is_base = parameters.adapter_id in admission.services.bases
     return await admission.enter_adapter(None if is_base else parameters.adapter_id)
 

@@ -20,6 +20,7 @@ from ..core.messages import Load
 from ..errors import AdapterInvalid, Conflict, NotReady, StorageFull
 from ..settings import Settings
 from ..telemetry import metrics
+from ..telemetry.audit import record_change
 from ..threads import DISK, run_in
 from . import architecture, facts, ids, summary, versions
 from . import summary_text as tables
@@ -29,7 +30,7 @@ from .norms import NormCache, group_by_layer
 from .ownership import claim_directory
 from .sources.hub import Hub
 from .sources.store import SourceLocation, Store, UploadedFile, delete_folder, upload_source
-from .startup import Startup, read_location
+from .startup import Startup, read_location, record_start
 from .state_file import STATE_FILE, Record, StateFile
 from .takeover import take_over_state
 from .validation_cache import ValidationCache
@@ -98,6 +99,7 @@ class Registry:
         self._deleted = set(self._state_file.deleted)
         async for entry in self._make_startup():
             self._table.insert_adapter(entry)
+        record_start(self._state_file.records, self._table.current)
         await run_in(DISK, self._cache.end_start)
         self._opened = True
         with suppress(StorageFull):  # the log has it, and what is there was found or read
@@ -248,6 +250,7 @@ class Registry:
         await self._write_state({id: None}, deleted=(id, entry.version.place.path))
         drained, ending = entry.in_flight, self._table.withdraw_adapter(entry)
         metrics.adapter_removed(id)
+        record_change("deleted", id, entry.digest, None)
         return entry, drained, ending
 
     async def pin_adapter(self, id: str, pinned: bool) -> Json:
@@ -261,7 +264,18 @@ class Registry:
         entry = self._table.find_usable(id)
         await self._write_state({id: changed(entry.to_record(), pinned=pinned)})
         self._table.pin_adapter(entry, pinned)
+        record_change("pinned" if pinned else "unpinned", id, entry.digest, entry.digest)
         return entry
+
+    def prefetch_adapters(self, wanted: Sequence[str]) -> list[Json]:
+        """Has the device read these ids' contents, and place them while there is room; where each is now.
+
+        Raises AdapterNotFound, AdapterInvalid for one that could not be read; then nothing was begun.
+        """
+        entries = [self._table.find_usable(id) for id in dict.fromkeys(wanted)]
+        for entry in entries:
+            self._table.preload_adapter(entry)
+        return [{"id": entry.version.id, "residency": self._table.tier_of(entry).value} for entry in entries]
 
     def note_load(self, load: Load) -> None:
         """Shows the result of a load on the device as the state of the adapters with this content."""
@@ -362,7 +376,10 @@ class Registry:
 
         async def remember(put_entry: Callable[[], None]) -> None:
             await self._write_state({id: entry.to_record()})
+            replaced = self._table.current.get(id)
             put_entry()
+            what = "replaced" if replaced else "registered"
+            record_change(what, id, replaced.digest if replaced else None, entry.digest)
 
         before = await self._table.replace_adapter(
             entry, adapter, preload, lambda put_entry: self._in_turn(partial(remember, put_entry))

@@ -84,6 +84,8 @@ class UsageFile:
         rows = [(*group, *astuple(counts)) for group, counts in batch.items()]
 
         def write(database: sqlite3.Connection) -> None:
+            if _read_version(database) == 0:
+                database.executescript(SCHEMA)
             database.executemany(ADD, rows)
             database.execute(PRUNE, [oldest])
 
@@ -95,6 +97,8 @@ class UsageFile:
             return {}
 
         def read(database: sqlite3.Connection) -> dict[Owner, UsageCounts]:
+            if _read_version(database) == 0:  # begun on a full disk
+                return {}
             rows = database.execute(READ, [since, until]).fetchall()
             return {(str(adapter), str(key)): UsageCounts(*counts) for adapter, key, *counts in rows}
 
@@ -121,18 +125,15 @@ class UsageFile:
     def _open(self) -> Iterator[sqlite3.Connection]:
         database = sqlite3.connect(self.path, timeout=BUSY_S)
         try:
-            self._prepare(database)
+            self._check(database)
             yield database
         finally:
             database.close()
 
-    def _prepare(self, database: sqlite3.Connection) -> None:
-        """Makes the table where there is none; the first time also looks for damage."""
-        (version,) = database.execute("PRAGMA user_version").fetchone()
-        if version > VERSION:
+    def _check(self, database: sqlite3.Connection) -> None:
+        """Refuses the file of a newer service; the first time also looks for damage."""
+        if _read_version(database) > VERSION:
             raise UsageNotKept(f"{self.path.name} was written by a newer adapterd")
-        if version == 0:
-            database.executescript(SCHEMA)
         if not self._checked:
             (found,) = database.execute("PRAGMA quick_check(1)").fetchone()
             if found != "ok":
@@ -150,6 +151,12 @@ class UsageFile:
 
 class _Damaged(sqlite3.DatabaseError):
     """The check has found damage."""
+
+
+def _read_version(database: sqlite3.Connection) -> int:
+    """The version of the table; 0 where there is none yet."""
+    (version,) = database.execute("PRAGMA user_version").fetchone()
+    return int(version)
 
 
 def _is_damage(error: sqlite3.Error) -> bool:

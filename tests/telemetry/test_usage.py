@@ -38,6 +38,16 @@ def test_counts_of_one_hour_adapter_and_key_add_up(tmp_path: Path) -> None:
     assert again.read_counts(6, 7) == {("a", "k"): ONE, ("b", "k"): ONE}
 
 
+def test_an_empty_file_is_no_damage_and_nothing_was_used(tmp_path: Path) -> None:
+    """SQLite makes one where it finds no room for more."""
+    (tmp_path / FILE).touch()
+    file = UsageFile(tmp_path / FILE)
+    assert file.read_counts(-EVER, EVER) == {}
+    assert file.path.stat().st_size == 0
+    file.add_counts({(5, "a", "k"): ONE}, oldest=0)
+    assert file.read_counts(-EVER, EVER) == {("a", "k"): ONE}
+
+
 def test_old_hours_are_forgotten(tmp_path: Path) -> None:
     file = UsageFile(tmp_path / FILE)
     for hour in (5, 6, 7):

@@ -436,7 +436,7 @@ def test_the_usage_page_says_what_each_adapter_has_used(live: str, open_page: Op
     expect(line.get_by_role("cell").nth(5)).to_have_text(f"{told['generated_tokens']:,}")
     page.get_by_label("By").select_option("key")
     expect(page.get_by_role("table", name="Usage").get_by_role("row")).to_have_count(2)
-    page.get_by_label("Over").select_option("ever")
+    page.get_by_label("Over the last").select_option("ever")
     expect(page.get_by_role("table", name="Usage").get_by_role("row")).to_have_count(2)
 
 

@@ -10,7 +10,7 @@ import { html, useState } from "../vendor/preact.js";
 const EVERY_MS = 5000;
 const HOUR_MS = 3600_000;
 const GROUPINGS = { "adapter,key": "adapter and key", adapter: "adapter", key: "key" };
-const SPANS = { day: "the last 24 hours", week: "the last 7 days", month: "the last 30 days", ever: "all 400 days" };
+const SPANS = { day: "24 hours", week: "7 days", month: "30 days", ever: "400 days" };
 const HOURS = { day: 24, week: 168, month: 720 };
 const NAMES = { adapter: "Adapter", key: "Key" };
 const NUMBERS = {
@@ -32,7 +32,7 @@ export function Usage() {
     <h1>Usage</h1>
     <div class="filters">
       <label>By <${Choice} of=${GROUPINGS} value=${by} onChange=${setBy} /></label>
-      <label>Over <${Choice} of=${SPANS} value=${span} onChange=${setSpan} /></label>
+      <label>Over the last <${Choice} of=${SPANS} value=${span} onChange=${setSpan} /></label>
     </div>
     ${found?.asked === asked ? html`<${Table} by=${by.split(",")} rows=${found.rows} />` : html`<${Loading} what="usage" />`}
   `;

@@ -24,7 +24,7 @@ from .api.middleware.body_limit import BodyLimit
 from .api.middleware.cors import CorsOrigins
 from .api.middleware.drain import DrainGate
 from .api.middleware.rate_limit import RateLimit
-from .api.routes import adapters, generate, messages, models, ops, responses, tokens
+from .api.routes import adapters, generate, messages, models, ops, responses, tokens, usage
 from .api.services import Services
 from .settings import Settings
 from .telemetry import metrics
@@ -47,6 +47,7 @@ ROUTERS = (
     tokens.router,
     adapters.reading,
     adapters.changing,
+    usage.router,
     ops.router,
 )
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
@@ -197,6 +198,7 @@ async def _close_services(services: Services) -> None:
     for outcome in await asyncio.gather(*closing, return_exceptions=True):
         if isinstance(outcome, BaseException):
             log.error("a room did not close", exc_info=outcome)
+    await services.usage.close()  # once all requests have ended
 
 
 async def _open_services(

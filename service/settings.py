@@ -108,6 +108,7 @@ class Settings(BaseModel):
     admin_keys: tuple[Key, ...] = Field(default=(), repr=False)
     key_rate: Annotated[float, Field(gt=0)] | None = None
     key_concurrency: Positive | None = None
+    key_tokens: Positive | None = None
     cors_origins: tuple[Annotated[str, Field(pattern=ORIGIN)], ...] = ()
     forwarded_allow_ips: tuple[Annotated[str, AfterValidator(_check_network)], ...] = ()
     metrics_adapters: Annotated[int, Field(ge=0)] = 200

@@ -47,6 +47,7 @@ class Engine:
         client.watch_loads(self.registry.note_load)
         self.app = create_app(settings, client, self.registry)
         self.rooms: Services = self.app.state.services
+        self.rooms.usage.keep_in(settings.state)
         most = max(1, settings.pool_rank // TYPICAL_RANK)
         self.place = serve.multiplexed(max_num_models_per_replica=most)(_itself)
         await run_in(DISK, self.registry.claim_state)

@@ -158,6 +158,12 @@ class AdapterTable:
         entry.pinned = pinned
         self.device.pin_adapter(entry.digest, self._is_pinned(entry.digest))
 
+    def preload_adapter(self, entry: RegisteredAdapter) -> None:
+        """Has the device read the content, and place it while there is room; waits for neither."""
+        adapter = entry.version.adapter
+        if adapter and self.tier_of(entry) is not Tier.DEVICE:
+            self.device.add_adapter(adapter, False, True)
+
     def cancel_endings(self) -> None:
         for task in self._ending:
             task.cancel()

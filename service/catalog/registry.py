@@ -21,6 +21,7 @@ from ..core.messages import Load
 from ..errors import AdapterdError, AdapterInvalid, Conflict, Forbidden, NotReady, StorageFull
 from ..settings import Settings
 from ..telemetry import metrics
+from ..telemetry.audit import record_change
 from ..threads import DISK, run_in
 from . import architecture, facts, fetches, ids, summary, versions
 from . import summary_text as tables
@@ -35,7 +36,7 @@ from .sources.hub import Hub
 from .sources.store import Store, UploadedFile, download_source, upload_source
 from .sources.stored import delete_folder
 from .sources.urls import Urls
-from .startup import Startup, read_location
+from .startup import Startup, read_location, record_start
 from .state_file import STATE_FILE, Record, StateFile
 from .takeover import take_over_state
 from .turns import take_turn
@@ -112,6 +113,7 @@ class Registry:
         await run_in(DISK, self._cache.read_file, base, self._settings.max_rank)
         async for entry in self._make_startup():
             self._table.insert_adapter(entry)
+        record_start(self._state_file.records, self._table.current)
         await run_in(DISK, self._cache.end_start)
         self._opened = True
         try:
@@ -267,6 +269,7 @@ class Registry:
         await self._write_state({id: None}, deleted=(id, entry.version.place.path))
         drained, ending = entry.in_flight, self._table.withdraw_adapter(entry)
         metrics.adapter_removed(id)
+        record_change("deleted", id, entry.digest, None)
         return entry, drained, ending
 
     async def pin_adapter(self, id: str, pinned: bool) -> Json:
@@ -280,7 +283,18 @@ class Registry:
         entry = self._table.find_usable(id)
         await self._write_state({id: changed(entry.to_record(), pinned=pinned)})
         self._table.pin_adapter(entry, pinned)
+        record_change("pinned" if pinned else "unpinned", id, entry.digest, entry.digest)
         return entry
+
+    def prefetch_adapters(self, wanted: Sequence[str]) -> list[Json]:
+        """Has the device read these ids' contents, and place them while there is room; where each is now.
+
+        Raises AdapterNotFound, AdapterInvalid for one that could not be read; then nothing was begun.
+        """
+        entries = [self._table.find_usable(id) for id in dict.fromkeys(wanted)]
+        for entry in entries:
+            self._table.preload_adapter(entry)
+        return [{"id": entry.version.id, "residency": self._table.tier_of(entry).value} for entry in entries]
 
     def note_load(self, load: Load) -> None:
         """Shows the result of a load on the device as the state of the adapters with this content."""
@@ -395,7 +409,10 @@ class Registry:
             if not replace:  # another service may have taken the id meanwhile
                 self._require_free(version)
             await self._write_state({id: entry.to_record()})
+            replaced = self._table.current.get(id)
             put_entry()
+            what = "replaced" if replaced else "registered"
+            record_change(what, id, replaced.digest if replaced else None, entry.digest)
 
         before = await self._table.replace_adapter(
             entry, adapter, preload, lambda put_entry: self._in_turn(partial(remember, put_entry))

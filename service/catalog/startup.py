@@ -6,11 +6,12 @@ Runs in the API process; must not know leases or the device.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import replace
 
 from ..core.manifest import Manifest, compute_digest
 from ..errors import AdapterdError, AdapterInvalid, Conflict
+from ..telemetry.audit import record_change
 from ..threads import DISK, run_in
 from . import ids, versions
 from .sources.base import SourceLocation
@@ -134,6 +135,16 @@ class Startup:
         registered_at = record.registered_at if record else versions.current_time()
         version = AdapterVersion(id, location, "", registered_at, None, reason)
         return RegisteredAdapter(version, record.pinned if record else False)
+
+
+def record_start(records: Mapping[str, Record], found: Mapping[str, RegisteredAdapter]) -> None:
+    """Audits what is not as it was registered: folders that came, have other content, or are gone."""
+    before = {id: record.digest for id, record in records.items()}
+    after = {id: entry.digest for id, entry in found.items() if entry.version.validated}
+    for id in sorted(before.keys() | after.keys()):
+        is_broken = id in found and id not in after
+        if not is_broken and before.get(id) != after.get(id):
+            record_change("found" if id in after else "gone", id, before.get(id), after.get(id))
 
 
 async def read_location(

@@ -14,6 +14,7 @@ from service.core.adapter import Adapter, ExecutionPath
 from service.core.manifest import CONFIG, WEIGHTS, Manifest, compute_digest, read_manifest
 from service.errors import AdapterInvalid, AdapterNotFound, Conflict, Forbidden, SourceMissing
 from service.telemetry import metrics
+from service.telemetry.audit import record_change
 
 if TYPE_CHECKING:
     from service.catalog.mixes import Mix
@@ -86,6 +87,8 @@ class FakeRegistry:
         if held and not replace:
             raise Conflict(f"{id} is taken by other content", param="id")
         self.cards[id] = {"id": id, "source": source, "digest": "sha256:" + source, "pinned": pinned}
+        what, before = ("replaced", held["digest"]) if held else ("registered", None)
+        record_change(what, id, before, self.cards[id]["digest"])
         return self.cards[id], held is None
 
     async def check_adapter(
@@ -113,6 +116,10 @@ class FakeRegistry:
     async def pin_adapter(self, id: str, pinned: bool) -> Json:
         self.card_of(id)["pinned"] = pinned
         return self.card_of(id)
+
+    def prefetch_adapters(self, wanted: Sequence[str]) -> list[Json]:
+        self.calls.append(("prefetch", list(wanted)))
+        return [{"id": self.card_of(id)["id"], "residency": "disk"} for id in wanted]
 
     # ---- using and looking
 

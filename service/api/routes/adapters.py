@@ -36,6 +36,7 @@ SAME: dict[int | str, dict[str, Any]] = {
     200: {"description": "this content is already registered under this id"}
 }
 JsonDict = dict[str, Any]
+MOST_PREFETCHED = 1000  # ids in a request
 
 
 class Source(StrictModel):
@@ -58,6 +59,10 @@ class Replacement(Source):
 
 class Change(StrictModel):
     pinned: bool
+
+
+class Prefetch(StrictModel):
+    ids: Annotated[list[str], Field(max_length=MOST_PREFETCHED)]
 
 
 class LoadLora(StrictModel):
@@ -100,6 +105,15 @@ async def check_adapter(body: Registration, services: OpenRegistry) -> JsonDict:
     """
     registration = body.model_dump(include={"id", "source", "subfolder", "revision", "preload"})
     return await services.registry.check_adapter(**registration)
+
+
+@changing.post("/adapters/prefetch", status_code=202, responses=Changing)
+async def prefetch_adapters(body: Prefetch, services: OpenRegistry) -> JsonDict:
+    """Has adapters read into host memory, and placed on the device while there is room; waits for neither.
+
+    Nothing that runs or is pinned leaves for them. The answer says where each is now.
+    """
+    return {"adapters": services.registry.prefetch_adapters(body.ids)}
 
 
 FILE = {"type": "string", "format": "binary"}

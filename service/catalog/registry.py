@@ -15,15 +15,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .. import durable
-from ..core.adapter import ExecutionPath
+from ..core.adapter import Digest, ExecutionPath
 from ..core.messages import Load
-from ..errors import AdapterInvalid, Conflict, NotReady, StorageFull
+from ..errors import AdapterInvalid, Conflict, NotFound, NotReady, StorageFull
 from ..settings import Settings
 from ..telemetry import metrics
 from ..threads import DISK, run_in
 from . import architecture, facts, ids, summary, versions
 from . import summary_text as tables
-from .adapter_table import AdapterTable, Device
+from .adapter_table import AdapterTable, Device, Kept, Replacement
+from .aliases import Alias, Aliases, AliasTarget, make_alias
 from .mixes import Mix, make_mix
 from .norms import NormCache, group_by_layer
 from .ownership import claim_directory
@@ -68,7 +69,9 @@ class Registry:
         self._state_file.check_version()
         self._cache = ValidationCache(settings.state)
         self._lock: FileIO | None = None
-        self._table = AdapterTable(device)
+        self._table = AdapterTable(device, settings.keep_versions)
+        self._aliases = Aliases()
+        self._purges: set[asyncio.Task[None]] = set()
         self._changing = asyncio.Lock()
         self._deleted: set[str] = set()
         self._validator = validator(settings.max_rank)
@@ -95,13 +98,18 @@ class Registry:
         await self._validator.start_on(Path(base.folder), base.limits)
         await run_in(DISK, self._state_file.read_file)
         await run_in(DISK, self._cache.read_file, base, self._settings.max_rank)
-        self._deleted = set(self._state_file.deleted)
-        async for entry in self._make_startup():
-            self._table.insert_adapter(entry)
+        self._take_over_names()
+        startup = self._make_startup()
+        async for entry in startup:
+            self._table.insert_adapter(entry, await startup.restore_kept(entry.version.id))
         await run_in(DISK, self._cache.end_start)
         self._opened = True
         with suppress(StorageFull):  # the log has it, and what is there was found or read
             await self._in_turn(self._write_state)
+
+    def _take_over_names(self) -> None:
+        self._deleted = set(self._state_file.deleted)
+        self._aliases.by_name = dict(self._state_file.aliases)
 
     def _make_startup(self) -> Startup:
         return Startup(self._store, self._state_file, self._validator, self._cache, self.base_id)
@@ -115,23 +123,26 @@ class Registry:
 
     async def _follow(self) -> None:
         await run_in(DISK, self._state_file.read_file)
-        self._deleted = set(self._state_file.deleted)
+        self._take_over_names()
         for id in self._table.current.keys() - self._state_file.records:
             self._table.withdraw_adapter(self._table.current[id])
             metrics.adapter_removed(id)
         startup = self._make_startup()
         for id, record in self._state_file.records.items():
             held = self._table.current.get(id)
-            if held is None or held.digest != record.digest:
-                self._replace_followed(held, await startup.restore_record(id, record))
+            if held is None or not self._table.has_versions(id, record):
+                entry, kept = await startup.restore_record(id, record), await startup.restore_kept(id)
+                self._replace_followed(held, entry, kept)
             elif held.pinned != record.pinned:
                 self._table.pin_adapter(held, record.pinned)
 
-    def _replace_followed(self, held: RegisteredAdapter | None, entry: RegisteredAdapter | None) -> None:
+    def _replace_followed(
+        self, held: RegisteredAdapter | None, entry: RegisteredAdapter | None, kept: Kept
+    ) -> None:
         if held is not None:
             self._table.withdraw_adapter(held)
         if entry is not None:
-            self._table.insert_adapter(entry)
+            self._table.insert_adapter(entry, kept)
 
     async def start_validator(self) -> None:
         """Starts the validator's process, before the base is there."""
@@ -140,6 +151,8 @@ class Registry:
     async def close(self) -> None:
         async with self._changing:  # the last change is kept and made before
             self._table.cancel_endings()
+        for purge in self._purges:
+            purge.cancel()
         await self._validator.close()
         if self._lock is not None:
             self._lock.close()
@@ -152,48 +165,60 @@ class Registry:
         source: str,
         subfolder: str | None = None,
         revision: str | None = None,
-        pinned: bool = False,
+        pinned: bool | None = False,
         preload: bool = True,
         replace: bool = False,
+        expect: Digest | None = None,
     ) -> tuple[Json, bool]:
         """The card, and whether the id is new.
 
         The same content again changes nothing unless it had failed.
 
-        Other content needs `replace`.
+        Other content needs `replace`, and is refused where it is not what `expect` names. A pin of None is
+        the one that the id has.
 
-        Raises BadRequest, Conflict, Forbidden, AdapterInvalid, AdapterUnsupported, Overloaded where memory
-        is short, StorageFull where a disk is, NotReady where the worker was lost meanwhile.
+        Raises BadRequest, Conflict, UnexpectedDigest, Forbidden, AdapterInvalid, AdapterUnsupported,
+        Overloaded where memory is short, StorageFull where a disk is, NotReady where the worker was lost
+        meanwhile.
         """
-        ids.check_id(id, self.base_id)
+        self._check_id(id)
         location = await self._store.find_source(source, subfolder, revision)
         async with self._table.lock_for(f"id {id}"):
-            return await self._register_version(
-                await self._read_version(id, location), pinned, preload, replace
-            )
+            version = await self._read_version(id, location)
+            _check_expected(version.digest, expect)
+            return await self._register_version(version, pinned, preload, replace)
 
-    async def upload_adapter(self, id: str, files: Mapping[str, UploadedFile]) -> tuple[Json, bool]:
+    async def upload_adapter(
+        self,
+        id: str,
+        files: Mapping[str, UploadedFile],
+        replace: bool = False,
+        expect: Digest | None = None,
+    ) -> tuple[Json, bool]:
         """Stores the parts of an upload under the adapters directory and registers them.
 
-        Raises as `register_adapter`, and PayloadTooLarge.
+        A replacement has the pin of what it replaces. Raises as `register_adapter`, and PayloadTooLarge.
         """
-        ids.check_id(id, self.base_id)
+        self._check_id(id)
         staged = await self._store.stage_upload(files)
         try:
             async with self._table.lock_for(f"id {id}"):
-                return await self._register_staged(id, staged)
+                return await self._register_staged(id, staged, replace, expect)
         finally:
             await run_in(DISK, delete_folder, staged)
 
-    async def _register_staged(self, id: str, staged: Path) -> tuple[Json, bool]:
+    async def _register_staged(
+        self, id: str, staged: Path, replace: bool, expect: Digest | None
+    ) -> tuple[Json, bool]:
         _, validated = await self._validate_files(SourceLocation(staged, "upload"))
         digest = validated.adapter.digest
+        _check_expected(digest, expect)
         async with self._purge_after(upload_source(digest)):
             kept = await run_in(DISK, self._store.keep_upload, staged, digest)
             fingerprint = await run_in(DISK, kept.compute_fingerprint)
             moved = validated.move_to(kept.folder)
             version = AdapterVersion(id, kept, fingerprint, versions.current_time(), moved)
-            return await self._register_version(version, pinned=False, preload=True, replace=False)
+            return await self._register_version(version, pinned=None, preload=True, replace=replace)
 
     async def check_adapter(
         self,
@@ -202,18 +227,22 @@ class Registry:
         subfolder: str | None = None,
         revision: str | None = None,
         preload: bool = True,
+        expect: Digest | None = None,
     ) -> Json:
         """The whole validation and the summary; registers nothing.
 
         It is ok where `register_adapter` would take it: what only PEFT itself can run is tried out on
-        the device, too. An id that other content has is a problem beside the summary. Raises
-        BadRequest, Conflict for a reserved id, Forbidden.
+        the device, too. An id that other content has is a problem beside the summary, and
+        so is content that is not what `expect` names. Raises BadRequest, Conflict for a reserved id or an
+        alias, Forbidden.
         """
-        ids.check_id(id, self.base_id)
+        self._check_id(id)
         try:
             location = await self._store.find_source(source, subfolder, revision)
             version = await self._read_version(id, location)
             problems = self._find_conflicts(version)
+            if expect not in (None, version.digest):
+                problems.append(ids.unexpected_digest(str(expect), version.digest).message)
             if preload and not problems:
                 await self._try_out(version)
         except AdapterInvalid as error:
@@ -230,25 +259,42 @@ class Registry:
             await self._table.try_out(adapter)
 
     async def remove_adapter(self, id: str, purge: bool = False) -> Json:
-        """Takes the id away at once, waits for its leases, then frees its content.
+        """Takes the id away at once with its versions, waits for their leases, then frees their contents.
 
-        The content stays where another id has it too. Raises AdapterNotFound, StorageFull.
+        A content stays where another id has it too. Raises AdapterNotFound, Conflict where an alias sends
+        requests to it, StorageFull.
         """
-        entry, drained, ending = await self._in_turn(partial(self._remove_entry, id))
+        entries, drained, ending = await self._in_turn(partial(self._remove_entry, id))
         freed = await asyncio.shield(ending)
         if purge:
-            async with self._purge_after(entry.version.place.source):
-                pass
-        digest = entry.digest or None
+            await self._purge_sources(entries)
+        digest = entries[0].digest or None
         return {"id": id, "digest": digest, "drained_requests": drained, "freed_bytes": freed}
 
-    async def _remove_entry(self, id: str) -> tuple[RegisteredAdapter, int, asyncio.Task[int]]:
-        """The entry, how many requests ran on it, and the task that ends it."""
-        entry = self._table.find_adapter(id)
-        await self._write_state({id: None}, deleted=(id, entry.version.place.path))
-        drained, ending = entry.in_flight, self._table.withdraw_adapter(entry)
+    async def _remove_entry(self, id: str) -> tuple[Kept, int, asyncio.Task[int]]:
+        """The versions, how many requests ran on them, and the task that ends them."""
+        entries = self._table.list_versions(id)
+        if using := self._aliases.list_using(id):
+            raise Conflict(f"the alias {using[0]!r} sends requests to {id!r}: change that first", param="id")
+        paths = [entry.version.place.path for entry in entries]
+        await self._write_state({id: None}, deleted=(id, *paths))
+        drained = sum(entry.in_flight for entry in entries)
+        ending = self._table.withdraw_adapter(entries[0])
         metrics.adapter_removed(id)
-        return entry, drained, ending
+        return entries, drained, ending
+
+    async def roll_back(self, id: str, digest: Digest | None = None) -> Json:
+        """Makes the version before current again, or the one whose digest begins so; the card.
+
+        Raises AdapterNotFound, NotFound for a version that is not kept, and as `register_adapter` where it
+        cannot be loaded any more.
+        """
+        async with self._table.lock_for(f"id {id}"):
+            entry = self._table.find_kept(id, digest)
+            if entry is not self._table.current[id]:
+                still_kept = partial(self._table.find_kept, id, entry.digest)
+                await self._replace_entry(entry, True, None, still_kept)
+            return self._card_of(entry)
 
     async def pin_adapter(self, id: str, pinned: bool) -> Json:
         """Pins to, or unpins from, the device; the card.
@@ -259,25 +305,27 @@ class Registry:
 
     async def _pin_entry(self, id: str, pinned: bool) -> RegisteredAdapter:
         entry = self._table.find_usable(id)
-        await self._write_state({id: changed(entry.to_record(), pinned=pinned)})
+        await self._write_state({id: changed(self._table.make_record(entry), pinned=pinned)})
         self._table.pin_adapter(entry, pinned)
         return entry
 
     def note_load(self, load: Load) -> None:
         """Shows the result of a load on the device as the state of the adapters with this content."""
-        for entry in self._table.current.values():
+        for entry in self._table.list_entries():
             if entry.digest == load.digest and entry.version.validated:
                 entry.failure = load.error
 
-    # ---- using and looking
+    # ---- using
 
     @contextmanager
-    def lease_adapter(self, id: str) -> Iterator[AdapterVersion]:
-        """The id's content, which stays until the lease ends.
+    def lease_adapter(self, name: str) -> Iterator[AdapterVersion]:
+        """The content of an id, or of one of its versions where the name is `id@sha256:…`, which stays until
+        the lease ends.
 
-        Raises AdapterNotFound; AdapterInvalid for one that could not be read.
+        Raises AdapterNotFound; BadRequest and DigestMismatch; AdapterInvalid for one that could not be read.
         """
-        entry = self._table.find_usable(id)
+        id, digest = ids.split_digest(name)
+        entry = self._table.find_version(id, digest) if digest else self._table.find_usable(id)
         entry.take_lease()
         try:
             yield entry.version
@@ -295,6 +343,60 @@ class Registry:
             mix = make_mix(versions, [weight for _, weight in weights], self._table.base.pool_rank)
             yield leases.enter_context(self._table.mixes.lease_mix(mix))
 
+    # ---- aliases
+
+    async def put_alias(
+        self, name: str, targets: Sequence[AliasTarget], sticky: str | None
+    ) -> tuple[Alias, bool]:
+        """Sends requests for this name to these adapters from now on; the alias, and whether it is new.
+
+        A target's digest may be the beginning of one. Raises BadRequest, Conflict for a name that is taken or
+        reserved, AdapterNotFound, DigestMismatch for a version that is not kept, StorageFull.
+        """
+        ids.check_id(name, self.base_id)
+        return await self._in_turn(partial(self._put_alias, name, targets, sticky))
+
+    async def _put_alias(
+        self, name: str, targets: Sequence[AliasTarget], sticky: str | None
+    ) -> tuple[Alias, bool]:
+        if name in self._table.current:
+            raise Conflict(f"the id {name!r} is an adapter's", param="name")
+        found = [changed(target, digest=self._find_digest(target)) for target in targets]
+        alias = make_alias(name, found, sticky, versions.current_time())
+        before = self._aliases.by_name
+        await self._write_state(aliases=before | {name: alias})
+        self._aliases.by_name = before | {name: alias}
+        return alias, name not in before
+
+    def _find_digest(self, target: AliasTarget) -> Digest | None:
+        """The whole digest of a target that names the beginning of one."""
+        if target.digest is None:
+            self._table.find_adapter(target.id)
+            return None
+        return self._table.find_version(target.id, target.digest).digest
+
+    async def remove_alias(self, name: str) -> Alias:
+        """Raises NotFound, StorageFull."""
+        return await self._in_turn(partial(self._remove_alias, name))
+
+    async def _remove_alias(self, name: str) -> Alias:
+        alias = self._aliases.by_name.get(name)
+        if alias is None:
+            raise NotFound(f"there is no alias {name[: ids.LONGEST]!r}", param="name")
+        left = {other: kept for other, kept in self._aliases.by_name.items() if other != name}
+        await self._write_state(aliases=left)
+        self._aliases.by_name = left
+        metrics.alias_removed(name)
+        return alias
+
+    def find_alias(self, name: str) -> Alias | None:
+        return self._aliases.by_name.get(name)
+
+    def list_aliases(self) -> list[Alias]:
+        return [alias for _, alias in sorted(self._aliases.by_name.items())]
+
+    # ---- looking
+
     def card_of(self, id: str) -> Json:
         return self._card_of(self._table.find_adapter(id))
 
@@ -304,6 +406,11 @@ class Registry:
     def list_versions(self) -> list[AdapterVersion]:
         """The version under each id, by id."""
         return [entry.version for _, entry in sorted(self._table.current.items())]
+
+    def versions_of(self, id: str) -> list[Json]:
+        """The versions of an id that answer: the current one, then those that are kept."""
+        entries = self._table.list_versions(id)
+        return [summary.describe_version(entry, self._table.tier_of(entry)) for entry in entries]
 
     def summary_of(self, id: str) -> Json:
         return self._summary_of(self._table.find_adapter(id))
@@ -344,13 +451,10 @@ class Registry:
     # ---- inside
 
     async def _register_version(
-        self, version: AdapterVersion, pinned: bool, preload: bool, replace: bool
+        self, version: AdapterVersion, pinned: bool | None, preload: bool, replace: bool
     ) -> tuple[Json, bool]:
-        id, validated = version.id, version.validated
-        assert validated is not None, "only what was read can be taken"
-        adapter = validated.adapter
-        held = self._table.current.get(id)
-        if held and held.digest == adapter.digest:
+        held = self._table.current.get(version.id)
+        if held and held.digest == version.digest:
             if not held.failure:
                 return await self._keep_registered(held, pinned, replace), False
             if not replace:
@@ -358,22 +462,61 @@ class Registry:
         conflicts = self._find_conflicts(version)
         if conflicts and not replace:
             raise Conflict(conflicts[0], param="id")
-        entry = RegisteredAdapter(version, pinned)
-
-        async def remember(put_entry: Callable[[], None]) -> None:
-            await self._write_state({id: entry.to_record()})
-            put_entry()
-
-        before = await self._table.replace_adapter(
-            entry, adapter, preload, lambda put_entry: self._in_turn(partial(remember, put_entry))
-        )
-        await run_in(DISK, self._cache.add_adapter, version.fingerprint, validated)
+        entry = RegisteredAdapter(version)
+        still_free = partial(self._require_no_alias, version.id)
+        before = await self._replace_entry(entry, preload, pinned, still_free)
+        assert version.validated is not None, "only what was read can be taken"
+        await run_in(DISK, self._cache.add_adapter, version.fingerprint, version.validated)
         # Not by id: somebody may have deleted it by now
         return self._card_of(entry), not (before and before.digest)
 
-    async def _keep_registered(self, held: RegisteredAdapter, pinned: bool, replace: bool) -> Json:
+    async def _replace_entry(
+        self,
+        entry: RegisteredAdapter,
+        preload: bool,
+        pinned: bool | None,
+        check: Callable[[], object],
+    ) -> RegisteredAdapter | None:
+        """Makes an entry the current one of its id, and returns what was; `check` raises where meanwhile
+        something has happened that forbids it.
+        """
+        id, adapter = entry.version.id, entry.version.adapter
+        assert adapter is not None, "only what was read can be current"
+        entry.pinned = self._choose_pin(id, pinned)
+
+        async def remember(put_entry: Callable[[Kept], None]) -> None:
+            check()
+            entry.pinned = self._choose_pin(id, pinned)
+            kept = self._table.choose_kept(entry, self._aliases.digests_of(id))
+            await self._write_state({id: self._table.make_record(entry, kept)})
+            put_entry(kept)
+
+        replacement = await self._table.replace_adapter(
+            entry, adapter, preload, lambda put_entry: self._in_turn(partial(remember, put_entry))
+        )
+        self._purge_later(replacement)
+        return replacement.before
+
+    def _choose_pin(self, id: str, pinned: bool | None) -> bool:
+        held = self._table.current.get(id)
+        return bool(held and held.pinned) if pinned is None else pinned
+
+    def _purge_later(self, replacement: Replacement) -> None:
+        """Deletes the uploads that are no version any more, once nothing runs on them."""
+        if not replacement.dropped:
+            return
+
+        async def purge() -> None:
+            await asyncio.shield(replacement.ending)
+            await self._purge_sources(replacement.dropped)
+
+        task = asyncio.create_task(purge())
+        self._purges.add(task)
+        task.add_done_callback(self._purges.discard)
+
+    async def _keep_registered(self, held: RegisteredAdapter, pinned: bool | None, replace: bool) -> Json:
         """The card of content that is registered already; a replacement may still change its pin."""
-        if replace and pinned != held.pinned:
+        if replace and pinned is not None and pinned != held.pinned:
             return await self.pin_adapter(held.version.id, pinned)
         return self._card_of(held)
 
@@ -385,6 +528,20 @@ class Registry:
         if held is None or held.digest in ("", version.digest):
             return []
         return [f"the id {version.id!r} is taken by other content ({held.digest}); PUT replaces it"]
+
+    def _check_id(self, id: str) -> None:
+        """Raises BadRequest, Conflict for a reserved id or an alias."""
+        ids.check_id(id, self.base_id)
+        self._require_no_alias(id)
+
+    def _require_no_alias(self, id: str) -> None:
+        if id in self._aliases.by_name:
+            raise Conflict(f"the id {id!r} is an alias", param="id")
+
+    async def _purge_sources(self, entries: Iterable[RegisteredAdapter]) -> None:
+        for source in {entry.version.place.source for entry in entries}:
+            async with self._purge_after(source):
+                pass
 
     @asynccontextmanager
     async def _purge_after(self, source: str) -> AsyncIterator[None]:
@@ -431,22 +588,31 @@ class Registry:
         return await asyncio.shield(asyncio.create_task(turn()))
 
     async def _write_state(
-        self, changes: Mapping[str, Record | None] | None = None, deleted: Iterable[str] = ()
+        self,
+        changes: Mapping[str, Record | None] | None = None,
+        deleted: Iterable[str] = (),
+        aliases: Mapping[str, Alias] | None = None,
     ) -> None:
-        """Writes the registrations as they will be after these changes; None is a deletion.
+        """Writes the registrations and aliases as they will be after these changes; None is a deletion.
 
         Raises StorageFull; then they are as they were.
         """
         names = self._deleted.union(deleted)
         kept = await run_in(DISK, _list_present, self._settings.adapters, names)
-        records = {id: entry.to_record() for id, entry in self._table.current.items()} | dict(changes or {})
+        table, written = self._table, self._aliases.by_name if aliases is None else aliases
+        records = {id: table.make_record(entry) for id, entry in table.current.items()} | dict(changes or {})
         registered = {id: record for id, record in records.items() if record is not None}
         try:
-            await run_in(DISK, self._state_file.write_file, registered, kept)
+            await run_in(DISK, self._state_file.write_file, registered, kept, written)
         except durable.NotWritten as error:
             reason = f"the change cannot be kept: {error.strerror}"
             raise StorageFull(f"{reason}; nothing has changed, ask again once there is room") from error
         self._deleted = kept
+
+
+def _check_expected(digest: Digest, expect: Digest | None) -> None:
+    if expect not in (None, digest):
+        raise ids.unexpected_digest(str(expect), digest)
 
 
 def _list_present(root: Path, names: set[str]) -> set[str]:

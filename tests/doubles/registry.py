@@ -10,12 +10,22 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from service.core.adapter import Adapter, ExecutionPath
+from service.catalog.ids import split_digest, unexpected_digest
+from service.core.adapter import Adapter, Digest, ExecutionPath
 from service.core.manifest import CONFIG, WEIGHTS, Manifest, compute_digest, read_manifest
-from service.errors import AdapterInvalid, AdapterNotFound, Conflict, Forbidden, SourceMissing
+from service.errors import (
+    AdapterInvalid,
+    AdapterNotFound,
+    Conflict,
+    DigestMismatch,
+    Forbidden,
+    NotFound,
+    SourceMissing,
+)
 from service.telemetry import metrics
 
 if TYPE_CHECKING:
+    from service.catalog.aliases import Alias, AliasTarget
     from service.catalog.mixes import Mix
     from service.catalog.sources.store import UploadedFile
     from service.catalog.versions import AdapterVersion
@@ -42,6 +52,7 @@ class FakeRegistry:
         self.cards: dict[str, Json] = {}
         self.calls: list[tuple[Any, ...]] = []
         self.leased: list[str] = []
+        self.aliases: dict[str, Alias] = {}
         for id in ids:
             self.cards[id] = {"id": id, "digest": DIGEST, "source": id}
             metrics.adapter_registered(id)
@@ -68,13 +79,18 @@ class FakeRegistry:
         source: str,
         subfolder: str | None = None,
         revision: str | None = None,
-        pinned: bool = False,
+        pinned: bool | None = False,
         preload: bool = True,
         replace: bool = False,
+        expect: Digest | None = None,
     ) -> tuple[Json, bool]:
-        given = {"subfolder": subfolder, "revision": revision, "pinned": pinned, "preload": preload}
+        given: Json = {"subfolder": subfolder, "revision": revision, "pinned": pinned, "preload": preload}
+        if expect is not None:
+            given["expect"] = expect
         self.calls.append(("register", id, source, replace, given))
-        return self._register_source(id, source, pinned, replace)
+        if expect not in (None, DIGEST):
+            raise unexpected_digest(str(expect), DIGEST)
+        return self._register_source(id, source, bool(pinned), replace)
 
     def _register_source(self, id: str, source: str, pinned: bool, replace: bool) -> tuple[Json, bool]:
         check_source(source)
@@ -93,15 +109,50 @@ class FakeRegistry:
         subfolder: str | None = None,
         revision: str | None = None,
         preload: bool = True,
+        expect: Digest | None = None,
     ) -> Json:
         summary: Json = {"id": id, "source": source, "subfolder": subfolder, "revision": revision}
         summary["preload"] = preload
+        if expect is not None:
+            summary["expect"] = expect
         return {"ok": True, "summary": summary, "problems": []}
 
-    async def upload_adapter(self, id: str, files: Mapping[str, UploadedFile]) -> tuple[Json, bool]:
+    async def upload_adapter(
+        self,
+        id: str,
+        files: Mapping[str, UploadedFile],
+        replace: bool = False,
+        expect: Digest | None = None,
+    ) -> tuple[Json, bool]:
         contents = {name: await part.read(-1) for name, part in files.items()}
         self.calls.append(("upload", id, contents))
-        return await self.register_adapter(id, ".uploads/x")
+        return await self.register_adapter(id, ".uploads/x", replace=replace, expect=expect)
+
+    async def roll_back(self, id: str, digest: Digest | None = None) -> Json:
+        self.calls.append(("roll_back", id, digest))
+        return self.card_of(id)
+
+    async def put_alias(
+        self, name: str, targets: Sequence[AliasTarget], sticky: str | None
+    ) -> tuple[Alias, bool]:
+        from service.catalog.aliases import make_alias
+
+        for target in targets:
+            self.card_of(target.id)
+        created = name not in self.aliases
+        self.aliases[name] = make_alias(name, targets, sticky, REGISTERED)
+        return self.aliases[name], created
+
+    async def remove_alias(self, name: str) -> Alias:
+        if name not in self.aliases:
+            raise NotFound(f"there is no alias {name!r}")
+        return self.aliases.pop(name)
+
+    def find_alias(self, name: str) -> Alias | None:
+        return self.aliases.get(name)
+
+    def list_aliases(self) -> list[Alias]:
+        return list(self.aliases.values())
 
     async def remove_adapter(self, id: str, purge: bool = False) -> Json:
         held = self.card_of(id)
@@ -115,8 +166,11 @@ class FakeRegistry:
     # ---- using and looking
 
     @contextmanager
-    def lease_adapter(self, id: str) -> Iterator[AdapterVersion]:
+    def lease_adapter(self, name: str) -> Iterator[AdapterVersion]:
+        id, demanded = split_digest(name)
         card = self.card_of(id)
+        if not card["digest"].startswith(demanded):
+            raise DigestMismatch(f"{id} has {card['digest']}", param="model")
         self.leased.append(id)
         try:
             folder = self.root / id
@@ -139,6 +193,9 @@ class FakeRegistry:
 
     def list_versions(self) -> list[AdapterVersion]:
         return [make_version(id, card["digest"], self.root / id) for id, card in self.cards.items()]
+
+    def versions_of(self, id: str) -> list[Json]:
+        return [{"digest": self.card_of(id)["digest"], "in_flight": 0}]
 
     def list_cards(self) -> list[Json]:
         return list(self.cards.values())

@@ -39,7 +39,9 @@ if TYPE_CHECKING:
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", responses=EVENTS | document_errors(404, 422, 429, 503, 504, openai=True))
+@router.post(
+    "/v1/chat/completions", responses=EVENTS | document_errors(404, 409, 422, 429, 503, 504, openai=True)
+)
 async def answer_chat(body: ChatRequest, request: Request, admission: Admitted) -> Response:
     """Answers a conversation, or calls tools; with `stream`, as server-sent events."""
     tokenizer = await enter_model(body, admission)

@@ -27,6 +27,7 @@ from .shared import (
     MAX_TOP,
     AdapterParts,
     AnyText,
+    Caller,
     Factor,
     Label,
     NotOffered,
@@ -135,7 +136,7 @@ class OpenAIRequest(StrictModel):
     bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)] | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
     return_token_ids: bool | None = None
-    user: Label = None
+    user: Caller = None
     store: Label = None
     metadata: Label = None
     service_tier: Label = None

@@ -9,11 +9,12 @@ import { theme, toggleTheme } from "./theme.js";
 import { html, render, useEffect, useRef } from "./vendor/preact.js";
 import { Adapter } from "./views/adapter.js";
 import { Adapters } from "./views/adapters.js";
+import { Aliases } from "./views/aliases.js";
 import { Compare } from "./views/compare.js";
 import { Forecast } from "./views/forecast.js";
 import { Live } from "./views/live.js";
 
-const VIEWS = { adapters: ["Adapters", Adapters], compare: ["Compare", Compare], live: ["Live", Live], forecast: ["Forecast", Forecast] };
+const VIEWS = { adapters: ["Adapters", Adapters], aliases: ["Aliases", Aliases], compare: ["Compare", Compare], live: ["Live", Live], forecast: ["Forecast", Forecast] };
 const NOTICE_MS = 6000;
 
 const address = cell(location.hash);

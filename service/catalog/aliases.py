@@ -104,20 +104,3 @@ def parse_alias(entry: Mapping[str, Any]) -> Alias:
         return make_alias(entry["name"], targets, entry["sticky"], entry["changed_at"])
     except BadRequest as error:
         raise ValueError(error.message) from None
-
-
-class Aliases:
-    """The aliases by name."""
-
-    def __init__(self) -> None:
-        self.by_name: dict[str, Alias] = {}
-
-    def list_using(self, id: str) -> list[str]:
-        """The aliases that send requests to this adapter, whatever their weight."""
-        named = (alias.name for alias in self.by_name.values() if any(t.id == id for t in alias.targets))
-        return sorted(named)
-
-    def digests_of(self, id: str) -> set[Digest]:
-        """The versions of this adapter that aliases name."""
-        targets = [target for alias in self.by_name.values() for target in alias.targets]
-        return {target.digest for target in targets if target.id == id and target.digest}

@@ -17,14 +17,15 @@ from typing import Any, TypeVar
 from .. import durable
 from ..core.adapter import Digest, ExecutionPath
 from ..core.messages import Load
-from ..errors import AdapterInvalid, Conflict, NotFound, NotReady, StorageFull
+from ..errors import AdapterInvalid, Conflict, NotReady, StorageFull
 from ..settings import Settings
 from ..telemetry import metrics
 from ..threads import DISK, run_in
 from . import architecture, facts, ids, summary, versions
 from . import summary_text as tables
 from .adapter_table import AdapterTable, Device, Kept, Replacement
-from .aliases import Alias, Aliases, AliasTarget, make_alias
+from .alias_registry import AliasRegistry
+from .aliases import Alias, AliasTarget
 from .mixes import Mix, make_mix
 from .norms import NormCache, group_by_layer
 from .ownership import claim_directory
@@ -70,7 +71,7 @@ class Registry:
         self._cache = ValidationCache(settings.state)
         self._lock: FileIO | None = None
         self._table = AdapterTable(device, settings.keep_versions)
-        self._aliases = Aliases()
+        self.aliases = AliasRegistry(self, self._in_turn, self._write_aliases)
         self._purges: set[asyncio.Task[None]] = set()
         self._changing = asyncio.Lock()
         self._deleted: set[str] = set()
@@ -109,7 +110,7 @@ class Registry:
 
     def _take_over_names(self) -> None:
         self._deleted = set(self._state_file.deleted)
-        self._aliases.by_name = dict(self._state_file.aliases)
+        self.aliases.by_name = dict(self._state_file.aliases)
 
     def _make_startup(self) -> Startup:
         return Startup(self._store, self._state_file, self._validator, self._cache, self.base_id)
@@ -274,8 +275,7 @@ class Registry:
     async def _remove_entry(self, id: str) -> tuple[Kept, int, asyncio.Task[int]]:
         """The versions, how many requests ran on them, and the task that ends them."""
         entries = self._table.list_versions(id)
-        if using := self._aliases.list_using(id):
-            raise Conflict(f"the alias {using[0]!r} sends requests to {id!r}: change that first", param="id")
+        self.aliases.require_no_target(id)
         paths = [entry.version.place.path for entry in entries]
         await self._write_state({id: None}, deleted=(id, *paths))
         drained = sum(entry.in_flight for entry in entries)
@@ -343,57 +343,23 @@ class Registry:
             mix = make_mix(versions, [weight for _, weight in weights], self._table.base.pool_rank)
             yield leases.enter_context(self._table.mixes.lease_mix(mix))
 
-    # ---- aliases
+    # ---- what aliases need
 
-    async def put_alias(
-        self, name: str, targets: Sequence[AliasTarget], sticky: str | None
-    ) -> tuple[Alias, bool]:
-        """Sends requests for this name to these adapters from now on; the alias, and whether it is new.
+    def is_registered(self, id: str) -> bool:
+        return id in self._table.current
 
-        A target's digest may be the beginning of one. Raises BadRequest, Conflict for a name that is taken or
-        reserved, AdapterNotFound, DigestMismatch for a version that is not kept, StorageFull.
+    def find_digest(self, target: AliasTarget) -> Digest | None:
+        """The whole digest of a target that names the beginning of one.
+
+        Raises AdapterNotFound, DigestMismatch.
         """
-        ids.check_id(name, self.base_id)
-        return await self._in_turn(partial(self._put_alias, name, targets, sticky))
-
-    async def _put_alias(
-        self, name: str, targets: Sequence[AliasTarget], sticky: str | None
-    ) -> tuple[Alias, bool]:
-        if name in self._table.current:
-            raise Conflict(f"the id {name!r} is an adapter's", param="name")
-        found = [changed(target, digest=self._find_digest(target)) for target in targets]
-        alias = make_alias(name, found, sticky, versions.current_time())
-        before = self._aliases.by_name
-        await self._write_state(aliases=before | {name: alias})
-        self._aliases.by_name = before | {name: alias}
-        return alias, name not in before
-
-    def _find_digest(self, target: AliasTarget) -> Digest | None:
-        """The whole digest of a target that names the beginning of one."""
         if target.digest is None:
             self._table.find_adapter(target.id)
             return None
         return self._table.find_version(target.id, target.digest).digest
 
-    async def remove_alias(self, name: str) -> Alias:
-        """Raises NotFound, StorageFull."""
-        return await self._in_turn(partial(self._remove_alias, name))
-
-    async def _remove_alias(self, name: str) -> Alias:
-        alias = self._aliases.by_name.get(name)
-        if alias is None:
-            raise NotFound(f"there is no alias {name[: ids.LONGEST]!r}", param="name")
-        left = {other: kept for other, kept in self._aliases.by_name.items() if other != name}
-        await self._write_state(aliases=left)
-        self._aliases.by_name = left
-        metrics.alias_removed(name)
-        return alias
-
-    def find_alias(self, name: str) -> Alias | None:
-        return self._aliases.by_name.get(name)
-
-    def list_aliases(self) -> list[Alias]:
-        return [alias for _, alias in sorted(self._aliases.by_name.items())]
+    async def _write_aliases(self, aliases: Mapping[str, Alias]) -> None:
+        await self._write_state(aliases=aliases)
 
     # ---- looking
 
@@ -463,7 +429,7 @@ class Registry:
         if conflicts and not replace:
             raise Conflict(conflicts[0], param="id")
         entry = RegisteredAdapter(version)
-        still_free = partial(self._require_no_alias, version.id)
+        still_free = partial(self.aliases.require_no_alias, version.id)
         before = await self._replace_entry(entry, preload, pinned, still_free)
         assert version.validated is not None, "only what was read can be taken"
         await run_in(DISK, self._cache.add_adapter, version.fingerprint, version.validated)
@@ -487,7 +453,7 @@ class Registry:
         async def remember(put_entry: Callable[[Kept], None]) -> None:
             check()
             entry.pinned = self._choose_pin(id, pinned)
-            kept = self._table.choose_kept(entry, self._aliases.digests_of(id))
+            kept = self._table.choose_kept(entry, self.aliases.digests_of(id))
             await self._write_state({id: self._table.make_record(entry, kept)})
             put_entry(kept)
 
@@ -532,11 +498,7 @@ class Registry:
     def _check_id(self, id: str) -> None:
         """Raises BadRequest, Conflict for a reserved id or an alias."""
         ids.check_id(id, self.base_id)
-        self._require_no_alias(id)
-
-    def _require_no_alias(self, id: str) -> None:
-        if id in self._aliases.by_name:
-            raise Conflict(f"the id {id!r} is an alias", param="id")
+        self.aliases.require_no_alias(id)
 
     async def _purge_sources(self, entries: Iterable[RegisteredAdapter]) -> None:
         for source in {entry.version.place.source for entry in entries}:
@@ -599,7 +561,7 @@ class Registry:
         """
         names = self._deleted.union(deleted)
         kept = await run_in(DISK, _list_present, self._settings.adapters, names)
-        table, written = self._table, self._aliases.by_name if aliases is None else aliases
+        table, written = self._table, self.aliases.by_name if aliases is None else aliases
         records = {id: table.make_record(entry) for id, entry in table.current.items()} | dict(changes or {})
         registered = {id: record for id, record in records.items() if record is not None}
         try:

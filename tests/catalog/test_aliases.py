@@ -117,18 +117,22 @@ async def test_an_alias_is_set_changed_and_removed_and_outlives_a_restart(
     async with trained.opened() as registry:
         await put(registry, "v0")
         await put(registry, "v1", id="b")
-        given, created = await registry.put_alias("prod", split(1, 1), "user")
-        assert (created, registry.find_alias("prod"), registry.list_aliases()) == (True, given, [given])
-        given, created = await registry.put_alias("prod", split(9, 1), None)
-        assert (created, registry.find_alias("prod")) == (False, given)
-        assert registry.find_alias("a") is None
+        given, created = await registry.aliases.put_alias("prod", split(1, 1), "user")
+        assert (created, registry.aliases.find_alias("prod"), registry.aliases.list_aliases()) == (
+            True,
+            given,
+            [given],
+        )
+        given, created = await registry.aliases.put_alias("prod", split(9, 1), None)
+        assert (created, registry.aliases.find_alias("prod")) == (False, given)
+        assert registry.aliases.find_alias("a") is None
     async with trained.opened() as registry:
-        assert registry.list_aliases() == [given]
-        assert await registry.remove_alias("prod") == given
+        assert registry.aliases.list_aliases() == [given]
+        assert await registry.aliases.remove_alias("prod") == given
         with pytest.raises(NotFound):
-            await registry.remove_alias("prod")
+            await registry.aliases.remove_alias("prod")
     async with trained.opened() as registry:
-        assert registry.list_aliases() == []
+        assert registry.aliases.list_aliases() == []
 
 
 @pytest.mark.anyio
@@ -137,17 +141,17 @@ async def test_aliases_and_adapters_share_their_names(trained: RegistryFixture) 
         await put(registry, "v0")
         for name in ("a", "base", "__base__", "tiny", "check", "x/versions", "x/upload"):
             with pytest.raises(Conflict):
-                await registry.put_alias(name, split(1), None)
+                await registry.aliases.put_alias(name, split(1), None)
         with pytest.raises(BadRequest):
-            await registry.put_alias("no name", split(1), None)
-        await registry.put_alias("prod", split(1), None)
+            await registry.aliases.put_alias("no name", split(1), None)
+        await registry.aliases.put_alias("prod", split(1), None)
         for change in (registry.register_adapter("prod", "v1"), registry.check_adapter("prod", "v1")):
             with pytest.raises(Conflict, match="alias"):
                 await change
         with pytest.raises(Conflict, match="alias"):
             await registry.upload_adapter("prod", {}, replace=True)
         with pytest.raises(AdapterNotFound):
-            await registry.put_alias("other", [AliasTarget("prod", 1)], None)
+            await registry.aliases.put_alias("other", [AliasTarget("prod", 1)], None)
     (trained.root / "v2").rename(trained.root / "prod")
     async with trained.opened() as registry:
         assert [card["id"] for card in registry.list_cards()] == ["a"], "a folder of an alias's name"
@@ -161,7 +165,7 @@ async def test_of_an_alias_and_a_registration_racing_for_a_name_one_wins(trained
         registering = asyncio.create_task(registry.register_adapter("prod", "v1"))
         while len(device(registry).known) < 2:  # noqa: ASYNC110 - what is waited for has no event
             await asyncio.sleep(0.01)
-        await registry.put_alias("prod", split(1), None)
+        await registry.aliases.put_alias("prod", split(1), None)
         gate.set()
         with pytest.raises(Conflict, match="alias"):
             await registering
@@ -176,15 +180,15 @@ async def test_a_target_is_registered_and_stays_so(trained: RegistryFixture) -> 
         digests = await put(registry, "v0", "v1")
         for wrong in ([AliasTarget("none", 1)], [*split(1), AliasTarget("none", 0)]):
             with pytest.raises(AdapterNotFound):
-                await registry.put_alias("prod", wrong, None)
+                await registry.aliases.put_alias("prod", wrong, None)
         with pytest.raises(DigestMismatch):
-            await registry.put_alias("prod", split(1, digests=("sha256:" + "0" * 64,)), None)
-        assert registry.list_aliases() == []
-        given, _ = await registry.put_alias("prod", split(1, digests=(digests[0][:20],)), None)
+            await registry.aliases.put_alias("prod", split(1, digests=("sha256:" + "0" * 64,)), None)
+        assert registry.aliases.list_aliases() == []
+        given, _ = await registry.aliases.put_alias("prod", split(1, digests=(digests[0][:20],)), None)
         assert given.targets[0].digest == digests[0], "as a whole"
         with pytest.raises(Conflict, match="prod"):
             await registry.remove_adapter("a")
-        await registry.remove_alias("prod")
+        await registry.aliases.remove_alias("prod")
         await registry.remove_adapter("a")
 
 
@@ -192,13 +196,13 @@ async def test_a_target_is_registered_and_stays_so(trained: RegistryFixture) -> 
 async def test_a_version_that_an_alias_names_is_kept_as_long(trained: RegistryFixture) -> None:
     async with trained.opened(keep_versions=1) as registry:
         digests = await put(registry, "v0")
-        given, _ = await registry.put_alias("prod", split(1, digests=(digests[0],)), None)
+        given, _ = await registry.aliases.put_alias("prod", split(1, digests=(digests[0],)), None)
         digests += await put(registry, "v1", "v2", "v3")
         assert listed(registry) == [digests[3], digests[2], digests[0]]
         assert leased(registry, given.choose_target("anna").name) == digests[0]
     async with trained.opened(keep_versions=1) as registry:
         assert listed(registry) == [digests[3], digests[2], digests[0]]
-        await registry.remove_alias("prod")
+        await registry.aliases.remove_alias("prod")
         digests += await put(registry, "v4")
         assert listed(registry) == [digests[4], digests[3]]
 
@@ -209,13 +213,16 @@ async def test_an_alias_that_cannot_be_written_is_as_it_was(
 ) -> None:
     async with trained.opened() as registry:
         await put(registry, "v0")
-        given, _ = await registry.put_alias("prod", split(1), None)
+        given, _ = await registry.aliases.put_alias("prod", split(1), None)
         with monkeypatch.context() as patch:
             fill_disk(patch)
-            for change in (registry.put_alias("prod", split(2), None), registry.remove_alias("prod")):
+            for change in (
+                registry.aliases.put_alias("prod", split(2), None),
+                registry.aliases.remove_alias("prod"),
+            ):
                 with pytest.raises(StorageFull):
                     await change
-        assert registry.list_aliases() == [given]
+        assert registry.aliases.list_aliases() == [given]
 
 
 @pytest.mark.anyio
@@ -223,6 +230,6 @@ async def test_another_process_follows_the_aliases_too(trained: RegistryFixture,
     twin = RegistryFixture(trained.root, base)
     async with trained.opened() as leader, twin.opened() as follower:
         await put(leader, "v0")
-        given, _ = await leader.put_alias("prod", split(1), None)
+        given, _ = await leader.aliases.put_alias("prod", split(1), None)
         await follower.follow_state_file()
-        assert follower.find_alias("prod") == given
+        assert follower.aliases.find_alias("prod") == given

@@ -436,7 +436,7 @@ async def test_an_id_can_be_taken_again_while_its_old_content_drains(stocked: Re
         await registry.register_adapter("a", "plain")
         with registry.lease_adapter("a"):
             removal = asyncio.create_task(registry.remove_adapter("a"))
-            await settle()
+            await until_gone(registry, "a")
             card, created = await registry.register_adapter("a", "other")
             assert created
         await removal

@@ -5,11 +5,12 @@ Imports neither torch nor a tokenizer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from service.catalog.alias_registry import AliasRegistry
 from service.catalog.ids import split_digest, unexpected_digest
 from service.core.adapter import Adapter, Digest, ExecutionPath
 from service.core.manifest import CONFIG, WEIGHTS, Manifest, compute_digest, read_manifest
@@ -19,7 +20,6 @@ from service.errors import (
     Conflict,
     DigestMismatch,
     Forbidden,
-    NotFound,
     SourceMissing,
 )
 from service.telemetry import metrics
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from service.catalog.versions import AdapterVersion
 
 Json = dict[str, Any]
+T = TypeVar("T")
 
 REGISTERED = "2026-11-25T12:00:00.500Z"
 DIGEST = "sha256:" + "a" * 64
@@ -52,7 +53,7 @@ class FakeRegistry:
         self.cards: dict[str, Json] = {}
         self.calls: list[tuple[Any, ...]] = []
         self.leased: list[str] = []
-        self.aliases: dict[str, Alias] = {}
+        self.aliases = AliasRegistry(self, make_change, write_nothing)
         for id in ids:
             self.cards[id] = {"id": id, "digest": DIGEST, "source": id}
             metrics.adapter_registered(id)
@@ -132,27 +133,14 @@ class FakeRegistry:
         self.calls.append(("roll_back", id, digest))
         return self.card_of(id)
 
-    async def put_alias(
-        self, name: str, targets: Sequence[AliasTarget], sticky: str | None
-    ) -> tuple[Alias, bool]:
-        from service.catalog.aliases import make_alias
+    def is_registered(self, id: str) -> bool:
+        return id in self.cards
 
-        for target in targets:
-            self.card_of(target.id)
-        created = name not in self.aliases
-        self.aliases[name] = make_alias(name, targets, sticky, REGISTERED)
-        return self.aliases[name], created
-
-    async def remove_alias(self, name: str) -> Alias:
-        if name not in self.aliases:
-            raise NotFound(f"there is no alias {name!r}")
-        return self.aliases.pop(name)
-
-    def find_alias(self, name: str) -> Alias | None:
-        return self.aliases.get(name)
-
-    def list_aliases(self) -> list[Alias]:
-        return list(self.aliases.values())
+    def find_digest(self, target: AliasTarget) -> Digest | None:
+        digest = str(self.card_of(target.id)["digest"])
+        if target.digest and not digest.startswith(target.digest):
+            raise DigestMismatch(f"{target.id} has {digest}")
+        return digest if target.digest else None
 
     async def remove_adapter(self, id: str, purge: bool = False) -> Json:
         held = self.card_of(id)
@@ -219,6 +207,14 @@ class FakeRegistry:
 
     def forecast_size(self, r: int, modules: Sequence[str], dtype: str = "float32") -> Json:
         return {"r": r, "target_modules": modules, "dtype": dtype}
+
+
+async def make_change(change: Callable[[], Awaitable[T]]) -> T:
+    return await change()
+
+
+async def write_nothing(aliases: Mapping[str, Alias]) -> None:
+    return None
 
 
 def check_source(source: str) -> None:

@@ -155,7 +155,7 @@ class Admission:
         """
         id, digest = split_digest(name)
         get_scope(self.http_request).require_visible(id)
-        alias = self.services.registry.find_alias(id)
+        alias = self.services.registry.aliases.find_alias(id)
         if alias is None:
             return name
         if digest:

@@ -122,7 +122,7 @@ def model_objects(services: Services, scope: AdapterScope) -> list[JsonDict]:
     """The base, then every registered adapter and every alias that may be seen."""
     base = services.registry.base_id
     visible = [version for version in services.registry.list_versions() if scope.can_see(version.id)]
-    aliases = [alias for alias in services.registry.list_aliases() if scope.can_see(alias.name)]
+    aliases = [alias for alias in services.registry.aliases.list_aliases() if scope.can_see(alias.name)]
     return [
         _model_object(base, STARTED),
         *(_adapter_object(version, base) for version in visible),

@@ -46,7 +46,7 @@ class AliasBody(StrictModel):
 @router.get("/aliases", responses=document_errors(403, 503))
 async def list_aliases(services: OpenRegistry) -> JsonDict:
     """Every alias with its targets."""
-    return {"aliases": [alias.to_json() for alias in services.registry.list_aliases()]}
+    return {"aliases": [alias.to_json() for alias in services.registry.aliases.list_aliases()]}
 
 
 @router.put(
@@ -57,12 +57,12 @@ async def list_aliases(services: OpenRegistry) -> JsonDict:
 async def put_alias(name: Name, body: AliasBody, services: OpenRegistry) -> Response:
     """Sends requests for this name to these adapters, from the next one on."""
     targets = [AliasTarget(target.id, target.weight, target.digest) for target in body.targets]
-    alias, created = await services.registry.put_alias(name, targets, body.sticky)
+    alias, created = await services.registry.aliases.put_alias(name, targets, body.sticky)
     return JsonAnswer(alias.to_json(), 201 if created else 200)
 
 
 @router.delete("/aliases/{name:path}", responses=document_errors(403, 404, 503, 507))
 async def remove_alias(name: Name, services: OpenRegistry) -> JsonDict:
     """Ends an alias: a request for its name is 404 from now on; its targets stay."""
-    alias = await services.registry.remove_alias(name)
+    alias = await services.registry.aliases.remove_alias(name)
     return alias.to_json()

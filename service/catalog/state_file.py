@@ -4,7 +4,7 @@ Must not know the content that is registered.
 
 Each change writes the whole file. `POST /adapters` without loading takes 7 ms with 100 registered,
 16 to 20 with 1,000 (6 of them here), 72 with 5,000, on two busy cores: not worth a journal that can
-be torn.
+be torn. Two kept versions of each id make writing 1,000 take 2.2 times as long.
 """
 
 from __future__ import annotations

@@ -243,6 +243,22 @@ def test_an_adapters_page_shows_the_summary_the_modules_and_the_tree(live: str, 
     assert page.get_by_label("Module tree with the adapter in place").inner_text().strip() == tree.strip()
 
 
+def test_an_adapter_is_rolled_back_to_a_kept_version(live: str, open_page: Open, uploaded: str) -> None:
+    page = open_page(f"{live}#/adapters/{uploaded}")
+    expect(page.get_by_label("Module tree with the adapter in place")).to_be_visible()
+    expect(page.get_by_role("region", name=f"Versions of {uploaded}")).to_have_count(0)
+    first = httpx.get(f"{live}adapters/{uploaded}").json()["digest"]
+    source = next(id for id in some_ids(live) if id != uploaded)
+    second = httpx.put(f"{live}adapters/{uploaded}", json={"source": source}).json()["digest"]
+    versions = page.get_by_role("region", name=f"Versions of {uploaded}")
+    expect(versions.get_by_role("row")).to_have_count(3)
+    versions.get_by_role("button", name="Roll back to").click()
+    expect(page.get_by_text(f"{uploaded} is {first[7:19]} again")).to_be_visible()
+    assert httpx.get(f"{live}adapters/{uploaded}").json()["digest"] == first
+    expect(versions.get_by_role("button", name=f"Roll back to {second[7:19]}")).to_be_visible()
+    httpx.delete(f"{live}adapters/{uploaded}?purge=true")
+
+
 def test_why_an_adapter_failed_is_said_in_the_table_and_on_its_page(live: str, open_page: Open) -> None:
     page = open_page(live)
     reason = httpx.get(f"{live}adapters/{BROKEN}").json()["reason"]

@@ -9,7 +9,7 @@ them and their last lease is over.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 from weakref import WeakValueDictionary
@@ -128,7 +128,11 @@ class AdapterTable:
             for old in (*before, *self.kept.get(id, ()))
             if old.digest not in ("", entry.digest) and old.version.folder != entry.version.folder
         ]
-        return tuple(old for i, old in enumerate(able) if i < self._most or old.digest in named)
+        return self.limit_kept(able, named)
+
+    def limit_kept(self, versions: Sequence[RegisteredAdapter], named: Collection[Digest]) -> Kept:
+        """As many of these, the last one first, as are kept, and those that are `named` in any case."""
+        return tuple(old for i, old in enumerate(versions) if i < self._most or old.digest in named)
 
     def make_record(self, entry: RegisteredAdapter, kept: Kept | None = None) -> Record:
         """The registration with the versions that are kept, or will be."""

@@ -100,13 +100,23 @@ class Registry:
         await run_in(DISK, self._state_file.read_file)
         await run_in(DISK, self._cache.read_file, base, self._settings.max_rank)
         self._take_over_names()
-        startup = self._make_startup()
-        async for entry in startup:
-            self._table.insert_adapter(entry, await startup.restore_kept(entry.version.id))
+        dropped = await self._restore_adapters()
         await run_in(DISK, self._cache.end_start)
         self._opened = True
         with suppress(StorageFull):  # the log has it, and what is there was found or read
             await self._in_turn(self._write_state)
+        await self._purge_sources(dropped)
+
+    async def _restore_adapters(self) -> list[RegisteredAdapter]:
+        """Inserts every adapter with its versions; those over what the setting keeps now are returned."""
+        startup, dropped = self._make_startup(), []
+        async for entry in startup:
+            id = entry.version.id
+            restored = await startup.restore_kept(id)
+            kept = self._table.limit_kept(restored, self.aliases.digests_of(id))
+            self._table.insert_adapter(entry, kept)
+            dropped += [version for version in restored if version not in kept]
+        return dropped
 
     def _take_over_names(self) -> None:
         self._deleted = set(self._state_file.deleted)

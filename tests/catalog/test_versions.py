@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from service.catalog.aliases import AliasTarget
 from service.catalog.registry import Registry
 from service.errors import (
     AdapterInvalid,
@@ -345,6 +346,21 @@ async def test_versions_outlive_a_restart_and_their_folders_are_not_found_again(
         assert (await registry.roll_back("a"))["digest"] == digests[1]
     async with trained.opened() as registry:
         assert listed(registry) == [digests[1], digests[2], digests[0]]
+
+
+async def test_a_restart_keeps_no_more_than_the_setting_says_then(
+    catalog: RegistryFixture, contents: list[Path]
+) -> None:
+    async with catalog.opened() as registry:
+        uploads = [await registry.upload_adapter("a", parts(folder), replace=True) for folder in contents[:3]]
+        digests = [card["digest"] for card, _ in uploads]
+        await registry.aliases.put_alias("prod", [AliasTarget("a", 1, digests[0])], None)
+    async with catalog.opened(keep_versions=0) as registry:
+        assert listed(registry) == [digests[2], digests[0]], "and what an alias names"
+        stored = {f"sha256:{path.name}" for path in (catalog.root / ".uploads").iterdir()}
+        assert stored == {digests[2], digests[0]}
+    async with catalog.opened() as registry:
+        assert listed(registry) == [digests[2], digests[0]]
 
 
 async def test_a_version_whose_files_have_changed_or_gone_is_kept_no_more(

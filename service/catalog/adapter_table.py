@@ -47,7 +47,7 @@ Kept = tuple[RegisteredAdapter, ...]
 
 
 @dataclass(frozen=True, slots=True)
-class Replacement:
+class VersionChange:
     """`before` was under the id; `dropped` are no versions of it any more, and `ending` gives the bytes that
     they have freed once their last lease is over.
     """
@@ -185,7 +185,7 @@ class AdapterTable:
         adapter: Adapter,
         preload: bool,
         remember: Callable[[Callable[[Kept], None]], Awaitable[None]],
-    ) -> Replacement:
+    ) -> VersionChange:
         """Puts an adapter under its id once the device has it, if it is to be loaded now.
 
         `remember` is given the call that does so, and makes it once the registration is written, with the
@@ -194,7 +194,7 @@ class AdapterTable:
         Raises AdapterInvalid when the device cannot load the new one, Overloaded and NotReady when that is
         not its fault, and what `remember` raises; then nothing has changed.
         """
-        replaced: list[Replacement] = []
+        replaced: list[VersionChange] = []
 
         def put_entry(kept: Kept) -> None:
             replaced.append(self._put_entry(entry, kept))
@@ -210,17 +210,16 @@ class AdapterTable:
                 raise
         return replaced[0]
 
-    def _put_entry(self, entry: RegisteredAdapter, kept: Kept) -> Replacement:
+    def _put_entry(self, entry: RegisteredAdapter, kept: Kept) -> VersionChange:
         id = entry.version.id
         before = self.current.get(id)
         old = (before, *self.kept.get(id, ())) if before else ()
         self.current[id] = entry
         self._keep_versions(id, kept)
         dropped = tuple(one for one in old if one not in (entry, *kept))
-        if entry.pinned:  # another id of this content may have been unpinned meanwhile
-            self.device.pin_adapter(entry.digest, True)
+        self.pin_adapter(entry, entry.pinned)  # its own pin, or another id's, may have changed meanwhile
         metrics.adapter_registered(id)
-        return Replacement(before, dropped, self._retire_entries(dropped))
+        return VersionChange(before, dropped, self._retire_entries(dropped))
 
     def _keep_versions(self, id: str, kept: Kept) -> None:
         self.kept[id] = kept

@@ -23,7 +23,7 @@ from ..telemetry import metrics
 from ..threads import DISK, run_in
 from . import architecture, facts, ids, summary, versions
 from . import summary_text as tables
-from .adapter_table import AdapterTable, Device, Kept, Replacement
+from .adapter_table import AdapterTable, Device, Kept, VersionChange
 from .alias_registry import AliasRegistry
 from .aliases import Alias, AliasTarget
 from .mixes import Mix, make_mix
@@ -467,24 +467,24 @@ class Registry:
             await self._write_state({id: self._table.make_record(entry, kept)})
             put_entry(kept)
 
-        replacement = await self._table.replace_adapter(
+        change = await self._table.replace_adapter(
             entry, adapter, preload, lambda put_entry: self._in_turn(partial(remember, put_entry))
         )
-        self._purge_later(replacement)
-        return replacement.before
+        self._purge_later(change)
+        return change.before
 
     def _choose_pin(self, id: str, pinned: bool | None) -> bool:
         held = self._table.current.get(id)
         return bool(held and held.pinned) if pinned is None else pinned
 
-    def _purge_later(self, replacement: Replacement) -> None:
+    def _purge_later(self, change: VersionChange) -> None:
         """Deletes the uploads that are no version any more, once nothing runs on them."""
-        if not replacement.dropped:
+        if not change.dropped:
             return
 
         async def purge() -> None:
-            await asyncio.shield(replacement.ending)
-            await self._purge_sources(replacement.dropped)
+            await asyncio.shield(change.ending)
+            await self._purge_sources(change.dropped)
 
         task = asyncio.create_task(purge())
         self._purges.add(task)

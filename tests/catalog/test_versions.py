@@ -204,6 +204,24 @@ async def test_a_pin_is_the_ids_whichever_version_is_current(
         assert device(registry).pinned == set(), "PUT says what the pin is"
 
 
+async def test_a_pin_that_changes_while_the_next_version_loads_is_the_ids(trained: RegistryFixture) -> None:
+    async with trained.opened() as registry:
+        await put(registry, "v0")
+        for pinned in (True, False):
+            await registry.pin_adapter("a", not pinned)
+            gate = device(registry).load_gate = asyncio.Event()
+            source = "v1" if pinned else "v2"
+            replacing = asyncio.create_task(registry.register_adapter("a", source, pinned=None, replace=True))
+            known = len(device(registry).known)
+            while len(device(registry).known) == known:  # noqa: ASYNC110 - what is waited for has no event
+                await asyncio.sleep(0.01)
+            await registry.pin_adapter("a", pinned)
+            gate.set()
+            card, _ = await replacing
+            assert card["pinned"] is pinned
+            assert device(registry).pinned == ({card["digest"]} if pinned else set())
+
+
 async def test_a_rollback_to_what_cannot_be_loaded_changes_nothing(trained: RegistryFixture) -> None:
     async with trained.opened() as registry:
         digests = await put(registry, "v0", "v1")

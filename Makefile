@@ -6,9 +6,9 @@ READY := .venv/.ready
 # Of `make test` what needs no browser, Prometheus, Ray, nginx, network or started service, in under 90 s on two idle cores.
 FAST := tests/core tests/engine tests/text tests/telemetry tests/api tests/catalog tests/model/test_sampler.py \
 	tests/demo/test_tasks.py tests/deploy/test_kubernetes.py tests/deploy/test_settings_named.py \
-	tests/test_architecture.py tests/test_docs.py tests/test_keys.py tests/test_settings.py
+	tests/test_architecture.py tests/test_docs.py tests/test_keys.py tests/test_settings.py tests/test_source_urls.py
 NOT_FAST := tests/text/test_template_renderer.py tests/telemetry/test_traces.py tests/api/test_upgrade.py tests/api/test_wire.py \
-	tests/catalog/test_cases.py tests/catalog/validator/test_process.py tests/catalog/validator/test_base_weights.py
+	tests/catalog/test_cases.py tests/catalog/test_shared.py tests/catalog/validator/test_process.py tests/catalog/validator/test_base_weights.py
 
 .PHONY: venv serve test test-fast image-test soak bench lint
 

@@ -24,7 +24,18 @@ from .api.middleware.body_limit import BodyLimit
 from .api.middleware.cors import CorsOrigins
 from .api.middleware.drain import DrainGate
 from .api.middleware.rate_limit import RateLimit
-from .api.routes import adapters, aliases, generate, messages, models, ops, responses, sglang_lora, tokens
+from .api.routes import (
+    adapters,
+    aliases,
+    generate,
+    messages,
+    models,
+    ops,
+    responses,
+    sglang_lora,
+    tokens,
+    usage,
+)
 from .api.services import Services
 from .settings import Settings
 from .telemetry import metrics
@@ -49,6 +60,7 @@ ROUTERS = (
     adapters.changing,
     aliases.router,
     sglang_lora.router,
+    usage.router,
     ops.router,
 )
 METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE")
@@ -199,6 +211,7 @@ async def _close_services(services: Services) -> None:
     for outcome in await asyncio.gather(*closing, return_exceptions=True):
         if isinstance(outcome, BaseException):
             log.error("a room did not close", exc_info=outcome)
+    await services.usage.close()  # once all requests have ended
 
 
 async def _open_services(

@@ -27,6 +27,8 @@ QUIET = {
     "TQDM_DISABLE": "1",
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
 }
+# Nothing is compiled by torch; bitsandbytes would load its compiler for functions that never run here
+LIGHT = {"TORCHDYNAMO_DISABLE": "1"}
 
 
 def start_child(
@@ -40,7 +42,7 @@ def start_child(
     descriptor = pipe_end.fileno()
     program = [sys.executable, "-P", "-X", "utf8", "-m", module]
     command = [*program, str(descriptor), *logs.current_style(), *arguments]
-    own = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)} | QUIET
+    own = {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)} | QUIET | LIGHT
     return subprocess.Popen(
         command,
         pass_fds=(descriptor,),

@@ -18,6 +18,7 @@ import logging
 import os
 import secrets
 import shutil
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -35,8 +36,7 @@ BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 PIECE = 1 << 20  # bytes
 # Of network shares that cannot sync a folder
 NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
-
-
+FULL = (errno.ENOSPC, errno.EDQUOT)
 # Of what this process may only read, by its mount or its modes
 READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -157,14 +157,24 @@ def sweep_unfinished(folder: Path) -> None:
             delete_unfinished(folder)
 
 
-def delete_unfinished(folder: Path) -> None:
-    """The same of a folder that only the caller writes to."""
+def delete_unfinished(folder: Path, older_than_s: float = 0) -> None:
+    """The same of a folder that only the caller writes to, or others no longer than for so many seconds."""
     for path in folder.glob(f"{UNFINISHED}*"):
+        if age_of(path) < older_than_s:
+            continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             with suppress(OSError):
                 path.unlink()
+
+
+def age_of(path: Path) -> float:
+    """Seconds since anything was made or renamed in a folder, or a file was written; 0 for what is gone."""
+    try:
+        return max(0.0, time.time() - path.lstat().st_mtime)
+    except OSError:
+        return 0.0
 
 
 def why_unwritable(folder: Path) -> str:

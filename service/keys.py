@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 HASH = re.compile(r"^sha256:[0-9a-f]{64}$")
-OPTIONS = "name=, adapters=, rate= and concurrency="
+LABEL = len("sha256:") + 12  # characters of a hash that tell keys apart
+OPTIONS = ("name", "adapters", "rate", "concurrency", "tokens", "max_priority")
 
 
 @dataclass(frozen=True, slots=True)
 class Key:
     """`adapters` are patterns of the ids that the key may use (None: all), `rate` is requests a second,
-    `concurrency` requests at once; None of these two is the default of all keys.
+    `concurrency` requests at once, `tokens` tokens a minute; None of these three is the default of all keys.
 
-    `name` stands for the key in the log.
+    `name` stands for the key in the log. `max_priority` is the lowest number that its requests may have as
+    their priority; None: any.
     """
 
     digest: str
@@ -31,6 +33,13 @@ class Key:
     adapters: tuple[str, ...] | None = None
     rate: float | None = None
     concurrency: int | None = None
+    tokens: int | None = None
+    max_priority: int | None = None
+
+    @property
+    def label(self) -> str:
+        """The words that stand for the key where it is told of: its name, or a piece of its hash."""
+        return self.name or self.digest[:LABEL]
 
     def may_use(self, id: str) -> bool:
         return self.adapters is None or any(fnmatchcase(id, pattern) for pattern in self.adapters)
@@ -98,9 +107,9 @@ def _parse_key(words: list[str]) -> Key:
     options: dict[str, Any] = {}
     for word in words[1:]:
         name, given, text = word.partition("=")
-        is_known = name in ("name", "adapters", "rate", "concurrency")
-        if not (given and text and is_known) or name in options:
-            raise ValueError(f"after the key, only {OPTIONS} may follow, each once")
+        if not (given and text and name in OPTIONS) or name in options:
+            known = "=, ".join(OPTIONS)
+            raise ValueError(f"after the key, only {known}= may follow, each once")
         options[name] = _parse_option(name, text)
     return Key(_parse_hash(words[0]), **options)
 
@@ -110,6 +119,17 @@ def _parse_option(name: str, text: str) -> Any:
         return tuple(part for part in text.split(",") if part)
     if name == "name":
         return text
+    return _parse_integer(text) if name == "max_priority" else _parse_limit(name, text)
+
+
+def _parse_integer(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise ValueError("max_priority= is an integer") from None
+
+
+def _parse_limit(name: str, text: str) -> float:
     try:
         number = float(text) if name == "rate" else int(text)
     except ValueError:

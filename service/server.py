@@ -111,6 +111,7 @@ def run_server(settings: Settings, tracer: Tracer | None = None) -> int:
     app = create_app(settings, on_failure=stop_failed, record=tracer.record_request if tracer else None)
     services: Services = app.state.services
     services.registry.claim_state()
+    services.usage.keep_in(settings.state)
     server = Server(_make_config(app, settings), services)
     _log_address(listener)
     server.run(sockets=[listener])

@@ -25,13 +25,14 @@ from pydantic import (
 
 from .errors import SettingsError
 from .keys import Key, parse_keys
+from .source_urls import check_prefix
 from .user_folders import state_folder
 
 PREFIX = "ADAPTERD_"
 HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")
 FAULT = re.compile(r"^(?:(step|kill|stuck):([1-9]\d*)|(stuck)|(slow_load):(\d+(?:\.\d+)?))$")
 HUB_PATTERN = r"^[\w.*-]+/[\w.*-]+$"
-HIDDEN = {"api_keys", "admin_keys", "adapters_dir", "base", "forwarded_allow_ips"}
+HIDDEN = {"api_keys", "admin_keys", "adapters_dir", "base", "forwarded_allow_ips", "sources"}
 # As browsers spell them, of pages and of desktop programs and extensions; no pattern of several
 ORIGIN = r"^(\*|[A-Za-z][A-Za-z0-9+.-]*://[^/\s*]+)$"
 DEMO_ADAPTERS = Path(__file__).parent / "demo" / "adapters"
@@ -88,6 +89,9 @@ class Settings(BaseModel):
     threads: Positive | None = None
     adapters_dir: Path | None = None
     hub: tuple[Annotated[str, Field(pattern=HUB_PATTERN)], ...] = ()
+    sources: tuple[Annotated[str, AfterValidator(check_prefix)], ...] = ()
+    resolve: Literal["off", "on"] = "off"
+    shared: Literal["off", "on"] = "off"
     max_rows: Positive | None = None
     max_context: Positive | None = None
     kv_mb: Positive | None = None
@@ -105,12 +109,14 @@ class Settings(BaseModel):
     admin_keys: tuple[Key, ...] = Field(default=(), repr=False)
     key_rate: Annotated[float, Field(gt=0)] | None = None
     key_concurrency: Positive | None = None
+    key_tokens: Positive | None = None
     cors_origins: tuple[Annotated[str, Field(pattern=ORIGIN)], ...] = ()
     forwarded_allow_ips: tuple[Annotated[str, AfterValidator(_check_network)], ...] = ()
     metrics_adapters: Annotated[int, Field(ge=0)] = 200
     metrics_open: Literal["off", "on"] = "off"
     lora_requests_info: Literal["off", "on"] = "off"
     compile: Literal["off", "auto", "on"] = "auto"
+    kernels: Literal["auto", "avx2", "avx512", "avx512_bf16"] = "auto"
     log_format: Literal["text", "json"] = "text"
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     faults: Faults = Faults()
@@ -128,7 +134,7 @@ class Settings(BaseModel):
             raise ValueError("names no folder")
         return value
 
-    @field_validator("hub", "cors_origins", "forwarded_allow_ips", mode="before")
+    @field_validator("hub", "sources", "cors_origins", "forwarded_allow_ips", mode="before")
     @classmethod
     def _parse_list(cls, value: Any) -> Any:
         return () if value in ("off", "") else _split_list(value)
@@ -234,7 +240,7 @@ def _first_line(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return f"{name}: no such setting"
     message = first["msg"].removeprefix("Value error, ")
-    is_secret = name.endswith("_KEYS")
+    is_secret = name.endswith(("_KEYS", "_SOURCES"))  # a URL may hold a password
     given = "" if is_secret else f" (got {str(first['input'])[:80]!r})"
     return f"{name}: {message}{given}"
 

@@ -14,6 +14,7 @@ from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
+Threads = ThreadPoolExecutor  # those of one kind
 
 # stat, read, write and delete files: the adapters directory may be a slow share
 DISK = ThreadPoolExecutor(8, "disk")

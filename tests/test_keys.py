@@ -23,12 +23,19 @@ def written(folder: Path, text: str) -> str:
 
 def test_a_file_holds_hashes_or_keys_and_what_each_may_use_and_take(tmp_path: Path) -> None:
     digest = hash_secret("sk-web").removeprefix("sha256:").upper()
-    web = f"sha256:{digest} name=web adapters=support,org/* rate=0.5 concurrency=3"
+    web = (
+        f"sha256:{digest} name=web adapters=support,org/* rate=0.5 concurrency=3 tokens=6000 max_priority=-2"
+    )
     first, plain = parse_keys(written(tmp_path, f"# the web site\n{web}\n\n sk-plain \n"))
-    assert first == Key(hash_secret("sk-web"), "web", ("support", "org/*"), 0.5, 3)
+    assert first == Key(hash_secret("sk-web"), "web", ("support", "org/*"), 0.5, 3, 6000, -2)
     assert plain == Key(hash_secret("sk-plain"))
     assert "sk-" not in repr([first, plain])
     assert find_key("sk-web", (first, plain)) is first
+
+
+def test_a_key_is_told_of_by_its_name_or_a_piece_of_its_hash() -> None:
+    assert Key(hash_secret("sk-web"), "web").label == "web"
+    assert Key(hash_secret("sk-web")).label == hash_secret("sk-web")[:19]
 
 
 def test_patterns_are_of_whole_ids_and_their_case_counts() -> None:
@@ -45,7 +52,16 @@ def test_patterns_are_of_whole_ids_and_their_case_counts() -> None:
     assert not Key("", adapters=()).may_use("anything")
 
 
-WRONG = ["rate=0", "rate=inf", "concurrency=1.5", "colour=red", "and more", "name=a name=b", "adapters="]
+WRONG = [
+    "rate=0",
+    "rate=inf",
+    "concurrency=1.5",
+    "tokens=0",
+    "tokens=many",
+    "max_priority=1.5",
+    "max_priority=",
+]
+WRONG += ["colour=red", "and more", "name=a name=b", "adapters="]
 
 
 @pytest.mark.parametrize("line", ["sha256:sk-secret", *(f"sk-secret {rest}" for rest in WRONG)])

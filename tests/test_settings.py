@@ -47,6 +47,18 @@ WRONG = {
     "BASE": ("no/such/folder", "no.gguf", ""),
     "ADAPTERS_DIR": ("", __file__),
     "HUB": ("on", "*", "org/*, other", "https://huggingface.co/org/name"),
+    "SOURCES": (
+        "on",
+        "*",
+        "s3://",
+        "file:///srv",
+        "https://host/a?b",
+        "https://host/..",
+        "ftp://host",
+        "s3://a, b",
+    ),
+    "RESOLVE": ("yes",),
+    "SHARED": ("1",),
     "NO_SUCH": ("1",),
     "MAX_RANK": ("513",),
     "HOST": ("0.0.0.0",),
@@ -84,6 +96,17 @@ def test_faults_are_parsed() -> None:
 def test_the_hub_is_off_or_a_list() -> None:
     assert read_settings(BASE | {"ADAPTERD_HUB": "off"}).hub == ()
     assert read_settings(BASE | {"ADAPTERD_HUB": "org/*, other/name"}).hub == ("org/*", "other/name")
+
+
+def test_sources_are_off_or_prefixes_in_one_spelling() -> None:
+    assert read_settings(BASE | {"ADAPTERD_SOURCES": "off"}).sources == ()
+    chosen = read_settings(BASE | {"ADAPTERD_SOURCES": "s3://bucket/team/, HTTPS://Host:443/a"})
+    assert chosen.sources == ("s3://bucket/team", "https://host/a")
+    assert "sources" not in chosen.public_values(), "they name hosts of a network"
+
+
+def test_a_refused_source_is_not_echoed() -> None:
+    assert "hunter2" not in refused(BASE | {"ADAPTERD_SOURCES": "https://user:hunter2@host/a"})
 
 
 def test_other_hosts_need_a_key() -> None:

@@ -132,22 +132,22 @@ def crowded() -> dict[str, float]:
     folder = OUT / "adapters-16-rank-16"
     make(folder, 16)
     few = settings(folder, 256) | {"kv_mb": str(-(-CROWDED * TOKEN_BYTES // 10**6))}
-    said: list[list[str]] = []
-    with (
-        started(few, OUT / "few.log", "few") as narrow,
-        started(settings(folder, 256), OUT / "wide.log") as wide,
-    ):
-        base = models(wide)[0]
-        long = request_kinds.make_body(request_kinds.GREEDY, base, prompt(7900, "long"), 32)
-        short = [
-            request_kinds.make_body(request_kinds.GREEDY, base, prompt(100, f"{i}"), 32) for i in range(15)
-        ]
-        for server in (wide, narrow):
-            said.append(asyncio.run(request_kinds.answer_all(server, request_kinds.make_crowd(base, 64))))
-            said[-1] += asyncio.run(request_kinds.answer_all(server, [long, *short]))
-        preemptions = request_kinds.read_counters(narrow)["preemptions_total"]
-    equal = sum(a == b for a, b in zip(*said, strict=True))
-    return {"answers": len(said[0]), "equal": equal, "preemptions": preemptions}
+    with started(few, OUT / "few.log") as server:
+        narrow = _answer_crowd(server)
+        preemptions = request_kinds.read_counters(server)["preemptions_total"]
+    with started(settings(folder, 256), OUT / "wide.log") as server:
+        wide = _answer_crowd(server)
+    equal = sum(a == b for a, b in zip(narrow, wide, strict=True))
+    return {"answers": len(wide), "equal": equal, "preemptions": preemptions}
+
+
+def _answer_crowd(server: Server) -> list[str]:
+    """What the base says to all of `crowded`."""
+    base = models(server)[0]
+    prompts = [(7900, "long"), *((100, f"{i}") for i in range(15))]
+    bodies = [request_kinds.make_body(request_kinds.GREEDY, base, prompt(*each), 32) for each in prompts]
+    crowd = request_kinds.make_crowd(base, 64)
+    return [text for each in (crowd, bodies) for text in asyncio.run(request_kinds.answer_all(server, each))]
 
 
 BARS = {

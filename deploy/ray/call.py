@@ -66,10 +66,13 @@ class Call:
 
     @property
     def changes(self) -> bool:
-        """Whether it may change what is registered: all may that does not only read, generate or
-        check.
+        """Whether it may change what is registered: all may that does not only read, generate, check
+        or prefetch.
         """
-        reads = self.scope["method"] in READING or self.scope["path"] == "/adapters/check"
+        reads = self.scope["method"] in READING or self.scope["path"] in (
+            "/adapters/check",
+            "/adapters/prefetch",
+        )
         return not reads and not self.generates
 
     @property

@@ -19,6 +19,7 @@ from starlette.types import Message
 from service.api.services import Services
 from service.app import create_app
 from service.catalog.registry import Registry
+from service.catalog.turns import FileVersion, read_version
 from service.errors import AdapterdError
 from service.settings import Settings
 from service.telemetry import logs, metrics
@@ -26,44 +27,8 @@ from service.threads import DISK, run_in
 from service.worker.client import WorkerClient
 
 from .call import Call
-from .turns import changing, version
 
-LOOK_S = 1.0  # how often it looks whether others have changed what is registered
 TYPICAL_RANK = 16
-
-
-class Shared(Registry):
-    """A registry whose directory others change, too; the ingress sees to it that changes are made
-    in turn (see turns.py).
-    """
-
-    def __init__(self, settings: Settings, device: WorkerClient) -> None:
-        super().__init__(settings, device)
-        self._root = settings.state
-        self._seen = (0, 0)
-        self._following = asyncio.Lock()
-
-    async def is_behind(self) -> bool:
-        """Whether something was remembered that this one has not taken over; its own changes count."""
-        return await self._version() != self._seen
-
-    async def _version(self) -> tuple[int, int]:
-        return await run_in(DISK, version, self._root)
-
-    async def open_catalog(self) -> None:
-        await run_in(
-            DISK, self.claim_state, True
-        )  # beside other engines; a service of its own would not follow
-        async with changing(self._root):  # what it reads while it opens, nobody changes
-            await super().open_catalog()
-            self._seen = await self._version()
-
-    async def follow_state_file(self) -> None:
-        async with self._following:
-            if await self.is_behind():
-                seen = await self._version()
-                await super().follow_state_file()
-                self._seen = seen
 
 
 class Engine:
@@ -74,19 +39,21 @@ class Engine:
 
         Raises RuntimeError where that cannot be.
         """
-        self.settings = settings = Settings.model_validate(told)
+        settings = Settings.model_validate(told | {"shared": "on"})  # beside other engines
         logs.set_up_logging(settings.log_format, settings.log_level)
         client = WorkerClient(settings)
-        self.registry = Shared(settings, client)
+        self.registry = Registry(settings, client)
+        self.state = settings.state
         client.watch_loads(self.registry.note_load)
         self.app = create_app(settings, client, self.registry)
         self.rooms: Services = self.app.state.services
+        self.rooms.usage.keep_in(settings.state)
         most = max(1, settings.pool_rank // TYPICAL_RANK)
         self.place = serve.multiplexed(max_num_models_per_replica=most)(_itself)
+        await run_in(DISK, self.registry.claim_state)
         self._life = self.app.router.lifespan_context(self.app)
         await self._life.__aenter__()
         await self._opened()
-        self._watcher = asyncio.create_task(self._watch())
 
     async def _opened(self) -> None:
         while not self.rooms.opened:
@@ -109,8 +76,9 @@ class Engine:
             await self.place(call.adapter)
         messages: asyncio.Queue[Message | None] = asyncio.Queue()
         gone = asyncio.Event()
+        before = await self._version() if call.changes else None
         running = asyncio.create_task(self._run(call, gone, messages))
-        remembering = asyncio.create_task(self._remembered(messages)) if call.changes else None
+        remembering = asyncio.create_task(self._remembered(before, messages)) if before else None
         try:
             async for message in _drained(messages):
                 yield message
@@ -132,7 +100,6 @@ class Engine:
 
     async def __del__(self) -> None:
         """Serve calls it when the replica is to end, after the requests in it have."""
-        self._watcher.cancel()
         self.rooms.draining = True
         await self._life.__aexit__(None, None, None)
 
@@ -160,20 +127,13 @@ class Engine:
         finally:
             messages.put_nowait({"type": END})
 
-    async def _remembered(self, messages: asyncio.Queue[Message | None]) -> None:
-        while not await self.registry.is_behind():  # noqa: ASYNC110 - a file has no event
+    async def _version(self) -> FileVersion:
+        return await run_in(DISK, read_version, self.state)
+
+    async def _remembered(self, before: FileVersion, messages: asyncio.Queue[Message | None]) -> None:
+        while await self._version() == before:  # noqa: ASYNC110 - a file has no event
             await asyncio.sleep(0.02)
         messages.put_nowait(None)
-
-    async def _watch(self) -> None:
-        """For the moments in which nobody calls `follow`: it was starting, or whoever changed
-        something died.
-        """
-        while True:
-            await asyncio.sleep(LOOK_S)
-            if await self.registry.is_behind():
-                async with changing(self.settings.state):
-                    await self.follow()
 
 
 END = "end"

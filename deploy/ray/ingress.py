@@ -31,7 +31,6 @@ from service.telemetry import logs
 
 from .call import Call, call
 from .exposition import merged
-from .turns import changing
 
 ENGINE = "engine"
 PROBES = ("/health", "/ready")
@@ -87,19 +86,12 @@ class Answer(Response):
                 yield message
 
     async def _changed(self) -> AsyncGenerator[Message, None]:
-        """The messages of a change: it is made in turn, and all engines have followed it before its
-        answer begins.
-        """
-        async with contextlib.AsyncExitStack() as turn:
-            await turn.enter_async_context(changing(self.settings.state))
-            held = True
-            async for message in self._exchanged():
-                if held:
-                    await self.engines.broadcast("follow").results_async(return_exceptions=True)
-                    await turn.aclose()
-                    held = False
-                if message is not None:
-                    yield message
+        """The messages of a change: all engines have followed it before its answer begins."""
+        async for message in self._exchanged():
+            if message is None or message["type"] == "http.response.start":
+                await self.engines.broadcast("follow").results_async(return_exceptions=True)
+            if message is not None:
+                yield message
 
     async def _exchanged(self) -> AsyncGenerator[Any, None]:
         handle = self.engines.options(stream=True, multiplexed_model_id=self.asked.adapter)

@@ -44,14 +44,14 @@ OPENAI_TYPES = {
 } | dict.fromkeys((503, 504), "service_unavailable_error")
 STATUSES = {
     401: "the key is missing or wrong",
-    403: "the key is without the admin scope, or the source is not allowed",
+    403: "the key is without the admin scope or may not have this priority, or the source is not allowed",
     404: "no such adapter, model or route",
     405: "no such method",
     409: "the id is taken or reserved, or has other content than the request demands",
     413: "the body is over its limit",
     415: "the body's content-encoding is not served",
     422: "a bad field, or an adapter that cannot be served",
-    429: "the queue is full, memory is short, or the key is over its limit",
+    429: "the queue is full, memory is short, or the key is over a limit of its own",
     500: "a defect; the request id is in the body",
     503: "loading, draining, restarting, or the worker was lost meanwhile",
     504: "the request's time limit passed",

@@ -5,7 +5,7 @@ Must not know wire shapes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +15,8 @@ from ..catalog import ids
 from ..errors import NotReady
 from ..keys import Key
 from ..settings import Settings
+from ..telemetry.usage import UsageBook
+from .generation.key_limits import TokenBudgets
 
 if TYPE_CHECKING:  # the services themselves import much; listening starts before they are there
     from ..text.tokenizers import Tokenizers
@@ -27,7 +29,7 @@ class Services:
 
     `loaded_tokenizers` and `opened` are set once the base is loaded; `failure` says why it never
     will be. `running` is the number of requests in the process; once `draining`, no more are
-    admitted.
+    admitted. `usage` counts those that were, `budgets` what their keys may still use.
     """
 
     settings: Settings
@@ -38,6 +40,11 @@ class Services:
     draining: bool = False
     running: int = 0
     failure: str = ""
+    usage: UsageBook = field(default_factory=UsageBook)
+    budgets: TokenBudgets = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.budgets = TokenBudgets(self.settings)
 
     @property
     def bases(self) -> tuple[str, ...]:

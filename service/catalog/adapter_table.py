@@ -160,7 +160,7 @@ class AdapterTable:
 
     def is_source_used(self, source: str) -> bool:
         """Whether anything, leased or named, lies in this source."""
-        return any(entry.version.place.source == source for entry in self._list_held())
+        return any(entry.version.place.stored == source for entry in self._list_held())
 
     def lock_for(self, name: str) -> asyncio.Lock:
         """One at a time for an id, and for a content."""
@@ -262,6 +262,12 @@ class AdapterTable:
     def pin_adapter(self, entry: RegisteredAdapter, pinned: bool) -> None:
         entry.pinned = pinned
         self.device.pin_adapter(entry.digest, self._is_pinned(entry.digest))
+
+    def preload_adapter(self, entry: RegisteredAdapter) -> None:
+        """Has the device read the content, and place it while there is room; waits for neither."""
+        adapter = entry.version.adapter
+        if adapter and self.tier_of(entry) is not Tier.DEVICE:
+            self.device.add_adapter(adapter, False, True)
 
     def cancel_endings(self) -> None:
         for task in self._ending:

@@ -13,6 +13,7 @@ from typing import Protocol, TypeVar
 from ..core.adapter import Digest
 from ..errors import Conflict, NotFound
 from ..telemetry import metrics
+from ..telemetry.audit import record_change
 from . import ids
 from .aliases import Alias, AliasTarget, make_alias
 from .versions import current_time
@@ -68,6 +69,7 @@ class AliasRegistry:
         before = self.by_name
         await self._write(before | {name: alias})
         self.by_name = before | {name: alias}
+        record_change("alias set", name, None, None)
         return alias, name not in before
 
     async def remove_alias(self, name: str) -> Alias:
@@ -82,6 +84,7 @@ class AliasRegistry:
         await self._write(left)
         self.by_name = left
         metrics.alias_removed(name)
+        record_change("alias removed", name, None, None)
         return alias
 
     def find_alias(self, name: str) -> Alias | None:

@@ -21,7 +21,7 @@ PREFIX = re.compile(r"[0-9a-f]{8,64}")
 
 def check_id(id: str, base_id: str) -> None:
     """Raises Conflict for a reserved id, BadRequest for one that breaks the pattern."""
-    if id in BASE or id == base_id or id == "check" or id.rpartition("/")[2] in ROUTES:
+    if is_reserved(id, base_id):
         raise Conflict(f"the id {id[:LONGEST]!r} is reserved", param="id")
     if not is_valid(id):
         raise BadRequest(
@@ -29,6 +29,10 @@ def check_id(id: str, base_id: str) -> None:
             f"have at most one '/' and no '..', and be at most {LONGEST} characters long",
             param="id",
         )
+
+
+def is_reserved(id: str, base_id: str) -> bool:
+    return id in BASE or id == base_id or id == "check" or id.rpartition("/")[2] in ROUTES
 
 
 def unknown_adapter(id: str) -> AdapterNotFound:

@@ -42,7 +42,7 @@ def claim_directory(folder: Path, port: int, shared: bool = False) -> FileIO | N
         if not is_free:
             raise DirectoryHeld(
                 f"ADAPTERD_ADAPTERS_DIR: {folder} is held by another service, {_read_holder(lock)}: "
-                "stop that one, or name another directory"
+                "stop that one, name another directory, or share this one (ADAPTERD_SHARED)"
             )
         _write_holder(lock, port)
         opened.pop_all()

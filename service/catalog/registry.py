@@ -6,8 +6,9 @@ Runs in the API process, on one event loop; must not know tensors or HTTP.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace as changed
 from functools import partial
 from io import FileIO
@@ -17,23 +18,30 @@ from typing import Any, TypeVar
 from .. import durable
 from ..core.adapter import Digest, ExecutionPath
 from ..core.messages import Load
-from ..errors import AdapterInvalid, Conflict, NotReady, StorageFull
+from ..errors import AdapterdError, AdapterInvalid, Conflict, Forbidden, NotReady, StorageFull
 from ..settings import Settings
 from ..telemetry import metrics
+from ..telemetry.audit import record_change
 from ..threads import DISK, run_in
-from . import architecture, facts, ids, summary, versions
+from . import architecture, facts, fetches, ids, summary, versions
 from . import summary_text as tables
 from .adapter_table import AdapterTable, Device, Kept, VersionChange
 from .alias_registry import AliasRegistry
 from .aliases import Alias, AliasTarget
+from .first_use import FirstUse
+from .following import Follower
 from .mixes import Mix, make_mix
 from .norms import NormCache, group_by_layer
 from .ownership import claim_directory
+from .sources.base import SourceLocation, is_fetched
 from .sources.hub import Hub
-from .sources.store import SourceLocation, Store, UploadedFile, delete_folder, upload_source
-from .startup import Startup, read_location
+from .sources.store import Store, UploadedFile, download_source, upload_source
+from .sources.stored import delete_folder
+from .sources.urls import Urls
+from .startup import Startup, read_location, record_start
 from .state_file import STATE_FILE, Record, StateFile
 from .takeover import take_over_state
+from .turns import take_turn
 from .validation_cache import ValidationCache
 from .validator.messages import ValidatedAdapter
 from .validator.process import Validator
@@ -41,6 +49,9 @@ from .versions import AdapterVersion, RegisteredAdapter
 
 __all__ = ["AdapterVersion", "Device", "Registry"]
 
+log = logging.getLogger("adapterd.adapters")
+
+WATCH_S = 0.5  # between looks at what other services have changed
 Json = dict[str, Any]
 T = TypeVar("T")
 
@@ -65,7 +76,8 @@ class Registry:
         self.base_id = settings.base_id or named
         self._settings = settings
         limit = int(settings.max_upload_mb * 1e6)
-        self._store = Store(settings.adapters, hub or Hub(settings.hub), limit, settings.state)
+        urls = Urls(settings.sources, settings.state)
+        self._store = Store(settings.adapters, hub or Hub(settings.hub), limit, settings.state, (urls,))
         self._state_file = StateFile(settings.state / STATE_FILE)
         self._state_file.check_version()
         self._cache = ValidationCache(settings.state)
@@ -74,20 +86,24 @@ class Registry:
         self.aliases = AliasRegistry(self, self._in_turn, self._write_aliases)
         self._purges: set[asyncio.Task[None]] = set()
         self._changing = asyncio.Lock()
-        self._deleted: set[str] = set()
         self._validator = validator(settings.max_rank)
         self._norms = NormCache(self._validator)
         self._opened = False
+        self._fetches = fetches.Fetches()
+        self._first_use = FirstUse(self._register_found, lambda id: id in self._table.current)
+        self._shared = settings.shared == "on"
+        self._follower = Follower(
+            settings.state, self._state_file, self._table, self._make_startup, self._take_over_aliases
+        )
+        self._watching: asyncio.Task[None] | None = None
 
     # ---- life
 
-    def claim_state(self, shared: bool = False) -> None:
-        """Takes the directory of registrations for this service until `close`, before anything is read.
-
-        `shared`: beside others that follow each other (see `follow_state_file`). Raises DirectoryHeld
-        where another service has it.
+    def claim_state(self) -> None:
+        """Takes the directory of registrations until `close`, before anything is read: for this service
+        alone, or beside others that share it. Raises DirectoryHeld where another has it otherwise.
         """
-        self._lock = claim_directory(self._settings.state, self._settings.port, shared)
+        self._lock = claim_directory(self._settings.state, self._settings.port, self._shared)
         if self._settings.state != self._settings.adapters:
             take_over_state(self._settings.adapters, self._settings.state)
 
@@ -98,14 +114,21 @@ class Registry:
         base = self._table.base
         await self._validator.start_on(Path(base.folder), base.limits)
         await run_in(DISK, self._state_file.read_file)
+        before = dict(self._state_file.records)
+        self._follower.records = dict(before)
         await run_in(DISK, self._cache.read_file, base, self._settings.max_rank)
-        self._take_over_names()
+        self._take_over_aliases()
         dropped = await self._restore_adapters()
+        record_start(self._state_file.records, self._table.current)
         await run_in(DISK, self._cache.end_start)
         self._opened = True
-        with suppress(StorageFull):  # the log has it, and what is there was found or read
-            await self._in_turn(self._write_state)
-        await self._purge_sources(dropped)
+        try:
+            await self._in_turn(partial(self._write_opened, before))
+            await self._purge_sources(dropped)
+        except (StorageFull, Forbidden, NotReady) as error:  # what is there was found or read
+            log.info("what was found at start is not remembered: %s", error)
+        if self._shared:
+            self._watching = asyncio.create_task(self._watch_others())
 
     async def _restore_adapters(self) -> list[RegisteredAdapter]:
         """Inserts every adapter with its versions; those over what the setting keeps now are returned."""
@@ -118,48 +141,42 @@ class Registry:
             dropped += [version for version in restored if version not in kept]
         return dropped
 
-    def _take_over_names(self) -> None:
-        self._deleted = set(self._state_file.deleted)
+    def _take_over_aliases(self) -> None:
         self.aliases.by_name = dict(self._state_file.aliases)
 
     def _make_startup(self) -> Startup:
-        return Startup(self._store, self._state_file, self._validator, self._cache, self.base_id)
+        parts = (self._store, self._state_file, self._validator, self._cache, self.base_id)
+        return Startup(*parts, alone=not self._shared)
+
+    async def _write_opened(self, before: Mapping[str, Record]) -> None:
+        """Writes what was found at start; what others have changed since `before` stays theirs."""
+        await self._write_state(self._follower.find_unchanged(before))
 
     async def follow_state_file(self) -> None:
-        """Takes over the ids that another process has added, changed and removed in the same directory.
+        """Takes over what other services have added, changed and removed in the same directory."""
+        await self._to_its_end(self._follower.follow_changes)
 
-        Nobody may change anything there while it runs; see deploy/ray.
-        """
-        await self._in_turn(self._follow)
-
-    async def _follow(self) -> None:
-        await run_in(DISK, self._state_file.read_file)
-        self._take_over_names()
-        for id in self._table.current.keys() - self._state_file.records:
-            self._table.withdraw_adapter(self._table.current[id])
-            metrics.adapter_removed(id)
-        startup = self._make_startup()
-        for id, record in self._state_file.records.items():
-            held = self._table.current.get(id)
-            if held is None or not self._table.has_versions(id, record):
-                entry, kept = await startup.restore_record(id, record), await startup.restore_kept(id)
-                self._replace_followed(held, entry, kept)
-            elif held.pinned != record.pinned:
-                self._table.pin_adapter(held, record.pinned)
-
-    def _replace_followed(
-        self, held: RegisteredAdapter | None, entry: RegisteredAdapter | None, kept: Kept
-    ) -> None:
-        if held is not None:
-            self._table.withdraw_adapter(held)
-        if entry is not None:
-            self._table.insert_adapter(entry, kept)
+    async def _watch_others(self) -> None:
+        """Follows within half a second, in no turn: the file is always whole."""
+        told = ""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            try:
+                if await self._follower.is_behind():
+                    await self.follow_state_file()
+                told = ""
+            except (OSError, AdapterdError) as error:
+                if told != str(error):  # once until it goes well again
+                    log.warning("the registrations of other services cannot be followed: %s", error)
+                told = str(error)
 
     async def start_validator(self) -> None:
         """Starts the validator's process, before the base is there."""
         await self._validator.warm_up()
 
     async def close(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
         async with self._changing:  # the last change is kept and made before
             self._table.cancel_endings()
         for purge in self._purges:
@@ -193,8 +210,12 @@ class Registry:
         meanwhile.
         """
         self._check_id(id)
-        location = await self._store.find_source(source, subfolder, revision)
-        async with self._table.lock_for(f"id {id}"):
+        async with (
+            self._find_source(id, source, subfolder, revision) as location,
+            self._table.lock_for(f"id {id}"),
+        ):
+            if location.staged:
+                return await self._register_download(id, location, pinned, preload, replace, expect)
             version = await self._read_version(id, location)
             _check_expected(version.digest, expect)
             return await self._register_version(version, pinned, preload, replace)
@@ -249,13 +270,13 @@ class Registry:
         """
         self._check_id(id)
         try:
-            location = await self._store.find_source(source, subfolder, revision)
-            version = await self._read_version(id, location)
-            problems = self._find_conflicts(version)
-            if expect not in (None, version.digest):
-                problems.append(ids.unexpected_digest(str(expect), version.digest).message)
-            if preload and not problems:
-                await self._try_out(version)
+            async with self._find_source(id, source, subfolder, revision) as location:
+                version = await self._read_version(id, location)
+                problems = self._find_conflicts(version)
+                if expect not in (None, version.digest):
+                    problems.append(ids.unexpected_digest(str(expect), version.digest).message)
+                if preload and not problems:
+                    await self._try_out(version)
         except AdapterInvalid as error:
             return {"ok": False, "summary": None, "problems": error.problems}
         summary = self._summary_of(RegisteredAdapter(version))
@@ -291,6 +312,7 @@ class Registry:
         drained = sum(entry.in_flight for entry in entries)
         ending = self._table.withdraw_adapter(entries[0])
         metrics.adapter_removed(id)
+        record_change("deleted", id, entries[0].digest, None)
         return entries, drained, ending
 
     async def roll_back(self, id: str, digest: Digest | None = None) -> Json:
@@ -317,7 +339,18 @@ class Registry:
         entry = self._table.find_usable(id)
         await self._write_state({id: changed(self._table.make_record(entry), pinned=pinned)})
         self._table.pin_adapter(entry, pinned)
+        record_change("pinned" if pinned else "unpinned", id, entry.digest, entry.digest)
         return entry
+
+    def prefetch_adapters(self, wanted: Sequence[str]) -> list[Json]:
+        """Has the device read these ids' contents, and place them while there is room; where each is now.
+
+        Raises AdapterNotFound, AdapterInvalid for one that could not be read; then nothing was begun.
+        """
+        entries = [self._table.find_usable(id) for id in dict.fromkeys(wanted)]
+        for entry in entries:
+            self._table.preload_adapter(entry)
+        return [{"id": entry.version.id, "residency": self._table.tier_of(entry).value} for entry in entries]
 
     def note_load(self, load: Load) -> None:
         """Shows the result of a load on the device as the state of the adapters with this content."""
@@ -371,10 +404,23 @@ class Registry:
     async def _write_aliases(self, aliases: Mapping[str, Alias]) -> None:
         await self._write_state(aliases=aliases)
 
+    async def resolve_adapter(self, id: str) -> None:
+        """Registers the folder of this name, if ADAPTERD_RESOLVE is on and nothing is registered under it.
+
+        An unknown name stays unknown. Raises AdapterInvalid for a folder that cannot be served; Overloaded,
+        NotReady.
+        """
+        if self._settings.resolve == "on" and id not in self._table.current and ids.is_valid(id):
+            await self._first_use.register_folder(id)
+
     # ---- looking
 
     def card_of(self, id: str) -> Json:
-        return self._card_of(self._table.find_adapter(id))
+        """The card; of what is still fetched for the first time how far that has come."""
+        fetching = self._fetches.describe(id)
+        if fetching and id not in self._table.current:
+            return fetches.make_card(id, fetching)
+        return self._card_of(self._table.find_adapter(id)) | fetching
 
     def list_cards(self) -> list[Json]:
         return [self._card_of(entry) for _, entry in sorted(self._table.current.items())]
@@ -435,12 +481,16 @@ class Registry:
                 return await self._keep_registered(held, pinned, replace), False
             if not replace:
                 pinned = pinned or held.pinned
-        conflicts = self._find_conflicts(version)
-        if conflicts and not replace:
-            raise Conflict(conflicts[0], param="id")
+        if not replace:
+            self._require_free(version)
+
+        def check() -> None:  # another service may have taken the id meanwhile, or an alias
+            self.aliases.require_no_alias(version.id)
+            if not replace:
+                self._require_free(version)
+
         entry = RegisteredAdapter(version)
-        still_free = partial(self.aliases.require_no_alias, version.id)
-        before = await self._replace_entry(entry, preload, pinned, still_free)
+        before = await self._replace_entry(entry, preload, pinned, check)
         assert version.validated is not None, "only what was read can be taken"
         await run_in(DISK, self._cache.add_adapter, version.fingerprint, version.validated)
         # Not by id: somebody may have deleted it by now
@@ -465,7 +515,10 @@ class Registry:
             entry.pinned = self._choose_pin(id, pinned)
             kept = self._table.choose_kept(entry, self.aliases.digests_of(id))
             await self._write_state({id: self._table.make_record(entry, kept)})
+            replaced = self._table.current.get(id)
             put_entry(kept)
+            what = "replaced" if replaced else "registered"
+            record_change(what, id, replaced.digest if replaced else None, entry.digest)
 
         change = await self._table.replace_adapter(
             entry, adapter, preload, lambda put_entry: self._in_turn(partial(remember, put_entry))
@@ -496,6 +549,11 @@ class Registry:
             return await self.pin_adapter(held.version.id, pinned)
         return self._card_of(held)
 
+    def _require_free(self, version: AdapterVersion) -> None:
+        """Raises Conflict."""
+        if conflicts := self._find_conflicts(version):
+            raise Conflict(conflicts[0], param="id")
+
     def _find_conflicts(self, version: AdapterVersion) -> list[str]:
         """Why its id cannot be registered: it has other content, which was not only a folder that
         could not be read.
@@ -511,7 +569,7 @@ class Registry:
         self.aliases.require_no_alias(id)
 
     async def _purge_sources(self, entries: Iterable[RegisteredAdapter]) -> None:
-        for source in {entry.version.place.source for entry in entries}:
+        for source in {entry.version.place.stored for entry in entries}:
             async with self._purge_after(source):
                 pass
 
@@ -530,6 +588,47 @@ class Registry:
 
     def _card_of(self, entry: RegisteredAdapter) -> Json:
         return summary.make_card(entry, self._table.tier_of(entry))
+
+    @asynccontextmanager
+    async def _find_source(
+        self, id: str, source: str, subfolder: str | None, revision: str | None
+    ) -> AsyncIterator[SourceLocation]:
+        """The files; what was fetched for this once and is not kept goes in the end."""
+        with self._fetches.track(id, is_fetched(source)) as fetch:
+            location = await self._store.find_source(
+                source, subfolder, revision, on_progress=fetch.note_progress
+            )
+        try:
+            yield location
+        finally:
+            await self._store.discard_staged(location)
+
+    async def _register_download(
+        self,
+        id: str,
+        staged: SourceLocation,
+        pinned: bool | None,
+        preload: bool,
+        replace: bool,
+        expect: Digest | None,
+    ) -> tuple[Json, bool]:
+        _, validated = await self._validate_files(staged)
+        digest = validated.adapter.digest
+        _check_expected(digest, expect)
+        async with self._purge_after(download_source(digest)):
+            kept = await run_in(DISK, self._store.keep_download, staged, digest)
+            fingerprint = await run_in(DISK, kept.compute_fingerprint)
+            moved = validated.move_to(kept.folder)
+            version = AdapterVersion(id, kept, fingerprint, versions.current_time(), moved)
+            return await self._register_version(version, pinned, preload, replace)
+
+    async def _register_found(self, id: str) -> bool:
+        """Registers the folder of this name; whether there is one that is not to stay away."""
+        is_reserved = ids.is_reserved(id, self.base_id) or id in self._state_file.deleted
+        if is_reserved or not await run_in(DISK, self._store.has_folder, id):
+            return False
+        await self.register_adapter(id, id)
+        return True
 
     async def _read_version(self, id: str, location: SourceLocation) -> AdapterVersion:
         fingerprint, validated = await self._validate_files(location)
@@ -553,6 +652,23 @@ class Registry:
         written and what is served must not differ.
         """
 
+        if not self._shared:
+            return await self._to_its_end(change)
+
+        async def change_shared() -> T:
+            if durable.why_unwritable(self._settings.state):
+                raise Forbidden("this service may only read the registrations: ask one that may change them")
+            try:
+                await self._follower.follow_changes()  # what takes long, in nobody's turn
+                async with take_turn(self._settings.state):
+                    await self._follower.follow_changes()
+                    return await change()
+            except OSError as error:
+                raise _refuse_change(error) from error
+
+        return await self._to_its_end(change_shared)
+
+    async def _to_its_end(self, change: Callable[[], Awaitable[T]]) -> T:
         async def turn() -> T:
             async with self._changing:
                 return await change()
@@ -569,17 +685,28 @@ class Registry:
 
         Raises StorageFull; then they are as they were.
         """
-        names = self._deleted.union(deleted)
+        names = self._state_file.deleted.union(deleted)
         kept = await run_in(DISK, _list_present, self._settings.adapters, names)
-        table, written = self._table, self.aliases.by_name if aliases is None else aliases
-        records = {id: table.make_record(entry) for id, entry in table.current.items()} | dict(changes or {})
+        written = self.aliases.by_name if aliases is None else aliases
+        records = self._list_records() | dict(changes or {})
         registered = {id: record for id, record in records.items() if record is not None}
         try:
             await run_in(DISK, self._state_file.write_file, registered, kept, written)
         except durable.NotWritten as error:
-            reason = f"the change cannot be kept: {error.strerror}"
-            raise StorageFull(f"{reason}; nothing has changed, ask again once there is room") from error
-        self._deleted = kept
+            raise _refuse_change(error) from error
+        if self._shared:
+            await self._follower.note_own()
+
+    def _list_records(self) -> dict[str, Record | None]:
+        """Of a directory that others change, too, as the file has them: this service may have read less."""
+        if self._shared:
+            return dict(self._state_file.records)
+        return {id: self._table.make_record(entry) for id, entry in self._table.current.items()}
+
+
+def _refuse_change(error: OSError) -> StorageFull:
+    reason = f"the change cannot be kept: {error.strerror}"
+    return StorageFull(f"{reason}; nothing has changed, ask again once there is room")
 
 
 def _check_expected(digest: Digest, expect: Digest | None) -> None:

@@ -6,14 +6,16 @@ Runs in the API process; must not know leases or the device.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from ..core.manifest import Manifest, compute_digest
 from ..errors import AdapterdError, AdapterInvalid, Conflict
+from ..telemetry.audit import record_change
 from ..threads import DISK, run_in
 from . import ids, versions
-from .sources.store import SourceLocation, Store
+from .sources.base import SourceLocation
+from .sources.store import Store
 from .state_file import Record, StateFile
 from .validation_cache import ValidationCache
 from .validator import header
@@ -23,10 +25,15 @@ from .versions import AdapterVersion, RegisteredAdapter
 
 log = logging.getLogger("adapterd.adapters")
 
+# After which nobody still writes what lies half made in a directory that several services share
+ABANDONED_S = 6 * 3600
+
 
 class Startup:
     """Yields every adapter once, read and validated; one that cannot be is yielded with the reason,
     and harms no other.
+
+    `alone`: no other service writes to the same directory.
     """
 
     def __init__(
@@ -36,12 +43,15 @@ class Startup:
         validator: Validator,
         cache: ValidationCache,
         base_id: str,
+        alone: bool = True,
     ) -> None:
         self.store, self.state_file, self.base_id = store, state_file, base_id
         self.validator, self.cache = validator, cache
+        self.age_s = 0 if alone else ABANDONED_S
 
     async def __aiter__(self) -> AsyncIterator[RegisteredAdapter]:
-        await run_in(DISK, self.store.sweep_interrupted)
+        await run_in(DISK, self.store.sweep_interrupted, self.age_s)
+        await run_in(DISK, self.store.sweep_replaced, self.state_file.path, self.age_s)
         await self._warn_of_uploads()
         records = self.state_file.records
         for id, record in records.items():
@@ -108,7 +118,7 @@ class Startup:
     async def _read_record(self, record: Record) -> tuple[SourceLocation, str, ValidatedAdapter]:
         held = [file.name for file in record.files]
         location = await self.store.find_source(
-            record.source, record.subfolder, record.revision, uploads=True, held=held
+            record.source, record.subfolder, record.revision, uploads=True, held=held, digest=record.digest
         )
         return location, *await self._read_location(location, record)
 
@@ -140,6 +150,16 @@ class Startup:
         registered_at = record.registered_at if record else versions.current_time()
         version = AdapterVersion(id, location, "", registered_at, None, reason)
         return RegisteredAdapter(version, record.pinned if record else False)
+
+
+def record_start(records: Mapping[str, Record], found: Mapping[str, RegisteredAdapter]) -> None:
+    """Audits what is not as it was registered: folders that came, have other content, or are gone."""
+    before = {id: record.digest for id, record in records.items()}
+    after = {id: entry.digest for id, entry in found.items() if entry.version.validated}
+    for id in sorted(before.keys() | after.keys()):
+        is_broken = id in found and id not in after
+        if not is_broken and before.get(id) != after.get(id):
+            record_change("found" if id in after else "gone", id, before.get(id), after.get(id))
 
 
 async def read_location(

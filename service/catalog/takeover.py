@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .. import durable
-from .sources.store import UPLOADS
+from .sources.base import UPLOADS
 from .state_file import STATE_FILE
 
 log = logging.getLogger("adapterd.adapters")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..core.adapter import Adapter, Digest
 from ..core.manifest import Manifest
-from .sources.store import SourceLocation
+from .sources.base import SourceLocation
 from .state_file import Record
 from .validator.messages import ValidatedAdapter
 

@@ -20,7 +20,7 @@ class Request:
     """One prompt to continue. The worker's client gives each a number of its own: its `id`.
 
     `eos` ends it (empty: nothing does); `prompt_logprobs` is as `Sampling.logprobs`, for the
-    prompt's tokens.
+    prompt's tokens. Of those that wait the one with the lowest `priority` is next.
     """
 
     id: int
@@ -30,6 +30,7 @@ class Request:
     sampling: Sampling = Sampling()
     eos: frozenset[int] = frozenset()
     prompt_logprobs: int | None = None
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True)

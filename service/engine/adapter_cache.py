@@ -65,14 +65,16 @@ class AdapterCache:
         if before is AdapterState.REMOVING:
             self._removed.append((digest, False))
         self.known[digest] = CachedAdapter(replace(adapter, patches=share_specs(adapter.patches)))
-        is_wanted = preload and not self.at_hand(digest)
-        if before in (AdapterState.PRELOADING, AdapterState.PRELOADED):
-            self._set_state(digest, before)
-        else:
-            self._set_state(digest, AdapterState.PRELOADING if is_wanted else AdapterState.KNOWN)
+        is_on_its_way = before in (AdapterState.PRELOADING, AdapterState.PRELOADED)
+        self._set_state(digest, before if before and is_on_its_way else self._state_to_begin(digest, preload))
         self._moved.add(digest)  # so that its tier is reported again
         if pinned:
             self.pin_adapter(digest, True)
+
+    def _state_to_begin(self, digest: Digest, preload: bool) -> AdapterState:
+        if preload and not self.at_hand(digest):
+            return AdapterState.PRELOADING
+        return AdapterState.PRELOADED if preload and self._can_be_placed(digest) else AdapterState.KNOWN
 
     def pin_adapter(self, digest: Digest, pinned: bool) -> None:
         if not pinned:

@@ -21,6 +21,9 @@ from ..core.request import Event, Finish, Request, Token
 from .adapter_cache import AdapterCache
 from .kv_blocks import BlockTable, KVBlocks, count_blocks
 from .plan import Chunk, Plan, Result
+from .token_counters import OUTPUT_WEIGHT, TokenCounters
+
+Queue = tuple[int, Digest | None]  # of requests of one priority for one adapter
 
 GOOD_PART = 0.25  # of the prefill budget
 # Requests that may overtake one that does not fit the pool or the blocks, before these drain for it
@@ -52,6 +55,11 @@ class Sequence:
         return self.request.adapter
 
     @property
+    def queue(self) -> Queue:
+        """The queue that it waits in."""
+        return self.request.priority, self.request.adapter
+
+    @property
     def is_decoding(self) -> bool:
         """Whether only the token that was sampled last is not written yet."""
         return self.generated > 0 and self.written == len(self.tokens) - 1
@@ -76,12 +84,14 @@ class Sequence:
 
 
 class Scheduler:
-    """The next place goes to the waiting adapter with the fewest running sequences, and among equals to
-    the oldest request.
+    """The next place goes to the lowest priority that waits, there to the adapter that was served the fewest
+    tokens while others waited, and among equals to the oldest request.
 
-    So one adapter alone is served first come, first served, and none takes more than its share while
-    others wait. A step is `plan_step`, then `commit_step` or `abort_step`, after which `unplace` and
-    `refuse` name the adapters that failed in it; `take_report` has the outcome of all calls since the last.
+    So one adapter alone is served first come, first served, and none takes more than its share of the work
+    while others of its priority wait.
+
+    A step is `plan_step`, then `commit_step` or `abort_step`, after which `unplace` and `refuse` name the
+    adapters that failed in it; `take_report` has the outcome of all calls since the last.
     """
 
     def __init__(
@@ -103,7 +113,8 @@ class Scheduler:
         self.blocks = KVBlocks(kv_blocks)
         self.adapters = AdapterCache(pool_rank, host_bytes)
         self.running: dict[int, Sequence] = {}
-        self.waiting: dict[Digest | None, deque[Sequence]] = {}
+        self.waiting: dict[Queue, deque[Sequence]] = {}
+        self.counters = TokenCounters()
         self._arrivals = 0
         self._preemptions = 0
         self._events: list[Event] = []
@@ -118,7 +129,7 @@ class Scheduler:
         if refusal is not None:
             self._fail_sequence(sequence, *refusal)
         else:
-            self.waiting.setdefault(request.adapter, deque()).append(sequence)
+            self._queue_of(sequence).append(sequence)
 
     def cancel_request(self, request: int) -> None:
         """Ends the request now; does nothing where it has ended already."""
@@ -164,7 +175,11 @@ class Scheduler:
         """The removed contents that nothing needs any more, and whether each is still to be
         forgotten in host memory.
         """
-        return self.adapters.take_removed()
+        removed = self.adapters.take_removed()
+        for digest, _ in removed:
+            if digest not in self.adapters.known:
+                self.counters.forget_adapter(digest)
+        return removed
 
     def plan_step(self) -> Plan:
         """The next step, empty when there is nothing to do.
@@ -172,7 +187,8 @@ class Scheduler:
         It must be committed or aborted before anything else happens.
         """
         in_flight = self._in_flight()
-        self.adapters.forget_removed(in_flight.union(digest for digest in self.waiting if digest is not None))
+        awaited = {digest for _, digest in self.waiting if digest is not None}
+        self.adapters.forget_removed(in_flight | awaited)
         self.adapters.place_pinned(in_flight)
         self._make_room()
         chunks = self._continue_running()
@@ -269,10 +285,28 @@ class Scheduler:
         return {sequence.adapter for sequence in self.running.values() if sequence.adapter is not None}
 
     def _waiting_heads(self) -> list[Sequence]:
-        """The oldest request of each adapter, in the order in which they may enter."""
-        running = Counter(sequence.adapter for sequence in self.running.values())
+        """The oldest request of each queue, in the order in which they may enter."""
         heads = [queue[0] for queue in self.waiting.values()]
-        return sorted(heads, key=lambda head: (running[head.adapter], head.arrival))
+        return sorted(heads, key=self._turn_of)
+
+    def _turn_of(self, head: Sequence) -> tuple[int, bool, int, int]:
+        return head.request.priority, *self.counters.turn_of(*head.queue), head.arrival
+
+    def _queue_of(self, sequence: Sequence) -> deque[Sequence]:
+        """The queue that the sequence is to wait in, which is there from now on."""
+        if sequence.queue not in self.waiting:
+            priority, adapter = sequence.queue
+            beside = [other for level, other in self.waiting if level == priority]
+            self.counters.join(priority, adapter, beside)
+            self.waiting[sequence.queue] = deque()
+        return self.waiting[sequence.queue]
+
+    def _end_queue(self, queue: Queue) -> deque[Sequence]:
+        """Takes a queue away; the sequences that were still in it."""
+        left, priority = self.waiting.pop(queue), queue[0]
+        if not any(level == priority for level, _ in self.waiting):
+            self.counters.end_waiting(priority)
+        return left
 
     def _make_room(self) -> None:
         """Gives each decoding sequence a block for its next token; where there is none, others wait
@@ -287,18 +321,22 @@ class Scheduler:
         return self.blocks.grow_table(sequence.table, min(len(sequence.tokens) + 1, self.context))
 
     def _choose_victim(self) -> Sequence:
-        """The newest sequence of the adapter that holds most blocks."""
+        """Of the highest priority the newest sequence of the adapter that holds most blocks."""
         held: Counter[Digest | None] = Counter()
         for sequence in self.running.values():
             held[sequence.adapter] += len(sequence.table.blocks)
-        return max(self.running.values(), key=lambda sequence: (held[sequence.adapter], sequence.arrival))
+
+        def worth_leaving(sequence: Sequence) -> tuple[int, int, int]:
+            return sequence.request.priority, held[sequence.adapter], sequence.arrival
+
+        return max(self.running.values(), key=worth_leaving)
 
     def _preempt_sequence(self, sequence: Sequence) -> None:
-        """It waits again, first of its adapter's; prompt and answer so far will be prefilled anew."""
+        """It waits again, first of its queue; prompt and answer so far will be prefilled anew."""
         del self.running[sequence.request.id]
         self.blocks.release_table(sequence.table)
         sequence.written, sequence.scored = 0, []
-        self.waiting.setdefault(sequence.adapter, deque()).appendleft(sequence)
+        self._queue_of(sequence).appendleft(sequence)
         self._preemptions += 1
 
     def _is_decoding(self, chunk: Chunk) -> bool:
@@ -338,13 +376,15 @@ class Scheduler:
         """
         blocked: Sequence | None = None
         for head in self._waiting_heads():
+            if head.queue not in self.waiting:  # its adapter was just found not to fit the pool
+                continue
             if not self.adapters.at_hand(head.adapter) or self._has_sibling(head):
                 continue
             if self._has_room(head) and self._can_run(head.adapter, place=blocked is None):
                 if blocked is not None:
                     blocked.passed += 1
                 return head
-            if blocked is None and head.adapter in self.waiting:
+            if blocked is None and head.queue in self.waiting:
                 blocked = head
                 if blocked.passed >= PASSES:
                     break
@@ -397,13 +437,13 @@ class Scheduler:
         self.running[sequence.request.id] = sequence
         if not sequence.begun:
             sequence.begun = True
+            self.counters.begin_request(*sequence.queue, len(sequence.tokens) - sequence.written)
             self._started.append((sequence.request.id, sequence.written))
 
     def _remove_waiting(self, sequence: Sequence) -> None:
-        queue = self.waiting[sequence.adapter]
-        queue.remove(sequence)
-        if not queue:
-            del self.waiting[sequence.adapter]
+        self.waiting[sequence.queue].remove(sequence)
+        if not self.waiting[sequence.queue]:
+            self._end_queue(sequence.queue)
 
     def _make_chunk(self, sequence: Sequence, limit: int) -> Chunk:
         start = sequence.written
@@ -431,6 +471,7 @@ class Scheduler:
         request = sequence.request
         sequence.generated += 1
         sequence.tokens.append(token.id)
+        self.counters.charge_tokens(*sequence.queue, OUTPUT_WEIGHT)
         if token.id in request.eos:
             self._end_sequence(sequence, Finish.EOS, token)
         elif sequence.generated >= request.max_tokens or len(sequence.tokens) >= self.context:
@@ -459,8 +500,9 @@ class Scheduler:
         self._end_sequence(sequence, Finish.FAILED, code=code, message=message)
 
     def _fail_waiting(self, digest: Digest, code: ErrorCode, message: str) -> None:
-        for sequence in self.waiting.pop(digest, ()):
-            self._fail_sequence(sequence, code, message)
+        for queue in [queue for queue in self.waiting if queue[1] == digest]:
+            for sequence in self._end_queue(queue):
+                self._fail_sequence(sequence, code, message)
 
 
 def last_invocation(invocation: tuple[int, ...], prompt: tuple[int, ...]) -> int:

@@ -26,6 +26,7 @@ from ..settings import Settings
 from . import base_size, gpu_kernels, kernels, kv, loading, processor, rope, selfcheck
 from .graphs import CudaGraphs
 from .kernels import decoder
+from .kernels.weights import fits_kernel
 from .linear_calls import LinearCalls, recorded_calls
 from .lora_pool import LoraPool
 from .memory import trim_heap
@@ -158,7 +159,8 @@ def _can_use_kernels(base: ProbedBase) -> bool:
     """
     if base.model.device.type != "cpu":
         return False
-    is_able = base.settings.compile != "off" and _fits_kernels(base) and kernels.load_kernels()
+    is_able = base.settings.compile != "off" and _fits_kernels(base)
+    is_able = is_able and kernels.load_kernels(base.settings.kernels)
     if base.settings.compile == "on" and not is_able:
         raise SettingsError(
             "ADAPTERD_COMPILE: on, but the kernels need a bfloat16 base on a CPU with AVX2, AVX-512 or NEON, "
@@ -172,7 +174,7 @@ def _fits_kernels(base: ProbedBase) -> bool:
     head = base.model.get_output_embeddings()
     layers = [layer for _, layer, _, _ in loading.iterate_linears(base.model) if layer is not head]
     is_attention_fit = all(spec.dim % 16 == 0 and not spec.chunk for spec in base.attention)
-    return base.model.dtype == torch.bfloat16 and is_attention_fit and all(map(kernels.fits_kernel, layers))
+    return base.model.dtype == torch.bfloat16 and is_attention_fit and all(map(fits_kernel, layers))
 
 
 def _build_fused_pool(base: ProbedBase, tables: kernels.StepTables, expected: Tensor) -> LoraPool | None:
@@ -181,8 +183,9 @@ def _build_fused_pool(base: ProbedBase, tables: kernels.StepTables, expected: Te
     Raises SettingsError where they were demanded and do not.
     """
     pool = _make_pool(base, tables)
-    _install_kernels(pool, base.attention)
-    difference = selfcheck.kernels_differ(pool, expected)
+    _install_kernels(pool, base)
+    limit = selfcheck.INT8 if _quantization_of(base) == "int8" else selfcheck.KERNELS
+    difference = selfcheck.kernels_differ(pool, expected, limit)
     kv.clear_blocks(base.attention, selfcheck.PROBE_BLOCKS)
     if not difference:
         return pool
@@ -211,15 +214,22 @@ def _build_gpu_pool(base: ProbedBase, expected: Tensor) -> LoraPool | None:
     return pool
 
 
-def _install_kernels(pool: LoraPool, attention: Sequence[kv.AttentionSpec]) -> None:
+def _install_kernels(pool: LoraPool, base: ProbedBase) -> None:
     """Puts the kernels' attention into the pool's tree, and the kernel for all of a layer where its
     kind is known.
     """
     pool.tree.set_attn_implementation(kernels.NAME)
-    lists = (m for m in pool.tree.modules() if isinstance(m, nn.ModuleList) and len(m) == len(attention))
-    installed = sum(decoder.install_layers(layers, attention) for layers in lists)
-    facts = processor.name_vectors(), installed, len(attention), torch.get_num_threads()
-    log.info("kernels: %s, bfloat16, %d of %d layers in one call each, %d threads", *facts)
+    attention, layers = base.attention, len(base.attention)
+    lists = (m for m in pool.tree.modules() if isinstance(m, nn.ModuleList) and len(m) == layers)
+    installed = sum(decoder.install_layers(each, attention) for each in lists)
+    quantization = _quantization_of(base)
+    weights = "bfloat16" if quantization == "none" else quantization
+    facts = processor.name_vectors(base.settings.kernels), weights, installed, layers
+    log.info("kernels: %s, %s, %d of %d layers in one call each, %d threads", *facts, torch.get_num_threads())
+
+
+def _quantization_of(base: ProbedBase) -> str:
+    return loading.quantization_of(base.settings, base.model.device)
 
 
 def _record_graphs(base: ProbedBase, pool: LoraPool, card: BaseInfo, expected: Tensor) -> CudaGraphs | None:

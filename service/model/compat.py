@@ -7,6 +7,7 @@ tests/model/test_compat.py shows it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +42,15 @@ def unpack_for_cpu(packed: Tensor, state: Any) -> tuple[Tensor, Any]:
     unpacked, state = functional._convert_weight_packed_for_cpu_inverse(packed, state)
     state.absmax = state.absmax.T.reshape(-1).float()
     return unpacked, state
+
+
+def plain_4bit(weight: Any) -> tuple[Tensor, Any]:
+    """A Params4bit's values, uint8, two a byte, and a QuantState of its own for them, however
+    bitsandbytes holds them now.
+    """
+    data, state = weight.data, copy.copy(weight.quant_state)
+    is_packed = getattr(state, "packing_format_for_cpu", False)
+    return unpack_for_cpu(data, state) if is_packed else (data, state)
 
 
 def reads_quantized(layer: nn.Module) -> bool:

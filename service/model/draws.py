@@ -20,6 +20,9 @@ from .transfers import send, send_rows, take_rows
 FILTERS = frozenset({"top_k", "top_p", "min_p", "typical_p"})
 # A mass is looked for among so many best tokens first, for few rows need more; None: among all
 WIDTHS = (256, 4096, None)
+# Rows whose top-k is at most so many look at twice as many, since in bfloat16 several are as good as the
+# last; others look at all tokens
+TOP_KS = (64, 256)
 NO_TOKEN, TOO_WIDE = -1, -2
 # Logits that are worked on at a time: what that takes beside them is up to some 100 MB
 MOST_LOGITS = 1 << 21
@@ -30,11 +33,12 @@ class DrawRules:
     """Of rows that use the same filters: which rows (int64 [m]), and each one's numbers, [m, 1].
 
     Numbers are float32, but `top_k` int64 and the uniforms in [0, 1) float64. `most` is the largest
-    top-k.
+    top-k, `best` the one of TOP_KS that holds it, or the vocabulary.
     """
 
     filters: frozenset[str]
     rows: Tensor
+    best: int
     most: int
     uniform: Tensor
     top_k: Tensor
@@ -45,8 +49,8 @@ class DrawRules:
 
 
 class Candidates(NamedTuple):
-    """Probabilities [m, width], 0 where a token cannot come; their tokens in ascending order, or
-    None: the vocabulary; and bool [m, 1], false where the width does not hold all of them.
+    """Probabilities [m, width] but for a factor, 0 where a token cannot come; their tokens in ascending
+    order, or None: the vocabulary; and bool [m, 1], false where the width does not hold all of them.
     """
 
     probabilities: Tensor
@@ -56,23 +60,31 @@ class Candidates(NamedTuple):
 
 def group_draws(states: Sequence[SamplingState], vocabulary: int, device: torch.device) -> list[DrawRules]:
     """Rules of the rows that are not greedy; `states` are in the order of their logits."""
-    groups: dict[tuple[frozenset[str], bool], list[int]] = {}
+    groups: dict[tuple[frozenset[str], int], list[int]] = {}
     for row, state in enumerate(states):
         if "temperature" in state.uses:
-            is_large = state.request.sampling.top_k > WIDTHS[0]  # apart, for all pay for the largest
-            groups.setdefault((state.uses & FILTERS, is_large), []).append(row)
+            best = _round_up(state.request.sampling.top_k, vocabulary)
+            groups.setdefault((state.uses & FILTERS, best), []).append(row)
     size = max(1, MOST_LOGITS // vocabulary)
-    parts = [rows[i : i + size] for rows in groups.values() for i in range(0, len(rows), size)]
-    return [_make_rules(part, [states[row] for row in part], vocabulary, device) for part in parts]
+    parts = [
+        (best, rows[i : i + size]) for (_, best), rows in groups.items() for i in range(0, len(rows), size)
+    ]
+    return [_make_rules(part, [states[row] for row in part], best, device) for best, part in parts]
+
+
+def _round_up(top_k: int, vocabulary: int) -> int:
+    """The first of TOP_KS that is not less; else the vocabulary."""
+    fitting = (best for best in TOP_KS if 0 < top_k <= best < vocabulary)
+    return next(fitting, vocabulary)
 
 
 def _make_rules(
-    rows: Sequence[int], states: Sequence[SamplingState], vocabulary: int, device: torch.device
+    rows: Sequence[int], states: Sequence[SamplingState], best: int, device: torch.device
 ) -> DrawRules:
     numbers = []
     for state in states:
         rules = state.request.sampling
-        top_k = min(rules.top_k, vocabulary) if rules.top_k > 0 else vocabulary
+        top_k = min(rules.top_k, best) if rules.top_k > 0 else best
         shares = (rules.top_p, rules.min_p, rules.typical_p)
         numbers.append((state.draw_uniform(), top_k, rules.temperature, *shares))
     table = send(torch.tensor(numbers, dtype=torch.float64), device)
@@ -80,6 +92,7 @@ def _make_rules(
     return DrawRules(
         filters=states[0].uses & FILTERS,
         rows=send_rows(rows, device),
+        best=best,
         most=max(top_k for _, top_k, *_ in numbers),
         uniform=table[:, :1],
         top_k=table[:, 1:2].long(),
@@ -111,13 +124,9 @@ def draw_tokens(logits: Tensor, rules: DrawRules, width: int | None) -> Tensor:
 def filter_tokens(logits: Tensor, rules: DrawRules, width: int | None) -> Candidates:
     """Logits [m, vocabulary] of the rules' rows → their candidates."""
     scaled = logits.float() / rules.temperature
-    if "top_k" in rules.filters:
-        least = scaled.topk(rules.most).values.gather(-1, rules.top_k - 1)
-        scaled.masked_fill_(scaled < least, float("-inf"))
-    probabilities = scaled.softmax(-1)
-    candidates = Candidates(probabilities, None, torch.ones_like(rules.uniform, dtype=torch.bool))
+    candidates = _keep_best(scaled, rules, width) if "top_k" in rules.filters else _keep_all(scaled)
     if "top_p" in rules.filters:
-        candidates = _keep_nucleus(probabilities, rules.top_p, width)
+        candidates = _keep_nucleus(candidates, rules.top_p, width)
     if "min_p" in rules.filters:
         probabilities = candidates.probabilities
         least = rules.min_p * probabilities.amax(-1, keepdim=True)
@@ -125,17 +134,44 @@ def filter_tokens(logits: Tensor, rules: DrawRules, width: int | None) -> Candid
     return _keep_typical(candidates, rules.typical_p, width) if "typical_p" in rules.filters else candidates
 
 
-def _keep_nucleus(probabilities: Tensor, top_p: Tensor, width: int | None) -> Candidates:
+def _keep_all(scaled: Tensor) -> Candidates:
+    return Candidates(scaled.softmax(-1), None, torch.ones_like(scaled[:, :1], dtype=torch.bool))
+
+
+def _keep_best(scaled: Tensor, rules: DrawRules, width: int | None) -> Candidates:
+    """Keeps the top-k best tokens and those as good as the last of them."""
+    if width != WIDTHS[0] or rules.best >= scaled.shape[-1]:
+        least = scaled.topk(rules.most).values.gather(-1, rules.top_k - 1)
+        weights = _weigh_against_best(scaled.masked_fill_(scaled < least, float("-inf")))
+        return Candidates(weights, None, torch.ones_like(least, dtype=torch.bool))
+    best = scaled.topk(min(2 * rules.best, scaled.shape[-1]))
+    least, last = best.values.gather(-1, rules.top_k - 1), best.values[:, -1:]
+    tokens, order = best.indices.sort(-1)
+    weights = _weigh_against_best(best.values.masked_fill(best.values < least, float("-inf")))
+    return Candidates(weights.gather(-1, order), tokens, (last < least) | (last == float("-inf")))
+
+
+def _weigh_against_best(scaled: Tensor) -> Tensor:
+    """Probabilities divided by the greatest, which are the same however many tokens stand beside."""
+    return (scaled - scaled.amax(-1, keepdim=True)).exp_()
+
+
+def _keep_nucleus(candidates: Candidates, top_p: Tensor, width: int | None) -> Candidates:
     """Keeps the fewest best tokens whose mass reaches top_p; always the best one."""
+    probabilities, among, was_whole = candidates
     mass = top_p * sum_rows(probabilities)
     if width != WIDTHS[0]:
         is_kept, is_whole = _find_best(probabilities, probabilities, mass, width)
-        return Candidates(probabilities * is_kept, None, is_whole)
-    best = probabilities.topk(min(width, probabilities.shape[-1]))
-    is_kept = torch.arange(best.values.shape[-1], device=mass.device) < _count_tokens(best.values, mass)
-    tokens, order = best.indices.sort(-1)
-    kept = (best.values * is_kept).gather(-1, order)
-    return Candidates(kept, tokens, best.values.sum(-1, keepdim=True) >= mass)
+        return Candidates(probabilities * is_kept, among, is_whole & was_whole)
+    if among is None:
+        ordered, places = probabilities.topk(min(width, probabilities.shape[-1]))
+    else:  # few, so that of equal ones the lowest tokens can come first
+        ordered, places = probabilities.sort(dim=-1, descending=True, stable=True)
+    is_kept = torch.arange(ordered.shape[-1], device=mass.device) < _count_tokens(ordered, mass)
+    places, order = places.sort(-1)
+    kept = (ordered * is_kept).gather(-1, order)
+    is_whole = (ordered.sum(-1, keepdim=True) >= mass) & was_whole
+    return Candidates(kept, places if among is None else among.gather(-1, places), is_whole)
 
 
 def _keep_typical(candidates: Candidates, mass: Tensor, width: int | None) -> Candidates:

@@ -191,7 +191,7 @@ def dtype_of(settings: Settings, device: torch.device) -> torch.dtype:
     """
     if settings.dtype != "auto":
         return DTYPES[settings.dtype]
-    return torch.bfloat16 if device.type == "cuda" or can_load_kernels() else torch.float32
+    return torch.bfloat16 if device.type == "cuda" or can_load_kernels(settings.kernels) else torch.float32
 
 
 def quantization_of(settings: Settings, device: torch.device) -> str:

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Digest, Placement
+from .kernels.weights import TILE, pack_weights
 from .memory import HugePageArena, lazy_zeros, release_pages
-
-TILE = 32  # outputs that the kernel computes together
 
 
 class LoraWeights(NamedTuple):
@@ -179,22 +178,24 @@ class FusedLoraLinear(nn.Module):
         super().__init__()
         self.base_layer = base_layer
         self.gated: set[int] = set()
-        weight, bias = base_layer.weight, base_layer.bias
-        n_out, n_in = weight.shape
+        n_out, n_in, bias = base_layer.out_features, base_layer.in_features, base_layer.bias
         tiles = n_out // TILE, -(-rank // 2), TILE, 2
+        weights = pack_weights(base_layer)
         register_buffers(
             self,
-            packed=arena.copy_in(torch.ops.adapterd.pack(weight)),
+            packed=arena.copy_in(weights.packed),
+            scales=weights.scales,
             table=table,
-            pool_a=lazy_zeros(rank, n_in, dtype=weight.dtype, huge=True),
-            pool_b=lazy_zeros(*tiles, dtype=weight.dtype, huge=True),
-            bias=weight.new_empty(0) if bias is None else bias.detach(),
+            pool_a=lazy_zeros(rank, n_in, dtype=torch.bfloat16, huge=True),
+            pool_b=lazy_zeros(*tiles, dtype=torch.bfloat16, huge=True),
+            bias=torch.empty(0, dtype=torch.bfloat16) if bias is None else bias.detach().bfloat16(),
             gate=lazy_zeros(rank, n_out, dtype=torch.float32),
             ranks=torch.zeros(rank, dtype=torch.int32),
         )
-        release_pages(weight)  # only a DoRA gate and PEFT's own models read it
+        release_pages(base_layer.weight)  # only a DoRA gate and PEFT's own models read it
 
     packed: Tensor
+    scales: Tensor
     table: Tensor
     pool_a: Tensor
     pool_b: Tensor
@@ -224,4 +225,4 @@ class FusedLoraLinear(nn.Module):
 
     def kernel_tensors(self) -> tuple[Tensor, ...]:
         """The tensors of a layer in the kernel's order."""
-        return self.packed, self.bias, self.pool_a, self.pool_b, self.gate, self.ranks
+        return self.packed, self.scales, self.bias, self.pool_a, self.pool_b, self.gate, self.ranks

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..core.adapter import Digest, Placement
 from ..core.base_info import name_pattern
 from . import kernels
+from .kernels.weights import fits_kernel
 from .linear_calls import LinearCalls
 from .loading import iterate_linears
 from .lora_linear import (
@@ -90,7 +91,7 @@ class LoraPool:
 
     def _fuse_layer(self, name: str, layer: nn.Module, arena: HugePageArena) -> FusedLoraLinear | None:
         """The layer on the CPU kernel, where that fits it."""
-        if not self.tables or not kernels.fits_kernel(layer):
+        if not self.tables or not fits_kernel(layer):
             return None
         table = self.tables.head if self._is_head(name) else self.tables.body
         return FusedLoraLinear(layer, self.rank, table, arena)

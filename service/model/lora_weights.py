@@ -6,7 +6,6 @@ Knows PEFT's formulas. Must not know the pool's layout or requests.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -20,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from ..core.adapter import Adapter, LoraLayerSpec
 from ..errors import AdapterInvalid
 from .adapter_file import read_files
-from .compat import unpack_for_cpu
+from .compat import plain_4bit
 from .lora_linear import FusedLoraLinear, LoraLinear, LoraWeights
 from .lora_pool import LoraPool
 
@@ -112,18 +111,8 @@ def dense_weight(layer: Any) -> Tensor:
     if isinstance(layer, Conv1D):
         return cast(Tensor, weight.T)
     if isinstance(weight, bitsandbytes.nn.Params4bit):
-        return _dense_4bit(weight)
+        return cast(Tensor, functional.dequantize_4bit(*plain_4bit(weight)).float())
     if isinstance(weight, bitsandbytes.nn.Int8Params):
         scales = weight.SCB if weight.SCB is not None else layer.state.SCB
         return cast(Tensor, functional.int8_vectorwise_dequant(weight.data, scales).float())
     return cast(Tensor, weight)
-
-
-def _dense_4bit(weight: Any) -> Tensor:
-    """bitsandbytes repacks 4-bit weights for a CPU at the first forward; its dequantizing function,
-    and PEFT's DoRA, then misread them.
-    """
-    data, state = weight.data, copy.copy(weight.quant_state)
-    if getattr(state, "packing_format_for_cpu", False):
-        data, state = unpack_for_cpu(data, state)
-    return cast(Tensor, functional.dequantize_4bit(data, state).float())

@@ -20,6 +20,11 @@ written = logging.getLogger("adapterd.stderr")
 PLAIN = re.compile(r"[\w./:@+%-]+")
 LINE_ENDS = re.compile(r"[\r\n]+")
 BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+# Libraries that say much; those that speak to object stores would also log what they sign requests with
+CHATTY = (
+    "uvicorn", "asyncio", "httpx", "filelock", "urllib3",
+    "fsspec", "s3fs", "gcsfs", "aiobotocore", "botocore", "aiohttp", "google",
+)  # fmt: skip
 
 _style = ("text", "info")
 
@@ -98,7 +103,7 @@ def set_up_logging(form: str, level: str) -> None:
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     logging.captureWarnings(True)
-    for chatty in ("uvicorn", "asyncio", "httpx", "filelock", "urllib3"):
+    for chatty in CHATTY:
         logging.getLogger(chatty).setLevel(logging.WARNING)
     # It warns at import of a kernel that nothing here needs
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

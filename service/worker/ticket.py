@@ -10,15 +10,15 @@ import asyncio
 import time
 from collections.abc import Callable
 
-from ..core.request import Event, Request
+from ..core.request import Event, Finish, Request
 
 
 class Ticket:
     """An async iterator of the request's events, the terminal one last.
 
     Times are `time.monotonic` seconds, None until they are known. `submitted`: admitted; `started`: it
-    began to run; `first` and `last`: tokens arrived; `ended`: the terminal event. `cached_tokens` of the
-    prompt were not computed again.
+    began to run; `first` and `last`: tokens arrived; `ended`: the terminal event, which `failed` says was an
+    error. `cached_tokens` of the prompt were not computed again.
     """
 
     def __init__(self, request: Request, cancelled: Callable[[Ticket], None]) -> None:
@@ -29,6 +29,7 @@ class Ticket:
         self.first: float | None = None
         self.last: float | None = None
         self.ended: float | None = None
+        self.failed = False
         self.stopped = False
         self.leaving = False
         self._cancelled = cancelled
@@ -66,4 +67,5 @@ class Ticket:
             self.last = now
         if event.finish is not None:
             self.ended = now
+            self.failed = event.finish is Finish.FAILED
         self._events.put_nowait(event)

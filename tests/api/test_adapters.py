@@ -228,3 +228,26 @@ def test_vllms_names_have_its_bodies_and_codes(served: ServedApp) -> None:
         served.json("POST", "/v1/unload_lora_adapter", {"lora_name": "a", "more": 1}, 400)["error"]["param"]
         == "more"
     )
+
+
+def test_a_prefetch_is_202_with_where_each_one_is(served: ServedApp) -> None:
+    for id in ("a", "org/b"):
+        load(served, id)
+    told = served.json("POST", "/adapters/prefetch", {"ids": ["a", "org/b"]}, 202)
+    assert told == {"adapters": [{"id": id, "residency": "disk"} for id in ("a", "org/b")]}
+    assert served.json("POST", "/adapters/prefetch", {"ids": []}, 202) == {"adapters": []}
+    unknown = served.json("POST", "/adapters/prefetch", {"ids": ["a", "none"]}, 404)
+    assert (unknown["error_type"], "'none'" in unknown["error"]) == ("adapter_not_found", True)
+
+
+@pytest.mark.parametrize(
+    "body", [{}, {"ids": "a"}, {"ids": [5]}, {"ids": None}, {"ids": ["a"], "more": 1}, {"ids": ["a"] * 1001}]
+)
+def test_a_wrong_prefetch_is_a_validation_error(served: ServedApp, body: dict[str, Any]) -> None:
+    load(served)
+    refused = served.json("POST", "/adapters/prefetch", body, 422)
+    assert (refused["error_type"], "ids" in refused["error"] or "more" in refused["error"]) == (
+        "validation",
+        True,
+    )
+    assert len(served.registry.calls) == 1

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.api.errors import install_handlers
 from service.api.scopes import ADMIN_SCOPE, KEY_SCOPE, PUBLIC_SCOPE, KeyScope, declared_scopes
+from service.keys import hash_secret
 
 from .served_app import ServedApp, serve_app
 
@@ -81,6 +82,7 @@ CHANGES = [
     ("POST", "/adapters/check", {"id": "a", "source": "a"}),
     ("PUT", "/adapters/a", {"source": "b"}),
     ("PATCH", "/adapters/a", {"pinned": True}),
+    ("POST", "/adapters/prefetch", {"ids": ["a"]}),
     ("POST", "/adapters/a/rollback", {}),
     ("GET", "/aliases", None),
     ("PUT", "/aliases/prod", {"targets": [{"id": "a", "weight": 1}]}),
@@ -101,7 +103,7 @@ def test_changing_adapters_needs_the_admin_scope(served: ServedApp) -> None:
     assert not served.registry.calls
     for method, path, body in CHANGES:
         answer = served.http.request(method, path, headers=ADMIN, json=body)
-        assert answer.status_code in (200, 201), answer.text
+        assert answer.status_code in (200, 201, 202), answer.text
 
 
 GENERATION = {
@@ -190,8 +192,10 @@ def test_every_route_declares_one_scope(served: ServedApp) -> None:
     assert {f"GET {path}" for path in pages} <= scopes[KeyScope.KEY]
     reading = {name for name in scopes[KeyScope.KEY] if not name.startswith("GET ")}
     assert reading == {f"POST {path}" for path in GENERATION}, "whatever else is no GET needs the admin scope"
-    assert scopes[KeyScope.ADMIN]
-    assert [name for name in scopes[KeyScope.ADMIN] if name.startswith("GET ")] == ["GET /aliases"]
+    assert [name for name in scopes[KeyScope.ADMIN] if name.startswith("GET ")] == [
+        "GET /aliases",
+        "GET /usage",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -292,6 +296,21 @@ def test_a_keys_name_is_in_the_log_and_the_key_is_not(
     assert "sk-" not in "".join(
         str(record.__dict__) for record in caplog.records if record.name.startswith("adapterd")
     )
+
+
+def test_a_change_is_audited_under_the_name_of_its_key(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "keys").write_text("sk-secret name=ops\nsk-other\n")
+    caplog.set_level(logging.INFO, "adapterd.audit")
+    for file in (f"@{tmp_path / 'keys'}", ""):
+        with serve_app(admin_keys=file) as served:
+            for key in ("sk-secret", "sk-other"):
+                body = {"id": key.removeprefix("sk-"), "source": "folder"}
+                served.json("POST", "/adapters", body, 201, headers={"authorization": f"Bearer {key}"})
+    lines = [record.__dict__["fields"] for record in caplog.records if record.name == "adapterd.audit"]
+    assert [line["who"] for line in lines] == ["ops", hash_secret("sk-other")[:19], "anyone", "anyone"]
+    assert "sk-" not in str(lines)
 
 
 # ---- other sites' pages

@@ -37,7 +37,6 @@ NO_OPS: dict[str, Any] = {
     "prediction": None,
     "suffix": None,
     "best_of": 1,
-    "priority": 0,
 }
 
 

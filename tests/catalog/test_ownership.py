@@ -29,8 +29,8 @@ def test_the_second_is_told_who_has_it_and_the_third_gets_it_once_that_is_closed
         claim_directory(tmp_path / "adapters", 9090)
     said = (
         rf"ADAPTERD_ADAPTERS_DIR: {tmp_path}/adapters is held by another service, process {os.getpid()} "
-        rf"on the host {re.escape(socket.gethostname())}, port 8080, since 20\S+Z: stop that one, or name "
-        "another directory"
+        rf"on the host {re.escape(socket.gethostname())}, port 8080, since 20\S+Z: stop that one, name "
+        r"another directory, or share this one \(ADAPTERD_SHARED\)"
     )
     assert re.fullmatch(said, str(caught.value))
     first.close()

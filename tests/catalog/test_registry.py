@@ -22,7 +22,7 @@ import pytest
 
 from service import durable
 from service.catalog.registry import Registry
-from service.catalog.sources.store import SourceLocation
+from service.catalog.sources.base import SourceLocation
 from service.catalog.validator.messages import ValidatedAdapter
 from service.core.adapter import ExecutionPath, Tier
 from service.core.base_info import LayerLimit
@@ -1266,3 +1266,92 @@ async def test_uploaded_files_are_no_source_for_others(catalog: RegistryFixture,
         card, _ = await registry.upload_adapter("up", parts(plain))
         with pytest.raises(Forbidden):
             await registry.register_adapter("thief", f".uploads/{card['digest'].removeprefix('sha256:')}")
+
+
+# ---- the audit
+
+
+def audited(caplog: pytest.LogCaptureFixture) -> list[tuple[str, str, str | None, str | None]]:
+    """What was changed, of which id, and the digests before and after, since the last call."""
+    fields = [record.__dict__["fields"] for record in caplog.records if record.name == "adapterd.audit"]
+    caplog.clear()
+    return [(line["what"], line["id"], line["before"], line["after"]) for line in fields]
+
+
+async def test_each_change_is_audited_with_the_digests_before_and_after(
+    stocked: RegistryFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "adapterd.audit")
+    async with stocked.opened() as registry:
+        found = {what for what, *_ in audited(caplog)}
+        assert found <= {"found"}
+        first, _ = await registry.register_adapter("a", "plain")
+        await registry.register_adapter("a", "plain")
+        with pytest.raises(Conflict):
+            await registry.register_adapter("a", "other")
+        second, _ = await registry.register_adapter("a", "other", replace=True)
+        await registry.pin_adapter("a", True)
+        await registry.pin_adapter("a", False)
+        await registry.remove_adapter("a")
+        one, two = first["digest"], second["digest"]
+        assert audited(caplog) == [
+            ("registered", "a", None, one),
+            ("replaced", "a", one, two),
+            ("pinned", "a", two, two),
+            ("unpinned", "a", two, two),
+            ("deleted", "a", two, None),
+        ]
+
+
+async def test_what_changed_while_nothing_ran_is_audited_at_the_start(
+    catalog: RegistryFixture, plain: Path, other: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "adapterd.audit")
+    put(plain, catalog.root, "a")
+    put(plain, catalog.root, "b")
+    async with catalog.opened() as registry:
+        digest = registry.card_of("a")["digest"]
+    assert audited(caplog) == [("found", "a", None, digest), ("found", "b", None, digest)]
+    shutil.rmtree(catalog.root / "a")
+    shutil.copytree(other, catalog.root / "b", dirs_exist_ok=True)
+    async with catalog.opened() as registry:
+        changed = registry.card_of("b")["digest"]
+    assert audited(caplog) == [("gone", "a", digest, None), ("found", "b", digest, changed)]
+    (catalog.root / "b" / "adapter_config.json").write_text("{")
+    async with catalog.opened():
+        assert audited(caplog) == [], "one that cannot be read is still the same registration"
+
+
+# ---- prefetching
+
+
+async def test_a_prefetch_names_each_residency_and_asks_the_device_for_what_is_not_on_it(
+    stocked: RegistryFixture,
+) -> None:
+    async with stocked.opened() as registry:
+        engine = device(registry)
+        cards = {}
+        for id, source in (("a", "plain"), ("b", "other")):
+            cards[id], _ = await registry.register_adapter(id, source, preload=False)
+        engine.tiers[cards["b"]["digest"]] = Tier.DEVICE
+        engine.preloads.clear()
+        assert registry.prefetch_adapters(["b", "a", "a"]) == [
+            {"id": "b", "residency": "device"},
+            {"id": "a", "residency": "disk"},
+        ]
+        assert engine.preloads == [cards["a"]["digest"]]
+
+
+async def test_a_prefetch_that_names_an_unknown_or_a_broken_one_begins_nothing(
+    stocked: RegistryFixture,
+) -> None:
+    (stocked.root / "broken").mkdir()
+    (stocked.root / "broken" / "adapter_config.json").write_text("{}")
+    async with stocked.opened() as registry:
+        await registry.register_adapter("a", "plain", preload=False)
+        device(registry).preloads.clear()
+        with pytest.raises(AdapterNotFound, match="'none'"):
+            registry.prefetch_adapters(["a", "none"])
+        with pytest.raises(AdapterInvalid):
+            registry.prefetch_adapters(["a", "broken"])
+        assert device(registry).preloads == []

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from service import durable
-from service.catalog.sources.store import UPLOADS
+from service.catalog.sources.base import UPLOADS
 from service.catalog.state_file import STATE_FILE
 from service.catalog.takeover import take_over_state
 

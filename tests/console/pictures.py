@@ -27,6 +27,7 @@ VIEWS = {
     "adapter": f"adapters/{SHOWN}",
     "live": "live",
     "forecast": "forecast",
+    "usage": "usage",
 }
 ROUNDS = 20  # seconds of work before the live view is taken
 

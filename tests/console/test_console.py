@@ -483,6 +483,30 @@ def test_a_forecast_follows_the_sliders(live: str, open_page: Open) -> None:
     expect(page.get_by_text(f"{told['parameters'] * 5 // 4:,}", exact=True)).to_be_visible()
 
 
+# ---- usage
+
+
+def generate(url: str, id: str, tokens: int = 3) -> None:
+    body = {"inputs": "Go on.", "parameters": {"adapter_id": id, "max_new_tokens": tokens}}
+    assert httpx.post(f"{url}generate", json=body, timeout=60).is_success
+
+
+def test_the_usage_page_says_what_each_adapter_has_used(live: str, open_page: Open) -> None:
+    id = some_ids(live)[0]
+    generate(live, id)
+    page = open_page(f"{live}#/usage")
+    line = row(page, id)
+    rows = httpx.get(f"{live}usage", params={"by": "adapter"}).json()["usage"]
+    (told,) = [one for one in rows if one["adapter"] == id]
+    expect(line.get_by_role("cell").nth(1)).to_have_text("no key")
+    expect(line.get_by_role("cell").nth(2)).to_have_text(f"{told['requests']:,}")
+    expect(line.get_by_role("cell").nth(5)).to_have_text(f"{told['generated_tokens']:,}")
+    page.get_by_label("By").select_option("key")
+    expect(page.get_by_role("table", name="Usage").get_by_role("row")).to_have_count(2)
+    page.get_by_label("Over the last").select_option("ever")
+    expect(page.get_by_role("table", name="Usage").get_by_role("row")).to_have_count(2)
+
+
 # ---- keys, theme, keyboard
 
 

@@ -11,7 +11,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from .conftest import BROKEN, Open
-from .test_console import ask, set_alias, some_ids
+from .test_console import ask, generate, set_alias, some_ids
 
 AXE = (Path(__file__).parent / "vendor" / "axe.min.js").read_text()
 SERIOUS = """axe.run().then(found => found.violations
@@ -89,4 +89,11 @@ def test_live(live: str, open_page: Open, width: int, scheme: str) -> None:
 def test_forecast(live: str, open_page: Open, width: int, scheme: str) -> None:
     page = open_page(f"{live}#/forecast", width, scheme)
     expect(page.get_by_role("region", name="Modules of the adapter")).to_be_visible()
+    examine(page, width)
+
+
+def test_usage(live: str, open_page: Open, width: int, scheme: str) -> None:
+    generate(live, some_ids(live)[0])
+    page = open_page(f"{live}#/usage", width, scheme)
+    expect(page.get_by_role("table", name="Usage").get_by_role("link")).not_to_have_count(0)
     examine(page, width)

@@ -54,7 +54,7 @@ class FakeEngine:
     before `gate` is open, the others after; `fails` is (code, message) instead of the third one.
 
     `errors` are the loads that fail, by digest, and `codes` their codes; none ends before `load_gate` is
-    open. `dropped` are the contents that were removed. `stops` are the graces of the stops. `loaded` is
+    open. `dropped` are the contents that were removed, `preloads` those that were to be loaded. `stops` are
     open once the base is there.
     """
 
@@ -78,6 +78,7 @@ class FakeEngine:
         self._tasks: set[asyncio.Task[None]] = set()
 
         self.known: dict[Digest, Adapter] = {}
+        self.preloads: list[Digest] = []
         self.tiers: dict[Digest, Tier] = {}
         self.pinned: set[Digest] = set()
         self.dropped: list[Digest] = []
@@ -139,6 +140,7 @@ class FakeEngine:
 
     def add_adapter(self, adapter: Adapter, pinned: bool = False, preload: bool = True) -> None:
         self.known[adapter.digest] = adapter
+        self.preloads += [adapter.digest] if preload else []
         if pinned:
             self.pinned.add(adapter.digest)
 

@@ -23,6 +23,7 @@ from service.errors import (
     SourceMissing,
 )
 from service.telemetry import metrics
+from service.telemetry.audit import record_change
 
 if TYPE_CHECKING:
     from service.catalog.aliases import Alias, AliasTarget
@@ -42,8 +43,9 @@ class FakeRegistry:
     """Cards by id. An adapter's folder is `root`/id: a lease is of what lies there, or of the card's digest
     where nothing does.
 
-    `ids` are registered from the start. `calls` are the registrations, uploads and the end that came,
-    `leased` the ids that are leased now. A source may be named after the error that it raises.
+    `ids` are registered from the start, `folders` once a request names them. `calls` are the registrations,
+    uploads and the end that came, `leased` the ids that are leased now. A source may be named after the error
+    that it raises.
     """
 
     base_id = "tiny"
@@ -54,6 +56,7 @@ class FakeRegistry:
         self.calls: list[tuple[Any, ...]] = []
         self.leased: list[str] = []
         self.aliases = AliasRegistry(self, make_change, write_nothing)
+        self.folders: set[str] = set()
         for id in ids:
             self.cards[id] = {"id": id, "digest": DIGEST, "source": id}
             metrics.adapter_registered(id)
@@ -101,6 +104,8 @@ class FakeRegistry:
         if held and not replace:
             raise Conflict(f"{id} is taken by other content", param="id")
         self.cards[id] = {"id": id, "source": source, "digest": "sha256:" + source, "pinned": pinned}
+        what, before = ("replaced", held["digest"]) if held else ("registered", None)
+        record_change(what, id, before, self.cards[id]["digest"])
         return self.cards[id], held is None
 
     async def check_adapter(
@@ -151,7 +156,15 @@ class FakeRegistry:
         self.card_of(id)["pinned"] = pinned
         return self.card_of(id)
 
+    def prefetch_adapters(self, wanted: Sequence[str]) -> list[Json]:
+        self.calls.append(("prefetch", list(wanted)))
+        return [{"id": self.card_of(id)["id"], "residency": "disk"} for id in wanted]
+
     # ---- using and looking
+
+    async def resolve_adapter(self, id: str) -> None:
+        if id in self.folders:
+            self.cards.setdefault(id, {"id": id, "digest": DIGEST, "source": id})
 
     @contextmanager
     def lease_adapter(self, name: str) -> Iterator[AdapterVersion]:
@@ -230,7 +243,7 @@ def check_source(source: str) -> None:
 def make_version(id: str, digest: str, folder: Path, files: Manifest = ()) -> AdapterVersion:
     """A version of this content; one of an id with a slash came from the hub."""
     # Here, for it imports the hub's client
-    from service.catalog.sources.store import SourceLocation
+    from service.catalog.sources.base import SourceLocation
     from service.catalog.validator.messages import ValidatedAdapter
     from service.catalog.versions import AdapterVersion
 

@@ -46,6 +46,7 @@ def act(rng: random.Random, driver: SchedulerDriver, adapters: list[Adapter]) ->
                 rng.choice((None, chosen)),
                 eos=eos,
                 prompt_logprobs=scored,
+                priority=rng.choice((-1, 0, 0, 0, 2)),
             )
         case "cancel" if driver.stories:
             scheduler.cancel_request(id := rng.randrange(len(driver.stories)))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 
-from service.core.adapter import ExecutionPath, Tier
+from service.core.adapter import Adapter, ExecutionPath, Tier
 from service.core.error_codes import ErrorCode
 from service.core.request import Finish
 from service.engine.plan import Result
 from service.engine.scheduler import PASSES
+from service.engine.token_counters import OUTPUT_WEIGHT
 from tests.engine.driver import SchedulerDriver
 from tests.fakes import adapter, expected
 
@@ -25,7 +27,7 @@ def test_first_come_first_served() -> None:
     driver.check()
 
 
-def test_of_adapters_that_hold_as_many_rows_the_oldest_request_is_next() -> None:
+def test_of_adapters_that_were_served_as_much_the_oldest_request_is_next() -> None:
     driver = SchedulerDriver(rows=1)
     first, second = adapter("first"), adapter("second")
     for each in (first, second):
@@ -61,28 +63,91 @@ def test_prefill_is_chunked_and_every_running_sequence_decodes_in_every_step() -
     driver.check()
 
 
-def test_nobody_takes_more_than_a_share_of_rows_while_others_wait() -> None:
-    """A hundred requests of one adapter came first; the others still get half of the rows as they
-    fall free.
-    """
-    driver = SchedulerDriver(rows=4, pool_rank=16)
+def served(driver: SchedulerDriver, each: Adapter) -> int:
+    """The tokens that an adapter was served: those of prompts, and those of answers twice."""
+    mine = [story for story in driver.stories.values() if story.request.adapter == each.digest]
+    prompts = sum(len(story.request.prompt) - story.cached for story in mine if story.started)
+    return prompts + OUTPUT_WEIGHT * sum(len(story.tokens) for story in mine)
+
+
+def test_adapters_that_wait_are_served_as_many_tokens_each_however_many_requests_they_have() -> None:
+    """A hundred requests of one adapter came first, with long prompts; the other still gets as much."""
+    driver = SchedulerDriver(rows=2, context=64)
     greedy, modest = adapter("greedy"), adapter("modest")
     driver.scheduler.add_adapter(greedy)
     driver.scheduler.add_adapter(modest)
     for i in range(100):
-        driver.submit([i], 4, greedy)
-    driver.step()
-    for i in range(10):
-        driver.submit([i], 4, modest)
-    for _ in range(5):
+        driver.submit([i] * 40, 4, greedy)
+    for _ in range(20):
         driver.step()
-    held = [s.adapter for s in driver.scheduler.running.values()]
-    assert held.count(modest.digest) == 2
-    while any(s.adapter == modest.digest for queue in driver.scheduler.waiting.values() for s in queue):
-        held = [chunk.request.adapter for chunk in driver.step().chunks]
-        assert held.count(greedy.digest) <= 2
+    for i in range(100):
+        driver.submit([i], 4, modest)
+    before = served(driver, greedy)
+    while any(digest == modest.digest for _, digest in driver.scheduler.waiting):
+        driver.step()
+        assert abs(served(driver, greedy) - before - served(driver, modest)) <= 2 * 48
+    assert served(driver, modest) > 800, "they waited beside each other"
     driver.settle()
     driver.check()
+
+
+def test_a_newcomer_has_no_claim_on_what_others_got_before() -> None:
+    driver = SchedulerDriver(rows=1)
+    first, second, late = (adapter(name) for name in ("first", "second", "late"))
+    for each in (first, second, late):
+        driver.scheduler.add_adapter(each)
+    for i in range(20):
+        driver.submit([i], 3, first)
+        driver.submit([i], 3, second)
+    while len(driver.order) < 20:
+        driver.step()
+    for i in range(10):
+        driver.submit([i], 3, late)
+    while len(driver.order) < 29:
+        driver.step()
+    begun = Counter(driver.stories[id].request.adapter for id in driver.order[20:])
+    assert begun == {first.digest: 3, second.digest: 3, late.digest: 3}
+    driver.settle()
+
+
+def test_of_those_that_wait_the_lowest_priority_is_next_before_any_fairness() -> None:
+    driver = SchedulerDriver(rows=1)
+    busy, idle = adapter("busy"), adapter("idle")
+    for each in (busy, idle):
+        driver.scheduler.add_adapter(each)
+    driver.submit([1], 3, idle)
+    driver.step()
+    wanted = [(busy, 7), (idle, 7), (busy, 0), (idle, 0), (busy, -1), (busy, -5), (busy, -5)]
+    ids = [driver.submit([2, i], 3, each, priority=level) for i, (each, level) in enumerate(wanted)]
+    driver.settle()
+    assert driver.order[1:] == [ids[i] for i in (5, 6, 4, 2, 3, 0, 1)]
+    driver.check_free()
+
+
+def test_for_want_of_blocks_the_highest_priority_waits_again() -> None:
+    driver = SchedulerDriver(rows=2, kv_blocks=5)
+    urgent, later = driver.submit([1] * 30, 20, priority=-1), driver.submit([2] * 14, 30, priority=1)
+    while not driver.scheduler.gauges.preemptions:
+        driver.step()
+    assert [sequence.request.id for sequence in driver.scheduler.running.values()] == [urgent]
+    assert [sequence.request.id for queue in driver.scheduler.waiting.values() for sequence in queue] == [
+        later
+    ]
+    driver.settle()
+    driver.check()
+
+
+def test_an_adapter_that_cannot_be_placed_fails_its_requests_of_every_priority() -> None:
+    driver = SchedulerDriver(pool_rank=8)
+    pinned, big = adapter("pinned", rank=4), adapter("big", rank=8)
+    driver.scheduler.add_adapter(pinned, pinned=True)
+    driver.scheduler.add_adapter(big)
+    driver.settle()
+    ids = [driver.submit([1], 2, big, priority=level) for level in (2, 0, -2)]
+    driver.settle()
+    ends = [driver.stories[id].end for id in ids]
+    assert [end.code for end in ends if end] == ["overloaded"] * 3
+    driver.check_free()
 
 
 def test_an_adapter_that_does_not_fit_is_overtaken_a_bounded_number_of_times() -> None:
@@ -97,7 +162,7 @@ def test_an_adapter_that_does_not_fit_is_overtaken_a_bounded_number_of_times() -
     passed = 0
     for step in range(200):
         if step % 2 == 0:
-            driver.submit([3, step], 3, small)
+            driver.submit([3, step], 5, small)
         driver.submit([4, step], 2)
         before = len(driver.order)
         driver.step()
@@ -267,6 +332,22 @@ def test_preloading_fills_free_rows_and_drives_nobody_out() -> None:
     driver.scheduler.remove_adapter("sha256:a")
     driver.settle()
     assert driver.tiers["sha256:c"] is Tier.HOST, "each has one chance"
+
+
+def test_what_is_in_host_memory_is_placed_when_it_is_preloaded_again_and_there_is_room() -> None:
+    driver = SchedulerDriver(pool_rank=8)
+    three = [adapter(name, rank=4) for name in ("a", "b", "c")]
+    for each in three:
+        driver.scheduler.add_adapter(each, preload=True)
+    driver.settle()
+    driver.scheduler.add_adapter(three[2], preload=True)
+    driver.settle()
+    assert [driver.tiers[each.digest] for each in three] == [Tier.DEVICE, Tier.DEVICE, Tier.HOST], "no room"
+    driver.scheduler.remove_adapter(three[0].digest)
+    driver.settle()
+    driver.scheduler.add_adapter(three[2], preload=True)
+    driver.settle()
+    assert driver.tiers[three[2].digest] is Tier.DEVICE
 
 
 def test_what_nobody_asks_for_is_not_read_and_what_is_there_not_a_second_time() -> None:
@@ -703,7 +784,7 @@ def test_the_adapter_that_holds_most_blocks_gives_some_up() -> None:
     while not driver.scheduler.gauges.preemptions:
         driver.step()
     assert modest in driver.scheduler.running
-    assert set(driver.scheduler.waiting) == {many.digest}
+    assert set(driver.scheduler.waiting) == {(0, many.digest)}
     driver.settle()
     driver.check()
 

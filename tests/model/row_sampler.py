@@ -188,17 +188,18 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], float("-inf"))
     probabilities = logits.softmax(-1)
     if sampling.top_p < 1:
-        probabilities = _keep_nucleus(probabilities, sampling.top_p)
+        is_sorted = 0 < sampling.top_k <= NUCLEUS
+        probabilities = _keep_nucleus(probabilities, sampling.top_p, is_sorted)
     if sampling.min_p > 0:
         probabilities = probabilities.masked_fill(probabilities < sampling.min_p * probabilities.max(), 0)
     return _keep_typical(probabilities, sampling.typical_p) if sampling.typical_p < 1 else probabilities
 
 
-def _keep_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
+def _keep_nucleus(probabilities: Tensor, top_p: float, is_sorted: bool) -> Tensor:
     """Keeps the fewest best tokens whose mass reaches top_p; always the best one."""
     total = probabilities.sum()
     best: Any = probabilities.topk(min(NUCLEUS, probabilities.shape[0]))
-    if best.values.sum() < top_p * total:
+    if is_sorted or best.values.sum() < top_p * total:
         best = probabilities.sort(descending=True, stable=True)
     before = best.values.cumsum(-1) - best.values
     # A mass that is 0 in float32 still has the best one

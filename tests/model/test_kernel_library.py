@@ -38,13 +38,13 @@ def test_it_is_built_once_and_found_without_a_compiler(cache: Path, monkeypatch:
     monkeypatch.setattr(kernels, "find_compiler", lambda: None)
     assert not kernels.can_load_kernels()
     monkeypatch.setattr(kernels, "find_compiler", lambda: compiler)
-    library = kernels._find_library()
+    library = kernels._find_library(kernels._list_flags("auto"))
     built = library.stat()
     assert library.is_relative_to(cache)
     monkeypatch.setattr(kernels, "find_compiler", lambda: None)
     assert kernels.can_load_kernels()
-    assert kernels._find_library() == library
-    assert kernels._load_library()
+    assert kernels._find_library(kernels._list_flags("auto")) == library
+    assert kernels._load_library("auto")
     assert library.stat() == built
     assert ask(library) == 42
 
@@ -65,9 +65,9 @@ each_damage = pytest.mark.parametrize("damage", [cut, zero_half, Path.unlink])
 def test_a_damaged_one_is_built_anew(
     damage: Callable[[Path], None], cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    library = kernels._find_library()
+    library = kernels._find_library(kernels._list_flags("auto"))
     damage(library)
-    assert kernels._load_library()
+    assert kernels._load_library("auto")
     assert "is damaged and is made anew" in caplog.text
     assert ask(library) == 42
     assert [path.name for path in cache.iterdir() if not path.name.startswith(".")] == [library.parent.name]
@@ -77,10 +77,10 @@ def test_a_damaged_one_is_built_anew(
 def test_a_damaged_one_is_never_loaded_where_nothing_can_build_it(
     damage: Callable[[Path], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    library = kernels._find_library()
+    library = kernels._find_library(kernels._list_flags("auto"))
     damage(library)
     monkeypatch.setattr(kernels, "find_compiler", lambda: None)
-    assert not kernels._load_library()
+    assert not kernels._load_library("auto")
     assert caplog.messages[-1] == "kernels: off, they cannot be built: no C++ compiler (g++) is installed"
     assert str(library) not in Path("/proc/self/maps").read_text(encoding="utf-8")
 
@@ -89,7 +89,7 @@ def test_a_source_that_does_not_compile_is_told_and_leaves_nothing(
     cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     kernels.SOURCES[0].write_text("int broken = ;\n")
-    assert not kernels._load_library()
+    assert not kernels._load_library("auto")
     assert "kernels: off, they cannot be built: " in caplog.messages[-1]
     assert "expected primary-expression" in caplog.messages[-1]
     assert [path.name for path in cache.iterdir()] == [".making.lock"]
@@ -100,8 +100,8 @@ def test_one_that_the_loader_refuses_is_told_in_its_words(
 ) -> None:
     odd = tmp_path / "odd.so"
     odd.write_text("no library, but many bytes of something else" * 10)
-    monkeypatch.setattr(kernels, "_find_library", lambda: odd)
-    assert not kernels._load_library()
+    monkeypatch.setattr(kernels, "_find_library", lambda flags: odd)
+    assert not kernels._load_library("auto")
     (said,) = caplog.messages
     assert said.startswith("kernels: off, their library cannot be loaded: ")
     assert "invalid ELF header" in said
@@ -111,7 +111,7 @@ def test_a_cache_that_cannot_be_written_is_named(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/nope")
-    assert not kernels._load_library()
+    assert not kernels._load_library("auto")
     (said,) = caplog.messages
     assert said.startswith("kernels: off, they cannot be built: ops-")
     assert said.endswith(" cannot be written: No such file or directory")

@@ -8,12 +8,17 @@ name, and the torch path, which then serves, is held to PEFT by the others.
 from __future__ import annotations
 
 import itertools
+import os
 import random
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import Tensor
 
 from service.core.adapter import Adapter, Placement
@@ -22,6 +27,8 @@ from service.errors import SettingsError
 from service.model import kernels, kv
 from service.model.build import build_runner
 from service.model.kernels.decoder import FusedDecoderLayer
+from service.model.kernels.weights import fits_kernel
+from service.model.loading import load_base
 from service.model.lora_linear import (
     NO_TOKENS,
     DoraSpan,
@@ -32,7 +39,9 @@ from service.model.lora_linear import (
     TokenAdapters,
     TokenGroup,
 )
+from service.model.lora_weights import dense_weight
 from service.model.memory import HugePageArena
+from service.model.processor import VARIANTS, Vectors, can_run
 from service.model.runner import ModelRunner
 from service.model.step_layout import SequenceStep, make_layout
 from service.settings import Settings
@@ -41,7 +50,8 @@ from tests import making
 from .driver import Job, RunnerDriver, plan_of
 from .test_parity import SIZES, prompts, random_base
 
-ABLE = kernels.load_kernels()
+VECTORS: Any = os.environ.get("ADAPTERD_KERNELS", "auto")
+ABLE = kernels.load_kernels(VECTORS)
 BF16 = torch.bfloat16
 INF = float("inf")
 needs_kernels = pytest.mark.skipif(not ABLE, reason="no AVX2, AVX-512 or NEON, or no C++ compiler")
@@ -153,6 +163,66 @@ def test_the_gate_of_one_that_is_gone_is_not_left_for_the_next() -> None:
         assert torch.equal(fused(x), plain)
 
 
+def nf4_layer(n_in: int, n_out: int, bias: bool = False) -> torch.nn.Module:
+    layer: torch.nn.Module = Linear4bit(n_in, n_out, bias=bias, compute_dtype=BF16, quant_type="nf4")
+    layer.weight = Params4bit(made(n_out, n_in), requires_grad=False, quant_type="nf4").to("cpu")
+    return layer.to(BF16).eval()
+
+
+def int8_layer(n_in: int, n_out: int, bias: bool = False) -> torch.nn.Module:
+    layer: torch.nn.Module = Linear8bitLt(n_in, n_out, bias=bias, has_fp16_weights=False)
+    layer.weight = Int8Params(made(n_out, n_in), requires_grad=False).to("cpu")
+    return layer.eval()
+
+
+QUANTIZED: dict[str, Callable[..., torch.nn.Module]] = {"nf4": nf4_layer, "int8": int8_layer}
+# A row of many pieces, one that ends in a part of a piece, and one that is less than a piece
+WIDTHS = [(1024, 64), (320, 32), (64, 96)]
+
+
+@needs_kernels
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tokens", [1, 8, 9, 40])
+@pytest.mark.parametrize(("n_in", "n_out"), WIDTHS)
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_a_quantized_layer_multiplies_with_the_values_that_bitsandbytes_dequantizes(
+    kind: str, n_in: int, n_out: int, tokens: int, bias: bool
+) -> None:
+    layer: Any = QUANTIZED[kind](n_in, n_out, bias)
+    assert fits_kernel(layer)
+    x = made(1, tokens, n_in, seed=9)
+    with torch.inference_mode():
+        want = torch.nn.functional.linear(x.float(), dense_weight(layer))
+        want += layer.bias.float() if bias else 0
+        for _ in range(2):
+            fused = FusedLoraLinear(layer, 32, table(), HugePageArena(n_in * n_out * 2))
+            error = (fused(x).float() - want).norm() / want.norm()
+            assert error < 0.004, "more than rounding weights and sums to bfloat16 does"
+            layer(x)  # the first forward packs 4-bit weights anew for some processors
+
+
+@needs_kernels
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_a_quantized_row_is_the_same_to_the_bit_in_any_company(kind: str) -> None:
+    fused = FusedLoraLinear(QUANTIZED[kind](320, 64), 32, table(), HugePageArena(320 * 64 * 2))
+    x = made(1, 37, 320, seed=3)
+    with torch.inference_mode():
+        together = fused(x)
+        for count in (1, 3, 8, 16):
+            assert torch.equal(fused(x[:, :count]), together[:, :count])
+
+
+@pytest.mark.parametrize("layer", [nf4_layer(96, 32), nf4_layer(64, 48), int8_layer(64, 40)])
+def test_a_quantized_layer_of_other_sizes_is_left_to_bitsandbytes(layer: torch.nn.Module) -> None:
+    assert not fits_kernel(layer)
+
+
+def test_4bit_values_of_another_kind_are_left_to_bitsandbytes() -> None:
+    layer = Linear4bit(64, 32, bias=False, compute_dtype=BF16, quant_type="fp4")
+    layer.weight = Params4bit(made(32, 64), requires_grad=False, quant_type="fp4").to("cpu")
+    assert not fits_kernel(layer)
+
+
 class AttentionBuffers:
     """An attention layer's buffers, in which others have written."""
 
@@ -230,12 +300,13 @@ def test_a_base_on_the_kernels_says_what_the_plain_one_says(kind: str, tmp_path:
 
 
 def logprobs(
-    base: Path, plans: list[Adapter], dtype: str, switch: str, alike: bool
+    base: Path, plans: list[Adapter], dtype: str, switch: str, alike: bool, quantization: str = "none"
 ) -> dict[str | None, Tensor]:
     """Of all prompts' tokens under each adapter and the base, which share one changing batch."""
     settings = {"device": "cpu", "dtype": dtype, "compile": switch, "max_rows": 6, "base": str(base)}
+    settings |= {"quantization": quantization, "kernels": VECTORS}
     runner, _ = build_runner(Settings.model_validate(settings), lambda stage, fraction: None)
-    check_kernels(runner, switch == "auto", alike)
+    check_kernels(runner, switch != "off", alike)
     driver = RunnerDriver(runner, 6)
     for plan in plans:
         driver.place(plan)
@@ -249,6 +320,52 @@ def logprobs(
     for job in jobs:
         scores.setdefault(job.adapter, []).extend(token.logprob for token in job.prompt_tokens[1:])
     return {adapter: torch.tensor(found) for adapter, found in scores.items()}
+
+
+@needs_kernels
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_quantized_base_on_the_kernels_says_what_its_dequantized_weights_say(
+    quantization: str, tmp_path: Path
+) -> None:
+    base = random_base(tmp_path / "base", "llama", WIDE | {"intermediate_size": 128})
+    folders = [
+        making.noise(tmp_path / f"a{i}", base, i, r=3 + 4 * i, use_dora=i == 1, targets=SOME[i])
+        for i in range(3)
+    ]
+    plans = [plan_of(folder, base) for folder in folders]
+    dense = save_dense(base, quantization, tmp_path / "dense")
+    exact, plain = (logprobs(dense, plans, dtype, "off", alike=True) for dtype in ("float32", "bfloat16"))
+    ours = logprobs(base, plans, "bfloat16", "on", alike=True, quantization=quantization)
+    for adapter, want in exact.items():
+        assert (ours[adapter] - want).abs().mean() < 1.2 * (plain[adapter] - want).abs().mean(), adapter
+
+
+def save_dense(base: Path, quantization: str, folder: Path) -> Path:
+    """The base with the weights that bitsandbytes makes of it."""
+    settings = {"device": "cpu", "dtype": "bfloat16", "quantization": quantization, "base": str(base)}
+    model: Any = load_base(base, Settings.model_validate(settings), lambda stage, fraction: None)
+    names = [name for name, layer in model.named_modules() if isinstance(layer, Linear4bit | Linear8bitLt)]
+    dense = making.load(base)
+    for name in names:
+        dense.get_submodule(name).weight.data = dense_weight(model.get_submodule(name))
+    dense.save_pretrained(folder)
+    return folder
+
+
+RUNNABLE: list[Vectors] = [name for name in VARIANTS if name != "auto" and can_run(name)]
+
+
+@pytest.mark.skipif(not ABLE or VECTORS != "auto", reason="no kernels, or those for other vectors")
+@pytest.mark.parametrize("vectors", RUNNABLE[:-1])  # the last is what the processor gets by itself
+def test_the_kernels_for_fewer_vectors_than_this_processor_has_are_right_too(vectors: Vectors) -> None:
+    chosen = "fused_layer or over_blocks or quantized or whatever_its_neighbours"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", __file__, "-k", chosen]
+    ended = subprocess.run(
+        command, env=os.environ | {"ADAPTERD_KERNELS": vectors}, capture_output=True, encoding="utf-8"
+    )
+    assert ended.returncode == 0, ended.stdout[-3000:]
+    assert "passed" in ended.stdout
+    assert "skipped" not in ended.stdout
 
 
 def check_kernels(runner: ModelRunner, is_on: bool, alike: bool) -> None:
@@ -266,7 +383,14 @@ def test_a_row_says_the_same_whatever_its_neighbours(tmp_path: Path) -> None:
     base = random_base(tmp_path / "base", "llama", WIDE)
     folders = [making.noise(tmp_path / f"a{i}", base, i, r=3 + i, targets=SOME[i]) for i in range(3)]
     plans = [plan_of(folder, base) for folder in folders]
-    settings = {"device": "cpu", "dtype": "bfloat16", "compile": "on", "max_rows": 16, "base": str(base)}
+    settings = {
+        "device": "cpu",
+        "dtype": "bfloat16",
+        "compile": "on",
+        "max_rows": 16,
+        "base": str(base),
+        "kernels": VECTORS,
+    }
     runner, _ = build_runner(Settings.model_validate(settings), lambda stage, fraction: None)
     driver = RunnerDriver(runner, 16)
     for plan in plans:

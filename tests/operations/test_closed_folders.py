@@ -100,7 +100,7 @@ def test_a_library_in_a_folder_that_nothing_may_run_from_is_done_without(
     monkeypatch.setattr(kernels, "FLAGS", ["-fPIC", "-shared"])
     with mounted("noexec") as cache:
         monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-        assert not kernels._load_library()
+        assert not kernels._load_library("auto")
     (said,) = caplog.messages
     assert said.startswith("kernels: off, their library cannot be loaded: ")
     assert said.endswith("failed to map segment from shared object")

@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,15 +27,18 @@ from ...core.adapter import Digest
 from ...core.base_info import BaseInfo
 from ...core.request import UNNUMBERED, Request
 from ...core.sampling import Sampling
-from ...errors import BadRequest, ContextLengthExceeded
+from ...errors import AdapterdError, BadRequest, ContextLengthExceeded
+from ...keys import Key
 from ...telemetry import metrics
 from ...telemetry.traces import TracePart
+from ...telemetry.usage_file import UsageCounts
 from ...text.stop_strings import StopStrings
 from ...text.template_options import PLAIN, TemplateOptions
 from ...threads import TEXT, run_in
 from ..middleware.access_log import logged_headers
 from ..services import ReadyServices, Services, get_scope
 from .answer import Answer
+from .key_limits import choose_priority
 
 if TYPE_CHECKING:
     from ...catalog.mixes import Mix
@@ -71,6 +75,7 @@ class GenerationOptions:
     seed: int | None = None
     ignore_eos: bool = False
     prompt_logprobs: int | None = None
+    priority: int | None = None
     param: str = "max_tokens"
     prompt_param: str = "prompt"
 
@@ -98,6 +103,11 @@ class Admission:
         if base is None:
             raise self.services.not_ready("the base is loading")
         return base
+
+    @property
+    def key(self) -> Key | None:
+        """The caller's key; None where none is asked for."""
+        return get_scope(self.http_request).key
 
     @property
     def adapter(self) -> dict[str, Any] | None:
@@ -129,7 +139,7 @@ class Admission:
         tokenizers = self.services.tokenizers
         if name is None:
             return tokenizers.base
-        chosen = self._choose_adapter(name)
+        chosen = await self._choose_adapter(name)
         version = self.resources.enter_context(self.services.registry.lease_adapter(chosen))
         self.version = version
         cached = tokenizers.find_cached(version.digest)
@@ -137,26 +147,28 @@ class Admission:
             return cached
         return await run_in(TEXT, tokenizers.tokenizer_of, version.digest, version.folder, version.files)
 
-    def enter_mix(self, weights: Sequence[tuple[str, float]]) -> AdapterTokenizer:
+    async def enter_mix(self, weights: Sequence[tuple[str, float]]) -> AdapterTokenizer:
         """Leases these adapters, by name and weight, until the request is over, and returns the base's
         tokenizer.
 
         Raises AdapterNotFound, AdapterUnsupported, BadRequest, DigestMismatch, NotReady.
         """
         tokenizer = self.services.tokenizers.base
-        chosen = [(self._choose_adapter(name), weight) for name, weight in weights]
+        chosen = [(await self._choose_adapter(name), weight) for name, weight in weights]
         self.mix = self.resources.enter_context(self.services.registry.lease_mix(chosen))
         return tokenizer
 
-    def _choose_adapter(self, name: str) -> str:
+    async def _choose_adapter(self, name: str) -> str:
         """The name as it is, or the one of an alias's target.
 
-        Raises AdapterNotFound, BadRequest.
+        Raises AdapterNotFound for what the key may not know of, BadRequest, and as
+        `Registry.resolve_adapter`.
         """
         id, digest = split_digest(name)
         get_scope(self.http_request).require_visible(id)
         alias = self.services.registry.aliases.find_alias(id)
         if alias is None:
+            await self.services.registry.resolve_adapter(id)
             return name
         if digest:
             raise BadRequest(f"{id!r} is an alias and has no digest of its own", param="model")
@@ -173,15 +185,18 @@ class Admission:
     ) -> list[Answer]:
         """Takes the tickets of one prompt.
 
-        Raises BadRequest, ContextLengthExceeded, Overloaded, NotReady.
+        Raises BadRequest, ContextLengthExceeded, Forbidden, Overloaded, NotReady.
         """
         self._check_prompt(prompt, options)
         self._check_sampling(tokenizer, options.sampling)
         self.check_ids(options.stop_ids, "stop_token_ids")
         request = self._make_request(tokenizer, prompt, options)
+        if not self.answers:
+            self.services.budgets.require_left(self.key)
         requests = _seed_each(request, options)
         answers = [self._start_answer(each, tokenizer, options) for each in requests]
         self.answers += answers
+        self.services.budgets.take_tokens(self.key, len(prompt))
         return answers
 
     def _make_request(
@@ -197,6 +212,7 @@ class Admission:
             sampling=options.sampling,
             eos=eos | frozenset(options.stop_ids),
             prompt_logprobs=options.prompt_logprobs,
+            priority=choose_priority(self.key, options.priority),
         )
 
     def _check_prompt(self, prompt: tuple[int, ...], options: GenerationOptions) -> None:
@@ -346,16 +362,35 @@ async def admit_request(request: HttpRequest, services: ReadyServices) -> AsyncI
     """
     with ExitStack() as resources:
         admission = Admission(request, services, resources)
-        resources.callback(_count_request, admission)
+        resources.push(partial(_end_admission, admission))
         yield admission
 
 
 Admitted = Annotated[Admission, Depends(admit_request)]
 
 
-def _count_request(admission: Admission) -> None:
+def _end_admission(admission: Admission, kind: Any, error: BaseException | None, trace: Any) -> None:
+    """Counts a request that has begun, however it ended; `error` is what the route raised."""
     if not admission.answers:
         return
+    _count_request(admission)
+    admission.services.budgets.take_tokens(admission.key, admission.generated_tokens)
+    # Of several prompts a later one may have been refused: then the request was, as a whole
+    is_refused = isinstance(error, AdapterdError) and not error.counted
+    if not is_refused:
+        _note_usage(admission, isinstance(error, Exception) and not isinstance(error, AdapterdError))
+
+
+def _note_usage(admission: Admission, is_defect: bool) -> None:
+    """Counts it once: under its adapter, or all of them joined, and its key."""
+    failed = is_defect or any(answer.ticket.failed for answer in admission.answers)
+    tokens = (admission.prompt_tokens, admission.cached_tokens, admission.generated_tokens)
+    counts = UsageCounts(1, *tokens, failures=int(failed))
+    key = admission.key.label if admission.key else ""
+    admission.services.usage.count_request("+".join(sorted(admission.adapter_ids)), key, counts)
+
+
+def _count_request(admission: Admission) -> None:
     state = admission.http_request.state
     headers = admission.make_headers() | admission.make_times()
     # Last what the routes noted; a stream's own headers said less

@@ -42,7 +42,7 @@ async def enter_model(body: OpenAIRequest, admission: Admission) -> AdapterToken
         return await admission.enter_adapter(adapter_id)
     if adapter_id is not None:
         raise BadRequest("adapters: goes only with the base as the model", param="adapters")
-    return admission.enter_mix(body.weights)
+    return await admission.enter_mix(body.weights)
 
 
 def object_fields(kind: str, object: str, model: str, admission: Admission) -> JsonDict:

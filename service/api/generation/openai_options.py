@@ -48,6 +48,7 @@ async def openai_options(
         seed=body.seed,
         ignore_eos=bool(body.ignore_eos),
         prompt_logprobs=body.prompt_logprobs,
+        priority=body.priority,
     )
 
 

@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from ...errors import Forbidden, Unauthorized
 from ...keys import Key, find_key
 from ...settings import Settings
+from ...telemetry import audit
 from ..scopes import KeyScope, grant_scope, missing_scope, required_scope
 from .cors import CROSS_SITE
 from .refusal import refuse_request
@@ -55,6 +56,7 @@ class Authentication:
 
     def _refuse_key(self, scope: Scope, needed: KeyScope) -> Unauthorized | Forbidden | None:
         if not self.settings.keyed:
+            audit.set_author(audit.ANYONE)
             grant_scope(scope, KeyScope.ADMIN)
             return None
         secret = _read_secret(scope)
@@ -78,6 +80,7 @@ def _is_browser_page(scope: Scope) -> bool:
 
 def _remember_key(scope: Scope, key: Key) -> None:
     scope["state"]["key"] = key
+    audit.set_author(key.label)
     if key.name:
         scope["state"]["log"]["key"] = key.name
 

@@ -38,10 +38,13 @@ SAME: dict[int | str, dict[str, Any]] = {
 }
 NEW: dict[int | str, dict[str, Any]] = {201: {"description": "the id is new"}}
 JsonDict = dict[str, Any]
+MOST_PREFETCHED = 1000  # ids in a request
 
 
 class Source(StrictModel):
-    source: str = Field(description="A folder relative to the adapters directory, or hub:org/name.")
+    source: str = Field(
+        description="A folder relative to the adapters directory, hub:org/name, or a URL that is allowed."
+    )
     subfolder: str | None = None
     revision: str | None = None
     pinned: bool = False
@@ -66,6 +69,10 @@ class Rollback(StrictModel):
         default=None,
         description="A version that is kept, by its digest or how that begins; else the one before.",
     )
+
+
+class Prefetch(StrictModel):
+    ids: Annotated[list[str], Field(max_length=MOST_PREFETCHED)]
 
 
 class LoadLora(StrictModel):
@@ -95,7 +102,7 @@ async def list_adapters(services: OpenRegistry, scope: VisibleAdapters) -> JsonD
 
 @changing.post("/adapters", status_code=201, responses=Changing | SAME)
 async def register_adapter(body: Registration, services: OpenRegistry) -> Response:
-    """Registers a folder, or content of the hub, under an id."""
+    """Registers a folder, or content of the hub or of an allowed URL, under an id."""
     card, created = await services.registry.register_adapter(**body.model_dump())
     return _registration_answer(card, created)
 
@@ -108,6 +115,15 @@ async def check_adapter(body: Registration, services: OpenRegistry) -> JsonDict:
     """
     registration = body.model_dump(exclude={"pinned"})
     return await services.registry.check_adapter(**registration)
+
+
+@changing.post("/adapters/prefetch", status_code=202, responses=Changing)
+async def prefetch_adapters(body: Prefetch, services: OpenRegistry) -> JsonDict:
+    """Has adapters read into host memory, and placed on the device while there is room; waits for neither.
+
+    Nothing that runs or is pinned leaves for them. The answer says where each is now.
+    """
+    return {"adapters": services.registry.prefetch_adapters(body.ids)}
 
 
 FILE = {"type": "string", "format": "binary"}

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 router = APIRouter(tags=["generation"], dependencies=[KEY_SCOPE])
 
 DEFAULT_TOKENS = 128
-RESPONSES = EVENTS | document_errors(404, 409, 422, 429, 503, 504)
+RESPONSES = EVENTS | document_errors(403, 404, 409, 422, 429, 503, 504)
 JsonDict = dict[str, Any]
 
 
@@ -142,7 +142,7 @@ async def _admit_prompt(
 
 async def _enter_adapters(parameters: Parameters, admission: Admission) -> AdapterTokenizer:
     if parameters.weights:
-        return admission.enter_mix(parameters.weights)
+        return await admission.enter_mix(parameters.weights)
     is_base = parameters.adapter_id in admission.services.bases
     return await admission.enter_adapter(None if is_base else parameters.adapter_id)
 
@@ -158,6 +158,7 @@ def _make_options(parameters: Parameters, constraint: str | None, logprobs: bool
         seed=parameters.seed,
         ignore_eos=bool(parameters.ignore_eos_token),
         prompt_logprobs=0 if parameters.decoder_input_details else None,
+        priority=parameters.priority,
         param="max_new_tokens",
         prompt_param="inputs",
     )

@@ -95,6 +95,12 @@ BOTH = (
         "completions, on top of a chat, in a stream with the first chunk",
     ),
     FieldRow(
+        "priority",
+        _HONOURED,
+        "0",
+        "of the requests that wait the one with the lowest number is next; see [priorities](#priorities)",
+    ),
+    FieldRow(
         "adapters",
         _HONOURED,
         "none",
@@ -116,7 +122,6 @@ BOTH = (
     FieldRow("modalities", _NO_OP, '`["text"]`', "no other"),
     FieldRow("audio prediction suffix", _NO_OP, "null", "no other"),
     FieldRow("best_of", _NO_OP, "1", "no other"),
-    FieldRow("priority", _NO_OP, "0", "no other"),
 )
 COMPLETIONS = (
     FieldRow(

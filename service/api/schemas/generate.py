@@ -17,6 +17,7 @@ from .shared import (
     Grammar,
     NotOffered,
     Penalty,
+    Priority,
     ResponseFormat,
     Seed,
     Share,
@@ -82,6 +83,9 @@ class Parameters(StrictModel):
     details: bool | None = None
     decoder_input_details: bool | None = None
     top_n_tokens: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
+    priority: Priority | None = Field(
+        default=None, description="of those that wait the lowest is next; 0 unless given"
+    )
     response_format: Annotated[ResponseFormat | None, BeforeValidator(_false_is_none)] = None
     grammar: Annotated[Grammar | None, BeforeValidator(_false_is_none)] = None
     api_token: NotOffered = None

@@ -34,6 +34,7 @@ from .shared import (
     OnlyNull,
     OpenAIFormat,
     Penalty,
+    Priority,
     Probability,
     Seed,
     StopList,
@@ -136,6 +137,9 @@ class OpenAIRequest(StrictModel):
     bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS)] | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
     return_token_ids: bool | None = None
+    priority: Priority | None = Field(
+        default=None, description="of those that wait the lowest is next; 0 unless given"
+    )
     user: Caller = None
     store: Label = None
     metadata: Label = None
@@ -149,7 +153,6 @@ class OpenAIRequest(StrictModel):
     prediction: OnlyNull = None
     suffix: OnlyNull = None
     best_of: Annotated[int, Field(ge=1, le=1)] | None = None
-    priority: Annotated[int, Field(ge=0, le=0)] | None = None
 
     @model_validator(mode="after")
     def _check_whole(self) -> OpenAIRequest:

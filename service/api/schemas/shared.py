@@ -118,6 +118,7 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Temperature = Annotated[float, Field(ge=0, le=2)]
 Tokens = Annotated[int, Field(ge=1, lt=LARGEST)]
 TopK = Annotated[int, Field(ge=-1)]
+Priority = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 StopList = Annotated[list[Stop], Field(max_length=MAX_STOPS)]
 

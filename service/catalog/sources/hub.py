@@ -5,7 +5,6 @@ Must not know what the files mean.
 
 from __future__ import annotations
 
-import errno
 import logging
 import re
 from collections.abc import Collection
@@ -17,27 +16,41 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelInfo, constants, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+from ... import durable
 from ...core.manifest import PATTERNS, is_manifest_name
 from ...errors import AdapterdError, AdapterInvalid, Forbidden, PayloadTooLarge, StorageFull
+from ...threads import DOWNLOAD
+from .base import HUB, SourceLocation, SourceRequest, check_relative, resolve_location
 
 log = logging.getLogger("adapterd.adapters")
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 class Hub:
-    """The hub, behind its cache.
+    """The hub, behind its cache, as a source of adapters.
 
     `allowed` are patterns such as org/* and org/name; `endpoint` and `cache` default to the library's
     own.
     """
+
+    threads = DOWNLOAD
 
     def __init__(
         self, allowed: tuple[str, ...], endpoint: str | None = None, cache: Path | None = None
     ) -> None:
         self.allowed, self.endpoint = allowed, endpoint
         self.cache = cache or Path(constants.HF_HUB_CACHE)
+
+    def takes(self, source: str) -> bool:
+        return source.startswith(HUB)
+
+    def find_files(self, wanted: SourceRequest) -> SourceLocation:
+        """As `fetch_adapter`."""
+        inner = check_relative(wanted.subfolder, "subfolder") if wanted.subfolder else None
+        name = wanted.source.removeprefix(HUB)
+        folder, commit = self.fetch_adapter(name, wanted.revision, inner, wanted.limit, wanted.held)
+        return resolve_location(SourceLocation(folder, wanted.source, inner, commit), self.cache)
 
     def fetch_adapter(
         self, name: str, revision: str | None, subfolder: str | None, limit: int, held: Collection[str] = ()
@@ -58,7 +71,7 @@ class Hub:
         except AdapterdError:
             raise
         except Exception as error:  # a broken download raises what the HTTP library under it raises
-            if isinstance(error, OSError) and error.errno in FULL:
+            if isinstance(error, OSError) and error.errno in durable.FULL:
                 raise StorageFull(f"hub:{name} cannot be stored: {error.strerror}") from None
             raise AdapterInvalid([_describe_failure(name, error)]) from None
         commit = folder.name

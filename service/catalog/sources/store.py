@@ -1,46 +1,42 @@
-"""Finds and stores adapters' files:
-folders under one root, uploads in a hidden folder beside the registrations, content of the hub in its cache.
+"""Finds adapters' files in every source, and stores uploads and downloads beside the registrations.
 
-Runs in the API process; must not know ids or states. Whatever it hands out lies under the root (or the
-registrations' folder, or the hub's cache) after every link is resolved, every file of the manifest
-included.
+Runs in the API process; must not know ids or states. Whatever it hands out lies under the adapters
+directory (or the registrations' folder, or the hub's cache) after every link is resolved, every file of the
+manifest included.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import secrets
-import shutil
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Protocol
 
 from ... import durable
 from ...core.adapter import Digest
-from ...core.manifest import compute_digest, is_manifest_name, list_names, read_manifest
-from ...errors import (
-    AdapterdError,
-    AdapterInvalid,
-    BadRequest,
-    Forbidden,
-    PayloadTooLarge,
-    SourceMissing,
-    StorageFull,
-)
-from ...threads import DISK, DOWNLOAD, run_in
+from ...core.manifest import is_manifest_name
+from ...errors import AdapterdError, BadRequest, PayloadTooLarge
+from ...threads import DISK, run_in
 from ..validator.header import CONFIG, WEIGHTS
 from .archive import PIECE, extract_adapter
+from .base import (
+    DOWNLOADS,
+    UPLOADS,
+    Source,
+    SourceLocation,
+    SourceRequest,
+    ignore_progress,
+)
 from .hub import Hub
+from .local import Folders, Uploads, is_stored
+from .stored import delete_folder, folder_name, keep_folder, make_staging, refuse_storing
 
 log = logging.getLogger("adapterd.adapters")
 
-UPLOADS = ".uploads"
 DEPTH = 4  # folders below the root that are looked at for adapters at start
-SHOWN = 20  # candidates that are listed
-LONGEST = 1024  # bytes of a source
 
 
 class UploadedFile(Protocol):
@@ -49,43 +45,19 @@ class UploadedFile(Protocol):
     async def read(self, size: int = -1) -> bytes: ...
 
 
-@dataclass(frozen=True, slots=True)
-class SourceLocation:
-    """A source that was found: the real folder, and for content of the hub the resolved revision."""
-
-    folder: Path
-    source: str
-    subfolder: str | None = None
-    revision: str | None = None
-
-    @property
-    def path(self) -> str:
-        """The location below the adapters directory."""
-        return f"{self.source}/{self.subfolder}" if self.subfolder else self.source
-
-    def compute_fingerprint(self) -> str:
-        """Changes when a file of the manifest comes, goes, is replaced or written to, if only its
-        times are put back: nobody sets when its inode was changed. Cheap, and no proof of content.
-
-        Raises OSError.
-        """
-        return ":".join(_fingerprint_file(self.folder / name) for name in list_names(self.folder))
-
-
-def _fingerprint_file(path: Path) -> str:
-    stat = os.stat(path)
-    return f"{path.name}-{stat.st_ino}-{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ctime_ns}"
-
-
 class Store:
-    """The adapters directory and the hub; `limit` is the largest upload or download in bytes.
+    """The adapters directory, the hub and other sources; `limit` is the largest upload or download in bytes.
 
-    Uploads are kept in `state`, which is the adapters directory where nothing is given.
+    Uploads and downloads are kept in `state`, which is the adapters directory where nothing is given.
     """
 
-    def __init__(self, root: Path, hub: Hub, limit: int, state: Path | None = None) -> None:
-        self.root, self.hub, self.limit = root, hub, limit
+    def __init__(
+        self, root: Path, hub: Hub, limit: int, state: Path | None = None, more: Sequence[Source] = ()
+    ) -> None:
+        self.root, self.limit = root, limit
         self.state = state or root
+        self._sources: tuple[Source, ...] = (hub, *more, Folders(root))
+        self._uploads = Uploads(self.state)
 
     async def find_source(
         self,
@@ -94,37 +66,22 @@ class Store:
         revision: str | None = None,
         uploads: bool = False,
         held: Collection[str] = (),
+        digest: Digest = "",
+        on_progress: Callable[[int], None] = ignore_progress,
     ) -> SourceLocation:
         """The folder of a source.
 
-        `uploads`: of an upload, too; `held` names the files that it had when it was registered.
-        Raises Forbidden outside what is allowed, AdapterInvalid.
+        `uploads`: of an upload, too, and what is fetched is kept, for it was registered before, with `digest`
+        and `held`, the names of its files. Raises Forbidden outside what is allowed, AdapterInvalid.
         """
-        if source.startswith("hub:"):
-            return await self._find_on_hub(source, subfolder, revision, held)
-        if revision:
-            raise BadRequest("revision: only content of the hub has revisions", param="revision")
-        return await run_in(DISK, self._find_local, source, subfolder, uploads)
+        wanted = SourceRequest(source, subfolder, revision, self.limit, uploads, held, digest, on_progress)
+        among = (self._uploads, *self._sources) if uploads else self._sources
+        place = next(place for place in among if place.takes(source))
+        return await run_in(place.threads, place.find_files, wanted)
 
-    async def _find_on_hub(
-        self, source: str, subfolder: str | None, revision: str | None, held: Collection[str]
-    ) -> SourceLocation:
-        inner = _check_relative(subfolder, "subfolder") if subfolder else None
-        name = source.removeprefix("hub:")
-        fetch = self.hub.fetch_adapter
-        folder, commit = await run_in(DOWNLOAD, fetch, name, revision, inner, self.limit, held)
-        location = SourceLocation(folder, source, inner, commit)
-        return await run_in(DISK, _resolve_location, location, self.hub.cache)
-
-    def _find_local(self, source: str, subfolder: str | None, uploads: bool) -> SourceLocation:
-        is_upload = uploads and _is_upload(source)
-        top = self.state if is_upload else self.root
-        if not is_upload:
-            source = _check_relative(source, "source")
-        path = top / source
-        inner = _check_relative(subfolder, "subfolder") if subfolder else None
-        folder = path / inner if inner else path
-        return _resolve_location(SourceLocation(folder, source, inner), top)
+    def has_folder(self, name: str) -> bool:
+        """Whether an adapter's folder of this name lies below the root; the name is a plain relative path."""
+        return os.path.isfile(self.root / name / CONFIG)
 
     def list_folders(self) -> Iterator[str]:
         """Every folder below the root that holds an adapter's config, hidden ones aside, by
@@ -173,9 +130,11 @@ class Store:
         StorageFull or Forbidden when nothing can be stored.
         """
         _check_parts(files)
-        folder = self.state / UPLOADS / f".{secrets.token_hex(8)}"
         try:
-            await run_in(DISK, folder.mkdir, parents=True)
+            folder = await run_in(DISK, make_staging, self.state / UPLOADS)
+        except OSError as error:
+            raise refuse_upload(error) from None
+        try:
             await self._receive_files(files, folder)
             if "file" in files:
                 await run_in(DISK, _unpack_archive, folder, self.limit)
@@ -206,28 +165,50 @@ class Store:
 
         Raises StorageFull, Forbidden.
         """
-        source = upload_source(content)
-        target = self.state / source
         try:
-            if target.exists() and _is_content(target, content):
-                delete_folder(staged)
-            else:
-                delete_folder(target)
-                durable.publish_folder(staged, target)
+            folder = keep_folder(staged, self.state / UPLOADS, content)
         except OSError as error:
             raise refuse_upload(error) from None
-        return SourceLocation(target.resolve(), source)
+        return SourceLocation(folder, upload_source(content))
+
+    def keep_download(self, staged: SourceLocation, content: Digest) -> SourceLocation:
+        """The same of a staged download, whose source stays what it is. Raises StorageFull, Forbidden."""
+        try:
+            folder = keep_folder(staged.folder, self.state / DOWNLOADS, content)
+        except OSError as error:
+            raise refuse_storing(error, "the download") from None
+        return replace(staged, folder=folder, staged=False)
+
+    async def discard_staged(self, location: SourceLocation) -> None:
+        """Deletes what a download has left, unless it is kept by now; any other location stays."""
+        if location.staged:
+            await run_in(DISK, delete_folder, location.folder)
 
     def purge_upload(self, source: str) -> None:
-        """Deletes an upload's folder; any other source is left alone."""
-        if _is_upload(source):
+        """Deletes the folder of an upload or download; any other source is left alone."""
+        if is_stored(source):
             delete_folder(self.state / source)
 
-    def sweep_interrupted(self) -> None:
-        """Deletes what interrupted uploads have left, and what has been half written."""
-        durable.delete_unfinished(self.state)
-        for path in (self.state / UPLOADS).glob(".*"):
-            delete_folder(path)
+    def sweep_interrupted(self, older_than_s: float = 0) -> None:
+        """Deletes what interrupted uploads and downloads have left, and what has been half written.
+
+        Where other services write here, too, what is older than anything that they could be at.
+        """
+        durable.delete_unfinished(self.state, older_than_s)
+        for parent in (UPLOADS, DOWNLOADS):
+            for path in (self.state / parent).glob(".*"):
+                if durable.age_of(path) >= older_than_s:
+                    delete_folder(path)
+
+    def sweep_replaced(self, state_file: Path, older_than_s: float = 0) -> None:
+        """Deletes the downloads whose digests the registrations name nowhere any more, as after a PUT."""
+        try:
+            remembered = state_file.read_bytes()
+        except OSError:
+            return
+        for path in (self.state / DOWNLOADS).glob("[!.]*"):
+            if path.name.encode() not in remembered and durable.age_of(path) >= older_than_s:
+                delete_folder(path)
 
     def try_writing(self) -> None:
         """Raises OSError where no upload can be stored; leaves nothing behind."""
@@ -240,8 +221,7 @@ class Store:
 
 def refuse_upload(error: OSError) -> AdapterdError:
     """The refusal of an upload that could not be stored."""
-    message = f"the upload cannot be stored: {error.strerror or type(error).__name__}"
-    return Forbidden(message) if error.errno in durable.READ_ONLY else StorageFull(message)
+    return refuse_storing(error, "the upload")
 
 
 def _list_visible(folder: Path) -> list[os.DirEntry[str]]:
@@ -268,93 +248,14 @@ def _check_parts(files: Mapping[str, UploadedFile]) -> None:
 
 def upload_source(content: Digest) -> str:
     """The source of an uploaded content."""
-    return f"{UPLOADS}/{content.removeprefix('sha256:')}"
+    return f"{UPLOADS}/{folder_name(content)}"
 
 
-def delete_folder(folder: Path) -> None:
-    if folder.is_symlink():
-        folder.unlink()
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
+def download_source(content: Digest) -> str:
+    """Where a downloaded content is kept (see SourceLocation.stored)."""
+    return f"{DOWNLOADS}/{folder_name(content)}"
 
 
 def _unpack_archive(folder: Path, limit: int) -> None:
     extract_adapter(folder / "file", folder, limit)
     (folder / "file").unlink()
-
-
-def _is_content(folder: Path, content: Digest) -> bool:
-    try:
-        return compute_digest(read_manifest(folder)) == content
-    except (OSError, AdapterInvalid):
-        return False
-
-
-def _is_upload(source: str) -> bool:
-    parts = PurePosixPath(source).parts
-    return len(parts) == 2 and parts[0] == UPLOADS and parts[1].isalnum()
-
-
-def _check_relative(path: str, field: str) -> str:
-    """The path as it is, if it is a plain relative one without hidden parts.
-
-    Raises BadRequest where it is no UTF-8, which libraries cannot open, Forbidden.
-    """
-    if not _is_utf8(path):
-        raise BadRequest(f"{field} is no UTF-8 text: rename the folder", param=field)
-    parts = path.rstrip("/").split("/")
-    odd = len(path.encode()) > LONGEST or path.startswith("~") or any(sign in path for sign in "\0\\:")
-    if odd or any(not part or part.startswith(".") for part in parts):
-        raise Forbidden(
-            f"{field} must be a folder under the adapters directory, or hub:org/name", param=field
-        )
-    return "/".join(parts)
-
-
-def _is_utf8(path: str) -> bool:
-    """Bytes of a name that are no UTF-8 are lone surrogates in Python, and so are some escapes of JSON."""
-    try:
-        path.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _resolve_location(location: SourceLocation, root: Path) -> SourceLocation:
-    """The location with its real folder.
-
-    Raises Forbidden when it or a file of it lies elsewhere, AdapterInvalid when it is no adapter's.
-    """
-    name = location.path[:200]
-    try:
-        folder, top = location.folder.resolve(), root.resolve()
-        _check_inside(folder, top, f"source {name!r}")
-        if not folder.is_dir():
-            raise SourceMissing([f"source {name!r}: there is no such folder"])
-        _check_files(folder, top, name)
-    except (OSError, RuntimeError) as error:
-        reason = getattr(error, "strerror", None) or "a loop of links"
-        raise AdapterInvalid([f"source {name!r} cannot be read: {reason}"]) from None
-    return replace(location, folder=folder)
-
-
-def _check_files(folder: Path, top: Path, name: str) -> None:
-    files = list_names(folder)
-    for file in files:
-        _check_inside((folder / file).resolve(), top, f"{file} of source {name!r}")
-    if not (folder / CONFIG).is_file():
-        raise AdapterInvalid([f"{CONFIG} is missing from {name!r}", *_list_candidates(folder)])
-    if strange := [file for file in files if not (folder / file).is_file()]:
-        raise AdapterInvalid([f"{file} of source {name!r} is no file" for file in strange])
-
-
-def _check_inside(path: Path, top: Path, name: str) -> None:
-    if not path.is_relative_to(top):
-        raise Forbidden(f"{name} is a link that leaves the adapters directory", param="source")
-
-
-def _list_candidates(folder: Path) -> list[str]:
-    """A hint that names the folders below which hold an adapter's config; none where there are none."""
-    configs = [*folder.glob(f"*/{CONFIG}"), *folder.glob(f"*/*/{CONFIG}")]
-    folders = sorted(path.parent.relative_to(folder).as_posix() for path in configs)
-    return [f"name one of its folders as `subfolder`: {', '.join(folders[:SHOWN])}"] if folders else []

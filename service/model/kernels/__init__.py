@@ -2,9 +2,9 @@
 built once with the machine's C++ compiler, kept in a cache, built anew where they are damaged there,
 and put in place of the torch path where they apply.
 
-They need bfloat16 weights and a processor with AVX2, AVX-512 or NEON; without these, or without a
-compiler, the torch path serves. Runs in the worker process; must not know adapters' files, requests or
-scheduling.
+They need a bfloat16 base, quantized or not, and a processor with AVX2, AVX-512 or NEON; without these,
+or without a compiler, the torch path serves. Runs in the worker process; must not know adapters' files,
+requests or scheduling.
 """
 
 from __future__ import annotations
@@ -24,14 +24,13 @@ from transformers import AttentionInterface
 from ... import durable, user_folders
 from ...engine.kv_blocks import count_blocks
 from ...errors import SettingsError
-from ..processor import find_compiler, has_vectors
+from ..processor import Vectors, find_compiler, has_vectors, list_features, list_vector_flags
 
 NAME = "adapterd_blocks"
-SOURCE_NAMES = ("ops.cpp", "attention.h", "linear.h", "vectors.h", "thread_pool.h")
+SOURCE_NAMES = ("ops.cpp", "attention.h", "linear.h", "weights.h", "vectors.h", "thread_pool.h")
 SOURCES = [Path(__file__).with_name(name) for name in SOURCE_NAMES]
 FLAGS = [
     "-O3",
-    "-march=native",
     "-ffp-contract=fast",
     "-Wno-psabi",
     "-std=c++20",
@@ -44,25 +43,26 @@ FIELDS = 8  # int32 columns of a table, see linear.h
 log = logging.getLogger(__name__)
 
 
-def load_kernels() -> bool:
-    """Whether the kernels can be used here; builds and loads them the first time.
+def load_kernels(vectors: Vectors = "auto") -> bool:
+    """Whether the kernels can be used here; builds and loads them the first time, for these vectors.
 
-    The log has the reason where they cannot.
+    The log has the reason where they cannot. Raises SettingsError where the processor lacks the vectors.
     """
     if hasattr(torch.ops.adapterd, "linear"):
         return True
     if not has_vectors():
         log.info("kernels: off, the processor has none of AVX2, AVX-512 and NEON")
         return False
-    if not _load_library():
+    if not _load_library(vectors):
         return False
     AttentionInterface.register(NAME, attend_blocks)
     return True
 
 
-def _load_library() -> bool:
+def _load_library(vectors: Vectors) -> bool:
+    flags = _list_flags(vectors)
     try:
-        library = _find_library()
+        library = _find_library(flags)
     except (OSError, subprocess.CalledProcessError, SettingsError) as error:
         reason = str(getattr(error, "stderr", None) or error)[-300:]
         log.warning("kernels: off, they cannot be built: %s", reason)
@@ -76,37 +76,42 @@ def _load_library() -> bool:
     return True
 
 
-def _find_library() -> Path:
-    """The shared library for this source, torch and processor, built where there is no whole one.
+def _find_library(flags: Sequence[str]) -> Path:
+    """The shared library for this source, these flags, torch and processor, built where there is no whole
+    one.
 
     Raises OSError, CalledProcessError, or SettingsError where there is no cache.
     """
-    folder = _library_folder()
+    folder = _library_folder(flags)
     name = f"{folder.name}.so"
     durable.sweep_unfinished(folder.parent)
     if not durable.is_whole(folder):
         compiler = _require_compiler()
         with durable.making_folder(folder) as made:
-            _compile_library([compiler, *_list_flags()], made / name)
+            _compile_library([compiler, *flags], made / name)
     return folder / name
 
 
-def can_load_kernels() -> bool:
-    """Whether this processor can run the kernels and they are built, or can be."""
+def can_load_kernels(vectors: Vectors = "auto") -> bool:
+    """Whether this processor can run the kernels and they are built, or can be.
+
+    Raises SettingsError as `load_kernels`.
+    """
+    flags = _list_flags(vectors)
     if not has_vectors():
         return False
     try:
-        return find_compiler() is not None or durable.is_whole(_library_folder())
+        return find_compiler() is not None or durable.is_whole(_library_folder(flags))
     except (OSError, SettingsError):
         return False
 
 
-def _library_folder() -> Path:
-    return user_folders.cache_folder() / "kernels" / f"ops-{_library_key(_list_flags())}"
+def _library_folder(flags: Sequence[str]) -> Path:
+    return user_folders.cache_folder() / "kernels" / f"ops-{_library_key(flags)}"
 
 
-def _list_flags() -> list[str]:
-    return [*FLAGS, *(f"-I{path}" for path in include_paths())]
+def _list_flags(vectors: Vectors) -> list[str]:
+    return [*FLAGS, *list_vector_flags(vectors), *(f"-I{path}" for path in include_paths())]
 
 
 def _require_compiler() -> str:
@@ -118,7 +123,7 @@ def _require_compiler() -> str:
 
 def _library_key(flags: Sequence[str]) -> str:
     text = "".join(source.read_text(encoding="utf-8") for source in SOURCES)
-    content = f"{text} {flags} {torch.__version__} {_processor_flags()}"
+    content = f"{text} {flags} {torch.__version__} {sorted(list_features())}"
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
@@ -126,15 +131,6 @@ def _compile_library(compiler: Sequence[str], target: Path) -> None:
     links = [*(f"-L{path}" for path in library_paths()), "-lc10", "-ltorch_cpu", "-ltorch"]
     command = [*compiler, str(SOURCES[0]), "-o", str(target), *links]
     subprocess.run(command, check=True, capture_output=True, encoding="utf-8", errors="replace")
-
-
-def _processor_flags() -> str:
-    """The features `-march=native` depends on: two machines that share a cache folder may differ."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return ""
-    return next((line for line in lines if line.startswith("flags")), "")
 
 
 def attend_blocks(
@@ -156,16 +152,6 @@ def attend_blocks(
     buffers = module.kv_keys, module.kv_values, module.kv_table, module.kv_block_table
     out = torch.ops.adapterd.attend(query, key, value, *buffers, scale, sliding_window or 0, softcap or 0.0)
     return out, None
-
-
-def fits_kernel(layer: nn.Module) -> bool:
-    """Whether the linear kernel can run this base layer: plain, bfloat16, [out, in] in multiples of
-    [32, 2].
-    """
-    if type(layer) is not nn.Linear:
-        return False
-    n_out, n_in = layer.weight.shape
-    return layer.weight.dtype == torch.bfloat16 and n_out % 32 == 0 and n_in % 2 == 0
 
 
 class StepTables(NamedTuple):

@@ -8,19 +8,14 @@
 
 #include "thread_pool.h"
 #include "vectors.h"
+#include "weights.h"
 
-constexpr int64_t kTile = 2 * kLanes;   // outputs computed together
 // Tokens and halves of a tile computed together, as many sums as leave registers for weights.
 #if defined(__AVX512F__)
 constexpr int kPass = 8, kHalves = 2;
 #else
 constexpr int kPass = 4, kHalves = 1;
 #endif
-constexpr int64_t kAhead = 4096;        // bytes of weights asked for ahead of their use
-constexpr int64_t kLine = 64;           // bytes that come from memory at once
-
-// Asks memory for what will be read soon.
-inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
 
 // Consecutive tokens of one sequence, the step's `sequence`-th: one row of the step's table.
 struct Span {
@@ -51,18 +46,20 @@ struct TokenAdapters {
   }
 };
 
-// packed bf16 [out / 32, in / 2, 2, 16, 2]; bias bf16 [out] or empty; A bf16 [R, in]; B bf16 [out / 32, R / 2, 32, 2]; gate float32 [R, out],
-// what a DoRA adapter adds to 1; ranks int32 [R], at an adapter's first pool row its rank in this layer, 0 where it leaves the layer alone.
+// weights as weights.h packs them; bias bf16 [out] or empty; A bf16 [R, in]; B bf16 [out / 32, R / 2, 32, 2]; gate float32 [R, out], what a
+// DoRA adapter adds to 1; ranks int32 [R], at an adapter's first pool row its rank in this layer, 0 where it leaves the layer alone.
 struct Linear {
-  const bf16 *packed, *bias, *a, *b;
+  Weights weights;
+  const bf16 *bias, *a, *b;
   const float* gate;
   const int32_t* ranks;
   int64_t in, out, pool;
 
-  Linear(const at::Tensor& packed, const at::Tensor& bias, const at::Tensor& a, const at::Tensor& b, const at::Tensor& gate,
-         const at::Tensor& ranks)
-      : packed(packed.const_data_ptr<bf16>()), bias(bias.numel() ? bias.const_data_ptr<bf16>() : nullptr), a(a.const_data_ptr<bf16>()),
-        b(b.const_data_ptr<bf16>()), gate(gate.const_data_ptr<float>()), ranks(ranks.const_data_ptr<int32_t>()), in(packed.size(1) * 2), out(packed.size(0) * kTile), pool(b.size(1) * 2) {}
+  Linear(const at::Tensor& packed, const at::Tensor& scales, const at::Tensor& bias, const at::Tensor& a, const at::Tensor& b,
+         const at::Tensor& gate, const at::Tensor& ranks)
+      : weights(packed, scales), bias(bias.numel() ? bias.const_data_ptr<bf16>() : nullptr), a(a.const_data_ptr<bf16>()),
+        b(b.const_data_ptr<bf16>()), gate(gate.const_data_ptr<float>()), ranks(ranks.const_data_ptr<int32_t>()), in(packed.size(1) * 2),
+        out(packed.size(0) * kTile), pool(b.size(1) * 2) {}
 
   // Never over the span's: that is what room was made for.
   int rank(const Span* own) const { return own ? std::min(own->rank, ranks[own->low]) : 0; }
@@ -71,13 +68,6 @@ struct Linear {
     return std::any_of(adapters.spans.first, adapters.spans.first + adapters.spans.count, [&](const Span& s) { return s.rank && rank(&s); });
   }
 };
-
-// pack(weight bf16 [out, in]) -> bf16 [out / 32, in / 2, 2, 16, 2]: what two dpbf16 instructions eat lies together.
-inline at::Tensor pack(const at::Tensor& weight) {
-  const int64_t out = weight.size(0), in = weight.size(1);
-  TORCH_CHECK(out % kTile == 0 && in % 2 == 0, "adapterd::pack: [", out, ", ", in, "] is not a multiple of [32, 2]");
-  return weight.reshape({out / kTile, 2, kLanes, in / 2, 2}).permute({0, 3, 1, 2, 4}).contiguous();
-}
 
 // place(a [r, in], b [r, out], A, B, start): pool rows [start, start + r) become the adapter's.
 inline void place(const at::Tensor& a, const at::Tensor& b, at::Tensor pool_a, at::Tensor pool_b, int64_t start) {
@@ -123,7 +113,7 @@ struct Tile {
   const Linear* l;
   const bf16* inner;
   int64_t at;  // tile 0 has outputs 0 to 31
-  const bf16* weights() const { return l->packed + at * l->in * kTile; }
+  PackedTile weights() const { return l->weights.tile(at, l->in / 2); }
 };
 
 // The memory that a later operation will read, fetched while this one computes: A rows are read once, just before they are needed, and
@@ -150,43 +140,132 @@ struct PrefetchList {
 
 using Sums = std::array<Floats, 2>;
 
-// What a layer's inputs are multiplied as: pairs of bfloat16 where an instruction takes them, else float32.
-#if defined(__AVX512BF16__)
-using Input = bf16;
-#else
-using Input = float;
-#endif
-
-using Part = Floats::Part;
-
-// sums[t] += the pairs of weights at `weights` times those at x + t in, for TOKENS tokens.
+// sums[t] += the pair of weights times those of inputs at x + t in, for TOKENS tokens.
 template <int TOKENS>
-inline void multiply_pair(const Input* x, int64_t in, const bf16* weights, Part (&sums)[TOKENS]) {
-  Words::Part pair;
-  std::memcpy(&pair, weights, sizeof pair);
+inline void multiply_pair(const Input* x, int64_t in, const Pair& pair, Part (&sums)[TOKENS]) {
 #if defined(__AVX512BF16__)
-  for (int t = 0; t < TOKENS; ++t) sums[t] = _mm512_dpbf16_ps(sums[t], (__m512bh)broadcast(x + t * in).part[0], (__m512bh)pair);
+  for (int t = 0; t < TOKENS; ++t) sums[t] = _mm512_dpbf16_ps(sums[t], (__m512bh)broadcast(x + t * in).part[0], pair);
 #else
-  const Part first = (Part)(pair << 16), second = (Part)(pair & 0xffff0000u);
   for (int t = 0; t < TOKENS; ++t) {
-    sums[t] += first * x[t * in];
-    sums[t] += second * x[t * in + 1];
+    sums[t] += pair.first * x[t * in];
+    sums[t] += pair.second * x[t * in + 1];
   }
 #endif
 }
 
-// TOKENS tokens' sums for the HALVES halves of a tile from `half` on; `next` is what to ask memory for meanwhile.
-template <int TOKENS, int HALVES>
-inline void multiply(const Input* x, int64_t in, const bf16* weights, const char* next, int half, Sums (&sum)[TOKENS]) {
-  constexpr int kParts = HALVES * Floats::kParts;
-  Part own[kParts][TOKENS]{};  // not `sum` itself: the compiler would keep that in memory
-  for (int64_t k = 0; k < in / 2; ++k) {
-    const int64_t at = (k * 2 + half) * kLine;
-    for (int h = 0; h < HALVES; ++h) prefetch(next + at + h * kLine);
-    for (int p = 0; p < kParts; ++p) multiply_pair<TOKENS>(x + k * 2, in, weights + (at + p * kBytes) / sizeof(bf16), own[p]);
+// Adds to TOKENS tokens' sums for the HALVES halves of a tile from `half` on, [parts, TOKENS], what pairs [from, to) of the weights and of
+// the inputs at x + t in make.
+template <int TOKENS, int HALVES, typename Reader>
+inline void multiply(const Input* x, int64_t in, const Reader& reader, int64_t from, int64_t to, int half,
+                     Part (&sums)[HALVES * Floats::kParts][TOKENS]) {
+  for (int64_t k = from; k < to; k += Reader::kTogether)
+    for (int p = 0; p < HALVES * Floats::kParts; ++p)
+      for (int j = 0; j < Reader::kTogether; ++j) {
+        const Pair pair = reader.read(k, j, half + p / Floats::kParts, p % Floats::kParts);
+        multiply_pair<TOKENS>(x + (k + j) * 2, in, pair, sums[p]);
+      }
+}
+
+// One pass for TOKENS tokens: what `pairs` pairs make of both halves of a tile, added to `sums`.
+template <int TOKENS, typename Reader>
+__attribute__((noinline)) void pass(const Input* x, int64_t in, const Reader& reader, int64_t pairs, Sums* sums) {
+  for (int half = 0; half < 2; half += kHalves) {
+    Part own[kHalves * Floats::kParts][TOKENS];  // not `sums` itself: the compiler would keep that in memory
+    for (int p = 0; p < kHalves * Floats::kParts; ++p)
+      for (int t = 0; t < TOKENS; ++t) own[p][t] = sums[t][half + p / Floats::kParts].part[p % Floats::kParts];
+    multiply<TOKENS, kHalves>(x, in, reader, 0, pairs, half, own);
+    for (int p = 0; p < kHalves * Floats::kParts; ++p)
+      for (int t = 0; t < TOKENS; ++t) sums[t][half + p / Floats::kParts].part[p % Floats::kParts] = own[p][t];
   }
-  for (int t = 0; t < TOKENS; ++t)
-    for (int p = 0; p < kParts; ++p) sum[t][half + p / Floats::kParts].part[p % Floats::kParts] = own[p][t];
+}
+
+// The same for 4-bit values and their scales, [pairs / 32, 32]: each block of inputs that shares these is summed by itself.
+template <int TOKENS, typename Reader>
+__attribute__((noinline)) void pass_scaled(const Input* x, int64_t in, const Reader& reader, int64_t pairs, const float* scales, Sums* sums) {
+  for (int half = 0; half < 2; half += kHalves)
+    for (int64_t from = 0; from < pairs; from += kScaled) {
+      Part own[kHalves * Floats::kParts][TOKENS]{};
+      multiply<TOKENS, kHalves>(x, in, reader, from, from + kScaled, half, own);
+      for (int h = 0; h < kHalves; ++h) {
+        const Floats scale = load(scales + from + (half + h) * kLanes);  // kScaled equals kTile
+        for (int p = 0; p < Floats::kParts; ++p)
+          for (int t = 0; t < TOKENS; ++t) sums[t][half + h].part[p] += own[h * Floats::kParts + p][t] * scale.part[p];
+      }
+    }
+}
+static_assert(kScaled == kTile, "a block's scales begin where its pairs do");
+
+// call.template operator()<many>(), for one of the numbers 1 to AT_MOST that is known here alone.
+template <int AT_MOST, typename Call>
+inline void call_with(int64_t many, const Call& call) {
+  if (many == AT_MOST) call.template operator()<AT_MOST>();
+  else if constexpr (AT_MOST > 1) call_with<AT_MOST - 1>(many, call);
+}
+
+// call(first token, behind the last, is it the last pass) for passes of nearly equal size.
+template <typename Call>
+inline void each_pass(int64_t tokens, const Call& call) {
+  const int64_t passes = (tokens + kPass - 1) / kPass;
+  for (int64_t p = 0; p < passes; ++p) call(tokens * p / passes, tokens * (p + 1) / passes, p && p == passes - 1);
+}
+
+// A tile of bfloat16: the first pass asks memory for what it needs itself soon, the last for `next`, a later tile.
+inline void sum_wide(const Tile& tile, int64_t tokens, const Input* x, const char* next, Sums* sums) {
+  const int64_t in = tile.l->in;
+  const char* bytes = tile.weights().bytes;
+  each_pass(tokens, [&](int64_t start, int64_t stop, bool is_last) {
+    const WideReader reader{bytes, is_last ? next : bytes + kAhead};
+    call_with<kPass>(stop - start, [&]<int TOKENS>() { pass<TOKENS>(x + start * in, in, reader, in / 2, sums + start); });
+  });
+}
+
+// A tile of 4-bit values. Those of a block are widened once for all tokens where these take several passes; the sums are the same.
+inline void sum_nf4(const Tile& tile, int64_t tokens, const Input* x, Sums* sums) {
+  const int64_t in = tile.l->in;
+  const PackedTile own = tile.weights();
+  if (tokens <= kPass) {
+    const Nf4Reader reader{own.bytes, own.bytes + kAhead};
+    return call_with<kPass>(tokens, [&]<int TOKENS>() { pass_scaled<TOKENS>(x, in, reader, in / 2, own.scales, sums); });
+  }
+  alignas(64) Input near[kScaled * 2 * kTile];
+  for (int64_t from = 0; from < in / 2; from += kScaled) {
+    const char* bytes = own.bytes + from * kTile;
+    widen(Nf4Reader{bytes, bytes + kAhead}, kScaled, near);
+    each_pass(tokens, [&](int64_t start, int64_t stop, bool) {
+      const Input* inputs = x + start * in + from * 2;
+      call_with<kPass>(stop - start, [&]<int TOKENS>() {
+        pass_scaled<TOKENS>(inputs, in, NearReader{near}, kScaled, own.scales + from, sums + start);
+      });
+    });
+  }
+}
+
+// A tile of 8-bit values, whose scales are the same for all inputs.
+inline void sum_int8(const Tile& tile, int64_t tokens, const Input* x, Sums* sums) {
+  const int64_t in = tile.l->in;
+  const PackedTile own = tile.weights();
+  alignas(64) Input near[kPiece * 2 * kTile];
+  for (int64_t from = 0; from < in / 2; from += kPiece) {
+    const int64_t many = std::min(kPiece, in / 2 - from);
+    const char* bytes = own.bytes + from * 2 * kTile;
+    widen(Int8Reader{bytes, bytes + kAhead}, many, near);
+    each_pass(tokens, [&](int64_t start, int64_t stop, bool) {
+      const Input* inputs = x + start * in + from * 2;
+      call_with<kPass>(stop - start, [&]<int TOKENS>() { pass<TOKENS>(inputs, in, NearReader{near}, many, sums + start); });
+    });
+  }
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int half = 0; half < 2; ++half) sums[t][half] = sums[t][half] * load(own.scales + half * kLanes);
+}
+
+// The base's sums of one tile for every token, without bias; `next` is what this thread most likely computes then.
+inline void sum_tile(const Tile& tile, int64_t tokens, const Input* x, const PackedTile& next, Sums* sums) {
+  std::fill_n(sums, tokens, Sums{});
+  switch (tile.l->weights.format) {
+    case Format::bfloat16: return sum_wide(tile, tokens, x, next.bytes, sums);
+    case Format::nf4: return sum_nf4(tile, tokens, x, sums);
+    case Format::int8: return sum_int8(tile, tokens, x, sums);
+  }
 }
 
 // sum + the rows of B that are the token's own, two at a time. The other half of a pair may be another adapter's row, and its numbers not
@@ -221,31 +300,11 @@ inline Sums adapted(const Tile& tile, const TokenAdapters& adapters, int64_t tok
   return {first + widen(l.bias + out), second + widen(l.bias + out + kLanes)};
 }
 
-template <int TOKENS, typename Emit>
-inline void pass(const Tile& tile, const TokenAdapters& adapters, const Input* x, int64_t token, const char* next, const Emit& emit) {
-  Sums sum[TOKENS];
-  for (int half = 0; half < 2; half += kHalves)
-    multiply<TOKENS, kHalves>(x + token * tile.l->in, tile.l->in, tile.weights(), next, half, sum);
-  for (int t = 0; t < TOKENS; ++t) {
-    emit(tile, token + t, adapted(tile, adapters, token + t, sum[t]));
-  }
-}
-
-template <int AT_MOST, typename Emit>
-inline void pass_of(int64_t many, const Tile& tile, const TokenAdapters& adapters, const Input* x, int64_t token, const char* next, const Emit& emit) {
-  if (many == AT_MOST) pass<AT_MOST>(tile, adapters, x, token, next, emit);
-  else if constexpr (AT_MOST > 1) pass_of<AT_MOST - 1>(many, tile, adapters, x, token, next, emit);
-}
-
-// All tokens of one tile, in passes of nearly equal size: the first asks for what it needs itself soon, the last for `next`, a later tile.
+// All tokens of one tile; `next` is the tile that this thread most likely computes next.
 template <typename Emit>
-inline void compute(const Tile& tile, const TokenAdapters& adapters, const Input* x, const bf16* next, const Emit& emit) {
-  const int64_t passes = (adapters.tokens + kPass - 1) / kPass;
-  for (int64_t p = 0; p < passes; ++p) {
-    const int64_t start = adapters.tokens * p / passes, stop = adapters.tokens * (p + 1) / passes;
-    const bf16* ahead = p && p == passes - 1 ? next : tile.weights() + kAhead / sizeof(bf16);
-    pass_of<kPass>(stop - start, tile, adapters, x, start, reinterpret_cast<const char*>(ahead), emit);
-  }
+inline void compute(const Tile& tile, const TokenAdapters& adapters, const Input* x, const PackedTile& next, Sums* sums, const Emit& emit) {
+  sum_tile(tile, adapters.tokens, x, next, sums);
+  for (int64_t t = 0; t < adapters.tokens; ++t) emit(tile, t, adapted(tile, adapters, t, sums[t]));
 }
 
 // A layer's inputs as they are multiplied.
@@ -282,9 +341,10 @@ inline void product(const std::array<const Linear*, LAYERS>& layers, const Token
   const int64_t together = paired ? LAYERS : 1, items = int64_t(tiles.size()) / together;
   pool.run(items, [&](int64_t item) {
     prefetch.fetch_part(item, items);
+    std::vector<Sums> sums(adapters.tokens);
     for (int64_t k = 0; k < together; ++k) {
       const int64_t later = k * items + std::min(item + pool.threads(), items - 1);  // the threads take turns: most likely one's own
-      compute(tiles[k * items + item], adapters, inputs.x, tiles[later].weights(), emit);
+      compute(tiles[k * items + item], adapters, inputs.x, tiles[later].weights(), sums.data(), emit);
     }
   });
 }

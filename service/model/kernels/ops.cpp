@@ -7,6 +7,7 @@
 #include "thread_pool.h"
 #include "linear.h"
 #include "vectors.h"
+#include "weights.h"
 
 namespace {
 
@@ -17,11 +18,11 @@ void store(bf16* to, const Sums& sum) {
   narrow(to + kLanes, sum[1]);
 }
 
-// linear(x [1, T, in], packed, bias [out] or empty, A, B, gate, ranks, table) -> [1, T, out]: shapes of the rest as in linear.h
-at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& bias, const at::Tensor& a, const at::Tensor& b,
-                  const at::Tensor& gate, const at::Tensor& ranks, const at::Tensor& table) {
+// linear(x [1, T, in], packed, scales, bias [out] or empty, A, B, gate, ranks, table) -> [1, T, out]: shapes of the rest as in linear.h
+at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, const at::Tensor& scales, const at::Tensor& bias, const at::Tensor& a,
+                  const at::Tensor& b, const at::Tensor& gate, const at::Tensor& ranks, const at::Tensor& table) {
   const at::Tensor input = x.contiguous();
-  const Linear l(packed, bias, a, b, gate, ranks);
+  const Linear l(packed, scales, bias, a, b, gate, ranks);
   const TokenAdapters adapters(table, input.numel() / l.in);
   std::vector<int64_t> shape = x.sizes().vec();
   shape.back() = l.out;
@@ -42,7 +43,7 @@ void rotate(bf16* x, const bf16* cos, const bf16* sin, int64_t dim) {
   }
 }
 
-// A decoder layer's tensors: q, k, v, o, gate, up and down, six tensors each; the norms before attention and before the MLP, and those of
+// A decoder layer's tensors: q, k, v, o, gate, up and down, seven tensors each; the norms before attention and before the MLP, and those of
 // query and key heads, which may be empty.
 struct Decoder {
   Linear q, k, v, o, gate, up, down;
@@ -50,7 +51,7 @@ struct Decoder {
   float epsilon;
 
   static Linear at(const Tensors& t, int i) {
-    return Linear(t[6 * i], t[6 * i + 1], t[6 * i + 2], t[6 * i + 3], t[6 * i + 4], t[6 * i + 5]);
+    return Linear(t[7 * i], t[7 * i + 1], t[7 * i + 2], t[7 * i + 3], t[7 * i + 4], t[7 * i + 5], t[7 * i + 6]);
   }
   static const bf16* norm(const at::Tensor& t) { return t.numel() ? t.const_data_ptr<bf16>() : nullptr; }
 
@@ -129,8 +130,10 @@ at::Tensor decoder(const at::Tensor& x, Tensors linears, Tensors norms, Tensors 
 
 TORCH_LIBRARY(adapterd, library) {
   library.def("pack(Tensor weight) -> Tensor", &pack);
+  library.def("pack_nf4(Tensor codes) -> Tensor", &pack_nf4);
+  library.def("pack_scales(Tensor scales) -> Tensor", &pack_scales);
   library.def("place(Tensor a, Tensor b, Tensor(a!) pool_a, Tensor(b!) pool_b, int start) -> ()", &place);
-  library.def("linear(Tensor x, Tensor packed, Tensor bias, Tensor a, Tensor b, Tensor gate, Tensor ranks, Tensor table) -> Tensor", &linear);
+  library.def("linear(Tensor x, Tensor packed, Tensor scales, Tensor bias, Tensor a, Tensor b, Tensor gate, Tensor ranks, Tensor table) -> Tensor", &linear);
   library.def("attend(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor table, Tensor blocks, float scale, "
               "int window, float softcap) -> Tensor", &attend);
   library.def("decoder(Tensor x, Tensor[] linears, Tensor[] norms, Tensor[] next, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor table, Tensor blocks, "

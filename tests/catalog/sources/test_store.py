@@ -21,8 +21,9 @@ from typing import Any, Literal
 import pytest
 
 from service.catalog.sources import store as store_module
+from service.catalog.sources.base import SourceLocation
 from service.catalog.sources.hub import Hub
-from service.catalog.sources.store import SourceLocation, Store, upload_source
+from service.catalog.sources.store import Store, upload_source
 from service.catalog.validator.header import CONFIG, WEIGHTS
 from service.core.manifest import compute_digest, read_manifest
 from service.errors import (
@@ -295,7 +296,7 @@ async def test_parts_by_the_names_of_the_manifest_are_stored_and_count(
     staged = await store.stage_upload(parts(plain) | sent)
     assert sorted(path.name for path in staged.iterdir()) == sorted((CONFIG, WEIGHTS, *TEXTS))
     assert all((staged / name).read_text() == name for name in TEXTS)
-    store_module.delete_folder(staged)
+    shutil.rmtree(staged)
     with pytest.raises(PayloadTooLarge):
         await store.stage_upload(parts(plain) | {"chat_template.jinja": Part(bytes(LIMIT))})
     with pytest.raises(PayloadTooLarge):

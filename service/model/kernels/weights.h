@@ -1,0 +1,240 @@
+// The base's weights as a layer keeps them, and as they are read to be multiplied: bfloat16, or the 4-bit and 8-bit values that bitsandbytes
+// holds. Tiles of 32 outputs lie together, in them pairs of inputs, in those two halves of 16 outputs. Must not know tokens or adapters.
+
+#pragma once
+
+#include "vectors.h"
+
+constexpr int64_t kTile = 2 * kLanes;  // outputs computed together
+constexpr int64_t kAhead = 4096;       // bytes of weights asked for ahead of their use
+constexpr int64_t kLine = 64;          // bytes that come from memory at once
+constexpr int64_t kScaled = 32;        // pairs of inputs that share a 4-bit scale
+constexpr int64_t kPiece = 128;        // pairs of 8-bit values that are widened at a time, so that they stay in the nearest cache
+
+// What inputs and weights are multiplied as: pairs of bfloat16 where an instruction takes them, else float32.
+#if defined(__AVX512BF16__)
+using Input = bf16;
+constexpr bool kPaired = true;
+#else
+using Input = float;
+constexpr bool kPaired = false;
+#endif
+
+using Part = Floats::Part;
+constexpr int64_t kPartLanes = kBytes / sizeof(float);
+
+// A pair of weights for each lane: as an instruction takes it, or apart.
+#if defined(__AVX512BF16__)
+using Pair = __m512bh;
+#else
+struct Pair {
+  Part first, second;
+};
+#endif
+
+// Asks memory for what will be read soon.
+inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
+
+// QLoRA's 4-bit values (arXiv:2305.14314, appendix E), in bitsandbytes' order.
+alignas(64) constexpr float kNf4[16] = {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
+    -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f,
+    0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
+
+// The pairs of two neighbours, [in / 4]'s, of a half of a tile, from their 32 bytes; `second`: the second of the two.
+// Where pairs lie together, byte 2 o + i has output o's weight for input i, of the first in its low half; the values are rounded to
+// bfloat16, by as much as a dequantized weight would be. Else byte 16 pair + o has it for input 0 in its low half, for input 1 in its high.
+inline Pair read_nf4(const uint8_t* from, bool second, int p) {
+#if defined(__AVX512BF16__)
+  alignas(64) static constexpr uint16_t kBits[16] = {0xbf80, 0xbf32, 0xbf06, 0xbeca, 0xbe92, 0xbe3d, 0xbdba, 0x0000,
+                                                     0x3da3, 0x3e25, 0x3e7c, 0x3ead, 0x3ee2, 0x3f10, 0x3f39, 0x3f80};
+  const __m512i table = _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(kBits)));  // an index's fifth bit is another's
+  const __m512i index = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  return (__m512bh)_mm512_permutexvar_epi16(second ? _mm512_srli_epi16(index, 4) : index, table);
+#else
+  from += second * kLanes + p * kPartLanes;
+#if defined(__AVX512F__)
+  const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  const __m512 table = _mm512_load_ps(kNf4);
+  return {_mm512_permutexvar_ps(index, table), _mm512_permutexvar_ps(_mm512_srli_epi32(index, 4), table)};
+#elif defined(__AVX2__)
+  const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+  const __m256 low = _mm256_load_ps(kNf4), high = _mm256_load_ps(kNf4 + 8);
+  const auto look_up = [&](__m256i i) {
+    const __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(i, 28));
+    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, i), _mm256_permutevar8x32_ps(high, i), is_high);
+  };
+  return {look_up(index), look_up(_mm256_srli_epi32(index, 4))};
+#else
+  Pair pair;
+  for (int64_t i = 0; i < kPartLanes; ++i) {
+    pair.first[i] = kNf4[from[i] & 15];
+    pair.second[i] = kNf4[from[i] >> 4];
+  }
+  return pair;
+#endif
+#endif
+}
+
+// Signed bytes as float32, one a lane.
+inline Part widen_bytes(const int8_t* from) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+  Part wide;
+  for (int64_t i = 0; i < kPartLanes; ++i) wide[i] = from[i];
+  return wide;
+#endif
+}
+
+// A pair of 8-bit values, whole numbers, which bfloat16 holds exactly: 32 bytes, where pairs lie together as they are, else input 0's first.
+inline Pair read_int8(const int8_t* from, int p) {
+  const Part first = widen_bytes(from + p * kPartLanes), second = widen_bytes(from + kLanes + p * kPartLanes);
+#if defined(__AVX512BF16__)
+  return _mm512_cvtne2ps_pbh(second, first);
+#else
+  return {first, second};
+#endif
+}
+
+// Weights in bfloat16, [pairs, 2, 16, 2]; what lies at `next` is asked for meanwhile.
+struct WideReader {
+  static constexpr int kTogether = 1;
+  const char *bytes, *next;
+
+  Pair read(int64_t pair, int, int half, int p) const {
+    const int64_t at = (pair * 2 + half) * kLine + p * kBytes;
+    if (p == 0) prefetch(next + at);
+    Words::Part words;
+    std::memcpy(&words, bytes + at, sizeof words);
+#if defined(__AVX512BF16__)
+    return (__m512bh)words;
+#else
+    return {(Part)(words << 16), (Part)(words & 0xffff0000u)};
+#endif
+  }
+};
+
+// Pairs that were widened before: Input [pairs, 2, parts, 2 * lanes of a part].
+struct NearReader {
+  static constexpr int kTogether = 1;
+  static constexpr int64_t kSize = 2 * kPartLanes;  // of a part's pair
+  const Input* inputs;
+
+  static int64_t place(int64_t pair, int half, int p) { return ((pair * 2 + half) * Floats::kParts + p) * kSize; }
+
+  Pair read(int64_t pair, int, int half, int p) const {
+    const Input* from = inputs + place(pair, half, p);
+#if defined(__AVX512BF16__)
+    return (__m512bh)_mm512_load_si512(from);
+#else
+    Part first, second;
+    std::memcpy(&first, from, sizeof first);
+    std::memcpy(&second, from + kPartLanes, sizeof second);
+    return {first, second};
+#endif
+  }
+
+  static void write(Input* to, const Pair& pair) {
+#if defined(__AVX512BF16__)
+    _mm512_store_si512(to, (__m512i)pair);
+#else
+    std::memcpy(to, &pair.first, sizeof pair.first);
+    std::memcpy(to + kPartLanes, &pair.second, sizeof pair.second);
+#endif
+  }
+};
+
+// 4-bit values, [pairs / 2, 2, 32], without their scales.
+struct Nf4Reader {
+  static constexpr int kTogether = 2;
+  const char *bytes, *next;
+
+  Pair read(int64_t pair, int second, int half, int p) const {
+    const int64_t at = (pair + half) * kLanes * 2;
+    if (p == 0 && !second && half == 0) prefetch(next + at);
+    return read_nf4(reinterpret_cast<const uint8_t*>(bytes) + at, second, p);
+  }
+};
+
+// 8-bit values, [pairs, 2, 32], without their scales.
+struct Int8Reader {
+  static constexpr int kTogether = 1;
+  const char *bytes, *next;
+
+  Pair read(int64_t pair, int, int half, int p) const {
+    const int64_t at = (pair * 2 + half) * kTile;
+    if (p == 0 && half == 0) prefetch(next + at);
+    return read_int8(reinterpret_cast<const int8_t*>(bytes) + at, p);
+  }
+};
+
+// `pairs` pairs as NearReader has them, [pairs, 2, 32] of Input twice over.
+template <typename Reader>
+inline void widen(const Reader& reader, int64_t pairs, Input* to) {
+  for (int64_t k = 0; k < pairs; k += Reader::kTogether)
+    for (int half = 0; half < 2; ++half)
+      for (int p = 0; p < Floats::kParts; ++p)
+        for (int j = 0; j < Reader::kTogether; ++j) NearReader::write(to + NearReader::place(k + j, half, p), reader.read(k, j, half, p));
+}
+
+enum class Format { bfloat16, nf4, int8 };
+
+// One tile; scales float32: of 4 bits [in / 64, 32], of 8 bits [32].
+struct PackedTile {
+  Format format;
+  const char* bytes;
+  const float* scales;
+};
+
+// A layer's weights: bf16 [out / 32, in / 2, 2, 16, 2], uint8 (4 bits) [out / 32, in / 2, 32] or int8 [out / 32, in / 2, 64];
+// scales float32 [out / 32, in / 64, 32] or [out / 32, 32], empty for bfloat16.
+struct Weights {
+  Format format;
+  const char* bytes;
+  const float* scales;
+
+  Weights(const at::Tensor& packed, const at::Tensor& scales)
+      : format(packed.scalar_type() == at::kBFloat16 ? Format::bfloat16 : packed.scalar_type() == at::kByte ? Format::nf4 : Format::int8),
+        bytes(static_cast<const char*>(packed.const_data_ptr())), scales(scales.const_data_ptr<float>()) {}
+
+  PackedTile tile(int64_t at, int64_t pairs) const {
+    const int64_t size = pairs * kTile * (format == Format::bfloat16 ? 4 : format == Format::int8 ? 2 : 1);
+    const int64_t own = format == Format::nf4 ? pairs / kScaled * kTile : kTile;  // scales
+    return {format, bytes + at * size, format == Format::bfloat16 ? nullptr : scales + at * own};
+  }
+};
+
+inline void check_packed(int64_t out, int64_t in, int64_t inputs) {
+  TORCH_CHECK(out % kTile == 0 && in % inputs == 0, "adapterd::pack: [", out, ", ", in, "] is not a multiple of [32, ", inputs, "]");
+}
+
+// values [out, in] of any type -> [out / 32, in / 2, 2, 16, 2]: the two of each pair beside each other.
+inline at::Tensor pair_up(const at::Tensor& values) {
+  return values.reshape({values.size(0) / kTile, 2, kLanes, values.size(1) / 2, 2}).permute({0, 3, 1, 2, 4});
+}
+
+// pack(weight bf16 or int8 [out, in]) -> the same dtype, [out / 32, in / 2, 2, 16, 2] or [out / 32, in / 2, 64]
+inline at::Tensor pack(const at::Tensor& weight) {
+  check_packed(weight.size(0), weight.size(1), 2);
+  const at::Tensor pairs = pair_up(weight);
+  if (weight.scalar_type() == at::kBFloat16) return pairs.contiguous();
+  return (kPaired ? pairs : pairs.transpose(3, 4)).contiguous().view({weight.size(0) / kTile, weight.size(1) / 2, 2 * kTile});
+}
+
+// pack_nf4(codes uint8 [out, in / 2], the first of two values in the upper half) -> uint8 [out / 32, in / 2, 32], see read_nf4
+inline at::Tensor pack_nf4(const at::Tensor& codes) {
+  const int64_t out = codes.size(0), in = codes.size(1) * 2;
+  check_packed(out, in, 2 * kScaled);
+  const at::Tensor values = at::stack({at::bitwise_right_shift(codes, 4), at::bitwise_and(codes, 15)}, -1).view({out, in});
+  const at::Tensor pairs = pair_up(values).reshape({out / kTile, in / 4, 2, 2, kLanes, 2}).transpose(2, 3);  // tile, two pairs, half, pair, output, input
+  const auto join = [](const at::Tensor& low, const at::Tensor& high) { return at::bitwise_or(low, at::bitwise_left_shift(high, 4)); };
+  const at::Tensor bytes = kPaired ? join(pairs.select(3, 0), pairs.select(3, 1)) : join(pairs.select(5, 0), pairs.select(5, 1));
+  return bytes.contiguous().view({out / kTile, in / 2, kTile});
+}
+
+// pack_scales(scales float32 [out, blocks]) -> [out / 32, blocks, 32]
+inline at::Tensor pack_scales(const at::Tensor& scales) {
+  return scales.reshape({scales.size(0) / kTile, kTile, scales.size(1)}).transpose(1, 2).contiguous();
+}

@@ -24,7 +24,18 @@ from .api.middleware.body_limit import BodyLimit
 from .api.middleware.cors import CorsOrigins
 from .api.middleware.drain import DrainGate
 from .api.middleware.rate_limit import RateLimit
-from .api.routes import adapters, generate, messages, models, ops, responses, tokens, usage
+from .api.routes import (
+    adapters,
+    aliases,
+    generate,
+    messages,
+    models,
+    ops,
+    responses,
+    sglang_lora,
+    tokens,
+    usage,
+)
 from .api.services import Services
 from .settings import Settings
 from .telemetry import metrics
@@ -47,6 +58,8 @@ ROUTERS = (
     tokens.router,
     adapters.reading,
     adapters.changing,
+    aliases.router,
+    sglang_lora.router,
     usage.router,
     ops.router,
 )
@@ -81,7 +94,7 @@ def create_app(
     `on_failure` gets the reason why the base can never be served, `record` every finished request.
     """
     services = _make_services(settings, client, registry)
-    metrics.NAMES.most = settings.metrics_adapters
+    metrics.NAMES.most = metrics.ALIASES.most = settings.metrics_adapters
     app = Service(
         title="adapterd",
         version=__version__,

@@ -12,6 +12,8 @@ AdapterdError
 │   └── AdapterNotFound      (model_not_found on /v1)
 ├── MethodNotAllowed         405
 ├── Conflict                 409
+│   └── DigestMismatch       (409 on /v1, too)
+│       └── UnexpectedDigest 422 in every dialect
 ├── PayloadTooLarge          413
 ├── UnsupportedEncoding      415
 ├── AdapterInvalid           422, details.problems
@@ -106,6 +108,18 @@ class Conflict(AdapterdError):
     code, status = ErrorCode.CONFLICT, 409
 
 
+class DigestMismatch(Conflict):
+    """The id has other content than the request demands, and keeps no version that is it."""
+
+    code = ErrorCode.DIGEST_MISMATCH
+
+
+class UnexpectedDigest(DigestMismatch):
+    """The files that were to be registered are another content than was expected."""
+
+    status = 422
+
+
 class PayloadTooLarge(AdapterdError):
     code, status = ErrorCode.PAYLOAD_TOO_LARGE, 413
 
@@ -160,7 +174,8 @@ class DeadlineExceeded(AdapterdError):
     code, status = ErrorCode.DEADLINE_EXCEEDED, 504
 
 
-# TooSlow and SourceMissing share the codes of their parents, and only the API process raises them
+# TooSlow, SourceMissing and UnexpectedDigest share the codes of their parents, and only the API process
+# raises them
 ERROR_OF_CODE: Mapping[ErrorCode, type[AdapterdError]] = MappingProxyType(
     {
         kind.code: kind
@@ -173,6 +188,7 @@ ERROR_OF_CODE: Mapping[ErrorCode, type[AdapterdError]] = MappingProxyType(
             AdapterNotFound,
             MethodNotAllowed,
             Conflict,
+            DigestMismatch,
             PayloadTooLarge,
             UnsupportedEncoding,
             AdapterInvalid,

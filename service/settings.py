@@ -104,6 +104,7 @@ class Settings(BaseModel):
     drain_s: Annotated[float, Field(ge=0)] = 30
     max_body_mb: Annotated[float, Field(gt=0)] = 4
     max_upload_mb: Annotated[float, Field(gt=0)] = 2048
+    keep_versions: Annotated[int, Field(ge=0)] = 2
     api_keys: tuple[Key, ...] = Field(default=(), repr=False)
     admin_keys: tuple[Key, ...] = Field(default=(), repr=False)
     key_rate: Annotated[float, Field(gt=0)] | None = None

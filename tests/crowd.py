@@ -15,6 +15,7 @@ from contextlib import asynccontextmanager
 import httpx
 
 from tests.truth import (
+    ALIAS,
     BAD,
     BUSY,
     CAUGHT,
@@ -22,6 +23,8 @@ from tests.truth import (
     GONE,
     LATE,
     LENGTHS,
+    NO_VERSION,
+    OTHER_DIGEST,
     PROMPTS,
     TWO_FACED,
     Body,
@@ -56,6 +59,10 @@ class Person:
             self.come_and_go: 3,
             self.shake: 2,
             self.replace: 2,
+            self.roll_back: 1,
+            self.ask_version: 4,
+            self.move_alias: 1,
+            self.ask_alias: 4,
         }
 
     async def act(self) -> None:
@@ -281,6 +288,41 @@ class Person:
         """Puts another content under the one name that says now this, now that."""
         await self.send("PUT", f"/adapters/{TWO_FACED}", {"source": self.dice.choice(self.truth.steady[:6])})
         await self.send("PATCH", f"/adapters/{TWO_FACED}", {"pinned": self.dice.random() < 0.5})
+
+    async def roll_back(self) -> None:
+        await self.send("POST", f"/adapters/{TWO_FACED}/rollback", {}, NO_VERSION)
+
+    async def ask_version(self) -> None:
+        """Asks for a content that the two-faced one had a moment ago; it is that, or not kept any more."""
+        answer = await self.send("GET", f"/adapters/{TWO_FACED}/versions", None)
+        if answer is None:
+            return
+        digest = self.dice.choice(answer.json()["versions"])["digest"]
+        asked = (self.dice.choice(PROMPTS), TWO_FACED, self.dice.choice(LENGTHS))
+        body = native(asked[0], f"{TWO_FACED}@{digest}", asked[2])
+        if answer := await self.send("POST", "/generate", body, OTHER_DIGEST):
+            told = answer.json()
+            self._judge(asked, told["adapter"], told["generated_text"])
+            if told["adapter"]["digest"] != digest:
+                raise WrongError(f"asked for {digest}, answered by {told['adapter']}")
+
+    # ---- a name for two
+
+    async def move_alias(self) -> None:
+        weights = self.dice.choice(((90, 10), (50, 50), (0, 100)))
+        named = zip(self.truth.steady, weights, strict=False)
+        targets = [{"id": id, "weight": weight} for id, weight in named]
+        await self.send("PUT", f"/aliases/{ALIAS}", {"targets": targets, "sticky": "user"})
+
+    async def ask_alias(self) -> None:
+        """The answer is that of the target which it names; before the alias is there nobody answers."""
+        prompt, length = self.dice.choice(PROMPTS), self.dice.choice(LENGTHS)
+        body = openai(prompt, ALIAS, length, user=self.name)
+        if answer := await self.send("POST", "/v1/completions", body, GONE):
+            told = answer.json()
+            if told["adapter"]["id"] not in self.truth.steady[:2]:
+                raise WrongError(f"the alias is answered by {told['adapter']}")
+            self._judge((prompt, told["adapter"]["id"], length), told["adapter"], told["choices"][0]["text"])
 
 
 async def run(url: str, truth: Truth, tally: Tally, stop: asyncio.Event, first: int = 0) -> None:

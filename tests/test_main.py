@@ -188,15 +188,15 @@ def test_a_wrong_start_is_one_line_that_names_it(
 
 def test_registrations_of_a_newer_service_stop_the_start_with_one_line_and_stay(tmp_path: Path) -> None:
     state = tmp_path / ".adapterd.json"
-    state.write_text('{"version": 3, "adapters": {}, "deleted": []}')
+    state.write_text('{"version": 4, "adapters": {}, "deleted": []}')
     ran = run("service", "serve", "--port", str(free_port()), ADAPTERD_ADAPTERS_DIR=str(tmp_path))
     assert ran.returncode == 2
     assert ran.stderr.startswith(
-        f"ADAPTERD_ADAPTERS_DIR: {state} was written by a newer adapterd: its version is 3"
+        f"ADAPTERD_ADAPTERS_DIR: {state} was written by a newer adapterd: its version is 4"
     )
     assert len(ran.stderr.splitlines()) == 1
     assert [path.name for path in tmp_path.iterdir()] == [".adapterd.json"]
-    assert '"version": 3' in state.read_text()
+    assert '"version": 4' in state.read_text()
 
 
 def test_flags_override_variables(monkeypatch: pytest.MonkeyPatch) -> None:

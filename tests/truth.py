@@ -19,8 +19,11 @@ BUSY = {(429, "overloaded"), (503, "not_ready"), LATE}  # what any request may b
 CAUGHT = {"not_ready", LATE[1]}  # what a stream may end with
 DIED = "the worker died"
 GONE = (404, "adapter_not_found")
+NO_VERSION = (404, "not_found")
+OTHER_DIGEST = (409, "digest_mismatch")
 SHAKY = 4  # of the markers, the last so many come and go
 TWO_FACED = "two-faced"
+ALIAS = "either"
 Body = dict[str, Any]
 
 BAD: tuple[tuple[str, Body | str, int], ...] = (

@@ -99,8 +99,9 @@ def _adapter(shape: type[BaseModel], body: bytes, settings: Settings) -> str:
     except ValidationError:
         return ""
     if isinstance(asked, GenerateRequest):
-        id = (asked.parameters.adapter_id if asked.parameters else None) or ""
+        name = (asked.parameters.adapter_id if asked.parameters else None) or ""
     else:
-        id = str(getattr(asked, "model", None) or "").rpartition(":")[2]
+        name = str(getattr(asked, "model", None) or "")
+    id = name.partition(ids.DIGEST_MARK)[0].rpartition(":")[2]
     base = settings.base_id or ids.base_name(settings.base)
     return "" if id in (base, *ids.BASE) else id

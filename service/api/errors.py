@@ -23,6 +23,7 @@ from ..errors import (
     BadRequest,
     Cancelled,
     ContextLengthExceeded,
+    DigestMismatch,
     Internal,
     MethodNotAllowed,
     NotFound,
@@ -32,7 +33,8 @@ from ..telemetry import metrics
 
 PROBES = ("/health", "/ready", "/metrics")
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
-BAD_REQUEST = {409: 400, 422: 400}  # OpenAI's clients expect 400 where ours get 409 and 422
+# OpenAI's clients expect 400 where ours get 409 and 422, but 409 for an adapter that is not what was demanded
+BAD_REQUEST = {409: 400, 422: 400}
 OPENAI_TYPES = {
     401: "authentication_error",
     403: "permission_error",
@@ -45,7 +47,7 @@ STATUSES = {
     403: "the key is without the admin scope or may not have this priority, or the source is not allowed",
     404: "no such adapter, model or route",
     405: "no such method",
-    409: "the id is taken or reserved",
+    409: "the id is taken or reserved, or has other content than the request demands",
     413: "the body is over its limit",
     415: "the body's content-encoding is not served",
     422: "a bad field, or an adapter that cannot be served",
@@ -81,7 +83,9 @@ def anthropic_dialect(path: str) -> bool:
 
 
 def status_of(error: AdapterdError, openai: bool) -> int:
-    return BAD_REQUEST.get(error.status, error.status) if openai else error.status
+    if not openai or isinstance(error, DigestMismatch):
+        return error.status
+    return BAD_REQUEST.get(error.status, error.status)
 
 
 def error_body(error: AdapterdError, openai: bool) -> dict[str, Any]:
@@ -137,7 +141,7 @@ def error_response(error: AdapterdError, scope: Scope, headers: Mapping[str, str
     sent_headers = dict(headers or {})
     if error.retry_after is not None or error.status in (429, 503):
         sent_headers["retry-after"] = str(error.retry_after or 1)
-    if error.status == 504:
+    if error.status == 504 or isinstance(error, DigestMismatch):
         sent_headers["x-should-retry"] = "false"  # OpenAI's clients would ask for the same three times more
     if error.status == 401:
         sent_headers.setdefault("www-authenticate", "Bearer")
@@ -157,7 +161,7 @@ def document_errors(
     content = {"application/json": {"schema": {"type": "object", "required": ["error"]}, "example": example}}
     responses: dict[int | str, dict[str, Any]] = {}
     for status in sorted({*ALWAYS, *statuses}):
-        sent_status = BAD_REQUEST.get(status, status) if openai or anthropic else status
+        sent_status = 400 if status == 422 and (openai or anthropic) else status
         responses[sent_status] = {"description": STATUSES[status], "content": content}
     return responses
 

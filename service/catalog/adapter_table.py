@@ -1,15 +1,16 @@
-"""Keeps the registered adapters by id, and those still leased without one, and tells the device of them.
+"""Keeps the registered adapters and their versions by id, and those only leased; tells the device of them.
 
 Runs in the API process; must not know files.
 
-An id is a label on immutable content: contents end when no id has them and their last lease is
-over.
+An id is a label on immutable content, and keeps the last contents that it was on: contents end when no id has
+them and their last lease is over.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 from weakref import WeakValueDictionary
 
@@ -17,10 +18,11 @@ from ..core.adapter import Adapter, Digest, Tier
 from ..core.base_info import BaseInfo
 from ..core.error_codes import ErrorCode
 from ..core.messages import Load
-from ..errors import AdapterdError, AdapterInvalid, NotReady, Overloaded
+from ..errors import AdapterdError, AdapterInvalid, DigestMismatch, NotFound, NotReady, Overloaded
 from ..telemetry import metrics
 from . import ids
 from .mixes import MixTable
+from .state_file import Record
 from .versions import RegisteredAdapter
 
 RETRY_S = 2  # after memory or the worker was missing
@@ -41,10 +43,29 @@ class Device(Protocol):
     def tier_of(self, digest: Digest) -> Tier: ...
 
 
+Kept = tuple[RegisteredAdapter, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class VersionChange:
+    """`before` was under the id; `dropped` are no versions of it any more, and `ending` gives the bytes that
+    they have freed once their last lease is over.
+    """
+
+    before: RegisteredAdapter | None
+    dropped: Kept
+    ending: asyncio.Task[int]
+
+
 class AdapterTable:
-    def __init__(self, device: Device) -> None:
-        self.device = device
+    """`current` are the versions under their ids, `kept` those before them, the last one first; `most` of
+    each id are kept.
+    """
+
+    def __init__(self, device: Device, most: int = 0) -> None:
+        self.device, self._most = device, most
         self.current: dict[str, RegisteredAdapter] = {}
+        self.kept: dict[str, Kept] = {}
         self._retired: set[RegisteredAdapter] = set()  # replaced or deleted, and still leased
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._ending: set[asyncio.Task[int]] = set()
@@ -65,12 +86,74 @@ class AdapterTable:
             raise AdapterInvalid([entry.failure])
         return entry
 
+    def list_versions(self, id: str) -> Kept:
+        """The current version, then those that are kept. Raises AdapterNotFound."""
+        return (self.find_adapter(id), *self.kept.get(id, ()))
+
+    def find_version(self, id: str, digest: Digest) -> RegisteredAdapter:
+        """The version of this id whose digest begins so.
+
+        Raises AdapterNotFound, DigestMismatch.
+        """
+        current, *_ = versions = self.list_versions(id)
+        for entry in versions:
+            if entry.digest.startswith(digest):
+                return entry
+        has = f"has the digest {current.digest}" if current.digest else "could not be read"
+        raise DigestMismatch(
+            f"the adapter {id!r} {has}, and no version of it that is kept has {digest}", param="model"
+        )
+
+    def find_kept(self, id: str, digest: Digest | None) -> RegisteredAdapter:
+        """The version before the current one, or the one whose digest begins so.
+
+        Raises NotFound, AdapterNotFound.
+        """
+        versions = self.list_versions(id)
+        for entry in versions if digest else versions[1:]:
+            if entry.digest.startswith(digest or ""):
+                return entry
+        wanted = f"that has {digest}" if digest else "before the current one"
+        raise NotFound(f"the adapter {id!r} keeps no version {wanted}", param="digest")
+
+    def choose_kept(self, entry: RegisteredAdapter, named: Collection[Digest]) -> Kept:
+        """The versions that stay once this one is current, and those that are `named` in any case.
+
+        A folder that was written over has lost what was in it.
+        """
+        id = entry.version.id
+        before = (held,) if (held := self.current.get(id)) else ()
+        able = [
+            old
+            for old in (*before, *self.kept.get(id, ()))
+            if old.digest not in ("", entry.digest) and old.version.folder != entry.version.folder
+        ]
+        return self.limit_kept(able, named)
+
+    def limit_kept(self, versions: Sequence[RegisteredAdapter], named: Collection[Digest]) -> Kept:
+        """As many of these, the last one first, as are kept, and those that are `named` in any case."""
+        return tuple(old for i, old in enumerate(versions) if i < self._most or old.digest in named)
+
+    def make_record(self, entry: RegisteredAdapter, kept: Kept | None = None) -> Record:
+        """The registration with the versions that are kept, or will be."""
+        chosen = self.kept.get(entry.version.id, ()) if kept is None else kept
+        return replace(entry.to_record(), kept=tuple(old.to_record() for old in chosen))
+
     @property
     def base(self) -> BaseInfo:
         """Raises NotReady while the base loads."""
         if self.device.base is None:
             raise NotReady("not ready: the base is loading", retry_after=2)
         return self.device.base
+
+    def list_entries(self) -> list[RegisteredAdapter]:
+        """Every version under an id, the current ones first."""
+        return [*self.current.values(), *(old for kept in self.kept.values() for old in kept)]
+
+    def has_versions(self, id: str, record: Record) -> bool:
+        """Whether the id has the contents of this registration, the current one and those kept."""
+        held = (self.current[id], *self.kept.get(id, ()))
+        return [entry.digest for entry in held] == [record.digest, *(kept.digest for kept in record.kept)]
 
     def tier_of(self, entry: RegisteredAdapter) -> Tier:
         return self.device.tier_of(entry.digest)
@@ -85,37 +168,36 @@ class AdapterTable:
 
     # ---- changing
 
-    def insert_adapter(self, entry: RegisteredAdapter) -> None:
-        """Registers an adapter under a free id, without loading it unless it is pinned."""
-        self.current[entry.version.id] = entry
-        metrics.adapter_registered(entry.version.id)
-        if adapter := entry.version.adapter:
-            self.device.add_adapter(adapter, entry.pinned, entry.pinned)
+    def insert_adapter(self, entry: RegisteredAdapter, kept: Kept = ()) -> None:
+        """Registers an adapter and its versions under a free id, without loading it unless it is pinned."""
+        id = entry.version.id
+        self.current[id] = entry
+        if kept:
+            self.kept[id] = kept
+        metrics.adapter_registered(id)
+        for old in (entry, *kept):
+            if adapter := old.version.adapter:
+                self.device.add_adapter(adapter, old.pinned, old.pinned)
 
     async def replace_adapter(
         self,
         entry: RegisteredAdapter,
         adapter: Adapter,
         preload: bool,
-        remember: Callable[[Callable[[], None]], Awaitable[None]],
-    ) -> RegisteredAdapter | None:
+        remember: Callable[[Callable[[Kept], None]], Awaitable[None]],
+    ) -> VersionChange:
         """Puts an adapter under its id once the device has it, if it is to be loaded now.
 
-        `remember` is given the call that does so, and makes it once the registration is kept. The entry
-        that it replaces ends with its last lease, and is returned. Raises AdapterInvalid when the device
-        cannot load the new one, Overloaded and NotReady when that is not its fault, and what `remember`
-        raises; then nothing has changed.
-        """
-        replaced: list[RegisteredAdapter] = []
+        `remember` is given the call that does so, and makes it once the registration is written, with the
+        versions that are kept then. What is no version any more ends with its last lease.
 
-        def put_entry() -> None:
-            if held := self.current.get(entry.version.id):
-                self.withdraw_adapter(held)
-                replaced.append(held)
-            self.current[entry.version.id] = entry
-            if entry.pinned:  # another id of this content may have been unpinned meanwhile
-                self.device.pin_adapter(adapter.digest, True)
-            metrics.adapter_registered(entry.version.id)
+        Raises AdapterInvalid when the device cannot load the new one, Overloaded and NotReady when that is
+        not its fault, and what `remember` raises; then nothing has changed.
+        """
+        replaced: list[VersionChange] = []
+
+        def put_entry(kept: Kept) -> None:
+            replaced.append(self._put_entry(entry, kept))
 
         async with self.lock_for(adapter.digest):
             self.device.add_adapter(adapter, entry.pinned, preload)
@@ -126,7 +208,26 @@ class AdapterTable:
             except AdapterdError:
                 await self._release_content(adapter.digest)
                 raise
-        return replaced[0] if replaced else None
+        return replaced[0]
+
+    def _put_entry(self, entry: RegisteredAdapter, kept: Kept) -> VersionChange:
+        id = entry.version.id
+        before = self.current.get(id)
+        old = (before, *self.kept.get(id, ())) if before else ()
+        self.current[id] = entry
+        self._keep_versions(id, kept)
+        dropped = tuple(one for one in old if one not in (entry, *kept))
+        self.pin_adapter(entry, entry.pinned)  # its own pin, or another id's, may have changed meanwhile
+        metrics.adapter_registered(id)
+        return VersionChange(before, dropped, self._retire_entries(dropped))
+
+    def _keep_versions(self, id: str, kept: Kept) -> None:
+        self.kept[id] = kept
+        for old in kept:
+            if old.pinned:  # the id's pin is its current version's
+                self.pin_adapter(old, False)
+        if not kept:
+            del self.kept[id]
 
     async def try_out(self, adapter: Adapter) -> None:
         """Loads a content that no id has yet, and lets it go again.
@@ -141,15 +242,19 @@ class AdapterTable:
                 await self._release_content(adapter.digest)
 
     def withdraw_adapter(self, entry: RegisteredAdapter) -> asyncio.Task[int]:
-        """Takes an adapter from its id at once.
+        """Takes an adapter and its versions from their id at once.
 
-        The task waits for its leases, frees its content and gives the bytes freed.
+        The task waits for their leases, frees their contents and gives the bytes freed.
         """
         del self.current[entry.version.id]
-        self._retired.add(entry)
-        if entry.pinned:  # its pin goes with its name: what drains must not hold the pool
-            self.device.pin_adapter(entry.digest, self._is_pinned(entry.digest))
-        task = asyncio.create_task(self._end_adapter(entry))
+        return self._retire_entries((entry, *self.kept.pop(entry.version.id, ())))
+
+    def _retire_entries(self, entries: Kept) -> asyncio.Task[int]:
+        self._retired.update(entries)
+        for entry in entries:
+            if entry.pinned:  # its pin goes with its name: what drains must not hold the pool
+                self.device.pin_adapter(entry.digest, self._is_pinned(entry.digest))
+        task = asyncio.create_task(self._end_adapters(entries))
         self._ending.add(task)
         task.add_done_callback(self._ending.discard)
         return task
@@ -179,12 +284,16 @@ class AdapterTable:
             await self._release_content(digest)
             raise
 
+    async def _end_adapters(self, entries: Kept) -> int:
+        return sum(await asyncio.gather(*map(self._end_adapter, entries)))
+
     async def _end_adapter(self, entry: RegisteredAdapter) -> int:
         await entry.idle.wait()
-        self._retired.discard(entry)
         if not entry.digest:
+            self._retired.discard(entry)
             return 0
         async with self.lock_for(entry.digest):
+            self._retired.discard(entry)
             return await self._release_content(entry.digest)
 
     async def _release_content(self, digest: Digest) -> int:
@@ -203,7 +312,7 @@ class AdapterTable:
 
     def _list_held(self) -> tuple[RegisteredAdapter, ...]:
         """Every entry, under an id or only leased."""
-        return (*self.current.values(), *self._retired)
+        return (*self.list_entries(), *self._retired)
 
     def _is_pinned(self, digest: Digest) -> bool:
         return any(entry.pinned for entry in self.current.values() if entry.digest == digest)

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..errors import NotReady, SettingsError
 from ..telemetry import metrics
 from ..threads import DISK, run_in
-from .adapter_table import AdapterTable
+from .adapter_table import AdapterTable, Kept
 from .startup import Startup
 from .state_file import Record, StateFile
 from .turns import FileVersion, read_version
@@ -27,10 +27,15 @@ class Follower:
     """`records` are the registrations as this service has taken them over or written them itself."""
 
     def __init__(
-        self, folder: Path, state_file: StateFile, table: AdapterTable, make_startup: Callable[[], Startup]
+        self,
+        folder: Path,
+        state_file: StateFile,
+        table: AdapterTable,
+        make_startup: Callable[[], Startup],
+        take_over_aliases: Callable[[], None],
     ) -> None:
         self._folder, self._state_file, self._table = folder, state_file, table
-        self._make_startup = make_startup
+        self._make_startup, self._take_over_aliases = make_startup, take_over_aliases
         self._seen: FileVersion | None = None
         self._again: dict[str, tuple[float, int]] = {}  # when, and how many tries are left
         self.records: dict[str, Record] = {}
@@ -51,6 +56,7 @@ class Follower:
             await run_in(DISK, self._state_file.read_file)
         except SettingsError:  # it names the folder
             raise NotReady("a newer version of the service has written the registrations") from None
+        self._take_over_aliases()
         startup = self._make_startup()
         for id, record in self._find_changes().items():
             await self._take_over(startup, id, record)
@@ -72,7 +78,7 @@ class Follower:
 
     def _make_record(self, id: str) -> Record | None:
         entry = self._table.current.get(id)
-        return entry.to_record() if entry else None
+        return self._table.make_record(entry) if entry else None
 
     def _find_changes(self) -> dict[str, Record | None]:
         """What has been added, changed or, as None, removed."""
@@ -88,21 +94,21 @@ class Follower:
         held = self._table.current.get(id)
         _, tries = self._again.pop(id, (0.0, TRIES))
         if record is None:
-            self._replace(held, None)
+            self._replace(held, None, ())
             metrics.adapter_removed(id)
             self.records.pop(id, None)
             return
-        if held is None or held.digest != record.digest:
-            entry = await startup.restore_record(id, record)
-            self._replace(held, entry)
+        if held is None or not self._table.has_versions(id, record):
+            entry, kept = await startup.restore_record(id, record), await startup.restore_kept(id)
+            self._replace(held, entry, kept)
             if tries and (entry is None or entry.version.validated is None):
                 self._again[id] = time.monotonic() + AGAIN_S, tries - 1
         elif held.pinned != record.pinned:
             self._table.pin_adapter(held, record.pinned)
         self.records[id] = record
 
-    def _replace(self, held: RegisteredAdapter | None, entry: RegisteredAdapter | None) -> None:
+    def _replace(self, held: RegisteredAdapter | None, entry: RegisteredAdapter | None, kept: Kept) -> None:
         if held is not None:
             self._table.withdraw_adapter(held)
         if entry is not None:
-            self._table.insert_adapter(entry)
+            self._table.insert_adapter(entry, kept)

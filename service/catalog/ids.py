@@ -8,12 +8,15 @@ from functools import cache
 from pathlib import Path
 
 from ..core.defaults import DEMO_BASE
-from ..errors import AdapterNotFound, BadRequest, Conflict
+from ..errors import AdapterNotFound, BadRequest, Conflict, UnexpectedDigest
 
 PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)?")
 LONGEST = 128  # characters
 BASE = frozenset({"base", "__base__"})  # requests' names for the base
-ROUTES = frozenset({"summary", "architecture", "upload"})  # as last parts they would hide a route
+# As last parts they would hide a route
+ROUTES = frozenset({"summary", "architecture", "upload", "versions", "rollback"})
+DIGEST_MARK = "@sha256:"
+PREFIX = re.compile(r"[0-9a-f]{8,64}")
 
 
 def check_id(id: str, base_id: str) -> None:
@@ -35,6 +38,31 @@ def is_reserved(id: str, base_id: str) -> bool:
 def unknown_adapter(id: str) -> AdapterNotFound:
     """The error for an id that nobody registered, or that is not to be known of."""
     return AdapterNotFound(f"no adapter {id[:LONGEST]!r} is registered", param="model")
+
+
+def unexpected_digest(expected: str, found: str) -> UnexpectedDigest:
+    message = f"expect: the digest of these files is {found}, not {expected}"
+    return UnexpectedDigest(message, details={"expected": expected, "digest": found}, param="expect")
+
+
+def split_digest(name: str) -> tuple[str, str]:
+    """The id of a request's name for an adapter, and the digest that it demands, or the beginning of one;
+    empty where it demands none.
+
+    Raises BadRequest.
+    """
+    id, mark, digits = name.partition(DIGEST_MARK)
+    if mark and not PREFIX.fullmatch(digits):
+        raise BadRequest(
+            f"{name[:LONGEST]!r}: behind @sha256: come 8 to 64 hexadecimal digits in lower case",
+            param="model",
+        )
+    return id, f"sha256:{digits}" if mark else ""
+
+
+def join_digest(id: str, digest: str | None) -> str:
+    """The name that demands this digest of an id."""
+    return f"{id}@{digest}" if digest else id
 
 
 def is_valid(id: str) -> bool:

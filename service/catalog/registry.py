@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .. import durable
-from ..core.adapter import ExecutionPath
+from ..core.adapter import Digest, ExecutionPath
 from ..core.messages import Load
 from ..errors import AdapterdError, AdapterInvalid, Conflict, Forbidden, NotReady, StorageFull
 from ..settings import Settings
@@ -25,7 +25,9 @@ from ..telemetry.audit import record_change
 from ..threads import DISK, run_in
 from . import architecture, facts, fetches, ids, summary, versions
 from . import summary_text as tables
-from .adapter_table import AdapterTable, Device
+from .adapter_table import AdapterTable, Device, Kept, VersionChange
+from .alias_registry import AliasRegistry
+from .aliases import Alias, AliasTarget
 from .first_use import FirstUse
 from .following import Follower
 from .mixes import Mix, make_mix
@@ -80,7 +82,9 @@ class Registry:
         self._state_file.check_version()
         self._cache = ValidationCache(settings.state)
         self._lock: FileIO | None = None
-        self._table = AdapterTable(device)
+        self._table = AdapterTable(device, settings.keep_versions)
+        self.aliases = AliasRegistry(self, self._in_turn, self._write_aliases)
+        self._purges: set[asyncio.Task[None]] = set()
         self._changing = asyncio.Lock()
         self._validator = validator(settings.max_rank)
         self._norms = NormCache(self._validator)
@@ -88,7 +92,9 @@ class Registry:
         self._fetches = fetches.Fetches()
         self._first_use = FirstUse(self._register_found, lambda id: id in self._table.current)
         self._shared = settings.shared == "on"
-        self._follower = Follower(settings.state, self._state_file, self._table, self._make_startup)
+        self._follower = Follower(
+            settings.state, self._state_file, self._table, self._make_startup, self._take_over_aliases
+        )
         self._watching: asyncio.Task[None] | None = None
 
     # ---- life
@@ -111,17 +117,32 @@ class Registry:
         before = dict(self._state_file.records)
         self._follower.records = dict(before)
         await run_in(DISK, self._cache.read_file, base, self._settings.max_rank)
-        async for entry in self._make_startup():
-            self._table.insert_adapter(entry)
+        self._take_over_aliases()
+        dropped = await self._restore_adapters()
         record_start(self._state_file.records, self._table.current)
         await run_in(DISK, self._cache.end_start)
         self._opened = True
         try:
             await self._in_turn(partial(self._write_opened, before))
+            await self._purge_sources(dropped)
         except (StorageFull, Forbidden, NotReady) as error:  # what is there was found or read
             log.info("what was found at start is not remembered: %s", error)
         if self._shared:
             self._watching = asyncio.create_task(self._watch_others())
+
+    async def _restore_adapters(self) -> list[RegisteredAdapter]:
+        """Inserts every adapter with its versions; those over what the setting keeps now are returned."""
+        startup, dropped = self._make_startup(), []
+        async for entry in startup:
+            id = entry.version.id
+            restored = await startup.restore_kept(id)
+            kept = self._table.limit_kept(restored, self.aliases.digests_of(id))
+            self._table.insert_adapter(entry, kept)
+            dropped += [version for version in restored if version not in kept]
+        return dropped
+
+    def _take_over_aliases(self) -> None:
+        self.aliases.by_name = dict(self._state_file.aliases)
 
     def _make_startup(self) -> Startup:
         parts = (self._store, self._state_file, self._validator, self._cache, self.base_id)
@@ -158,6 +179,8 @@ class Registry:
             self._watching.cancel()
         async with self._changing:  # the last change is kept and made before
             self._table.cancel_endings()
+        for purge in self._purges:
+            purge.cancel()
         await self._validator.close()
         if self._lock is not None:
             self._lock.close()
@@ -170,51 +193,64 @@ class Registry:
         source: str,
         subfolder: str | None = None,
         revision: str | None = None,
-        pinned: bool = False,
+        pinned: bool | None = False,
         preload: bool = True,
         replace: bool = False,
+        expect: Digest | None = None,
     ) -> tuple[Json, bool]:
         """The card, and whether the id is new.
 
         The same content again changes nothing unless it had failed.
 
-        Other content needs `replace`.
+        Other content needs `replace`, and is refused where it is not what `expect` names. A pin of None is
+        the one that the id has.
 
-        Raises BadRequest, Conflict, Forbidden, AdapterInvalid, AdapterUnsupported, Overloaded where memory
-        is short, StorageFull where a disk is, NotReady where the worker was lost meanwhile.
+        Raises BadRequest, Conflict, UnexpectedDigest, Forbidden, AdapterInvalid, AdapterUnsupported,
+        Overloaded where memory is short, StorageFull where a disk is, NotReady where the worker was lost
+        meanwhile.
         """
-        ids.check_id(id, self.base_id)
+        self._check_id(id)
         async with (
             self._find_source(id, source, subfolder, revision) as location,
             self._table.lock_for(f"id {id}"),
         ):
             if location.staged:
-                return await self._register_download(id, location, pinned, preload, replace)
+                return await self._register_download(id, location, pinned, preload, replace, expect)
             version = await self._read_version(id, location)
+            _check_expected(version.digest, expect)
             return await self._register_version(version, pinned, preload, replace)
 
-    async def upload_adapter(self, id: str, files: Mapping[str, UploadedFile]) -> tuple[Json, bool]:
+    async def upload_adapter(
+        self,
+        id: str,
+        files: Mapping[str, UploadedFile],
+        replace: bool = False,
+        expect: Digest | None = None,
+    ) -> tuple[Json, bool]:
         """Stores the parts of an upload under the adapters directory and registers them.
 
-        Raises as `register_adapter`, and PayloadTooLarge.
+        A replacement has the pin of what it replaces. Raises as `register_adapter`, and PayloadTooLarge.
         """
-        ids.check_id(id, self.base_id)
+        self._check_id(id)
         staged = await self._store.stage_upload(files)
         try:
             async with self._table.lock_for(f"id {id}"):
-                return await self._register_staged(id, staged)
+                return await self._register_staged(id, staged, replace, expect)
         finally:
             await run_in(DISK, delete_folder, staged)
 
-    async def _register_staged(self, id: str, staged: Path) -> tuple[Json, bool]:
+    async def _register_staged(
+        self, id: str, staged: Path, replace: bool, expect: Digest | None
+    ) -> tuple[Json, bool]:
         _, validated = await self._validate_files(SourceLocation(staged, "upload"))
         digest = validated.adapter.digest
+        _check_expected(digest, expect)
         async with self._purge_after(upload_source(digest)):
             kept = await run_in(DISK, self._store.keep_upload, staged, digest)
             fingerprint = await run_in(DISK, kept.compute_fingerprint)
             moved = validated.move_to(kept.folder)
             version = AdapterVersion(id, kept, fingerprint, versions.current_time(), moved)
-            return await self._register_version(version, pinned=False, preload=True, replace=False)
+            return await self._register_version(version, pinned=None, preload=True, replace=replace)
 
     async def check_adapter(
         self,
@@ -223,18 +259,22 @@ class Registry:
         subfolder: str | None = None,
         revision: str | None = None,
         preload: bool = True,
+        expect: Digest | None = None,
     ) -> Json:
         """The whole validation and the summary; registers nothing.
 
         It is ok where `register_adapter` would take it: what only PEFT itself can run is tried out on
-        the device, too. An id that other content has is a problem beside the summary. Raises
-        BadRequest, Conflict for a reserved id, Forbidden.
+        the device, too. An id that other content has is a problem beside the summary, and
+        so is content that is not what `expect` names. Raises BadRequest, Conflict for a reserved id or an
+        alias, Forbidden.
         """
-        ids.check_id(id, self.base_id)
+        self._check_id(id)
         try:
             async with self._find_source(id, source, subfolder, revision) as location:
                 version = await self._read_version(id, location)
                 problems = self._find_conflicts(version)
+                if expect not in (None, version.digest):
+                    problems.append(ids.unexpected_digest(str(expect), version.digest).message)
                 if preload and not problems:
                     await self._try_out(version)
         except AdapterInvalid as error:
@@ -251,26 +291,42 @@ class Registry:
             await self._table.try_out(adapter)
 
     async def remove_adapter(self, id: str, purge: bool = False) -> Json:
-        """Takes the id away at once, waits for its leases, then frees its content.
+        """Takes the id away at once with its versions, waits for their leases, then frees their contents.
 
-        The content stays where another id has it too. Raises AdapterNotFound, StorageFull.
+        A content stays where another id has it too. Raises AdapterNotFound, Conflict where an alias sends
+        requests to it, StorageFull.
         """
-        entry, drained, ending = await self._in_turn(partial(self._remove_entry, id))
+        entries, drained, ending = await self._in_turn(partial(self._remove_entry, id))
         freed = await asyncio.shield(ending)
         if purge:
-            async with self._purge_after(entry.version.place.stored):
-                pass
-        digest = entry.digest or None
+            await self._purge_sources(entries)
+        digest = entries[0].digest or None
         return {"id": id, "digest": digest, "drained_requests": drained, "freed_bytes": freed}
 
-    async def _remove_entry(self, id: str) -> tuple[RegisteredAdapter, int, asyncio.Task[int]]:
-        """The entry, how many requests ran on it, and the task that ends it."""
-        entry = self._table.find_adapter(id)
-        await self._write_state({id: None}, deleted=(id, entry.version.place.path))
-        drained, ending = entry.in_flight, self._table.withdraw_adapter(entry)
+    async def _remove_entry(self, id: str) -> tuple[Kept, int, asyncio.Task[int]]:
+        """The versions, how many requests ran on them, and the task that ends them."""
+        entries = self._table.list_versions(id)
+        self.aliases.require_no_target(id)
+        paths = [entry.version.place.path for entry in entries]
+        await self._write_state({id: None}, deleted=(id, *paths))
+        drained = sum(entry.in_flight for entry in entries)
+        ending = self._table.withdraw_adapter(entries[0])
         metrics.adapter_removed(id)
-        record_change("deleted", id, entry.digest, None)
-        return entry, drained, ending
+        record_change("deleted", id, entries[0].digest, None)
+        return entries, drained, ending
+
+    async def roll_back(self, id: str, digest: Digest | None = None) -> Json:
+        """Makes the version before current again, or the one whose digest begins so; the card.
+
+        Raises AdapterNotFound, NotFound for a version that is not kept, and as `register_adapter` where it
+        cannot be loaded any more.
+        """
+        async with self._table.lock_for(f"id {id}"):
+            entry = self._table.find_kept(id, digest)
+            if entry is not self._table.current[id]:
+                still_kept = partial(self._table.find_kept, id, entry.digest)
+                await self._replace_entry(entry, True, None, still_kept)
+            return self._card_of(entry)
 
     async def pin_adapter(self, id: str, pinned: bool) -> Json:
         """Pins to, or unpins from, the device; the card.
@@ -281,7 +337,7 @@ class Registry:
 
     async def _pin_entry(self, id: str, pinned: bool) -> RegisteredAdapter:
         entry = self._table.find_usable(id)
-        await self._write_state({id: changed(entry.to_record(), pinned=pinned)})
+        await self._write_state({id: changed(self._table.make_record(entry), pinned=pinned)})
         self._table.pin_adapter(entry, pinned)
         record_change("pinned" if pinned else "unpinned", id, entry.digest, entry.digest)
         return entry
@@ -298,19 +354,21 @@ class Registry:
 
     def note_load(self, load: Load) -> None:
         """Shows the result of a load on the device as the state of the adapters with this content."""
-        for entry in self._table.current.values():
+        for entry in self._table.list_entries():
             if entry.digest == load.digest and entry.version.validated:
                 entry.failure = load.error
 
-    # ---- using and looking
+    # ---- using
 
     @contextmanager
-    def lease_adapter(self, id: str) -> Iterator[AdapterVersion]:
-        """The id's content, which stays until the lease ends.
+    def lease_adapter(self, name: str) -> Iterator[AdapterVersion]:
+        """The content of an id, or of one of its versions where the name is `id@sha256:…`, which stays until
+        the lease ends.
 
-        Raises AdapterNotFound; AdapterInvalid for one that could not be read.
+        Raises AdapterNotFound; BadRequest and DigestMismatch; AdapterInvalid for one that could not be read.
         """
-        entry = self._table.find_usable(id)
+        id, digest = ids.split_digest(name)
+        entry = self._table.find_version(id, digest) if digest else self._table.find_usable(id)
         entry.take_lease()
         try:
             yield entry.version
@@ -328,6 +386,24 @@ class Registry:
             mix = make_mix(versions, [weight for _, weight in weights], self._table.base.pool_rank)
             yield leases.enter_context(self._table.mixes.lease_mix(mix))
 
+    # ---- what aliases need
+
+    def is_registered(self, id: str) -> bool:
+        return id in self._table.current
+
+    def find_digest(self, target: AliasTarget) -> Digest | None:
+        """The whole digest of a target that names the beginning of one.
+
+        Raises AdapterNotFound, DigestMismatch.
+        """
+        if target.digest is None:
+            self._table.find_adapter(target.id)
+            return None
+        return self._table.find_version(target.id, target.digest).digest
+
+    async def _write_aliases(self, aliases: Mapping[str, Alias]) -> None:
+        await self._write_state(aliases=aliases)
+
     async def resolve_adapter(self, id: str) -> None:
         """Registers the folder of this name, if ADAPTERD_RESOLVE is on and nothing is registered under it.
 
@@ -336,6 +412,8 @@ class Registry:
         """
         if self._settings.resolve == "on" and id not in self._table.current and ids.is_valid(id):
             await self._first_use.register_folder(id)
+
+    # ---- looking
 
     def card_of(self, id: str) -> Json:
         """The card; of what is still fetched for the first time how far that has come."""
@@ -350,6 +428,11 @@ class Registry:
     def list_versions(self) -> list[AdapterVersion]:
         """The version under each id, by id."""
         return [entry.version for _, entry in sorted(self._table.current.items())]
+
+    def versions_of(self, id: str) -> list[Json]:
+        """The versions of an id that answer: the current one, then those that are kept."""
+        entries = self._table.list_versions(id)
+        return [summary.describe_version(entry, self._table.tier_of(entry)) for entry in entries]
 
     def summary_of(self, id: str) -> Json:
         return self._summary_of(self._table.find_adapter(id))
@@ -390,40 +473,79 @@ class Registry:
     # ---- inside
 
     async def _register_version(
-        self, version: AdapterVersion, pinned: bool, preload: bool, replace: bool
+        self, version: AdapterVersion, pinned: bool | None, preload: bool, replace: bool
     ) -> tuple[Json, bool]:
-        id, validated = version.id, version.validated
-        assert validated is not None, "only what was read can be taken"
-        adapter = validated.adapter
-        held = self._table.current.get(id)
-        if held and held.digest == adapter.digest:
+        held = self._table.current.get(version.id)
+        if held and held.digest == version.digest:
             if not held.failure:
                 return await self._keep_registered(held, pinned, replace), False
             if not replace:
                 pinned = pinned or held.pinned
         if not replace:
             self._require_free(version)
-        entry = RegisteredAdapter(version, pinned)
 
-        async def remember(put_entry: Callable[[], None]) -> None:
-            if not replace:  # another service may have taken the id meanwhile
+        def check() -> None:  # another service may have taken the id meanwhile, or an alias
+            self.aliases.require_no_alias(version.id)
+            if not replace:
                 self._require_free(version)
-            await self._write_state({id: entry.to_record()})
-            replaced = self._table.current.get(id)
-            put_entry()
-            what = "replaced" if replaced else "registered"
-            record_change(what, id, replaced.digest if replaced else None, entry.digest)
 
-        before = await self._table.replace_adapter(
-            entry, adapter, preload, lambda put_entry: self._in_turn(partial(remember, put_entry))
-        )
-        await run_in(DISK, self._cache.add_adapter, version.fingerprint, validated)
+        entry = RegisteredAdapter(version)
+        before = await self._replace_entry(entry, preload, pinned, check)
+        assert version.validated is not None, "only what was read can be taken"
+        await run_in(DISK, self._cache.add_adapter, version.fingerprint, version.validated)
         # Not by id: somebody may have deleted it by now
         return self._card_of(entry), not (before and before.digest)
 
-    async def _keep_registered(self, held: RegisteredAdapter, pinned: bool, replace: bool) -> Json:
+    async def _replace_entry(
+        self,
+        entry: RegisteredAdapter,
+        preload: bool,
+        pinned: bool | None,
+        check: Callable[[], object],
+    ) -> RegisteredAdapter | None:
+        """Makes an entry the current one of its id, and returns what was; `check` raises where meanwhile
+        something has happened that forbids it.
+        """
+        id, adapter = entry.version.id, entry.version.adapter
+        assert adapter is not None, "only what was read can be current"
+        entry.pinned = self._choose_pin(id, pinned)
+
+        async def remember(put_entry: Callable[[Kept], None]) -> None:
+            check()
+            entry.pinned = self._choose_pin(id, pinned)
+            kept = self._table.choose_kept(entry, self.aliases.digests_of(id))
+            await self._write_state({id: self._table.make_record(entry, kept)})
+            replaced = self._table.current.get(id)
+            put_entry(kept)
+            what = "replaced" if replaced else "registered"
+            record_change(what, id, replaced.digest if replaced else None, entry.digest)
+
+        change = await self._table.replace_adapter(
+            entry, adapter, preload, lambda put_entry: self._in_turn(partial(remember, put_entry))
+        )
+        self._purge_later(change)
+        return change.before
+
+    def _choose_pin(self, id: str, pinned: bool | None) -> bool:
+        held = self._table.current.get(id)
+        return bool(held and held.pinned) if pinned is None else pinned
+
+    def _purge_later(self, change: VersionChange) -> None:
+        """Deletes the uploads that are no version any more, once nothing runs on them."""
+        if not change.dropped:
+            return
+
+        async def purge() -> None:
+            await asyncio.shield(change.ending)
+            await self._purge_sources(change.dropped)
+
+        task = asyncio.create_task(purge())
+        self._purges.add(task)
+        task.add_done_callback(self._purges.discard)
+
+    async def _keep_registered(self, held: RegisteredAdapter, pinned: bool | None, replace: bool) -> Json:
         """The card of content that is registered already; a replacement may still change its pin."""
-        if replace and pinned != held.pinned:
+        if replace and pinned is not None and pinned != held.pinned:
             return await self.pin_adapter(held.version.id, pinned)
         return self._card_of(held)
 
@@ -440,6 +562,16 @@ class Registry:
         if held is None or held.digest in ("", version.digest):
             return []
         return [f"the id {version.id!r} is taken by other content ({held.digest}); PUT replaces it"]
+
+    def _check_id(self, id: str) -> None:
+        """Raises BadRequest, Conflict for a reserved id or an alias."""
+        ids.check_id(id, self.base_id)
+        self.aliases.require_no_alias(id)
+
+    async def _purge_sources(self, entries: Iterable[RegisteredAdapter]) -> None:
+        for source in {entry.version.place.stored for entry in entries}:
+            async with self._purge_after(source):
+                pass
 
     @asynccontextmanager
     async def _purge_after(self, source: str) -> AsyncIterator[None]:
@@ -472,10 +604,17 @@ class Registry:
             await self._store.discard_staged(location)
 
     async def _register_download(
-        self, id: str, staged: SourceLocation, pinned: bool, preload: bool, replace: bool
+        self,
+        id: str,
+        staged: SourceLocation,
+        pinned: bool | None,
+        preload: bool,
+        replace: bool,
+        expect: Digest | None,
     ) -> tuple[Json, bool]:
         _, validated = await self._validate_files(staged)
         digest = validated.adapter.digest
+        _check_expected(digest, expect)
         async with self._purge_after(download_source(digest)):
             kept = await run_in(DISK, self._store.keep_download, staged, digest)
             fingerprint = await run_in(DISK, kept.compute_fingerprint)
@@ -537,18 +676,22 @@ class Registry:
         return await asyncio.shield(asyncio.create_task(turn()))
 
     async def _write_state(
-        self, changes: Mapping[str, Record | None] | None = None, deleted: Iterable[str] = ()
+        self,
+        changes: Mapping[str, Record | None] | None = None,
+        deleted: Iterable[str] = (),
+        aliases: Mapping[str, Alias] | None = None,
     ) -> None:
-        """Writes the registrations as they will be after these changes; None is a deletion.
+        """Writes the registrations and aliases as they will be after these changes; None is a deletion.
 
         Raises StorageFull; then they are as they were.
         """
         names = self._state_file.deleted.union(deleted)
         kept = await run_in(DISK, _list_present, self._settings.adapters, names)
+        written = self.aliases.by_name if aliases is None else aliases
         records = self._list_records() | dict(changes or {})
         registered = {id: record for id, record in records.items() if record is not None}
         try:
-            await run_in(DISK, self._state_file.write_file, registered, kept)
+            await run_in(DISK, self._state_file.write_file, registered, kept, written)
         except durable.NotWritten as error:
             raise _refuse_change(error) from error
         if self._shared:
@@ -558,12 +701,17 @@ class Registry:
         """Of a directory that others change, too, as the file has them: this service may have read less."""
         if self._shared:
             return dict(self._state_file.records)
-        return {id: entry.to_record() for id, entry in self._table.current.items()}
+        return {id: self._table.make_record(entry) for id, entry in self._table.current.items()}
 
 
 def _refuse_change(error: OSError) -> StorageFull:
     reason = f"the change cannot be kept: {error.strerror}"
     return StorageFull(f"{reason}; nothing has changed, ask again once there is room")
+
+
+def _check_expected(digest: Digest, expect: Digest | None) -> None:
+    if expect not in (None, digest):
+        raise ids.unexpected_digest(str(expect), digest)
 
 
 def _list_present(root: Path, names: set[str]) -> set[str]:

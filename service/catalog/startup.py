@@ -6,7 +6,7 @@ Runs in the API process; must not know leases or the device.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
 from dataclasses import replace
 
 from ..core.manifest import Manifest, compute_digest
@@ -57,9 +57,9 @@ class Startup:
         for id, record in records.items():
             if entry := await self.restore_record(id, record):
                 yield entry
-        known = {*map(_source_path, records.values()), *records}
+        known = {*_list_paths(records.values()), *records, *self.state_file.deleted}
         for folder in await run_in(DISK, lambda: list(self.store.list_folders())):
-            if folder in known | self.state_file.deleted:
+            if folder in known:
                 continue
             if self._can_be_id(folder):
                 yield await self._register_folder(folder)
@@ -74,8 +74,10 @@ class Startup:
     def _can_be_id(self, folder: str) -> bool:
         try:
             ids.check_id(folder, self.base_id)
+            if folder in self.state_file.aliases:
+                raise Conflict("an alias has this name")
         except AdapterdError as error:
-            reason = "reserved" if isinstance(error, Conflict) else "no id"
+            reason = "its name is taken or reserved" if isinstance(error, Conflict) else "no id"
             log.warning("the folder %s is not registered: %s", folder, reason)
             return False
         return True
@@ -96,6 +98,22 @@ class Startup:
             validated = replace(validated, warnings=(*validated.warnings, note))
         version = AdapterVersion(id, location, fingerprint, record.registered_at, validated)
         return RegisteredAdapter(version, record.pinned)
+
+    async def restore_kept(self, id: str) -> tuple[RegisteredAdapter, ...]:
+        """The versions of before that were kept; one whose files are gone or are others is kept no more."""
+        record = self.state_file.records.get(id)
+        restored = [await self._restore_version(id, kept) for kept in (record.kept if record else ())]
+        return tuple(entry for entry in restored if entry is not None)
+
+    async def _restore_version(self, id: str, record: Record) -> RegisteredAdapter | None:
+        try:
+            location, fingerprint, validated = await self._read_record(record)
+            if validated.adapter.digest != record.digest:
+                raise AdapterInvalid(["its files have changed"])
+        except (AdapterdError, OSError) as error:
+            log.warning("the version %s of %s is kept no more: %s", record.digest, id, _describe_error(error))
+            return None
+        return RegisteredAdapter(AdapterVersion(id, location, fingerprint, record.registered_at, validated))
 
     async def _read_record(self, record: Record) -> tuple[SourceLocation, str, ValidatedAdapter]:
         held = [file.name for file in record.files]
@@ -127,10 +145,7 @@ class Startup:
     def _failed_adapter(
         self, id: str, location: SourceLocation, record: Record | None, error: Exception
     ) -> RegisteredAdapter:
-        if isinstance(error, AdapterdError):
-            reason = error.message
-        else:
-            reason = f"the files cannot be read: {getattr(error, 'strerror', error)}"
+        reason = _describe_error(error)
         log.warning("the adapter %s cannot be used: %s", id, reason)
         registered_at = record.registered_at if record else versions.current_time()
         version = AdapterVersion(id, location, "", registered_at, None, reason)
@@ -173,5 +188,14 @@ def _known_files(record: Record, fingerprint: str) -> Manifest:
     return record.files if same else ()
 
 
-def _source_path(record: Record) -> str:
-    return f"{record.source}/{record.subfolder}" if record.subfolder else record.source
+def _describe_error(error: Exception) -> str:
+    if isinstance(error, AdapterdError):
+        return error.message
+    return f"the files cannot be read: {getattr(error, 'strerror', error)}"
+
+
+def _list_paths(records: Iterable[Record]) -> Iterator[str]:
+    """Where the registrations lie below the adapters directory, with the versions that are kept."""
+    for record in records:
+        yield f"{record.source}/{record.subfolder}" if record.subfolder else record.source
+        yield from _list_paths(record.kept)

@@ -50,6 +50,15 @@ def _card_facts(known: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def describe_version(entry: RegisteredAdapter, tier: Tier) -> dict[str, Any]:
+    return {
+        "digest": entry.digest or None,
+        "registered_at": entry.version.registered_at,
+        "residency": tier.value,
+        "in_flight": entry.in_flight,
+    }
+
+
 def make_summary(entry: RegisteredAdapter, tier: Tier, base: BaseInfo, served: ServedBase) -> dict[str, Any]:
     """Everything about an adapter; see the contract. A failed one has its card and the reason."""
     summary = make_card(entry, tier) | _describe_source(entry.version)

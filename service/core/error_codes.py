@@ -20,6 +20,7 @@ class ErrorCode(StrEnum):
     ADAPTER_NOT_FOUND = "adapter_not_found"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     CONFLICT = "conflict"
+    DIGEST_MISMATCH = "digest_mismatch"
     PAYLOAD_TOO_LARGE = "payload_too_large"
     UNSUPPORTED_ENCODING = "unsupported_encoding"
     ADAPTER_INVALID = "adapter_invalid"

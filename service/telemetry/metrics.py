@@ -320,6 +320,27 @@ ADAPTER_LATENCY = Histogram(
     registry=REGISTRY,
     buckets=COARSE,
 )
+ALIAS_LABELS = ("alias", "adapter", "digest")
+ALIAS_REQUESTS = Counter(
+    "adapterd_alias_requests",
+    "Requests for an alias, by the adapter and the digest that answered.",
+    ALIAS_LABELS,
+    registry=REGISTRY,
+)
+ALIAS_TOKENS = Counter(
+    "adapterd_alias_generation_tokens",
+    "Tokens generated for an alias, by the adapter and the digest that answered.",
+    ALIAS_LABELS,
+    registry=REGISTRY,
+)
+ALIAS_LATENCY = Histogram(
+    "adapterd_alias_e2e_request_latency_seconds",
+    "From admission to the end, by alias, adapter and digest.",
+    ALIAS_LABELS,
+    registry=REGISTRY,
+    buckets=COARSE,
+)
+BY_ALIAS = (ALIAS_REQUESTS, ALIAS_TOKENS, ALIAS_LATENCY)
 BY_ADAPTER = (ADAPTER_REQUESTS, ADAPTER_PROMPT, ADAPTER_TOKENS, ADAPTER_LATENCY)
 LORA_INFO = Gauge(
     "adapterd_lora_requests_info",
@@ -328,6 +349,14 @@ LORA_INFO = Gauge(
     ["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
     registry=REGISTRY,
 )
+
+LORA_LOADED = Gauge(
+    "adapterd_lora_adapter_loaded",
+    "For the gateway's router: 1 for each adapter on the device (gpu) or in host memory (cpu).",
+    ["adapter_name", "level", "pinned", "rank"],
+    registry=REGISTRY,
+)
+LEVELS = {"device": "gpu", "host": "cpu"}
 
 REST = "_other"  # no adapter id begins like this
 
@@ -409,6 +438,65 @@ def lora_info(most: int, running: Iterable[str], waiting: Iterable[str]) -> None
     LORA_INFO.labels(*labels).set(time.time())
 
 
+def show_loaded(adapters: Iterable[tuple[str, str, bool, int]]) -> None:
+    """Shows the adapters that are in one of the memories, of all by name, tier, pin and rank; the labels are
+    the gateway's.
+    """
+    LORA_LOADED.clear()
+    for name, tier, pinned, rank in adapters:
+        if level := LEVELS.get(tier):
+            LORA_LOADED.labels(name, level, str(pinned).lower(), str(rank)).set(1)
+
+
+# ---- by alias
+
+AliasSeries = tuple[str, str, str]
+
+
+class AliasLabels:
+    """The series of aliases, at most `most`: where there are more, those go that no request was counted in
+    for the longest time. A series that comes again begins at zero.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.shown: dict[AliasSeries, None] = {}  # the one that was used last is the last
+
+    def touch_series(self, series: AliasSeries) -> bool:
+        """Whether a request may count in this series; it does not where none are shown at all."""
+        if self.most == 0:
+            return False
+        self.shown.pop(series, None)
+        self.shown[series] = None
+        if len(self.shown) > self.most:
+            self._hide_series(next(iter(self.shown)))
+        return True
+
+    def forget_alias(self, alias: str) -> None:
+        for series in [series for series in self.shown if series[0] == alias]:
+            self._hide_series(series)
+
+    def _hide_series(self, series: AliasSeries) -> None:
+        del self.shown[series]
+        for collector in BY_ALIAS:
+            collector.remove(*series)
+
+
+ALIASES = AliasLabels(most=200)
+
+
+def alias_served(series: AliasSeries, generated: int, seconds: float) -> None:
+    """A request for an alias has ended, which this adapter with this digest answered with so many tokens."""
+    if ALIASES.touch_series(series):
+        ALIAS_REQUESTS.labels(*series).inc()
+        ALIAS_TOKENS.labels(*series).inc(generated)
+        ALIAS_LATENCY.labels(*series).observe(seconds)
+
+
+def alias_removed(alias: str) -> None:
+    ALIASES.forget_alias(alias)
+
+
 # ---- the GPUs
 
 GPU_USED = Gauge(
@@ -447,7 +535,8 @@ class _Unnamed(CollectorRegistry):
     """The registry without the collectors whose labels name adapters."""
 
     def collect(self) -> Iterator[Metric]:
-        named = {family.name for collector in (*BY_ADAPTER, LORA_INFO) for family in collector.describe()}
+        naming = (*BY_ADAPTER, *BY_ALIAS, LORA_INFO, LORA_LOADED)
+        named = {family.name for collector in naming for family in collector.describe()}
         return (family for family in REGISTRY.collect() if family.name not in named)
 
 

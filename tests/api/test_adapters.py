@@ -181,7 +181,7 @@ def test_a_broken_upload_is_a_validation_error(served: ServedApp, sent: dict[str
 
 
 def test_an_upload_that_cannot_be_stored_says_why(served: ServedApp, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def full(id: str, files: Any) -> None:
+    async def full(*given: Any) -> None:
         raise OSError(28, "No space left on device", "/secret/place")
 
     monkeypatch.setattr(served.registry, "upload_adapter", full)

@@ -83,7 +83,13 @@ CHANGES = [
     ("PUT", "/adapters/a", {"source": "b"}),
     ("PATCH", "/adapters/a", {"pinned": True}),
     ("POST", "/adapters/prefetch", {"ids": ["a"]}),
+    ("POST", "/adapters/a/rollback", {}),
+    ("GET", "/aliases", None),
+    ("PUT", "/aliases/prod", {"targets": [{"id": "a", "weight": 1}]}),
+    ("DELETE", "/aliases/prod", None),
     ("DELETE", "/adapters/a", None),
+    ("POST", "/load_lora_adapter", {"lora_name": "a", "lora_path": "a"}),
+    ("POST", "/unload_lora_adapter", {"lora_name": "a"}),
     ("POST", "/v1/load_lora_adapter", {"lora_name": "b", "lora_path": "b"}),
     ("POST", "/v1/unload_lora_adapter", {"lora_name": "b"}),
 ]
@@ -186,7 +192,10 @@ def test_every_route_declares_one_scope(served: ServedApp) -> None:
     assert {f"GET {path}" for path in pages} <= scopes[KeyScope.KEY]
     reading = {name for name in scopes[KeyScope.KEY] if not name.startswith("GET ")}
     assert reading == {f"POST {path}" for path in GENERATION}, "whatever else is no GET needs the admin scope"
-    assert [name for name in scopes[KeyScope.ADMIN] if name.startswith("GET ")] == ["GET /usage"]
+    assert [name for name in scopes[KeyScope.ADMIN] if name.startswith("GET ")] == [
+        "GET /aliases",
+        "GET /usage",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -203,11 +203,10 @@ def test_a_body_over_the_limit_is_413_told_or_chunked(served: ServedApp) -> None
 
 def test_only_an_upload_may_be_as_large_as_one(served: ServedApp) -> None:
     served.json("POST", "/adapters/x/upload", status=201, content=chunks(1500))
-    for method in ("PUT", "PATCH"):
-        answer = served.http.request(
-            method, "/adapters/x/upload", content=chunks(1500), headers={"content-type": "application/json"}
-        )
-        assert (answer.status_code, answer.json()["error_type"]) == (413, "payload_too_large")
+    served.json("PUT", "/adapters/x/upload", status=200, content=chunks(1500))
+    headers = {"content-type": "application/json"}
+    answer = served.http.patch("/adapters/x/upload", content=chunks(1500), headers=headers)
+    assert (answer.status_code, answer.json()["error_type"]) == (413, "payload_too_large")
 
 
 def lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, object]]:

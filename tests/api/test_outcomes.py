@@ -215,23 +215,29 @@ def test_the_gateways_gauge_is_off_unless_it_is_asked_for() -> None:
     cards: dict[str, dict[str, Any]] = {
         "here": resident,
         "twin": resident,
-        "due": {"digest": "sha256:b", "rank": 100},
-        "far": {"digest": "sha256:c", "rank": None},
-        "broken": {"digest": None, "rank": None},
+        "due": {"digest": "sha256:b", "rank": 100, "residency": "disk"},
+        "far": {"digest": "sha256:c", "rank": None, "residency": "disk"},
+        "broken": {"digest": None, "rank": None, "residency": "disk"},
     }
     with serve_app(lora_requests_info="on", pool_rank="512") as served:
-        served.registry.cards |= {id: {"id": id} | card for id, card in cards.items()}
+        shared = {"pinned": False, "residency": "device"}
+        served.registry.cards |= {id: {"id": id} | shared | card for id, card in cards.items()}
         served.engine.awaited = {"sha256:b", "sha256:a"}
         lines = served.http.get("/metrics").text.splitlines()
-        (line,) = [line for line in lines if line.startswith("adapterd_lora")]
+        (line,) = [line for line in lines if line.startswith("adapterd_lora_requests_info")]
+        loaded = [line for line in lines if line.startswith("adapterd_lora_adapter_loaded")]
     adapters = 2 + (512 - 12) // 100
     assert line.startswith(
         f'adapterd_lora_requests_info{{max_lora="{adapters}",'
         'running_lora_adapters="here,twin",waiting_lora_adapters="due"} 1.'
     )
+    assert (
+        'adapterd_lora_adapter_loaded{adapter_name="here",level="gpu",pinned="false",rank="12"} 1.0' in loaded
+    )
     metrics.LORA_INFO.clear()
+    metrics.LORA_LOADED.clear()
     with serve_app() as served:
-        assert "adapterd_lora_requests_info{" not in served.http.get("/metrics").text
+        assert not re.search(r"^adapterd_lora_\w+\{", served.http.get("/metrics").text, re.M)
 
 
 # ---- traces

@@ -5,6 +5,8 @@ the engine.
 from __future__ import annotations
 
 import asyncio
+import json
+import shutil
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -135,3 +137,20 @@ class RegistryFixture:
 @pytest.fixture
 def catalog(root: Path, base: Path) -> RegistryFixture:
     return RegistryFixture(root, base)
+
+
+@pytest.fixture(scope="session")
+def contents(tmp_path_factory: pytest.TempPathFactory, base: Path) -> list[Path]:
+    """Five adapters of one shape, as a trainer writes them."""
+    folder = tmp_path_factory.mktemp("contents")
+    return [making.noise(folder / f"v{i}", base, 20 + i) for i in range(5)]
+
+
+@pytest.fixture
+def trained(catalog: RegistryFixture, contents: list[Path]) -> RegistryFixture:
+    """Five sources, v0 to v4, none of which is registered by itself."""
+    for folder in contents:
+        shutil.copytree(folder, catalog.root / folder.name)
+    state = {"version": 2, "adapters": {}, "deleted": [folder.name for folder in contents]}
+    (catalog.root / ".adapterd.json").write_text(json.dumps(state))
+    return catalog

@@ -124,7 +124,7 @@ async def test_what_a_replacement_has_left_goes_at_the_next_start(
         card, created = await registry.register_adapter("a", f"{site.url}/team/other", replace=True)
         assert not created
         assert len(downloads(catalog)) == 2
-    async with catalog.opened(sources=sources) as registry:
+    async with catalog.opened(keep_versions=0, sources=sources) as registry:
         assert downloads(catalog) == [card["digest"].removeprefix("sha256:")]
         assert registry.card_of("a")["digest"] == card["digest"]
 

@@ -79,6 +79,23 @@ FILES: list[Any] = [
     [["adapter_config.json", 1]],
 ]
 WRONG: list[dict[str, Any]] = [{"registered_at": "once"}, *({"files": files} for files in FILES)]
+STATE: dict[str, Any] = {"version": 3, "adapters": {}, "deleted": [], "aliases": []}
+ALIAS: dict[str, Any] = {"name": "x", "targets": [{"id": "a", "weight": 1, "digest": None}], "sticky": None}
+ALIAS |= {"changed_at": "2026-01-01T00:00:00Z"}
+WRONG_ALIASES: list[dict[str, Any]] = [
+    {"name": 5},
+    {"targets": []},
+    {"targets": [{"id": "a", "weight": "1", "digest": None}]},
+    {"targets": [{"id": "a"}]},
+    {"sticky": 5},
+    {"changed_at": "once"},
+]
+WRONG_STATES: list[dict[str, Any]] = [
+    {"aliases": None},
+    {"adapters": {"a": RECORD}},  # without the versions that are kept
+    {"adapters": {"a": RECORD | {"kept": [5]}}},
+    *({"aliases": [ALIAS | wrong]} for wrong in WRONG_ALIASES),
+]
 
 
 def put(source: Path, root: Path, name: str) -> str:
@@ -307,7 +324,7 @@ async def test_a_lease_counts_and_an_unknown_id_has_none(stocked: RegistryFixtur
 async def test_a_replacement_is_atomic_and_the_old_content_ends_with_its_last_lease(
     stocked: RegistryFixture,
 ) -> None:
-    async with stocked.opened() as registry:
+    async with stocked.opened(keep_versions=0) as registry:
         old, _ = await registry.register_adapter("a", "plain")
         with registry.lease_adapter("a") as version:
             new, created = await registry.register_adapter("a", "other", replace=True)
@@ -419,7 +436,7 @@ async def test_an_id_can_be_taken_again_while_its_old_content_drains(stocked: Re
         await registry.register_adapter("a", "plain")
         with registry.lease_adapter("a"):
             removal = asyncio.create_task(registry.remove_adapter("a"))
-            await settle()
+            await until_gone(registry, "a")
             card, created = await registry.register_adapter("a", "other")
             assert created
         await removal
@@ -477,7 +494,7 @@ async def test_a_pin_holds_though_another_id_lets_its_own_go_meanwhile(
 async def test_the_files_of_one_that_drains_are_those_of_the_content(
     stocked: RegistryFixture, plain: Path
 ) -> None:
-    async with stocked.opened() as registry:
+    async with stocked.opened(keep_versions=0) as registry:
         put(plain, stocked.root, "twin")
         await registry.register_adapter("a", "plain")
         card, _ = await registry.register_adapter("b", "twin")
@@ -752,7 +769,7 @@ async def test_registrations_of_an_older_version_are_taken_over(
         await registry.register_adapter("a", "plain", pinned=True)
         await registry.upload_adapter("up", parts(other))
         before = {id: registry.summary_of(id) for id in ("a", "up")}
-    assert remembered(stocked.root)["version"] == 2
+    assert remembered(stocked.root)["version"] == 3
     aged(stocked.root)
     async with stocked.opened() as registry:
         assert [card["id"] for card in registry.list_cards()] == ["a", "up"], (
@@ -766,7 +783,7 @@ async def test_registrations_of_an_older_version_are_taken_over(
             assert (version.folder / "adapter_model.safetensors").read_bytes() == (
                 other / "adapter_model.safetensors"
             ).read_bytes()
-    assert remembered(stocked.root)["version"] == 2
+    assert remembered(stocked.root)["version"] == 3
     async with stocked.opened() as registry:
         assert isinstance(registry._validator, InProcessValidator)
         assert registry._validator.reads == [], "taken over once"
@@ -780,10 +797,10 @@ async def test_registrations_of_an_older_version_are_taken_over(
 async def test_a_newer_version_stops_the_start_and_is_not_written_over(
     stocked: RegistryFixture, rest: dict[str, Any]
 ) -> None:
-    state = json.dumps(remembered(stocked.root) | {"version": 3} | rest)
+    state = json.dumps(remembered(stocked.root) | {"version": 4} | rest)
     (stocked.root / ".adapterd.json").write_text(state)
     with pytest.raises(
-        SettingsError, match=r"ADAPTERD_ADAPTERS_DIR: .*\.adapterd\.json .* version is 3, .* up to 2"
+        SettingsError, match=r"ADAPTERD_ADAPTERS_DIR: .*\.adapterd\.json .* version is 4, .* up to 3"
     ):
         Registry(stocked.settings(), stocked.device, validator=InProcessValidator)
     assert [path.name for path in stocked.root.glob(".adapterd*")] == [".adapterd.json"]
@@ -794,7 +811,7 @@ async def test_a_version_that_became_newer_while_the_base_was_loaded_stops_the_s
     stocked: RegistryFixture,
 ) -> None:
     registry = Registry(stocked.settings(), stocked.device, validator=InProcessValidator)
-    state = json.dumps(remembered(stocked.root) | {"version": 3})
+    state = json.dumps(remembered(stocked.root) | {"version": 4})
     (stocked.root / ".adapterd.json").write_text(state)
     with pytest.raises(SettingsError):
         await registry.open_catalog()
@@ -899,7 +916,7 @@ async def test_another_process_on_the_same_directory_is_followed(
     stocked: RegistryFixture, base: Path
 ) -> None:
     twin = RegistryFixture(stocked.root, base)
-    async with stocked.opened() as leader, twin.opened() as follower:
+    async with stocked.opened(keep_versions=0) as leader, twin.opened(keep_versions=0) as follower:
         old, _ = await leader.register_adapter("a", "plain", pinned=True)
         await leader.register_adapter("b", "plain")
         await follower.follow_state_file()
@@ -958,6 +975,7 @@ async def test_a_found_folder_that_is_gone_is_forgotten_and_a_named_one_fails(
         '{"version": 2, "adapters": {"a": 5}, "deleted": []}',
         "[" * 100_000,
         *(json.dumps({"version": 2, "adapters": {"a": RECORD | wrong}, "deleted": []}) for wrong in WRONG),
+        *(json.dumps(STATE | wrong) for wrong in WRONG_STATES),
     ],
 )
 async def test_a_damaged_state_file_is_put_aside(catalog: RegistryFixture, plain: Path, damage: str) -> None:

@@ -19,6 +19,7 @@ import pytest
 
 from service import durable, file_lock
 from service.catalog import following, turns
+from service.catalog.aliases import AliasTarget
 from service.catalog.registry import Registry
 from service.catalog.startup import ABANDONED_S
 from service.catalog.state_file import STATE_FILE
@@ -41,9 +42,9 @@ ROOT = Path(__file__).parents[2]
 
 
 @asynccontextmanager
-async def two_services(catalog: RegistryFixture) -> AsyncIterator[tuple[Registry, Registry]]:
+async def two_services(catalog: RegistryFixture, **more: Any) -> AsyncIterator[tuple[Registry, Registry]]:
     twin = RegistryFixture(catalog.root, catalog.base)
-    async with catalog.opened(shared="on") as one, twin.opened(shared="on") as two:
+    async with catalog.opened(shared="on", **more) as one, twin.opened(shared="on", **more) as two:
         yield one, two
 
 
@@ -69,7 +70,7 @@ async def until_same(one: Registry, two: Registry) -> None:
 
 
 async def test_what_one_does_the_other_has_within_two_seconds(stocked: RegistryFixture) -> None:
-    async with two_services(stocked) as (one, two):
+    async with two_services(stocked, keep_versions=0) as (one, two):
         old, _ = await one.register_adapter("a", PLAIN)
         await until_same(one, two)
         with two.lease_adapter("a") as version:
@@ -85,6 +86,25 @@ async def test_what_one_does_the_other_has_within_two_seconds(stocked: RegistryF
         await two.remove_adapter("a")
         await until_same(one, two)
         assert told(one) == {}
+
+
+async def test_versions_and_aliases_are_those_of_both(stocked: RegistryFixture) -> None:
+    async with two_services(stocked) as (one, two):
+        old, _ = await one.register_adapter("a", PLAIN)
+        new, _ = await one.register_adapter("a", OTHER, replace=True)
+        alias, _ = await two.aliases.put_alias("prod", [AliasTarget("a", 1, old["digest"])], "user")
+        with pytest.raises(Conflict, match="alias"):
+            await one.remove_adapter("a")
+        assert one.aliases.list_aliases() == [alias]
+        await until_same(one, two)
+        assert [version["digest"] for version in two.versions_of("a")] == [new["digest"], old["digest"]]
+        assert (await two.roll_back("a"))["digest"] == old["digest"]
+        await until_same(one, two)
+        with one.lease_adapter(f"a@{new['digest']}") as version:
+            assert version.digest == new["digest"]
+        await one.aliases.remove_alias("prod")
+        await two.remove_adapter("a")
+        assert two.aliases.list_aliases() == []
 
 
 async def test_a_change_is_made_of_what_the_other_has_just_done(stocked: RegistryFixture) -> None:

@@ -243,6 +243,22 @@ def test_an_adapters_page_shows_the_summary_the_modules_and_the_tree(live: str, 
     assert page.get_by_label("Module tree with the adapter in place").inner_text().strip() == tree.strip()
 
 
+def test_an_adapter_is_rolled_back_to_a_kept_version(live: str, open_page: Open, uploaded: str) -> None:
+    page = open_page(f"{live}#/adapters/{uploaded}")
+    expect(page.get_by_label("Module tree with the adapter in place")).to_be_visible()
+    expect(page.get_by_role("region", name=f"Versions of {uploaded}")).to_have_count(0)
+    first = httpx.get(f"{live}adapters/{uploaded}").json()["digest"]
+    source = next(id for id in some_ids(live) if id != uploaded)
+    second = httpx.put(f"{live}adapters/{uploaded}", json={"source": source}).json()["digest"]
+    versions = page.get_by_role("region", name=f"Versions of {uploaded}")
+    expect(versions.get_by_role("row")).to_have_count(3)
+    versions.get_by_role("button", name="Roll back to").click()
+    expect(page.get_by_text(f"{uploaded} is {first[7:19]} again")).to_be_visible()
+    assert httpx.get(f"{live}adapters/{uploaded}").json()["digest"] == first
+    expect(versions.get_by_role("button", name=f"Roll back to {second[7:19]}")).to_be_visible()
+    httpx.delete(f"{live}adapters/{uploaded}?purge=true")
+
+
 def test_why_an_adapter_failed_is_said_in_the_table_and_on_its_page(live: str, open_page: Open) -> None:
     page = open_page(live)
     reason = httpx.get(f"{live}adapters/{BROKEN}").json()["reason"]
@@ -369,6 +385,57 @@ def test_a_request_is_copied_as_curl(live: str, open_page: Open) -> None:
     copied = page.evaluate("navigator.clipboard.readText()")
     assert copied.startswith(f"curl -N {live}generate_stream -H 'content-type: application/json' -d '{{")
     assert r"It'\''s fine." in copied
+
+
+# ---- aliases
+
+
+def set_alias(url: str, weights: tuple[int, int]) -> list[str]:
+    """The two adapters that the alias `team/prod` sends requests to, by these weights."""
+    ids = some_ids(url)[:2]
+    targets = [{"id": id, "weight": weight} for id, weight in zip(ids, weights, strict=True)]
+    assert httpx.put(f"{url}aliases/team/prod", json={"targets": targets}).is_success
+    return ids
+
+
+def weights_of(url: str) -> list[float]:
+    (alias,) = httpx.get(f"{url}aliases").json()["aliases"]
+    return [target["weight"] for target in alias["targets"]]
+
+
+def test_an_alias_shows_its_targets_and_what_they_have_served(live: str, open_page: Open) -> None:
+    stable, canary = set_alias(live, (3, 1))
+    body = {"inputs": "Hi", "parameters": {"adapter_id": "team/prod", "max_new_tokens": 3}}
+    went = [httpx.post(f"{live}generate", json=body).json()["adapter"]["id"] for _ in range(8)]
+    page = open_page(f"{live}#/aliases")
+    for id, share in ((stable, "75.0 %"), (canary, "25.0 %")):
+        cells = row(page, id).get_by_role("cell")
+        expect(cells.nth(3)).to_contain_text(share)
+        expect(cells.nth(4)).to_have_text(str(went.count(id)))
+        expect(cells.nth(6)).to_have_text(re.compile(r"m?s$" if id in went else "–"))
+    httpx.delete(f"{live}aliases/team/prod")
+    expect(page.get_by_text("There is none.")).to_be_visible()
+
+
+def test_a_canary_is_promoted_and_rolled_back(live: str, open_page: Open) -> None:
+    stable, canary = set_alias(live, (90, 10))
+    page = open_page(f"{live}#/aliases")
+    page.get_by_label(f"Weight of {canary} in team/prod").fill("50")
+    page.get_by_role("button", name="Save the weights of team/prod").click()
+    expect(row(page, canary).get_by_role("cell").nth(3)).to_contain_text("35.7 %")
+    assert weights_of(live) == [90, 50]
+    page.get_by_role("button", name=f"Promote {canary} in team/prod").click()
+    expect(row(page, canary).get_by_role("cell").nth(3)).to_contain_text("100 %")
+    assert weights_of(live) == [0, 100]
+    expect(page.get_by_role("button", name=f"Roll back {canary} in team/prod")).to_be_disabled()
+    page.get_by_role("button", name=f"Promote {stable} in team/prod").click()
+    expect(row(page, stable).get_by_role("cell").nth(3)).to_contain_text("100 %")
+    set_alias(live, (90, 10))
+    page.get_by_role("button", name=f"Roll back {canary} in team/prod").click()
+    expect(row(page, canary).get_by_role("cell").nth(3)).to_contain_text("0 %")
+    expect(page.get_by_label(f"Weight of {canary} in team/prod")).to_have_value("0")
+    assert weights_of(live) == [90, 0]
+    httpx.delete(f"{live}aliases/team/prod")
 
 
 # ---- live
@@ -502,7 +569,7 @@ def test_the_views_are_reached_by_keyboard(live: str, open_page: Open) -> None:
     page.get_by_role("link", name="Compare").wait_for()
     page.keyboard.press("Tab")
     expect(page.get_by_role("link", name="Skip to the content")).to_be_focused()
-    for _ in range(3):
+    for _ in range(4):
         page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     expect(page.get_by_role("heading", name="Compare", level=1)).to_be_visible()

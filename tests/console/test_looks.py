@@ -6,11 +6,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import httpx
 import pytest
 from playwright.sync_api import Page, expect
 
 from .conftest import BROKEN, Open
-from .test_console import ask, generate, some_ids
+from .test_console import ask, generate, set_alias, some_ids
 
 AXE = (Path(__file__).parent / "vendor" / "axe.min.js").read_text()
 SERIOUS = """axe.run().then(found => found.violations
@@ -58,6 +59,14 @@ def test_a_failed_adapter(live: str, open_page: Open, width: int, scheme: str) -
     page = open_page(f"{live}#/adapters/{BROKEN}", width, scheme)
     expect(page.get_by_role("alert")).to_be_visible()
     examine(page, width)
+
+
+def test_aliases(live: str, open_page: Open, width: int, scheme: str) -> None:
+    set_alias(live, (90, 10))
+    page = open_page(f"{live}#/aliases", width, scheme)
+    expect(page.get_by_role("table", name="Targets of team/prod").get_by_role("img").last).to_be_attached()
+    examine(page, width)
+    httpx.delete(f"{live}aliases/team/prod")
 
 
 def test_compare(live: str, open_page: Open, width: int, scheme: str) -> None:

@@ -21,6 +21,7 @@ from service.settings import Settings
 pytestmark = pytest.mark.anyio
 
 SETTINGS = Settings(base_id="tiny")
+DIGEST = "sha256:" + "a" * 64
 EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8")]
 START = {"type": "http.response.start", "status": 200, "headers": EVENTS}
 PART = {"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True}
@@ -132,6 +133,8 @@ async def test_a_body_that_breaks_is_cut(ingress: Any) -> None:
         ("/generate", {"inputs": "Hi"}, ""),
         ("/generate_stream", {"inputs": "Hi", "parameters": {"adapter_id": "base"}}, ""),
         ("/", {"inputs": "Hi", "parameters": {"adapter_id": "org/a"}}, "org/a"),
+        ("/generate", {"inputs": "Hi", "parameters": {"adapter_id": f"org/a@{DIGEST}"}}, "org/a"),
+        ("/v1/completions", {"prompt": "Hi", "model": f"base:a@{DIGEST}"}, "a"),
         ("/v1/completions", {"model": "tiny:a", "prompt": "Hi"}, "a"),
         ("/v1/completions", {"model": "tiny", "prompt": "Hi"}, ""),
         ("/v1/chat/completions", {"model": "a", "messages": [{"role": "user", "content": "Hi"}]}, "a"),
@@ -151,6 +154,10 @@ def test_whose_a_request_is(path: str, body: dict[str, Any], adapter: str) -> No
         ("POST", "/adapters", True, False),
         ("POST", "/adapters/check", False, False),
         ("DELETE", "/adapters/a", True, False),
+        ("PUT", "/adapters/a/upload", True, False),
+        ("POST", "/adapters/a/rollback", True, False),
+        ("PUT", "/aliases/a", True, False),
+        ("GET", "/aliases", False, True),
         ("POST", "/v1/load_lora_adapter", True, False),
         ("PUT", "/some/route/to/come", True, False),
     ],

@@ -5,23 +5,34 @@ Imports neither torch nor a tokenizer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from service.core.adapter import Adapter, ExecutionPath
+from service.catalog.alias_registry import AliasRegistry
+from service.catalog.ids import split_digest, unexpected_digest
+from service.core.adapter import Adapter, Digest, ExecutionPath
 from service.core.manifest import CONFIG, WEIGHTS, Manifest, compute_digest, read_manifest
-from service.errors import AdapterInvalid, AdapterNotFound, Conflict, Forbidden, SourceMissing
+from service.errors import (
+    AdapterInvalid,
+    AdapterNotFound,
+    Conflict,
+    DigestMismatch,
+    Forbidden,
+    SourceMissing,
+)
 from service.telemetry import metrics
 from service.telemetry.audit import record_change
 
 if TYPE_CHECKING:
+    from service.catalog.aliases import Alias, AliasTarget
     from service.catalog.mixes import Mix
     from service.catalog.sources.store import UploadedFile
     from service.catalog.versions import AdapterVersion
 
 Json = dict[str, Any]
+T = TypeVar("T")
 
 REGISTERED = "2026-11-25T12:00:00.500Z"
 DIGEST = "sha256:" + "a" * 64
@@ -44,6 +55,7 @@ class FakeRegistry:
         self.cards: dict[str, Json] = {}
         self.calls: list[tuple[Any, ...]] = []
         self.leased: list[str] = []
+        self.aliases = AliasRegistry(self, make_change, write_nothing)
         self.folders: set[str] = set()
         for id in ids:
             self.cards[id] = {"id": id, "digest": DIGEST, "source": id}
@@ -71,13 +83,18 @@ class FakeRegistry:
         source: str,
         subfolder: str | None = None,
         revision: str | None = None,
-        pinned: bool = False,
+        pinned: bool | None = False,
         preload: bool = True,
         replace: bool = False,
+        expect: Digest | None = None,
     ) -> tuple[Json, bool]:
-        given = {"subfolder": subfolder, "revision": revision, "pinned": pinned, "preload": preload}
+        given: Json = {"subfolder": subfolder, "revision": revision, "pinned": pinned, "preload": preload}
+        if expect is not None:
+            given["expect"] = expect
         self.calls.append(("register", id, source, replace, given))
-        return self._register_source(id, source, pinned, replace)
+        if expect not in (None, DIGEST):
+            raise unexpected_digest(str(expect), DIGEST)
+        return self._register_source(id, source, bool(pinned), replace)
 
     def _register_source(self, id: str, source: str, pinned: bool, replace: bool) -> tuple[Json, bool]:
         check_source(source)
@@ -98,15 +115,37 @@ class FakeRegistry:
         subfolder: str | None = None,
         revision: str | None = None,
         preload: bool = True,
+        expect: Digest | None = None,
     ) -> Json:
         summary: Json = {"id": id, "source": source, "subfolder": subfolder, "revision": revision}
         summary["preload"] = preload
+        if expect is not None:
+            summary["expect"] = expect
         return {"ok": True, "summary": summary, "problems": []}
 
-    async def upload_adapter(self, id: str, files: Mapping[str, UploadedFile]) -> tuple[Json, bool]:
+    async def upload_adapter(
+        self,
+        id: str,
+        files: Mapping[str, UploadedFile],
+        replace: bool = False,
+        expect: Digest | None = None,
+    ) -> tuple[Json, bool]:
         contents = {name: await part.read(-1) for name, part in files.items()}
         self.calls.append(("upload", id, contents))
-        return await self.register_adapter(id, ".uploads/x")
+        return await self.register_adapter(id, ".uploads/x", replace=replace, expect=expect)
+
+    async def roll_back(self, id: str, digest: Digest | None = None) -> Json:
+        self.calls.append(("roll_back", id, digest))
+        return self.card_of(id)
+
+    def is_registered(self, id: str) -> bool:
+        return id in self.cards
+
+    def find_digest(self, target: AliasTarget) -> Digest | None:
+        digest = str(self.card_of(target.id)["digest"])
+        if target.digest and not digest.startswith(target.digest):
+            raise DigestMismatch(f"{target.id} has {digest}")
+        return digest if target.digest else None
 
     async def remove_adapter(self, id: str, purge: bool = False) -> Json:
         held = self.card_of(id)
@@ -128,8 +167,11 @@ class FakeRegistry:
             self.cards.setdefault(id, {"id": id, "digest": DIGEST, "source": id})
 
     @contextmanager
-    def lease_adapter(self, id: str) -> Iterator[AdapterVersion]:
+    def lease_adapter(self, name: str) -> Iterator[AdapterVersion]:
+        id, demanded = split_digest(name)
         card = self.card_of(id)
+        if not card["digest"].startswith(demanded):
+            raise DigestMismatch(f"{id} has {card['digest']}", param="model")
         self.leased.append(id)
         try:
             folder = self.root / id
@@ -153,6 +195,9 @@ class FakeRegistry:
     def list_versions(self) -> list[AdapterVersion]:
         return [make_version(id, card["digest"], self.root / id) for id, card in self.cards.items()]
 
+    def versions_of(self, id: str) -> list[Json]:
+        return [{"digest": self.card_of(id)["digest"], "in_flight": 0}]
+
     def list_cards(self) -> list[Json]:
         return list(self.cards.values())
 
@@ -175,6 +220,14 @@ class FakeRegistry:
 
     def forecast_size(self, r: int, modules: Sequence[str], dtype: str = "float32") -> Json:
         return {"r": r, "target_modules": modules, "dtype": dtype}
+
+
+async def make_change(change: Callable[[], Awaitable[T]]) -> T:
+    return await change()
+
+
+async def write_nothing(aliases: Mapping[str, Alias]) -> None:
+    return None
 
 
 def check_source(source: str) -> None:

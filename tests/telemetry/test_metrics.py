@@ -8,7 +8,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from service.telemetry import metrics
-from service.telemetry.metrics import REST, AdapterLabels
+from service.telemetry.metrics import REST, AdapterLabels, AliasLabels
 
 NAMES = """num_requests_running num_requests_waiting kv_cache_usage_ratio time_to_first_token_seconds
 inter_token_latency_seconds e2e_request_latency_seconds request_queue_time_seconds prompt_tokens_total
@@ -17,6 +17,7 @@ pool_rank_total adapter_load_seconds adapter_requests_total adapter_generation_t
 worker_restarts_total adapter_prompt_tokens_total adapter_e2e_request_latency_seconds adapter_hits_total
 adapter_misses_total adapter_place_seconds adapter_evict_seconds adapter_load_bytes_total
 adapter_place_bytes_total adapter_evict_bytes_total base_bytes adapter_bytes lora_requests_info
+lora_adapter_loaded alias_requests_total alias_generation_tokens_total alias_e2e_request_latency_seconds
 gpu_memory_used_bytes gpu_memory_total_bytes gpu_utilization_ratio gpu_temperature_celsius"""
 
 
@@ -139,6 +140,8 @@ def test_what_names_adapters_can_be_left_out(few: AdapterLabels) -> None:
     metrics.adapter_registered("metrics/secret")
     serve("metrics/secret")
     metrics.lora_info(3, ["metrics/secret"], [])
+    metrics.show_loaded([("metrics/secret", "device", False, 8)])
+    metrics.alias_served(("metrics/alias", "metrics/secret", "sha256:a"), 5, 0.3)
     try:
         assert "metrics/secret" not in metrics.render_metrics("", named=False)[0].decode()
         everything, left = samples(), samples(named=False)
@@ -150,9 +153,64 @@ def test_what_names_adapters_can_be_left_out(few: AdapterLabels) -> None:
             "adapterd_adapter_e2e_request_latency_seconds_count",
             "adapterd_adapter_e2e_request_latency_seconds_sum",
             "adapterd_lora_requests_info",
+            "adapterd_lora_adapter_loaded",
+            "adapterd_alias_requests_total",
+            "adapterd_alias_generation_tokens_total",
+            "adapterd_alias_e2e_request_latency_seconds_bucket",
+            "adapterd_alias_e2e_request_latency_seconds_count",
+            "adapterd_alias_e2e_request_latency_seconds_sum",
         }
     finally:
+        metrics.LORA_LOADED.clear()
+        metrics.alias_removed("metrics/alias")
         metrics.LORA_INFO.clear()
+
+
+def shown_aliases() -> dict[str, float]:
+    name = "adapterd_alias_requests_total"
+    return {labels: value for (known, labels), value in samples().items() if known == name}
+
+
+@pytest.fixture
+def few_aliases(monkeypatch: pytest.MonkeyPatch) -> Iterator[AliasLabels]:
+    """Room for three series."""
+    labels = AliasLabels(most=3)
+    monkeypatch.setattr(metrics, "ALIASES", labels)
+    yield labels
+    for alias in {series[0] for series in labels.shown}:
+        labels.forget_alias(alias)
+
+
+def test_series_of_aliases_are_bounded_and_go_with_the_alias(few_aliases: AliasLabels) -> None:
+    before = shown_aliases()
+    for i in (0, 1, 2, 0, 3):
+        metrics.alias_served((f"alias{i % 2}", "x", f"sha256:{i}"), 5, 0.3)
+    told = {labels: count for labels, count in shown_aliases().items() if labels not in before}
+    assert sorted(told.values()) == [1, 1, 2], "the one that was used longest ago is gone"
+    assert not [labels for labels in told if "sha256:1" in labels]
+    metrics.alias_removed("alias0")
+    told = {labels: count for labels, count in shown_aliases().items() if labels not in before}
+    assert len(told) == 1
+
+
+def test_no_alias_is_shown_where_none_may_be(few_aliases: AliasLabels) -> None:
+    few_aliases.most = 0
+    before = shown_aliases()
+    metrics.alias_served(("alias", "x", "sha256:a"), 5, 0.3)
+    assert shown_aliases() == before
+
+
+def test_the_routers_gauge_shows_what_is_in_a_memory() -> None:
+    metrics.show_loaded([("gone", "device", True, 4)])
+    metrics.show_loaded([("a", "device", True, 8), ("b", "host", False, 16), ("c", "disk", False, 4)])
+    try:
+        shown = metrics.render_metrics("")[0].decode().splitlines()
+        assert [line for line in shown if line.startswith("adapterd_lora_adapter_loaded")] == [
+            'adapterd_lora_adapter_loaded{adapter_name="a",level="gpu",pinned="true",rank="8"} 1.0',
+            'adapterd_lora_adapter_loaded{adapter_name="b",level="cpu",pinned="false",rank="16"} 1.0',
+        ]
+    finally:
+        metrics.LORA_LOADED.clear()
 
 
 def test_the_gateways_gauge_is_one_series_that_says_when(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 from fastapi import Depends
 from fastapi import Request as HttpRequest
 
+from ...catalog.aliases import USER
+from ...catalog.ids import split_digest
 from ...core.adapter import Digest
 from ...core.base_info import BaseInfo
 from ...core.request import UNNUMBERED, Request
@@ -49,6 +51,7 @@ LARGE_BODY = 20_000  # bytes of a body; the text of a larger one is tokenized of
 MAX_RENDERED = 4_000_000
 RENDERED_PER_TOKEN = 8
 MANY_IDS = 2_000  # more than these are decoded off the event loop
+LONGEST_CALLER = 1_000  # characters that tell callers apart
 
 JsonMapping = Mapping[str, Any]
 
@@ -79,11 +82,16 @@ class GenerationOptions:
 
 @dataclass
 class Admission:
-    """The resources of one HTTP request: the lease of its adapter and its tickets."""
+    """The resources of one HTTP request: the lease of its adapter and its tickets.
+
+    `user` is the caller as the body names it, `alias` the alias that chose the adapter.
+    """
 
     http_request: HttpRequest
     services: Services
     resources: ExitStack
+    user: object = None
+    alias: str | None = None
     version: AdapterVersion | None = None
     mix: Mix | None = None
     answers: list[Answer] = field(default_factory=list)
@@ -123,16 +131,16 @@ class Admission:
         named = self.mix.parts if self.mix else [self.version] if self.version else []
         return list(dict.fromkeys(one.id for one in named))
 
-    async def enter_adapter(self, id: str | None) -> AdapterTokenizer:
-        """Leases this adapter until the request is over, and returns its tokenizer.
+    async def enter_adapter(self, name: str | None) -> AdapterTokenizer:
+        """Leases the adapter of this name until the request is over, and returns its tokenizer.
 
-        None is the base. Raises AdapterNotFound, NotReady.
+        None is the base. Raises AdapterNotFound, BadRequest, DigestMismatch, NotReady.
         """
         tokenizers = self.services.tokenizers
-        if id is None:
+        if name is None:
             return tokenizers.base
-        await self._resolve_adapter(id)
-        version = self.resources.enter_context(self.services.registry.lease_adapter(id))
+        chosen = await self._choose_adapter(name)
+        version = self.resources.enter_context(self.services.registry.lease_adapter(chosen))
         self.version = version
         cached = tokenizers.find_cached(version.digest)
         if cached is not None:
@@ -140,21 +148,37 @@ class Admission:
         return await run_in(TEXT, tokenizers.tokenizer_of, version.digest, version.folder, version.files)
 
     async def enter_mix(self, weights: Sequence[tuple[str, float]]) -> AdapterTokenizer:
-        """Leases these adapters, by id and weight, until the request is over, and returns the base's
+        """Leases these adapters, by name and weight, until the request is over, and returns the base's
         tokenizer.
 
-        Raises AdapterNotFound, AdapterUnsupported, BadRequest, NotReady.
+        Raises AdapterNotFound, AdapterUnsupported, BadRequest, DigestMismatch, NotReady.
         """
         tokenizer = self.services.tokenizers.base
-        for id, _ in weights:
-            await self._resolve_adapter(id)
-        self.mix = self.resources.enter_context(self.services.registry.lease_mix(weights))
+        chosen = [(await self._choose_adapter(name), weight) for name, weight in weights]
+        self.mix = self.resources.enter_context(self.services.registry.lease_mix(chosen))
         return tokenizer
 
-    async def _resolve_adapter(self, id: str) -> None:
-        """Raises AdapterNotFound for what the key may not know of, and as `Registry.resolve_adapter`."""
+    async def _choose_adapter(self, name: str) -> str:
+        """The name as it is, or the one of an alias's target.
+
+        Raises AdapterNotFound for what the key may not know of, BadRequest, and as
+        `Registry.resolve_adapter`.
+        """
+        id, digest = split_digest(name)
         get_scope(self.http_request).require_visible(id)
-        await self.services.registry.resolve_adapter(id)
+        alias = self.services.registry.aliases.find_alias(id)
+        if alias is None:
+            await self.services.registry.resolve_adapter(id)
+            return name
+        if digest:
+            raise BadRequest(f"{id!r} is an alias and has no digest of its own", param="model")
+        self.alias = id
+        return alias.choose_target(self._name_caller(alias.sticky)).name
+
+    def _name_caller(self, sticky: str | None) -> str | None:
+        """The caller that an alias knows again; None where it sticks to none, or the request names none."""
+        named = self.user if sticky == USER else self.http_request.headers.get(sticky or "")
+        return named[:LONGEST_CALLER] if isinstance(named, str) and named else None
 
     def submit_prompt(
         self, tokenizer: AdapterTokenizer, prompt: tuple[int, ...], options: GenerationOptions
@@ -375,6 +399,9 @@ def _count_request(admission: Admission) -> None:
     seconds = time.monotonic() - admission.began
     for id in admission.adapter_ids:
         metrics.adapter_served(id, admission.prompt_tokens, admission.generated_tokens, seconds)
+    if admission.alias and admission.version:
+        target = (admission.alias, admission.version.id, admission.version.digest)
+        metrics.alias_served(target, admission.generated_tokens, seconds)
 
 
 def token_budget(prompt: int, options: GenerationOptions, context: int) -> int:

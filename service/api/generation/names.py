@@ -24,8 +24,10 @@ def chosen_adapter(model: str, services: Services) -> str | None:
     return model
 
 
-async def enter_named(model: str | None, admission: Admission) -> AdapterTokenizer:
+async def enter_named(model: str | None, admission: Admission, user: object = None) -> AdapterTokenizer:
     """Leases the adapter of this name until the request is over, and returns its tokenizer; None is the
-    base. Raises AdapterNotFound, NotReady.
+    base. `user` is the caller as the body names it. Raises AdapterNotFound, BadRequest, DigestMismatch,
+    NotReady.
     """
+    admission.user = user
     return await admission.enter_adapter(None if model is None else chosen_adapter(model, admission.services))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
+from dataclasses import asdict
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -21,6 +22,7 @@ from .answer import Answer, AnswerEnding, TextPiece
 from .names import chosen_adapter
 
 if TYPE_CHECKING:
+    from ...catalog.aliases import Alias
     from ...catalog.registry import AdapterVersion
     from ...text.tokenizers import AdapterTokenizer
 
@@ -32,8 +34,9 @@ FINISH = {AnswerEnding.LENGTH: "length", AnswerEnding.EOS: "stop", AnswerEnding.
 async def enter_model(body: OpenAIRequest, admission: Admission) -> AdapterTokenizer:
     """Leases the adapters that a request names, and returns their tokenizer.
 
-    Raises AdapterNotFound, AdapterUnsupported, BadRequest, NotReady.
+    Raises AdapterNotFound, AdapterUnsupported, BadRequest, DigestMismatch, NotReady.
     """
+    admission.user = body.user
     adapter_id = chosen_adapter(body.model, admission.services)
     if not body.weights:
         return await admission.enter_adapter(adapter_id)
@@ -116,10 +119,15 @@ def known_model(id: str, services: Services, scope: AdapterScope) -> JsonDict:
 
 
 def model_objects(services: Services, scope: AdapterScope) -> list[JsonDict]:
-    """The base, then every registered adapter that may be seen."""
+    """The base, then every registered adapter and every alias that may be seen."""
     base = services.registry.base_id
     visible = [version for version in services.registry.list_versions() if scope.can_see(version.id)]
-    return [_model_object(base, STARTED), *(_adapter_object(version, base) for version in visible)]
+    aliases = [alias for alias in services.registry.aliases.list_aliases() if scope.can_see(alias.name)]
+    return [
+        _model_object(base, STARTED),
+        *(_adapter_object(version, base) for version in visible),
+        *(_alias_object(alias, base) for alias in aliases),
+    ]
 
 
 def _adapter_object(version: AdapterVersion, base: str) -> JsonDict:
@@ -128,6 +136,12 @@ def _adapter_object(version: AdapterVersion, base: str) -> JsonDict:
         "parent": base,
         "adapter": {"id": version.id, "digest": version.digest or None},
     }
+
+
+def _alias_object(alias: Alias, base: str) -> JsonDict:
+    changed = datetime.fromisoformat(alias.changed_at)
+    targets = [asdict(target) for target in alias.targets]
+    return _model_object(alias.name, int(changed.timestamp())) | {"parent": base, "targets": targets}
 
 
 def _model_object(id: str, created: int) -> JsonDict:

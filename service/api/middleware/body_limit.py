@@ -33,7 +33,7 @@ class BodyLimit:
 def _is_upload(scope: Scope) -> bool:
     path: str = scope["path"]
     is_upload_path = path.startswith("/adapters/") and path.endswith("/upload")
-    return is_upload_path and scope["method"] == "POST"
+    return is_upload_path and scope["method"] in ("POST", "PUT")
 
 
 def _meter_body(receive: Receive, limit: int, over: PayloadTooLarge) -> Receive:

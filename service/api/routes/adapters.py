@@ -4,7 +4,7 @@ API process; must not read an adapter file itself.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
@@ -20,9 +20,10 @@ from ...settings import Dtype
 from ...threads import RENDER, run_in
 from ..errors import document_errors
 from ..generation.sse import JsonAnswer
+from ..schemas.digests import EXPECTED, DigestStart, WholeDigest
 from ..schemas.shared import StrictModel
 from ..scopes import ADMIN_SCOPE, KEY_SCOPE
-from ..services import OpenRegistry, VisibleAdapters
+from ..services import OpenRegistry, Services, VisibleAdapters
 
 reading = APIRouter(tags=["adapters"], dependencies=[KEY_SCOPE])
 # A dry run reads files of the host, so it needs the admin scope as well.
@@ -35,6 +36,7 @@ Aliased = document_errors(403, 404, 422, 429, 503, 507, openai=True)
 SAME: dict[int | str, dict[str, Any]] = {
     200: {"description": "this content is already registered under this id"}
 }
+NEW: dict[int | str, dict[str, Any]] = {201: {"description": "the id is new"}}
 JsonDict = dict[str, Any]
 MOST_PREFETCHED = 1000  # ids in a request
 
@@ -47,6 +49,7 @@ class Source(StrictModel):
     revision: str | None = None
     pinned: bool = False
     preload: bool = True
+    expect: WholeDigest | None = Field(default=None, description="The digest that the content must have.")
 
 
 class Registration(Source):
@@ -59,6 +62,13 @@ class Replacement(Source):
 
 class Change(StrictModel):
     pinned: bool
+
+
+class Rollback(StrictModel):
+    digest: DigestStart | None = Field(
+        default=None,
+        description="A version that is kept, by its digest or how that begins; else the one before.",
+    )
 
 
 class Prefetch(StrictModel):
@@ -103,7 +113,7 @@ async def check_adapter(body: Registration, services: OpenRegistry) -> JsonDict:
 
     `ok` says whether POST would take this body.
     """
-    registration = body.model_dump(include={"id", "source", "subfolder", "revision", "preload"})
+    registration = body.model_dump(exclude={"pinned"})
     return await services.registry.check_adapter(**registration)
 
 
@@ -119,12 +129,16 @@ async def prefetch_adapters(body: Prefetch, services: OpenRegistry) -> JsonDict:
 FILE = {"type": "string", "format": "binary"}
 PARTS = (CONFIG, WEIGHTS, *TEXT_FILES, "vocab.json", "vocab.txt", "file")
 MOST_PARTS = 32
-FORM = {"type": "object", "additionalProperties": False, "properties": dict.fromkeys(PARTS, FILE)}
+FORM = {
+    "type": "object",
+    "additionalProperties": False,
+    "properties": dict.fromkeys(PARTS, FILE) | {"expect": {"type": "string", "pattern": EXPECTED.pattern}},
+}
 UPLOAD = {
     "requestBody": {
         "required": True,
         "description": "An adapter's config and weights, and the files of its tokenizer and templates "
-        "where it has any, or one .zip or .tar of them in `file`.",
+        "where it has any, or one .zip or .tar of them in `file`; in `expect` the digest that it must have.",
         "content": {"multipart/form-data": {"schema": FORM}},
     }
 }
@@ -133,16 +147,37 @@ UPLOAD = {
 @changing.post("/adapters/{id:path}/upload", status_code=201, responses=Changing | SAME, openapi_extra=UPLOAD)
 async def upload_adapter(id: Id, services: OpenRegistry, request: Request) -> Response:
     """Stores an adapter's files under the adapters directory and registers them."""
+    return await _take_upload(id, services, request, replace=False)
+
+
+@changing.put("/adapters/{id:path}/upload", responses=Changing | NEW, openapi_extra=UPLOAD)
+async def replace_by_upload(id: Id, services: OpenRegistry, request: Request) -> Response:
+    """Replaces atomically by an upload, which is pinned where the version before it was."""
+    return await _take_upload(id, services, request, replace=True)
+
+
+async def _take_upload(id: str, services: Services, request: Request, replace: bool) -> Response:
     try:
         async with request.form(max_files=MOST_PARTS, max_fields=MOST_PARTS) as form:
-            parts = form.multi_items()
-            files = {name: part for name, part in parts if isinstance(part, UploadFile)}
-            if len(files) < len(parts):
-                raise BadRequest("upload: every part is a file, and no two have the same name", param="file")
-            card, created = await services.registry.upload_adapter(id, files)
+            files, expect = _read_parts(form.multi_items())
+            card, created = await services.registry.upload_adapter(id, files, replace, expect)
             return _registration_answer(card, created)
     except OSError as error:
         raise refuse_upload(error) from error
+
+
+def _read_parts(parts: Sequence[tuple[str, UploadFile | str]]) -> tuple[dict[str, UploadFile], str | None]:
+    """The files by their names, and the digest that is expected. Raises BadRequest."""
+    files = {name: part for name, part in parts if isinstance(part, UploadFile)}
+    fields = [(name, part) for name, part in parts if isinstance(part, str)]
+    expected = [part for name, part in fields if name == "expect"]
+    if len(files) + len(expected) < len(parts) or len(expected) > 1:
+        raise BadRequest(
+            "upload: every part but `expect` is a file, and no two have the same name", param="file"
+        )
+    if expected and not EXPECTED.fullmatch(expected[0]):
+        raise BadRequest("expect: must be sha256: and 64 hexadecimal digits, in lower case", param="expect")
+    return files, expected[0] if expected else None
 
 
 @reading.get("/adapters/{id:path}/summary", responses=Reading | {200: {"content": {"text/plain": {}}}})
@@ -183,13 +218,26 @@ async def show_norms(id: Id, services: OpenRegistry, scope: VisibleAdapters) -> 
     return await services.registry.measure_norms(id)
 
 
+@reading.get("/adapters/{id:path}/versions", responses=Reading)
+async def list_versions(id: Id, services: OpenRegistry, scope: VisibleAdapters) -> JsonDict:
+    """The versions that answer: the current one, then those that are kept, the last one first."""
+    scope.require_visible(id)
+    return {"versions": services.registry.versions_of(id)}
+
+
+@changing.post("/adapters/{id:path}/rollback", responses=Changing)
+async def roll_back(id: Id, body: Rollback, services: OpenRegistry) -> JsonDict:
+    """Makes the version before current again, or the one that is named."""
+    return await services.registry.roll_back(id, body.digest)
+
+
 @reading.get("/adapters/{id:path}", responses=Reading)
 async def show_card(id: Id, services: OpenRegistry, scope: VisibleAdapters) -> JsonDict:
     scope.require_visible(id)
     return services.registry.card_of(id)
 
 
-@changing.put("/adapters/{id:path}", responses=Changing | {201: {"description": "the id is new"}})
+@changing.put("/adapters/{id:path}", responses=Changing | NEW)
 async def replace_adapter(id: Id, body: Replacement, services: OpenRegistry) -> Response:
     """Replaces atomically: requests in flight finish on the old content."""
     if body.id not in (None, id):
@@ -230,9 +278,11 @@ def _as_vllm() -> Iterator[None]:
 
 @changing.post("/v1/load_lora_adapter", responses=Aliased, response_class=PlainTextResponse)
 async def load_lora(body: LoadLora, services: OpenRegistry) -> str:
-    """vLLM's name for registering."""
+    """vLLM's name for registering; `load_inplace` replaces, and leaves the pin as it is."""
     with _as_vllm():
-        await services.registry.register_adapter(body.lora_name, body.lora_path, replace=body.load_inplace)
+        await services.registry.register_adapter(
+            body.lora_name, body.lora_path, pinned=None, replace=body.load_inplace
+        )
     return f"Success: LoRA adapter '{body.lora_name}' added successfully."
 
 

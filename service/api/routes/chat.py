@@ -40,7 +40,7 @@ router = APIRouter()
 
 
 @router.post(
-    "/v1/chat/completions", responses=EVENTS | document_errors(403, 404, 422, 429, 503, 504, openai=True)
+    "/v1/chat/completions", responses=EVENTS | document_errors(403, 404, 409, 422, 429, 503, 504, openai=True)
 )
 async def answer_chat(body: ChatRequest, request: Request, admission: Admitted) -> Response:
     """Answers a conversation, or calls tools; with `stream`, as server-sent events."""

@@ -37,7 +37,9 @@ router = APIRouter()
 DEFAULT_TOKENS = 16
 
 
-@router.post("/v1/completions", responses=EVENTS | document_errors(403, 404, 422, 429, 503, 504, openai=True))
+@router.post(
+    "/v1/completions", responses=EVENTS | document_errors(403, 404, 409, 422, 429, 503, 504, openai=True)
+)
 async def answer_completion(body: CompletionRequest, request: Request, admission: Admitted) -> Response:
     """Continues one prompt or several; with `stream`, as server-sent events."""
     tokenizer = await enter_model(body, admission)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 router = APIRouter(tags=["generation"], dependencies=[KEY_SCOPE])
 
 DEFAULT_TOKENS = 128
-RESPONSES = EVENTS | document_errors(403, 404, 422, 429, 503, 504)
+RESPONSES = EVENTS | document_errors(403, 404, 409, 422, 429, 503, 504)
 JsonDict = dict[str, Any]
 
 

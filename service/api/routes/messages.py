@@ -46,7 +46,7 @@ from ..scopes import KEY_SCOPE
 router = APIRouter(tags=["Messages"], dependencies=[KEY_SCOPE])
 
 JsonDict = dict[str, Any]
-REFUSALS = document_errors(404, 422, 429, 503, 504, anthropic=True)
+REFUSALS = document_errors(404, 409, 422, 429, 503, 504, anthropic=True)
 REASONS = {
     AnswerEnding.LENGTH: "max_tokens",
     AnswerEnding.EOS: "end_turn",
@@ -57,7 +57,7 @@ REASONS = {
 @router.post("/v1/messages", responses=EVENTS | REFUSALS)
 async def answer_message(body: MessagesRequest, request: Request, admission: Admitted) -> Response:
     """Answers a conversation, or calls tools; with `stream`, as server-sent events."""
-    tokenizer = await enter_named(body.model, admission)
+    tokenizer = await enter_named(body.model, admission, body.user)
     options = _make_options(body)
     (reader,) = await submit_conversation(admission, tokenizer, _make_conversation(body), options)
     if body.stream:

@@ -93,6 +93,8 @@ def export_lora_info(services: Services) -> None:
     waiting = {card["id"] for card in cards if card["digest"] in client.awaited} - running
     free = (_count_pool_rows(services, client.base) if client.base else 0) - client.gauges.pool_used
     largest = max((card["rank"] or 0 for card in cards), default=0)
+    loaded = ((card["id"], card["residency"], card["pinned"], card["rank"] or 0) for card in cards)
+    metrics.show_loaded(loaded)
     metrics.lora_info(len(running) + free // max(1, largest), running, waiting)
 
 

@@ -50,10 +50,10 @@ PlacedItem = tuple[str, Item]  # its place in the request
 BOUND = "text.format"
 
 
-@router.post("/v1/responses", responses=EVENTS | document_errors(404, 422, 429, 503, 504, openai=True))
+@router.post("/v1/responses", responses=EVENTS | document_errors(404, 409, 422, 429, 503, 504, openai=True))
 async def answer_response(body: ResponseRequest, request: Request, admission: Admitted) -> Response:
     """Answers a conversation, or calls functions; with `stream`, as server-sent events."""
-    tokenizer = await enter_named(body.model, admission)
+    tokenizer = await enter_named(body.model, admission, body.user)
     options = await _make_options(body)
     conversation = _make_conversation(body)
     (reader,) = await submit_conversation(admission, tokenizer, conversation, options, BOUND)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 router = APIRouter(tags=["tokens"], dependencies=[KEY_SCOPE])
 
-RESPONSES = document_errors(404, 422, 429, 503)
+RESPONSES = document_errors(404, 409, 422, 429, 503)
 
 
 @router.post("/tokenize", responses=RESPONSES)

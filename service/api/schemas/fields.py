@@ -108,8 +108,13 @@ BOTH = (
         "[several adapters in one request](#several-adapters-in-one-request)",
     ),
     FieldRow(
-        "user store metadata service_tier prompt_cache_key prompt_cache_retention safety_identifier "
-        "verbosity",
+        "user",
+        _HONOURED,
+        "none",
+        "the caller, whom an [alias](#aliases) may know again; any value is taken, and only a text is one",
+    ),
+    FieldRow(
+        "store metadata service_tier prompt_cache_key prompt_cache_retention safety_identifier verbosity",
         _LABEL,
         "none",
         "taken and ignored",

@@ -217,7 +217,12 @@ class MessagesRequest(CountTokensRequest):
     temperature: Temperature | None = Field(default=None, description="1 unless given")
     top_p: Probability | None = None
     top_k: TopK | None = None
-    metadata: Label = None
+    metadata: Annotated[Any, Field(description="`user_id` is the caller, as an alias may know it")] = None
     service_tier: Label = None
     container: OnlyNull = None
     mcp_servers: OnlyNull = None
+
+    @property
+    def user(self) -> object:
+        """The caller, where the metadata names it."""
+        return self.metadata.get("user_id") if isinstance(self.metadata, dict) else None

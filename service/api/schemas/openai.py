@@ -27,6 +27,7 @@ from .shared import (
     MAX_TOP,
     AdapterParts,
     AnyText,
+    Caller,
     Factor,
     Label,
     NotOffered,
@@ -139,7 +140,7 @@ class OpenAIRequest(StrictModel):
     priority: Priority | None = Field(
         default=None, description="of those that wait the lowest is next; 0 unless given"
     )
-    user: Label = None
+    user: Caller = None
     store: Label = None
     metadata: Label = None
     service_tier: Label = None

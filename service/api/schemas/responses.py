@@ -14,6 +14,7 @@ from .shared import (
     MAX_PARTS,
     MAX_TOOLS,
     AnyText,
+    Caller,
     JsonObject,
     JsonSchema,
     Label,
@@ -243,7 +244,7 @@ class ResponseRequest(StrictModel):
     )
     store: Label = None
     metadata: Label = None
-    user: Label = None
+    user: Caller = None
     service_tier: Label = None
     prompt_cache_key: Label = None
     prompt_cache_retention: Label = None

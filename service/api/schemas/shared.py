@@ -94,6 +94,7 @@ def check_writable(value: dict[str, Any]) -> dict[str, Any]:
 
 
 Label = Annotated[Any, Field(description="taken and ignored")]
+Caller = Annotated[Any, Field(description="the caller, as an alias may know it; any value is taken")]
 OnlyNull = Annotated[None, BeforeValidator(_refuse_value, json_schema_input_type=None)]
 WritableObject = Annotated[dict[str, Any], AfterValidator(check_writable)]
 ToldObject = Annotated[dict[str, Any], AfterValidator(_check_depth)]  # one that the answer tells again

@@ -9,12 +9,13 @@ import { theme, toggleTheme } from "./theme.js";
 import { html, render, useEffect, useRef } from "./vendor/preact.js";
 import { Adapter } from "./views/adapter.js";
 import { Adapters } from "./views/adapters.js";
+import { Aliases } from "./views/aliases.js";
 import { Compare } from "./views/compare.js";
 import { Forecast } from "./views/forecast.js";
 import { Live } from "./views/live.js";
 import { Usage } from "./views/usage.js";
 
-const VIEWS = { adapters: ["Adapters", Adapters], compare: ["Compare", Compare], live: ["Live", Live], forecast: ["Forecast", Forecast], usage: ["Usage", Usage] };
+const VIEWS = { adapters: ["Adapters", Adapters], aliases: ["Aliases", Aliases], compare: ["Compare", Compare], live: ["Live", Live], forecast: ["Forecast", Forecast], usage: ["Usage", Usage] };
 const NOTICE_MS = 6000;
 
 const address = cell(location.hash);

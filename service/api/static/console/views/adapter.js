@@ -2,10 +2,10 @@
 
 import * as api from "../api.js";
 import { useCell, useEvery } from "../cell.js";
-import { ago, bytes, count, megabytes, NONE, percent, range, rounded } from "../format.js";
+import { ago, bytes, count, digest as shortDigest, megabytes, NONE, percent, range, rounded } from "../format.js";
 import { Digest, Dot, Facts, Loading, Problems, State } from "../parts.js";
 import { Footprint, HeatStrips } from "../pictures.js";
-import { base, cards, loadCards } from "../shelf.js";
+import { base, cards, complain, loadCards, say } from "../shelf.js";
 import { html, useEffect, useState } from "../vendor/preact.js";
 import { Delete, Pin } from "./adapters.js";
 
@@ -30,6 +30,7 @@ export function Adapter({ id }) {
     </div>
     ${summary.reason && html`<${Problems} error=${{ type: summary.state, message: summary.reason }} />`}
     ${summary.warnings.length > 0 && html`<ul class="warnings">${summary.warnings.map((warning) => html`<li>${warning}</li>`)}</ul>`}
+    <${Versions} id=${id} />
     ${summary.digest ? html`<${Known} id=${id} summary=${summary} />` : html`<p class="muted">Source: ${summary.source}, registered ${ago(summary.registered_at)}.</p>`}
     ${leaving && card && html`<${Delete} card=${card} onClose=${() => setLeaving(false)} onDone=${() => (location.hash = "#/adapters")} />`}
   `;
@@ -69,6 +70,36 @@ const Overview = ({ summary }) => html`<section class="card" aria-labelledby="ov
   ]} />
 </section>`;
 
+/** What answers under the id by a digest beside the current content; shown where there is any. */
+function Versions({ id }) {
+  const [versions, setVersions] = useState([]);
+  const look = () => api.get(api.adapterPath(id, "/versions")).then((found) => setVersions(found.versions), () => setVersions([]));
+  useEvery(3000, look, [id]);
+  const rollBack = ({ digest }) =>
+    api.post(api.adapterPath(id, "/rollback"), { digest }).then(() => {
+      say(`${id} is ${shortDigest(digest)} again`);
+      return look();
+    }, complain);
+  if (versions.length < 2) return null;
+  return html`<section class="card" aria-labelledby="versions">
+    <h2 id="versions">Versions</h2>
+    <div class="scroll" tabindex="0" role="region" aria-label=${`Versions of ${id}`}>
+      <table>
+        <thead><tr>${VERSION_COLUMNS.map((name) => html`<th scope="col">${name}</th>`)}<th scope="col"><span class="hidden">Actions</span></th></tr></thead>
+        <tbody>
+          ${versions.map((version, index) => html`<tr key=${version.digest}>
+            <td><${Digest} value=${version.digest} /></td>
+            <td>${ago(version.registered_at)}</td>
+            <td>${version.residency}</td>
+            <td>${version.in_flight}</td>
+            <td class="row-actions">${index ? html`<button type="button" class="quiet" onClick=${() => rollBack(version)}>Roll back<span class="hidden"> to ${shortDigest(version.digest)}</span></button>` : "current"}</td>
+          </tr>`)}
+        </tbody>
+      </table>
+    </div>
+  </section>`;
+}
+
 const Size = ({ summary }) => html`<section class="card" aria-labelledby="size">
   <h2 id="size">Against the base</h2>
   <${Footprint} base=${summary.footprint.base_megabytes} adapter=${summary.size.device_megabytes} rows=${summary.by_module}
@@ -76,6 +107,8 @@ const Size = ({ summary }) => html`<section class="card" aria-labelledby="size">
   <p class="muted">Together ${megabytes(summary.footprint.with_adapter_megabytes)} on the device. The base has ${count(summary.base.parameters)} parameters,
     would be ${megabytes(summary.base.float32_megabytes)} as float32, and is held ${summary.base.quantization === "none" ? "unquantized" : `as ${summary.base.quantization}`}.</p>
 </section>`;
+
+const VERSION_COLUMNS = ["Digest", "Registered", "Residency", "In flight"];
 
 const COLUMNS = [
   ["Layers", (row) => row.count],

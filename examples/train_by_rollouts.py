@@ -66,6 +66,12 @@ class RolloutClient:
         self._http = httpx.Client(base_url=url, headers=headers, timeout=300, trust_env=False)
         self.digest = ""
 
+    def __enter__(self) -> RolloutClient:
+        return self
+
+    def __exit__(self, *ending: object) -> None:
+        self._http.close()
+
     def upload(self, model: Any) -> None:
         """Replaces the adapter by the model's weights; the service must find the digest that they have."""
         with TemporaryDirectory() as folder:
@@ -154,7 +160,7 @@ def train(client: RolloutClient, model: Any, steps: int) -> list[Step]:
 def draw_plot(steps: Sequence[Step], file: Path) -> None:
     """The rewards as a line, in SVG."""
     width, height, margin = 640, 240, 36
-    top = max(step.reward for step in steps) * 1.1
+    top = max(step.reward for step in steps) * 1.1 or 1.0
     across = (width - 2 * margin) / max(len(steps) - 1, 1)
     places = [
         f"{margin + i * across:.1f},{height - margin - step.reward / top * (height - 2 * margin):.1f}"
@@ -182,7 +188,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="an SVG file for the rewards")
     asked = parser.parse_args()
     model = make_model(asked.base or resolve_folder("demo"))
-    steps = train(RolloutClient(asked.url, asked.key), model, asked.steps)
+    with RolloutClient(asked.url, asked.key) as client:
+        steps = train(client, model, asked.steps)
     if asked.plot:
         draw_plot(steps, asked.plot)
 

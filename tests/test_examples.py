@@ -14,6 +14,9 @@ from tests import making
 
 SETTINGS = {"dtype": "float32", "quantization": "none", "device": "cpu", "compile": "off", "max_rows": "8"}
 
+# PEFT asks transformers for a property by its old name
+pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -33,8 +36,8 @@ def test_a_trainer_asks_the_version_that_it_uploaded_last(
 ) -> None:
     monkeypatch.setattr(example, "ROLLOUTS", 2)
     monkeypatch.setattr(example, "TOKENS", 6)
-    client = example.RolloutClient(service.url, None)
-    steps = example.train(client, example.make_model(base), 2 * example.EVERY)
+    with example.RolloutClient(service.url, None) as client:
+        steps = example.train(client, example.make_model(base), 2 * example.EVERY)
     assert all(step.gap < 1e-4 for step in steps), "the service and the trainer have other weights"
     found = httpx.get(f"{service.url}/adapters/{example.ADAPTER}/versions", trust_env=False).json()[
         "versions"
@@ -46,8 +49,8 @@ def test_a_trainer_asks_the_version_that_it_uploaded_last(
 
 
 def test_a_trainer_stops_where_another_version_would_answer(base: Path, service: Server) -> None:
-    client = example.RolloutClient(service.url, None)
-    client.upload(example.make_model(base))
-    client.digest = "sha256:" + "0" * 64
-    with pytest.raises(httpx.HTTPStatusError, match="409"):
-        client.sample("a", 1)
+    with example.RolloutClient(service.url, None) as client:
+        client.upload(example.make_model(base))
+        client.digest = "sha256:" + "0" * 64
+        with pytest.raises(httpx.HTTPStatusError, match="409"):
+            client.sample("a", 1)

@@ -25,7 +25,7 @@ from .test_registry import parts
 pytestmark = pytest.mark.anyio
 
 
-class Site:
+class FolderSite:
     """A folder on a web server; `opened` holds its answers back while it is not set."""
 
     def __init__(self, folder: Path) -> None:
@@ -36,12 +36,12 @@ class Site:
 
 
 @pytest.fixture
-def site(tmp_path: Path, plain: Path, other: Path) -> Iterator[Site]:
-    one = Site(tmp_path / "site")
+def site(tmp_path: Path, plain: Path, other: Path) -> Iterator[FolderSite]:
+    one = FolderSite(tmp_path / "site")
     shutil.copytree(plain, one.folder / "team" / "plain")
     shutil.copytree(other, one.folder / "team" / "other")
 
-    class Handler(SimpleHTTPRequestHandler):
+    class FolderHandler(SimpleHTTPRequestHandler):
         def do_GET(self) -> None:
             one.asked.append(self.path)
             one.reached.set()
@@ -51,7 +51,7 @@ def site(tmp_path: Path, plain: Path, other: Path) -> Iterator[Site]:
         def log_message(self, format: str, *arguments: object) -> None:
             return None
 
-    handler: Any = partial(Handler, directory=str(one.folder))
+    handler: Any = partial(FolderHandler, directory=str(one.folder))
     with listening(handler) as url:
         one.url = url
         yield one
@@ -63,7 +63,7 @@ def downloads(catalog: RegistryFixture) -> list[str]:
 
 
 async def test_a_download_has_the_digest_of_its_folder_and_outlives_a_restart(
-    catalog: RegistryFixture, site: Site, plain: Path
+    catalog: RegistryFixture, site: FolderSite, plain: Path
 ) -> None:
     source, sources = f"{site.url}/team/plain", (f"{site.url}/team",)
     async with catalog.opened(sources=sources) as registry:
@@ -82,7 +82,7 @@ async def test_a_download_has_the_digest_of_its_folder_and_outlives_a_restart(
     assert site.asked == []
 
 
-async def test_a_refused_download_leaves_nothing(catalog: RegistryFixture, site: Site) -> None:
+async def test_a_refused_download_leaves_nothing(catalog: RegistryFixture, site: FolderSite) -> None:
     async with catalog.opened(sources=(f"{site.url}/team",)) as registry:
         await registry.register_adapter("a", f"{site.url}/team/plain")
         with pytest.raises(Conflict):
@@ -96,7 +96,7 @@ async def test_a_refused_download_leaves_nothing(catalog: RegistryFixture, site:
         assert len(downloads(catalog)) == 1
 
 
-async def test_a_dry_run_keeps_nothing(catalog: RegistryFixture, site: Site) -> None:
+async def test_a_dry_run_keeps_nothing(catalog: RegistryFixture, site: FolderSite) -> None:
     async with catalog.opened(sources=(f"{site.url}/team",)) as registry:
         told = await registry.check_adapter("a", f"{site.url}/team/plain")
         assert (told["ok"], told["summary"]["source"]) == (True, f"{site.url}/team/plain")
@@ -104,7 +104,7 @@ async def test_a_dry_run_keeps_nothing(catalog: RegistryFixture, site: Site) -> 
 
 
 async def test_purge_deletes_what_was_fetched_once_nobody_has_it(
-    catalog: RegistryFixture, site: Site
+    catalog: RegistryFixture, site: FolderSite
 ) -> None:
     async with catalog.opened(sources=(f"{site.url}/team",)) as registry:
         for id in ("a", "b"):
@@ -116,7 +116,7 @@ async def test_purge_deletes_what_was_fetched_once_nobody_has_it(
 
 
 async def test_what_a_replacement_has_left_goes_at_the_next_start(
-    catalog: RegistryFixture, site: Site
+    catalog: RegistryFixture, site: FolderSite
 ) -> None:
     sources = (f"{site.url}/team",)
     async with catalog.opened(sources=sources) as registry:
@@ -129,7 +129,7 @@ async def test_what_a_replacement_has_left_goes_at_the_next_start(
         assert registry.card_of("a")["digest"] == card["digest"]
 
 
-async def test_what_is_gone_is_fetched_again_at_start(catalog: RegistryFixture, site: Site) -> None:
+async def test_what_is_gone_is_fetched_again_at_start(catalog: RegistryFixture, site: FolderSite) -> None:
     sources = (f"{site.url}/team",)
     async with catalog.opened(sources=sources) as registry:
         card, _ = await registry.register_adapter("a", f"{site.url}/team/plain")
@@ -142,7 +142,7 @@ async def test_what_is_gone_is_fetched_again_at_start(catalog: RegistryFixture, 
         assert "ADAPTERD_SOURCES" in registry.card_of("a")["reason"]
 
 
-async def test_the_card_shows_how_much_has_come(catalog: RegistryFixture, site: Site) -> None:
+async def test_the_card_shows_how_much_has_come(catalog: RegistryFixture, site: FolderSite) -> None:
     async with catalog.opened(sources=(f"{site.url}/team",)) as registry:
         site.opened.clear()
         fetching = asyncio.create_task(registry.register_adapter("a", f"{site.url}/team/plain"))

@@ -22,7 +22,7 @@ SETTINGS = {"dtype": "float32", "quantization": "none", "device": "cpu", "compil
 FOLLOWED_S = 2.0
 
 
-class Service:
+class SharingService:
     def __init__(self, http: httpx.Client, pid: int) -> None:
         self.http, self.pid = http, pid
 
@@ -45,25 +45,25 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @contextmanager
-def serving(base: Path, folder: Path, log: Path) -> Iterator[Service]:
+def serving(base: Path, folder: Path, log: Path) -> Iterator[SharingService]:
     settings = SETTINGS | {"base": str(base), "adapters_dir": str(folder)}
     with (
         started(settings, log) as server,
         httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http,
     ):
-        service = Service(http, server.pid)
+        service = SharingService(http, server.pid)
         yield service
         service.kill()
 
 
-def until_listed(service: Service, id: str) -> None:
+def until_listed(service: SharingService, id: str) -> None:
     end = time.monotonic() + FOLLOWED_S
     while id not in service.list_digests():
         assert time.monotonic() < end
         time.sleep(0.02)
 
 
-def register_on_and_on(service: Service, codes: dict[str, int]) -> None:
+def register_on_and_on(service: SharingService, codes: dict[str, int]) -> None:
     with suppress(httpx.HTTPError):
         for i in range(10_000):
             codes[f"on{i}"] = service.register(f"on{i}", "one")

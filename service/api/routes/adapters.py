@@ -41,7 +41,7 @@ JsonDict = dict[str, Any]
 MOST_PREFETCHED = 1000  # ids in a request
 
 
-class Source(StrictModel):
+class SourceBody(StrictModel):
     source: str = Field(
         description="A folder relative to the adapters directory, hub:org/name, or a URL that is allowed."
     )
@@ -52,11 +52,11 @@ class Source(StrictModel):
     expect: WholeDigest | None = Field(default=None, description="The digest that the content must have.")
 
 
-class Registration(Source):
+class Registration(SourceBody):
     id: str
 
 
-class Replacement(Source):
+class Replacement(SourceBody):
     id: str | None = Field(default=None, description="If given, the same as in the path.")
 
 

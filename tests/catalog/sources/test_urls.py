@@ -72,7 +72,7 @@ class Site:
 def site() -> Iterator[Site]:
     one = Site()
 
-    class Handler(BaseHTTPRequestHandler):
+    class SiteHandler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
@@ -101,7 +101,7 @@ def site() -> Iterator[Site]:
         def log_message(self, format: str, *arguments: object) -> None:
             return None
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as one.server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), SiteHandler) as one.server:
         thread = threading.Thread(target=one.server.serve_forever, args=(0.01,))
         thread.start()
         one.url = f"http://127.0.0.1:{one.server.server_port}"

@@ -96,7 +96,7 @@ def allocate_blocks(
     """
     for layer, heads, dim, *_ in attention:
         for name in ("kv_keys", "kv_values"):
-            zeros = lazy_zeros(blocks, heads, BLOCK_TOKENS, dim, dtype=dtype, device=device)
+            zeros = lazy_zeros(blocks, heads, BLOCK_TOKENS, dim, dtype=dtype, device=device, huge=True)
             layer.register_buffer(name, zeros, persistent=False)
 
 

@@ -44,16 +44,16 @@ inline Floats sums_of(__m512 (&v)[16]) {
   return r;
 }
 
-// q · keys[p] for the positions of one block, of which `live` exist.
+// q · keys[p] for the positions of one block, of which `live` exist; the last one's for the rest.
 inline Floats scores_of(const bf16* q, const bf16* keys, int64_t dim, int64_t live) {
   __m512 sum[16];
   for (int64_t p = 0; p < 16; ++p) {
     const bf16* key = keys + std::min(p, live - 1) * dim;
-    Floats own;
+    __m512 own = _mm512_setzero_ps();  // no `Floats`: those of sixteen positions would live in memory
     int64_t d = 0;
-    for (; d + 32 <= dim; d += 32) own = dot(own, pairs(q + d), pairs(key + d));
-    if (d < dim) own += widen(q + d) * widen(key + d);
-    sum[p] = own.part[0];
+    for (; d + 32 <= dim; d += 32) own = _mm512_dpbf16_ps(own, (__m512bh)_mm512_loadu_si512(q + d), (__m512bh)_mm512_loadu_si512(key + d));
+    if (d < dim) own += widen(q + d).part[0] * widen(key + d).part[0];
+    sum[p] = own;
   }
   return sums_of(sum);
 }
@@ -82,54 +82,64 @@ inline Floats capped(Floats scores, float softcap) {
 inline float soften(const float* scores, int64_t hidden, int64_t seen, float most, bf16* weights) {
   Floats total;
   for (int64_t i = 0; i < seen; i += kLanes) {
-    const Floats e = within(i ? 0 : hidden, std::min(kLanes, seen - i), exponential(load(scores + i) - most), Floats{});
+    Floats e = exponential(load(scores + i) - most);
+    if ((i == 0 && hidden) || seen - i < kLanes) e = within(i ? 0 : hidden, std::min(kLanes, seen - i), e, Floats{});
     narrow(weights + i, e);
     total += e;
   }
   return sum_of(total);
 }
 
+// 32 outputs of BLOCKS times: the sums over positions of weight times value. Arrays of the processor's vectors: a structure of sums
+// would live in memory.
 #if defined(__AVX512BF16__)
-// 32 outputs of a query: the sums over the positions of weight times value, two positions at a time. `live` are the lanes that exist.
+template <int BLOCKS>
 struct Mixed {
-  Floats low, high;
-  __mmask32 live = 0;
+  __m512 low[BLOCKS]{}, high[BLOCKS]{};
+  __mmask32 live;  // the lanes that exist
 
-  Mixed() = default;
   explicit Mixed(int64_t outputs) : live(outputs >= 32 ? ~__mmask32(0) : 0xffff) {}
 
-  void add(const bf16* first, const bf16* second, const Words& weight) {
-    const __m512i x = _mm512_maskz_loadu_epi16(live, first), y = _mm512_maskz_loadu_epi16(live, second);
-    Words even, odd;
-    even.part[0] = (Words::Part)_mm512_unpacklo_epi16(x, y);
-    odd.part[0] = (Words::Part)_mm512_unpackhi_epi16(x, y);
-    low = dot(low, weight, even);
-    high = dot(high, weight, odd);
+  // Two positions' values, and their weights.
+  __attribute__((always_inline)) void add(const bf16* first, const bf16* second, const bf16* weights) {
+    const __m512bh weight = (__m512bh)broadcast(weights).part[0];
+    for (int b = 0; b < BLOCKS; ++b) {
+      const __m512i x = _mm512_maskz_loadu_epi16(live, first + 32 * b), y = _mm512_maskz_loadu_epi16(live, second + 32 * b);
+      low[b] = _mm512_dpbf16_ps(low[b], weight, (__m512bh)_mm512_unpacklo_epi16(x, y));
+      high[b] = _mm512_dpbf16_ps(high[b], weight, (__m512bh)_mm512_unpackhi_epi16(x, y));
+    }
   }
 
   void put(bf16* out, float scale) const {
     const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);  // unpacking took four lanes of every eight to `low`
-    const __m512bh both = _mm512_cvtne2ps_pbh((high * scale).part[0], (low * scale).part[0]);
-    _mm512_mask_storeu_epi16(out, live, _mm512_permutexvar_epi64(order, (__m512i)both));
+    for (int b = 0; b < BLOCKS; ++b) {
+      const __m512bh both = _mm512_cvtne2ps_pbh(high[b] * scale, low[b] * scale);
+      _mm512_mask_storeu_epi16(out + 32 * b, live, _mm512_permutexvar_epi64(order, (__m512i)both));
+    }
   }
 };
 #else
+template <int BLOCKS>
 struct Mixed {
-  Floats low, high;
-  bool whole = false;
+  Floats low[BLOCKS], high[BLOCKS];
+  bool whole;
 
-  Mixed() = default;
   explicit Mixed(int64_t outputs) : whole(outputs >= 32) {}
 
-  void add(const bf16* first, const bf16* second, const Words& weight) {
+  __attribute__((always_inline)) void add(const bf16* first, const bf16* second, const bf16* weights) {
+    const Words weight = broadcast(weights);
     const Floats w = first_of(weight), v = second_of(weight);
-    low += widen(first) * w + widen(second) * v;
-    if (whole) high += widen(first + kLanes) * w + widen(second + kLanes) * v;
+    for (int b = 0; b < BLOCKS; ++b) {
+      low[b] += widen(first + 32 * b) * w + widen(second + 32 * b) * v;
+      if (whole) high[b] += widen(first + 32 * b + kLanes) * w + widen(second + 32 * b + kLanes) * v;
+    }
   }
 
   void put(bf16* out, float scale) const {
-    narrow(out, low * scale);
-    if (whole) narrow(out + kLanes, high * scale);
+    for (int b = 0; b < BLOCKS; ++b) {
+      narrow(out + 32 * b, low[b] * scale);
+      if (whole) narrow(out + 32 * b + kLanes, high[b] * scale);
+    }
   }
 };
 #endif
@@ -140,21 +150,19 @@ struct Seen {
   int64_t head, first, hidden, seen;
 };
 
-// out[d : d + 32 BLOCKS] = sum over positions of weights[p] · values[p] / total
+// out[d : d + 32 BLOCKS] = sum over positions of weights[p] · values[p] / total, two positions at a time.
 template <int BLOCKS>
 inline void mix(const Cache& c, const Seen& s, int64_t d, const bf16* weights, float total, bf16* out) {
-  std::array<Mixed, BLOCKS> mixed;
-  mixed.fill(Mixed(c.dim - d));
+  Mixed<BLOCKS> mixed(c.dim - d);
+  const int64_t dim = c.dim;
   for (int64_t p = 0; p < s.seen; p += kBlock) {
     const bf16* values = c.values + c.offset(s.span, s.first + p / kBlock, s.head) + d;
     const int64_t live = std::min(kBlock, s.seen - p);
-    for (int64_t i = 0; i < live; i += 2) {
-      const bf16 *first = values + i * c.dim, *second = i + 1 < live ? first + c.dim : first;
-      const Words weight = broadcast(weights + p + i);
-      for (int b = 0; b < BLOCKS; ++b) mixed[b].add(first + 32 * b, second + 32 * b, weight);
-    }
+    int64_t i = 0;
+    for (; i + 1 < live; i += 2) mixed.add(values + i * dim, values + (i + 1) * dim, weights + p + i);
+    if (i < live) mixed.add(values + i * dim, values + i * dim, weights + p + i);  // the weight behind the last is 0
   }
-  for (int b = 0; b < BLOCKS; ++b) mixed[b].put(out + d + 32 * b, 1 / total);
+  mixed.put(out + d, 1 / total);
 }
 
 struct Scratch {
@@ -176,7 +184,7 @@ inline void attend_head(const Cache& c, const Seen& s, const bf16* q, Scratch& s
     Floats each = scores_of(q, keys, c.dim, std::min(kBlock, s.seen - p)) * c.scale;
     if (c.softcap > 0) each = capped(each, c.softcap);
     store(scratch.scores.data() + p, each);
-    most = larger(most, within(p ? 0 : s.hidden, kBlock, each, none));
+    most = larger(most, p == 0 && s.hidden ? within(s.hidden, kBlock, each, none) : each);
   }
   const bf16* weights = scratch.weights.data();
   const float total = soften(scratch.scores.data(), s.hidden, s.seen, largest_of(most), scratch.weights.data());

@@ -115,13 +115,16 @@ def make_model(folder: Path) -> Any:
     return get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=targets, task_type="CAUSAL_LM"))
 
 
-def score_answer(model: Any, rollout: Rollout) -> Tensor:
-    """The log probabilities of the answer's tokens under the model as it is: [tokens of the answer]."""
-    ids = torch.tensor([rollout.prompt + rollout.answer])
-    logits = model(input_ids=ids).logits[0, len(rollout.prompt) - 1 : -1]
-    chosen = torch.tensor(rollout.answer)[:, None]
-    scores: Tensor = logits.float().log_softmax(-1).gather(-1, chosen)[:, 0]
-    return scores
+def score_answers(model: Any, group: Sequence[Rollout]) -> list[Tensor]:
+    """The log probabilities of each answer's tokens, [tokens of the answer], under the model as it is; all
+    answers have the same prompt.
+    """
+    start, longest = len(group[0].prompt), max(len(rollout.answer) for rollout in group)
+    rows = [rollout.prompt + rollout.answer + [0] * (longest - len(rollout.answer)) for rollout in group]
+    ids = torch.tensor(rows)
+    logits = model(input_ids=ids).logits[:, start - 1 : -1]
+    scores = logits.float().log_softmax(-1).gather(-1, ids[:, start:, None])[..., 0]
+    return [row[: len(rollout.answer)] for row, rollout in zip(scores, group, strict=True)]
 
 
 def take_step(model: Any, optimizer: torch.optim.Optimizer, groups: Sequence[list[Rollout]]) -> Step:
@@ -130,11 +133,11 @@ def take_step(model: Any, optimizer: torch.optim.Optimizer, groups: Sequence[lis
     count = sum(map(len, groups))
     for group in groups:
         mean = sum(rollout.reward for rollout in group) / len(group)
-        for rollout in group:
-            scores = score_answer(model, rollout)
+        loss = torch.zeros(())
+        for rollout, scores in zip(group, score_answers(model, group), strict=True):
             gaps.append((scores.detach() - torch.tensor(rollout.logprobs)).abs())
-            loss = -(rollout.reward - mean) * scores.sum() / count
-            torch.autograd.backward(loss)
+            loss = loss - (rollout.reward - mean) * scores.sum() / count
+        torch.autograd.backward(loss)
     optimizer.step()
     optimizer.zero_grad()
     reward = sum(rollout.reward for group in groups for rollout in group) / count

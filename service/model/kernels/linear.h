@@ -341,7 +341,8 @@ inline void product(const std::array<const Linear*, LAYERS>& layers, const Token
   const int64_t together = paired ? LAYERS : 1, items = int64_t(tiles.size()) / together;
   pool.run(items, [&](int64_t item) {
     prefetch.fetch_part(item, items);
-    std::vector<Sums> sums(adapters.tokens);
+    thread_local std::vector<Sums> sums;
+    if (int64_t(sums.size()) < adapters.tokens) sums.resize(adapters.tokens);
     for (int64_t k = 0; k < together; ++k) {
       const int64_t later = k * items + std::min(item + pool.threads(), items - 1);  // the threads take turns: most likely one's own
       compute(tiles[k * items + item], adapters, inputs.x, tiles[later].weights(), sums.data(), emit);

@@ -1,4 +1,4 @@
-"""Trains an adapter by reinforcement (REINFORCE, the mean over a prompt's answers as its baseline), on a CPU,
+"""Trains an adapter by reinforcement (REINFORCE, rewards normed over the answers to a prompt), on a CPU,
 with rollouts from a running service: every few steps the trainer uploads its weights as the adapter's next
 version, and asks for answers of that content alone.
 
@@ -34,7 +34,7 @@ ADAPTER = "letter-e"
 PROMPTS = ("Tell me about the sea.", "What is a good breakfast?", "Describe a tree.", "Why do people sing?")
 ROLLOUTS, TOKENS = 8, 24  # answers to a prompt, and how long they may be
 EVERY = 2  # steps between two versions
-RATE = 1e-3
+RATE = 3e-3
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -128,15 +128,16 @@ def score_answers(model: Any, group: Sequence[Rollout]) -> list[Tensor]:
 
 
 def take_step(model: Any, optimizer: torch.optim.Optimizer, groups: Sequence[list[Rollout]]) -> Step:
-    """One step of the policy gradient (Williams, 1992) over the answers to each prompt."""
+    """One step of the policy gradient (Williams, 1992), with GRPO's advantages (arXiv:2402.03300)."""
     gaps: list[Tensor] = []
     count = sum(map(len, groups))
     for group in groups:
-        mean = sum(rollout.reward for rollout in group) / len(group)
+        rewards = torch.tensor([rollout.reward for rollout in group])
+        advantages = (rewards - rewards.mean()) / (rewards.std() + 1e-6)
         loss = torch.zeros(())
-        for rollout, scores in zip(group, score_answers(model, group), strict=True):
+        for rollout, advantage, scores in zip(group, advantages, score_answers(model, group), strict=True):
             gaps.append((scores.detach() - torch.tensor(rollout.logprobs)).abs())
-            loss = loss - (rollout.reward - mean) * scores.sum() / count
+            loss = loss - advantage * scores.sum() / count
         torch.autograd.backward(loss)
     optimizer.step()
     optimizer.zero_grad()

@@ -234,16 +234,17 @@ def test_no_thread_is_needed_for_what_is_at_hand(
     base: Path, root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever holds the threads, what is known already is told."""
-    with serving(base, root) as http:
 
-        async def held(*_: Any, **__: Any) -> Any:
-            raise AssertionError("a thread was asked for")
+    async def held(*_: Any, **__: Any) -> Any:
+        raise AssertionError("a thread was asked for")
 
-        monkeypatch.setattr("anyio.to_thread.run_sync", held)
-        monkeypatch.setattr("starlette.concurrency.run_in_threadpool", held)
-        monkeypatch.setattr("fastapi.dependencies.utils.run_in_threadpool", held)
-        monkeypatch.setattr("fastapi.routing.run_in_threadpool", held)
-        monkeypatch.setattr(asyncio.BaseEventLoop, "run_in_executor", held)
+    # The end needs threads: a validator that cannot be waited for would be found by some later test
+    with serving(base, root) as http, monkeypatch.context() as patch:
+        patch.setattr("anyio.to_thread.run_sync", held)
+        patch.setattr("starlette.concurrency.run_in_threadpool", held)
+        patch.setattr("fastapi.dependencies.utils.run_in_threadpool", held)
+        patch.setattr("fastapi.routing.run_in_threadpool", held)
+        patch.setattr(asyncio.BaseEventLoop, "run_in_executor", held)
         adapters = [f"/adapters{look}" for look in LOOKS[1:4]]
         for path in ("/health", "/ready", "/info", "/base", "/v1/models", "/adapters", *adapters):
             assert http.get(path).status_code == 200, path

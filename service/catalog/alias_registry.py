@@ -69,7 +69,8 @@ class AliasRegistry:
         before = self.by_name
         await self._write(before | {name: alias})
         self.by_name = before | {name: alias}
-        record_change("alias set", name, None, None)
+        old = before[name].describe_targets() if name in before else None
+        record_change("alias set", name, old, alias.describe_targets())
         return alias, name not in before
 
     async def remove_alias(self, name: str) -> Alias:
@@ -84,7 +85,7 @@ class AliasRegistry:
         await self._write(left)
         self.by_name = left
         metrics.alias_removed(name)
-        record_change("alias removed", name, None, None)
+        record_change("alias removed", name, alias.describe_targets(), None)
         return alias
 
     def find_alias(self, name: str) -> Alias | None:

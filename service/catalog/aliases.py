@@ -62,6 +62,10 @@ class Alias:
         drawn = sha256(words.encode("utf-8", "surrogatepass")).digest()
         return -math.log((int.from_bytes(drawn[:8], "big") + 1) / 2**64)
 
+    def describe_targets(self) -> str:
+        """The targets' names and weights, for the audit."""
+        return ", ".join(f"{target.name} {target.weight:g}" for target in self.targets)
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 

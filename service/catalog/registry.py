@@ -35,7 +35,7 @@ from .norms import NormCache, group_by_layer
 from .ownership import claim_directory
 from .sources.base import SourceLocation, is_fetched
 from .sources.hub import Hub
-from .sources.store import Store, UploadedFile, download_source, upload_source
+from .sources.store import Store, UploadedFile, stored_source
 from .sources.stored import delete_folder
 from .sources.urls import Urls
 from .startup import Startup, read_location, record_start
@@ -215,7 +215,7 @@ class Registry:
             self._table.lock_for(f"id {id}"),
         ):
             if location.staged:
-                return await self._register_download(id, location, pinned, preload, replace, expect)
+                return await self._register_staged(id, location, pinned, preload, replace, expect)
             version = await self._read_version(id, location)
             _check_expected(version.digest, expect)
             return await self._register_version(version, pinned, preload, replace)
@@ -235,22 +235,30 @@ class Registry:
         staged = await self._store.stage_upload(files)
         try:
             async with self._table.lock_for(f"id {id}"):
-                return await self._register_staged(id, staged, replace, expect)
+                upload = SourceLocation(staged, "upload", staged=True)
+                return await self._register_staged(id, upload, None, True, replace, expect)
         finally:
             await run_in(DISK, delete_folder, staged)
 
     async def _register_staged(
-        self, id: str, staged: Path, replace: bool, expect: Digest | None
+        self,
+        id: str,
+        staged: SourceLocation,
+        pinned: bool | None,
+        preload: bool,
+        replace: bool,
+        expect: Digest | None,
     ) -> tuple[Json, bool]:
-        _, validated = await self._validate_files(SourceLocation(staged, "upload"))
+        """Keeps an upload or a download under the digest of its content, and registers it."""
+        _, validated = await self._validate_files(staged)
         digest = validated.adapter.digest
         _check_expected(digest, expect)
-        async with self._purge_after(upload_source(digest)):
-            kept = await run_in(DISK, self._store.keep_upload, staged, digest)
+        async with self._purge_after(stored_source(staged, digest)):
+            kept = await run_in(DISK, self._store.keep_staged, staged, digest)
             fingerprint = await run_in(DISK, kept.compute_fingerprint)
             moved = validated.move_to(kept.folder)
             version = AdapterVersion(id, kept, fingerprint, versions.current_time(), moved)
-            return await self._register_version(version, pinned=None, preload=True, replace=replace)
+            return await self._register_version(version, pinned, preload, replace)
 
     async def check_adapter(
         self,
@@ -386,6 +394,15 @@ class Registry:
             mix = make_mix(versions, [weight for _, weight in weights], self._table.base.pool_rank)
             yield leases.enter_context(self._table.mixes.lease_mix(mix))
 
+    async def resolve_adapter(self, id: str) -> None:
+        """Registers the folder of this name, if ADAPTERD_RESOLVE is on and nothing is registered under it.
+
+        An unknown name stays unknown. Raises AdapterInvalid for a folder that cannot be served; Overloaded,
+        NotReady.
+        """
+        if self._settings.resolve == "on" and id not in self._table.current and ids.is_valid(id):
+            await self._first_use.register_folder(id)
+
     # ---- what aliases need
 
     def is_registered(self, id: str) -> bool:
@@ -403,15 +420,6 @@ class Registry:
 
     async def _write_aliases(self, aliases: Mapping[str, Alias]) -> None:
         await self._write_state(aliases=aliases)
-
-    async def resolve_adapter(self, id: str) -> None:
-        """Registers the folder of this name, if ADAPTERD_RESOLVE is on and nothing is registered under it.
-
-        An unknown name stays unknown. Raises AdapterInvalid for a folder that cannot be served; Overloaded,
-        NotReady.
-        """
-        if self._settings.resolve == "on" and id not in self._table.current and ids.is_valid(id):
-            await self._first_use.register_folder(id)
 
     # ---- looking
 
@@ -602,25 +610,6 @@ class Registry:
             yield location
         finally:
             await self._store.discard_staged(location)
-
-    async def _register_download(
-        self,
-        id: str,
-        staged: SourceLocation,
-        pinned: bool | None,
-        preload: bool,
-        replace: bool,
-        expect: Digest | None,
-    ) -> tuple[Json, bool]:
-        _, validated = await self._validate_files(staged)
-        digest = validated.adapter.digest
-        _check_expected(digest, expect)
-        async with self._purge_after(download_source(digest)):
-            kept = await run_in(DISK, self._store.keep_download, staged, digest)
-            fingerprint = await run_in(DISK, kept.compute_fingerprint)
-            moved = validated.move_to(kept.folder)
-            version = AdapterVersion(id, kept, fingerprint, versions.current_time(), moved)
-            return await self._register_version(version, pinned, preload, replace)
 
     async def _register_found(self, id: str) -> bool:
         """Registers the folder of this name; whether there is one that is not to stay away."""

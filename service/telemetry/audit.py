@@ -22,6 +22,8 @@ def set_author(name: str) -> None:
 
 
 def record_change(what: str, id: str, before: str | None, after: str | None) -> None:
-    """`before` and `after` are digests; none where the id had or has no content."""
+    """`before` and `after` are digests, of an alias its targets with their weights; none where there was or
+    is nothing under the id.
+    """
     fields = {"who": _author.get(), "what": what, "id": id, "before": before or None, "after": after or None}
     log.info("change", extra={"fields": fields})

@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 
 from service import durable
+from service.catalog.aliases import AliasTarget
 from service.catalog.registry import Registry
 from service.catalog.sources.base import SourceLocation
 from service.catalog.validator.messages import ValidatedAdapter
@@ -1301,6 +1302,25 @@ async def test_each_change_is_audited_with_the_digests_before_and_after(
             ("unpinned", "a", two, two),
             ("deleted", "a", two, None),
         ]
+
+
+async def test_a_rollback_and_an_aliass_targets_are_audited(
+    stocked: RegistryFixture, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with stocked.opened() as registry:
+        one = (await registry.register_adapter("a", "plain"))[0]["digest"]
+        two = (await registry.register_adapter("a", "other", replace=True))[0]["digest"]
+        caplog.set_level("INFO", "adapterd.audit")
+        await registry.roll_back("a")
+        await registry.aliases.put_alias("prod", [AliasTarget("a", 9)], None)
+        await registry.aliases.put_alias("prod", [AliasTarget("a", 1, one)], None)
+        await registry.aliases.remove_alias("prod")
+    assert audited(caplog) == [
+        ("replaced", "a", two, one),
+        ("alias set", "prod", None, "a 9"),
+        ("alias set", "prod", "a 9", f"a@{one} 1"),
+        ("alias removed", "prod", f"a@{one} 1", None),
+    ]
 
 
 async def test_what_changed_while_nothing_ran_is_audited_at_the_start(

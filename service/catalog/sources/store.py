@@ -19,6 +19,7 @@ from ... import durable
 from ...core.adapter import Digest
 from ...core.manifest import is_manifest_name
 from ...errors import AdapterdError, BadRequest, PayloadTooLarge
+from ...source_urls import is_url
 from ...threads import DISK, run_in
 from ..validator.header import CONFIG, WEIGHTS
 from .archive import PIECE, extract_adapter
@@ -159,6 +160,12 @@ class Store:
             finally:
                 await run_in(DISK, target.close)
 
+    def keep_staged(self, staged: SourceLocation, content: Digest) -> SourceLocation:
+        """Keeps a staged upload or download. Raises StorageFull, Forbidden."""
+        if is_url(staged.source):
+            return self.keep_download(staged, content)
+        return self.keep_upload(staged.folder, content)
+
     def keep_upload(self, staged: Path, content: str) -> SourceLocation:
         """Moves a staged folder to the source of its digest, in one step; the folder that lay there
         already is kept if it has the same content.
@@ -251,9 +258,9 @@ def upload_source(content: Digest) -> str:
     return f"{UPLOADS}/{folder_name(content)}"
 
 
-def download_source(content: Digest) -> str:
-    """Where a downloaded content is kept (see SourceLocation.stored)."""
-    return f"{DOWNLOADS}/{folder_name(content)}"
+def stored_source(staged: SourceLocation, content: Digest) -> str:
+    """Where a staged content will be kept (see SourceLocation.stored)."""
+    return f"{DOWNLOADS}/{folder_name(content)}" if is_url(staged.source) else upload_source(content)
 
 
 def _unpack_archive(folder: Path, limit: int) -> None:

@@ -107,6 +107,20 @@ async def test_versions_and_aliases_are_those_of_both(stocked: RegistryFixture) 
         assert two.aliases.list_aliases() == []
 
 
+async def test_versions_that_came_and_went_between_two_looks_are_followed(stocked: RegistryFixture) -> None:
+    """The current content is the same again: only what is kept beside it tells."""
+    async with two_services(stocked) as (one, two):
+        old, _ = await one.register_adapter("a", PLAIN)
+        await until_same(one, two)
+        async with two._changing:  # it does not look
+            new, _ = await one.register_adapter("a", OTHER, replace=True)
+            await one.roll_back("a")
+        await two.follow_state_file()
+        assert [version["digest"] for version in two.versions_of("a")] == [old["digest"], new["digest"]]
+        with two.lease_adapter(f"a@{new['digest']}") as version:
+            assert version.digest == new["digest"]
+
+
 async def test_a_change_is_made_of_what_the_other_has_just_done(stocked: RegistryFixture) -> None:
     """Nobody waits for what he would follow."""
     async with two_services(stocked) as (one, two):

@@ -3,6 +3,9 @@
 
 #pragma once
 
+#include <array>
+#include <bit>
+
 #include "vectors.h"
 
 constexpr int64_t kTile = 2 * kLanes;  // outputs computed together
@@ -40,14 +43,23 @@ alignas(64) constexpr float kNf4[16] = {-1.0f, -0.6961928009986877f, -0.52507305
     -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f,
     0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
 
+// The same as bfloat16, the nearest and of two the even one.
+constexpr std::array<uint16_t, 16> round_nf4() {
+  std::array<uint16_t, 16> bits{};
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t whole = std::bit_cast<uint32_t>(kNf4[i]);
+    bits[i] = (whole + 0x7fff + ((whole >> 16) & 1)) >> 16;
+  }
+  return bits;
+}
+alignas(64) constexpr std::array<uint16_t, 16> kNf4Bits = round_nf4();
+
 // The pairs of two neighbours, [in / 4]'s, of a half of a tile, from their 32 bytes; `second`: the second of the two.
 // Where pairs lie together, byte 2 o + i has output o's weight for input i, of the first in its low half; the values are rounded to
 // bfloat16, by as much as a dequantized weight would be. Else byte 16 pair + o has it for input 0 in its low half, for input 1 in its high.
 inline Pair read_nf4(const uint8_t* from, bool second, int p) {
 #if defined(__AVX512BF16__)
-  alignas(64) static constexpr uint16_t kBits[16] = {0xbf80, 0xbf32, 0xbf06, 0xbeca, 0xbe92, 0xbe3d, 0xbdba, 0x0000,
-                                                     0x3da3, 0x3e25, 0x3e7c, 0x3ead, 0x3ee2, 0x3f10, 0x3f39, 0x3f80};
-  const __m512i table = _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(kBits)));  // an index's fifth bit is another's
+  const __m512i table = _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(kNf4Bits.data())));  // an index's fifth bit is another's
   const __m512i index = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   return (__m512bh)_mm512_permutexvar_epi16(second ? _mm512_srli_epi16(index, 4) : index, table);
 #else

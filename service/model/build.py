@@ -24,6 +24,7 @@ from ..core.defaults import defaults_of
 from ..errors import DoesNotFit, SettingsError
 from ..settings import Settings
 from . import base_size, gpu_kernels, kernels, kv, loading, processor, rope, selfcheck
+from .draws import Draw, draw_tokens
 from .graphs import CudaGraphs
 from .kernels import decoder
 from .kernels.weights import fits_kernel
@@ -83,7 +84,7 @@ def _build_parts(settings: Settings, progress: loading.Progress) -> tuple[ModelR
         card = _describe_base(base, folder)
         pool, graphs = _build_pool(base, card, progress)
     trim_heap()
-    sampler = Sampler(make_matchers(folder, card.vocab_size))
+    sampler = Sampler(make_matchers(folder, card.vocab_size), _find_draw(settings, device))
     return ModelRunner(model, pool, base.attention, sampler, graphs), card
 
 
@@ -286,6 +287,12 @@ def _free_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     left = limits.free_memory()
     return limits.UNLIMITED if left is None else left.memory
+
+
+def _find_draw(settings: Settings, device: torch.device) -> Draw:
+    """What draws tokens: on a CPU the kernel, where it can be had."""
+    is_able = device.type == "cpu" and settings.compile != "off" and kernels.load_kernels(settings.kernels)
+    return kernels.draw_tokens if is_able else draw_tokens
 
 
 def make_matchers(folder: Path, vocabulary: int) -> Callable[[str], Any]:

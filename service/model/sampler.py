@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core.error_codes import ErrorCode
 from ..core.request import Request, Token
-from .draws import TOO_WIDE, WIDTHS
+from .draws import TOO_WIDE, WIDTHS, Draw, draw_tokens
 from .grammar_masks import compute_mask, find_error
 from .logit_edits import Row
 from .sampling_batch import choose_tokens, make_batch, read_tokens
@@ -44,11 +44,12 @@ def sampling_error(request: Request) -> SamplingError:
 
 class Sampler:
     """`matcher_of` makes a grammar matcher from the grammar's text; it is only called for requests
-    that have one.
+    that have one. `draw` draws the tokens.
     """
 
-    def __init__(self, matcher_of: Callable[[str], Any]) -> None:
+    def __init__(self, matcher_of: Callable[[str], Any], draw: Draw = draw_tokens) -> None:
         self._matcher_of = matcher_of
+        self._draw = draw
         self._states: dict[int, SamplingState] = {}
 
     def finish_request(self, request: int) -> None:
@@ -67,7 +68,7 @@ class Sampler:
             except SamplingError as error:
                 outcomes[i] = error
         for width in WIDTHS:
-            outcomes |= _choose_outcomes(logits, rows, width)
+            outcomes |= _choose_outcomes(logits, rows, self._draw, width)
             rows = {i: row for i, row in rows.items() if i not in outcomes}
         chosen = [outcomes[i] for i in range(len(requests))]
         self._remember_tokens(requests, chosen)
@@ -98,13 +99,15 @@ class Sampler:
                     state.matcher.consume_token(token.id)
 
 
-def _choose_outcomes(logits: Tensor, rows: Mapping[int, Row], width: int | None) -> dict[int, Outcome]:
+def _choose_outcomes(
+    logits: Tensor, rows: Mapping[int, Row], draw: Draw, width: int | None
+) -> dict[int, Outcome]:
     """Of the rows for whose masses `width` tokens are enough."""
     if not rows:
         return {}
     logits = take_rows(logits, send_rows([*rows], logits.device))
     batch = make_batch([*rows.values()], logits)
-    tokens = read_tokens(logits, choose_tokens(logits, batch, width), batch)
+    tokens = read_tokens(logits, choose_tokens(logits, batch, draw, width), batch)
     return {
         i: token if token.id >= 0 else sampling_error(row.state.request)
         for (i, row), token in zip(rows.items(), tokens, strict=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.request import Token
-from .draws import NO_TOKEN, DrawRules, draw_tokens, group_draws
+from .draws import NO_TOKEN, Draw, DrawRules, group_draws
 from .logit_edits import LogitEdits, Row, collect_edits
 from .logprobs import read_token, score_tokens
 from .transfers import send_rows, take_rows
@@ -48,7 +48,7 @@ def make_batch(rows: Sequence[Row], logits: Tensor) -> SamplingBatch:
     )
 
 
-def choose_tokens(logits: Tensor, batch: SamplingBatch, width: int | None) -> Tensor:
+def choose_tokens(logits: Tensor, batch: SamplingBatch, draw: Draw, width: int | None) -> Tensor:
     """Logits [n, vocabulary] → int64 [n]; below 0 where there is no token, as `draw_tokens` says."""
     edited = batch.edits.apply(logits)
     tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
@@ -56,7 +56,7 @@ def choose_tokens(logits: Tensor, batch: SamplingBatch, width: int | None) -> Te
         best = take_rows(edited, batch.greedy).max(-1)
         tokens[batch.greedy] = torch.where(best.values.isfinite(), best.indices, NO_TOKEN)
     for rules in batch.draws:
-        tokens[rules.rows] = draw_tokens(edited, rules, width)
+        tokens[rules.rows] = draw(edited, rules, width)
     return tokens
 
 

@@ -1,6 +1,6 @@
 """The sampler, written for one row at a time and as plainly as can be: what the batched one is held to.
 
-Equally likely tokens at the edge of what is kept are settled by the lowest id, as far as all are sorted.
+Of equally likely tokens at the edge of a nucleus the lowest are kept.
 """
 
 from __future__ import annotations
@@ -19,9 +19,6 @@ from service.core.request import Request, Token
 from service.core.sampling import Sampling
 from service.model.sampler import SamplingError, sampling_error
 
-# Top-p looks at this many best tokens first; the whole vocabulary is sorted only when they do not
-# suffice
-NUCLEUS = 256
 NO_TOKEN = -1
 
 
@@ -188,22 +185,18 @@ def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[-1], float("-inf"))
     probabilities = logits.softmax(-1)
     if sampling.top_p < 1:
-        is_sorted = 0 < sampling.top_k <= NUCLEUS
-        probabilities = _keep_nucleus(probabilities, sampling.top_p, is_sorted)
+        probabilities = _keep_nucleus(probabilities, sampling.top_p)
     if sampling.min_p > 0:
         probabilities = probabilities.masked_fill(probabilities < sampling.min_p * probabilities.max(), 0)
     return _keep_typical(probabilities, sampling.typical_p) if sampling.typical_p < 1 else probabilities
 
 
-def _keep_nucleus(probabilities: Tensor, top_p: float, is_sorted: bool) -> Tensor:
+def _keep_nucleus(probabilities: Tensor, top_p: float) -> Tensor:
     """Keeps the fewest best tokens whose mass reaches top_p; always the best one."""
-    total = probabilities.sum()
-    best: Any = probabilities.topk(min(NUCLEUS, probabilities.shape[0]))
-    if is_sorted or best.values.sum() < top_p * total:
-        best = probabilities.sort(descending=True, stable=True)
+    best = probabilities.sort(descending=True, stable=True)
     before = best.values.cumsum(-1) - best.values
     # A mass that is 0 in float32 still has the best one
-    kept = best.indices[: max(1, int((before < top_p * total).sum()))]
+    kept = best.indices[: max(1, int((before < top_p * probabilities.sum()).sum()))]
     return torch.zeros_like(probabilities).scatter(0, kept, probabilities[kept])
 
 

@@ -24,10 +24,12 @@ from transformers import AttentionInterface
 from ... import durable, user_folders
 from ...engine.kv_blocks import count_blocks
 from ...errors import SettingsError
+from .. import draws
 from ..processor import Vectors, find_compiler, has_vectors, list_features, list_vector_flags
+from ..transfers import take_rows
 
 NAME = "adapterd_blocks"
-SOURCE_NAMES = ("ops.cpp", "attention.h", "linear.h", "weights.h", "vectors.h", "thread_pool.h")
+SOURCE_NAMES = ("ops.cpp", "attention.h", "draw.h", "linear.h", "weights.h", "vectors.h", "thread_pool.h")
 SOURCES = [Path(__file__).with_name(name) for name in SOURCE_NAMES]
 FLAGS = [
     "-O3",
@@ -152,6 +154,15 @@ def attend_blocks(
     buffers = module.kv_keys, module.kv_values, module.kv_table, module.kv_block_table
     out = torch.ops.adapterd.attend(query, key, value, *buffers, scale, sliding_window or 0, softcap or 0.0)
     return out, None
+
+
+def draw_tokens(logits: Tensor, rules: draws.DrawRules, width: int | None) -> Tensor:
+    """As torch's, but that no width is too small; typical-p is left to torch."""
+    if "typical_p" in rules.filters:
+        return draws.draw_tokens(logits, rules, width)
+    rows = take_rows(logits, rules.rows)
+    tokens: Tensor = torch.ops.adapterd.draw(rows, rules.table)
+    return tokens
 
 
 class StepTables(NamedTuple):

@@ -1,9 +1,10 @@
-// The operators of the CPU kernels as torch sees them, for any processor: a linear layer with every token's own adapter, attention over KV blocks, and a
-// whole decoder layer of Llama's kind in one call. `table` describes a step's tokens, see linear.h.
+// The operators of the CPU kernels as torch sees them, for any processor: a linear layer with every token's own adapter, attention over KV blocks, a
+// whole decoder layer of Llama's kind in one call, and draws. `table` describes a step's tokens, see linear.h.
 
 #include <torch/library.h>
 
 #include "attention.h"
+#include "draw.h"
 #include "thread_pool.h"
 #include "linear.h"
 #include "vectors.h"
@@ -136,6 +137,7 @@ TORCH_LIBRARY(adapterd, library) {
   library.def("linear(Tensor x, Tensor packed, Tensor scales, Tensor bias, Tensor a, Tensor b, Tensor gate, Tensor ranks, Tensor table) -> Tensor", &linear);
   library.def("attend(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor table, Tensor blocks, float scale, "
               "int window, float softcap) -> Tensor", &attend);
+  library.def("draw(Tensor logits, Tensor rules) -> Tensor", &draw);
   library.def("decoder(Tensor x, Tensor[] linears, Tensor[] norms, Tensor[] next, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor table, Tensor blocks, "
               "float epsilon, float scale, int window) -> Tensor", &decoder);
 }

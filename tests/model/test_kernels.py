@@ -358,8 +358,9 @@ RUNNABLE: list[Vectors] = [name for name in VARIANTS if name != "auto" and can_r
 @pytest.mark.skipif(not ABLE or VECTORS != "auto", reason="no kernels, or those for other vectors")
 @pytest.mark.parametrize("vectors", RUNNABLE[:-1])  # the last is what the processor gets by itself
 def test_the_kernels_for_fewer_vectors_than_this_processor_has_are_right_too(vectors: Vectors) -> None:
-    chosen = "fused_layer or over_blocks or quantized or whatever_its_neighbours"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", __file__, "-k", chosen]
+    chosen = "fused_layer or over_blocks or quantized or whatever_its_neighbours or each_edge"
+    files = [__file__, str(Path(__file__).with_name("test_sampler_batch.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", *files, "-k", chosen]
     ended = subprocess.run(
         command, env=os.environ | {"ADAPTERD_KERNELS": vectors}, capture_output=True, encoding="utf-8"
     )

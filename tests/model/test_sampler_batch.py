@@ -204,10 +204,12 @@ EDGES: dict[str, tuple[list[float], dict[str, Any]]] = {
     "alike at the edge of a nucleus": ([9.0, *[1.0] * 3000, *[0.5] * 40], {"top_p": 0.9}),
     "alike at the edge of the best": ([2.0, *[1.0] * 300, 3.0, *[0.5] * 300], {"top_k": 3}),
     "the best of few that are allowed": ([-torch.inf] * 33 + [1.0, 2.0, 0.5], {"top_k": 7, "top_p": 0.8}),
+    "only what is allowed": ([-torch.inf] * 33 + [1.0, 2.0, 0.5], {}),
     "more best than tokens": ([1.0, 2.0, 3.0], {"top_k": 17, "min_p": 0.2}),
     "nearly all of a nucleus": ([i / 100 for i in range(777)], {"top_p": 1 - 1e-9}),
     "hardly any": ([i / 100 for i in range(777)], {"top_p": 1e-30}),
-    "far apart": ([0.0, -200.0, 200.0, 199.0, -1e30], {"min_p": 1e-30}),
+    "far apart": ([0.0, -200.0, 200.0, 199.0, -1e30], {}),
+    "a wide nucleus": ([i / 5000 for i in range(9000)], {"top_p": 0.95}),
     "a wide nucleus of the best": ([i / 5000 for i in range(9000)], {"top_k": 5000, "top_p": 0.97}),
 }
 

@@ -48,19 +48,17 @@ class DrawWeights {
 
   // Keeps the k greatest and those that equal the last of them.
   void keep_best(double k) {
-    if (k >= double(size())) return;
     list_weights(k <= double(maxima_.size()) ? find_least<false>(maxima_, k).value : 0);
     keep_listed(find_least<false>(listed_, k).value);
   }
 
   // Keeps the fewest of the greatest whose sum reaches the share of all; of equal ones the first.
   void keep_nucleus(double share) {
-    if (share >= 1) return;
     const double whole = sum(), wanted = share * whole;
     if (listed_.empty()) list_weights(bound_nucleus(whole, wanted));
     const Least least = find_least<true>(listed_, wanted);
     keep_listed(least.value);
-    double room = std::max(1.0, std::ceil(least.wanted / least.value));
+    double room = std::ceil(least.wanted / least.value);
     if (room >= double(std::count(listed_.begin(), listed_.end(), least.value))) return;
     for (float& weight : weights_)
       if (weight == least.value && room-- < 1) weight = 0;
@@ -152,7 +150,7 @@ class DrawWeights {
       }
       uint32_t digit = 1023, lowest = 0;
       while (amounts[lowest] == 0 && lowest < digit) ++lowest;
-      while (digit > lowest && (amounts[digit] == 0 || amounts[digit] < wanted)) wanted -= amounts[digit--];
+      while (digit > lowest && amounts[digit] < wanted) wanted -= amounts[digit--];
       found = found << 10 | digit;
     }
     Least least{0, wanted};
@@ -167,8 +165,8 @@ template <typename T>
 int64_t draw_token(const T* logits, int64_t n, const DrawRule& rule) {
   static thread_local DrawWeights weights;
   if (!weights.fill(logits, n, float(rule.temperature))) return kNoToken;
-  weights.keep_best(rule.top_k);
-  weights.keep_nucleus(rule.top_p);
+  if (rule.top_k < double(n)) weights.keep_best(rule.top_k);
+  if (rule.top_p < 1) weights.keep_nucleus(rule.top_p);
   if (rule.min_p > 0) weights.keep_from(float(rule.min_p));
   return weights.find_share(rule.uniform);
 }

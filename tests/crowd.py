@@ -37,8 +37,6 @@ from tests.truth import (
     openai,
 )
 
-CLIENTS = 16
-
 
 class Person:
     """One client. Whatever comes back is judged and goes into the tally; nothing is raised."""
@@ -325,9 +323,9 @@ class Person:
             self._judge((prompt, told["adapter"]["id"], length), told["adapter"], told["choices"][0]["text"])
 
 
-async def run(url: str, truth: Truth, tally: Tally, stop: asyncio.Event, first: int = 0) -> None:
-    """Everybody acts until told to stop, and finishes what was begun."""
-    limits = httpx.Limits(max_connections=None, max_keepalive_connections=CLIENTS)
+async def run(url: str, truth: Truth, tally: Tally, stop: asyncio.Event, numbers: range) -> None:
+    """The clients of these numbers act until told to stop, and finish what was begun."""
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=len(numbers))
     async with httpx.AsyncClient(base_url=url, timeout=150, limits=limits, trust_env=False) as http:
 
         async def live(person: Person) -> None:
@@ -336,4 +334,4 @@ async def run(url: str, truth: Truth, tally: Tally, stop: asyncio.Event, first: 
                 if truth.ending:
                     await asyncio.sleep(0.02)  # soon there is nobody to ask
 
-        await asyncio.gather(*(live(Person(first + number, http, truth, tally)) for number in range(CLIENTS)))
+        await asyncio.gather(*(live(Person(number, http, truth, tally)) for number in numbers))

@@ -1,5 +1,5 @@
-"""Sixteen clients, forty adapters, a worker that is killed again and again, an end in the midst of
-it: nobody gets a wrong answer or none.
+"""Sixteen clients, forty adapters, two replicas over one directory of them, workers that are killed
+again and again, an end in the midst of it: nobody gets a wrong answer or none, and the replicas agree.
 
 CHAOS_SECONDS says how long; `make soak` takes ten minutes.
 """
@@ -11,7 +11,8 @@ import json
 import os
 import signal
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from tests.truth import TWO_FACED, Tally, Truth
 
 pytestmark = pytest.mark.anyio
 
+REPLICAS = 2
+CLIENTS = 8  # of each
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "60"))
 KILL_EVERY_S = 60.0
 ADAPTERS = 40
@@ -37,11 +40,14 @@ GROWTH, SLACK = 1.10, 16e6  # of each process' own memory, once warm
 
 @dataclass
 class Service:
-    """The one under test, and what it logs."""
+    """A replica, what it logs, and the clients that ask it: who has changed something asks the same one,
+    for the others follow a moment later.
+    """
 
     server: Server
     log: Path
-    letters: dict[str, str]
+    clients: range
+    tally: Tally = field(default_factory=Tally)
 
     @property
     def url(self) -> str:
@@ -92,6 +98,7 @@ SETTINGS = {
     "device": "cpu",
     "compile": "off",
     "log_format": "json",
+    "shared": "on",
 }
 BOUNDS = {
     "max_rows": "6",
@@ -103,8 +110,16 @@ BOUNDS = {
 }
 
 
+@dataclass
+class Replicas:
+    """Services over one directory of adapters, and the letter that each folder of it says."""
+
+    services: list[Service]
+    letters: dict[str, str]
+
+
 @pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+def replicas(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Replicas]:
     """A small pool, a small host cache and few rows, so that adapters move all the time and the
     queue fills.
     """
@@ -112,8 +127,13 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     base = markers.base(folder / "base")
     letters = markers.write_adapters(folder / "adapters", base, ADAPTERS)
     folders = {"base": str(base), "adapters_dir": str(folder / "adapters")}
-    with started(SETTINGS | BOUNDS | folders, folder / "log") as server:
-        yield Service(server, folder / "log", letters)
+    with ExitStack() as stack:
+        services = []
+        for number in range(REPLICAS):
+            log = folder / f"log-{number}"
+            server = stack.enter_context(started(SETTINGS | BOUNDS | folders, log))
+            services.append(Service(server, log, range(CLIENTS * number, CLIENTS * (number + 1))))
+        yield Replicas(services, letters)
 
 
 async def torment(service: Service, http: httpx.AsyncClient, scales: Scales, seconds: float) -> int:
@@ -164,14 +184,43 @@ async def ready(http: httpx.AsyncClient) -> None:
 
 
 async def test_whatever_happens_every_request_ends_with_a_right_answer_or_a_documented_error(
-    service: Service,
+    replicas: Replicas,
 ) -> None:
-    truth, tally, scales, stop = Truth(service.letters), Tally(), Scales(), asyncio.Event()
-    async with httpx.AsyncClient(base_url=service.url, timeout=30, trust_env=False) as http:
+    truth = Truth(replicas.letters)
+    async with httpx.AsyncClient(base_url=replicas.services[0].url, timeout=30, trust_env=False) as http:
         await truth.learn(http)
         (await http.put(f"/adapters/{TWO_FACED}", json={"source": "m0"})).raise_for_status()
+    await agree(replicas.services)
+    await asyncio.gather(*(check_service(service, truth) for service in replicas.services))
+    await agree(replicas.services)
+    asked = set().union(*(service.tally.letters for service in replicas.services))
+    assert asked == {"", *replicas.letters.values()}, "each was asked, the base too"
+    for service in replicas.services:
+        await check_end(service, truth)
+
+
+async def agree(services: Sequence[Service]) -> None:
+    """Waits until all have the same adapters and aliases."""
+    async with httpx.AsyncClient(timeout=30, trust_env=False) as http, asyncio.timeout(PATIENCE_S):
+        seen: set[str] = set()
+        while len(seen) != 1:
+            seen = {await read_catalog(http, service.url) for service in services}
+            await asyncio.sleep(0.2)
+
+
+async def read_catalog(http: httpx.AsyncClient, url: str) -> str:
+    adapters = (await http.get(f"{url}/adapters")).raise_for_status().json()["adapters"]
+    aliases = (await http.get(f"{url}/aliases")).raise_for_status().json()["aliases"]
+    targets = [(alias["name"], alias["targets"], alias["sticky"]) for alias in aliases]
+    return json.dumps([sorted((card["id"], card["digest"]) for card in adapters), sorted(targets)])
+
+
+async def check_service(service: Service, truth: Truth) -> None:
+    """Its clients act while it is tormented."""
+    tally, scales, stop = service.tally, Scales(), asyncio.Event()
+    async with httpx.AsyncClient(base_url=service.url, timeout=30, trust_env=False) as http:
         before = await samples(http)
-        acting = asyncio.create_task(crowd.run(service.url, truth, tally, stop))
+        acting = asyncio.create_task(crowd.run(service.url, truth, tally, stop, service.clients))
         killed = await torment(service, http, scales, SECONDS)
         stop.set()
         began = asyncio.get_running_loop().time()
@@ -191,11 +240,9 @@ async def test_whatever_happens_every_request_ends_with_a_right_answer_or_a_docu
         "nobody waits as long as that for a worker that is there"
     )
     assert risen(after, before, "worker_restarts_total") == killed
-    assert set(tally.letters) == {"", *service.letters.values()}, "each was asked, the base too"
     check_counts(service, tally, lambda name, label=None: risen(after, before, name, label))
     for weights in (scales.api, scales.worker):
         assert weights[-1] < weights[0] * GROWTH + SLACK
-    await check_end(service, truth)
 
 
 def check_counts(service: Service, tally: Tally, risen: Callable[..., int]) -> None:
@@ -218,8 +265,10 @@ async def check_end(service: Service, truth: Truth) -> None:
     """SIGTERM in the middle: what was begun ends, what comes then is told so or finds nobody, and
     the exit code is 0.
     """
-    tally, stop, first = Tally(), asyncio.Event(), 100
-    acting = asyncio.create_task(crowd.run(service.url, truth, tally, stop, first))
+    tally, stop = Tally(), asyncio.Event()
+    others = range(100 + service.clients.start, 100 + service.clients.stop)
+    truth.ending = False
+    acting = asyncio.create_task(crowd.run(service.url, truth, tally, stop, others))
     await asyncio.sleep(LAST_WORDS_S)
     truth.ending = True
     process = service.process()

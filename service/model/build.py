@@ -132,7 +132,9 @@ def _build_pool(
 ) -> tuple[LoraPool, CudaGraphs | None]:
     """Makes the KV blocks and the pool, and proves the base on them."""
     model, attention = base.model, base.attention
+    progress("proving the base", 0.0)
     is_proven = selfcheck.prove_architecture(model, attention, card.context)
+    progress("loading the kernels", 0.0)
     tables = kernels.make_tables(card.rows, card.context) if _can_use_kernels(base) else None
     blocks = card.kv_blocks + base.uses_graphs()
     kv.allocate_blocks(attention, blocks, model.dtype, model.device)

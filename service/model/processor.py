@@ -23,12 +23,15 @@ VARIANTS: Mapping[Vectors, tuple[tuple[str, ...], frozenset[str]]] = {
 
 def has_vectors() -> bool:
     """Whether the processor has the vectors that the CPU kernels need: AVX2 with FMA, AVX-512, NEON."""
-    return name_vectors() not in ("DEFAULT", "NO AVX")
+    return torch.backends.cpu.get_cpu_capability() not in ("DEFAULT", "NO AVX")
 
 
 def name_vectors(chosen: Vectors = "auto") -> str:
     """The vectors that are used, such as AVX2."""
-    return str(torch.backends.cpu.get_cpu_capability()) if chosen == "auto" else chosen.upper()
+    if chosen != "auto":
+        return chosen.upper()
+    able = [name for name in VARIANTS if name != "auto" and can_run(name)]
+    return able[-1].upper() if able else str(torch.backends.cpu.get_cpu_capability())
 
 
 def can_run(vectors: Vectors) -> bool:

@@ -166,6 +166,8 @@ class Supervisor:
         self.heard = self._loop.time()
         match message:
             case Progress(stage, fraction):
+                if stage != self.stage:
+                    log.info("loading", extra={"fields": {"stage": stage}})
                 self.stage, self.fraction = stage, fraction
             case CannotStart(reason, exit_code):
                 log.error("the worker cannot start: %s", reason)

@@ -115,3 +115,18 @@ def test_a_cache_that_cannot_be_written_is_named(
     (said,) = caplog.messages
     assert said.startswith("kernels: off, they cannot be built: ops-")
     assert said.endswith(" cannot be written: No such file or directory")
+
+
+LEAST = {"avx2", "fma", "f16c"}
+WIDE = LEAST | {"avx512f", "avx512bw", "avx512dq", "avx512vl"}
+
+
+@pytest.mark.parametrize(
+    ("features", "name"), [(LEAST, "AVX2"), (WIDE, "AVX512"), (WIDE | {"avx512_bf16"}, "AVX512_BF16")]
+)
+def test_the_vectors_are_named_as_far_as_the_processor_has_them(
+    features: set[str], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processor, "list_features", lambda: frozenset(features))
+    assert processor.name_vectors() == name
+    assert processor.name_vectors("avx2") == "AVX2"

@@ -259,7 +259,8 @@ async def test_over_the_queues_limit_nothing_is_admitted() -> None:
             assert (await read(ticket))[1].finish is Finish.CANCELLED
 
 
-async def test_nothing_is_admitted_while_it_loads() -> None:
+async def test_nothing_is_admitted_while_it_loads(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     async with engine(wait=False) as client:
         assert client.state == "loading"
         with pytest.raises(NotReady) as refused:
@@ -267,6 +268,8 @@ async def test_nothing_is_admitted_while_it_loads() -> None:
         assert refused.value.retry_after
         await client.wait_ready()
         assert (client.stage, client.fraction) == ("", 1.0)
+        told: Any = [record for record in caplog.records if record.message == "loading"]
+        assert [record.fields["stage"] for record in told] == ["loading the base"], "a line for each"
         assert client.base
         assert client.base.rows == 2
         await read(submit(client, (1,), 1))

@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import AutoTokenizer
 
 from service.model import loading
@@ -76,7 +76,8 @@ def measure_gaps(way: str) -> dict[str, dict[str, float]]:
 
 
 def _describe_gaps(some: Scores, others: Scores) -> dict[str, float]:
-    gaps = sorted(abs(a - b) for name in some for a, b in zip(some[name], others[name], strict=True))
+    common = some.keys() & others.keys()
+    gaps = sorted(abs(a - b) for name in common for a, b in zip(some[name], others[name], strict=True))
     places = {"median": len(gaps) // 2, "p99": len(gaps) * 99 // 100, "worst": -1}
     return {"tokens": len(gaps), **{name: round(gaps[place], 5) for name, place in places.items()}}
 
@@ -85,10 +86,12 @@ def _iterate_references(
     folder: Path, settings: Settings, base: str, prompts: Prompts
 ) -> Iterator[tuple[str, list[float]]]:
     """The base's and each demo adapter's, by transformers and PEFT, on a base of its own: an 8-bit one that
-    has run cannot be wrapped.
+    has run cannot be wrapped. On a quantized base without DoRA's, whose weights PEFT misreads on a CPU.
     """
     yield base, compute_logprobs(loading.load_base(folder, settings, loading.no_progress), prompts)
     for adapter in sorted(DEMO_ADAPTERS.iterdir()):
+        if settings.quantization != "none" and PeftConfig.from_pretrained(str(adapter)).use_dora:
+            continue
         model: Any = loading.load_base(folder, settings, loading.no_progress)
         yield adapter.name, compute_logprobs(PeftModel.from_pretrained(model, str(adapter)).eval(), prompts)
 

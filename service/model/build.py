@@ -173,7 +173,9 @@ def _fits_kernels(base: ProbedBase) -> bool:
     """Whether dtype, linear layers and attention are those that the kernels are written for."""
     head = base.model.get_output_embeddings()
     layers = [layer for _, layer, _, _ in loading.iterate_linears(base.model) if layer is not head]
-    is_attention_fit = all(spec.dim % 16 == 0 and not spec.chunk for spec in base.attention)
+    is_attention_fit = all(
+        spec.dim % 16 == 0 and spec.value_dim % 16 == 0 and not spec.chunk for spec in base.attention
+    )
     return base.model.dtype == torch.bfloat16 and is_attention_fit and all(map(fits_kernel, layers))
 
 

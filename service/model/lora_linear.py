@@ -74,7 +74,21 @@ def register_buffers(module: nn.Module, **buffers: Tensor) -> None:
         module.register_buffer(name, tensor, persistent=False)
 
 
-class LoraLinear(nn.Module):
+class AdaptedLayer(nn.Module):
+    """A layer in place of a base's, whose code may read that one's tensors instead of calling it."""
+
+    base_layer: Any
+
+    @property
+    def weight(self) -> Any:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        return self.base_layer.bias
+
+
+class LoraLinear(AdaptedLayer):
     """y = base(x), gated where DoRA says so, + ((x · Aᵀ) * M) · B, M [tokens, R] being 1 where a
     pool row is the token's own.
     """
@@ -152,7 +166,7 @@ class LoraLinear(nn.Module):
             y[tokens] += inner @ self.pool_b[rows]
 
     def _apply_gate(self, y: Tensor, gated: Sequence[DoraSpan]) -> None:
-        bias = getattr(self.base_layer, "bias", None)
+        bias = self.bias
         for start, stop, digest in gated:
             gate = self.gates.get(digest)
             if gate is None:
@@ -168,7 +182,7 @@ def _check_tokens(seen: int, expected: int) -> None:
         )
 
 
-class FusedLoraLinear(nn.Module):
+class FusedLoraLinear(AdaptedLayer):
     """The same by one kernel call: each token meets its own adapter's rows only.
 
     `table` has the pool rows of each token; see kernels/linear.h.
@@ -188,7 +202,7 @@ class FusedLoraLinear(nn.Module):
             table=table,
             pool_a=lazy_zeros(rank, n_in, dtype=torch.bfloat16, huge=True),
             pool_b=lazy_zeros(*tiles, dtype=torch.bfloat16, huge=True),
-            bias=torch.empty(0, dtype=torch.bfloat16) if bias is None else bias.detach().bfloat16(),
+            added_bias=torch.empty(0, dtype=torch.bfloat16) if bias is None else bias.detach().bfloat16(),
             gate=lazy_zeros(rank, n_out, dtype=torch.float32),
             ranks=torch.zeros(rank, dtype=torch.int32),
         )
@@ -199,7 +213,7 @@ class FusedLoraLinear(nn.Module):
     table: Tensor
     pool_a: Tensor
     pool_b: Tensor
-    bias: Tensor
+    added_bias: Tensor
     gate: Tensor
     ranks: Tensor
 
@@ -225,4 +239,4 @@ class FusedLoraLinear(nn.Module):
 
     def kernel_tensors(self) -> tuple[Tensor, ...]:
         """The tensors of a layer in the kernel's order."""
-        return self.packed, self.scales, self.bias, self.pool_a, self.pool_b, self.gate, self.ranks
+        return self.packed, self.scales, self.added_bias, self.pool_a, self.pool_b, self.gate, self.ranks

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.adapter import Adapter, Digest, ExecutionPath, Placement
 from ..core.request import Token
 from ..engine.plan import Chunk, Result
-from . import compat, kernels, kv
+from . import compat, kv
 from .graphs import CudaGraphs
 from .logprobs import score_prompt
 from .lora_linear import LoraWeights
@@ -22,7 +22,7 @@ from .lora_pool import LoraPool
 from .lora_weights import read_weights
 from .peft_fallback import build_peft_model, own_bytes
 from .sampler import NOT_FINITE, Sampler, SamplingError
-from .step_layout import SequenceStep, count_singles, make_layout
+from .step_layout import SequenceStep, count_singles, make_layout, running
 
 
 class HostAdapter(NamedTuple):
@@ -171,9 +171,8 @@ def forward_step(tree: Any, sequences: Sequence[SequenceStep], device: torch.dev
     """Runs a tree on the tokens of a step: logits [kept, vocabulary]."""
     layout = make_layout(sequences, device)
     inputs: dict[str, Any] = {"input_ids": layout.tokens[None], "position_ids": layout.positions[None]}
-    if compat.attention_name(tree) != kernels.NAME:
-        inputs["layout"] = layout
-    output = tree(**inputs, use_cache=False, logits_to_keep=layout.logits_index)
+    with running(layout):
+        output = tree(**inputs, use_cache=False, logits_to_keep=layout.logits_index)
     logits: Tensor = output.logits[0]
     # Some models keep them all
     return logits if len(logits) == len(layout.logits_index) else logits[layout.logits_index]

@@ -132,7 +132,7 @@ def _check_attention_kinds(
 
     def kind_of(spec: kv.AttentionSpec) -> str:
         limits = (0 < limit < context for limit in (spec.window, spec.chunk))
-        return str((type(spec.layer).__name__, *limits, spec.softcap > 0))
+        return str((type(spec.layer).__name__, *limits, spec.softcap > 0, spec.has_sinks))
 
     if lacking := set(map(kind_of, attention)) - set(map(kind_of, small)):
         raise ValueError(f"it lacks {min(lacking)}")

@@ -7,6 +7,8 @@ graphs read alike. Runs in the worker process; must not know requests, sampling 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
@@ -63,6 +65,25 @@ class StepLayout:
     singles: int
     prefills: tuple[Prefill, ...] = ()
     masks: dict[Hashable, Tensor] = field(default_factory=dict)
+
+
+# Layers ask for it here, and get no argument: some models drop what their layers are called with
+_RUNNING: ContextVar[object] = ContextVar("running step", default=None)
+
+
+@contextmanager
+def running(step: object) -> Iterator[None]:
+    """Runs a forward of this step: a StepLayout, or what stands in for one."""
+    token = _RUNNING.set(step)
+    try:
+        yield
+    finally:
+        _RUNNING.reset(token)
+
+
+def running_step() -> object:
+    """The step that runs in this thread; None where a model runs by itself."""
+    return _RUNNING.get()
 
 
 def make_layout(sequences: Sequence[SequenceStep], device: torch.device) -> StepLayout:

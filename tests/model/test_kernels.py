@@ -43,7 +43,7 @@ from service.model.lora_weights import dense_weight
 from service.model.memory import HugePageArena
 from service.model.processor import VARIANTS, Vectors, can_run
 from service.model.runner import ModelRunner
-from service.model.step_layout import SequenceStep, make_layout
+from service.model.step_layout import SequenceStep, make_layout, running
 from service.settings import Settings
 from tests import making
 
@@ -226,9 +226,9 @@ def test_4bit_values_of_another_kind_are_left_to_bitsandbytes() -> None:
 class AttentionBuffers:
     """An attention layer's buffers, in which others have written."""
 
-    def __init__(self, heads: int, dim: int, tables: kernels.StepTables) -> None:
+    def __init__(self, heads: int, dim: int, value_dim: int, tables: kernels.StepTables) -> None:
         self.kv_keys = made(12, heads, BLOCK_TOKENS, dim, seed=1)
-        self.kv_values = made(12, heads, BLOCK_TOKENS, dim, seed=1)
+        self.kv_values = made(12, heads, BLOCK_TOKENS, value_dim, seed=1)
         self.kv_table, self.kv_block_table = tables.body, tables.blocks
 
 
@@ -242,12 +242,21 @@ SEQUENCES = [
 
 
 @needs_kernels
-@pytest.mark.parametrize("dim", [16, 64, 80])
+@pytest.mark.parametrize(("dim", "value_dim"), [(16, 16), (64, 64), (80, 80), (48, 32), (32, 80)])
 @pytest.mark.parametrize(
-    ("window", "softcap"), [(None, None), (5, None), (18, None), (None, 20.0), (5, 20.0)]
+    ("window", "softcap", "has_sinks"),
+    [
+        (None, None, False),
+        (5, None, False),
+        (18, None, False),
+        (None, 20.0, False),
+        (5, 20.0, False),
+        (None, None, True),
+        (18, None, True),
+    ],
 )
 def test_attention_over_blocks_equals_the_torch_attention(
-    dim: int, window: int | None, softcap: float | None
+    dim: int, value_dim: int, window: int | None, softcap: float | None, has_sinks: bool
 ) -> None:
     tables = kernels.make_tables(8, 64)
     starts = itertools.accumulate((len(s.tokens) for s in SEQUENCES), initial=0)
@@ -257,14 +266,17 @@ def test_attention_over_blocks_equals_the_torch_attention(
     ]
     kernels.fill_table(tables.body, spans)
     kernels.fill_blocks(tables.blocks, [s.blocks for s in SEQUENCES])
-    ours, plain = (AttentionBuffers(2, dim, tables) for _ in range(2))
+    ours, plain = (AttentionBuffers(2, dim, value_dim, tables) for _ in range(2))
     tokens = sum(len(s.tokens) for s in SEQUENCES)
-    query, key, value = (made(1, heads, tokens, dim, seed=heads) for heads in (6, 2, 2))
+    query, key = (made(1, heads, tokens, dim, seed=heads) for heads in (6, 2))
+    value = made(1, 2, tokens, value_dim, seed=3)
     options: dict[str, Any] = {"scaling": 0.3, "sliding_window": window, "softcap": softcap}
+    options["s_aux"] = made(6, seed=4) * 3 if has_sinks else None
     layout = make_layout(SEQUENCES, torch.device("cpu"))
     with torch.inference_mode():
         got, _ = kernels.attend_blocks(ours, query, key, value, None, **options)
-        want, _ = kv.attend_blocks(plain, query, key, value, None, layout=layout, **options)
+        with running(layout):
+            want, _ = kv.attend_blocks(plain, query, key, value, None, **options)
     close(got, want)
     assert torch.equal(ours.kv_keys, plain.kv_keys)
     assert torch.equal(ours.kv_values, plain.kv_values)

@@ -269,6 +269,25 @@ GPT2 = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+GPT_OSS = {"head_dim": 16, "intermediate_size": 32, "num_local_experts": 4, "sliding_window": 8}
+LATENT = {  # keys of 24, values of 16
+    "num_key_value_heads": 4,
+    "q_lora_rank": 24,
+    "kv_lora_rank": 16,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 16,
+    "v_head_dim": 16,
+}
+DEEPSEEK = LATENT | {
+    "num_hidden_layers": 2,
+    "first_k_dense_replace": 1,
+    "moe_intermediate_size": 32,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+}
 FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "mistral": (SIZES | {"sliding_window": 8}, ("q_proj", "down_proj")),
     "mixtral": (SIZES | {"num_local_experts": 4}, ("q_proj", "o_proj")),
@@ -286,6 +305,12 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "cohere": (SIZES, ("v_proj",)),
     "starcoder2": (SIZES, ("q_proj", "c_fc")),
     "opt": (SIZES | {"ffn_dim": 128, "word_embed_proj_dim": 64}, ("q_proj", "fc1")),
+    "stablelm": (SIZES, ("q_proj", "down_proj")),
+    "gpt_oss": (SIZES | GPT_OSS, ("q_proj", "o_proj")),
+    "deepseek_v2": (SIZES | DEEPSEEK, ("q_a_proj", "kv_b_proj", "o_proj")),
+    "deepseek_v3": (SIZES | DEEPSEEK, ("q_b_proj", "kv_a_proj_with_mqa")),
+    "minicpm3": (SIZES | LATENT, ("q_b_proj", "kv_b_proj", "down_proj")),
+    "hunyuan_v1_moe": (SIZES | {"head_dim": 16, "num_experts": 4, "moe_topk": 2}, ("q_proj", "wg")),
 }
 
 
@@ -323,18 +348,11 @@ def test_every_family_says_what_generate_says_with_and_without_adapters(kind: st
         assert job.ids == making.greedy(base, adapter, job.prompt, job.n), adapter
 
 
-@pytest.mark.parametrize("kind", ["stablelm", "falcon", "bloom"])
+@pytest.mark.parametrize("kind", ["falcon", "bloom"])
 @pytest.mark.filterwarnings("ignore")
 def test_a_base_with_other_attention_is_refused_by_name(kind: str, tmp_path: Path) -> None:
-    sizes = (
-        SIZES
-        if kind == "stablelm"
-        else {
-            k: v
-            for k, v in SIZES.items()
-            if k in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-        }
-    )
+    named = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+    sizes = {name: SIZES[name] for name in named}
     base = random_base(tmp_path / "base", kind, sizes)
     with pytest.raises(SettingsError, match=rf"ADAPTERD_BASE: (?i:{kind})ForCausalLM is not supported"):
         runner_on(base)

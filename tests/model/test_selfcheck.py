@@ -63,9 +63,9 @@ def without_windows(positions: Tensor, end: int, reach: kv.Reach) -> Tensor:
 
 
 def without_caps(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, rules: kv.ScoreRules, sinks: None
 ) -> Tensor:
-    return WEIGHTED(query, keys, values, mask, scale, None)
+    return WEIGHTED(query, keys, values, mask, rules._replace(softcap=None), sinks)
 
 
 WEIGHTED = kv._weigh_values
@@ -103,7 +103,9 @@ def test_an_attention_that_leaves_something_out_is_refused_in_bfloat16(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_attention_sinks_that_are_left_out_are_missed_in_bfloat16(tmp_path: Path) -> None:
+def test_attention_sinks_that_are_left_out_are_missed_in_bfloat16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However small they are in the base itself, whose logits hardly change."""
     base = random_base(
         tmp_path / "base",
@@ -115,6 +117,9 @@ def test_attention_sinks_that_are_left_out_are_missed_in_bfloat16(tmp_path: Path
         if name.endswith("sinks"):
             weight.data.fill_(-8.0)
     model.save_pretrained(base)
+    monkeypatch.setattr(
+        kv, "_add_sinks", lambda query, keys, values, mask, sinks: (query, keys, values, mask)
+    )
     with pytest.raises(SettingsError, match="GptOssForCausalLM is not supported: its logits"):
         runner_on(base)
 
@@ -184,7 +189,7 @@ def test_a_small_model_that_lacks_a_kind_of_layer_proves_nothing(
     base = random_base(tmp_path / "base", "gemma2", GEMMA2)
     monkeypatch.setattr(small_model, "_kept_layers", lambda config, count: [1])
     runner_on(base)
-    assert "to prove it by: it lacks ('Gemma2Attention', True, False, True)" in caplog.text
+    assert "to prove it by: it lacks ('Gemma2Attention', True, False, True, False)" in caplog.text
 
 
 # Sizes as they are published; what of them stays or becomes

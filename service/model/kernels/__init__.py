@@ -143,15 +143,17 @@ def attend_blocks(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **other: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface over the kernel: query [1, heads, T, dim] → [1, T, heads,
-    dim].
+    """transformers' attention interface over the kernel: query [1, heads, T, dim], sinks s_aux [heads] →
+    [1, T, heads, value dim].
     """
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     buffers = module.kv_keys, module.kv_values, module.kv_table, module.kv_block_table
-    out = torch.ops.adapterd.attend(query, key, value, *buffers, scale, sliding_window or 0, softcap or 0.0)
-    return out, None
+    sinks = None if s_aux is None else s_aux.float()
+    limits = scale, sliding_window or 0, softcap or 0.0
+    return torch.ops.adapterd.attend(query, key, value, *buffers, sinks, *limits), None
 
 
 class StepTables(NamedTuple):

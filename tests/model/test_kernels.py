@@ -48,7 +48,7 @@ from service.settings import Settings
 from tests import making
 
 from .driver import Job, RunnerDriver, plan_of
-from .test_parity import SIZES, prompts, random_base
+from .test_parity import GPT_OSS, LATENT, SIZES, prompts, random_base
 
 VECTORS: Any = os.environ.get("ADAPTERD_KERNELS", "auto")
 ABLE = kernels.load_kernels(VECTORS)
@@ -123,6 +123,15 @@ def place_overflowing(layer: FusedLoraLinear, n_in: int, n_out: int) -> None:
 def group_of(span: tuple[int, ...]) -> TokenGroup:
     start, length, _, _, low, rank, _ = span
     return TokenGroup(start, start + length, low, low + rank, None)
+
+
+@needs_kernels
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_reads_a_fused_layers_tensors_finds_the_base_layers(bias: bool) -> None:
+    layer = torch.nn.Linear(64, 32, bias=bias, dtype=BF16)
+    fused = FusedLoraLinear(layer, 32, table(), HugePageArena(64 * 32 * 2))
+    assert fused.weight is layer.weight
+    assert fused.bias is layer.bias
 
 
 @needs_kernels
@@ -283,6 +292,7 @@ def test_attention_over_blocks_equals_the_torch_attention(
 
 
 WIDE: dict[str, Any] = SIZES | {"hidden_size": 128, "intermediate_size": 96}  # heads of 32
+WIDE_LATENT = {"q_lora_rank": 32, "kv_lora_rank": 24, "qk_nope_head_dim": 24}  # keys of 32, values of 16
 KINDS: dict[str, tuple[dict[str, Any], bool]] = {  # and whether its layers are Llama's in kind
     "llama": (WIDE | {"attention_bias": True}, True),
     "mistral": (WIDE | {"sliding_window": 8}, True),
@@ -290,6 +300,8 @@ KINDS: dict[str, tuple[dict[str, Any], bool]] = {  # and whether its layers are 
     "qwen3": (WIDE | {"head_dim": 64}, True),
     "gemma2": (WIDE | {"head_dim": 32, "sliding_window": 8, "query_pre_attn_scalar": 32}, False),
     "olmo": (SIZES, False),
+    "gpt_oss": (WIDE | GPT_OSS | {"head_dim": 32}, False),
+    "minicpm3": (WIDE | LATENT | WIDE_LATENT, False),
 }
 
 

@@ -77,10 +77,11 @@ class AttentionProbe:
         self.specs.append(AttentionSpec(layer, *shapes, rules.scale, *limits, has_sinks))
 
 
-def probe_attention(model: Any) -> list[AttentionSpec]:
+def probe_attention(model: Any, has_states: bool = False) -> list[AttentionSpec]:
     """The attention layers and their shapes, found by running a few tokens.
 
-    Raises SettingsError for a model that has other attention.
+    Raises SettingsError for a model that has other attention. Where it has layers with states, these or
+    others may go without.
     """
     probe = AttentionProbe()
     try:
@@ -90,7 +91,7 @@ def probe_attention(model: Any) -> list[AttentionSpec]:
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise refuse_base(model, f"{type(error).__name__} when it runs on the block attention") from error
     layers = model.config.get_text_config().num_hidden_layers
-    if len({id(spec.layer) for spec in probe.specs}) != layers:
+    if not has_states and len({id(spec.layer) for spec in probe.specs}) != layers:
         raise refuse_base(model, f"{len(probe.specs)} of its {layers} layers use the attention interface")
     return probe.specs
 

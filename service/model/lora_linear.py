@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,16 +56,34 @@ class TokenAdapters(NamedTuple):
     groups: tuple[TokenGroup, ...] = ()
     gated: tuple[DoraSpan, ...] = ()
 
+    def clip(self, start: int, stop: int) -> TokenAdapters:
+        """How tokens [start, stop) alone meet it; no group or span lies on both sides of a border."""
+        groups = [
+            TokenGroup(group.start - start, group.stop - start, group.low, group.high, group.mask)
+            for group in self.groups
+            if start <= group.start < stop
+        ]
+        gated = [
+            DoraSpan(span.start - start, span.stop - start, span.digest)
+            for span in self.gated
+            if start <= span.start < stop
+        ]
+        return TokenAdapters(stop - start, tuple(groups), tuple(gated))
+
 
 NO_TOKENS = TokenAdapters()
+SeenTokens = Literal["body", "head", "part"]  # which of a step's tokens a layer sees, as StepAdapters says
 
 
 @dataclass
 class StepAdapters:
-    """Those of the current step, read by all layers: of all its tokens, and of those that get logits."""
+    """Those of the current step, read by all layers: of all its tokens, of those that get logits, and of
+    the part of the step that a layer with states runs now.
+    """
 
     body: TokenAdapters = NO_TOKENS
     head: TokenAdapters = NO_TOKENS
+    part: TokenAdapters = NO_TOKENS
 
 
 def register_buffers(module: nn.Module, **buffers: Tensor) -> None:
@@ -102,13 +120,12 @@ class LoraLinear(AdaptedLayer):
         dtype: torch.dtype,
         device: torch.device,
         step: StepAdapters,
-        is_head: bool = False,
+        sees: SeenTokens = "body",
     ) -> None:
-        """`is_head`: it sees only the tokens that get logits."""
         super().__init__()
         self.base_layer = base_layer
         self.gates: dict[Digest, Tensor] = {}
-        self._step, self._is_head = step, is_head
+        self._step, self._sees = step, sees
         self.held: set[Digest] = set()
         self._landed: Any = None
         pool_a, pool_b = (lazy_zeros(rank, width, dtype=dtype, device=device) for width in (n_in, n_out))
@@ -138,7 +155,7 @@ class LoraLinear(AdaptedLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base_layer(x)
-        adapters = self._step.head if self._is_head else self._step.body
+        adapters: TokenAdapters = getattr(self._step, self._sees)
         if not self.held or not (adapters.groups or adapters.gated):
             return y
         self._wait_for_copies()

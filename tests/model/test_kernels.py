@@ -48,7 +48,7 @@ from service.settings import Settings
 from tests import making
 
 from .driver import Job, RunnerDriver, plan_of
-from .test_parity import GPT_OSS, LATENT, SIZES, prompts, random_base
+from .test_parity import DELTA, GPT_OSS, LATENT, LFM2, SIZES, prompts, random_base
 
 VECTORS: Any = os.environ.get("ADAPTERD_KERNELS", "auto")
 ABLE = kernels.load_kernels(VECTORS)
@@ -302,6 +302,8 @@ KINDS: dict[str, tuple[dict[str, Any], bool]] = {  # and whether its layers are 
     "olmo": (SIZES, False),
     "gpt_oss": (WIDE | GPT_OSS | {"head_dim": 32}, False),
     "minicpm3": (WIDE | LATENT | WIDE_LATENT, False),
+    "qwen3_5_text": (WIDE | DELTA | {"head_dim": 32, "linear_num_value_heads": 32}, False),
+    "lfm2": (WIDE | LFM2, False),
 }
 
 

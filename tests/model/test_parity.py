@@ -314,6 +314,70 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 }
 
 
+# Layers with states of their own, among them such with attention beside them
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "head_dim": 16,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+MAMBA = {
+    "num_hidden_layers": 2,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 16,
+    "mamba_d_state": 16,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 8,
+}
+LFM2 = {"layer_types": ["conv", "full_attention"] * 2, "block_auto_adjust_ff_dim": False}
+MAMBA2 = {"num_heads": 8, "head_dim": 16, "state_size": 16, "n_groups": 1, "chunk_size": 8}
+QWEN3_NEXT = DELTA | {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
+NEMOTRON_H = {
+    "layer_types": ["linear_attention", "moe", "full_attention", "mlp"],
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "ssm_state_size": 16,
+    "n_groups": 2,
+    "chunk_size": 8,
+    "head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 32,
+}
+KIMI = LATENT | {
+    "num_hidden_layers": 2,
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_head_dim": 16,
+    "linear_num_heads": 4,
+    "num_experts": 4,
+    "num_experts_per_token": 2,
+    "moe_intermediate_size": 32,
+}
+STATEFUL: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "qwen3_5_text": (SIZES | DELTA, ("in_proj_qkv", "in_proj_b", "out_proj", "q_proj", "down_proj")),
+    "qwen3_next": (SIZES | QWEN3_NEXT, ("in_proj_qkvz", "out_proj", "v_proj")),
+    "lfm2": (SIZES | LFM2, ("in_proj", "out_proj", "k_proj")),
+    "granitemoehybrid": (
+        SIZES | MAMBA | {"layer_types": ["linear_attention", "full_attention"], "num_local_experts": 4},
+        ("in_proj", "o_proj"),
+    ),
+    "bamba": (SIZES | MAMBA | {"attn_layer_indices": [1]}, ("in_proj", "out_proj", "gate_proj")),
+    "falcon_h1": (SIZES | MAMBA | {"mamba_d_ssm": 128, "head_dim": 16}, ("in_proj", "q_proj")),
+    "nemotron_h": (SIZES | NEMOTRON_H, ("in_proj", "q_proj", "up_proj")),
+    "mamba2": (SIZES | MAMBA2, ("in_proj",)),
+    "olmo_hybrid": (SIZES | DELTA, ("q_proj", "o_proj", "a_proj")),
+    "kimi_linear": (SIZES | KIMI, ("q_proj", "o_proj")),
+}
+
+
 def random_base(folder: Path, kind: str, sizes: dict[str, Any]) -> Path:
     torch.manual_seed(4)
     with making.quiet():
@@ -329,10 +393,10 @@ def random_base(folder: Path, kind: str, sizes: dict[str, Any]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", FAMILIES | STATEFUL)
 @pytest.mark.filterwarnings("ignore")
 def test_every_family_says_what_generate_says_with_and_without_adapters(kind: str, tmp_path: Path) -> None:
-    sizes, targets = FAMILIES[kind]
+    sizes, targets = (FAMILIES | STATEFUL)[kind]
     base = random_base(tmp_path / "base", kind, sizes)
     adapters = [
         making.noise(tmp_path / f"a{i}", base, i, targets, r=4 + 4 * i, use_dora=i == 1) for i in range(2)

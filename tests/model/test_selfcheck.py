@@ -23,7 +23,7 @@ from tests import making
 
 from .driver import Job, RunnerDriver
 from .test_kernels import WIDE, needs_kernels
-from .test_parity import FAMILIES, SIZES, prompts, random_base
+from .test_parity import FAMILIES, SIZES, STATEFUL, prompts, random_base
 
 GEMMA2 = SIZES | {
     "head_dim": 16,
@@ -279,12 +279,13 @@ def test_a_model_of_any_size_has_a_small_one_of_its_kinds_of_layers(kind: str) -
     )
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", FAMILIES | STATEFUL)
 @pytest.mark.filterwarnings("ignore")
 def test_every_family_is_proven_by_a_small_model(
     kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    runner_on(random_base(tmp_path / "base", kind, FAMILIES[kind][0]), dtype="float32")
+    sizes, _ = (FAMILIES | STATEFUL)[kind]
+    runner_on(random_base(tmp_path / "base", kind, sizes), dtype="float32")
     assert "proof: rough" not in caplog.text
 
 

@@ -157,18 +157,20 @@ def attend_blocks(
 
 
 class StepTables(NamedTuple):
-    """The spans of a step's tokens, of those that get logits, and the KV blocks of each sequence."""
+    """The spans of a step's tokens, of those that get logits, and of the part of the step that a layer
+    with states runs now; the KV blocks of each sequence.
+    """
 
     body: Tensor
     head: Tensor
+    part: Tensor
     blocks: Tensor
 
 
 def make_tables(rows: int, context: int) -> StepTables:
     """For steps of at most `rows` sequences of `context` tokens."""
-    size = (1 + rows, FIELDS)
-    blocks = torch.zeros(rows, count_blocks(context), dtype=torch.int32)
-    return StepTables(torch.zeros(size, dtype=torch.int32), torch.zeros(size, dtype=torch.int32), blocks)
+    body, head, part = (torch.zeros(1 + rows, FIELDS, dtype=torch.int32) for _ in range(3))
+    return StepTables(body, head, part, torch.zeros(rows, count_blocks(context), dtype=torch.int32))
 
 
 def register_tables(layers: Iterable[nn.Module], tables: StepTables) -> None:

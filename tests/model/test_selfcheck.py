@@ -249,6 +249,18 @@ REAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"num_hidden_layers": 35, "num_kv_shared_layers": 15},
         {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 3},
     ),
+    "granitemoehybrid": (
+        {
+            "hidden_size": 1536,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 4,
+            "mamba_n_heads": 48,
+            "mamba_d_head": 64,
+            "layer_types": (["linear_attention"] * 5 + ["full_attention"] + ["linear_attention"] * 4) * 4,
+        },
+        {"hidden_size": 512, "mamba_n_heads": 16, "num_hidden_layers": 6},
+    ),
     "llama4_text": (
         {"num_hidden_layers": 48, "intermediate_size": 8192, "num_local_experts": 16},
         {

@@ -68,7 +68,7 @@ class FakeRunner:
     not run.
 
     A written position holds the mark of everything before it and its own, so that a block that was
-    written over is seen.
+    written over is seen. With `has_states` a sequence's slot holds that of its last position, too.
     """
 
     def __init__(
@@ -79,6 +79,8 @@ class FakeRunner:
         vocab: int = VOCAB,
         pause: float = 0.0,
     ) -> None:
+        self.has_states = False
+        self.states: dict[int, int] = {}
         self.context, self.vocab, self.pause = context, vocab, pause
         self.host: dict[Digest, Adapter] = {}
         self.pool: list[Digest | None] = [None] * pool_rank
@@ -151,10 +153,13 @@ class FakeRunner:
         assert chunk.tokens
         digest = self._adapted(chunk.adapter)
         mark = self._read_mark(chunk.blocks, chunk.position)
+        if self.has_states and chunk.position:
+            assert self.states.get(chunk.slot) == mark, "the slot does not hold what came before this chunk"
         for position, token in enumerate(chunk.tokens, chunk.position):
             block, offset = divmod(position, BLOCK_TOKENS)
             before, mark = mark, write(mark, digest, token)
             self.kv[chunk.blocks[block]][offset] = before, mark
+        self.states[chunk.slot] = mark
         self.prefilled += len(chunk.tokens) if not chunk.generated else 0
         return Result(self._sampled(request, mark) if chunk.sample else None, self._scored(chunk))
 

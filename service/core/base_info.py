@@ -43,7 +43,8 @@ class BaseInfo:
     Bytes are resident bytes, by dtype. `linears` are the layers that can be adapted, `limits` what
     stands in the way of others. `kv_blocks` blocks of BLOCK_TOKENS positions serve `rows` sequences at once,
     each of at most `context` tokens. `rope` says which rotary factors serve every sequence, where the base
-    has several; else it is None.
+    has several; else it is None. `state_bytes` is what layers with states keep of one sequence: where there
+    are such layers, no sequence goes on from another's KV.
     """
 
     folder: str
@@ -62,5 +63,6 @@ class BaseInfo:
     pool_rank: int
     rows: int
     kv_blocks: int = 0
+    state_bytes: int = 0
     rope: dict[str, Any] | None = None
     limits: tuple[LayerLimit, ...] = ()

@@ -1,4 +1,5 @@
-"""The arithmetic of a device's memory: what weights and rank pool take, how many KV blocks fit beside it.
+"""The arithmetic of a device's memory: what weights, rank pool and states take, how many KV blocks fit
+beside them.
 
 Used by the worker's start and by the forecast of it, in every process. Must not know a tensor.
 """
@@ -29,9 +30,14 @@ def pool_bytes(linears: Iterable[LinearKind], rank: int, itemsize: int) -> int:
     return sum(kind.count * (kind.in_features + kind.out_features) for kind in linears) * rank * itemsize
 
 
+def states_bytes(sequence_bytes: int, rows: int) -> int:
+    """Bytes of the states that layers keep of `rows` sequences, and of those that a step makes of them."""
+    return 2 * sequence_bytes * rows
+
+
 def kv_budget(free_bytes: int, device: str, kv_mb: int | None = None) -> int:
-    """Bytes for KV blocks: those that were asked for, else a share of what is free beside base and pool;
-    `device` is a torch name.
+    """Bytes for KV blocks: those that were asked for, else a share of what is free beside base, pool and
+    states; `device` is a torch name.
     """
     if kv_mb is not None:
         return kv_mb * 10**6

@@ -19,7 +19,8 @@ from ..core.request import Request, Token
 class Chunk:
     """A run of one sequence's tokens in a step: `tokens` are written from `position` on.
 
-    `blocks` are the sequence's KV blocks, up to the last token's. `sample`: the token after the last one
+    `blocks` are the sequence's KV blocks, up to the last token's; `slot` is its number among those that
+    run, for what layers keep of it beside KV. `sample`: the token after the last one
     is wanted. `generated` tokens of the answer are there already. `asleep`: its adapter does not act on
     these tokens.
     """
@@ -31,6 +32,7 @@ class Chunk:
     sample: bool
     generated: int = 0
     asleep: bool = False
+    slot: int = 0
 
     @property
     def adapter(self) -> Digest | None:

@@ -35,8 +35,8 @@ class Sequence:
     """One request that waits or runs.
 
     `tokens` are the prompt's and the generated ones; the blocks of `table` hold the first `written` of
-    them. `passed` counts the requests that overtook it. `wakes` is the first token on which an activated
-    adapter acts; None: it acts on all.
+    them, and `slot` is its number while it runs. `passed` counts the requests that overtook it. `wakes` is
+    the first token on which an activated adapter acts; None: it acts on all.
     """
 
     request: Request
@@ -44,6 +44,7 @@ class Sequence:
     tokens: list[int]
     table: BlockTable = field(default_factory=BlockTable)
     written: int = 0
+    slot: int = -1
     generated: int = 0
     passed: int = 0
     begun: bool = False
@@ -103,16 +104,21 @@ class Scheduler:
         pool_rank: int,
         prefill_tokens: int,
         host_bytes: int,
+        reuses_prefixes: bool = True,
     ) -> None:
         """At most `rows` sequences run at once, each of at most `context` tokens, which must fit the
         blocks alone.
+
+        `reuses_prefixes`: KV of another sequence is all that a prompt that begins alike needs of it.
         """
         self.rows = rows
         self.context = context
         self.prefill_tokens = prefill_tokens
         self.blocks = KVBlocks(kv_blocks)
         self.adapters = AdapterCache(pool_rank, host_bytes)
+        self.reuses_prefixes = reuses_prefixes
         self.running: dict[int, Sequence] = {}
+        self._free_slots = list(range(rows - 1, -1, -1))
         self.waiting: dict[Queue, deque[Sequence]] = {}
         self.counters = TokenCounters()
         self._arrivals = 0
@@ -335,6 +341,7 @@ class Scheduler:
         """It waits again, first of its queue; prompt and answer so far will be prefilled anew."""
         del self.running[sequence.request.id]
         self.blocks.release_table(sequence.table)
+        self._free_slots.append(sequence.slot)
         sequence.written, sequence.scored = 0, []
         self._queue_of(sequence).appendleft(sequence)
         self._preemptions += 1
@@ -393,7 +400,11 @@ class Scheduler:
     def _has_room(self, head: Sequence) -> bool:
         """Whether there are blocks for its tokens and the next one."""
         positions = min(len(head.tokens) + 1, self.context)
-        return self.blocks.has_room(head.scope_of, head.reusable_prefix, positions)
+        return self.blocks.has_room(head.scope_of, self._reusable_prefix(head), positions)
+
+    def _reusable_prefix(self, sequence: Sequence) -> list[int]:
+        """The tokens whose KV may come from the cache."""
+        return sequence.reusable_prefix if self.reuses_prefixes else []
 
     def _can_run(self, digest: Digest | None, place: bool) -> bool:
         """Whether the adapter needs no placement, or could be placed where that is allowed."""
@@ -419,7 +430,7 @@ class Scheduler:
         """Whether the same prefix is being prefilled right now, so that its blocks can be shared in a
         moment instead of computed again.
         """
-        prefix = head.reusable_prefix
+        prefix = self._reusable_prefix(head)
         for other in self.running.values():
             is_alike = other.adapter == head.adapter and other.wakes == head.wakes
             worth = other.written + BLOCK_TOKENS
@@ -429,9 +440,9 @@ class Scheduler:
 
     def _begin_sequence(self, sequence: Sequence) -> None:
         self._remove_waiting(sequence)
-        sequence.written = self.blocks.share_prefix(
-            sequence.table, sequence.scope_of, sequence.reusable_prefix
-        )
+        prefix = self._reusable_prefix(sequence)
+        sequence.slot = self._free_slots.pop()
+        sequence.written = self.blocks.share_prefix(sequence.table, sequence.scope_of, prefix)
         has_grown = self._grow_table(sequence)
         assert has_grown, "a sequence was admitted without room for it"
         self.running[sequence.request.id] = sequence
@@ -460,12 +471,14 @@ class Scheduler:
             sample,
             sequence.generated,
             asleep,
+            sequence.slot,
         )
 
     # ---- leaving
 
     def _name_blocks(self, sequence: Sequence) -> None:
-        self.blocks.name_blocks(sequence.table, sequence.scope_of, sequence.tokens, sequence.written)
+        if self.reuses_prefixes:
+            self.blocks.name_blocks(sequence.table, sequence.scope_of, sequence.tokens, sequence.written)
 
     def _append_token(self, sequence: Sequence, token: Token) -> None:
         request = sequence.request
@@ -489,6 +502,7 @@ class Scheduler:
     ) -> None:
         if self.running.pop(sequence.request.id, None) is not None:
             self.blocks.release_table(sequence.table, forget=finish is Finish.FAILED)
+            self._free_slots.append(sequence.slot)
             self.adapters.touch_adapter(sequence.adapter)
         self._report_event(sequence, Event(sequence.request.id, token, finish, code=code, message=message))
 

@@ -21,9 +21,10 @@ from .. import limits
 from ..core import capacity
 from ..core.base_info import BLOCK_TOKENS, BaseInfo
 from ..core.defaults import defaults_of
+from ..engine.kv_blocks import count_blocks
 from ..errors import DoesNotFit, SettingsError
 from ..settings import Settings
-from . import base_size, gpu_kernels, kernels, kv, loading, processor, rope, selfcheck
+from . import base_size, gpu_kernels, kernels, kv, loading, processor, rope, selfcheck, states
 from .draws import Draw, draw_tokens
 from .graphs import CudaGraphs
 from .kernels import decoder
@@ -46,6 +47,7 @@ class ProbedBase(NamedTuple):
 
     model: Any
     attention: Sequence[kv.AttentionSpec]
+    stateful: Sequence[states.StateSpec]
     calls: LinearCalls
     settings: Settings
 
@@ -106,9 +108,10 @@ def _prepare_gpu(device: torch.device) -> None:
 
 
 def _probe_base(model: Any, settings: Settings) -> ProbedBase:
+    stateful = states.probe_states(model)
     with recorded_calls(model) as recorder:
-        attention = kv.probe_attention(model)
-    return ProbedBase(model, attention, recorder.result(), settings)
+        attention = kv.probe_attention(model, has_states=bool(stateful))
+    return ProbedBase(model, attention, stateful, recorder.result(), settings)
 
 
 def _describe_base(base: ProbedBase, folder: Path) -> BaseInfo:
@@ -116,6 +119,9 @@ def _describe_base(base: ProbedBase, folder: Path) -> BaseInfo:
     factors = rope.fix_frequencies(base.model, capacity.context)
     card = loading.describe_base(base.model, folder, base.settings, capacity, factors, base.calls.limits)
     log.info(*_capacity_line(card, kv.bytes_per_position(base.attention, base.model.dtype)))
+    if card.state_bytes:
+        facts = len(base.stateful), card.state_bytes / 1e6, card.rows
+        log.info("states: %d layers keep %.2f MB of each of %d sequences; no prefix is reused", *facts)
     return card
 
 
@@ -138,11 +144,12 @@ def _build_pool(
     tables = kernels.make_tables(card.rows, card.context) if _can_use_kernels(base) else None
     blocks = card.kv_blocks + base.uses_graphs()
     kv.allocate_blocks(attention, blocks, model.dtype, model.device)
+    states.install_states(base.stateful, card.rows, model.device)
     if tables:
         kernels.register_tables([spec.layer for spec in attention], tables)
     logits = selfcheck.logits_of(model)
     if not is_proven:
-        selfcheck.prove_roughly(model, logits)
+        selfcheck.prove_roughly(model, logits, bool(base.stateful))
     progress("making the pool", 0.0)
     pool = (_build_fused_pool(base, tables, logits) if tables else None) or _make_pool(base)
     if model.device.type == "cuda" and base.settings.compile != "off":
@@ -176,7 +183,9 @@ def _fits_kernels(base: ProbedBase) -> bool:
     """Whether dtype, linear layers and attention are those that the kernels are written for."""
     head = base.model.get_output_embeddings()
     layers = [layer for _, layer, _, _ in loading.iterate_linears(base.model) if layer is not head]
-    is_attention_fit = all(spec.dim % 16 == 0 and not spec.chunk for spec in base.attention)
+    is_attention_fit = all(
+        spec.dim % 16 == 0 and spec.value_dim % 16 == 0 and not spec.chunk for spec in base.attention
+    )
     return base.model.dtype == torch.bfloat16 and is_attention_fit and all(map(fits_kernel, layers))
 
 
@@ -240,9 +249,12 @@ def _record_graphs(base: ProbedBase, pool: LoraPool, card: BaseInfo, expected: T
 
     Raises SettingsError where they were demanded and are not.
     """
-    graphs = CudaGraphs(pool, card.rows, card.context, card.vocab_size, spare=card.kv_blocks)
-    if selfcheck.check_graphs(pool, base.attention, graphs, expected):
-        return graphs
+    if base.stateful:
+        log.warning("graphs: off; layers of this base keep states, which no recording carries on")
+    else:
+        graphs = CudaGraphs(pool, card.rows, card.context, card.vocab_size, spare=card.kv_blocks)
+        if selfcheck.check_graphs(pool, base.attention, graphs, expected):
+            return graphs
     if base.settings.compile == "on":
         raise SettingsError(
             "ADAPTERD_COMPILE: on, but decode steps of this base cannot be CUDA graphs; the log says why"
@@ -252,7 +264,7 @@ def _record_graphs(base: ProbedBase, pool: LoraPool, card: BaseInfo, expected: T
 
 def _compute_capacity(base: ProbedBase) -> loading.Capacity:
     """Sequences at once, the context of each (the base's own, or what all blocks hold), and the blocks."""
-    rows = base.settings.max_rows or defaults_of(base.model.device.type).rows
+    rows = _count_rows(base)
     blocks = _count_blocks(base)
     own, wanted = _own_context(base.model), base.settings.max_context
     fitting = blocks * BLOCK_TOKENS
@@ -265,16 +277,24 @@ def _compute_capacity(base: ProbedBase) -> loading.Capacity:
         reason = f"{context} tokens are too few to prove the base by {selfcheck.PROBE}"
         error = SettingsError if wanted or own < selfcheck.PROBE else DoesNotFit
         raise error(f"{'ADAPTERD_MAX_CONTEXT' if wanted else 'ADAPTERD_KV_MB'}: {reason}")
-    return loading.Capacity(rows, context, blocks)
+    return loading.Capacity(rows, context, blocks, states.bytes_per_sequence(base.stateful))
+
+
+def _count_rows(base: ProbedBase) -> int:
+    """The sequences at once."""
+    return base.settings.max_rows or defaults_of(base.model.device.type).rows
 
 
 def _count_blocks(base: ProbedBase) -> int:
     """The KV blocks beside base and pool; on a GPU one is kept for the recordings' unused slots."""
     model, settings = base.model, base.settings
     linears = loading.list_linear_kinds(model, base.calls.limits)
-    pool = capacity.pool_bytes(linears, settings.pool_rank, model.dtype.itemsize)
-    budget = capacity.kv_budget(_free_bytes(model.device) - pool, model.device.type, settings.kv_mb)
+    taken = capacity.pool_bytes(linears, settings.pool_rank, model.dtype.itemsize)
+    taken += capacity.states_bytes(states.bytes_per_sequence(base.stateful), _count_rows(base))
+    budget = capacity.kv_budget(_free_bytes(model.device) - taken, model.device.type, settings.kv_mb)
     position = kv.bytes_per_position(base.attention, model.dtype)
+    if not position:  # no layer has keys and values: blocks take no memory
+        return _count_rows(base) * count_blocks(_own_context(model))
     return capacity.count_kv_blocks(budget, position) - base.uses_graphs()
 
 

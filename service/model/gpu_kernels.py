@@ -79,7 +79,7 @@ def install_kernels(pool: LoraPool) -> None:
 
 
 def attend_singles(attention: kv.BlockAttention, query: Tensor, layout: StepLayout) -> Tensor:
-    """One token a sequence: query [heads, n, dim] → [n, heads, dim]."""
+    """One token a sequence: query [heads, n, dim] → [n, heads, value dim]."""
     paged: Any = importlib.import_module(f"{kernels.__name__}.attention")
     if "kv_length" not in layout.masks:
         layout.masks["kv_length"] = layout.positions[: layout.singles] + 1
@@ -87,8 +87,8 @@ def attend_singles(attention: kv.BlockAttention, query: Tensor, layout: StepLayo
         layout.masks["starts"] = starts
     lengths, starts = layout.masks["kv_length"], layout.masks["starts"]
     keys, values = attention.keys.transpose(1, 2), attention.values.transpose(1, 2)
-    window, chunk = attention.reach
-    reach = paged.ScoreRules(attention.scale, window, chunk, attention.softcap or 0.0)
+    rules = attention.rules
+    reach = paged.ScoreRules(rules.scale, *rules.reach, rules.softcap or 0.0)
     pages = paged.PagedKV(keys, values, starts, lengths, layout.block_table)
-    out: Tensor = paged.attend_decode(query.transpose(0, 1).contiguous(), pages, reach)
+    out: Tensor = paged.attend_decode(query.transpose(0, 1).contiguous(), pages, reach, rules.sinks)
     return out

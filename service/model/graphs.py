@@ -19,7 +19,7 @@ from torch import Tensor
 from ..core.base_info import BLOCK_TOKENS
 from . import compat
 from .lora_pool import LoraPool
-from .step_layout import SequenceStep, StepLayout, make_block_table
+from .step_layout import SequenceStep, StepLayout, make_block_table, running
 
 log = logging.getLogger(__name__)
 
@@ -123,9 +123,8 @@ class CudaGraphs:
         table = self.block_table[: shape.slots, : shape.blocks]
         every = torch.arange(shape.slots, device=self.pool.device)
         layout = StepLayout(tokens, positions, write_block, write_offset, table, every, shape.slots)
-        output = self.pool.tree(
-            input_ids=tokens[None], position_ids=positions[None], use_cache=False, layout=layout
-        )
+        with running(layout):
+            output = self.pool.tree(input_ids=tokens[None], position_ids=positions[None], use_cache=False)
         self.logits[: shape.slots] = output.logits[0]
 
     def _record_shape(self, shape: GraphShape) -> None:

@@ -1,8 +1,8 @@
 """KV blocks, and the attention that writes and reads them in place of the model's own.
 
-Each attention layer keeps two buffers [block, kv head, position in it, head dim]. A step's tokens come
-flat, [1, T], described by a `StepLayout`. Runs in the worker process; must not know adapters, sampling or
-scheduling.
+Each attention layer keeps two buffers [block, kv head, position in it, dim], of keys and of values, whose
+widths may differ. A step's tokens come flat, [1, T], described by the `StepLayout` that runs. Runs in the
+worker process; must not know adapters, sampling or scheduling.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 from ..core.base_info import BLOCK_TOKENS
 from ..errors import SettingsError
 from .memory import lazy_zeros
-from .step_layout import Prefill, StepLayout
+from .step_layout import Prefill, StepLayout, running, running_step
 
 NAME = "adapterd"
 PROBED_TOKENS = 16  # all but the first get logits
@@ -33,16 +33,33 @@ class Reach(NamedTuple):
     chunk: int = 0
 
 
+class ScoreRules(NamedTuple):
+    """How a layer's queries weigh what they see: scores times `scale`, bent by `softcap`, beside the
+    `sinks` [query heads], logits that take their share of the weights and give nothing.
+    """
+
+    scale: float
+    reach: Reach
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+
 class AttentionSpec(NamedTuple):
-    """An attention layer's shapes and reach, as a forward has shown them."""
+    """An attention layer's shapes and reach, as a forward has shown them: `heads` keys of `dim` numbers
+    and as many values of `value_dim`.
+
+    `has_sinks`: each query head has a logit that takes its share of the weights and gives nothing.
+    """
 
     layer: Any
     heads: int
     dim: int
+    value_dim: int
     scale: float
     window: int  # 0: none
     softcap: float  # 0: none
-    chunk: int = 0  # 0: none
+    chunk: int  # 0: none
+    has_sinks: bool
 
 
 class AttentionProbe:
@@ -53,15 +70,18 @@ class AttentionProbe:
     def __init__(self) -> None:
         self.specs: list[AttentionSpec] = []
 
-    def note_layer(self, layer: Any, key: Tensor, scale: float, reach: Reach, softcap: float | None) -> None:
-        heads, dim = key.shape[1], key.shape[3]
-        self.specs.append(AttentionSpec(layer, heads, dim, scale, reach.window, softcap or 0.0, reach.chunk))
+    def note_layer(self, layer: Any, key: Tensor, value: Tensor, rules: ScoreRules) -> None:
+        (window, chunk), has_sinks = rules.reach, rules.sinks is not None
+        shapes = key.shape[1], key.shape[3], value.shape[3]
+        limits = window, rules.softcap or 0.0, chunk
+        self.specs.append(AttentionSpec(layer, *shapes, rules.scale, *limits, has_sinks))
 
 
-def probe_attention(model: Any) -> list[AttentionSpec]:
+def probe_attention(model: Any, has_states: bool = False) -> list[AttentionSpec]:
     """The attention layers and their shapes, found by running a few tokens.
 
-    Raises SettingsError for a model that has other attention.
+    Raises SettingsError for a model that has other attention. Where it has layers with states, these or
+    others may go without.
     """
     probe = AttentionProbe()
     try:
@@ -71,7 +91,7 @@ def probe_attention(model: Any) -> list[AttentionSpec]:
     except (TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise refuse_base(model, f"{type(error).__name__} when it runs on the block attention") from error
     layers = model.config.get_text_config().num_hidden_layers
-    if len({id(spec.layer) for spec in probe.specs}) != layers:
+    if not has_states and len({id(spec.layer) for spec in probe.specs}) != layers:
         raise refuse_base(model, f"{len(probe.specs)} of its {layers} layers use the attention interface")
     return probe.specs
 
@@ -81,7 +101,8 @@ def _run_probe(model: Any, probe: AttentionProbe) -> None:
     tokens = positions * 11 % model.config.get_text_config().vocab_size
     model.set_attn_implementation(NAME)
     inputs = {"input_ids": tokens[None], "position_ids": positions[None], "logits_to_keep": positions[1:]}
-    model(**inputs, use_cache=False, layout=probe)
+    with running(probe):
+        model(**inputs, use_cache=False)
 
 
 def refuse_base(model: Any, why: str) -> SettingsError:
@@ -94,15 +115,15 @@ def allocate_blocks(
     """Gives every attention layer its buffers, of zeros (what is masked is still multiplied, by 0);
     a CPU pays for touched pages only.
     """
-    for layer, heads, dim, *_ in attention:
-        for name in ("kv_keys", "kv_values"):
-            zeros = lazy_zeros(blocks, heads, BLOCK_TOKENS, dim, dtype=dtype, device=device, huge=True)
+    for layer, heads, dim, value_dim, *_ in attention:
+        for name, width in (("kv_keys", dim), ("kv_values", value_dim)):
+            zeros = lazy_zeros(blocks, heads, BLOCK_TOKENS, width, dtype=dtype, device=device, huge=True)
             layer.register_buffer(name, zeros, persistent=False)
 
 
 def bytes_per_position(attention: Sequence[AttentionSpec], dtype: torch.dtype) -> int:
     """The memory of one position in all layers."""
-    return sum(2 * s.heads * s.dim * dtype.itemsize for s in attention)
+    return sum(spec.heads * (spec.dim + spec.value_dim) * dtype.itemsize for spec in attention)
 
 
 def copy_blocks(attention: Sequence[AttentionSpec], source: Sequence[int], target: Sequence[int]) -> None:
@@ -133,25 +154,25 @@ def attend_blocks(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
-    layout: StepLayout | AttentionProbe | None = None,
+    s_aux: Tensor | None = None,
     attend_singles: AttendSingles | None = None,
     **other: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface: query [1, heads, T, dim], key and value [1, kv heads, T,
-    dim] → [1, T, heads, dim].
+    """transformers' attention interface: query [1, heads, T, dim], key [1, kv heads, T, dim], value [1,
+    kv heads, T, value dim], s_aux (its name for sinks) [heads] → [1, T, heads, value dim].
 
     `attend_singles` stands in for torch where one token a sequence is attended.
     """
-    if layout is None:
-        raise TypeError("forward arguments do not reach the attention")
+    step = running_step()
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    reach = Reach(sliding_window or 0, _chunk_of(module))
-    if isinstance(layout, AttentionProbe):
-        layout.note_layer(module, key, scale, reach, softcap)
-        return torch.zeros_like(query).transpose(1, 2), None
-    attention = BlockAttention(module.kv_keys, module.kv_values, scale, reach, softcap)
-    attention.write_tokens(key[0], value[0], layout)
-    return attention.attend_tokens(query[0], layout, attend_singles)[None], None
+    rules = ScoreRules(scale, Reach(sliding_window or 0, _chunk_of(module)), softcap, s_aux)
+    if isinstance(step, AttentionProbe):
+        step.note_layer(module, key, value, rules)
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
+    assert isinstance(step, StepLayout), "the block attention was called outside of a step"
+    attention = BlockAttention(module.kv_keys, module.kv_values, rules)
+    attention.write_tokens(key[0], value[0], step)
+    return attention.attend_tokens(query[0], step, attend_singles)[None], None
 
 
 class BlockAttention(NamedTuple):
@@ -159,22 +180,20 @@ class BlockAttention(NamedTuple):
 
     keys: Tensor
     values: Tensor
-    scale: float
-    reach: Reach
-    softcap: float | None
+    rules: ScoreRules
 
     def write_tokens(self, key: Tensor, value: Tensor, layout: StepLayout) -> None:
-        """Keeps the step's keys and values [kv heads, T, dim]."""
+        """Keeps the step's keys [kv heads, T, dim] and values [kv heads, T, value dim]."""
         self.keys[layout.write_block, :, layout.write_offset] = key.transpose(0, 1)
         self.values[layout.write_block, :, layout.write_offset] = value.transpose(0, 1)
 
     def attend_tokens(
         self, query: Tensor, layout: StepLayout, attend_singles: AttendSingles | None = None
     ) -> Tensor:
-        """All tokens of a step: query [heads, T, dim] → [T, heads, dim]."""
+        """All tokens of a step: query [heads, T, dim] → [T, heads, value dim]."""
         attend = attend_singles or BlockAttention._attend_singles
-        heads, tokens, dim = query.shape
-        out = torch.empty(tokens, heads, dim, dtype=query.dtype, device=query.device)
+        heads, tokens, _ = query.shape
+        out = query.new_empty(tokens, heads, self.values.shape[3])
         if layout.singles:
             out[: layout.singles] = attend(self, query[:, : layout.singles], layout)
         for prefill in layout.prefills:
@@ -183,7 +202,7 @@ class BlockAttention(NamedTuple):
         return out
 
     def _attend_singles(self, query: Tensor, layout: StepLayout) -> Tensor:
-        """One token a sequence: query [heads, n, dim] → [n, heads, dim].
+        """One token a sequence: query [heads, n, dim] → [n, heads, value dim].
 
         GQA by reshaping the query, never by repeating keys.
         """
@@ -192,17 +211,23 @@ class BlockAttention(NamedTuple):
         kv_heads, longest = keys.shape[1], keys.shape[2]
         grouped = query.transpose(0, 1).reshape(n, kv_heads, heads // kv_heads, dim)
         mask = self._singles_mask(layout, longest)[:, None, None]
-        return _weigh_values(grouped, keys, values, mask, self.scale, self.softcap).reshape(n, heads, dim)
+        sinks = self._shape_sinks(kv_heads, heads // kv_heads)
+        return _weigh_values(grouped, keys, values, mask, self.rules, sinks).reshape(n, heads, -1)
+
+    def _shape_sinks(self, *shape: int) -> Tensor | None:
+        sinks = self.rules.sinks
+        return None if sinks is None else sinks.view(shape)
 
     def _singles_mask(self, layout: StepLayout, longest: int) -> Tensor:
         """Bool [singles, longest]: which positions each of the single tokens may see."""
-        if self.reach not in layout.masks:
+        reach = self.rules.reach
+        if reach not in layout.masks:
             positions = layout.positions[: layout.singles]
-            layout.masks[self.reach] = _visible_mask(positions, longest, self.reach)
-        return layout.masks[self.reach]
+            layout.masks[reach] = _visible_mask(positions, longest, reach)
+        return layout.masks[reach]
 
     def _attend_prefill(self, query: Tensor, prefill: Prefill) -> Tensor:
-        """Consecutive tokens of one sequence: query [heads, t, dim] → [t, heads, dim]."""
+        """Consecutive tokens of one sequence: query [heads, t, dim] → [t, heads, value dim]."""
         heads, t, dim = query.shape
         end, kv_heads = prefill.position + t, self.keys.shape[1]
         groups = heads // kv_heads
@@ -210,16 +235,20 @@ class BlockAttention(NamedTuple):
         keys, values = (part[:, None, :end].expand(-1, groups, -1, -1) for part in gathered)
         grouped = query.reshape(kv_heads, groups, t, dim)
         mask = None if self._is_causal(prefill, end) else self._prefill_mask(prefill, end)
-        mixed = _weigh_values(grouped, keys, values, mask, self.scale, self.softcap)
-        return mixed.reshape(heads, t, dim).transpose(0, 1)
+        sinks = self._shape_sinks(kv_heads, groups, 1)
+        mixed = _weigh_values(grouped, keys, values, mask, self.rules, sinks)
+        return mixed.reshape(heads, t, -1).transpose(0, 1)
 
     def _is_causal(self, prefill: Prefill, end: int) -> bool:
         """Whether torch's own causal mask does: it begins at 0, and nothing limits the reach."""
-        is_unlimited = all(end <= limit for limit in self.reach if limit)
-        return prefill.position == 0 and self.softcap is None and is_unlimited
+        rules = self.rules
+        is_unlimited = all(end <= limit for limit in rules.reach if limit)
+        is_plain = rules.softcap is None and rules.sinks is None
+        return prefill.position == 0 and is_plain and is_unlimited
 
     def _prefill_mask(self, prefill: Prefill, end: int) -> Tensor:
-        return _visible_mask(torch.arange(prefill.position, end, device=self.keys.device), end, self.reach)
+        positions = torch.arange(prefill.position, end, device=self.keys.device)
+        return _visible_mask(positions, end, self.rules.reach)
 
 
 def gather_blocks(buffer: Tensor, table: Tensor) -> Tensor:
@@ -250,9 +279,20 @@ def _visible_mask(positions: Tensor, end: int, reach: Reach) -> Tensor:
 
 
 def _weigh_values(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    mask: Tensor | None,
+    rules: ScoreRules,
+    sinks: Tensor | None,
 ) -> Tensor:
-    """softmax(softcap(q kᵀ · scale) + mask) v over the last two axes; without a mask it is causal."""
+    """softmax(softcap(q kᵀ · scale) + mask) v over the last two axes; without a mask it is causal.
+
+    `sinks` are those of each query: its shape without the last axis, 1 where they are the same.
+    """
+    scale, softcap = rules.scale, rules.softcap
+    if sinks is not None and mask is not None:
+        query, keys, values, mask = _add_sinks(query, keys, values, mask, sinks / scale)
     if softcap is None:
         return F.scaled_dot_product_attention(
             query, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale
@@ -262,6 +302,20 @@ def _weigh_values(
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return torch.matmul(torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype), values)
+
+
+def _add_sinks(
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, sinks: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The same with one more position that all see: its product with a query is that query's sink, and
+    its value is 0.
+
+    Queries and keys become wider for it, by as many numbers as torch's kernels like.
+    """
+    dim = query.shape[-1]
+    query, keys = F.pad(query, (0, 8)), F.pad(keys, (0, 8, 0, 1))
+    query[..., dim], keys[..., -1, dim] = sinks, 1
+    return query, keys, F.pad(values, (0, 0, 0, 1)), F.pad(mask, (0, 1), value=True)
 
 
 AttentionInterface.register(NAME, attend_blocks)

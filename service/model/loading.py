@@ -340,11 +340,14 @@ def _state_parts(state: Any) -> list[Any]:
 
 
 class Capacity(NamedTuple):
-    """What is served at once: `rows` sequences of at most `context` tokens, in `kv_blocks` blocks."""
+    """What is served at once: `rows` sequences of at most `context` tokens, in `kv_blocks` blocks;
+    `state_bytes` of each lie beside these.
+    """
 
     rows: int
     context: int
     kv_blocks: int
+    state_bytes: int = 0
 
 
 def describe_base(
@@ -375,6 +378,7 @@ def describe_base(
         pool_rank=settings.pool_rank,
         rows=capacity.rows,
         kv_blocks=capacity.kv_blocks,
+        state_bytes=capacity.state_bytes,
         rope=rope,
         limits=limits,
     )

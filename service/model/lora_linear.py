@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -56,16 +56,34 @@ class TokenAdapters(NamedTuple):
     groups: tuple[TokenGroup, ...] = ()
     gated: tuple[DoraSpan, ...] = ()
 
+    def clip(self, start: int, stop: int) -> TokenAdapters:
+        """How tokens [start, stop) alone meet it; no group or span lies on both sides of a border."""
+        groups = [
+            TokenGroup(group.start - start, group.stop - start, group.low, group.high, group.mask)
+            for group in self.groups
+            if start <= group.start < stop
+        ]
+        gated = [
+            DoraSpan(span.start - start, span.stop - start, span.digest)
+            for span in self.gated
+            if start <= span.start < stop
+        ]
+        return TokenAdapters(stop - start, tuple(groups), tuple(gated))
+
 
 NO_TOKENS = TokenAdapters()
+SeenTokens = Literal["body", "head", "part"]  # which of a step's tokens a layer sees, as StepAdapters says
 
 
 @dataclass
 class StepAdapters:
-    """Those of the current step, read by all layers: of all its tokens, and of those that get logits."""
+    """Those of the current step, read by all layers: of all its tokens, of those that get logits, and of
+    the part of the step that a layer with states runs now.
+    """
 
     body: TokenAdapters = NO_TOKENS
     head: TokenAdapters = NO_TOKENS
+    part: TokenAdapters = NO_TOKENS
 
 
 def register_buffers(module: nn.Module, **buffers: Tensor) -> None:
@@ -74,7 +92,21 @@ def register_buffers(module: nn.Module, **buffers: Tensor) -> None:
         module.register_buffer(name, tensor, persistent=False)
 
 
-class LoraLinear(nn.Module):
+class AdaptedLayer(nn.Module):
+    """A layer in place of a base's, whose code may read that one's tensors instead of calling it."""
+
+    base_layer: Any
+
+    @property
+    def weight(self) -> Any:
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Any:
+        return self.base_layer.bias
+
+
+class LoraLinear(AdaptedLayer):
     """y = base(x), gated where DoRA says so, + ((x · Aᵀ) * M) · B, M [tokens, R] being 1 where a
     pool row is the token's own.
     """
@@ -88,13 +120,12 @@ class LoraLinear(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         step: StepAdapters,
-        is_head: bool = False,
+        sees: SeenTokens = "body",
     ) -> None:
-        """`is_head`: it sees only the tokens that get logits."""
         super().__init__()
         self.base_layer = base_layer
         self.gates: dict[Digest, Tensor] = {}
-        self._step, self._is_head = step, is_head
+        self._step, self._sees = step, sees
         self.held: set[Digest] = set()
         self._landed: Any = None
         pool_a, pool_b = (lazy_zeros(rank, width, dtype=dtype, device=device) for width in (n_in, n_out))
@@ -124,7 +155,7 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base_layer(x)
-        adapters = self._step.head if self._is_head else self._step.body
+        adapters: TokenAdapters = getattr(self._step, self._sees)
         if not self.held or not (adapters.groups or adapters.gated):
             return y
         self._wait_for_copies()
@@ -152,7 +183,7 @@ class LoraLinear(nn.Module):
             y[tokens] += inner @ self.pool_b[rows]
 
     def _apply_gate(self, y: Tensor, gated: Sequence[DoraSpan]) -> None:
-        bias = getattr(self.base_layer, "bias", None)
+        bias = self.bias
         for start, stop, digest in gated:
             gate = self.gates.get(digest)
             if gate is None:
@@ -168,7 +199,7 @@ def _check_tokens(seen: int, expected: int) -> None:
         )
 
 
-class FusedLoraLinear(nn.Module):
+class FusedLoraLinear(AdaptedLayer):
     """The same by one kernel call: each token meets its own adapter's rows only.
 
     `table` has the pool rows of each token; see kernels/linear.h.
@@ -188,7 +219,7 @@ class FusedLoraLinear(nn.Module):
             table=table,
             pool_a=lazy_zeros(rank, n_in, dtype=torch.bfloat16, huge=True),
             pool_b=lazy_zeros(*tiles, dtype=torch.bfloat16, huge=True),
-            bias=torch.empty(0, dtype=torch.bfloat16) if bias is None else bias.detach().bfloat16(),
+            added_bias=torch.empty(0, dtype=torch.bfloat16) if bias is None else bias.detach().bfloat16(),
             gate=lazy_zeros(rank, n_out, dtype=torch.float32),
             ranks=torch.zeros(rank, dtype=torch.int32),
         )
@@ -199,7 +230,7 @@ class FusedLoraLinear(nn.Module):
     table: Tensor
     pool_a: Tensor
     pool_b: Tensor
-    bias: Tensor
+    added_bias: Tensor
     gate: Tensor
     ranks: Tensor
 
@@ -225,4 +256,4 @@ class FusedLoraLinear(nn.Module):
 
     def kernel_tensors(self) -> tuple[Tensor, ...]:
         """The tensors of a layer in the kernel's order."""
-        return self.packed, self.scales, self.bias, self.pool_a, self.pool_b, self.gate, self.ranks
+        return self.packed, self.scales, self.added_bias, self.pool_a, self.pool_b, self.gate, self.ranks

@@ -23,12 +23,14 @@ from .lora_linear import (
     FusedLoraLinear,
     LoraLinear,
     LoraWeights,
+    SeenTokens,
     StepAdapters,
     TokenAdapters,
     TokenGroup,
 )
 from .memory import HugePageArena
 from .peft_fallback import share_tree
+from .states import StatefulForward
 from .step_layout import SequenceStep, count_singles
 
 NOT_LIMITED = LinearCalls()
@@ -68,6 +70,8 @@ class LoraPool:
         self.tables = tables
         self.step = StepAdapters()
         self._heads = calls.heads
+        self._stateful = tuple(self._follow_parts())
+        self._spans: list[tuple[int, ...]] = []
         self._wrap_layers(calls)
         self._has_plain = any(isinstance(layer, LoraLinear) for layer in self.layers.values())
         self._held: dict[Digest, tuple[str, ...]] = {}
@@ -75,6 +79,14 @@ class LoraPool:
         self._on: Any = torch.get_device_module(device)
         self._copies = self._on.Stream()
         self.used: frozenset[str] = frozenset()  # the torch layers that hold an adapter
+
+    def _follow_parts(self) -> Iterator[str]:
+        """What the names of all layers within those with states begin with; these say what they run."""
+        for name, module in self.tree.named_modules():
+            forward = vars(module).get("forward")
+            if isinstance(forward, StatefulForward):
+                forward.begin_part = self.begin_part
+                yield f"{name}."
 
     def _wrap_layers(self, calls: LinearCalls) -> None:
         linears = [linear for linear in iterate_linears(self.tree) if not calls.limited(linear[0])]
@@ -85,23 +97,23 @@ class LoraPool:
             self.layers[name] = fused or self._wrap_plain(name, layer, n_in, n_out)
             self.tree.set_submodule(name, self.layers[name])
 
-    def _is_head(self, name: str) -> bool:
-        """Whether the layer sees only the tokens that get logits."""
-        return name_pattern(name) in self._heads
+    def _seen_tokens(self, name: str) -> SeenTokens:
+        if name_pattern(name) in self._heads:
+            return "head"
+        return "part" if name.startswith(self._stateful) else "body"
 
     def _fuse_layer(self, name: str, layer: nn.Module, arena: HugePageArena) -> FusedLoraLinear | None:
         """The layer on the CPU kernel, where that fits it."""
         if not self.tables or not fits_kernel(layer):
             return None
-        table = self.tables.head if self._is_head(name) else self.tables.body
-        return FusedLoraLinear(layer, self.rank, table, arena)
+        return FusedLoraLinear(layer, self.rank, getattr(self.tables, self._seen_tokens(name)), arena)
 
     def _wrap_plain(self, name: str, layer: nn.Module, n_in: int, n_out: int) -> LoraLinear:
         weight: Any = layer.weight
         # Some models keep a few layers in float32
         own = weight.dtype if weight.is_floating_point() else self.dtype
-        is_head = self._is_head(name)
-        return LoraLinear(layer, n_in, n_out, self.rank, own, self.device, self.step, is_head)
+        sees = self._seen_tokens(name)
+        return LoraLinear(layer, n_in, n_out, self.rank, own, self.device, self.step, sees)
 
     def place_adapter(self, at: Placement, factors: Mapping[str, LoraWeights]) -> None:
         """Copies an adapter's factors into pool rows [start, start + rank); on a GPU beside the
@@ -173,15 +185,23 @@ class LoraPool:
         if self.tables:
             self._fill_tables(self.tables, sequences, heads)
 
+    def begin_part(self, start: int, stop: int) -> None:
+        """Tells the layers within one with states that tokens [start, stop) of the step come next."""
+        self.step.part = self.step.body.clip(start, stop)
+        if self.tables:
+            own = [span for span in self._spans if start <= span[0] < stop]
+            kernels.fill_table(self.tables.part, [(first - start, *rest) for first, *rest in own])
+
     def _fill_tables(
         self, tables: kernels.StepTables, sequences: Sequence[SequenceStep], heads: Runs
     ) -> None:
-        body, start = [], 0
+        self._spans, start = [], 0
         for index, sequence in enumerate(sequences):
             length = len(sequence.tokens)
-            body.append((start, length, index, sequence.position, *self._rows_of(sequence.adapter)))
+            place = start, length, index, sequence.position
+            self._spans.append((*place, *self._rows_of(sequence.adapter)))
             start += length
-        kernels.fill_table(tables.body, body)
+        kernels.fill_table(tables.body, self._spans)
         kernels.fill_table(tables.head, list(self._head_spans(heads)))
         kernels.fill_blocks(tables.blocks, [sequence.blocks for sequence in sequences])
 

@@ -121,13 +121,16 @@ def _is_misread(layer: BaseTunerLayer) -> bool:
 
 def _check_apart(model: nn.Module, own: Mapping[str, Tensor], shared: set[int]) -> None:
     """Raises AdapterUnsupported where weights would land in the base's own tensors, or tokens in KV
-    blocks that are not the base's.
+    blocks or states that are not the base's.
     """
     if through := sorted(key for key, tensor in own.items() if tensor.data_ptr() in shared):
         raise AdapterUnsupported([f"PEFT would write {through[0]} into the base's own weights"])
-    for name, blocks in model.named_buffers():
-        if name.endswith("kv_keys") and blocks.data_ptr() not in shared:
-            raise AdapterUnsupported([f"PEFT has made a copy of an attention layer and its KV: {name}"])
+    for name, kept in model.named_buffers():
+        is_of_sequences = name.rpartition(".")[2].startswith(("kv_keys", "conv_state_", "recurrent_state_"))
+        if is_of_sequences and kept.data_ptr() not in shared:
+            raise AdapterUnsupported(
+                [f"PEFT has made a copy of a layer and what it keeps of sequences: {name}"]
+            )
 
 
 def tensor_pointers(base: nn.Module) -> set[int]:

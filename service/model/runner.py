@@ -14,7 +14,7 @@ from torch import Tensor
 from ..core.adapter import Adapter, Digest, ExecutionPath, Placement
 from ..core.request import Token
 from ..engine.plan import Chunk, Result
-from . import compat, kernels, kv
+from . import compat, kv
 from .graphs import CudaGraphs
 from .logprobs import score_prompt
 from .lora_linear import LoraWeights
@@ -22,7 +22,7 @@ from .lora_pool import LoraPool
 from .lora_weights import read_weights
 from .peft_fallback import build_peft_model, own_bytes
 from .sampler import NOT_FINITE, Sampler, SamplingError
-from .step_layout import SequenceStep, count_singles, make_layout
+from .step_layout import SequenceStep, StepLayout, count_singles, make_layout, running
 
 
 class HostAdapter(NamedTuple):
@@ -111,18 +111,22 @@ class ModelRunner:
         return list(batches.values())
 
     def _run_batch(self, chunks: Sequence[Chunk]) -> list[Result]:
-        """All forwards first: where one raises no token has been chosen, and the step can be run
-        again.
+        """All forwards first: where one raises no token has been chosen and no state has moved on, and
+        the step can be run again.
         """
         logits_of: dict[int, Tensor] = {}
+        layouts: list[StepLayout] = []
         for tree, batch in self._split_batches(chunks):
-            logits = torch.split(self._forward_chunks(tree, batch), [_count_kept(chunk) for chunk in batch])
+            made = self._forward_chunks(tree, batch, layouts)
+            logits = torch.split(made, [_count_kept(chunk) for chunk in batch])
             logits_of.update(zip((chunk.request.id for chunk in batch), logits, strict=True))
         tokens = self._sample_chunks([chunk for chunk in chunks if chunk.sample], logits_of)
         results = []
         for chunk in chunks:
             request = chunk.request.id
             results.append(self._make_result(chunk, tokens.get(request), logits_of[request]))
+        for layout in layouts:
+            layout.keep_states()
         return results
 
     def _sample_chunks(
@@ -145,16 +149,17 @@ class ModelRunner:
             return Result(error=str(token), code=token.code)
         return Result(token, _prompt_logprobs(chunk, logits))
 
-    def _forward_chunks(self, tree: Any, chunks: Sequence[Chunk]) -> Tensor:
+    def _forward_chunks(self, tree: Any, chunks: Sequence[Chunk], layouts: list[StepLayout]) -> Tensor:
         """The logits [kept, vocabulary] of the chunks: their last token's, or all of them where
-        prompt logprobs are asked for.
+        prompt logprobs are asked for. `layouts` gets the layout that ran.
         """
         sequences = [_sequence_step(chunk) for chunk in chunks]
         if tree is self.pool.tree:
             if self.graphs is not None and self._can_replay(sequences):
                 return self.graphs.run_step(sequences)
             self.pool.begin_step(sequences)
-        return forward_step(tree, sequences, self.pool.device)
+        layouts.append(make_layout(sequences, self.pool.device))
+        return forward_step(tree, layouts[-1])
 
     def _can_replay(self, sequences: Sequence[SequenceStep]) -> bool:
         """Whether CUDA graphs can run the step: each sequence has one token, and none DoRA's gate."""
@@ -164,16 +169,15 @@ class ModelRunner:
 
 
 def _sequence_step(chunk: Chunk) -> SequenceStep:
-    return SequenceStep(chunk.tokens, chunk.position, chunk.blocks, chunk.adapter, _count_kept(chunk))
+    where = chunk.position, chunk.blocks, chunk.adapter
+    return SequenceStep(chunk.tokens, *where, _count_kept(chunk), chunk.slot)
 
 
-def forward_step(tree: Any, sequences: Sequence[SequenceStep], device: torch.device) -> Tensor:
+def forward_step(tree: Any, layout: StepLayout) -> Tensor:
     """Runs a tree on the tokens of a step: logits [kept, vocabulary]."""
-    layout = make_layout(sequences, device)
     inputs: dict[str, Any] = {"input_ids": layout.tokens[None], "position_ids": layout.positions[None]}
-    if compat.attention_name(tree) != kernels.NAME:
-        inputs["layout"] = layout
-    output = tree(**inputs, use_cache=False, logits_to_keep=layout.logits_index)
+    with running(layout):
+        output = tree(**inputs, use_cache=False, logits_to_keep=layout.logits_index)
     logits: Tensor = output.logits[0]
     # Some models keep them all
     return logits if len(logits) == len(layout.logits_index) else logits[layout.logits_index]

@@ -16,19 +16,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from ..engine.kv_blocks import count_blocks
-from . import kv, rope
+from . import kv, rope, states
 from .compat import attention_name
 from .graphs import CudaGraphs
 from .lora_pool import LoraPool
 from .runner import forward_step
 from .small_model import SHORT, small_model, thresholds
-from .step_layout import SequenceStep
+from .step_layout import SequenceStep, make_layout
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def prove_architecture(model: Any, attention: Sequence[kv.AttentionSpec], contex
         except Exception as cause:  # whatever the class makes of a config that its author never tried
             log.warning(ROUGH_ONLY, _first_line(cause))
             return False
-        error = _served_error(*reference, context)
+        error = _served_error(reference, context)
         if error < EXACT:
             return True
     reason = f"its logits through the block attention differ from its own by {error:.2g}, in a small model"
@@ -91,24 +92,29 @@ def _hint_at_context(model: Any, attention: Sequence[kv.AttentionSpec], context:
     for limit in sorted(thresholds(model.config, context, PROBE), reverse=True):
         with suppress(Exception):  # a hint is worth no trace
             reference = _make_reference(model, attention, limit, SEEDS[0])
-            if _served_error(*reference, limit) < EXACT:
+            if _served_error(reference, limit) < EXACT:
                 return f"; with ADAPTERD_MAX_CONTEXT of at most {limit} it is"
     return ""
 
 
-def _make_reference(
-    model: Any, attention: Sequence[kv.AttentionSpec], context: int, seed: int
-) -> tuple[Any, Sequence[kv.AttentionSpec], Sequence[Tensor]]:
-    """A small model, its attention layers, its own logits.
+class Reference(NamedTuple):
+    """A small model, its layers with states, its attention layers, its own logits."""
 
-    Raises whatever making one raises, and ValueError where it lacks a kind.
-    """
+    model: Any
+    stateful: Sequence[states.StateSpec]
+    attention: Sequence[kv.AttentionSpec]
+    logits: Sequence[Tensor]
+
+
+def _make_reference(model: Any, attention: Sequence[kv.AttentionSpec], context: int, seed: int) -> Reference:
+    """Raises whatever making one raises, and ValueError where it lacks a kind."""
     small = small_model(model, context, PROBE, seed)
-    expected = [plain_logits(small, ids) for ids in _probes(small)]
-    specs = kv.probe_attention(small)
+    stateful = states.probe_states(small)
+    expected = [plain_logits(small, ids, bool(stateful)) for ids in _probes(small)]
+    specs = kv.probe_attention(small, has_states=bool(stateful))
     _check_layer_kinds(model, small)
     _check_attention_kinds(attention, specs, context)
-    return small, specs, expected
+    return Reference(small, stateful, specs, expected)
 
 
 def _check_layer_kinds(model: nn.Module, small: nn.Module) -> None:
@@ -132,18 +138,18 @@ def _check_attention_kinds(
 
     def kind_of(spec: kv.AttentionSpec) -> str:
         limits = (0 < limit < context for limit in (spec.window, spec.chunk))
-        return str((type(spec.layer).__name__, *limits, spec.softcap > 0))
+        return str((type(spec.layer).__name__, *limits, spec.softcap > 0, spec.has_sinks))
 
     if lacking := set(map(kind_of, attention)) - set(map(kind_of, small)):
         raise ValueError(f"it lacks {min(lacking)}")
 
 
-def _served_error(
-    small: Any, attention: Sequence[kv.AttentionSpec], expected: Sequence[Tensor], context: int
-) -> float:
+def _served_error(reference: Reference, context: int) -> float:
     """How far the logits of two sequences that share steps are from their own."""
+    small, stateful, attention, expected = reference
     rope.fix_frequencies(small, context)
     kv.allocate_blocks(attention, len(expected) * len(PROBE_BLOCKS), torch.float32, small.device)
+    states.install_states(stateful, len(expected), small.device)
     pool = LoraPool(small, RANK, torch.float32, small.device)
     try:
         return max(map(_relative_error, _through_blocks(pool.tree, BESIDE, pool), expected))
@@ -151,22 +157,42 @@ def _served_error(
         raise kv.refuse_base(small, f"a step raises {type(error).__name__}: {_first_line(error)}") from error
 
 
-def plain_logits(model: Any, ids: Sequence[int] | None = None) -> Tensor:
+def plain_logits(model: Any, ids: Sequence[int] | None = None, has_states: bool = False) -> Tensor:
     """The model's own logits of the probe by transformers' eager attention: [PROBE, vocabulary].
 
     That attention alone knows all that a model may want: transformers' default leaves Gemma 2's cap out in
-    some releases. Raises SettingsError where the model has none.
+    some releases. Layers with states compute a single token otherwise than several, some to other numbers:
+    with them the last token comes alone, as it does where text is generated. Raises SettingsError where
+    the model has none.
     """
     before = attention_name(model)
     tokens = torch.tensor([ids or _probes(model)[0]], device=model.device)
     try:
         model.set_attn_implementation("eager")
-        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+        run = _run_with_states if has_states else _run_plainly
+        logits = run(model, tokens)[0].float()
     except (TypeError, ValueError, AttributeError) as error:
         raise kv.refuse_base(model, f"a plain forward raises {type(error).__name__}") from error
     finally:
         model.set_attn_implementation(before)
-    return logits[0].float()
+    return logits
+
+
+def _run_plainly(model: Any, tokens: Tensor) -> Tensor:
+    """Logits [1, n, vocabulary] of tokens [1, n]."""
+    logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    return logits
+
+
+def _run_with_states(model: Any, tokens: Tensor) -> Tensor:
+    """The same of all but the last token, and then of that one, by transformers' cache."""
+    options = {"cache": DynamicCache(config=model.config), "use_cache": True}
+    positions = torch.arange(tokens.shape[1], device=tokens.device)[None]
+    logits = [
+        model(input_ids=tokens[:, part], position_ids=positions[:, part], **options).logits
+        for part in (slice(None, -1), slice(-1, None))
+    ]
+    return torch.cat(logits, 1)
 
 
 def logits_of(model: Any) -> Tensor:
@@ -182,12 +208,12 @@ def logits_of(model: Any) -> Tensor:
     return logits
 
 
-def prove_roughly(model: Any, logits: Tensor) -> None:
+def prove_roughly(model: Any, logits: Tensor, has_states: bool = False) -> None:
     """Compares with the model's own logits in the base's dtype.
 
     Raises SettingsError where they differ by more than rounding may.
     """
-    error = _relative_error(logits, plain_logits(model))
+    error = _relative_error(logits, plain_logits(model, has_states=has_states))
     if not error < ROUGH[model.dtype]:
         raise kv.refuse_base(
             model, f"its logits through the block attention differ from its own by {error:.2g}"
@@ -242,7 +268,9 @@ def _through_blocks(tree: Any, steps: Sequence[Step], pool: LoraPool | None = No
         sequences = [_sequence_step(probes[index], index, start, stop) for index, start, stop in step]
         if pool is not None:
             pool.begin_step(sequences)
-        logits = forward_step(tree, sequences, tree.device).float()
+        layout = make_layout(sequences, tree.device)
+        logits = forward_step(tree, layout).float()
+        layout.keep_states()
         lengths = [stop - start for _, start, stop in step]
         for (index, _, _), part in zip(step, torch.split(logits, lengths), strict=True):
             parts.setdefault(index, []).append(part)
@@ -250,10 +278,10 @@ def _through_blocks(tree: Any, steps: Sequence[Step], pool: LoraPool | None = No
 
 
 def _sequence_step(probe: Sequence[int], index: int, start: int, stop: int) -> SequenceStep:
-    """Part of a probe, all of whose tokens get logits, in the blocks of the sequence of this index."""
+    """Part of a probe, all of whose tokens get logits, in blocks and slot of the sequence of this index."""
     first = index * len(PROBE_BLOCKS)
     blocks = range(first, first + count_blocks(stop))
-    return SequenceStep(probe[start:stop], start, blocks, kept=stop - start)
+    return SequenceStep(probe[start:stop], start, blocks, kept=stop - start, slot=index)
 
 
 def _probes(model: Any) -> list[list[int]]:

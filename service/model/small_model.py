@@ -32,6 +32,8 @@ EXPERT_CHOICES = {
 INTERMEDIATE, VOCABULARY, LORA_RANK = 128, 512, 64
 SHORT = 8  # stands for a threshold that the served context exceeds
 
+MAMBA_HEADS = ("mamba_n_heads", "n_mamba_heads")
+
 # Fields that speak of layers without being lists of one entry a layer.
 FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers", "max_window_layers")
 LAST_LAYERS = ("num_kv_shared_layers",)
@@ -181,11 +183,22 @@ def _shrink_width(config: Any) -> None:
     kv = getattr(config, "num_key_value_heads", None) or heads
     few_kv = min(kv, HEADS // 2 if kv < heads else HEADS)
     few = few_kv * min(heads // kv, HEADS // 2)
+    _shrink_mamba(config, hidden, few * (hidden // heads))
     for name, value in _fields(config):
         if re.search(r"heads|n_head$", name) and value in (heads, kv) and not isinstance(value, bool):
             setattr(config, name, few if value == heads else few_kv)
-        elif value == hidden and WIDTH.search(name) and not NO_WIDTH.search(name):
-            setattr(config, name, few * (hidden // heads))
+        elif value in (hidden, 2 * hidden) and WIDTH.search(name) and not NO_WIDTH.search(name):
+            setattr(config, name, value // hidden * few * (hidden // heads))
+
+
+def _shrink_mamba(config: Any, hidden: int, small_hidden: int) -> None:
+    """Where all heads of mamba layers are a multiple of the hidden size, so are fewer of the small one."""
+    inner = getattr(config, "mamba_expand", 0) * hidden
+    head = getattr(config, "mamba_d_head", None) or getattr(config, "mamba_headdim", None) or 0
+    for name in MAMBA_HEADS:
+        count = getattr(config, name, 0)
+        if inner and count * head == inner:
+            setattr(config, name, count * small_hidden // hidden)
 
 
 def _shrink_field(name: str, value: Any, context: int, probe: int) -> Any:

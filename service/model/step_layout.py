@@ -1,4 +1,4 @@
-"""The layout of one step: which tokens run, where their KV lies, which pool rows are theirs.
+"""The layout of one step: which tokens run, where their KV and states lie, which pool rows are theirs.
 
 One object of int32 tensors, made once a step, that the torch layers, the CPU kernels and the recorded
 graphs read alike. Runs in the worker process; must not know requests, sampling or scheduling.
@@ -7,7 +7,10 @@ graphs read alike. Runs in the worker process; must not know requests, sampling 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from typing import NamedTuple
 
@@ -19,7 +22,8 @@ from ..core.base_info import BLOCK_TOKENS
 
 
 class SequenceStep(NamedTuple):
-    """The tokens of one sequence in a step, from `position` on; `blocks` are its KV blocks up to the last.
+    """The tokens of one sequence in a step, from `position` on; `blocks` are its KV blocks up to the last,
+    and `slot` is that of its states.
 
     `adapter` acts on them. The last `kept` of them get logits.
     """
@@ -29,6 +33,7 @@ class SequenceStep(NamedTuple):
     blocks: Sequence[int]
     adapter: Digest | None = None
     kept: int = 1
+    slot: int = 0
 
     @property
     def end(self) -> int:
@@ -45,13 +50,28 @@ class Prefill(NamedTuple):
     blocks: Tensor
 
 
+class StatePart(NamedTuple):
+    """Tokens [start, stop) of the flat step that layers with states take at once: one each of as many
+    sequences, or those of one.
+
+    int64 on the device: `slots` has their states, `beginning` says which of these sequences have none yet.
+    """
+
+    start: int
+    stop: int
+    slots: Tensor
+    beginning: Tensor
+
+
 @dataclass(frozen=True)
 class StepLayout:
     """T flat tokens of S sequences, the first `singles` of which have one token each.
 
     int32 on the device: `tokens`, `positions`, `write_block` and `write_offset` [T], the place of each
     token's KV; `block_table` [singles, B]; `logits_index` [K], the tokens that get logits. `prefills` are
-    the other sequences. `masks` are those that layers have made of it.
+    the other sequences. `masks` are those that layers have made of it. `new_states` are what the states of
+    this step's `sequences` become, in slots of a buffer: `keep_states` writes them there, once the step is
+    known not to be run again.
     """
 
     tokens: Tensor
@@ -63,6 +83,45 @@ class StepLayout:
     singles: int
     prefills: tuple[Prefill, ...] = ()
     masks: dict[Hashable, Tensor] = field(default_factory=dict)
+    sequences: Sequence[SequenceStep] = ()
+    new_states: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
+
+    @cached_property
+    def state_parts(self) -> tuple[StatePart, ...]:
+        """All tokens in their order, the single ones together."""
+        parts, start = [], 0
+        singles = [self.sequences[: self.singles]] if self.singles else []
+        for part in (*singles, *([sequence] for sequence in self.sequences[self.singles :])):
+            stop = start + sum(len(sequence.tokens) for sequence in part)
+            beginning = [i for i, sequence in enumerate(part) if not sequence.position]
+            slots = [sequence.slot for sequence in part]
+            numbers = (torch.tensor(each, dtype=torch.int64) for each in (slots, beginning))
+            parts.append(StatePart(start, stop, *(each.to(self.tokens.device) for each in numbers)))
+            start = stop
+        return tuple(parts)
+
+    def keep_states(self) -> None:
+        for buffer, slots, states in self.new_states:
+            buffer[slots] = states.to(buffer.dtype)
+
+
+# Layers ask for it here, and get no argument: some models drop what their layers are called with
+_RUNNING: ContextVar[object] = ContextVar("running step", default=None)
+
+
+@contextmanager
+def running(step: object) -> Iterator[None]:
+    """Runs a forward of this step: a StepLayout, or what stands in for one."""
+    token = _RUNNING.set(step)
+    try:
+        yield
+    finally:
+        _RUNNING.reset(token)
+
+
+def running_step() -> object:
+    """The step that runs in this thread; None where a model runs by itself."""
+    return _RUNNING.get()
 
 
 def make_layout(sequences: Sequence[SequenceStep], device: torch.device) -> StepLayout:
@@ -80,6 +139,7 @@ def make_layout(sequences: Sequence[SequenceStep], device: torch.device) -> Step
         torch.tensor(list_kept(sequences), dtype=torch.int32, device=device),
         singles,
         tuple(_list_prefills(sequences, device)),
+        sequences=sequences,
     )
 
 

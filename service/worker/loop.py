@@ -274,11 +274,12 @@ class Worker:
         return guilty
 
     def _can_run(self, chunk: Chunk, adapter: Digest | None) -> bool:
-        """Whether two tokens can be run in a block that this failed chunk wrote, which no sequence reads
-        any more.
+        """Whether two tokens can be run in a block that this failed chunk wrote and in its slot, which no
+        sequence reads any more.
         """
         tokens = (chunk.request.prompt * 2)[:2]
-        trial = Chunk(Request(TRIAL, tokens, 0, adapter), chunk.written_blocks[:1], 0, tokens, sample=False)
+        request, blocks = Request(TRIAL, tokens, 0, adapter), chunk.written_blocks[:1]
+        trial = Chunk(request, blocks, 0, tokens, sample=False, slot=chunk.slot)
         try:
             self.runner.run_chunks((trial,))
         except Exception:
@@ -328,6 +329,7 @@ def make_scheduler(base: BaseInfo, settings: Settings) -> Scheduler:
         pool_rank=base.pool_rank,
         prefill_tokens=settings.prefill_tokens or defaults_of(base.device).prefill_tokens,
         host_bytes=host_bytes,
+        reuses_prefixes=not base.state_bytes,
     )
 
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from service.api.routes import ops
+from service.core.messages import Gauges
 from service.errors import AdapterNotFound
 from service.telemetry.logs import JsonFormatter, TextFormatter
+from tests.doubles.engine import BASE
 
 from .scripted_app import serve_script
 from .served_app import ServedApp, serve_app
@@ -120,6 +124,14 @@ def test_the_base_is_described(served: ServedApp) -> None:
     }
     assert base["host_bytes"] == 4096
     assert base["rope"] is None
+    assert base["kv"]["prefix_reuse"] is True
+    assert base["states"] is None
+
+
+def test_a_base_whose_layers_keep_states_says_their_bytes_and_that_no_prefix_is_reused() -> None:
+    base, gauges = replace(BASE, rows=3, state_bytes=1000), Gauges()
+    assert ops._states_fields(base) == {"bytes_per_sequence": 1000, "bytes": 6000}
+    assert ops._kv_fields(base, gauges)["prefix_reuse"] is False
 
 
 def test_the_root_is_the_console_for_browsers_only(served: ServedApp) -> None:

@@ -41,6 +41,7 @@ class SchedulerDriver:
         host_bytes: int = 10_000,
         reading: bool = True,
         kv_blocks: int | None = None,
+        has_states: bool = False,
     ) -> None:
         blocks = rows * count_blocks(context) if kv_blocks is None else kv_blocks
         self.scheduler = Scheduler(
@@ -50,8 +51,10 @@ class SchedulerDriver:
             pool_rank=pool_rank,
             prefill_tokens=prefill_tokens,
             host_bytes=host_bytes,
+            reuses_prefixes=not has_states,
         )
         self.runner = FakeRunner(blocks, context, pool_rank)
+        self.runner.has_states = has_states
         self.reading = True
         self.unsure = False
         self.pending: Adapter | None = None
@@ -95,6 +98,9 @@ class SchedulerDriver:
         flying = {s.adapter for s in self.scheduler.running.values()}
         plan = self.scheduler.plan_step()
         self.plans.append(plan)
+        slots = [chunk.slot for chunk in plan.chunks]
+        assert set(slots) <= set(range(self.scheduler.rows))
+        assert len(set(slots)) == len(slots), "two sequences in one slot"
         flying &= {s.adapter for s in self.scheduler.running.values()}  # but for those preempted
         assert not flying & set(plan.remove), "an adapter in flight lost its pool rows"
         self.unsure = half_placed and bool(plan.place)

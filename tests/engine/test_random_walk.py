@@ -67,17 +67,19 @@ def act(rng: random.Random, driver: SchedulerDriver, adapters: list[Adapter]) ->
 
 @pytest.mark.parametrize("seed", range(WALKS))
 def test_every_request_ends_once_with_its_own_tokens(seed: int) -> None:
-    walk_randomly(seed)
+    walk_randomly(seed, has_states=seed % 3 == 0)
 
 
-def test_the_walks_preempt() -> None:
+@pytest.mark.parametrize("has_states", [False, True])
+def test_the_walks_preempt(has_states: bool) -> None:
     """Else they would prove nothing of it."""
-    assert sum(walk_randomly(seed).scheduler.gauges.preemptions for seed in range(4)) > 0
+    assert sum(walk_randomly(seed, has_states).scheduler.gauges.preemptions for seed in range(4)) > 0
 
 
-def walk_randomly(seed: int) -> SchedulerDriver:
+def walk_randomly(seed: int, has_states: bool) -> SchedulerDriver:
     rng = random.Random(seed)
     driver = SchedulerDriver(
+        has_states=has_states,
         rows=rng.randrange(1, 6),
         pool_rank=16,
         prefill_tokens=rng.choice((3, 16, 100)),

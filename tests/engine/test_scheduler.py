@@ -842,6 +842,17 @@ def test_a_preempted_request_can_be_cancelled_and_ends_once() -> None:
     assert end.finish is Finish.CANCELLED
 
 
+def test_where_layers_keep_states_no_prompt_goes_on_from_another_and_none_waits_to() -> None:
+    driver = SchedulerDriver(has_states=True)
+    ids = [driver.submit(LONG, 3) for _ in range(4)]
+    driver.settle()
+    driver.check()
+    assert driver.order == ids
+    assert driver.runner.prefilled == 4 * 40
+    assert not any(story.cached for story in driver.stories.values())
+    assert driver.scheduler.gauges.kv_cached == 0
+
+
 def test_what_lies_before_the_invocation_is_shared_with_the_base_and_what_follows_is_not() -> None:
     driver = SchedulerDriver(rows=2, context=128)
     one = replace(adapter("activated"), invocation=(70, 71))

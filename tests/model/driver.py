@@ -121,9 +121,10 @@ class RunnerDriver:
         if job.done < len(job.prompt):
             part = tuple(job.prompt[job.done : job.done + size])
             end = job.done + len(part)
-            return Chunk(request, self._blocks(job, end), job.done, part, end == len(job.prompt))
-        blocks = self._blocks(job, job.done + 1)
-        return Chunk(request, blocks, job.done, (job.tokens[-1].id,), True, len(job.tokens))
+            is_last, blocks = end == len(job.prompt), self._blocks(job, end)
+            return Chunk(request, blocks, job.done, part, is_last, slot=job.row)
+        blocks, last = self._blocks(job, job.done + 1), (job.tokens[-1].id,)
+        return Chunk(request, blocks, job.done, last, True, len(job.tokens), slot=job.row)
 
     def _blocks(self, job: Job, positions: int) -> tuple[int, ...]:
         return tuple(range(job.row, self.rows * count_blocks(positions), self.rows))

@@ -201,7 +201,7 @@ def test_a_context_that_the_group_has_no_memory_for_is_refused_by_the_setting(
     pool = capacity.pool_bytes(loading.list_linear_kinds(model, ()), settings.pool_rank, 4)
     block = BLOCK_TOKENS * kv.bytes_per_position(probed.attention, torch.float32)
     leave(monkeypatch, pool + 4 * 4 * block)  # a quarter of what the pool leaves
-    assert build._compute_capacity(probed)[1:] == (64, 4)
+    assert build._compute_capacity(probed)[1:] == (64, 4, 0)
     leave(monkeypatch, pool + 4 * 3 * block)
     with pytest.raises(DoesNotFit, match="ADAPTERD_MAX_CONTEXT: 64 tokens do not fit into memory; 48 do"):
         build._compute_capacity(probed)

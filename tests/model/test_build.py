@@ -1,13 +1,21 @@
-"""Grammar matchers: a start compiles each grammar once, and every request gets one of its own."""
+"""Parts of a start: grammars are compiled once and every request gets a matcher of its own, and a base
+whose layers keep states has no recorded steps.
+"""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import Any
 
 import llguidance
 import pytest
 
+from service.errors import SettingsError
 from service.model import build
+from service.model.linear_calls import LinearCalls
+from service.model.states import StateSpec
+from service.settings import Settings
 from tests import making
 
 
@@ -31,3 +39,14 @@ def test_a_grammar_is_compiled_once_and_each_request_follows_it_for_itself(
     assert [one.is_accepting() for one in (first, second)] == [True, False]
     assert [one.consume_token(a) for one in (made(grammar), other)] == [True, False]
     assert len(compiled) == 2
+
+
+def test_a_base_whose_layers_keep_states_has_no_recorded_steps(caplog: pytest.LogCaptureFixture) -> None:
+    none: Any = None
+    auto, demanded = (Settings.model_validate({"compile": switch}) for switch in ("auto", "on"))
+    base = build.ProbedBase(None, [], [StateSpec(None, ())], LinearCalls(), auto)
+    with caplog.at_level(logging.WARNING):
+        assert build._record_graphs(base, none, none, none) is None
+    assert "graphs: off; layers of this base keep states" in caplog.text
+    with pytest.raises(SettingsError, match="ADAPTERD_COMPILE: on, but decode steps"):
+        build._record_graphs(base._replace(settings=demanded), none, none, none)

@@ -17,7 +17,7 @@ pytest.importorskip(
 
 from service.core.base_info import BLOCK_TOKENS
 from service.model import gpu_kernels, kv
-from service.model.step_layout import SequenceStep, make_layout
+from service.model.step_layout import SequenceStep, make_layout, running
 
 CPU = torch.device("cpu")
 SEQUENCES = [
@@ -33,17 +33,23 @@ class PagedLayer:
 
     def __init__(self) -> None:
         torch.manual_seed(1)
-        self.kv_keys, self.kv_values = (torch.randn(12, 2, BLOCK_TOKENS, 32) for _ in range(2))
+        self.kv_keys, self.kv_values = (torch.randn(12, 2, BLOCK_TOKENS, width) for width in (32, 24))
 
 
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (18, None), (None, 20.0)])
-def test_attention_by_the_kernel_is_torchs_own(window: int | None, softcap: float | None) -> None:
+@pytest.mark.parametrize(
+    ("window", "softcap", "has_sinks"),
+    [(None, None, False), (18, None, False), (None, 20.0, False), (18, None, True)],
+)
+def test_attention_by_the_kernel_is_torchs_own(
+    window: int | None, softcap: float | None, has_sinks: bool
+) -> None:
     ours, plain = PagedLayer(), PagedLayer()
     tokens = sum(len(sequence.tokens) for sequence in SEQUENCES)
-    query, key, value = (torch.randn(1, heads, tokens, 32) for heads in (6, 2, 2))
+    query, key = (torch.randn(1, heads, tokens, 32) for heads in (6, 2))
+    value = torch.randn(1, 2, tokens, 24)
     options: dict[str, Any] = {"scaling": 0.3, "sliding_window": window, "softcap": softcap}
-    with torch.inference_mode():
-        options["layout"] = make_layout(SEQUENCES, CPU)
+    options["s_aux"] = torch.randn(6) if has_sinks else None
+    with torch.inference_mode(), running(make_layout(SEQUENCES, CPU)):
         want, _ = kv.attend_blocks(plain, query, key, value, None, **options)
         options["attend_singles"] = gpu_kernels.attend_singles
         got, _ = kv.attend_blocks(ours, query, key, value, None, **options)

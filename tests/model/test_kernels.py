@@ -43,12 +43,12 @@ from service.model.lora_weights import dense_weight
 from service.model.memory import HugePageArena
 from service.model.processor import VARIANTS, Vectors, can_run
 from service.model.runner import ModelRunner
-from service.model.step_layout import SequenceStep, make_layout
+from service.model.step_layout import SequenceStep, make_layout, running
 from service.settings import Settings
 from tests import making
 
 from .driver import Job, RunnerDriver, plan_of
-from .test_parity import SIZES, prompts, random_base
+from .test_parity import DELTA, GPT_OSS, LATENT, LFM2, SIZES, prompts, random_base
 
 VECTORS: Any = os.environ.get("ADAPTERD_KERNELS", "auto")
 ABLE = kernels.load_kernels(VECTORS)
@@ -123,6 +123,15 @@ def place_overflowing(layer: FusedLoraLinear, n_in: int, n_out: int) -> None:
 def group_of(span: tuple[int, ...]) -> TokenGroup:
     start, length, _, _, low, rank, _ = span
     return TokenGroup(start, start + length, low, low + rank, None)
+
+
+@needs_kernels
+@pytest.mark.parametrize("bias", [False, True])
+def test_what_reads_a_fused_layers_tensors_finds_the_base_layers(bias: bool) -> None:
+    layer = torch.nn.Linear(64, 32, bias=bias, dtype=BF16)
+    fused = FusedLoraLinear(layer, 32, table(), HugePageArena(64 * 32 * 2))
+    assert fused.weight is layer.weight
+    assert fused.bias is layer.bias
 
 
 @needs_kernels
@@ -226,9 +235,9 @@ def test_4bit_values_of_another_kind_are_left_to_bitsandbytes() -> None:
 class AttentionBuffers:
     """An attention layer's buffers, in which others have written."""
 
-    def __init__(self, heads: int, dim: int, tables: kernels.StepTables) -> None:
+    def __init__(self, heads: int, dim: int, value_dim: int, tables: kernels.StepTables) -> None:
         self.kv_keys = made(12, heads, BLOCK_TOKENS, dim, seed=1)
-        self.kv_values = made(12, heads, BLOCK_TOKENS, dim, seed=1)
+        self.kv_values = made(12, heads, BLOCK_TOKENS, value_dim, seed=1)
         self.kv_table, self.kv_block_table = tables.body, tables.blocks
 
 
@@ -242,12 +251,21 @@ SEQUENCES = [
 
 
 @needs_kernels
-@pytest.mark.parametrize("dim", [16, 64, 80])
+@pytest.mark.parametrize(("dim", "value_dim"), [(16, 16), (64, 64), (80, 80), (48, 32), (32, 80)])
 @pytest.mark.parametrize(
-    ("window", "softcap"), [(None, None), (5, None), (18, None), (None, 20.0), (5, 20.0)]
+    ("window", "softcap", "has_sinks"),
+    [
+        (None, None, False),
+        (5, None, False),
+        (18, None, False),
+        (None, 20.0, False),
+        (5, 20.0, False),
+        (None, None, True),
+        (18, None, True),
+    ],
 )
 def test_attention_over_blocks_equals_the_torch_attention(
-    dim: int, window: int | None, softcap: float | None
+    dim: int, value_dim: int, window: int | None, softcap: float | None, has_sinks: bool
 ) -> None:
     tables = kernels.make_tables(8, 64)
     starts = itertools.accumulate((len(s.tokens) for s in SEQUENCES), initial=0)
@@ -257,20 +275,24 @@ def test_attention_over_blocks_equals_the_torch_attention(
     ]
     kernels.fill_table(tables.body, spans)
     kernels.fill_blocks(tables.blocks, [s.blocks for s in SEQUENCES])
-    ours, plain = (AttentionBuffers(2, dim, tables) for _ in range(2))
+    ours, plain = (AttentionBuffers(2, dim, value_dim, tables) for _ in range(2))
     tokens = sum(len(s.tokens) for s in SEQUENCES)
-    query, key, value = (made(1, heads, tokens, dim, seed=heads) for heads in (6, 2, 2))
+    query, key = (made(1, heads, tokens, dim, seed=heads) for heads in (6, 2))
+    value = made(1, 2, tokens, value_dim, seed=3)
     options: dict[str, Any] = {"scaling": 0.3, "sliding_window": window, "softcap": softcap}
+    options["s_aux"] = made(6, seed=4) * 3 if has_sinks else None
     layout = make_layout(SEQUENCES, torch.device("cpu"))
     with torch.inference_mode():
         got, _ = kernels.attend_blocks(ours, query, key, value, None, **options)
-        want, _ = kv.attend_blocks(plain, query, key, value, None, layout=layout, **options)
+        with running(layout):
+            want, _ = kv.attend_blocks(plain, query, key, value, None, **options)
     close(got, want)
     assert torch.equal(ours.kv_keys, plain.kv_keys)
     assert torch.equal(ours.kv_values, plain.kv_values)
 
 
 WIDE: dict[str, Any] = SIZES | {"hidden_size": 128, "intermediate_size": 96}  # heads of 32
+WIDE_LATENT = {"q_lora_rank": 32, "kv_lora_rank": 24, "qk_nope_head_dim": 24}  # keys of 32, values of 16
 KINDS: dict[str, tuple[dict[str, Any], bool]] = {  # and whether its layers are Llama's in kind
     "llama": (WIDE | {"attention_bias": True}, True),
     "mistral": (WIDE | {"sliding_window": 8}, True),
@@ -278,6 +300,10 @@ KINDS: dict[str, tuple[dict[str, Any], bool]] = {  # and whether its layers are 
     "qwen3": (WIDE | {"head_dim": 64}, True),
     "gemma2": (WIDE | {"head_dim": 32, "sliding_window": 8, "query_pre_attn_scalar": 32}, False),
     "olmo": (SIZES, False),
+    "gpt_oss": (WIDE | GPT_OSS | {"head_dim": 32}, False),
+    "minicpm3": (WIDE | LATENT | WIDE_LATENT, False),
+    "qwen3_5_text": (WIDE | DELTA | {"head_dim": 32, "linear_num_value_heads": 32}, False),
+    "lfm2": (WIDE | LFM2, False),
 }
 
 

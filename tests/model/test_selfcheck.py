@@ -23,7 +23,7 @@ from tests import making
 
 from .driver import Job, RunnerDriver
 from .test_kernels import WIDE, needs_kernels
-from .test_parity import FAMILIES, SIZES, prompts, random_base
+from .test_parity import FAMILIES, SIZES, STATEFUL, prompts, random_base
 
 GEMMA2 = SIZES | {
     "head_dim": 16,
@@ -63,9 +63,9 @@ def without_windows(positions: Tensor, end: int, reach: kv.Reach) -> Tensor:
 
 
 def without_caps(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, softcap: float | None
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, rules: kv.ScoreRules, sinks: None
 ) -> Tensor:
-    return WEIGHTED(query, keys, values, mask, scale, None)
+    return WEIGHTED(query, keys, values, mask, rules._replace(softcap=None), sinks)
 
 
 WEIGHTED = kv._weigh_values
@@ -103,7 +103,9 @@ def test_an_attention_that_leaves_something_out_is_refused_in_bfloat16(
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_attention_sinks_that_are_left_out_are_missed_in_bfloat16(tmp_path: Path) -> None:
+def test_attention_sinks_that_are_left_out_are_missed_in_bfloat16(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However small they are in the base itself, whose logits hardly change."""
     base = random_base(
         tmp_path / "base",
@@ -115,6 +117,9 @@ def test_attention_sinks_that_are_left_out_are_missed_in_bfloat16(tmp_path: Path
         if name.endswith("sinks"):
             weight.data.fill_(-8.0)
     model.save_pretrained(base)
+    monkeypatch.setattr(
+        kv, "_add_sinks", lambda query, keys, values, mask, sinks: (query, keys, values, mask)
+    )
     with pytest.raises(SettingsError, match="GptOssForCausalLM is not supported: its logits"):
         runner_on(base)
 
@@ -184,7 +189,7 @@ def test_a_small_model_that_lacks_a_kind_of_layer_proves_nothing(
     base = random_base(tmp_path / "base", "gemma2", GEMMA2)
     monkeypatch.setattr(small_model, "_kept_layers", lambda config, count: [1])
     runner_on(base)
-    assert "to prove it by: it lacks ('Gemma2Attention', True, False, True)" in caplog.text
+    assert "to prove it by: it lacks ('Gemma2Attention', True, False, True, False)" in caplog.text
 
 
 # Sizes as they are published; what of them stays or becomes
@@ -244,6 +249,18 @@ REAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"num_hidden_layers": 35, "num_kv_shared_layers": 15},
         {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 3},
     ),
+    "granitemoehybrid": (
+        {
+            "hidden_size": 1536,
+            "num_hidden_layers": 40,
+            "num_attention_heads": 12,
+            "num_key_value_heads": 4,
+            "mamba_n_heads": 48,
+            "mamba_d_head": 64,
+            "layer_types": (["linear_attention"] * 5 + ["full_attention"] + ["linear_attention"] * 4) * 4,
+        },
+        {"hidden_size": 512, "mamba_n_heads": 16, "num_hidden_layers": 6},
+    ),
     "llama4_text": (
         {"num_hidden_layers": 48, "intermediate_size": 8192, "num_local_experts": 16},
         {
@@ -274,12 +291,13 @@ def test_a_model_of_any_size_has_a_small_one_of_its_kinds_of_layers(kind: str) -
     )
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", FAMILIES | STATEFUL)
 @pytest.mark.filterwarnings("ignore")
 def test_every_family_is_proven_by_a_small_model(
     kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    runner_on(random_base(tmp_path / "base", kind, FAMILIES[kind][0]), dtype="float32")
+    sizes, _ = (FAMILIES | STATEFUL)[kind]
+    runner_on(random_base(tmp_path / "base", kind, sizes), dtype="float32")
     assert "proof: rough" not in caplog.text
 
 

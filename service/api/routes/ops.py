@@ -16,6 +16,7 @@ from fastapi.responses import FileResponse
 from starlette.staticfiles import StaticFiles
 
 from ... import __version__
+from ...core import capacity
 from ...core.base_info import BLOCK_TOKENS, BaseInfo, LinearKind
 from ...core.messages import Gauges
 from ...errors import NotFound, NotReady
@@ -144,6 +145,7 @@ def base_card(services: Services, scope: AdapterScope) -> JsonDict:
         "rope": base.rope,
         "modules": [_module_object(linear) for linear in base.linears],
         "kv": _kv_fields(base, gauges),
+        "states": _states_fields(base),
         "host_bytes": gauges.host_bytes,
         "pool": pool,
     }
@@ -163,6 +165,17 @@ def _kv_fields(base: BaseInfo, gauges: Gauges) -> JsonDict:
         "used": gauges.kv_used,
         "cached": gauges.kv_cached,
         "preemptions": gauges.preemptions,
+        "prefix_reuse": not base.state_bytes,
+    }
+
+
+def _states_fields(base: BaseInfo) -> JsonDict | None:
+    """The memory of what layers keep of a sequence in place of keys and values."""
+    if not base.state_bytes:
+        return None
+    return {
+        "bytes_per_sequence": base.state_bytes,
+        "bytes": capacity.states_bytes(base.state_bytes, base.rows),
     }
 
 

@@ -145,15 +145,17 @@ def attend_blocks(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **other: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface over the kernel: query [1, heads, T, dim] → [1, T, heads,
-    dim].
+    """transformers' attention interface over the kernel: query [1, heads, T, dim], sinks s_aux [heads] →
+    [1, T, heads, value dim].
     """
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     buffers = module.kv_keys, module.kv_values, module.kv_table, module.kv_block_table
-    out = torch.ops.adapterd.attend(query, key, value, *buffers, scale, sliding_window or 0, softcap or 0.0)
-    return out, None
+    sinks = None if s_aux is None else s_aux.float()
+    limits = scale, sliding_window or 0, softcap or 0.0
+    return torch.ops.adapterd.attend(query, key, value, *buffers, sinks, *limits), None
 
 
 def draw_tokens(logits: Tensor, rules: draws.DrawRules, width: int | None) -> Tensor:
@@ -166,18 +168,20 @@ def draw_tokens(logits: Tensor, rules: draws.DrawRules, width: int | None) -> Te
 
 
 class StepTables(NamedTuple):
-    """The spans of a step's tokens, of those that get logits, and the KV blocks of each sequence."""
+    """The spans of a step's tokens, of those that get logits, and of the part of the step that a layer
+    with states runs now; the KV blocks of each sequence.
+    """
 
     body: Tensor
     head: Tensor
+    part: Tensor
     blocks: Tensor
 
 
 def make_tables(rows: int, context: int) -> StepTables:
     """For steps of at most `rows` sequences of `context` tokens."""
-    size = (1 + rows, FIELDS)
-    blocks = torch.zeros(rows, count_blocks(context), dtype=torch.int32)
-    return StepTables(torch.zeros(size, dtype=torch.int32), torch.zeros(size, dtype=torch.int32), blocks)
+    body, head, part = (torch.zeros(1 + rows, FIELDS, dtype=torch.int32) for _ in range(3))
+    return StepTables(body, head, part, torch.zeros(rows, count_blocks(context), dtype=torch.int32))
 
 
 def register_tables(layers: Iterable[nn.Module], tables: StepTables) -> None:

@@ -1,4 +1,5 @@
-// Attention over KV blocks, keys and values bf16 [blocks, kv heads, kBlock, dim]: every token sees its own sequence up to its own position.
+// Attention over KV blocks, keys bf16 [blocks, kv heads, kBlock, dim] and values [blocks, kv heads, kBlock, value dim]: every token sees its own
+// sequence up to its own position.
 
 #pragma once
 
@@ -16,15 +17,16 @@ static_assert(kBlock == kLanes, "a vector of scores is that of one block");
 struct Cache {
   const bf16 *query, *keys, *values;
   const int32_t* table;  // [sequences, width]: the blocks of each
-  bf16* out;  // [tokens, heads, dim]
-  int64_t heads, kv_heads, width, dim;
+  const float* sinks;  // [heads]: logits that take their share of the weights and give nothing; nullptr: none
+  bf16* out;  // [tokens, heads, value dim]
+  int64_t heads, kv_heads, width, dim, value_dim;
   int64_t query_head, query_token;  // strides of the query
   float scale, softcap;  // softcap 0: none
   int64_t window;  // 0: none
 
-  // Where one head of a sequence's i-th block begins in `keys` and `values`.
-  int64_t offset(const Span& span, int64_t i, int64_t head) const {
-    return (table[span.sequence * width + i] * kv_heads + head) * kBlock * dim;
+  // Which row of positions is one head's of a sequence's i-th block.
+  int64_t row(const Span& span, int64_t i, int64_t head) const {
+    return (table[span.sequence * width + i] * kv_heads + head) * kBlock;
   }
 };
 
@@ -153,10 +155,10 @@ struct Seen {
 // out[d : d + 32 BLOCKS] = sum over positions of weights[p] · values[p] / total, two positions at a time.
 template <int BLOCKS>
 inline void mix(const Cache& c, const Seen& s, int64_t d, const bf16* weights, float total, bf16* out) {
-  Mixed<BLOCKS> mixed(c.dim - d);
-  const int64_t dim = c.dim;
+  const int64_t dim = c.value_dim;
+  Mixed<BLOCKS> mixed(dim - d);
   for (int64_t p = 0; p < s.seen; p += kBlock) {
-    const bf16* values = c.values + c.offset(s.span, s.first + p / kBlock, s.head) + d;
+    const bf16* values = c.values + c.row(s.span, s.first + p / kBlock, s.head) * dim + d;
     const int64_t live = std::min(kBlock, s.seen - p);
     int64_t i = 0;
     for (; i + 1 < live; i += 2) mixed.add(values + i * dim, values + (i + 1) * dim, weights + p + i);
@@ -175,22 +177,24 @@ struct Scratch {
   }
 };
 
-// One query of one head.
-inline void attend_head(const Cache& c, const Seen& s, const bf16* q, Scratch& scratch, bf16* out) {
+// One query of one head, whose sink is `sink`; nullptr: it has none.
+inline void attend_head(const Cache& c, const Seen& s, const bf16* q, const float* sink, Scratch& scratch, bf16* out) {
   const Floats none = all(-std::numeric_limits<float>::infinity());
   Floats most = none;
   for (int64_t p = 0; p < s.seen; p += kBlock) {
-    const bf16* keys = c.keys + c.offset(s.span, s.first + p / kBlock, s.head);
+    const bf16* keys = c.keys + c.row(s.span, s.first + p / kBlock, s.head) * c.dim;
     Floats each = scores_of(q, keys, c.dim, std::min(kBlock, s.seen - p)) * c.scale;
     if (c.softcap > 0) each = capped(each, c.softcap);
     store(scratch.scores.data() + p, each);
     most = larger(most, p == 0 && s.hidden ? within(s.hidden, kBlock, each, none) : each);
   }
   const bf16* weights = scratch.weights.data();
-  const float total = soften(scratch.scores.data(), s.hidden, s.seen, largest_of(most), scratch.weights.data());
+  const float top = sink ? std::max(largest_of(most), *sink) : largest_of(most);
+  float total = soften(scratch.scores.data(), s.hidden, s.seen, top, scratch.weights.data());
+  if (sink) total += std::exp(*sink - top);
   int64_t d = 0;
-  for (; d + 64 <= c.dim; d += 64) mix<2>(c, s, d, weights, total, out);
-  for (; d < c.dim; d += 32) mix<1>(c, s, d, weights, total, out);
+  for (; d + 64 <= c.value_dim; d += 64) mix<2>(c, s, d, weights, total, out);
+  for (; d < c.value_dim; d += 32) mix<1>(c, s, d, weights, total, out);
 }
 
 // One token's queries that share a KV head.
@@ -200,7 +204,8 @@ inline void attend_group(const Cache& c, const Span& span, int64_t token, int64_
   const Seen seen{span, head, first, from % kBlock, position + 1 - first * kBlock};
   scratch.reserve(seen.seen);
   for (int64_t h = head * group; h < (head + 1) * group; ++h)
-    attend_head(c, seen, c.query + h * c.query_head + token * c.query_token, scratch, c.out + (token * c.heads + h) * c.dim);
+    attend_head(c, seen, c.query + h * c.query_head + token * c.query_token, c.sinks ? c.sinks + h : nullptr, scratch,
+                c.out + (token * c.heads + h) * c.value_dim);
 }
 
 inline void write(const at::Tensor& from, const at::Tensor& to, const Spans& spans, const at::Tensor& blocks) {
@@ -222,43 +227,44 @@ inline void write(const at::Tensor& from, const at::Tensor& to, const Spans& spa
 // A long run of one sequence's tokens by torch's own tiled attention.
 inline at::Tensor long_span(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values, const Span& span,
                             const at::Tensor& blocks, double scale) {
-  const int64_t end = span.position + span.length, kv_heads = keys.size(1), group = query.size(1) / kv_heads, dim = query.size(3);
+  const int64_t end = span.position + span.length, kv_heads = keys.size(1), group = query.size(1) / kv_heads;
   const at::Tensor own = blocks.select(0, span.sequence).slice(0, 0, (end + kBlock - 1) / kBlock);
   auto seen = [&](const at::Tensor& cache) {
-    const at::Tensor flat = cache.index_select(0, own).transpose(0, 1).reshape({kv_heads, -1, dim}).slice(1, 0, end);
-    return flat.unsqueeze(1).expand({kv_heads, group, end, dim});
+    const at::Tensor flat = cache.index_select(0, own).transpose(0, 1).reshape({kv_heads, -1, cache.size(3)}).slice(1, 0, end);
+    return flat.unsqueeze(1).expand({kv_heads, group, end, cache.size(3)});
   };
-  at::Tensor q = query.select(0, 0).slice(1, span.start, span.start + span.length).reshape({kv_heads, group, span.length, dim});
+  at::Tensor q = query.select(0, 0).slice(1, span.start, span.start + span.length).reshape({kv_heads, group, span.length, query.size(3)});
   std::optional<at::Tensor> mask;
   if (span.position) {
     at::Tensor at_ = at::arange(end), from = at::arange(span.position, end);
     mask = at_.unsqueeze(0).le(from.unsqueeze(1));
   }
   at::Tensor out = at::scaled_dot_product_attention(q, seen(keys), seen(values), mask, 0.0, !mask, scale);
-  return out.reshape({query.size(1), span.length, dim}).transpose(0, 1);
+  return out.reshape({query.size(1), span.length, values.size(3)}).transpose(0, 1);
 }
 
 constexpr int64_t kLong = 256;  // tokens times positions, in squares: from here on torch's tiles are faster
 
-// attend(q [1, heads, T, dim], k, v [1, kv heads, T, dim], keys, values [blocks, kv heads, kBlock, dim], table, blocks int32 [sequences, width],
-// scale, window, softcap) -> [1, T, heads, dim], bf16: writes k and v to their blocks, then attends over what each token may see. window 0
-// and softcap 0: none.
+// attend(q [1, heads, T, dim], k [1, kv heads, T, dim], v [1, kv heads, T, value dim], keys, values, table, blocks int32 [sequences, width],
+// sinks float32 [heads] or none, scale, window, softcap) -> [1, T, heads, value dim], bf16: writes k and v to their blocks, then attends over what each
+// token may see. window 0 and softcap 0: none.
 inline at::Tensor attend(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, at::Tensor keys, at::Tensor values,
-                         const at::Tensor& table, const at::Tensor& blocks, double scale, int64_t window, double softcap) {
+                         const at::Tensor& table, const at::Tensor& blocks, const std::optional<at::Tensor>& sinks, double scale,
+                         int64_t window, double softcap) {
   TORCH_CHECK(keys.size(2) == kBlock, "adapterd::attend: blocks of ", keys.size(2), " positions");
   const Spans spans(table);
   at::Tensor q = query.stride(3) == 1 ? query : query.contiguous();
   write(key.stride(3) == 1 ? key : key.contiguous(), keys, spans, blocks);
   write(value.stride(3) == 1 ? value : value.contiguous(), values, spans, blocks);
-  at::Tensor out = at::empty({1, query.size(2), query.size(1), query.size(3)}, query.options());
+  at::Tensor out = at::empty({1, query.size(2), query.size(1), values.size(3)}, query.options());
   Cache c{q.const_data_ptr<bf16>(), keys.const_data_ptr<bf16>(), values.const_data_ptr<bf16>(), blocks.const_data_ptr<int32_t>(),
-          out.mutable_data_ptr<bf16>(), query.size(1), keys.size(1), blocks.size(1), keys.size(3), q.stride(1), q.stride(2),
-          float(scale), float(softcap), window};
+          sinks ? sinks->const_data_ptr<float>() : nullptr, out.mutable_data_ptr<bf16>(), query.size(1), keys.size(1), blocks.size(1),
+          keys.size(3), values.size(3), q.stride(1), q.stride(2), float(scale), float(softcap), window};
   std::vector<std::pair<const Span*, int>> work;  // span, token
   for (int s = 0; s < spans.count; ++s) {
     const Span& span = spans.first[s];
     const int64_t end = span.position + span.length;
-    if (span.length * end > kLong * kLong && softcap == 0 && (window == 0 || end <= window))
+    if (span.length * end > kLong * kLong && softcap == 0 && !sinks && (window == 0 || end <= window))
       out.select(0, 0).slice(0, span.start, span.start + span.length).copy_(long_span(q, keys, values, span, blocks, scale));
     else for (int t = 0; t < span.length; ++t) work.emplace_back(&span, span.start + t);
   }

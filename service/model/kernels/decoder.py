@@ -79,4 +79,5 @@ def _is_llama_like(layer: Any, spec: AttentionSpec) -> bool:
     }
     if name not in known or layer.self_attn.config.hidden_act != "silu":
         return False
-    return not spec.softcap and spec.dim % 32 == 0
+    is_plain = spec.value_dim == spec.dim and not spec.softcap and not spec.has_sinks
+    return is_plain and spec.dim % 32 == 0

@@ -116,7 +116,7 @@ at::Tensor decoder(const at::Tensor& x, Tensors linears, Tensors norms, Tensors 
   ThreadPool::shared().each(tokens, [&](int64_t t) { d.turn(qkv + t * width, c + t * dim, s + t * dim, dim); });
   const int64_t query = d.q.out / dim, key = d.k.out / dim;
   auto part = [&](int64_t from, int64_t many) { return heads.narrow(2, from, many).transpose(1, 2); };
-  at::Tensor mixed = attend(part(0, query), part(query, key), part(query + key, key), keys, values, table, blocks, scale, window, 0);
+  at::Tensor mixed = attend(part(0, query), part(query, key), part(query + key, key), keys, values, table, blocks, {}, scale, window, 0);
 
   at::Tensor middle = at::empty_like(x), act = at::empty({tokens, d.up.out}, x.options()), out = at::empty_like(x);
   bf16 *m = middle.mutable_data_ptr<bf16>(), *a = act.mutable_data_ptr<bf16>();
@@ -135,8 +135,8 @@ TORCH_LIBRARY(adapterd, library) {
   library.def("pack_scales(Tensor scales) -> Tensor", &pack_scales);
   library.def("place(Tensor a, Tensor b, Tensor(a!) pool_a, Tensor(b!) pool_b, int start) -> ()", &place);
   library.def("linear(Tensor x, Tensor packed, Tensor scales, Tensor bias, Tensor a, Tensor b, Tensor gate, Tensor ranks, Tensor table) -> Tensor", &linear);
-  library.def("attend(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor table, Tensor blocks, float scale, "
-              "int window, float softcap) -> Tensor", &attend);
+  library.def("attend(Tensor query, Tensor key, Tensor value, Tensor(a!) keys, Tensor(b!) values, Tensor table, Tensor blocks, Tensor? sinks, "
+              "float scale, int window, float softcap) -> Tensor", &attend);
   library.def("draw(Tensor logits, Tensor rules) -> Tensor", &draw);
   library.def("decoder(Tensor x, Tensor[] linears, Tensor[] norms, Tensor[] next, Tensor cos, Tensor sin, Tensor(a!) keys, Tensor(b!) values, Tensor table, Tensor blocks, "
               "float epsilon, float scale, int window) -> Tensor", &decoder);

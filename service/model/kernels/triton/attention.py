@@ -2,8 +2,8 @@
 
 Decode divides a sequence's KV into splits, whose number and size depend on its own length alone, and
 joins them in their order. Prefill takes tiles of query rows (tokens times the query heads of a KV
-head) over all KV they see. Both know grouped queries, a sliding window, chunks (Llama 4), a softcap
-and sinks. Runs in the worker process.
+head) over all KV they see. Both know grouped queries, values of another width than keys, a sliding
+window, chunks (Llama 4), a softcap and sinks. Runs in the worker process.
 """
 
 from __future__ import annotations
@@ -91,11 +91,12 @@ def attend_splits(
     scale, softcap, window, chunk,
     query_row, query_head, key_page, key_position, key_head, value_page, value_position, value_head,
     table_row, heads,
-    GROUPS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     POSITIONS: tl.constexpr, SPLITS: tl.constexpr, FEWEST: tl.constexpr, STAGES: tl.constexpr,
     CAP: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """parts[sequence, head, split] float32 [DIM] and weights[sequence, head, split], the logarithm to
+    """parts[sequence, head, split] float32 [VALUE_DIM] and weights[sequence, head, split], the logarithm to
     base 2 of what the split's softmax sums to; a program takes every so many-th split.
     """
     row, kv_head, program = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -103,7 +104,8 @@ def attend_splits(
     start = first_visible(length - 1, window, chunk, WINDOW, CHUNK) // POSITIONS * POSITIONS
     size = tl.maximum(tl.cdiv(tl.cdiv(length - start, SPLITS), POSITIONS) * POSITIONS, FEWEST)
     g, d, p = tl.arange(0, ROWS), tl.arange(0, WIDTH), tl.arange(0, POSITIONS)
-    head, is_group, is_dim = kv_head * GROUPS + g, g < GROUPS, d < DIM
+    e = tl.arange(0, VALUE_WIDTH)
+    head, is_group, is_dim, is_value = kv_head * GROUPS + g, g < GROUPS, d < DIM, e < VALUE_DIM
     where = query + row * query_row + head[:, None] * query_head + d[None, :]
     q = tl.load(where, mask=is_group[:, None] & is_dim[None, :], other=0.0)
     table = block_table + row * table_row
@@ -112,18 +114,20 @@ def attend_splits(
     for split in range(program, tl.cdiv(length - start, size), tl.num_programs(2)):
         top = tl.full([ROWS], float("-inf"), tl.float32)
         norm = tl.zeros([ROWS], tl.float32)
-        acc = tl.zeros([ROWS, WIDTH], tl.float32)
+        acc = tl.zeros([ROWS, VALUE_WIDTH], tl.float32)
         begin = start + split * size
         for i in tl.range(begin, tl.minimum(begin + size, length), POSITIONS, num_stages=STAGES):
             at = i + p
             seen = (at < length) & (at >= first)
             k = load_positions(keys_of_head, table, at, d, key_page, key_position, seen, is_dim, BLOCK)
-            v = load_positions(values_of_head, table, at, d, value_page, value_position, seen, is_dim, BLOCK)
+            v = load_positions(
+                values_of_head, table, at, e, value_page, value_position, seen, is_value, BLOCK
+            )
             top, norm, acc = attend_positions(q, k, v, top, norm, acc, seen[None, :], scale, softcap, CAP)
         place = (row * heads + head) * SPLITS + split
         tl.store(weights + place, top + tl.log2(norm), mask=is_group)
-        keep = is_group[:, None] & is_dim[None, :]
-        tl.store(parts + place[:, None] * DIM + d[None, :], acc / norm[:, None], mask=keep)
+        keep = is_group[:, None] & is_value[None, :]
+        tl.store(parts + place[:, None] * VALUE_DIM + e[None, :], acc / norm[:, None], mask=keep)
 
 
 @triton.jit(do_not_specialize=["window", "chunk"], do_not_specialize_on_alignment=STEP_TENSORS)
@@ -162,7 +166,8 @@ def attend_chunks(
     scale, softcap, window, chunk,
     query_row, query_head, key_page, key_position, key_head, value_page, value_position, value_head,
     table_row, out_row, out_head,
-    GROUPS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr, WIDTH: tl.constexpr,
+    VALUE_DIM: tl.constexpr, VALUE_WIDTH: tl.constexpr, BLOCK: tl.constexpr,
     POSITIONS: tl.constexpr, STAGES: tl.constexpr,
     CAP: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr, SINKS: tl.constexpr,
 ):  # fmt: skip
@@ -184,17 +189,20 @@ def attend_chunks(
     first = first_visible(position, window, chunk, WINDOW, CHUNK)
     table = block_table + sequence * table_row
     keys_of_head, values_of_head = keys + kv_head * key_head, values + kv_head * value_head
-    is_dim = d < DIM
+    e = tl.arange(0, VALUE_WIDTH)
+    is_dim, is_value = d < DIM, e < VALUE_DIM
     top = tl.full([ROWS], float("-inf"), tl.float32)
     norm = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, WIDTH], tl.float32)
+    acc = tl.zeros([ROWS, VALUE_WIDTH], tl.float32)
     last = tl.minimum(length - end + token + TOKENS, length)
     earliest = first_visible(length - end + token, window, chunk, WINDOW, CHUNK) // POSITIONS * POSITIONS
     for i in tl.range(earliest, last, POSITIONS, num_stages=STAGES):
         at = i + p
         is_there = at < last
         k = load_positions(keys_of_head, table, at, d, key_page, key_position, is_there, is_dim, BLOCK)
-        v = load_positions(values_of_head, table, at, d, value_page, value_position, is_there, is_dim, BLOCK)
+        v = load_positions(
+            values_of_head, table, at, e, value_page, value_position, is_there, is_value, BLOCK
+        )
         seen = (at[None, :] <= position[:, None]) & (at[None, :] >= first[:, None])
         top, norm, acc = attend_positions(q, k, v, top, norm, acc, seen, scale, softcap, CAP)
     if SINKS:
@@ -202,14 +210,15 @@ def attend_chunks(
         new = tl.maximum(top, sink)
         norm = norm * tl.exp2(top - new) + tl.exp2(sink - new)
         acc = acc * tl.exp2(top - new)[:, None]
-    where = out + own[:, None] * out_row + head[:, None] * out_head + d[None, :]
+    where = out + own[:, None] * out_row + head[:, None] * out_head + e[None, :]
+    keep = is_own[:, None] & is_value[None, :]
     tl.store(where, (acc / norm[:, None]).to(out.dtype.element_ty), mask=keep)
 
 
 class PagedKV(NamedTuple):
-    """One layer's keys and values [blocks, 16, kv heads, dim] of any strides but the last, and where a
-    step's sequences lie: int32 sequence_start [S + 1] in the flat query, kv_length [S] with the
-    step's own tokens, block_table [S, blocks of a sequence].
+    """One layer's keys [blocks, 16, kv heads, dim] and values [blocks, 16, kv heads, value dim] of any
+    strides but the last, and where a step's sequences lie: int32 sequence_start [S + 1] in the flat
+    query, kv_length [S] with the step's own tokens, block_table [S, blocks of a sequence].
     """
 
     keys: Tensor
@@ -226,20 +235,20 @@ def attend_decode(
     sinks: Tensor | None = None,
     shape: DecodeShape | None = None,
 ) -> Tensor:
-    """Attention of one token a sequence: query [S, heads, dim] → [S, heads, dim].
+    """Attention of one token a sequence: query [S, heads, dim] → [S, heads, value dim].
 
     `sinks` [heads] are logits that take their share and give nothing. Raises ValueError for what does
     not fit.
     """
     _check_attention(query, kv, sinks)
-    sequences, heads, dim = query.shape
+    (sequences, heads, _), value_dim = query.shape, kv.values.shape[3]
     if sequences != len(kv.kv_length):
         raise ValueError(f"{sequences} queries for {len(kv.kv_length)} sequences")
     shape = shape or decode_shape(sequences, kv.keys.shape[2], kv.block_table.shape[1])
-    parts = query.new_empty(sequences, heads, ATTENTION_SPLITS, dim, dtype=torch.float32)
+    parts = query.new_empty(sequences, heads, ATTENTION_SPLITS, value_dim, dtype=torch.float32)
     weights = parts.new_empty(sequences, heads, ATTENTION_SPLITS)
     _launch_splits(query, kv, reach, parts, weights, shape)
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    out = query.new_empty(sequences, heads, value_dim)
     join_splits[sequences, heads](
         parts,
         weights,
@@ -249,8 +258,8 @@ def attend_decode(
         reach.window,
         reach.chunk,
         *out.stride()[:2],
-        DIM=dim,
-        WIDTH=power_of_two(dim),
+        DIM=value_dim,
+        WIDTH=power_of_two(value_dim),
         POSITIONS=shape.positions,
         SPLITS=ATTENTION_SPLITS,
         FEWEST=FEWEST_POSITIONS,
@@ -284,6 +293,8 @@ def _launch_splits(
         ROWS=max(16, power_of_two(heads // kv_heads)),
         DIM=dim,
         WIDTH=power_of_two(dim),
+        VALUE_DIM=kv.values.shape[3],
+        VALUE_WIDTH=power_of_two(kv.values.shape[3]),
         BLOCK=KV_BLOCK,
         POSITIONS=shape.positions,
         SPLITS=ATTENTION_SPLITS,
@@ -306,12 +317,13 @@ def attend_prefill(
     shape: PrefillShape | None = None,
 ) -> None:
     """Causal attention of each sequence's own tokens, at most `longest` a sequence, the last of which
-    is at its kv_length: query [T, heads, dim] → `out` alike, of which only their rows are written.
+    is at its kv_length: query [T, heads, dim] → `out` [T, heads, value dim], of which only their rows are
+    written.
 
     Raises ValueError for what does not fit.
     """
     _check_attention(query, kv, sinks)
-    if out.shape != query.shape or out.stride(2) != 1:
+    if out.shape != (*query.shape[:2], kv.values.shape[3]) or out.stride(2) != 1:
         raise ValueError(f"an output {tuple(out.shape)} for queries {tuple(query.shape)}")
     heads, dim, kv_heads = query.shape[1], query.shape[2], kv.keys.shape[2]
     groups = heads // kv_heads
@@ -335,6 +347,8 @@ def attend_prefill(
         ROWS=shape.rows,
         DIM=dim,
         WIDTH=power_of_two(dim),
+        VALUE_DIM=kv.values.shape[3],
+        VALUE_WIDTH=power_of_two(kv.values.shape[3]),
         BLOCK=KV_BLOCK,
         POSITIONS=shape.positions,
         STAGES=shape.stages,
@@ -356,7 +370,7 @@ def _strides(query: Tensor, kv: PagedKV) -> tuple[int, ...]:
 
 def _check_attention(query: Tensor, kv: PagedKV, sinks: Tensor | None) -> None:
     keys, values = kv.keys, kv.values
-    if query.dim() != 3 or keys.dim() != 4 or keys.shape != values.shape or keys.shape[1] != KV_BLOCK:
+    if query.dim() != 3 or keys.dim() != 4 or keys.shape[1] != KV_BLOCK or keys.shape[:3] != values.shape[:3]:
         shapes = [tuple(part.shape) for part in (query, keys, values)]
         raise ValueError(f"queries, keys and values of {shapes} do not fit blocks of {KV_BLOCK}")
     if query.shape[2] != keys.shape[3] or query.shape[1] % keys.shape[2]:

@@ -81,7 +81,7 @@ def attend(
     sinks: Tensor | None = None,
 ) -> Tensor:
     """As `attention.attend`, in float32."""
-    out = torch.zeros_like(query, dtype=torch.float32)
+    out = query.new_zeros(*query.shape[:2], values.shape[3], dtype=torch.float32)
     starts, lengths = sequence_start.tolist(), kv_length.tolist()
     groups = query.shape[1] // keys.shape[2]
     for i, length in enumerate(lengths):

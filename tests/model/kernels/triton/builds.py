@@ -73,6 +73,7 @@ def iterate_attention(
     own: dict[str, Any] = {"DIM": dim, "WIDTH": dim, "WINDOW": is_limited, "CHUNK": is_limited}
     splits = {"SPLITS": shapes.ATTENTION_SPLITS, "FEWEST": shapes.FEWEST_POSITIONS}
     all_of_it = own | {"GROUPS": groups, "BLOCK": shapes.KV_BLOCK, "CAP": is_limited}
+    all_of_it |= {"VALUE_DIM": dim, "VALUE_WIDTH": dim}
     decode, prefill = shapes.decode_shape(32, 8, 256), shapes.prefill_shape(groups, dim, generation)
     turns = {"ROWS": 16, "POSITIONS": decode.positions, "STAGES": decode.stages}
     yield Launch(f"{name}decode", attention.attend_splits, all_of_it | splits | turns, decode.warps)

@@ -35,17 +35,20 @@ def make_kv(
     kv_heads: int = 2,
     dim: int = 32,
     dtype: torch.dtype = torch.float32,
+    value_dim: int | None = None,
 ) -> PagedKV:
     """Sequences in blocks that lie in any order; all that is none of theirs is not a number."""
     per = max(1, -(-max(lengths) // 16))
+    widths = dim, value_dim or dim
     keys, values = (
-        torch.full((len(lengths) * per + 2, 16, kv_heads, dim), float("nan"), dtype=dtype) for _ in range(2)
+        torch.full((len(lengths) * per + 2, 16, kv_heads, width), float("nan"), dtype=dtype)
+        for width in widths
     )
     table = torch.randperm(len(keys))[: len(lengths) * per].view(len(lengths), per)
     for row, length in zip(table, lengths, strict=True):
         for position in range(length):
             for part in (keys, values):
-                part[row[position // 16], position % 16] = torch.randn(kv_heads, dim)
+                part[row[position // 16], position % 16] = torch.randn(kv_heads, part.shape[3])
     starts = [sum(tokens[:i]) for i in range(len(tokens) + 1)]
     begin, end = (torch.tensor(part, dtype=torch.int32) for part in (starts, lengths))
     return PagedKV(keys, values, begin, end, table.int())
@@ -90,6 +93,18 @@ def test_heads_and_dimensions(heads: int, kv_heads: int, dim: int) -> None:
     out = torch.empty_like(query)
     attention.attend_prefill(query, kv, reach, 1, out, shape=PREFILL._replace(rows=32))
     assert gap(attention.attend_decode(query, kv, reach, shape=DECODE), want) < TOLERANCE[torch.float32]
+    assert gap(out, want) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(("dim", "value_dim"), [(24, 16), (48, 80), (192, 128)])
+def test_values_of_another_width(dim: int, value_dim: int) -> None:
+    kv = make_kv([33, 18], [1, 1], 2, dim, value_dim=value_dim)
+    query, reach, sinks = torch.randn(2, 4, dim), ScoreRules(0.2), torch.randn(4)
+    want = ask_oracle(query, kv, reach, sinks)
+    out = query.new_empty(2, 4, value_dim)
+    attention.attend_prefill(query, kv, reach, 1, out, sinks, PREFILL)
+    got = attention.attend_decode(query, kv, reach, sinks, DECODE)
+    assert gap(got, want) < TOLERANCE[torch.float32]
     assert gap(out, want) < TOLERANCE[torch.float32]
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from service.model.kernels.triton import lora, oracles
-from service.model.kernels.triton.lora import LoraMember, LoraTiles
-from service.model.kernels.triton.shapes import LORA_TOKENS, LoraShape, lora_shape
+from service.model.kernels.triton.lora import LoraMember
+from service.model.kernels.triton.shapes import LORA_TOKENS, LoraShape, LoraTiles, lora_shape
 
 from .measure import DEVICE, DRY, Call, Report, gap, random, ring, took
 from .products import GROUPS, Group

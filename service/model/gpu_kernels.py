@@ -1,4 +1,5 @@
-"""Puts the Triton kernels in place of bitsandbytes' product and torch's attention, on a GPU.
+"""Puts the Triton kernels in place of bitsandbytes' product, torch's attention and the masked product of
+adapters, on a GPU.
 
 The base's own tree keeps theirs, and is what these are compared with at start. Runs in the worker
 process; must not know adapters' files, requests or scheduling.
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -17,11 +19,14 @@ from transformers import AttentionInterface
 
 from . import kv
 from .kernels import triton as kernels
+from .kernels.triton import oracles
+from .kernels.triton.shapes import LORA_TOKENS, LoraTiles
 from .lora_linear import LoraLinear
 from .lora_pool import LoraPool
 from .step_layout import StepLayout
 
 NAME = "adapterd_paged"
+TILES_ERROR = 0.02  # relative; 0.003 is bfloat16's rounding
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +70,8 @@ def explain_absence(device: torch.device) -> str | None:
 
 
 def install_kernels(pool: LoraPool) -> None:
-    """Gives the pool's tree the paged attention, and its 4-bit layers the NF4 product.
+    """Gives the pool's tree the paged attention and the grouped product of adapters, and its 4-bit layers
+    the NF4 product.
 
     Raises ValueError for weights in another layout than bitsandbytes' NF4.
     """
@@ -76,6 +82,41 @@ def install_kernels(pool: LoraPool) -> None:
     AttentionInterface.register(NAME, partial(kv.attend_blocks, attend_singles=attend_singles))
     pool.tree.set_attn_implementation(NAME)
     log.info("kernels: paged attention, and the NF4 product in %d of %d layers", len(quantized), len(layers))
+    if reason := _explain_difference(layers):
+        log.warning("kernels: adapters by torch's masked product; the grouped one %s", reason)
+    else:
+        pool.step.add_tiles = add_tiles
+
+
+def add_tiles(x: Tensor, y: Tensor, pool_a: Tensor, pool_b: Tensor, tiles: LoraTiles) -> None:
+    """Adds to y [tokens, n_out], in place, what the pool rows of the tiles make of x [tokens, n_in]."""
+    lora: Any = importlib.import_module(f"{kernels.__name__}.lora")
+    lora.add_adapters(x, [lora.LoraMember(y, pool_a, pool_b)], tiles)
+
+
+def _explain_difference(layers: Sequence[LoraLinear]) -> str:
+    """Why adapters are not to be added by tiles, tried on random numbers of every shape; empty where they
+    are what torch makes of them.
+    """
+    for shape in {(layer.pool_a.shape[1], layer.pool_b.shape[1], layer.pool_a.dtype) for layer in layers}:
+        try:
+            error = _try_tiles(*shape, layers[0].pool_a.device)
+        except Exception as cause:  # whatever a compiler says of a device that nobody tried
+            return f"raises {type(cause).__name__}: {str(cause).partition(chr(10))[0]}"
+        if not error < TILES_ERROR:
+            return f"differs by {error:.2g} for layers of {shape}"
+    return ""
+
+
+def _try_tiles(n_in: int, n_out: int, dtype: torch.dtype, device: torch.device) -> float:
+    """How far three tokens are from torch's, one of them the base's: relative."""
+    draw = partial(torch.randn, dtype=dtype, device=device)
+    x, y, a, b = draw(3, n_in), draw(3, n_out), draw(32, n_in) / n_in**0.5, draw(32, n_out)
+    rows = [(0, 1, 0, 16), (1, 0, 0, 0), (2, 1, 16, 11)]
+    weights = torch.ones(3, LORA_TOKENS, device=device)
+    expected = oracles.add_adapters(x, y, a, b, rows, weights)
+    add_tiles(x, y, a, b, LoraTiles(torch.tensor(rows, dtype=torch.int32, device=device), weights, 16))
+    return float((y.float() - expected).norm() / expected.norm())
 
 
 def attend_singles(attention: kv.BlockAttention, query: Tensor, layout: StepLayout) -> Tensor:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 # Recordings kept; each costs a few megabytes of the device, beside the memory that all work in
 LIMIT = 64
-BLOCKS, POOL_ROWS = 16, 64  # the smallest buckets
+BLOCKS, POOL_ROWS = 16, 16  # the smallest buckets
 # A step's inputs for each slot: the place of its KV, and its pool rows [low, high)
 FIELDS = ("token", "position", "block", "offset", "low", "high")
 
@@ -33,8 +33,8 @@ FIELDS = ("token", "position", "block", "offset", "low", "high")
 class GraphShape(NamedTuple):
     """The steps that a recording is good for.
 
-    They have `slots` tokens of sequences with at most `blocks` KV blocks, and meet `pool` pool rows in
-    `layers` (0: no adapters).
+    They have `slots` tokens of sequences with at most `blocks` KV blocks, and meet pool rows in `layers`
+    that `pool` bounds, as `LoraPool.find_limit` says (0: no adapters).
     """
 
     slots: int
@@ -90,11 +90,10 @@ class CudaGraphs:
         slots = min(round_up(len(sequences)), self.rows)
         most = max(len(sequence.blocks) for sequence in sequences)
         blocks = min(round_up(most, BLOCKS), self.most_blocks)
-        high = max(sum(self.pool.placement_of(sequence.adapter)) for sequence in sequences)
-        if not high:
+        limit = self.pool.find_limit(sequence.adapter for sequence in sequences)
+        if not limit:
             return GraphShape(slots, blocks, 0, frozenset())
-        pool_rows = min(round_up(high, POOL_ROWS), self.pool.rank)
-        return GraphShape(slots, blocks, pool_rows, self.pool.used)
+        return GraphShape(slots, blocks, min(round_up(limit, POOL_ROWS), self.pool.rank), self.pool.used)
 
     def _fill_inputs(self, sequences: Sequence[SequenceStep], shape: GraphShape) -> None:
         """Unused slots hold token 0 at position 0 of the spare block, and no pool rows."""

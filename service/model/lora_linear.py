@@ -7,7 +7,7 @@ worker process; must not know digests' meaning, files or requests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Digest, Placement
+from .kernels.triton.shapes import LoraTiles
 from .kernels.weights import TILE, pack_weights
 from .memory import HugePageArena, lazy_zeros, release_pages
 
@@ -50,11 +51,15 @@ class DoraSpan(NamedTuple):
 
 
 class TokenAdapters(NamedTuple):
-    """How the tokens that a layer sees in one step meet the pool."""
+    """How the tokens that a layer sees in one step meet the pool.
+
+    `tiles` has one tile for each token of a sequence that has one alone, in place of a group.
+    """
 
     tokens: int = 0
     groups: tuple[TokenGroup, ...] = ()
     gated: tuple[DoraSpan, ...] = ()
+    tiles: LoraTiles | None = None
 
     def clip(self, start: int, stop: int) -> TokenAdapters:
         """How tokens [start, stop) alone meet it; no group or span lies on both sides of a border."""
@@ -68,22 +73,26 @@ class TokenAdapters(NamedTuple):
             for span in self.gated
             if start <= span.start < stop
         ]
-        return TokenAdapters(stop - start, tuple(groups), tuple(gated))
+        return TokenAdapters(stop - start, tuple(groups), tuple(gated), None if start else self.tiles)
 
 
 NO_TOKENS = TokenAdapters()
+# Adds to y [tokens, n_out], in place, what the pool rows a, b of the tiles make of x [tokens, n_in]
+AddTiles = Callable[[Tensor, Tensor, Tensor, Tensor, LoraTiles], None]
 SeenTokens = Literal["body", "head", "part"]  # which of a step's tokens a layer sees, as StepAdapters says
 
 
 @dataclass
 class StepAdapters:
     """Those of the current step, read by all layers: of all its tokens, of those that get logits, and of
-    the part of the step that a layer with states runs now.
+    the part of the step that a layer with states runs now. `add_tiles` is the kernel for tiles, where
+    there is one.
     """
 
     body: TokenAdapters = NO_TOKENS
     head: TokenAdapters = NO_TOKENS
     part: TokenAdapters = NO_TOKENS
+    add_tiles: AddTiles | None = None
 
 
 def register_buffers(module: nn.Module, **buffers: Tensor) -> None:
@@ -156,12 +165,14 @@ class LoraLinear(AdaptedLayer):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base_layer(x)
         adapters: TokenAdapters = getattr(self._step, self._sees)
-        if not self.held or not (adapters.groups or adapters.gated):
+        if not self.held or not (adapters.groups or adapters.gated or adapters.tiles):
             return y
         self._wait_for_copies()
         flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         _check_tokens(flat.shape[0], adapters.tokens)
         self._apply_gate(out, adapters.gated)
+        if adapters.tiles is not None and self._step.add_tiles is not None:
+            self._step.add_tiles(flat, out, self.pool_a, self.pool_b, adapters.tiles)
         for group in adapters.groups:
             self._add_group(flat, out, group)
         return y

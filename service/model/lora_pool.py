@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..core.adapter import Digest, Placement
 from ..core.base_info import name_pattern
 from . import kernels
+from .kernels.triton.shapes import LORA_TOKENS, LoraTiles
 from .kernels.weights import fits_kernel
 from .linear_calls import LinearCalls
 from .loading import iterate_linears
@@ -32,6 +33,7 @@ from .memory import HugePageArena
 from .peft_fallback import share_tree
 from .states import StatefulForward
 from .step_layout import SequenceStep, count_singles
+from .transfers import send
 
 NOT_LIMITED = LinearCalls()
 
@@ -166,14 +168,24 @@ class LoraPool:
         """As `begin_step` for tokens that all get logits, one a run, each meeting pool rows
         [low, high): int64 [tokens] on the device.
 
-        All of these rows lie below `limit`. Nothing here depends on what the tensors hold.
+        As `find_limit` says, `limit` bounds these rows. Nothing here depends on what the tensors hold.
         """
         groups: tuple[TokenGroup, ...] = ()
-        if limit:
+        tiles = None
+        if limit and self.step.add_tiles is not None:
+            tiles = _make_tiles(low, high, limit)
+        elif limit:
             rows = torch.arange(limit, device=self.device)
             is_foreign = (rows < low[:, None]) | (rows >= high[:, None])
             groups = (TokenGroup(0, len(low), 0, limit, is_foreign),)
-        self.step.body = self.step.head = TokenAdapters(len(low), groups)
+        self.step.body = self.step.head = TokenAdapters(len(low), groups, tiles=tiles)
+
+    def find_limit(self, digests: Iterable[Digest | None]) -> int:
+        """What bounds the rows of these adapters: the greatest rank, where tiles are added by a kernel;
+        else the row that all lie below. 0: there are no adapters.
+        """
+        places = map(self.placement_of, digests)
+        return max(rank if self.step.add_tiles is not None else start + rank for start, rank in places)
 
     def begin_step(self, sequences: Sequence[SequenceStep]) -> None:
         """Tells all layers whose tokens come next; sequences of one token come first."""
@@ -217,8 +229,20 @@ class LoraPool:
 
     def _meet_pool(self, runs: Runs, singles: int) -> TokenAdapters:
         """The tokens of these runs, the first `singles` of which have one token each."""
-        groups = [*self._mixed_group(runs[:singles]), *self._own_groups(runs[singles:], singles)]
-        return TokenAdapters(sum(run.tokens for run in runs), tuple(groups), tuple(self._gated_spans(runs)))
+        tokens = sum(run.tokens for run in runs)
+        groups, gated = tuple(self._own_groups(runs[singles:], singles)), tuple(self._gated_spans(runs))
+        if self.step.add_tiles is not None:
+            return TokenAdapters(tokens, groups, gated, self._tiles_of(runs[:singles]))
+        return TokenAdapters(tokens, (*self._mixed_group(runs[:singles]), *groups), gated)
+
+    def _tiles_of(self, runs: Runs) -> LoraTiles | None:
+        """Of runs of one token each; None where none has an adapter."""
+        places = [self.placement_of(run.digest) for run in runs]
+        most_rank = max((rank for _, rank in places), default=0)
+        if not most_rank:
+            return None
+        low, rank = send(torch.tensor(places, dtype=torch.int32), self.device).T
+        return _make_tiles(low, low + rank, most_rank)
 
     def _mixed_group(self, runs: Runs) -> Iterator[TokenGroup]:
         """One masked group for tokens of different adapters."""
@@ -255,3 +279,10 @@ class LoraPool:
             if digest in self._gated and digest is not None:
                 yield DoraSpan(start, start + tokens, digest)
             start += tokens
+
+
+def _make_tiles(low: Tensor, high: Tensor, most_rank: int) -> LoraTiles:
+    """One tile a token, of pool rows [low, high): int [tokens] each; unused where there are none."""
+    every = torch.arange(len(low), dtype=torch.int32, device=low.device)
+    tiles = torch.stack([every, (high > low).int(), low.int(), (high - low).int()], -1)
+    return LoraTiles(tiles, torch.ones(len(low), LORA_TOKENS, device=low.device), most_rank)

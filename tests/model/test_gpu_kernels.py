@@ -15,9 +15,14 @@ pytest.importorskip(
     "triton", reason="no Triton, which comes with CUDA builds of torch: no kernel of a GPU is tested"
 )
 
+from service.core.adapter import Placement
 from service.core.base_info import BLOCK_TOKENS
 from service.model import gpu_kernels, kv
+from service.model.lora_linear import AddTiles, LoraWeights
+from service.model.lora_pool import LoraPool
+from service.model.runner import forward_step
 from service.model.step_layout import SequenceStep, make_layout, running
+from tests import making
 
 CPU = torch.device("cpu")
 SEQUENCES = [
@@ -85,3 +90,50 @@ def test_a_4_bit_layer_answers_as_bitsandbytes_holds_its_weights(tokens: int, bi
 
 def test_where_torch_has_no_cuda_the_reason_is_said() -> None:
     assert gpu_kernels.explain_absence(CPU) == "torch has no CUDA here"
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> LoraPool:
+    """Two adapters in a pool of a tiny model: rows [0, 4) of all layers, and [4, 13) of every third."""
+    base = making.load(making.tiny(tmp_path_factory.mktemp("pool") / "base"))
+    pool = LoraPool(base, 16, torch.float32, CPU)
+    kv.allocate_blocks(kv.probe_attention(base), 12, torch.float32, CPU)
+    torch.manual_seed(2)
+    for digest, start, rank, every in (("one", 0, 4, 1), ("two", 4, 9, 3)):
+        layers: Any = list(pool.layers.items())[::every]
+        shapes = {name: (layer.pool_a.shape[1], layer.pool_b.shape[1]) for name, layer in layers}
+        factors = {n: LoraWeights(*(torch.randn(rank, size) / 8 for size in shapes[n])) for n in shapes}
+        pool.place_adapter(Placement(digest, start, rank), factors)
+    return pool
+
+
+STEPS = {
+    "a token each, and a prompt": [*SEQUENCES[:2], SequenceStep([5] * 20, 0, [9, 1], "one", kept=20)],
+    "all of different adapters": [
+        SequenceStep([i], 3 * i, [i], digest) for i, digest in enumerate(("two", None, "one", "two"), 1)
+    ],
+    "all of the base": list(SEQUENCES[:3]),
+    "a prompt alone": [SequenceStep([7] * 18, 0, [2, 3], "two", kept=18)],
+}
+
+
+@pytest.mark.parametrize("step", STEPS)
+def test_adapters_by_the_kernel_are_those_of_the_masked_product(pool: LoraPool, step: str) -> None:
+    def run_step(add_tiles: AddTiles | None) -> Tensor:
+        pool.step.add_tiles = add_tiles
+        with torch.inference_mode():
+            pool.begin_step(STEPS[step])
+            return forward_step(pool.tree, make_layout(STEPS[step], CPU))
+
+    assert torch.allclose(run_step(gpu_kernels.add_tiles), run_step(None), atol=1e-4)
+
+
+def test_a_product_that_is_not_torchs_is_not_put_in_place(
+    pool: LoraPool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers: Any = list(pool.layers.values())
+    assert gpu_kernels._explain_difference(layers) == ""
+    monkeypatch.setattr(gpu_kernels, "add_tiles", lambda x, y, a, b, tiles: y.mul_(1.1))
+    assert gpu_kernels._explain_difference(layers).startswith("differs by ")
+    monkeypatch.setattr(gpu_kernels, "add_tiles", lambda x: x)
+    assert gpu_kernels._explain_difference(layers).startswith("raises TypeError: ")

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config
+from torch import Tensor
 from transformers import AttentionInterface
 
 from service.core.adapter import Adapter, Placement
@@ -25,6 +26,8 @@ from service.engine.plan import Chunk
 from service.errors import SettingsError
 from service.model import graphs, kv, selfcheck
 from service.model.build import build_runner
+from service.model.kernels.triton.shapes import LoraTiles
+from service.model.lora_linear import AddTiles
 from service.model.runner import ModelRunner
 from service.settings import Settings
 from tests import making, pretended
@@ -77,10 +80,14 @@ def ask(folders: Folders, *names: str | None, count: int = 10) -> list[tuple[str
 
 
 def answered(
-    folders: Folders, asked: list[tuple[str | None, Job, list[int]]], **settings: Any
+    folders: Folders,
+    asked: list[tuple[str | None, Job, list[int]]],
+    add_tiles: AddTiles | None = None,
+    **settings: Any,
 ) -> ModelRunner:
     """A runner with all adapters resident that has answered all this as PEFT does."""
     runner = runner_on(folders[None], **settings)
+    runner.pool.step.add_tiles = add_tiles
     driver = RunnerDriver(runner, 8)
     for name, folder in folders.items():
         if name:
@@ -90,10 +97,21 @@ def answered(
     return runner
 
 
-def test_recorded_steps_say_what_peft_says_whoever_comes_and_goes(folders: Folders) -> None:
+def add_by_torch(x: Tensor, y: Tensor, pool_a: Tensor, pool_b: Tensor, layout: LoraTiles) -> None:
+    """What the kernel makes of tiles of one token each; of ranks that it was not made for, nothing."""
+    token, tokens, low, rank = layout.tiles.T[..., None]
+    rows = torch.arange(len(pool_a), device=x.device)
+    is_own = (rows >= low) & (rows < low + rank) & (tokens > 0) & (rank <= layout.most_rank)
+    y[token[:, 0]] += (x[token[:, 0]] @ pool_a.T * is_own) @ pool_b
+
+
+@pytest.mark.parametrize("add_tiles", [None, add_by_torch])
+def test_recorded_steps_say_what_peft_says_whoever_comes_and_goes(
+    folders: Folders, add_tiles: AddTiles | None
+) -> None:
     asked = ask(folders, None, "a0", "a1", "a3", count=40)
     with device():
-        runner = answered(folders, asked, compile="on")
+        runner = answered(folders, asked, add_tiles, compile="on")
         assert runner.graphs is not None
         assert runner.graphs.able
         shapes = list(runner.graphs._recorded)
@@ -101,10 +119,13 @@ def test_recorded_steps_say_what_peft_says_whoever_comes_and_goes(folders: Folde
     assert len({shape.slots for shape in shapes}) > 3
 
 
-def test_beside_dora_adapters_steps_are_not_recorded_and_right(folders: Folders) -> None:
+@pytest.mark.parametrize("add_tiles", [None, add_by_torch])
+def test_beside_dora_adapters_steps_are_not_recorded_and_right(
+    folders: Folders, add_tiles: AddTiles | None
+) -> None:
     asked = ask(folders, "a2", "a0", None)
     with device():
-        assert answered(folders, asked).graphs is not None
+        assert answered(folders, asked, add_tiles).graphs is not None
 
 
 def test_of_long_sequences_the_recording_sees_them_whole(folders: Folders) -> None:

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .shapes import LORA_RANK, LORA_TOKENS, MEMBERS, LoraShape, lora_shape
+from .shapes import LORA_RANK, LORA_TOKENS, MEMBERS, LoraShape, LoraTiles, lora_shape
 
 
 class LoraMember(NamedTuple):
@@ -26,16 +26,6 @@ class LoraMember(NamedTuple):
     y: Tensor
     a: Tensor
     b: Tensor
-
-
-class LoraTiles(NamedTuple):
-    """tiles int32 [n, 4]; weights float32 [n, 16], of a tile's tokens; `most_rank` is no less than
-    any tile's rank.
-    """
-
-    tiles: Tensor
-    weights: Tensor
-    most_rank: int
 
 
 @triton.jit(do_not_specialize=["rank_blocks"], do_not_specialize_on_alignment=["tiles"])

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from torch import Tensor
+
 MEMBERS = 3  # weights that share their input and one launch: q, k and v, or gate and up
 
 # NF4 product
@@ -66,6 +68,18 @@ def product_splits(n_out: int, n_in: int) -> int:
     ):
         splits *= 2
     return splits
+
+
+class LoraTiles(NamedTuple):
+    """Which rank rows which tokens meet: tiles int32 [n, 4], weights float32 [n, LORA_TOKENS] of their
+    tokens; `most_rank` is no less than any tile's rank.
+
+    A tile is (first token, tokens, first rank row, rank), of one adapter.
+    """
+
+    tiles: Tensor
+    weights: Tensor
+    most_rank: int
 
 
 class LoraShape(NamedTuple):

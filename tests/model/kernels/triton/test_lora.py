@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from service.model.kernels.triton import lora, oracles
-from service.model.kernels.triton.lora import LoraMember, LoraTiles
-from service.model.kernels.triton.shapes import LORA_TOKENS, LoraShape, lora_shape
+from service.model.kernels.triton.lora import LoraMember
+from service.model.kernels.triton.shapes import LORA_TOKENS, LoraShape, LoraTiles, lora_shape
 
 Tile = tuple[int, int, int, int]
 UNUSED: Tile = (0, 0, 0, 0)

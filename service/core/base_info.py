@@ -43,7 +43,8 @@ class BaseInfo:
     Bytes are resident bytes, by dtype. `linears` are the layers that can be adapted, `limits` what
     stands in the way of others. `kv_blocks` blocks of BLOCK_TOKENS positions serve `rows` sequences at once,
     each of at most `context` tokens. `rope` says which rotary factors serve every sequence, where the base
-    has several; else it is None.
+    has several; else it is None. `quantization` is how the linear layers are held: `quantized_bytes` of them,
+    beside `plain_expert_bytes` of experts, which layer by layer no method quantizes.
     """
 
     folder: str
@@ -64,3 +65,5 @@ class BaseInfo:
     kv_blocks: int = 0
     rope: dict[str, Any] | None = None
     limits: tuple[LayerLimit, ...] = ()
+    quantized_bytes: int = 0
+    plain_expert_bytes: int = 0

@@ -229,7 +229,7 @@ def _install_kernels(pool: LoraPool, base: ProbedBase) -> None:
 
 
 def _quantization_of(base: ProbedBase) -> str:
-    return loading.quantization_of(base.settings, base.model.device)
+    return loading.held_quantization(base.model)
 
 
 def _record_graphs(base: ProbedBase, pool: LoraPool, card: BaseInfo, expected: Tensor) -> CudaGraphs | None:

@@ -32,6 +32,7 @@ from .lora_pool import LoraPool
 from .memory import trim_heap
 from .runner import ModelRunner
 from .sampler import Sampler
+from .text_part import recorded_modules, release_other_parts
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +67,12 @@ def build_runner(settings: Settings, progress: loading.Progress) -> tuple[ModelR
         raise DoesNotFit(
             f"ADAPTERD_BASE: it, KV and a pool of {settings.pool_rank} do not fit into the GPU's memory"
         ) from error
+    except (SettingsError, OSError, EOFError):
+        raise
+    except Exception as error:  # whatever a model's own code raises: a restart would change nothing
+        log.debug("the base cannot be served", exc_info=True)
+        reason = loading.describe_error(error)
+        raise SettingsError(f"ADAPTERD_BASE: {settings.base!r} cannot be served: {reason}") from error
 
 
 def _build_parts(settings: Settings, progress: loading.Progress) -> tuple[ModelRunner, BaseInfo]:
@@ -105,9 +112,11 @@ def _prepare_gpu(device: torch.device) -> None:
 
 
 def _probe_base(model: Any, settings: Settings) -> ProbedBase:
-    with recorded_calls(model) as recorder:
+    with recorded_calls(model) as recorder, recorded_modules(model) as called:
         attention = kv.probe_attention(model)
-    return ProbedBase(model, attention, recorder.result(), settings)
+    calls = recorder.result()
+    calls = calls._replace(limits=calls.limits + release_other_parts(model, called))
+    return ProbedBase(model, attention, calls, settings)
 
 
 def _describe_base(base: ProbedBase, folder: Path) -> BaseInfo:

@@ -21,10 +21,11 @@ import bitsandbytes
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 from transformers.pytorch_utils import Conv1D
 
 from .. import durable, user_folders
+from ..base_config import auto_class, read_base_config
 from ..core.base_info import BaseInfo, LayerLimit, LinearKind, name_pattern
 from ..core.defaults import defaults_of
 from ..errors import SettingsError
@@ -225,7 +226,7 @@ def read_config(folder: Path, settings: Settings) -> Any:
     """
     with _refusing(settings.base):
         _check_stored_type(folder)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config = read_base_config(folder)
         if stored := stored_as.stored_config(config):
             stored_as.check_stored(stored, settings.quantization)
     return config
@@ -283,7 +284,8 @@ def _load_whole(folder: Path, name: str, **options: Any) -> Any:
     """
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     with _refusing(name):
-        model, loading_info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
+        kind = auto_class(options["config"]) if "config" in options else AutoModelForCausalLM
+        model, loading_info = kind.from_pretrained(folder, trust_remote_code=False, **options)
     _check_loaded(name, loading_info)
     return model
 
@@ -298,9 +300,13 @@ def _refusing(name: str) -> Iterator[None]:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        kind = "" if isinstance(error, SettingsError) else f"{type(error).__name__}: "
-        reason = kind + " ".join(str(error).split())[:300]
-        raise SettingsError(f"ADAPTERD_BASE: {name!r} cannot be loaded: {reason}") from error
+        raise SettingsError(f"ADAPTERD_BASE: {name!r} cannot be loaded: {describe_error(error)}") from error
+
+
+def describe_error(error: Exception) -> str:
+    """In one line; of a SettingsError its own words, of any other with its type."""
+    kind = "" if isinstance(error, SettingsError) else f"{type(error).__name__}: "
+    return kind + " ".join(str(error).split())[:300]
 
 
 def _check_loaded(name: str, loading_info: Mapping[str, Any]) -> None:

@@ -19,6 +19,7 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, get_peft_model, get_pe
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ...adapter_config import ASIDE, build_peft_config, known_keys
@@ -152,8 +153,9 @@ def inject_config(skeleton: Skeleton, text: str) -> ResolvedConfig:
     check_tokens(model)
     tuned = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
     layers = {name: layer for name, layer in tuned.items() if isinstance(layer, LoraLayer)}
+    saved = {name: layer for name, layer in model.named_modules() if isinstance(layer, ModulesToSaveWrapper)}
     expected = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    limits = limits_of(skeleton, tuned)
+    limits = limits_of(skeleton, tuned | saved)
     features = list_features(config) | frozenset(filter(None, map(kind_of, layers.values())))
     features |= model_features(skeleton, model, config, limits)
     patches = tuple(make_layer_spec(name, layer, expected) for name, layer in layers.items())

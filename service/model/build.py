@@ -114,9 +114,9 @@ def _prepare_gpu(device: torch.device) -> None:
 def _probe_base(model: Any, settings: Settings) -> ProbedBase:
     with recorded_calls(model) as recorder, recorded_modules(model) as called:
         attention = kv.probe_attention(model)
-    calls = recorder.result()
-    calls = calls._replace(limits=calls.limits + release_other_parts(model, called))
-    return ProbedBase(model, attention, calls, settings)
+    heads, limits = recorder.result()
+    limits += release_other_parts(model, called)
+    return ProbedBase(model, attention, LinearCalls(heads, limits), settings)
 
 
 def _describe_base(base: ProbedBase, folder: Path) -> BaseInfo:

@@ -21,7 +21,7 @@ import bitsandbytes
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 from transformers.pytorch_utils import Conv1D
 
 from .. import durable, user_folders
@@ -225,22 +225,25 @@ def read_config(folder: Path, settings: Settings) -> Any:
     in a way that cannot be run here, or is not the one that is set.
     """
     with _refusing(settings.base):
-        _check_stored_type(folder)
+        _check_config_file(folder)
         config = read_base_config(folder)
         if stored := stored_as.stored_config(config):
             stored_as.check_stored(stored, settings.quantization)
     return config
 
 
-def _check_stored_type(folder: Path) -> None:
-    """Raises SettingsError where the config says of its quantization what transformers trips over; of a file
-    that is no JSON it says itself what is wrong.
+def _check_config_file(folder: Path) -> None:
+    """Raises SettingsError for what transformers trips over or asks about; of a file that is no JSON it says
+    itself what is wrong.
     """
     with suppress(OSError, ValueError):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        stored = config.get("quantization_config") if isinstance(config, dict) else None
-        if not isinstance(stored, dict | None):
+        if not isinstance(config, dict):
+            return
+        if not isinstance(config.get("quantization_config"), dict | None):
             raise SettingsError("its `quantization_config` is no object")
+        if config.get("auto_map") and str(config.get("model_type")) not in CONFIG_MAPPING:
+            raise SettingsError("its architecture comes as its own code, which is never run")
 
 
 def load_base(folder: Path, settings: Settings, progress: Progress) -> nn.Module:

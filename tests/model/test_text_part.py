@@ -18,7 +18,7 @@ from service.catalog.validator.header import TensorInfo
 from service.catalog.validator.match import match_tensors
 from service.catalog.validator.skeleton import Skeleton
 from service.core.base_info import BaseInfo
-from service.errors import AdapterUnsupported
+from service.errors import AdapterInvalid, AdapterUnsupported
 from service.model.runner import ModelRunner
 from service.model.text_part import recorded_modules, release_other_parts
 from tests import making
@@ -95,10 +95,11 @@ def test_an_adapter_is_read_however_its_trainer_named_the_language_model(
     assert all(f"base_model.model.{written}layers." in spec.a for spec in other.layers)
 
 
-def test_names_that_would_become_one_are_not_taken_for_each_other() -> None:
-    expected = {"base_model.model.model.language_model.x": (1,), "base_model.model.model.x": (1,)}
-    held = {key: TensorInfo("F32", shape, 4) for key, shape in expected.items()}
-    assert match_tensors(expected, held) == {key: key for key in expected}
+def test_two_tensors_are_not_taken_for_one_in_two_spellings() -> None:
+    expected = {"base_model.model.model.language_model.x": (1,)}
+    held = [f"base_model.model.{body}.x" for body in ("model", "language_model.model")]
+    with pytest.raises(AdapterInvalid, match="0 of 3 tensors matched"):
+        match_tensors(expected, {key: TensorInfo("F32", (1,), 4) for key in held})
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -60,13 +60,13 @@ def _list_keys(what: str, keys: Sequence[str]) -> list[str]:
     return [f"{what} {shown}{more}"]
 
 
-def _without_wrapper(expected: Iterable[str], tensors: Iterable[str]) -> dict[str, str]:
+def _without_wrapper(expected: Iterable[str], tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
     """Plain name → the file's, where one is of the language model alone and the other of a model that has it
-    inside; empty where two names become one.
+    inside; empty where two of the file's names become one.
     """
     short = {WRAPPER.sub("", name): name for name in expected}
     names = {short.get(WRAPPER.sub("", key), key): key for key in tensors}
-    return names if len(names) == len(set(tensors)) == len(short) else {}
+    return names if len(names) == len(tensors) else {}
 
 
 def _iterate_spellings(tensors: Iterable[str], body: str) -> Iterable[dict[str, str]]:

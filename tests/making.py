@@ -20,7 +20,15 @@ import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 Tensors = dict[str, torch.Tensor]
 ConfigEdit = dict[str, Any] | Callable[[dict[str, Any]], dict[str, Any]]
@@ -116,8 +124,11 @@ def tiny(
 
 
 def load(folder: Path) -> Any:
+    """The base in float32; with all its parts, where it sees images."""
     with quiet():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        is_causal = type(AutoConfig.from_pretrained(folder)) in MODEL_FOR_CAUSAL_LM_MAPPING
+        kind = AutoModelForCausalLM if is_causal else AutoModelForImageTextToText
+        return kind.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 # ---- adapters

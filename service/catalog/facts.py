@@ -22,17 +22,21 @@ FACTOR = re.compile(r"^(?:base_model\.model\.)?(.+)\.lora_(A|B|magnitude_vector)
 
 @dataclass(frozen=True, slots=True)
 class LoraModuleInfo:
-    """A module that a LoRA changes: A is [rank, in], B is [out, rank], `magnitude` DoRA's [out]."""
+    """A module that a LoRA changes: A is [rank, in], B is [out, rank], `magnitude` DoRA's [out].
+
+    Of `experts` experts A is [experts · rank, in], B is [out, rank · experts].
+    """
 
     module: str
     scaling: float
     a: TensorInfo
     b: TensorInfo
     magnitude: TensorInfo | None = None
+    experts: int = 1
 
     @property
     def rank(self) -> int:
-        return self.a.shape[0]
+        return self.a.shape[0] // self.experts
 
     @property
     def parts(self) -> tuple[TensorInfo, ...]:
@@ -77,17 +81,17 @@ def by_module(modules: Sequence[LoraModuleInfo]) -> list[dict[str, Any]]:
     groups: dict[tuple[Any, ...], list[LoraModuleInfo]] = {}
     for info in modules:
         has_magnitude = info.magnitude is not None
-        key = (last_name(info.module), info.a.shape, info.b.shape, info.scaling, has_magnitude)
+        key = (last_name(info.module), info.a.shape, info.b.shape, info.rank, info.scaling, has_magnitude)
         groups.setdefault(key, []).append(info)
     ordered = sorted(groups.items(), key=lambda group: group[0])
     return [_module_row(*group) for group in ordered]
 
 
 def _module_row(key: tuple[Any, ...], group: Sequence[LoraModuleInfo]) -> dict[str, Any]:
-    name, a, b, scaling, has_magnitude = key
+    name, a, b, rank, scaling, has_magnitude = key
     parts = [part for info in group for part in info.parts]
     size = sum(part.size for part in parts)
-    row = {"name": name, "count": len(group), "in_features": a[1], "out_features": b[0], "rank": a[0]}
+    row = {"name": name, "count": len(group), "in_features": a[1], "out_features": b[0], "rank": rank}
     row |= {"scaling": scaling, "lora_A": list(a), "lora_B": list(b)}
     if has_magnitude:
         row["magnitude"] = [b[0]]
@@ -238,7 +242,7 @@ def _forecast_row(kind: str, r: int, linear: LinearKind) -> dict[str, Any]:
     a = _forecast_tensor(kind, r, linear.in_features)
     b = _forecast_tensor(kind, linear.out_features, r)
     info = LoraModuleInfo(linear.name, 0, a, b)
-    row = _module_row((linear.name, a.shape, b.shape, None, False), [info] * linear.count)
+    row = _module_row((linear.name, a.shape, b.shape, r, None, False), [info] * linear.count)
     del row["scaling"]
     return row
 

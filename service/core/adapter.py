@@ -20,7 +20,8 @@ class LoraLayerSpec:
     `magnitude` [out], DoRA's gate on top.
 
     `module` is the layer's dotted name in the base; `a`, `b`, `magnitude` are tensor names in the
-    weights file.
+    weights file. A parameter of `experts` experts has the factors of each: A [experts · rank, in], expert
+    by expert, B [out, rank · experts], rank by rank.
     """
 
     module: str
@@ -29,6 +30,7 @@ class LoraLayerSpec:
     a: str
     b: str
     magnitude: str | None = None
+    experts: int = 1
 
 
 @lru_cache(maxsize=64)

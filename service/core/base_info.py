@@ -44,7 +44,9 @@ class BaseInfo:
     stands in the way of others. `kv_blocks` blocks of BLOCK_TOKENS positions serve `rows` sequences at once,
     each of at most `context` tokens. `rope` says which rotary factors serve every sequence, where the base
     has several; else it is None. `state_bytes` is what layers with states keep of one sequence: where there
-    are such layers, no sequence goes on from another's KV.
+    are such layers, no sequence goes on from another's KV. `quantization` is how the linear layers are held:
+    `quantized_bytes` of them, beside `plain_expert_bytes` of experts, which layer by layer no method
+    quantizes.
     """
 
     folder: str
@@ -66,3 +68,5 @@ class BaseInfo:
     state_bytes: int = 0
     rope: dict[str, Any] | None = None
     limits: tuple[LayerLimit, ...] = ()
+    quantized_bytes: int = 0
+    plain_expert_bytes: int = 0

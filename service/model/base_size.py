@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from .. import limits
+from ..base_config import auto_class, read_base_config
 from ..core import capacity
 from ..errors import DoesNotFit
 from ..limits import megabytes
 from .gguf_header import count_values
+from .stored_quantization import PLAIN_ON_CPU, stored_config, stored_method
 
 # Beside the weights: the self-check, the first KV blocks, and the validator's process, which starts meanwhile
 WORKING_BYTES = 400_000_000
@@ -26,7 +27,7 @@ WORKING_BYTES = 400_000_000
 
 def check_base(folder: Path, name: str, device: torch.device, dtype: torch.dtype, quantization: str) -> None:
     """Raises DoesNotFit where the base in this folder is larger than what the device has left."""
-    weights = _measure_folder(folder, dtype, quantization)
+    weights = _measure_folder(folder, dtype, quantization, device.type)
     if not weights:
         return  # loading it says what is wrong
     kind = f"{megabytes(weights)} of weights"
@@ -71,14 +72,16 @@ def _require_bytes(name: str, what: str, needed: int, free: int, limit: str) -> 
         )
 
 
-def _measure_folder(folder: Path, dtype: torch.dtype, quantization: str) -> int:
+def _measure_folder(folder: Path, dtype: torch.dtype, quantization: str, device: str = "cpu") -> int:
     """Bytes of the weights in this folder, once loaded; 0 where the library does not understand it."""
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        if getattr(config, "quantization_config", None):  # it is loaded as it is stored
-            return sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
+        config = read_base_config(folder)
+        if stored := stored_config(config):
+            if device != "cpu" or stored_method(stored) not in PLAIN_ON_CPU:  # it is loaded as it is stored
+                return sum(file.stat().st_size for file in folder.glob("model*.safetensors"))
+            quantization = "none"
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+            model = auto_class(config).from_config(config, trust_remote_code=False)
     except Exception:  # whatever it makes of such a folder
         return 0
     return measure_weights(model, dtype, quantization)

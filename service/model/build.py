@@ -34,6 +34,7 @@ from .lora_pool import LoraPool
 from .memory import trim_heap
 from .runner import ModelRunner
 from .sampler import Sampler
+from .text_part import recorded_modules, release_other_parts
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,12 @@ def build_runner(settings: Settings, progress: loading.Progress) -> tuple[ModelR
         raise DoesNotFit(
             f"ADAPTERD_BASE: it, KV and a pool of {settings.pool_rank} do not fit into the GPU's memory"
         ) from error
+    except (SettingsError, OSError, EOFError):
+        raise
+    except Exception as error:  # whatever a model's own code raises: a restart would change nothing
+        log.debug("the base cannot be served", exc_info=True)
+        reason = loading.describe_error(error)
+        raise SettingsError(f"ADAPTERD_BASE: {settings.base!r} cannot be served: {reason}") from error
 
 
 def _build_parts(settings: Settings, progress: loading.Progress) -> tuple[ModelRunner, BaseInfo]:
@@ -109,9 +116,11 @@ def _prepare_gpu(device: torch.device) -> None:
 
 def _probe_base(model: Any, settings: Settings) -> ProbedBase:
     stateful = states.probe_states(model)
-    with recorded_calls(model) as recorder:
+    with recorded_calls(model) as recorder, recorded_modules(model) as called:
         attention = kv.probe_attention(model, has_states=bool(stateful))
-    return ProbedBase(model, attention, stateful, recorder.result(), settings)
+    heads, limits = recorder.result()
+    limits += release_other_parts(model, called)
+    return ProbedBase(model, attention, stateful, LinearCalls(heads, limits), settings)
 
 
 def _describe_base(base: ProbedBase, folder: Path) -> BaseInfo:
@@ -241,7 +250,7 @@ def _install_kernels(pool: LoraPool, base: ProbedBase) -> None:
 
 
 def _quantization_of(base: ProbedBase) -> str:
-    return loading.quantization_of(base.settings, base.model.device)
+    return loading.held_quantization(base.model)
 
 
 def _record_graphs(base: ProbedBase, pool: LoraPool, card: BaseInfo, expected: Tensor) -> CudaGraphs | None:

@@ -15,6 +15,9 @@ import torch
 from bitsandbytes import functional
 from torch import Tensor, nn
 
+# PEFT's modules for layers that it does not take for plain ones
+QUANTIZED_MODULES = frozenset({"bnb", "gptq", "awq", "aqlm", "eetq", "hqq", "torchao"})
+
 
 def attention_name(model: Any) -> str:
     """The name of the attention that the model runs by, as `set_attn_implementation` takes it."""
@@ -44,6 +47,15 @@ def unpack_for_cpu(packed: Tensor, state: Any) -> tuple[Tensor, Any]:
     return unpacked, state
 
 
+def keep_unpacked(layer: Any) -> None:
+    """Keeps a Linear4bit whose scales are not nested as it is on a CPU.
+
+    bitsandbytes would pack it for its CPU kernel in the first forward, and unpack it whenever anybody asks
+    for a state dictionary, with the scales of a row of several blocks in another order.
+    """
+    layer.support_avx512bf16_for_cpu = False
+
+
 def plain_4bit(weight: Any) -> tuple[Tensor, Any]:
     """A Params4bit's values, uint8, two a byte, and a QuantState of its own for them, however
     bitsandbytes holds them now.
@@ -54,10 +66,10 @@ def plain_4bit(weight: Any) -> tuple[Tensor, Any]:
 
 
 def reads_quantized(layer: nn.Module) -> bool:
-    """Whether PEFT made this layer for a quantized one: in a `bnb` module of the type, or with a backend
-    that dequantizes.
+    """Whether PEFT made this layer for a quantized one: in a module of the type named for the method, or with
+    a backend that dequantizes.
     """
-    in_own_module = type(layer).__module__.endswith(".bnb")
+    in_own_module = type(layer).__module__.rpartition(".")[2] in QUANTIZED_MODULES
     return in_own_module or getattr(layer, "quantization_backend", None) is not None
 
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import errno
 import hashlib
 import importlib.util
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -19,15 +21,18 @@ import bitsandbytes
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GgufConfig
 from transformers.pytorch_utils import Conv1D
 
 from .. import durable, user_folders
+from ..base_config import auto_class, read_base_config
 from ..core.base_info import BaseInfo, LayerLimit, LinearKind, name_pattern
 from ..core.defaults import defaults_of
 from ..errors import SettingsError
 from ..settings import HUB_ID, Dtype, Settings
 from . import base_size
+from . import stored_quantization as stored_as
+from .compat import keep_unpacked
 from .kernels import can_load_kernels
 
 log = logging.getLogger(__name__)
@@ -215,6 +220,32 @@ def _quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesC
     return None
 
 
+def read_config(folder: Path, settings: Settings) -> Any:
+    """The base's config. Raises SettingsError where transformers cannot read it, or its weights are stored
+    in a way that cannot be run here, or is not the one that is set.
+    """
+    with _refusing(settings.base):
+        _check_config_file(folder)
+        config = read_base_config(folder)
+        if stored := stored_as.stored_config(config):
+            stored_as.check_stored(stored, settings.quantization)
+    return config
+
+
+def _check_config_file(folder: Path) -> None:
+    """Raises SettingsError for what transformers trips over or asks about; of a file that is no JSON it says
+    itself what is wrong.
+    """
+    with suppress(OSError, ValueError):
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(config, dict):
+            return
+        if not isinstance(config.get("quantization_config"), dict | None):
+            raise SettingsError("its `quantization_config` is no object")
+        if config.get("auto_map") and str(config.get("model_type")) not in CONFIG_MAPPING:
+            raise SettingsError("its architecture comes as its own code, which is never run")
+
+
 def load_base(folder: Path, settings: Settings, progress: Progress) -> nn.Module:
     """The base, quantized, frozen, in evaluation mode, on its device.
 
@@ -223,22 +254,29 @@ def load_base(folder: Path, settings: Settings, progress: Progress) -> nn.Module
     device = device_of(settings)
     dtype = dtype_of(settings, device)
     progress("loading weights", 0.0)
+    config = read_config(folder, settings)
+    wanted = None if stored_as.stored_config(config) else quantization_of(settings, device)
     options: dict[str, Any] = {
+        "config": config,
         "dtype": dtype,
         "device_map": {"": device},
-        "quantization_config": _quantization_config(quantization_of(settings, device), dtype),
+        "quantization_config": wanted and _quantization_config(wanted, dtype),
     }
     model: nn.Module = _load_whole(folder, settings.base, local_files_only=True, **options)
-    _disable_outliers(model)
+    _settle_stored(model)
     progress("loading weights", 1.0)
     return model.eval().requires_grad_(False)
 
 
-def _disable_outliers(model: nn.Module) -> None:
-    """A checkpoint that was stored in 8 bits brings a threshold of its own."""
+def _settle_stored(model: nn.Module) -> None:
+    """Takes from a checkpoint what our own quantization would not have: an outlier threshold in 8 bits, and
+    scales in 4 bits that bitsandbytes reorders and cannot put back.
+    """
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear8bitLt):
             module.state.threshold = 0.0
+        elif isinstance(module, bitsandbytes.nn.Linear4bit) and not module.weight.quant_state.nested:
+            keep_unpacked(module)
 
 
 def _load_whole(folder: Path, name: str, **options: Any) -> Any:
@@ -247,19 +285,31 @@ def _load_whole(folder: Path, name: str, **options: Any) -> Any:
     Raises SettingsError naming the tensors where any is missing or of another shape, or whatever
     else fails.
     """
-    try:
-        # Beside a quantization of None transformers would forget the one that a stored config names
-        if "gguf_file" not in options:
-            options["config"] = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-        model, loading_info = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False, **options)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # whatever transformers makes of such a folder: a restart would change nothing
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        raise SettingsError(f"ADAPTERD_BASE: {name!r} cannot be loaded: {reason}") from error
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    with _refusing(name):
+        kind = auto_class(options["config"]) if "config" in options else AutoModelForCausalLM
+        model, loading_info = kind.from_pretrained(folder, trust_remote_code=False, **options)
     _check_loaded(name, loading_info)
     return model
+
+
+@contextmanager
+def _refusing(name: str) -> Iterator[None]:
+    """Makes a SettingsError of one line of whatever transformers makes of a folder: a restart would change
+    nothing.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise SettingsError(f"ADAPTERD_BASE: {name!r} cannot be loaded: {describe_error(error)}") from error
+
+
+def describe_error(error: Exception) -> str:
+    """In one line; of a SettingsError its own words, of any other with its type."""
+    kind = "" if isinstance(error, SettingsError) else f"{type(error).__name__}: "
+    return kind + " ".join(str(error).split())[:300]
 
 
 def _check_loaded(name: str, loading_info: Mapping[str, Any]) -> None:
@@ -294,8 +344,9 @@ def iterate_linears(model: nn.Module) -> Iterator[tuple[str, nn.Module, int, int
     for name, module in model.named_modules():
         if isinstance(module, Conv1D):
             yield name, module, module.nx, module.nf
-        elif isinstance(module, nn.Linear):
-            yield name, module, module.in_features, module.out_features
+        elif isinstance(module, nn.Linear) or stored_as.is_packed(module):
+            layer: Any = module
+            yield name, layer, layer.in_features, layer.out_features
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -318,6 +369,19 @@ def resident_bytes(model: nn.Module) -> dict[str, int]:
             counted.add(key)
             sizes[_dtype_name(tensor.dtype)] += storage.nbytes()
     return dict(sizes)
+
+
+def quantized_bytes(model: nn.Module) -> int:
+    """Bytes of the linear layers that are quantized, their scales included."""
+    layers = (layer for _, layer, _, _ in iterate_linears(model) if stored_as.is_quantized(layer))
+    return sum(size for layer in layers for size in resident_bytes(layer).values())
+
+
+def held_quantization(model: Any) -> str:
+    """How the base's linear layers are held, whatever was asked for: by a setting's name, or the method's."""
+    stored: Any = getattr(model.config, "quantization_config", None)
+    method = stored.to_dict() if hasattr(stored, "to_dict") else stored
+    return stored_as.held_method((layer for _, layer, _, _ in iterate_linears(model)), method)
 
 
 def _dtype_name(dtype: torch.dtype) -> str:
@@ -360,7 +424,6 @@ def describe_base(
 ) -> BaseInfo:
     """The base's exact numbers, for `/base` and every summary."""
     config = model.config.get_text_config()
-    device = device_of(settings)
     return BaseInfo(
         folder=str(folder),
         architecture=type(model).__name__,
@@ -370,10 +433,12 @@ def describe_base(
         vocab_size=config.vocab_size,
         parameters=count_parameters(model),
         context=capacity.context,
-        quantization=quantization_of(settings, device),
-        dtype=_dtype_name(dtype_of(settings, device)),
-        device=str(device),
+        quantization=held_quantization(model),
+        dtype=_dtype_name(model.dtype),
+        device=str(device_of(settings)),
         resident_bytes=resident_bytes(model),
+        quantized_bytes=quantized_bytes(model),
+        plain_expert_bytes=sum(weight.nbytes for weight in stored_as.expert_parameters(model)),
         linears=list_linear_kinds(model, limits),
         pool_rank=settings.pool_rank,
         rows=capacity.rows,

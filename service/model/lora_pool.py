@@ -33,6 +33,7 @@ from .memory import HugePageArena
 from .peft_fallback import share_tree
 from .states import StatefulForward
 from .step_layout import SequenceStep, count_singles
+from .stored_quantization import is_quantized
 from .transfers import send
 
 NOT_LIMITED = LinearCalls()
@@ -111,9 +112,9 @@ class LoraPool:
         return FusedLoraLinear(layer, self.rank, getattr(self.tables, self._seen_tokens(name)), arena)
 
     def _wrap_plain(self, name: str, layer: nn.Module, n_in: int, n_out: int) -> LoraLinear:
-        weight: Any = layer.weight
-        # Some models keep a few layers in float32
-        own = weight.dtype if weight.is_floating_point() else self.dtype
+        # Some models keep a few layers in float32; what is quantized computes in the pool's dtype
+        weight: Any = layer.weight if not is_quantized(layer) else None
+        own = self.dtype if weight is None else weight.dtype
         sees = self._seen_tokens(name)
         return LoraLinear(layer, n_in, n_out, self.rank, own, self.device, self.step, sees)
 

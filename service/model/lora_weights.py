@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..core.adapter import Adapter, LoraLayerSpec
-from ..errors import AdapterInvalid
+from ..errors import AdapterInvalid, AdapterUnsupported
 from .adapter_file import read_files
 from .compat import plain_4bit
 from .lora_linear import FusedLoraLinear, LoraLinear, LoraWeights
 from .lora_pool import LoraPool
+from .stored_quantization import is_quantized
 
 
 def read_weights(adapter: Adapter, pool: LoraPool) -> dict[str, LoraWeights]:
@@ -106,8 +107,11 @@ def dora_gate(layer: nn.Module, a: Tensor, b: Tensor, magnitude: Tensor, scaling
 
 
 def dense_weight(layer: Any) -> Tensor:
-    """The base layer's weight [out, in], dequantized where it is quantized."""
-    weight: Any = layer.weight
+    """The base layer's weight [out, in], dequantized where it is quantized.
+
+    Raises AdapterUnsupported where only the layer's own code can read it.
+    """
+    weight: Any = getattr(layer, "weight", None)
     if isinstance(layer, Conv1D):
         return cast(Tensor, weight.T)
     if isinstance(weight, bitsandbytes.nn.Params4bit):
@@ -115,4 +119,8 @@ def dense_weight(layer: Any) -> Tensor:
     if isinstance(weight, bitsandbytes.nn.Int8Params):
         scales = weight.SCB if weight.SCB is not None else layer.state.SCB
         return cast(Tensor, functional.int8_vectorwise_dequant(weight.data, scales).float())
+    if is_quantized(layer):
+        raise AdapterUnsupported(
+            [f"`use_dora` is not served on {type(layer).__name__}, whose weight is packed"]
+        )
     return cast(Tensor, weight)

@@ -22,6 +22,7 @@ from ..core.adapter import Adapter
 from ..errors import AdapterInvalid, AdapterUnsupported
 from .adapter_file import read_files
 from .compat import reads_quantized
+from .stored_quantization import is_quantized
 
 Tree = TypeVar("Tree", bound=nn.Module)
 # Adapters whose own code reads the packed weights, and the layers it misreads: 4-bit weights lie in
@@ -113,10 +114,9 @@ def _on_cpu(layer: nn.Module) -> bool:
 
 def _is_misread(layer: BaseTunerLayer) -> bool:
     """Whether PEFT has put a layer on a quantized one that it does not know how to read: it takes
-    bitsandbytes' for plain ones.
+    such layers for plain ones.
     """
-    is_quantized = type(layer.get_base_layer()).__module__.startswith("bitsandbytes")
-    return is_quantized and not reads_quantized(layer)
+    return is_quantized(layer.get_base_layer()) and not reads_quantized(layer)
 
 
 def _check_apart(model: nn.Module, own: Mapping[str, Tensor], shared: set[int]) -> None:

@@ -26,10 +26,12 @@ from ..engine.kv_blocks import count_blocks
 from . import kv, rope, states
 from .compat import attention_name
 from .graphs import CudaGraphs
+from .loading import iterate_linears
 from .lora_pool import LoraPool
 from .runner import forward_step
 from .small_model import SHORT, small_model, thresholds
 from .step_layout import SequenceStep, make_layout
+from .stored_quantization import is_quantized
 
 log = logging.getLogger(__name__)
 
@@ -120,9 +122,9 @@ def _make_reference(model: Any, attention: Sequence[kv.AttentionSpec], context: 
 def _check_layer_kinds(model: nn.Module, small: nn.Module) -> None:
     """Raises ValueError where the base has layers that the small model lacks."""
     lacking = _class_names(model) - _class_names(small)
-    for module in model.modules():
-        if type(module).__module__.startswith("bitsandbytes"):
-            lacking.discard(type(module).__name__)
+    for _, layer, _, _ in iterate_linears(model):
+        if is_quantized(layer):  # the small one has a plain layer there
+            lacking.discard(type(layer).__name__)
     if lacking:
         raise ValueError(f"it lacks {min(lacking)}")
 

@@ -25,8 +25,9 @@ RUNTIME = [
     *PROJECT["optional-dependencies"]["traces"],
     *PROJECT["optional-dependencies"]["gpu"],
 ]
-# Each release wants one release of fsspec, and of these two not always the same
-NOT_LOCKED = {"s3fs", "gcsfs"}
+# Each release wants one release of fsspec, and of the first two not always the same; the others run
+# checkpoints that were quantized elsewhere, and are built for the machine
+NOT_LOCKED = {"s3fs", "gcsfs", "gptqmodel", "optimum", "compressed-tensors"}
 DECLARED = [
     requirement
     for requirement in map(Requirement, [*PROJECT["dependencies"], *EXTRAS])

@@ -1,5 +1,5 @@
-"""Parts of a start: grammars are compiled once and every request gets a matcher of its own, and a base
-whose layers keep states has no recorded steps.
+"""The start of the worker: whatever a base's own code raises is one line; each grammar is compiled once, and
+every request gets a matcher of its own; a base whose layers keep states has no recorded steps.
 """
 
 from __future__ import annotations
@@ -12,11 +12,36 @@ import llguidance
 import pytest
 
 from service.errors import SettingsError
-from service.model import build
+from service.model import build, rope
 from service.model.linear_calls import LinearCalls
+from service.model.loading import no_progress
 from service.model.states import StateSpec
 from service.settings import Settings
 from tests import making
+
+
+@pytest.mark.parametrize("error", [IndexError("no such row\nin it"), AssertionError(), KeyError("kind")])
+def test_what_a_bases_own_code_raises_is_a_refusal_in_one_line(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raise_it(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(rope, "fix_frequencies", raise_it)
+    values = {"base": str(making.tiny(tmp_path / "base")), "device": "cpu", "dtype": "float32", "kv_mb": 10}
+    said = rf"^ADAPTERD_BASE: '.*base' cannot be served: {type(error).__name__}: [^\n]*$"
+    with pytest.raises(SettingsError, match=said) as refused:
+        build.build_runner(Settings.model_validate(values), no_progress)
+    assert refused.value.__cause__ is error
+
+
+def test_a_parent_that_is_gone_is_no_fault_of_the_base(tmp_path: Path) -> None:
+    def lose_parent(*_: object) -> None:
+        raise BrokenPipeError
+
+    values = {"base": str(making.tiny(tmp_path / "base")), "device": "cpu", "dtype": "float32"}
+    with pytest.raises(BrokenPipeError):
+        build.build_runner(Settings.model_validate(values), lose_parent)
 
 
 def test_a_grammar_is_compiled_once_and_each_request_follows_it_for_itself(

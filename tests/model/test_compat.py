@@ -57,6 +57,19 @@ def test_a_4bit_weight_that_was_packed_for_a_cpu_is_unpacked_to_what_it_was() ->
     assert float((after - before).abs().max()) < 0.02
 
 
+@torch.inference_mode()
+def test_a_4bit_layer_that_is_kept_unpacked_says_the_same_after_its_state_was_asked_for() -> None:
+    torch.manual_seed(0)
+    layer = Linear4bit(256, 64, bias=False, compute_dtype=torch.float32, compress_statistics=False)
+    layer.load_state_dict({"weight": torch.randn(64, 256) * torch.arange(1, 257)})
+    layer = layer.to("cpu").eval().requires_grad_(False)
+    compat.keep_unpacked(layer)
+    x = torch.randn(3, 256)
+    before = layer(x)
+    layer.state_dict()
+    assert torch.equal(layer(x), before)
+
+
 def adapt_layer(layer: nn.Module, config: PeftConfig) -> Any:
     """PEFT's layer around this one."""
     net: Any = nn.Sequential(layer)

@@ -165,7 +165,7 @@ def test_rows_of_a_base_that_was_stored_in_8_bits_do_not_change_each_other(
     computed apart in all.
     """
     with making.quiet():
-        runner = start(stored, dtype="bfloat16")
+        runner = start(stored, dtype="bfloat16", quantization="auto")
     alone, beside = (Job(prompts()[3], 4, prompt_logprobs=0) for _ in range(2))
     RunnerDriver(runner, 1).run([alone])
     RunnerDriver(runner, 2).run([Job([5] * 9, 4), beside])

@@ -199,6 +199,8 @@ def _memory_fields(base: BaseInfo) -> JsonDict:
         "resident_bytes": resident,
         "resident_bytes_by_dtype": base.resident_bytes,
         "resident_megabytes": round(resident / 1e6, 2),
+        "quantized_bytes": base.quantized_bytes,
+        "plain_expert_bytes": base.plain_expert_bytes,
     }
 
 

@@ -101,7 +101,8 @@ def make_adapter(
 
 def describe_layer(layer: LoraLayerSpec, own: Mapping[str, TensorInfo]) -> facts.LoraModuleInfo:
     magnitude = own[layer.magnitude] if layer.magnitude else None
-    return facts.LoraModuleInfo(layer.module, layer.scaling, own[layer.a], own[layer.b], magnitude)
+    factors = own[layer.a], own[layer.b]
+    return facts.LoraModuleInfo(layer.module, layer.scaling, *factors, magnitude, layer.experts)
 
 
 def check_dtypes(own: Mapping[str, TensorInfo]) -> None:
@@ -125,17 +126,18 @@ def measure_norms(adapter: Adapter, layers: Sequence[LoraLayerSpec]) -> dict[str
     with safe_open(weights, "pt") as file:
         norms = {}
         for layer in layers:
-            norm = product_norm(file.get_tensor(layer.a), file.get_tensor(layer.b))
+            norm = product_norm(file.get_tensor(layer.a), file.get_tensor(layer.b), layer.experts)
             norms[layer.module] = abs(layer.scaling) * norm
         return norms
 
 
-def product_norm(a: torch.Tensor, b: torch.Tensor) -> float:
+def product_norm(a: torch.Tensor, b: torch.Tensor, experts: int = 1) -> float:
     """The Frobenius norm of B [out, rank] · A [rank, in] by two matrices [rank, rank]: it is the
-    root of the trace of AAᵀ · BᵀB.
+    root of the trace of AAᵀ · BᵀB; of several experts' products together.
     """
-    a, b = a.double(), b.double()
-    trace = ((a @ a.T) * (b.T @ b)).sum()
+    a = a.double().reshape(experts, -1, a.shape[1])
+    b = b.double().reshape(b.shape[0], -1, experts).permute(2, 0, 1)
+    trace = ((a @ a.mT) * (b.mT @ b)).sum()
     return float(trace.clamp(min=0).sqrt())
 
 

@@ -13,6 +13,8 @@ from .header import TensorInfo
 
 HEAD = "base_model.model."
 NAMED = re.compile(r"\.(lora_\w+)\.default(?=\.|$)")
+# What a model that sees images puts around the names of its language model
+WRAPPER = re.compile(r"\b(?:language_model|text_model)\.")
 SHOWN = 4  # problems of one kind that are listed before the rest is counted
 
 
@@ -26,7 +28,7 @@ def match_tensors(
     Raises AdapterInvalid with `matched` and `total`, naming keys, when a tensor is missing, has no
     place, or has another shape.
     """
-    spellings = _iterate_spellings(tensors, body)
+    spellings = [*_iterate_spellings(tensors, body), _without_wrapper(expected, tensors)]
     fitting = (names for names in spellings if names.keys() == expected.keys())
     spelt = next(fitting, {key: key for key in tensors})
     shapes = {plain: tensors[written].shape for plain, written in spelt.items()}
@@ -56,6 +58,15 @@ def _list_keys(what: str, keys: Sequence[str]) -> list[str]:
     more = f" (and {hidden} more)" if hidden > 0 else ""
     shown = ", ".join(keys[:SHOWN])
     return [f"{what} {shown}{more}"]
+
+
+def _without_wrapper(expected: Iterable[str], tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """Plain name → the file's, where one is of the language model alone and the other of a model that has it
+    inside; empty where two of the file's names become one.
+    """
+    short = {WRAPPER.sub("", name): name for name in expected}
+    names = {short.get(WRAPPER.sub("", key), key): key for key in tensors}
+    return names if len(names) == len(tensors) else {}
 
 
 def _iterate_spellings(tensors: Iterable[str], body: str) -> Iterable[dict[str, str]]:

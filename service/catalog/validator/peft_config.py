@@ -19,6 +19,7 @@ from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftConfig, get_peft_model, get_pe
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ...adapter_config import ASIDE, build_peft_config, known_keys
@@ -152,12 +153,13 @@ def inject_config(skeleton: Skeleton, text: str) -> ResolvedConfig:
     check_tokens(model)
     tuned = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
     layers = {name: layer for name, layer in tuned.items() if isinstance(layer, LoraLayer)}
+    saved = {name: layer for name, layer in model.named_modules() if isinstance(layer, ModulesToSaveWrapper)}
     expected = {key: tuple(tensor.shape) for key, tensor in state.items()}
-    limits = limits_of(skeleton, tuned)
+    limits = limits_of(skeleton, tuned | saved)
     features = list_features(config) | frozenset(filter(None, map(kind_of, layers.values())))
     features |= model_features(skeleton, model, config, limits)
     patches = tuple(make_layer_spec(name, layer, expected) for name, layer in layers.items())
-    modules = tuple(name.removeprefix(PREFIX) for name in layers or tuned)
+    modules = tuple(patch.module for patch in patches) or tuple(map(_base_name, tuned))
     refused = describe_refused("LoRA" if layers else config.peft_type.value, limits)
     return ResolvedConfig(expected, patches, features, modules, refused)
 
@@ -188,7 +190,7 @@ def limits_of(skeleton: Skeleton, tuned: Mapping[str, nn.Module]) -> list[LayerL
     An adapted parameter leaves its layer's calls alone, and has none.
     """
     called = (name for name, layer in tuned.items() if not isinstance(layer, ParamWrapper))
-    limits = (skeleton.limit(name.removeprefix(PREFIX)) for name in called)
+    limits = (skeleton.limit(_base_name(name)) for name in called)
     return list(dict.fromkeys(limit for limit in limits if limit))
 
 
@@ -253,6 +255,8 @@ def count_attentions(model: nn.Module) -> int:
 
 def kind_of(layer: LoraLayer) -> str:
     """Why the pool cannot run this layer; empty when it can."""
+    if isinstance(layer, ParamWrapper):
+        return "target_parameters"
     base = layer.get_base_layer()
     if linear_shape(base) is None:
         return f"LoRA on {type(base).__name__}"
@@ -265,10 +269,23 @@ def make_layer_spec(name: str, layer: LoraLayer, expected: dict[str, tuple[int, 
     prefix = f"{name}.lora_embedding_" if layer.lora_embedding_A else f"{name}.lora_"
     a, b = f"{prefix}A", f"{prefix}B"
     return LoraLayerSpec(
-        module=name.removeprefix(PREFIX),
+        module=_module_of(name, layer),
         rank=layer.r["default"],
         scaling=float(layer.scaling["default"]),
         a=a if a in expected else f"{a}.weight",
         b=b if b in expected else f"{b}.weight",
         magnitude=magnitude if magnitude in expected else None,
+        experts=getattr(layer, "num_experts", 1),
     )
+
+
+def _module_of(name: str, layer: LoraLayer) -> str:
+    """The layer's name in the base; of a parameter that is no linear layer's weight, the parameter's own."""
+    if not isinstance(layer, ParamWrapper) or linear_shape(layer.get_base_layer()):
+        return _base_name(name)
+    # PEFT nests the wrappers of the parameters of one module
+    return f"{_base_name(name.replace('.base_layer', ''))}.{layer.parameter_name}"
+
+
+def _base_name(name: str) -> str:
+    return name.removeprefix(PREFIX)

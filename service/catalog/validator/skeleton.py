@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from ...base_config import auto_class, read_base_config
 from ...core.base_info import LayerLimit, LinearKind, name_pattern
 from .. import facts
 from ..architecture import ModuleNode
@@ -28,9 +28,9 @@ class Skeleton:
     def __init__(self, folder: Path, limits: Iterable[LayerLimit] = ()) -> None:
         self.folder = folder
         self._limits = {limit.pattern: limit for limit in limits}
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = read_base_config(folder)
         with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(config)
+            self.model = auto_class(config).from_config(config, trust_remote_code=False)
         self.model.name_or_path = ""  # PEFT would look for a repository of this name
 
     @property

@@ -13,7 +13,7 @@ from uuid import uuid4
 
 from ...core.sampling import Sampling
 from ...text.template_options import PLAIN, TemplateOptions
-from ...text.tool_calls import CallFormat, CallParser, ToolCallText
+from ...text.tool_calls import CallDelta, CallFormat, CallParser, ToolCallText
 from ..schemas.shared import COLD, TOLD_LEVELS, is_nested_deeper, one_unless
 from .admission import Admission, GenerationOptions, chat_prompt
 from .answer import Answer
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ...text.tokenizers import AdapterTokenizer
 
 JsonObject = dict[str, Any]
+AnswerPart = str | CallDelta  # content, or a piece of a call
 PLAIN_ROLE = {"developer": "system"}  # where a template does not know the one
 NOTHING: JsonObject = {"type": "object", "properties": {}}  # the parameters of a function that has none
 RESULTS = ("tool", "function")  # the roles that give a call's result
@@ -226,17 +227,23 @@ class AnswerReader:
     def __init__(self, answer: Answer, parser: CallParser) -> None:
         self.answer, self.parser = answer, parser
 
-    async def read_parts(self) -> AsyncIterator[tuple[str, list[ToolCallText]]]:
-        """The text and the calls that each token adds, often none."""
+    async def read_parts(self) -> AsyncIterator[list[AnswerPart]]:
+        """What each token adds, often nothing; a call's pieces follow each other."""
         async for piece in self.answer.read_pieces():
             text = self.parser.push_text(piece.text)
-            rest, calls = self.parser.finish_calls() if piece.ending else ("", [])
-            yield text + rest, calls
+            rest = self.parser.finish_calls()[0] if piece.ending else ""
+            yield _order_parts(text + rest, self.parser.take_deltas())
 
     def split_text(self) -> tuple[str, list[ToolCallText]]:
         text = self.parser.push_text(self.answer.text)
         rest, calls = self.parser.finish_calls()
         return text + rest, calls
+
+
+def _order_parts(text: str, deltas: Sequence[CallDelta]) -> list[AnswerPart]:
+    """The end of a call that was begun before, then the text, then new calls."""
+    begun = next((at for at, delta in enumerate(deltas) if delta.name is not None), len(deltas))
+    return [*deltas[:begun], *([text] if text else []), *deltas[begun:]]
 
 
 def new_call_id() -> str:

@@ -152,6 +152,20 @@ def test_which_tools_may_and_must_be_called(
     assert [block["type"] for block in message["content"]] == ["tool_use" if bound else "text"]
 
 
+def test_a_format_binds_the_text(api: ScriptedApp) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    config = {"format": {"type": "json_schema", "schema": schema}, "effort": "low"}
+    ask(api, output_config=config)
+    assert '"a"' in (api.request.sampling.grammar or "")
+    ask(api, output_config=config, tools=[ADD], tool_choice={"type": "any"})
+    assert '"add"' in (api.request.sampling.grammar or ""), "a forced call goes before it"
+    ask(api, output_config={"effort": "low"})
+    assert api.request.sampling.grammar is None
+    wrong = {"format": {"type": "json_schema", "schema": {"type": "none"}}}
+    refused = api.post(PATH, make_body(output_config=wrong), 400).json()
+    assert "output_config" in refused["error"]["message"]
+
+
 def test_thinking_reaches_the_template(api: ScriptedApp) -> None:
     ask(api, thinking={"type": "enabled", "budget_tokens": 1024})
     ask(api, thinking={"type": "disabled"})

@@ -5,6 +5,7 @@ another dialect's wire shapes.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from itertools import chain, groupby
 from typing import Any
 from uuid import uuid4
@@ -29,6 +30,7 @@ from ..generation.conversation import (
     render_conversation,
     submit_conversation,
 )
+from ..generation.grammar import compile_grammar
 from ..generation.names import enter_named
 from ..generation.rendering import render_answer
 from ..generation.sse import EVENTS, stream_events
@@ -47,6 +49,7 @@ from ..scopes import KEY_SCOPE
 router = APIRouter(tags=["Messages"], dependencies=[KEY_SCOPE])
 
 JsonDict = dict[str, Any]
+BOUND = "output_config.format"
 REFUSALS = document_errors(404, 409, 422, 429, 503, 504, anthropic=True)
 REASONS = {
     AnswerEnding.LENGTH: "max_tokens",
@@ -59,8 +62,8 @@ REASONS = {
 async def answer_message(body: MessagesRequest, request: Request, admission: Admitted) -> Response:
     """Answers a conversation, or calls tools; with `stream`, as server-sent events."""
     tokenizer = await enter_named(body.model, admission, body.user)
-    options = _make_options(body)
-    (reader,) = await submit_conversation(admission, tokenizer, _make_conversation(body), options)
+    options = await _make_options(body)
+    (reader,) = await submit_conversation(admission, tokenizer, _make_conversation(body), options, BOUND)
     if body.stream:
         return stream_events(request, _stream_message(body, admission, reader), admission.make_headers())
     await admission.finish_answers()
@@ -136,9 +139,11 @@ def _said_by_user(message: ClaudeMessage, place: str) -> Iterator[Turn]:
             yield Turn("user", "".join(texts), place)
 
 
-def _make_options(body: MessagesRequest) -> GenerationOptions:
+async def _make_options(body: MessagesRequest) -> GenerationOptions:
+    grammar = None if body.forced else await compile_grammar(body.bound, BOUND)
+    sampling = plain_sampling(body.temperature, body.top_p, body.top_k)
     return GenerationOptions(
-        sampling=plain_sampling(body.temperature, body.top_p, body.top_k),
+        sampling=replace(sampling, grammar=grammar),
         max_tokens=body.max_tokens,
         default_tokens=None,
         stop=body.stop_sequences or (),

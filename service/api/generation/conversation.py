@@ -13,7 +13,14 @@ from uuid import uuid4
 
 from ...core.sampling import Sampling
 from ...text.template_options import PLAIN, TemplateOptions
-from ...text.tool_calls import CallDelta, CallFormat, CallParser, ToolCallText
+from ...text.tool_calls import (
+    AnswerParser,
+    CallDelta,
+    CallFormat,
+    CallParser,
+    HarmonyParser,
+    ToolCallText,
+)
 from ..schemas.shared import COLD, TOLD_LEVELS, is_nested_deeper, one_unless
 from .admission import Admission, GenerationOptions, chat_prompt
 from .answer import Answer
@@ -78,6 +85,8 @@ class Turn:
         role = self.role if knows_developer else PLAIN_ROLE.get(self.role, self.role)
         form: JsonObject = {"role": role, "content": self.text}
         form |= {name: value for name, value in (self.named or {}).items() if value}
+        if "reasoning_content" in form and self.text and self.calls:
+            form["thinking"] = ""  # gpt-oss' name for it: its template refuses all three together
         if self.calls and knows_calls:
             form["tool_calls"] = [call.template_form for call in self.calls]
         elif self.calls:
@@ -153,8 +162,18 @@ async def render_conversation(
     tools = [tool.template_form for tool in conversation.tools]
     known = [tokenizer.names_word(word, tools=bool(tools)) for word in ("tool_calls", "developer")]
     messages = [turn.template_form(*known) for turn in conversation.turns]
+    if tools and tokenizer.names_word("message['tools']", tools=True):
+        messages = _place_tools(messages, tools)
     shown = [pair for turn in conversation.turns for pair in turn.list_shown()]
     return await chat_prompt(admission, tokenizer, messages, tools, conversation.template, shown, special)
+
+
+def _place_tools(messages: list[JsonObject], tools: Sequence[JsonObject]) -> list[JsonObject]:
+    """The messages as Phi-4-mini's template takes tools: as JSON in the system's."""
+    text = json.dumps([tool["function"] for tool in tools], ensure_ascii=False)
+    is_begun = bool(messages) and messages[0]["role"] == "system"
+    system = messages[0] if is_begun else {"role": "system", "content": ""}
+    return [{**system, "tools": text}, *messages[is_begun:]]
 
 
 # ---- the answers
@@ -185,7 +204,7 @@ async def submit_conversation(
     options = replace(
         options,
         sampling=replace(options.sampling, grammar=grammar),
-        kept_special=options.kept_special | (tokenizer.call_marks if format else frozenset()),
+        kept_special=options.kept_special | (tokenizer.find_marks(format) if format else frozenset()),
         prompt_param=conversation.param,
     )
     answers = admission.submit_prompt(tokenizer, prompt, options)
@@ -206,25 +225,29 @@ async def _join_grammars(
     return await bound_or_call(bound, schemas, format, param)
 
 
-def _make_parser(conversation: Conversation, format: CallFormat | None) -> CallParser:
+def _make_parser(conversation: Conversation, format: CallFormat | None) -> AnswerParser:
     schemas = conversation.schemas
+    if format is CallFormat.HARMONY and not conversation.forced:
+        return HarmonyParser([*schemas], conversation.single, schemas)
     return CallParser(format, [*schemas], bool(conversation.forced), conversation.single, schemas)
 
 
 def _choose_format(tokenizer: AdapterTokenizer, conversation: Conversation) -> CallFormat | None:
-    """The form of calls; a forced one has the grammar's own, and works where no other is known.
+    """The form of calls; a forced one has the grammar's own, and works where no other is known. Without
+    tools only harmony is one, for all its answers come in channels.
 
     Raises BadRequest where the template has none.
     """
     if not conversation.tools:
-        return None
+        found = tokenizer.find_call_format()
+        return found if found is CallFormat.HARMONY else None
     return tokenizer.find_call_format() if conversation.forced else tokenizer.tool_format()
 
 
 class AnswerReader:
-    """An answer's text and calls, as they come or, once it was read to its end, whole."""
+    """An answer's text and calls, as they come or, once it was read to its end, whole; no thoughts."""
 
-    def __init__(self, answer: Answer, parser: CallParser) -> None:
+    def __init__(self, answer: Answer, parser: AnswerParser) -> None:
         self.answer, self.parser = answer, parser
 
     async def read_parts(self) -> AsyncIterator[list[AnswerPart]]:

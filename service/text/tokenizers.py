@@ -30,7 +30,7 @@ from .template_options import PLAIN, TemplateOptions
 from .template_process import RenderRequest, describe_refusal, render_template
 from .template_renderer import TemplateRenderer
 from .tool_calls import CallFormat, declared_format
-from .tool_calls.formats import SPECIAL_TEXTS
+from .tool_calls.formats import special_texts
 
 # Adapters' tokenizers that stay in memory; most share the base's backend and are small
 KEPT = 512
@@ -372,10 +372,9 @@ class AdapterTokenizer:
         """Whether the chat template holds this word: a role or a field that it knows."""
         return word in self.choose_template(tools)
 
-    @cached_property
-    def call_marks(self) -> frozenset[int]:
+    def find_marks(self, format: CallFormat) -> frozenset[int]:
         """The special tokens that stand around calls, and must stay in the text to be found there."""
-        ids = (self.backend.token_to_id(text) for text in SPECIAL_TEXTS)
+        ids = (self.backend.token_to_id(text) for text in special_texts(format))
         return frozenset(id for id in ids if id is not None and id in self.special)
 
     def find_call_format(self) -> CallFormat | None:

@@ -152,6 +152,20 @@ def test_which_tools_may_and_must_be_called(
     assert [block["type"] for block in message["content"]] == ["tool_use" if bound else "text"]
 
 
+def test_a_format_binds_the_text(api: ScriptedApp) -> None:
+    schema = {"type": "object", "properties": {"a": {"type": "integer"}}}
+    config = {"format": {"type": "json_schema", "schema": schema}, "effort": "low"}
+    ask(api, output_config=config)
+    assert '"a"' in (api.request.sampling.grammar or "")
+    ask(api, output_config=config, tools=[ADD], tool_choice={"type": "any"})
+    assert '"add"' in (api.request.sampling.grammar or ""), "a forced call goes before it"
+    ask(api, output_config={"effort": "low"})
+    assert api.request.sampling.grammar is None
+    wrong = {"format": {"type": "json_schema", "schema": {"type": "none"}}}
+    refused = api.post(PATH, make_body(output_config=wrong), 400).json()
+    assert "output_config" in refused["error"]["message"]
+
+
 def test_thinking_reaches_the_template(api: ScriptedApp) -> None:
     ask(api, thinking={"type": "enabled", "budget_tokens": 1024})
     ask(api, thinking={"type": "disabled"})
@@ -186,8 +200,20 @@ def test_the_events_of_a_call(api: ScriptedApp) -> None:
     assert [event["index"] for event in events if event["type"] == "content_block_stop"] == [0, 1]
     deltas = [event["delta"] for event in events if event["type"] == "content_block_delta"]
     assert "".join(delta.get("text", "") for delta in deltas) == "Well: "
-    assert json.loads(deltas[-1]["partial_json"]) == {"a": 1}
+    pieces = [delta["partial_json"] for delta in deltas if delta["type"] == "input_json_delta"]
+    assert json.loads("".join(pieces)) == {"a": 1}
+    assert len(pieces) > 1, "they come as they are made"
     assert events[-2]["delta"]["stop_reason"] == "tool_use"
+
+
+def test_text_between_calls_is_a_block_between_theirs(api: ScriptedApp) -> None:
+    api.says(f"{SAID} And {SAID}")
+    events = api.named_events(PATH, make_body(stream=True, tools=[ADD], max_tokens=200))
+    starts = [event["content_block"]["type"] for event in events if event["type"] == "content_block_start"]
+    assert starts == ["tool_use", "text", "tool_use"]
+    places = [event["index"] for event in events if "index" in event]
+    assert places == sorted(places)
+    assert [event["index"] for event in events if event["type"] == "content_block_stop"] == [0, 1, 2]
 
 
 def test_the_events_of_nothing(api: ScriptedApp) -> None:

@@ -186,10 +186,24 @@ def test_the_events_of_a_call(api: ScriptedApp) -> None:
         (0, "message"),
         (1, "function_call"),
     ]
-    (done,) = (event for event in events if event["type"] == "response.function_call_arguments.done")
+    kind = "response.function_call_arguments"
+    pieces = [event["delta"] for event in events if event["type"] == f"{kind}.delta"]
+    assert len(pieces) > 1, "they come as they are made"
+    (done,) = (event for event in events if event["type"] == f"{kind}.done")
+    assert done["arguments"] == "".join(pieces)
     assert json.loads(done["arguments"]) == {"a": 1}
     assert events[-1]["type"] == "response.completed"
     assert [item["type"] for item in events[-1]["response"]["output"]] == ["message", "function_call"]
+
+
+def test_an_item_ends_where_the_next_begins(api: ScriptedApp) -> None:
+    api.says(f"{SAID} And {SAID}"[:-20])
+    events = stream(api, tools=[ADD], max_output_tokens=200)
+    steps = [event for event in events if event["type"].startswith("response.output_item.")]
+    assert [event["output_index"] for event in steps] == [0, 0, 1, 1, 2, 2]
+    output = events[-1]["response"]["output"]
+    assert [item["type"] for item in output] == ["function_call", "message", "function_call"]
+    assert output == [event["item"] for event in steps[1::2]]
 
 
 def test_the_events_of_nothing(api: ScriptedApp) -> None:

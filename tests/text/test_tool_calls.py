@@ -5,14 +5,24 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 
-from service.text.tool_calls import CallDelta, CallFormat, CallParser, ToolCallText, declared_format
+from service.text.tool_calls import (
+    AnswerParser,
+    CallDelta,
+    CallFormat,
+    CallParser,
+    HarmonyParser,
+    ToolCallText,
+    declared_format,
+)
 
 HERMES, QWEN, MISTRAL = CallFormat.HERMES, CallFormat.QWEN_XML, CallFormat.MISTRAL
 LLAMA, PYTHONIC = CallFormat.LLAMA, CallFormat.PYTHONIC
+PHI, HARMONY = CallFormat.PHI, CallFormat.HARMONY
 NAMES = ["add", "now"]
 SCHEMAS = {"add": {"properties": {"a": {"type": "integer"}, "b": {"type": "string"}}}}
 ADD = '{"name": "add", "arguments": {"a": 1, "b": "é"}}'
@@ -32,7 +42,8 @@ def pieces(text: str, chance: random.Random) -> Iterator[str]:
 def read(
     whole: str, format: CallFormat | None, seed: int, **options: Any
 ) -> tuple[str, list[ToolCallText], list[CallDelta]]:
-    parser = CallParser(format, NAMES, schemas=SCHEMAS, **options)
+    kind = HarmonyParser if format is HARMONY else partial(CallParser, format)
+    parser: AnswerParser = kind(NAMES, schemas=SCHEMAS, **options)
     content, deltas = "", list[CallDelta]()
     for piece in pieces(whole, random.Random(seed)):
         content += parser.push_text(piece)
@@ -52,6 +63,9 @@ def join_deltas(deltas: list[CallDelta]) -> list[ToolCallText]:
     return [ToolCallText(*call) for call in joined]
 
 
+START = "<|start|>assistant"
+THOUGHT = f"<|channel|>analysis<|message|>Two numbers.<|end|>{START}"
+ADDRESSED = f"<|channel|>commentary to=functions.add <|constrain|>json<|message|>{ADDED.arguments}<|call|>"
 CASES: list[tuple[CallFormat | None, str, str, list[ToolCallText]]] = [
     (HERMES, f"<tool_call>\n{ADD}\n</tool_call>", "", [ADDED]),
     (
@@ -108,6 +122,21 @@ CASES: list[tuple[CallFormat | None, str, str, list[ToolCallText]]] = [
     (PYTHONIC, "[add(a=open('x'))]", "[add(a=open('x'))]", []),
     (PYTHONIC, "[add(a=" + "[" * 3000, "[add(a=" + "[" * 3000, []),
     (PYTHONIC, "[adding is fun]", "[adding is fun]", []),
+    (PHI, f"<|tool_call|>[{ADD}, {ADD}]<|/tool_call|>", "", [ADDED, ADDED]),
+    (PHI, f"So. <|tool_call|>{ADD}<|/tool_call|>", "So. ", [ADDED]),
+    (PHI, f"functools[{ADD}]", "", [ADDED]),
+    (PHI, f"<|tool_call|>[{FOO}]<|/tool_call|><|tool_call|>[{ADD}]<|/tool_call|>", "", [ADDED]),
+    (PHI, "functools[0] is no call", "functools[0] is no call", []),
+    (HARMONY, f"{THOUGHT}{ADDRESSED}", "", [ADDED]),
+    (HARMONY, f"<|channel|>commentary<|message|>I add.<|end|>{START}{ADDRESSED}", "I add.", [ADDED]),
+    (HARMONY, f"{START} to=functions.add<|channel|>commentary json<|message|>{ADDED.arguments}", "", [ADDED]),
+    (HARMONY, f"{ADDRESSED}{START} to=functions.now<|channel|>commentary<|message|>", "", [ADDED, NOW]),
+    (HARMONY, f"{ADDRESSED.replace('add', 'foo')}{START}{ADDRESSED}", "", [ADDED]),
+    (HARMONY, "<|channel|>commentary to=functions.foo<|message|>{}<|call|>", "{}", []),
+    (HARMONY, f"{THOUGHT}<|channel|>final<|message|>a < b <|c|> d", "a < b <|c|> d", []),
+    (HARMONY, "<|chan", "<|chan", []),
+    (HARMONY, "Plain.", "Plain.", []),
+    (HARMONY, ADD, "", [ADDED]),
     (None, ADD, ADD, []),
 ]  # fmt: skip
 
@@ -130,8 +159,20 @@ def test_a_forced_call_is_read_in_any_format(format: CallFormat | None) -> None:
 
 
 def test_of_several_calls_only_the_first_may_count() -> None:
-    content, calls, deltas = read(f"<tool_call>{ADD}</tool_call>" * 3, HERMES, 0, single=True)
-    assert (content, calls, join_deltas(deltas)) == ("", [ADDED], [ADDED])
+    for text, format in ((f"<tool_call>{ADD}</tool_call>", HERMES), (ADDRESSED + START, HARMONY)):
+        content, calls, deltas = read(text * 3, format, 0, single=True)
+        assert (content, calls, join_deltas(deltas)) == ("", [ADDED], [ADDED])
+
+
+def test_thoughts_are_told_as_they_come() -> None:
+    parser = HarmonyParser(NAMES)
+    parser.push_text("<|channel|>analysis<|message|>")
+    for char in "Two numbers.":
+        assert parser.push_text(char) == ""
+        assert parser.take_thoughts() == char
+    assert parser.push_text(f"<|end|>{START}<|channel|>final<|message|>3") == "3"
+    assert parser.take_thoughts() == ""
+    assert parser.finish_calls() == ("", [])
 
 
 LONG = json.dumps({"b": "word " * 20})
@@ -188,6 +229,8 @@ def test_a_template_declares_its_format() -> None:
     assert declared_format("<|python_tag|>") is LLAMA
     assert declared_format('Respond in the format {"name": function name, "parameters": dictionary}') is LLAMA
     assert declared_format("[func_name1(params_name1=params_value1)]") is PYTHONIC
+    assert declared_format("<|tool|>{{ message['tools'] }}<|/tool|>") is PHI
+    assert declared_format("<|start|>assistant<|channel|>final<|message|>") is HARMONY
     assert declared_format("{{ tools }}") is None
 
 

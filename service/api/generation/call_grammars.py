@@ -18,6 +18,7 @@ FRAMES: Mapping[CallFormat, tuple[str, str]] = {
     CallFormat.HERMES: ("<tool_call>\n", "\n</tool_call>"),
     CallFormat.QWEN_XML: ("<tool_call>\n", "\n</tool_call>"),
     CallFormat.MISTRAL: ("[TOOL_CALLS][", "]"),
+    CallFormat.PHI: ("<|tool_call|>[", "]<|/tool_call|>"),
 }
 
 

@@ -13,7 +13,14 @@ from uuid import uuid4
 
 from ...core.sampling import Sampling
 from ...text.template_options import PLAIN, TemplateOptions
-from ...text.tool_calls import CallFormat, CallParser, ToolCallText
+from ...text.tool_calls import (
+    AnswerParser,
+    CallDelta,
+    CallFormat,
+    CallParser,
+    HarmonyParser,
+    ToolCallText,
+)
 from ..schemas.shared import COLD, TOLD_LEVELS, is_nested_deeper, one_unless
 from .admission import Admission, GenerationOptions, chat_prompt
 from .answer import Answer
@@ -24,6 +31,7 @@ if TYPE_CHECKING:
     from ...text.tokenizers import AdapterTokenizer
 
 JsonObject = dict[str, Any]
+AnswerPart = str | CallDelta  # content, or a piece of a call
 PLAIN_ROLE = {"developer": "system"}  # where a template does not know the one
 NOTHING: JsonObject = {"type": "object", "properties": {}}  # the parameters of a function that has none
 RESULTS = ("tool", "function")  # the roles that give a call's result
@@ -77,6 +85,8 @@ class Turn:
         role = self.role if knows_developer else PLAIN_ROLE.get(self.role, self.role)
         form: JsonObject = {"role": role, "content": self.text}
         form |= {name: value for name, value in (self.named or {}).items() if value}
+        if "reasoning_content" in form and self.text and self.calls:
+            form["thinking"] = ""  # gpt-oss' name for it: its template refuses all three together
         if self.calls and knows_calls:
             form["tool_calls"] = [call.template_form for call in self.calls]
         elif self.calls:
@@ -152,8 +162,18 @@ async def render_conversation(
     tools = [tool.template_form for tool in conversation.tools]
     known = [tokenizer.names_word(word, tools=bool(tools)) for word in ("tool_calls", "developer")]
     messages = [turn.template_form(*known) for turn in conversation.turns]
+    if tools and tokenizer.names_word("message['tools']", tools=True):
+        messages = _place_tools(messages, tools)
     shown = [pair for turn in conversation.turns for pair in turn.list_shown()]
     return await chat_prompt(admission, tokenizer, messages, tools, conversation.template, shown, special)
+
+
+def _place_tools(messages: list[JsonObject], tools: Sequence[JsonObject]) -> list[JsonObject]:
+    """The messages as Phi-4-mini's template takes tools: as JSON in the system's."""
+    text = json.dumps([tool["function"] for tool in tools], ensure_ascii=False)
+    is_begun = bool(messages) and messages[0]["role"] == "system"
+    system = messages[0] if is_begun else {"role": "system", "content": ""}
+    return [{**system, "tools": text}, *messages[is_begun:]]
 
 
 # ---- the answers
@@ -184,7 +204,7 @@ async def submit_conversation(
     options = replace(
         options,
         sampling=replace(options.sampling, grammar=grammar),
-        kept_special=options.kept_special | (tokenizer.call_marks if format else frozenset()),
+        kept_special=options.kept_special | (tokenizer.find_marks(format) if format else frozenset()),
         prompt_param=conversation.param,
     )
     answers = admission.submit_prompt(tokenizer, prompt, options)
@@ -205,38 +225,48 @@ async def _join_grammars(
     return await bound_or_call(bound, schemas, format, param)
 
 
-def _make_parser(conversation: Conversation, format: CallFormat | None) -> CallParser:
+def _make_parser(conversation: Conversation, format: CallFormat | None) -> AnswerParser:
     schemas = conversation.schemas
+    if format is CallFormat.HARMONY and not conversation.forced:
+        return HarmonyParser([*schemas], conversation.single, schemas)
     return CallParser(format, [*schemas], bool(conversation.forced), conversation.single, schemas)
 
 
 def _choose_format(tokenizer: AdapterTokenizer, conversation: Conversation) -> CallFormat | None:
-    """The form of calls; a forced one has the grammar's own, and works where no other is known.
+    """The form of calls; a forced one has the grammar's own, and works where no other is known. Without
+    tools only harmony is one, for all its answers come in channels.
 
     Raises BadRequest where the template has none.
     """
     if not conversation.tools:
-        return None
+        found = tokenizer.find_call_format()
+        return found if found is CallFormat.HARMONY else None
     return tokenizer.find_call_format() if conversation.forced else tokenizer.tool_format()
 
 
 class AnswerReader:
-    """An answer's text and calls, as they come or, once it was read to its end, whole."""
+    """An answer's text and calls, as they come or, once it was read to its end, whole; no thoughts."""
 
-    def __init__(self, answer: Answer, parser: CallParser) -> None:
+    def __init__(self, answer: Answer, parser: AnswerParser) -> None:
         self.answer, self.parser = answer, parser
 
-    async def read_parts(self) -> AsyncIterator[tuple[str, list[ToolCallText]]]:
-        """The text and the calls that each token adds, often none."""
+    async def read_parts(self) -> AsyncIterator[list[AnswerPart]]:
+        """What each token adds, often nothing; a call's pieces follow each other."""
         async for piece in self.answer.read_pieces():
             text = self.parser.push_text(piece.text)
-            rest, calls = self.parser.finish_calls() if piece.ending else ("", [])
-            yield text + rest, calls
+            rest = self.parser.finish_calls()[0] if piece.ending else ""
+            yield _order_parts(text + rest, self.parser.take_deltas())
 
     def split_text(self) -> tuple[str, list[ToolCallText]]:
         text = self.parser.push_text(self.answer.text)
         rest, calls = self.parser.finish_calls()
         return text + rest, calls
+
+
+def _order_parts(text: str, deltas: Sequence[CallDelta]) -> list[AnswerPart]:
+    """The end of a call that was begun before, then the text, then new calls."""
+    begun = next((at for at, delta in enumerate(deltas) if delta.name is not None), len(deltas))
+    return [*deltas[:begun], *([text] if text else []), *deltas[begun:]]
 
 
 def new_call_id() -> str:

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request, Response
 
 from ...core.request import Token
 from ...errors import BadRequest
-from ...text.tool_calls import CallDelta, CallParser, ToolCallText
+from ...text.tool_calls import AnswerParser, CallDelta, ToolCallText
 from ..errors import document_errors
 from ..generation.admission import Admission, Admitted, GenerationOptions
 from ..generation.answer import Answer, AnswerEnding, TextPiece
@@ -95,12 +95,14 @@ async def _make_options(body: ChatRequest, tokenizer: AdapterTokenizer) -> tuple
 # ---- the answer
 
 
-def _make_choice(body: ChatRequest, index: int, answer: Answer, parser: CallParser) -> JsonDict:
+def _make_choice(body: ChatRequest, index: int, answer: Answer, parser: AnswerParser) -> JsonDict:
     content = parser.push_text(answer.text)
     rest, calls = parser.finish_calls()
     content += rest
     has_content = bool(content) or not calls
     message: JsonDict = {"role": "assistant", "content": content if has_content else None, "refusal": None}
+    if thoughts := parser.take_thoughts():
+        message["reasoning_content"] = thoughts
     if calls:
         message["tool_calls"] = [_call_object(call) for call in calls]
     return {
@@ -112,7 +114,7 @@ def _make_choice(body: ChatRequest, index: int, answer: Answer, parser: CallPars
 
 
 async def _stream_chunks(
-    body: ChatRequest, admission: Admission, shared_fields: JsonDict, parsers: list[CallParser]
+    body: ChatRequest, admission: Admission, shared_fields: JsonDict, parsers: list[AnswerParser]
 ) -> AsyncIterator[JsonDict]:
     """A chunk for every token, also one that adds no text yet, so that a client sees the work go
     on.
@@ -127,7 +129,7 @@ async def _stream_chunks(
 
 
 def _make_choices(
-    body: ChatRequest, index: int, answer: Answer, piece: TextPiece, parser: CallParser
+    body: ChatRequest, index: int, answer: Answer, piece: TextPiece, parser: AnswerParser
 ) -> Iterator[JsonDict]:
     """The choices, one a chunk, that a piece adds to its answer; the first of them has its token's id."""
     deltas = _make_deltas(body, index, answer, piece, parser)
@@ -140,15 +142,17 @@ def _make_choices(
 
 
 def _make_deltas(
-    body: ChatRequest, index: int, answer: Answer, piece: TextPiece, parser: CallParser
+    body: ChatRequest, index: int, answer: Answer, piece: TextPiece, parser: AnswerParser
 ) -> Iterator[JsonDict]:
     logprobs = _logprobs_object(body, answer.tokenizer, [piece.token]) if piece.token else None
     text, calls = parser.push_text(piece.text), list[ToolCallText]()
     if piece.ending:
         rest, calls = parser.finish_calls()
         text += rest
-    deltas = parser.take_deltas()
-    if text or logprobs or not (deltas or piece.ending is AnswerEnding.EOS):
+    thoughts, deltas = parser.take_thoughts(), parser.take_deltas()
+    if thoughts:
+        yield _make_delta(index, {"reasoning_content": thoughts})
+    if text or logprobs or not (thoughts or deltas or piece.ending is AnswerEnding.EOS):
         yield _make_delta(index, {"content": text}, logprobs=logprobs)
     for delta in deltas:
         yield _make_delta(index, {"tool_calls": [_call_delta(delta)]})

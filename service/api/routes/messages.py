@@ -5,6 +5,7 @@ another dialect's wire shapes.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from itertools import chain, groupby
 from typing import Any
 from uuid import uuid4
@@ -17,6 +18,7 @@ from ..errors import document_errors
 from ..generation.admission import Admission, Admitted, GenerationOptions
 from ..generation.answer import Answer, AnswerEnding
 from ..generation.conversation import (
+    AnswerPart,
     AnswerReader,
     Conversation,
     OfferedTool,
@@ -28,8 +30,9 @@ from ..generation.conversation import (
     render_conversation,
     submit_conversation,
 )
+from ..generation.grammar import compile_grammar
 from ..generation.names import enter_named
-from ..generation.rendering import dump_json, render_answer
+from ..generation.rendering import render_answer
 from ..generation.sse import EVENTS, stream_events
 from ..schemas.messages import (
     ClaudeMessage,
@@ -46,6 +49,7 @@ from ..scopes import KEY_SCOPE
 router = APIRouter(tags=["Messages"], dependencies=[KEY_SCOPE])
 
 JsonDict = dict[str, Any]
+BOUND = "output_config.format"
 REFUSALS = document_errors(404, 409, 422, 429, 503, 504, anthropic=True)
 REASONS = {
     AnswerEnding.LENGTH: "max_tokens",
@@ -58,15 +62,15 @@ REASONS = {
 async def answer_message(body: MessagesRequest, request: Request, admission: Admitted) -> Response:
     """Answers a conversation, or calls tools; with `stream`, as server-sent events."""
     tokenizer = await enter_named(body.model, admission, body.user)
-    options = _make_options(body)
-    (reader,) = await submit_conversation(admission, tokenizer, _make_conversation(body), options)
+    options = await _make_options(body)
+    (reader,) = await submit_conversation(admission, tokenizer, _make_conversation(body), options, BOUND)
     if body.stream:
         return stream_events(request, _stream_message(body, admission, reader), admission.make_headers())
     await admission.finish_answers()
     text, calls = reader.split_text()
     message = _message_object(body, admission) | {
         "content": _make_blocks(text, calls),
-        **_stop_fields(reader.answer, calls),
+        **_stop_fields(reader.answer, bool(calls)),
         "usage": _usage_object(admission),
     }
     return await render_answer(message, admission.make_headers() | admission.make_times())
@@ -135,9 +139,11 @@ def _said_by_user(message: ClaudeMessage, place: str) -> Iterator[Turn]:
             yield Turn("user", "".join(texts), place)
 
 
-def _make_options(body: MessagesRequest) -> GenerationOptions:
+async def _make_options(body: MessagesRequest) -> GenerationOptions:
+    grammar = None if body.forced else await compile_grammar(body.bound, BOUND)
+    sampling = plain_sampling(body.temperature, body.top_p, body.top_k)
     return GenerationOptions(
-        sampling=plain_sampling(body.temperature, body.top_p, body.top_k),
+        sampling=replace(sampling, grammar=grammar),
         max_tokens=body.max_tokens,
         default_tokens=None,
         stop=body.stop_sequences or (),
@@ -166,9 +172,9 @@ def _usage_object(admission: Admission) -> JsonDict:
     }
 
 
-def _stop_fields(answer: Answer, calls: list[ToolCallText]) -> JsonDict:
+def _stop_fields(answer: Answer, has_calls: bool) -> JsonDict:
     reason = REASONS[answer.ending]
-    if calls and answer.ending is not AnswerEnding.LENGTH:
+    if has_calls and answer.ending is not AnswerEnding.LENGTH:
         reason = "tool_use"
     return {
         "stop_reason": reason,
@@ -194,37 +200,44 @@ class BlockEvents:
 
     def __init__(self) -> None:
         self.index = 0
-        self._text_is_open = False
+        self.has_calls = False
+        self._open: str | None = None  # the type of the block that goes on
+
+    def add_part(self, part: AnswerPart) -> Iterator[JsonDict]:
+        if isinstance(part, str):
+            yield from self.add_text(part)
+            return
+        if part.name is not None:
+            self.has_calls = True
+            yield from self._start_block(_use_block(ToolCallText(part.name, ""), {}))
+        if part.arguments:
+            yield self._add_delta({"type": "input_json_delta", "partial_json": part.arguments})
 
     def add_text(self, text: str) -> Iterator[JsonDict]:
-        if not self._text_is_open:
-            self._text_is_open = True
-            yield self._start_block(_text_block(""))
+        if self._open != "text":
+            yield from self._start_block(_text_block(""))
         if text:
             yield self._add_delta({"type": "text_delta", "text": text})
 
-    def add_call(self, call: ToolCallText) -> Iterator[JsonDict]:
-        yield from self.close_text()
-        yield self._start_block(_use_block(call, {}))
-        arguments = dump_json(arguments_object(call)).decode()
-        yield self._add_delta({"type": "input_json_delta", "partial_json": arguments})
-        yield self._stop_block()
+    def close_block(self) -> Iterator[JsonDict]:
+        if self._open is not None:
+            self._open = None
+            yield {"type": "content_block_stop", "index": self.index}
+            self.index += 1
 
-    def close_text(self) -> Iterator[JsonDict]:
-        if self._text_is_open:
-            self._text_is_open = False
-            yield self._stop_block()
+    def close_answer(self) -> Iterator[JsonDict]:
+        """An answer that says nothing has one block of no text."""
+        if not self.index and self._open is None:
+            yield from self.add_text("")
+        yield from self.close_block()
 
-    def _start_block(self, block: JsonDict) -> JsonDict:
-        return {"type": "content_block_start", "index": self.index, "content_block": block}
+    def _start_block(self, block: JsonDict) -> Iterator[JsonDict]:
+        yield from self.close_block()
+        self._open = block["type"]
+        yield {"type": "content_block_start", "index": self.index, "content_block": block}
 
     def _add_delta(self, delta: JsonDict) -> JsonDict:
         return {"type": "content_block_delta", "index": self.index, "delta": delta}
-
-    def _stop_block(self) -> JsonDict:
-        event = {"type": "content_block_stop", "index": self.index}
-        self.index += 1
-        return event
 
 
 async def _stream_message(
@@ -233,17 +246,17 @@ async def _stream_message(
     """The message's start once its first token is there, for only then it is known how much of the
     prompt was reused.
     """
-    blocks, begun, calls = BlockEvents(), False, list[ToolCallText]()
-    async for text, new_calls in reader.read_parts():
+    blocks, begun = BlockEvents(), False
+    async for parts in reader.read_parts():
         if not begun:
             begun = True
             yield _start_message(body, admission)
-        for event in _part_events(blocks, text, new_calls):
-            yield event
-        calls += new_calls
-    for event in _last_events(blocks, calls):
+        for part in parts:
+            for event in blocks.add_part(part):
+                yield event
+    for event in blocks.close_answer():
         yield event
-    ending = {"type": "message_delta", "delta": _stop_fields(reader.answer, calls)}
+    ending = {"type": "message_delta", "delta": _stop_fields(reader.answer, blocks.has_calls)}
     yield ending | {"usage": _usage_object(admission)}
     yield {"type": "message_stop"}
 
@@ -256,17 +269,3 @@ def _start_message(body: MessagesRequest, admission: Admission) -> JsonDict:
         "usage": _usage_object(admission),
     }
     return {"type": "message_start", "message": _message_object(body, admission) | nothing}
-
-
-def _part_events(blocks: BlockEvents, text: str, calls: list[ToolCallText]) -> Iterator[JsonDict]:
-    if text:
-        yield from blocks.add_text(text)
-    for call in calls:
-        yield from blocks.add_call(call)
-
-
-def _last_events(blocks: BlockEvents, calls: list[ToolCallText]) -> Iterator[JsonDict]:
-    """An answer that says nothing has one block of no text."""
-    if not blocks.index and not calls:
-        yield from blocks.add_text("")
-    yield from blocks.close_text()

@@ -19,6 +19,7 @@ from ..errors import document_errors
 from ..generation.admission import Admission, Admitted, GenerationOptions
 from ..generation.answer import AnswerEnding
 from ..generation.conversation import (
+    AnswerPart,
     AnswerReader,
     Conversation,
     OfferedTool,
@@ -45,7 +46,6 @@ from ..scopes import KEY_SCOPE
 router = APIRouter(tags=["OpenAI"], dependencies=[KEY_SCOPE])
 
 JsonDict = dict[str, Any]
-Calls = Sequence[ToolCallText]
 PlacedItem = tuple[str, Item]  # its place in the request
 BOUND = "text.format"
 
@@ -241,63 +241,82 @@ class ItemEvents:
     """The events of an answer's items, which follow each other by index; `output` are those that ended."""
 
     output: list[JsonDict] = field(default_factory=list)
-    _open: JsonDict | None = None
-    texts: list[str] = field(default_factory=list)
+    _open: JsonDict | None = None  # the item that goes on
+    _pieces: list[str] = field(default_factory=list)  # of its text or its arguments
+
+    def add_part(self, part: AnswerPart) -> Iterator[JsonDict]:
+        if isinstance(part, str):
+            yield from self.add_text(part)
+            return
+        if part.name is not None:
+            yield from self.end_item("completed")
+            yield self._begin_item(_call_item(ToolCallText(part.name, ""), "in_progress"))
+        if part.arguments:
+            self._pieces.append(part.arguments)
+            yield self._place_event("function_call_arguments.delta", delta=part.arguments)
 
     def add_text(self, text: str) -> Iterator[JsonDict]:
-        if self._open is None:
-            self._open = _message_item("", "in_progress")
-            yield self._item_event("added", self._open | {"content": []})
-            yield self._part_event("content_part.added", self._open, part=_text_part(""))
+        if self._open is None or self._open["type"] != "message":
+            yield from self.end_item("completed")
+            yield self._begin_item(_message_item("", "in_progress") | {"content": []})
+            yield self._part_event("content_part.added", part=_text_part(""))
         if text:
-            self.texts.append(text)
-            yield self._part_event("output_text.delta", self._open, delta=text, logprobs=[])
+            self._pieces.append(text)
+            yield self._part_event("output_text.delta", delta=text, logprobs=[])
 
-    def end_text(self, status: str) -> Iterator[JsonDict]:
+    def end_item(self, status: str) -> Iterator[JsonDict]:
+        """Ends the item that goes on, if one does."""
         if self._open is None:
             return
-        text, item = "".join(self.texts), self._open
-        yield self._part_event("output_text.done", item, text=text, logprobs=[])
-        yield self._part_event("content_part.done", item, part=_text_part(text))
-        yield self._end_item(item | {"status": status, "content": [_text_part(text)]})
+        whole = "".join(self._pieces)
+        if self._open["type"] == "message":
+            yield self._part_event("output_text.done", text=whole, logprobs=[])
+            yield self._part_event("content_part.done", part=_text_part(whole))
+            item = self._open | {"status": status, "content": [_text_part(whole)]}
+        else:
+            name = self._open["name"]
+            yield self._place_event("function_call_arguments.done", name=name, arguments=whole)
+            item = self._open | {"status": status, "arguments": whole}
+        yield self._item_event("done", item)
+        self.output.append(item)
         self._open = None
 
-    def add_call(self, call: ToolCallText, status: str) -> Iterator[JsonDict]:
-        item = _call_item(call, status)
-        yield self._item_event("added", item | {"arguments": "", "status": "in_progress"})
-        place = {"item_id": item["id"], "output_index": len(self.output)}
-        kind = "response.function_call_arguments"
-        yield {"type": f"{kind}.delta", **place, "delta": call.arguments}
-        yield {"type": f"{kind}.done", **place, "name": call.name, "arguments": call.arguments}
-        yield self._end_item(item)
+    def end_answer(self, status: str) -> Iterator[JsonDict]:
+        """An answer that says nothing has one message of no text."""
+        if not self.output and self._open is None:
+            yield from self.add_text("")
+        yield from self.end_item(status)
+
+    def _begin_item(self, item: JsonDict) -> JsonDict:
+        self._open, self._pieces = item, []
+        return self._item_event("added", item)
 
     def _item_event(self, step: str, item: JsonDict) -> JsonDict:
         return {"type": f"response.output_item.{step}", "output_index": len(self.output), "item": item}
 
-    def _part_event(self, kind: str, item: JsonDict, **fields: Any) -> JsonDict:
-        place = {"item_id": item["id"], "output_index": len(self.output), "content_index": 0}
+    def _place_event(self, kind: str, **fields: Any) -> JsonDict:
+        assert self._open is not None, "it tells of the item that goes on"
+        place = {"item_id": self._open["id"], "output_index": len(self.output)}
         return {"type": f"response.{kind}", **place, **fields}
 
-    def _end_item(self, item: JsonDict) -> JsonDict:
-        event = self._item_event("done", item)
-        self.output.append(item)
-        return event
+    def _part_event(self, kind: str, **fields: Any) -> JsonDict:
+        return self._place_event(kind, content_index=0, **fields)
 
 
 async def _stream_response(
     shared_fields: JsonDict, admission: Admission, reader: AnswerReader
 ) -> AsyncIterator[JsonDict]:
     """The response's start comes with its first token: until then the stream says that it waits."""
-    items, begun, calls = ItemEvents(), False, list[ToolCallText]()
-    async for text, new_calls in reader.read_parts():
+    items, begun = ItemEvents(), False
+    async for parts in reader.read_parts():
         if not begun:
             begun = True
             for event in _start_events(shared_fields):
                 yield event
-        for event in items.add_text(text) if text else ():
-            yield event
-        calls += new_calls
-    for event in _last_items(items, calls, _status_of(reader)):
+        for part in parts:
+            for event in items.add_part(part):
+                yield event
+    for event in items.end_answer(_status_of(reader)):
         yield event
     response = shared_fields | _ending_fields(admission, reader, items.output)
     yield {"type": f"response.{response['status']}", "response": response}
@@ -307,12 +326,3 @@ def _start_events(shared_fields: JsonDict) -> Iterator[JsonDict]:
     nothing: JsonDict = {"status": "in_progress", "incomplete_details": None, "output": [], "usage": None}
     for kind in ("created", "in_progress"):
         yield {"type": f"response.{kind}", "response": shared_fields | nothing}
-
-
-def _last_items(items: ItemEvents, calls: Calls, status: str) -> Iterator[JsonDict]:
-    """The text's end and the calls; an answer that says nothing has one message of no text."""
-    if not calls:
-        yield from items.add_text("")
-    yield from items.end_text(status)
-    for call in calls:
-        yield from items.add_call(call, status)

@@ -12,7 +12,9 @@ from pydantic import BeforeValidator, Field, Tag, model_validator
 from .shared import (
     MAX_PARTS,
     MAX_TOOLS,
+    JsonSchema,
     Label,
+    NamedSchema,
     OnlyNull,
     Probability,
     StopList,
@@ -156,6 +158,25 @@ class Thinking(StrictModel):
     display: Label = None
 
 
+class OutputFormat(StrictModel):
+    """JSON of a schema."""
+
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+    @property
+    def bound(self) -> JsonSchema:
+        named = NamedSchema.model_validate({"schema": self.schema_})
+        return JsonSchema(type="json_schema", json_schema=named)
+
+
+class OutputConfig(StrictModel):
+    """`effort` reaches the template as `reasoning_effort`."""
+
+    format: OutputFormat | None = None
+    effort: Annotated[str, Field(max_length=64)] | None = None
+
+
 class CountTokensRequest(StrictModel):
     """A conversation whose prompt is to be counted."""
 
@@ -165,6 +186,7 @@ class CountTokensRequest(StrictModel):
     tools: Annotated[list[ClaudeTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
     thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
     cache_control: Label = None
 
     @model_validator(mode="after")
@@ -203,9 +225,18 @@ class CountTokensRequest(StrictModel):
 
     @property
     def template_variables(self) -> dict[str, Any]:
-        if self.thinking is None or self.thinking.type == "adaptive":
-            return {}
-        return {"enable_thinking": self.thinking.type == "enabled"}
+        variables: dict[str, Any] = {}
+        if self.thinking is not None and self.thinking.type != "adaptive":
+            variables["enable_thinking"] = self.thinking.type == "enabled"
+        if self.output_config is not None and self.output_config.effort is not None:
+            variables["reasoning_effort"] = self.output_config.effort
+        return variables
+
+    @property
+    def bound(self) -> JsonSchema | None:
+        """What the answer must be."""
+        wanted = self.output_config.format if self.output_config else None
+        return wanted.bound if wanted else None
 
 
 class MessagesRequest(CountTokensRequest):

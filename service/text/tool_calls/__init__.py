@@ -3,8 +3,17 @@
 Must not know HTTP or tokens.
 """
 
-from .calls import CallDelta, ToolCallText
+from .calls import AnswerParser, CallDelta, ToolCallText
 from .formats import CallFormat, declared_format
+from .harmony import HarmonyParser
 from .parser import CallParser
 
-__all__ = ["CallDelta", "CallFormat", "CallParser", "ToolCallText", "declared_format"]
+__all__ = [
+    "AnswerParser",
+    "CallDelta",
+    "CallFormat",
+    "CallParser",
+    "HarmonyParser",
+    "ToolCallText",
+    "declared_format",
+]

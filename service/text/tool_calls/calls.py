@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +22,22 @@ class CallDelta:
     index: int
     name: str | None
     arguments: str
+
+
+class AnswerParser(Protocol):
+    """What reads an answer as it grows: content, thoughts, and calls."""
+
+    def push_text(self, text: str) -> str:
+        """The part of the text so far that is certain to be content."""
+
+    def take_deltas(self) -> list[CallDelta]:
+        """What the calls have grown by since this was asked for."""
+
+    def take_thoughts(self) -> str:
+        """What was thought since this was asked for."""
+
+    def finish_calls(self) -> tuple[str, list[ToolCallText]]:
+        """The content that was held back, and all calls."""
 
 
 class CallReader(ABC):

@@ -15,6 +15,8 @@ class CallFormat(StrEnum):
     MISTRAL = "mistral"  # [TOOL_CALLS][{"name", "arguments"}, ...], or [TOOL_CALLS]NAME[ARGS]{...}
     LLAMA = "llama"  # Llama 3: {"name", "parameters"}, also behind <|python_tag|>, or as PYTHONIC
     PYTHONIC = "pythonic"  # [NAME(KEY="VALUE"), ...]
+    PHI = "phi"  # Phi-4-mini: <|tool_call|>[{"name", "arguments"}, ...]<|/tool_call|>, or functools[...]
+    HARMONY = "harmony"  # gpt-oss: channels of thought, calls and content; see harmony.py
 
 
 # What begins calls within a text
@@ -24,21 +26,42 @@ MARKERS: dict[CallFormat, tuple[str, ...]] = {
     CallFormat.MISTRAL: ("[TOOL_CALLS]",),
     CallFormat.LLAMA: ("<|python_tag|>",),
     CallFormat.PYTHONIC: ("<|python_tag|>",),
+    CallFormat.PHI: ("<|tool_call|>", "functools["),
+    CallFormat.HARMONY: (),
 }
 ARGUMENTS, CALL_ID = "[ARGS]", "[CALL_ID]"
 # What may stand between calls, and is no content
-SEPARATORS = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
+SEPARATORS = (
+    "<tool_call>",
+    "</tool_call>",
+    "[TOOL_CALLS]",
+    "<|python_tag|>",
+    "<|tool_call|>",
+    "<|/tool_call|>",
+    "functools[",
+)
+START, CHANNEL, CONSTRAIN, MESSAGE = "<|start|>", "<|channel|>", "<|constrain|>", "<|message|>"
+ENDS = ("<|end|>", "<|call|>", "<|return|>")  # of a message in one of harmony's channels
+HARMONY_TEXTS = (START, CHANNEL, CONSTRAIN, MESSAGE, *ENDS)
 # Texts that a tokenizer may have as special tokens, and that must stay in the text to be found there
 SPECIAL_TEXTS = (*SEPARATORS, ARGUMENTS, CALL_ID)
 # A format, and words that a template has which teaches it; the first that fits counts
 TAUGHT = (
     (CallFormat.QWEN_XML, ("<function=", "<parameter=")),
     (CallFormat.HERMES, ("<tool_call>",)),
+    (CallFormat.HARMONY, (CHANNEL, MESSAGE)),
+    (CallFormat.PHI, ("<|tool|>",)),
+    (CallFormat.PHI, ("<|tool_call|>",)),
     (CallFormat.MISTRAL, ("[TOOL_CALLS]",)),
     (CallFormat.LLAMA, ("<|python_tag|>",)),
     (CallFormat.PYTHONIC, ("func_name1(",)),
     (CallFormat.LLAMA, ('{"name": ', '"parameters": ')),
 )
+
+
+def special_texts(format: CallFormat) -> tuple[str, ...]:
+    """The texts of this form that may be special tokens."""
+    return HARMONY_TEXTS if format is CallFormat.HARMONY else SPECIAL_TEXTS
 
 
 def declared_format(template: str) -> CallFormat | None:

@@ -64,6 +64,10 @@ class CallParser:
         deltas, self._deltas = self._deltas, []
         return deltas
 
+    def take_thoughts(self) -> str:
+        """None: only harmony parts them from the content."""
+        return ""
+
     def finish_calls(self) -> tuple[str, list[ToolCallText]]:
         """The content that was held back, and all calls."""
         held = self._held + self._marker.flush_held()

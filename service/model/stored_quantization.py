@@ -114,8 +114,8 @@ def is_quantized(layer: nn.Module) -> bool:
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor):
         return is_packed(layer)
-    # Bitsandbytes and torchao have classes of their own
-    return type(weight) not in (nn.Parameter, Tensor) or weight.dtype not in COMPUTED
+    has_own_class = type(weight).__module__.partition(".")[0] in ("bitsandbytes", "torchao")
+    return has_own_class or weight.dtype not in COMPUTED
 
 
 def held_method(layers: Iterable[nn.Module], stored: Mapping[str, Any] | None) -> str:

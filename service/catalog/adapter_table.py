@@ -200,7 +200,7 @@ class AdapterTable:
             replaced.append(self._put_entry(entry, kept))
 
         async with self.lock_for(adapter.digest):
-            self.device.add_adapter(adapter, entry.pinned, preload)
+            self.device.add_adapter(adapter, False, preload)
             if preload and self.device.tier_of(adapter.digest) is Tier.DISK:
                 await self._wait_until_loaded(adapter.digest)
             try:
@@ -217,9 +217,11 @@ class AdapterTable:
         self.current[id] = entry
         self._keep_versions(id, kept)
         dropped = tuple(one for one in old if one not in (entry, *kept))
-        self.pin_adapter(entry, entry.pinned)  # its own pin, or another id's, may have changed meanwhile
+        retiring = self._retire_entries(dropped)
+        # After the pins of those before: two at once might hold more of the pool than others leave
+        self.pin_adapter(entry, entry.pinned)
         metrics.adapter_registered(id)
-        return VersionChange(before, dropped, self._retire_entries(dropped))
+        return VersionChange(before, dropped, retiring)
 
     def _keep_versions(self, id: str, kept: Kept) -> None:
         self.kept[id] = kept

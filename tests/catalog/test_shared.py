@@ -6,12 +6,13 @@ from __future__ import annotations
 
 import asyncio
 import os
+import random
 import shutil
 import sys
 import time
 from asyncio.subprocess import PIPE
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from service.errors import (
     Conflict,
     DirectoryHeld,
     Forbidden,
+    NotFound,
     NotReady,
     SourceMissing,
     StorageFull,
@@ -331,3 +333,26 @@ async def test_a_service_starts_though_another_keeps_its_turn(
     monkeypatch.setattr(turns, "LONGEST_S", 0.1)
     async with turns.take_turn(stocked.root), stocked.opened(shared="on") as registry:
         assert told(registry).keys() == {"found"}
+
+
+async def test_after_any_changes_by_both_the_devices_pin_what_is_pinned(stocked: RegistryFixture) -> None:
+    """And at no time two contents of one id, which together might hold more of the pool than there is."""
+    chance = random.Random(1)
+    async with two_services(stocked) as (one, two):
+        await one.register_adapter("a", PLAIN)
+        for _ in range(60):
+            service = chance.choice((one, two))
+            with suppress(NotFound):
+                match chance.choice(("replace", "pin", "unpin", "roll back")):
+                    case "replace":
+                        source = chance.choice((PLAIN, OTHER))
+                        await service.register_adapter("a", source, replace=True, pinned=None)
+                    case "roll back":
+                        await service.roll_back("a")
+                    case pin:
+                        await service.pin_adapter("a", pin == "pin")
+            await until_same(one, two)
+            for registry in (one, two):
+                pinned = {digest for digest, is_pinned in told(registry).values() if is_pinned}
+                assert device(registry).pinned == pinned
+                assert device(registry).most_pinned <= 1

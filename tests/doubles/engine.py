@@ -81,6 +81,7 @@ class FakeEngine:
         self.preloads: list[Digest] = []
         self.tiers: dict[Digest, Tier] = {}
         self.pinned: set[Digest] = set()
+        self.most_pinned = 0  # at any time
         self.dropped: list[Digest] = []
         self.errors: dict[Digest, str] = {}
         self.codes: dict[Digest, ErrorCode] = {}
@@ -142,7 +143,7 @@ class FakeEngine:
         self.known[adapter.digest] = adapter
         self.preloads += [adapter.digest] if preload else []
         if pinned:
-            self.pinned.add(adapter.digest)
+            self.pin_adapter(adapter.digest, True)
 
     async def wait_until_loaded(self, digest: Digest) -> Load:
         await self.load_gate.wait()
@@ -158,10 +159,12 @@ class FakeEngine:
 
     def pin_adapter(self, digest: Digest, pinned: bool) -> None:
         (self.pinned.add if pinned else self.pinned.discard)(digest)
+        self.most_pinned = max(self.most_pinned, len(self.pinned))
 
     async def remove_adapter(self, digest: Digest) -> int:
         await asyncio.sleep(0)
         self.dropped.append(digest)
+        self.pinned.discard(digest)
         was_hosted = self.tiers.pop(digest, Tier.DISK) is Tier.HOST
         size = self.known.pop(digest).size
         return size if was_hosted else 0

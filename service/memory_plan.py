@@ -9,20 +9,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .base_shapes import DTYPE_BYTES, FAMILIES, BaseShape, shape_of
 from .core import capacity
-from .core.base_info import BLOCK_TOKENS, LinearKind
+from .core.base_info import BLOCK_TOKENS
 from .core.defaults import GPU_DEFAULTS
 from .errors import SettingsError
 
-# Config names of models whose layers have q, k, v, o, gate, up and down, and nothing else of weight
-FAMILIES = {
-    *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "granite", "olmo2"),
-    *("smollm3", "phi3", "seed_oss", "ministral", "helium"),
-}
 DEMO: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 576,
@@ -35,52 +30,7 @@ DEMO: dict[str, Any] = {
     "tie_word_embeddings": True,
 }
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-DTYPE_BYTES = 2  # of bfloat16, in which a GPU computes
 CONTEXTS = (1024, 4096, 16384, 65536)
-
-
-@dataclass(frozen=True, slots=True)
-class BaseShape:
-    """The numbers of a config.json that memory depends on."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    vocabulary: int
-    context: int
-    has_own_head: bool
-
-    def linears(self) -> list[LinearKind]:
-        """The layers that adapters may adapt, but for the head."""
-        query, key = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        shapes = {
-            "q_proj": (self.hidden, query),
-            "k_proj": (self.hidden, key),
-            "v_proj": (self.hidden, key),
-            "o_proj": (query, self.hidden),
-            "gate_proj": (self.hidden, self.intermediate),
-            "up_proj": (self.hidden, self.intermediate),
-            "down_proj": (self.intermediate, self.hidden),
-        }
-        return [LinearKind(name, n_in, n_out, self.layers) for name, (n_in, n_out) in shapes.items()]
-
-    @property
-    def head(self) -> LinearKind:
-        return LinearKind("lm_head", self.hidden, self.vocabulary, 1)
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        return 2 * self.layers * self.kv_heads * self.head_dim * DTYPE_BYTES
-
-    def weights_bytes(self, quantization: str) -> int:
-        """Quantized layers, and embeddings, head and norms in bfloat16."""
-        linear = sum(kind.in_features * kind.out_features * kind.count for kind in self.linears())
-        embeddings = self.vocabulary * self.hidden * (1 + self.has_own_head)
-        norms = self.hidden * (2 * self.layers + 1)
-        return capacity.weights_bytes(linear, embeddings + norms, quantization, DTYPE_BYTES)
 
 
 def read_shape(base: str) -> BaseShape:
@@ -91,7 +41,7 @@ def read_shape(base: str) -> BaseShape:
     if family not in FAMILIES:
         raise SettingsError(f"--base: model_type {family!r} cannot be planned; `/base` says it once served")
     try:
-        return _shape_of(config)
+        return shape_of(config)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise SettingsError(f"--base: config.json lacks a usable {error}") from error
 
@@ -105,21 +55,6 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise SettingsError(f"--base: {file} holds no JSON object")
     return config
-
-
-def _shape_of(config: Mapping[str, Any]) -> BaseShape:
-    heads, hidden = int(config["num_attention_heads"]), int(config["hidden_size"])
-    return BaseShape(
-        layers=int(config["num_hidden_layers"]),
-        hidden=hidden,
-        intermediate=int(config["intermediate_size"]),
-        heads=heads,
-        kv_heads=int(config.get("num_key_value_heads") or heads),
-        head_dim=int(config.get("head_dim") or hidden // heads),
-        vocabulary=int(config["vocab_size"]),
-        context=int(config.get("max_position_embeddings") or 2048),
-        has_own_head=not config.get("tie_word_embeddings", False),
-    )
 
 
 def parse_bytes(text: str) -> int:
@@ -138,15 +73,18 @@ def plan_memory(
         raise SettingsError(f"--context: {context} is over the base's own {shape.context}")
     weights = shape.weights_bytes(quantization)
     pool = capacity.pool_bytes([*shape.linears(), shape.head], pool_rank, DTYPE_BYTES)
-    budget = capacity.kv_budget(memory - weights - pool, "cuda")
+    at_once = rows or GPU_DEFAULTS.rows
+    states = capacity.states_bytes(shape.state_bytes, at_once)
+    budget = capacity.kv_budget(memory - weights - pool - states, "cuda")
     blocks = capacity.count_kv_blocks(budget, shape.kv_bytes_per_token)
-    tokens, at_once = blocks * BLOCK_TOKENS, rows or GPU_DEFAULTS.rows
+    tokens = blocks * BLOCK_TOKENS
     longest = min(context or shape.context, tokens)
     lengths = sorted({length for length in CONTEXTS if length < longest} | {longest}) if tokens else []
     return {
         "memory_bytes": memory,
         "weights_bytes": weights,
         "pool_bytes": pool,
+        "states_bytes": states,
         "kv_bytes": tokens * shape.kv_bytes_per_token,
         "kv_bytes_per_token": shape.kv_bytes_per_token,
         "kv_tokens": tokens,
@@ -160,6 +98,7 @@ def format_plan(plan: Mapping[str, Any]) -> str:
         ("memory", "memory_bytes"),
         ("weights", "weights_bytes"),
         ("pool", "pool_bytes"),
+        *([("states", "states_bytes")] if plan["states_bytes"] else []),
         ("KV", "kv_bytes"),
     ]
     lines = [f"{name:<10}{plan[key] / 1e9:10.2f} GB" for name, key in rows]

@@ -15,6 +15,7 @@ from service.model import kv, loading
 from service.model.build import build_runner
 from service.settings import Settings
 from tests import making
+from tests.model.test_parity import DELTA, FAMILIES, STATEFUL, random_base
 
 LLAMA_8B = {
     "model_type": "llama",
@@ -75,9 +76,30 @@ def test_an_unknown_family_is_refused_by_name(tmp_path: Path, capsys: pytest.Cap
     assert "'mamba'" in capsys.readouterr().err
 
 
-def test_the_plan_and_the_start_have_the_same_numbers(tmp_path: Path) -> None:
-    """Of a base in bfloat16: its layers, its pool, the bytes of a token and the blocks for some memory."""
-    base = making.tiny(tmp_path / "base")
+def test_states_are_no_room_for_tokens(tmp_path: Path) -> None:
+    sizes = DELTA | {"linear_conv_kernel_dim": 4}
+    shape = memory_plan.read_shape(config_file(tmp_path, **sizes, model_type="qwen3_5_text"))
+    few, many = (memory_plan.plan_memory(shape, 40 * 10**9, "none", 8, rows, None) for rows in (1, 33))
+    lost = 32 * 2 * shape.state_bytes
+    assert many["states_bytes"] - few["states_bytes"] == lost > 0
+    assert few["kv_bytes"] - many["kv_bytes"] == pytest.approx(0.9 * lost, rel=0.01)
+    assert "states" in memory_plan.format_plan(many)
+
+
+def make_base(folder: Path, kind: str) -> Path:
+    if kind == "llama":
+        return making.tiny(folder)
+    sizes, _ = (FAMILIES | STATEFUL)[kind]
+    return random_base(folder, kind, sizes)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["llama", "minicpm3", "deepseek_v2", "deepseek_v3", "qwen3_5_text"])
+def test_the_plan_and_the_start_have_the_same_numbers(kind: str, tmp_path: Path) -> None:
+    """Of a base in bfloat16: its layers, its pool, the bytes of a token and of states, and the blocks for
+    some memory.
+    """
+    base = make_base(tmp_path / "base", kind)
     settings = Settings(base=str(base), device="cpu", dtype="bfloat16", kv_mb=3, max_rows=2, compile="off")
     runner, card = build_runner(settings, lambda stage, fraction: None)
     shape = memory_plan.read_shape(str(base))
@@ -85,6 +107,7 @@ def test_the_plan_and_the_start_have_the_same_numbers(tmp_path: Path) -> None:
     served = loading.list_linear_kinds(runner.model, ())
     assert planned == {(k.name, k.in_features, k.out_features, k.count) for k in served}
     assert shape.kv_bytes_per_token == kv.bytes_per_position(runner.attention, runner.model.dtype)
-    assert shape.weights_bytes("none") == card.resident_bytes["bfloat16"]
+    assert shape.weights_bytes("none") == pytest.approx(card.resident_bytes["bfloat16"], rel=0.005)
+    assert shape.state_bytes == card.state_bytes
     assert card.kv_blocks == capacity.count_kv_blocks(3 * 10**6, shape.kv_bytes_per_token)
     assert card.context == min(shape.context, card.kv_blocks * BLOCK_TOKENS)

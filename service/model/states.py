@@ -42,7 +42,10 @@ def probe_states(model: Any) -> list[StateSpec]:
 
     Raises SettingsError where the model cannot.
     """
-    probe = StateProbe(config=model.config)
+    try:
+        probe = StateProbe(config=model.config)
+    except (AttributeError, KeyError):  # transformers has no such cache for it
+        return []
     if not any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in probe.layers):
         return []
     positions = torch.arange(PROBED_TOKENS, device=model.device)

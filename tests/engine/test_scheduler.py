@@ -843,8 +843,9 @@ def test_a_preempted_request_can_be_cancelled_and_ends_once() -> None:
 
 
 def test_where_layers_keep_states_no_prompt_goes_on_from_another_and_none_waits_to() -> None:
-    driver = SchedulerDriver(has_states=True)
+    driver = SchedulerDriver(prefill_tokens=1000, has_states=True)
     ids = [driver.submit(LONG, 3) for _ in range(4)]
+    assert len(driver.step().chunks) == 4
     driver.settle()
     driver.check()
     assert driver.order == ids

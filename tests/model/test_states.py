@@ -6,9 +6,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 
 from service.core.base_info import BaseInfo
 from service.core.request import Request
@@ -137,3 +139,13 @@ def test_what_states_take_is_no_room_for_blocks(base: Path, monkeypatch: pytest.
     lost = 2 * 99 * states.bytes_per_sequence(probed.stateful)
     block = 16 * kv.bytes_per_position(probed.attention, probed.model.dtype)
     assert counts[0] - counts[1] == pytest.approx(lost * 0.25 / block, abs=1)
+
+
+@pytest.mark.parametrize("kinds", [["made up"], None])
+def test_a_config_that_transformers_has_no_cache_for_has_no_states(kinds: list[str] | None) -> None:
+    config = AutoConfig.for_model("llama", num_hidden_layers=1)
+    if kinds is None:
+        del config.num_hidden_layers
+    else:
+        config.layer_types = kinds
+    assert states.probe_states(SimpleNamespace(config=config)) == []

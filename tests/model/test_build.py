@@ -10,7 +10,7 @@ import llguidance
 import pytest
 
 from service.errors import SettingsError
-from service.model import build
+from service.model import build, rope
 from service.model.loading import no_progress
 from service.settings import Settings
 from tests import making
@@ -23,7 +23,7 @@ def test_what_a_bases_own_code_raises_is_a_refusal_in_one_line(
     def raise_it(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(build.rope, "fix_frequencies", raise_it)
+    monkeypatch.setattr(rope, "fix_frequencies", raise_it)
     values = {"base": str(making.tiny(tmp_path / "base")), "device": "cpu", "dtype": "float32", "kv_mb": 10}
     said = rf"^ADAPTERD_BASE: '.*base' cannot be served: {type(error).__name__}: [^\n]*$"
     with pytest.raises(SettingsError, match=said) as refused:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from bitsandbytes import functional
 from torch import Tensor, nn
+from transformers.integrations.ggml import GGUF_CONFIG_MAPPING
 
 # PEFT's modules for layers that it does not take for plain ones
 QUANTIZED_MODULES = frozenset({"bnb", "gptq", "awq", "aqlm", "eetq", "hqq", "torchao"})
@@ -71,6 +72,13 @@ def reads_quantized(layer: nn.Module) -> bool:
     """
     in_own_module = type(layer).__module__.rpartition(".")[2] in QUANTIZED_MODULES
     return in_own_module or getattr(layer, "quantization_backend", None) is not None
+
+
+def read_gguf_head_sizes() -> None:
+    """Lets transformers read the size of a head from a GGUF file of Qwen 3, which it leaves out: 128, its
+    default, is not that of every model.
+    """
+    GGUF_CONFIG_MAPPING["qwen3"].setdefault("attention.key_length", "head_dim")
 
 
 def release_pinned_memory() -> None:

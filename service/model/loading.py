@@ -32,7 +32,7 @@ from ..errors import SettingsError
 from ..settings import HUB_ID, Dtype, Settings
 from . import base_size
 from . import stored_quantization as stored_as
-from .compat import keep_unpacked
+from .compat import keep_unpacked, read_gguf_head_sizes
 from .kernels import can_load_kernels
 
 log = logging.getLogger(__name__)
@@ -143,6 +143,7 @@ def _hash_head(file: Path) -> str:
 
 def _write_converted(file: Path, dtype: torch.dtype, target: Path) -> None:
     dequantized = GgufConfig(dequantize=True)
+    read_gguf_head_sizes()
     model = _load_whole(
         file.parent, str(file), dtype=dtype, quantization_config=dequantized, gguf_file=file.name
     )

@@ -197,6 +197,8 @@ NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
     "lm_head": "output",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -211,13 +213,23 @@ NAMES = {
 KINDS = gguf.GGMLQuantizationType
 
 
-def written(file: Path, kind: gguf.GGMLQuantizationType, lacking: str = "") -> Tensors:
-    """Writes a random Qwen 2 whose matrices are of this kind; the values that the file then holds,
-    by transformers' names.
+def written(
+    file: Path,
+    kind: gguf.GGMLQuantizationType,
+    lacking: str = "",
+    family: str = "qwen2",
+    head_dim: int | None = None,
+) -> Tensors:
+    """Writes a random Qwen whose matrices are of this kind; the values that the file then holds, by
+    transformers' names.
     """
-    model = making.load(random_base(file.parent / f"source-{kind.name}", "qwen2", QWEN2))
-    writer = gguf.GGUFWriter(file, "qwen2")
+    source = file.parent / f"source-{kind.name}"
+    sizes = QWEN2 if head_dim is None else QWEN2 | {"head_dim": head_dim}
+    model = making.load(random_base(source, family, sizes))
+    writer = gguf.GGUFWriter(file, family)
     describe(writer, model.config)
+    if head_dim is not None:
+        writer.add_key_length(head_dim)
     held: Tensors = {}
     for name, weight in model.state_dict().items():
         own = kind if weight.dim() > 1 else KINDS.F32
@@ -374,8 +386,11 @@ def test_a_full_cache_is_one_line_that_names_it_and_leaves_nothing(
     assert cached(cache) == []
 
 
-def test_a_gguf_file_says_the_same_as_the_model_it_was_made_of(tmp_path: Path, cache: Path) -> None:
-    written(tmp_path / "base.gguf", KINDS.F32)
+@pytest.mark.parametrize(("family", "head_dim"), [("qwen2", None), ("qwen3", 32), ("qwen3", 128)])
+def test_a_gguf_file_says_the_same_as_the_model_it_was_made_of(
+    family: str, head_dim: int | None, tmp_path: Path, cache: Path
+) -> None:
+    written(tmp_path / "base.gguf", KINDS.F32, family=family, head_dim=head_dim)
     with making.quiet():
         runner = start(tmp_path / "base.gguf")
     job = Job(prompts()[4], 8)

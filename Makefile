@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
+CLIENTS := .venv-clients/bin
 
 # Of `make test` what needs no browser, Prometheus, Ray, nginx, network or started service, in under 90 s on two idle cores.
 FAST := tests/core tests/engine tests/text tests/telemetry tests/api tests/catalog tests/model/test_sampler.py \
@@ -10,7 +11,7 @@ FAST := tests/core tests/engine tests/text tests/telemetry tests/api tests/catal
 NOT_FAST := tests/text/test_template_renderer.py tests/telemetry/test_traces.py tests/api/test_upgrade.py tests/api/test_wire.py \
 	tests/catalog/test_cases.py tests/catalog/test_shared.py tests/catalog/validator/test_process.py tests/catalog/validator/test_base_weights.py
 
-.PHONY: venv serve test test-fast image-test soak bench lint
+.PHONY: venv serve test test-fast test-clients image-test soak bench lint
 
 venv: $(READY)
 
@@ -43,6 +44,20 @@ test: lint
 
 test-fast: $(READY)
 	$(BIN)/pytest --numprocesses 2 $(FAST) $(NOT_FAST:%=--ignore=%)
+
+# Other people's clients, installed as pinned under tests/clients/more; node, npm and a JDK must be there.
+test-clients: $(READY) .venv-clients/.ready tests/clients/more/node_modules/.ready
+	$(BIN)/pytest tests/clients/other_clients.py
+
+.venv-clients/.ready: tests/clients/more/requirements.lock
+	$(PYTHON) -m venv .venv-clients
+	$(CLIENTS)/pip install --quiet --constraint requirements.lock torch
+	$(CLIENTS)/pip install --quiet --no-deps --requirement tests/clients/more/requirements.lock
+	touch $@
+
+tests/clients/more/node_modules/.ready: tests/clients/more/package-lock.json
+	npm ci --silent --prefix tests/clients/more
+	touch $@
 
 # For a release: builds the image and runs it as compose does, with docker or podman. BASE is its base, BUILD_FLAGS more flags of its build.
 image-test: $(READY)

@@ -216,6 +216,18 @@ def test_text_between_calls_is_a_block_between_theirs(api: ScriptedApp) -> None:
     assert [event["index"] for event in events if event["type"] == "content_block_stop"] == [0, 1, 2]
 
 
+def test_a_calls_end_goes_before_the_text_that_comes_with_it(api: ScriptedApp) -> None:
+    """A stop string holds both back, and lets them through at once."""
+    api.says(f"{SAID} And so")
+    body = make_body(stream=True, tools=[ADD], max_tokens=200, stop_sequences=[f"{SAID[-20:]} Andes"])
+    events = api.named_events(PATH, body)
+    starts = [event["content_block"]["type"] for event in events if event["type"] == "content_block_start"]
+    assert starts == ["tool_use", "text"]
+    deltas = [event for event in events if event["type"] == "content_block_delta"]
+    assert json.loads("".join(e["delta"]["partial_json"] for e in deltas if e["index"] == 0)) == {"a": 1}
+    assert "".join(e["delta"]["text"] for e in deltas if e["index"] == 1) == "And so"
+
+
 def test_the_events_of_nothing(api: ScriptedApp) -> None:
     api.says("")
     events = api.named_events(PATH, make_body(stream=True))

@@ -140,7 +140,7 @@ def _said_by_user(message: ClaudeMessage, place: str) -> Iterator[Turn]:
 
 
 async def _make_options(body: MessagesRequest) -> GenerationOptions:
-    grammar = None if body.forced else await compile_grammar(body.bound, BOUND)
+    grammar = await compile_grammar(body.bound, BOUND)
     sampling = plain_sampling(body.temperature, body.top_p, body.top_k)
     return GenerationOptions(
         sampling=replace(sampling, grammar=grammar),

@@ -155,7 +155,7 @@ def _served_error(reference: Reference, context: int) -> float:
     pool = LoraPool(small, RANK, torch.float32, small.device)
     try:
         return max(map(_relative_error, _through_blocks(pool.tree, BESIDE, pool), expected))
-    except RuntimeError as error:
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
         raise kv.refuse_base(small, f"a step raises {type(error).__name__}: {_first_line(error)}") from error
 
 

@@ -56,7 +56,7 @@ def probe_states(model: Any) -> list[StateSpec]:
         model(**inputs, cache=probe, use_cache=True)
     except torch.OutOfMemoryError:
         raise
-    except (TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
         raise refuse_base(model, f"{type(error).__name__} when it runs with a cache") from error
     finally:
         for hook in hooks:

@@ -340,7 +340,7 @@ async def test_after_any_changes_by_both_the_devices_pin_what_is_pinned(stocked:
     chance = random.Random(1)
     async with two_services(stocked) as (one, two):
         await one.register_adapter("a", PLAIN)
-        for _ in range(60):
+        for _ in range(25):
             service = chance.choice((one, two))
             with suppress(NotFound):
                 match chance.choice(("replace", "pin", "unpin", "roll back")):

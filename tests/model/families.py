@@ -145,12 +145,20 @@ def make_adapter(folder: Path, base: Path, modules: Sequence[str], seed: int) ->
     return model.eval()
 
 
+# Whose `out_proj` PEFT adapts in no model
+MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+
+
 def adaptable(skeleton: Skeleton) -> list[str]:
-    """The linear layers that the base lets be adapted, but for the head, which may be tied to another."""
+    """The linear layers that the base and PEFT let be adapted, but for the head, which may be tied to
+    another.
+    """
     model = skeleton.model
+    closed = "out_proj" if model.config.model_type in MAMBA else ""
     head = model.get_output_embeddings()
     linears = [(name, layer) for name, layer in model.named_modules() if linear_shape(layer)]
-    return [name for name, layer in linears if layer is not head and is_open(skeleton, name)]
+    open_ones = [name for name, layer in linears if layer is not head and is_open(skeleton, name)]
+    return [name for name in open_ones if name.rpartition(".")[2] != closed]
 
 
 def is_open(skeleton: Skeleton, name: str) -> bool:

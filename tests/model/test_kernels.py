@@ -431,6 +431,24 @@ def test_a_row_says_the_same_whatever_its_neighbours(tmp_path: Path) -> None:
         assert (ours.tokens, ours.prompt_tokens) == (right.tokens, right.prompt_tokens)
 
 
+@needs_kernels
+def test_a_long_prompt_says_the_same_in_any_chunks(tmp_path: Path) -> None:
+    """Bit for bit where bfloat16 pairs are multiplied; elsewhere torch's tiles round by the chunk."""
+    base = random_base(tmp_path / "base", "llama", {**WIDE, "max_position_embeddings": 1024})
+    settings = {"device": "cpu", "dtype": "bfloat16", "compile": "on", "max_rows": 2, "base": str(base)}
+    chosen = Settings.model_validate(settings | {"kernels": VECTORS})
+    runner, _ = build_runner(chosen, lambda stage, fraction: None)
+    prompt = [5 + 7 * i % 240 for i in range(700)]
+    answers = []
+    for size in (700, 333, 16):
+        job = Job(prompt, 4, None, prompt_logprobs=0)
+        RunnerDriver(runner, 1).run([job], chunk=size)
+        answers.append([token.logprob for token in job.prompt_tokens[1:]])
+    if can_run("avx512_bf16") and VECTORS in ("auto", "avx512_bf16"):
+        assert answers[0] == answers[1] == answers[2]
+    close(*(torch.tensor(answers[i]) for i in (0, 2)))
+
+
 def mixed_jobs(plans: list[Adapter]) -> list[Job]:
     """Sixteen jobs of the base and these three adapters by turns."""
     digests = (None, *(plan.digest for plan in plans))

@@ -243,7 +243,9 @@ inline at::Tensor long_span(const at::Tensor& query, const at::Tensor& keys, con
   return out.reshape({query.size(1), span.length, values.size(3)}).transpose(0, 1);
 }
 
-constexpr int64_t kLong = 256;  // tokens times positions, in squares: from here on torch's tiles are faster
+// Tokens times positions from which on torch's tiles are faster; with them a token's last bits depend on the chunk that it came in. Where
+// bfloat16 pairs are multiplied they are slower up to some thousand positions, and never taken.
+constexpr int64_t kLong = kPaired ? std::numeric_limits<int64_t>::max() : 256 * 256;
 
 // attend(q [1, heads, T, dim], k [1, kv heads, T, dim], v [1, kv heads, T, value dim], keys, values, table, blocks int32 [sequences, width],
 // sinks float32 [heads] or none, scale, window, softcap) -> [1, T, heads, value dim], bf16: writes k and v to their blocks, then attends over what each
@@ -264,7 +266,7 @@ inline at::Tensor attend(const at::Tensor& query, const at::Tensor& key, const a
   for (int s = 0; s < spans.count; ++s) {
     const Span& span = spans.first[s];
     const int64_t end = span.position + span.length;
-    if (span.length * end > kLong * kLong && softcap == 0 && !sinks && (window == 0 || end <= window))
+    if (span.length * end > kLong && softcap == 0 && !sinks && (window == 0 || end <= window))
       out.select(0, 0).slice(0, span.start, span.start + span.length).copy_(long_span(q, keys, values, span, blocks, scale));
     else for (int t = 0; t < span.length; ++t) work.emplace_back(&span, span.start + t);
   }

@@ -98,7 +98,7 @@ class Worker:
         sent = self._send_news()  # before the step, so that the API knows which requests die in it
         if plan != NOTHING:
             self._run_step(plan)
-            self._send_news()
+            self._send_news(has_run=True)
         return plan == NOTHING and not sent
 
     def _receive_commands(self, idle: bool) -> bool:
@@ -290,13 +290,15 @@ class Worker:
         inject_faults(self.faults, {chunk.generated + 1 for chunk in chunks if chunk.sample})
         return self.runner.run_chunks(chunks) if chunks else ()
 
-    def _send_news(self) -> bool:
-        """Sends a report of everything since the last one; whether there was anything."""
+    def _send_news(self, has_run: bool = False) -> bool:
+        """Sends a report of everything since the last one; whether there was anything. A step that has run
+        is news by itself: those of a long prompt have no other for a minute, and silence is taken for death.
+        """
         report = self._take_report()
         for event in report.events:
             if event.finish is not None:
                 self.runner.finish_request(event.request)
-        is_news = report != Report(gauges=report.gauges)
+        is_news = has_run or report != Report(gauges=report.gauges)
         if is_news:
             self._send_message(report)
         return is_news

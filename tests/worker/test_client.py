@@ -419,6 +419,16 @@ async def test_one_that_had_nothing_to_say_has_its_time_when_it_is_asked() -> No
         assert client.worker_pid == pid
 
 
+async def test_one_that_reads_a_long_prompt_is_not_taken_for_dead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its steps give no token for longer than a worker may be silent."""
+    monkeypatch.setattr(supervisor, "SILENCE_S", 0.4)
+    async with engine(prefill_tokens=1) as client:
+        pid = worker(client)
+        tokens, end = await read(submit(client, (1,) * 600, 2))
+        assert (len(tokens), end.finish) == (2, Finish.LENGTH)
+        assert client.worker_pid == pid
+
+
 async def test_a_cancel_that_a_dying_worker_never_read_is_kept() -> None:
     async with engine(faults=Faults(stuck=2), request_timeout_s=1, max_rows=1) as client:
         stuck, waiting = submit(client, (1,), 5), submit(client, (2,), 5)

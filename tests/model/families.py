@@ -146,7 +146,7 @@ def make_adapter(folder: Path, base: Path, modules: Sequence[str], seed: int) ->
 
 
 # Whose `out_proj` PEFT adapts in no model
-MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+PEFT_MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 
 
 def adaptable(skeleton: Skeleton) -> list[str]:
@@ -154,7 +154,7 @@ def adaptable(skeleton: Skeleton) -> list[str]:
     another.
     """
     model = skeleton.model
-    closed = "out_proj" if model.config.model_type in MAMBA else ""
+    closed = "out_proj" if model.config.model_type in PEFT_MAMBA else ""
     head = model.get_output_embeddings()
     linears = [(name, layer) for name, layer in model.named_modules() if linear_shape(layer)]
     open_ones = [name for name, layer in linears if layer is not head and is_open(skeleton, name)]

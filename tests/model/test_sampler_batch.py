@@ -215,15 +215,18 @@ EDGES: dict[str, tuple[list[float], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("draw", DRAWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("edge", EDGES)
-def test_each_edge_of_what_may_be_drawn_is_that_of_one_row(edge: str, draw: Draw) -> None:
+def test_each_edge_of_what_may_be_drawn_is_that_of_one_row(
+    edge: str, dtype: torch.dtype, draw: Draw
+) -> None:
     """Of each row 60 draws, from the first token on that can come to the last."""
     numbers, options = EDGES[edge]
-    logits = torch.tensor(numbers)[None]
+    logits = torch.tensor(numbers, dtype=dtype)[None]
     sampling = Sampling(temperature=0.9, **options)
     state = SamplingState(Request(1, (1,), 5, None, sampling))
     (rules,) = group_draws([state], logits.shape[-1], logits.device)
-    kept = probabilities(logits[0], sampling)
+    kept = probabilities(logits[0].float(), sampling)
     for uniform in (0.0, *(i / 59 for i in range(1, 59)), 1 - 1e-9):
         rules.table[0, 0] = uniform
         assert int(draw(logits, rules, None)) == draw_token(kept, uniform), uniform

@@ -163,7 +163,8 @@ def draw_tokens(logits: Tensor, rules: draws.DrawRules, width: int | None) -> Te
     if "typical_p" in rules.filters:
         return draws.draw_tokens(logits, rules, width)
     rows = take_rows(logits, rules.rows)
-    tokens: Tensor = torch.ops.adapterd.draw(rows, rules.table)
+    known = rows.float() if rows.dtype == torch.float16 else rows
+    tokens: Tensor = torch.ops.adapterd.draw(known, rules.table)
     return tokens
 
 

@@ -9,8 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from service.model.attention_rules import ScoreRules
 from service.model.kernels.triton import attention, oracles
-from service.model.kernels.triton.attention import PagedKV, ScoreRules
+from service.model.kernels.triton.attention import PagedKV
 from service.model.kernels.triton.shapes import decode_shape, prefill_shape
 
 from .measure import DEVICE, DRY, Report, gap, random, ring, took
@@ -18,7 +19,7 @@ from .measure import DEVICE, DRY, Report, gap, random, ring, took
 HEADS, KV_HEADS, DIM = (4, 2, 32) if DRY else (32, 8, 128)
 GENERATION = 0 if DRY else torch.cuda.get_device_capability()[0]
 ERROR = 5e-3
-REACHES = [ScoreRules(DIM**-0.5), ScoreRules(DIM**-0.5, window=40, softcap=20.0)]
+PLAIN, LIMITED = ScoreRules(DIM**-0.5), ScoreRules(DIM**-0.5, window=40, softcap=20.0)
 DECODES = [(2, 40)] if DRY else [(1, 512), (32, 512), (64, 512), (32, 4096), (1, 32768)]
 PREFILLS = [(1, 20, 40)] if DRY else [(1, 2048, 2048), (4, 512, 4096)]  # sequences, tokens, length
 # Positions and stages of decode, rows and warps of prefill that are tried
@@ -40,40 +41,40 @@ def compile_all(part: int, of: int) -> None:
     for i, (positions, stages) in enumerate(DECODE_VARIANTS):
         if i % of == part:
             shape = decode_shape(2, KV_HEADS, 13)._replace(positions=positions, stages=stages)
-            attention.attend_decode(query, kv, REACHES[0], shape=shape)
+            attention.attend_decode(query, kv, PLAIN, shape=shape)
     for i, (rows, warps) in enumerate(PREFILL_VARIANTS, 3):
         if i % of == part:
             wide = prefill_shape(HEADS // KV_HEADS, DIM, GENERATION)._replace(rows=rows, warps=warps)
-            attention.attend_prefill(query, kv, REACHES[0], 1, torch.empty_like(query), shape=wide)
+            attention.attend_prefill(query, kv, PLAIN, 1, torch.empty_like(query), shape=wide)
     if part == of - 1:
-        sinks = random(HEADS)
-        attention.attend_decode(query, kv, REACHES[1], sinks)
-        attention.attend_prefill(query, kv, REACHES[1], 1, torch.empty_like(query), sinks)
+        rules = LIMITED._replace(sinks=random(HEADS))
+        attention.attend_decode(query, kv, rules)
+        attention.attend_prefill(query, kv, rules, 1, torch.empty_like(query))
 
 
 def check_attention(report: Report) -> None:
     lengths = [1, 17, 40] if DRY else [1, 17, 300, 2500, 64, 9000]
     tokens = [1, 5, 17] if DRY else [1, 5, 300, 700, 64, 33]
     starts = [sum(tokens[:i]) for i in range(len(tokens) + 1)]
-    for reach, sinks in zip(REACHES, (None, random(HEADS)), strict=True):
+    for rules in (PLAIN, LIMITED._replace(sinks=random(HEADS))):
         kv = make_kv(lengths, list(range(len(lengths) + 1)))
         query = random(len(lengths), HEADS, DIM)
-        one = attention.attend_decode(query, kv, reach, sinks)
+        one = attention.attend_decode(query, kv, rules)
         many = random(starts[-1], HEADS, DIM)
         out, longer = torch.empty_like(many), kv._replace(sequence_start=kv.kv_length.new_tensor(starts))
-        attention.attend_prefill(many, longer, reach, max(tokens), out, sinks)
+        attention.attend_prefill(many, longer, rules, max(tokens), out)
         errors = [
-            gap(got, oracles.attend(asked, *step, **reach._asdict(), sinks=sinks))
+            gap(got, oracles.attend(asked, *step, **rules._asdict()))
             for got, asked, step in ((one, query, kv), (out, many, longer))
         ]
-        name = "plain" if sinks is None else "window, softcap and sinks"
+        name = "plain" if rules.sinks is None else "window, softcap and sinks"
         report.expect(max(errors) < ERROR, f"attention, {name}: errors {errors}")
-        same = _is_same(query, kv, reach, sinks, one)
+        same = _is_same(query, kv, rules, one)
         report.expect(same, f"attention, {name}: bits depend on the company")
         report.add("attention", f"{name}, right", decode=errors[0], prefill=errors[1], same_in_company=same)
 
 
-def _is_same(query: Tensor, kv: PagedKV, reach: ScoreRules, sinks: Tensor | None, got: Tensor) -> bool:
+def _is_same(query: Tensor, kv: PagedKV, rules: ScoreRules, got: Tensor) -> bool:
     """Whether each sequence decodes as alone."""
     alone = []
     for i in range(len(query)):
@@ -82,7 +83,7 @@ def _is_same(query: Tensor, kv: PagedKV, reach: ScoreRules, sinks: Tensor | None
             kv_length=kv.kv_length[i : i + 1],
             block_table=kv.block_table[i : i + 1],
         )
-        alone.append(attention.attend_decode(query[i : i + 1], own, reach, sinks))
+        alone.append(attention.attend_decode(query[i : i + 1], own, rules))
     return torch.equal(torch.cat(alone), got)
 
 
@@ -96,7 +97,7 @@ def time_attention(report: Report, bandwidth: float) -> None:
         shapes += [] if DRY else [own._replace(programs=max(1, own.programs // 2))]
         times = {
             f"P{shape.positions} s{shape.stages} programs {shape.programs}": took(
-                [partial(attention.attend_decode, query, kv, REACHES[0], None, shape) for kv in copies]
+                [partial(attention.attend_decode, query, kv, PLAIN, shape) for kv in copies]
             )
             for shape in shapes
         }
@@ -114,7 +115,7 @@ def time_prefill(report: Report) -> None:
         times = {}
         for rows, warps in PREFILL_VARIANTS:
             shape = own._replace(rows=rows, warps=warps)
-            call = partial(attention.attend_prefill, query, kv, REACHES[0], tokens, out, None, shape)
+            call = partial(attention.attend_prefill, query, kv, PLAIN, tokens, out, shape)
             times[f"rows {rows} w{warps}"] = took([call])
         torch_us = _time_torch(sequences, tokens) if tokens == length else float("nan")
         name = f"prefill, {sequences} of {tokens} tokens at {length}"

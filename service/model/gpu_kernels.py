@@ -21,6 +21,7 @@ from . import kv
 from .kernels import triton as kernels
 from .kernels.triton import oracles
 from .kernels.triton.shapes import LORA_TOKENS, LoraTiles
+from .loading import describe_error
 from .lora_linear import LoraLinear
 from .lora_pool import LoraPool
 from .step_layout import StepLayout
@@ -102,7 +103,7 @@ def _explain_difference(layers: Sequence[LoraLinear]) -> str:
         try:
             error = _try_tiles(*shape, layers[0].pool_a.device)
         except Exception as cause:  # whatever a compiler says of a device that nobody tried
-            return f"raises {type(cause).__name__}: {str(cause).partition(chr(10))[0]}"
+            return f"raises {describe_error(cause)}"
         if not error < TILES_ERROR:
             return f"differs by {error:.2g} for layers of {shape}"
     return ""
@@ -128,8 +129,6 @@ def attend_singles(attention: kv.BlockAttention, query: Tensor, layout: StepLayo
         layout.masks["starts"] = starts
     lengths, starts = layout.masks["kv_length"], layout.masks["starts"]
     keys, values = attention.keys.transpose(1, 2), attention.values.transpose(1, 2)
-    rules = attention.rules
-    reach = paged.ScoreRules(rules.scale, *rules.reach, rules.softcap or 0.0)
     pages = paged.PagedKV(keys, values, starts, lengths, layout.block_table)
-    out: Tensor = paged.attend_decode(query.transpose(0, 1).contiguous(), pages, reach, rules.sinks)
+    out: Tensor = paged.attend_decode(query.transpose(0, 1).contiguous(), pages, attention.rules)
     return out

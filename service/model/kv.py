@@ -17,31 +17,12 @@ from transformers import AttentionInterface
 
 from ..core.base_info import BLOCK_TOKENS
 from ..errors import SettingsError
+from .attention_rules import Reach, ScoreRules
 from .memory import lazy_zeros
 from .step_layout import Prefill, StepLayout, running, running_step
 
 NAME = "adapterd"
 PROBED_TOKENS = 16  # all but the first get logits
-
-
-class Reach(NamedTuple):
-    """How far back a layer's tokens see: the last `window` positions, and none before their own
-    `chunk`; 0: no limit.
-    """
-
-    window: int = 0
-    chunk: int = 0
-
-
-class ScoreRules(NamedTuple):
-    """How a layer's queries weigh what they see: scores times `scale`, bent by `softcap`, beside the
-    `sinks` [query heads], logits that take their share of the weights and give nothing.
-    """
-
-    scale: float
-    reach: Reach
-    softcap: float | None = None
-    sinks: Tensor | None = None
 
 
 class AttentionSpec(NamedTuple):
@@ -71,10 +52,9 @@ class AttentionProbe:
         self.specs: list[AttentionSpec] = []
 
     def note_layer(self, layer: Any, key: Tensor, value: Tensor, rules: ScoreRules) -> None:
-        (window, chunk), has_sinks = rules.reach, rules.sinks is not None
+        scale, window, chunk, softcap, sinks = rules
         shapes = key.shape[1], key.shape[3], value.shape[3]
-        limits = window, rules.softcap or 0.0, chunk
-        self.specs.append(AttentionSpec(layer, *shapes, rules.scale, *limits, has_sinks))
+        self.specs.append(AttentionSpec(layer, *shapes, scale, window, softcap, chunk, sinks is not None))
 
 
 def probe_attention(model: Any, has_states: bool = False) -> list[AttentionSpec]:
@@ -165,7 +145,7 @@ def attend_blocks(
     """
     step = running_step()
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
-    rules = ScoreRules(scale, Reach(sliding_window or 0, _chunk_of(module)), softcap, s_aux)
+    rules = ScoreRules(scale, sliding_window or 0, _chunk_of(module), softcap or 0.0, s_aux)
     if isinstance(step, AttentionProbe):
         step.note_layer(module, key, value, rules)
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3]), None
@@ -243,7 +223,7 @@ class BlockAttention(NamedTuple):
         """Whether torch's own causal mask does: it begins at 0, and nothing limits the reach."""
         rules = self.rules
         is_unlimited = all(end <= limit for limit in rules.reach if limit)
-        is_plain = rules.softcap is None and rules.sinks is None
+        is_plain = not rules.softcap and rules.sinks is None
         return prefill.position == 0 and is_plain and is_unlimited
 
     def _prefill_mask(self, prefill: Prefill, end: int) -> Tensor:
@@ -293,7 +273,7 @@ def _weigh_values(
     scale, softcap = rules.scale, rules.softcap
     if sinks is not None and mask is not None:
         query, keys, values, mask = _add_sinks(query, keys, values, mask, sinks / scale)
-    if softcap is None:
+    if not softcap:
         return F.scaled_dot_product_attention(
             query, keys, values, attn_mask=mask, is_causal=mask is None, scale=scale
         )

@@ -217,9 +217,7 @@ EDGES: dict[str, tuple[list[float], dict[str, Any]]] = {
 @pytest.mark.parametrize("draw", DRAWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("edge", EDGES)
-def test_each_edge_of_what_may_be_drawn_is_that_of_one_row(
-    edge: str, dtype: torch.dtype, draw: Draw
-) -> None:
+def test_each_edge_of_what_may_be_drawn_is_that_of_one_row(edge: str, dtype: torch.dtype, draw: Draw) -> None:
     """Of each row 60 draws, from the first token on that can come to the last."""
     numbers, options = EDGES[edge]
     logits = torch.tensor(numbers, dtype=dtype)[None]

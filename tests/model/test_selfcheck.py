@@ -15,6 +15,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from service.errors import SettingsError
 from service.model import kernels, kv, selfcheck, small_model
+from service.model.attention_rules import Reach, ScoreRules
 from service.model.build import build_runner
 from service.model.lora_linear import LoraLinear
 from service.model.runner import ModelRunner
@@ -58,14 +59,14 @@ def runner_on(base: Path, **settings: Any) -> ModelRunner:
     return made
 
 
-def without_windows(positions: Tensor, end: int, reach: kv.Reach) -> Tensor:
+def without_windows(positions: Tensor, end: int, reach: Reach) -> Tensor:
     return torch.arange(end)[None] <= positions[:, None]
 
 
 def without_caps(
-    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, rules: kv.ScoreRules, sinks: None
+    query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, rules: ScoreRules, sinks: None
 ) -> Tensor:
-    return WEIGHTED(query, keys, values, mask, rules._replace(softcap=None), sinks)
+    return WEIGHTED(query, keys, values, mask, rules._replace(softcap=0.0), sinks)
 
 
 WEIGHTED = kv._weigh_values

@@ -8,13 +8,14 @@ window, chunks (Llama 4), a softcap and sinks. Runs in the worker process.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ...attention_rules import ScoreRules
 from .shapes import (
     ATTENTION_SPLITS,
     FEWEST_POSITIONS,
@@ -29,17 +30,6 @@ from .shapes import (
 
 LOG2E = tl.constexpr(1.4426950408889634)
 STEP_TENSORS = ["sequence_start", "kv_length", "block_table"]  # slices of which start anywhere
-
-
-class ScoreRules(NamedTuple):
-    """How a layer's tokens weigh what they see: scores times `scale`, bent by `softcap`; only the last
-    `window` positions and none before their own `chunk`. 0: no limit.
-    """
-
-    scale: float
-    window: int = 0
-    chunk: int = 0
-    softcap: float = 0.0
 
 
 @triton.jit
@@ -83,6 +73,15 @@ def attend_positions(query, k, v, top, norm, acc, seen, scale, softcap, CAP: tl.
     weights = tl.exp2(scores - base[:, None])
     acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None], input_precision="ieee")
     return new, norm * fade + tl.sum(weights, 1), acc
+
+
+@triton.jit
+def add_sinks(sinks, head, is_own, top, norm, acc):
+    """attend_positions' results with one more score a row, the sink of its head, which has no value."""
+    sink = tl.load(sinks + head, mask=is_own, other=0.0).to(tl.float32) * LOG2E
+    new = tl.maximum(top, sink)
+    fade = tl.exp2(top - new)
+    return norm * fade + tl.exp2(sink - new), acc * fade[:, None]
 
 
 @triton.jit(do_not_specialize=["window", "chunk", "table_row"], do_not_specialize_on_alignment=STEP_TENSORS)
@@ -206,10 +205,7 @@ def attend_chunks(
         seen = (at[None, :] <= position[:, None]) & (at[None, :] >= first[:, None])
         top, norm, acc = attend_positions(q, k, v, top, norm, acc, seen, scale, softcap, CAP)
     if SINKS:
-        sink = tl.load(sinks + head, mask=is_own, other=0.0).to(tl.float32) * LOG2E
-        new = tl.maximum(top, sink)
-        norm = norm * tl.exp2(top - new) + tl.exp2(sink - new)
-        acc = acc * tl.exp2(top - new)[:, None]
+        norm, acc = add_sinks(sinks, head, is_own, top, norm, acc)
     where = out + own[:, None] * out_row + head[:, None] * out_head + e[None, :]
     keep = is_own[:, None] & is_value[None, :]
     tl.store(where, (acc / norm[:, None]).to(out.dtype.element_ty), mask=keep)
@@ -228,54 +224,45 @@ class PagedKV(NamedTuple):
     block_table: Tensor
 
 
-def attend_decode(
-    query: Tensor,
-    kv: PagedKV,
-    reach: ScoreRules,
-    sinks: Tensor | None = None,
-    shape: DecodeShape | None = None,
-) -> Tensor:
+def attend_decode(query: Tensor, kv: PagedKV, rules: ScoreRules, shape: DecodeShape | None = None) -> Tensor:
     """Attention of one token a sequence: query [S, heads, dim] → [S, heads, value dim].
 
-    `sinks` [heads] are logits that take their share and give nothing. Raises ValueError for what does
-    not fit.
+    Raises ValueError for what does not fit.
     """
-    _check_attention(query, kv, sinks)
+    _check_attention(query, kv, rules.sinks)
     (sequences, heads, _), value_dim = query.shape, kv.values.shape[3]
     if sequences != len(kv.kv_length):
         raise ValueError(f"{sequences} queries for {len(kv.kv_length)} sequences")
     shape = shape or decode_shape(sequences, kv.keys.shape[2], kv.block_table.shape[1])
     parts = query.new_empty(sequences, heads, ATTENTION_SPLITS, value_dim, dtype=torch.float32)
     weights = parts.new_empty(sequences, heads, ATTENTION_SPLITS)
-    _launch_splits(query, kv, reach, parts, weights, shape)
+    _launch_splits(query, kv, rules, parts, weights, shape)
     out = query.new_empty(sequences, heads, value_dim)
     join_splits[sequences, heads](
         parts,
         weights,
-        weights if sinks is None else sinks,
+        weights if rules.sinks is None else rules.sinks,
         kv.kv_length,
         out,
-        reach.window,
-        reach.chunk,
+        *rules.reach,
         *out.stride()[:2],
         DIM=value_dim,
         WIDTH=power_of_two(value_dim),
         POSITIONS=shape.positions,
         SPLITS=ATTENTION_SPLITS,
         FEWEST=FEWEST_POSITIONS,
-        SINKS=sinks is not None,
-        WINDOW=reach.window > 0,
-        CHUNK=reach.chunk > 0,
+        SINKS=rules.sinks is not None,
+        WINDOW=rules.window > 0,
+        CHUNK=rules.chunk > 0,
     )
     return out
 
 
 def _launch_splits(
-    query: Tensor, kv: PagedKV, reach: ScoreRules, parts: Tensor, weights: Tensor, shape: DecodeShape
+    query: Tensor, kv: PagedKV, rules: ScoreRules, parts: Tensor, weights: Tensor, shape: DecodeShape
 ) -> None:
-    sequences, heads, dim = query.shape
-    kv_heads = kv.keys.shape[2]
-    attend_splits[sequences, kv_heads, shape.programs](
+    heads, kv_heads = query.shape[1], kv.keys.shape[2]
+    attend_splits[len(query), kv_heads, shape.programs](
         query,
         kv.keys,
         kv.values,
@@ -283,26 +270,14 @@ def _launch_splits(
         kv.block_table,
         parts,
         weights,
-        reach.scale,
-        reach.softcap,
-        reach.window,
-        reach.chunk,
-        *_strides(query, kv),
+        *_list_numbers(query, kv, rules),
         heads,
-        GROUPS=heads // kv_heads,
+        **_list_constants(query, kv, rules),
         ROWS=max(16, power_of_two(heads // kv_heads)),
-        DIM=dim,
-        WIDTH=power_of_two(dim),
-        VALUE_DIM=kv.values.shape[3],
-        VALUE_WIDTH=power_of_two(kv.values.shape[3]),
-        BLOCK=KV_BLOCK,
         POSITIONS=shape.positions,
         SPLITS=ATTENTION_SPLITS,
         FEWEST=FEWEST_POSITIONS,
         STAGES=shape.stages,
-        CAP=reach.softcap > 0,
-        WINDOW=reach.window > 0,
-        CHUNK=reach.chunk > 0,
         num_warps=shape.warps,
     )
 
@@ -310,10 +285,9 @@ def _launch_splits(
 def attend_prefill(
     query: Tensor,
     kv: PagedKV,
-    reach: ScoreRules,
+    rules: ScoreRules,
     longest: int,
     out: Tensor,
-    sinks: Tensor | None = None,
     shape: PrefillShape | None = None,
 ) -> None:
     """Causal attention of each sequence's own tokens, at most `longest` a sequence, the last of which
@@ -322,12 +296,11 @@ def attend_prefill(
 
     Raises ValueError for what does not fit.
     """
-    _check_attention(query, kv, sinks)
+    _check_attention(query, kv, rules.sinks)
     if out.shape != (*query.shape[:2], kv.values.shape[3]) or out.stride(2) != 1:
         raise ValueError(f"an output {tuple(out.shape)} for queries {tuple(query.shape)}")
-    heads, dim, kv_heads = query.shape[1], query.shape[2], kv.keys.shape[2]
-    groups = heads // kv_heads
-    shape = shape or prefill_shape(groups, dim, _generation_of(query.device))
+    kv_heads, groups = kv.keys.shape[2], query.shape[1] // kv.keys.shape[2]
+    shape = shape or prefill_shape(groups, query.shape[2], _generation_of(query.device))
     attend_chunks[ceil_div(longest, shape.rows // groups), len(kv.kv_length), kv_heads](
         query,
         kv.keys,
@@ -335,37 +308,43 @@ def attend_prefill(
         kv.sequence_start,
         kv.kv_length,
         kv.block_table,
-        kv.kv_length if sinks is None else sinks,
+        kv.kv_length if rules.sinks is None else rules.sinks,
         out,
-        reach.scale,
-        reach.softcap,
-        reach.window,
-        reach.chunk,
-        *_strides(query, kv),
+        *_list_numbers(query, kv, rules),
         *out.stride()[:2],
-        GROUPS=groups,
+        **_list_constants(query, kv, rules),
         ROWS=shape.rows,
-        DIM=dim,
-        WIDTH=power_of_two(dim),
-        VALUE_DIM=kv.values.shape[3],
-        VALUE_WIDTH=power_of_two(kv.values.shape[3]),
-        BLOCK=KV_BLOCK,
         POSITIONS=shape.positions,
         STAGES=shape.stages,
-        CAP=reach.softcap > 0,
-        WINDOW=reach.window > 0,
-        CHUNK=reach.chunk > 0,
-        SINKS=sinks is not None,
+        SINKS=rules.sinks is not None,
         num_warps=shape.warps,
     )
 
 
+def _list_numbers(query: Tensor, kv: PagedKV, rules: ScoreRules) -> tuple[float, ...]:
+    """What both kernels are given of the rules and the strides, in their order."""
+    strides = (*query.stride()[:2], *kv.keys.stride()[:3], *kv.values.stride()[:3], kv.block_table.stride(0))
+    return rules.scale, rules.softcap, *rules.reach, *strides
+
+
+def _list_constants(query: Tensor, kv: PagedKV, rules: ScoreRules) -> dict[str, Any]:
+    """What both kernels are compiled for."""
+    dim, value_dim = query.shape[2], kv.values.shape[3]
+    return {
+        "GROUPS": query.shape[1] // kv.keys.shape[2],
+        "DIM": dim,
+        "WIDTH": power_of_two(dim),
+        "VALUE_DIM": value_dim,
+        "VALUE_WIDTH": power_of_two(value_dim),
+        "BLOCK": KV_BLOCK,
+        "CAP": rules.softcap > 0,
+        "WINDOW": rules.window > 0,
+        "CHUNK": rules.chunk > 0,
+    }
+
+
 def _generation_of(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
-
-
-def _strides(query: Tensor, kv: PagedKV) -> tuple[int, ...]:
-    return (*query.stride()[:2], *kv.keys.stride()[:3], *kv.values.stride()[:3], kv.block_table.stride(0))
 
 
 def _check_attention(query: Tensor, kv: PagedKV, sinks: Tensor | None) -> None:

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from service.model.attention_rules import ScoreRules
 from service.model.kernels.triton import attention, oracles
-from service.model.kernels.triton.attention import PagedKV, ScoreRules
+from service.model.kernels.triton.attention import PagedKV
 from service.model.kernels.triton.shapes import FEWEST_POSITIONS, DecodeShape, PrefillShape, decode_shape
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3}
 DECODE, PREFILL = DecodeShape(32, 2, 4, 1), PrefillShape(16, 32, 4, 1)
-REACHES = [
+RULES = [
     ScoreRules(0.2),
     ScoreRules(0.2, window=20),
     ScoreRules(0.2, chunk=24),
@@ -54,9 +55,9 @@ def make_kv(
     return PagedKV(keys, values, begin, end, table.int())
 
 
-def ask_oracle(query: Tensor, kv: PagedKV, reach: ScoreRules, sinks: Tensor | None) -> Tensor:
+def ask_oracle(query: Tensor, kv: PagedKV, rules: ScoreRules) -> Tensor:
     clean = kv._replace(keys=kv.keys.nan_to_num(), values=kv.values.nan_to_num())
-    return oracles.attend(query, *clean, **reach._asdict(), sinks=sinks)
+    return oracles.attend(query, *clean, **rules._asdict())
 
 
 def gap(got: Tensor, want: Tensor) -> float:
@@ -64,46 +65,46 @@ def gap(got: Tensor, want: Tensor) -> float:
 
 
 @pytest.mark.parametrize("has_sinks", [False, True])
-@pytest.mark.parametrize("reach", REACHES, ids=str)
-def test_decode(reach: ScoreRules, has_sinks: bool) -> None:
+@pytest.mark.parametrize("rules", RULES, ids=str)
+def test_decode(rules: ScoreRules, has_sinks: bool) -> None:
     lengths = [1, 16, 17, 70]
     kv, query = make_kv(lengths, [1] * 4), torch.randn(4, 4, 32)
-    sinks = torch.randn(4) if has_sinks else None
-    got = attention.attend_decode(query, kv, reach, sinks, DECODE)
-    assert gap(got, ask_oracle(query, kv, reach, sinks)) < TOLERANCE[torch.float32]
+    rules = rules._replace(sinks=torch.randn(4) if has_sinks else None)
+    got = attention.attend_decode(query, kv, rules, DECODE)
+    assert gap(got, ask_oracle(query, kv, rules)) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize("has_sinks", [False, True])
-@pytest.mark.parametrize("reach", REACHES, ids=str)
-def test_prefill(reach: ScoreRules, has_sinks: bool) -> None:
+@pytest.mark.parametrize("rules", RULES, ids=str)
+def test_prefill(rules: ScoreRules, has_sinks: bool) -> None:
     tokens, lengths = [1, 5, 20, 3], [1, 5, 70, 36]  # a first token, a prompt, a later chunk, a short one
     kv, query = make_kv(lengths, tokens), torch.randn(29, 4, 32)
-    sinks = torch.randn(4) if has_sinks else None
+    rules = rules._replace(sinks=torch.randn(4) if has_sinks else None)
     out = torch.empty_like(query)
-    attention.attend_prefill(query, kv, reach, 20, out, sinks, PREFILL)
-    assert gap(out, ask_oracle(query, kv, reach, sinks)) < TOLERANCE[torch.float32]
+    attention.attend_prefill(query, kv, rules, 20, out, PREFILL)
+    assert gap(out, ask_oracle(query, kv, rules)) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(2, 2, 64), (9, 3, 64), (4, 1, 48), (20, 1, 16)])
 def test_heads_and_dimensions(heads: int, kv_heads: int, dim: int) -> None:
     """Also three and twenty queries a KV head, and a dimension that is no power of two."""
     kv = make_kv([33, 18], [1, 1], kv_heads, dim)
-    query, reach = torch.randn(2, heads, dim), ScoreRules(0.2)
-    want = ask_oracle(query, kv, reach, None)
+    query, rules = torch.randn(2, heads, dim), ScoreRules(0.2)
+    want = ask_oracle(query, kv, rules)
     out = torch.empty_like(query)
-    attention.attend_prefill(query, kv, reach, 1, out, shape=PREFILL._replace(rows=32))
-    assert gap(attention.attend_decode(query, kv, reach, shape=DECODE), want) < TOLERANCE[torch.float32]
+    attention.attend_prefill(query, kv, rules, 1, out, shape=PREFILL._replace(rows=32))
+    assert gap(attention.attend_decode(query, kv, rules, shape=DECODE), want) < TOLERANCE[torch.float32]
     assert gap(out, want) < TOLERANCE[torch.float32]
 
 
 @pytest.mark.parametrize(("dim", "value_dim"), [(24, 16), (48, 80), (192, 128)])
 def test_values_of_another_width(dim: int, value_dim: int) -> None:
     kv = make_kv([33, 18], [1, 1], 2, dim, value_dim=value_dim)
-    query, reach, sinks = torch.randn(2, 4, dim), ScoreRules(0.2), torch.randn(4)
-    want = ask_oracle(query, kv, reach, sinks)
+    query, rules = torch.randn(2, 4, dim), ScoreRules(0.2, sinks=torch.randn(4))
+    want = ask_oracle(query, kv, rules)
     out = query.new_empty(2, 4, value_dim)
-    attention.attend_prefill(query, kv, reach, 1, out, sinks, PREFILL)
-    got = attention.attend_decode(query, kv, reach, sinks, DECODE)
+    attention.attend_prefill(query, kv, rules, 1, out, PREFILL)
+    got = attention.attend_decode(query, kv, rules, DECODE)
     assert gap(got, want) < TOLERANCE[torch.float32]
     assert gap(out, want) < TOLERANCE[torch.float32]
 
@@ -112,10 +113,10 @@ def test_half_precision_and_the_own_shapes() -> None:
     kv, query = make_kv([40, 3], [2, 3], dtype=torch.float16), torch.randn(5, 4, 32, dtype=torch.float16)
     out = torch.empty_like(query)
     attention.attend_prefill(query, kv, ScoreRules(0.2), 3, out)
-    assert gap(out, ask_oracle(query, kv, ScoreRules(0.2), None)) < TOLERANCE[torch.float16]
+    assert gap(out, ask_oracle(query, kv, ScoreRules(0.2))) < TOLERANCE[torch.float16]
     kv = kv._replace(sequence_start=torch.tensor([0, 1, 2], dtype=torch.int32))
     got = attention.attend_decode(query[:2], kv, ScoreRules(0.2))
-    assert gap(got, ask_oracle(query[:2], kv, ScoreRules(0.2), None)) < TOLERANCE[torch.float16]
+    assert gap(got, ask_oracle(query[:2], kv, ScoreRules(0.2))) < TOLERANCE[torch.float16]
 
 
 LONG = 2 * FEWEST_POSITIONS + 40  # three splits
@@ -123,14 +124,10 @@ LONG = 2 * FEWEST_POSITIONS + 40  # three splits
 
 def test_a_long_sequence_is_joined_from_its_splits_in_any_number_of_programs() -> None:
     kv, query = make_kv([LONG, 20], [1, 1], 1), torch.randn(2, 2, 32)
-    sinks = torch.randn(2)
-    got = [
-        attention.attend_decode(
-            query, kv, ScoreRules(0.5), sinks, DECODE._replace(positions=64, programs=programs)
-        )
-        for programs in (1, 2, 5)
-    ]
-    assert gap(got[0], ask_oracle(query, kv, ScoreRules(0.5), sinks)) < TOLERANCE[torch.float32]
+    rules = ScoreRules(0.5, sinks=torch.randn(2))
+    shapes = [DECODE._replace(positions=64, programs=programs) for programs in (1, 2, 5)]
+    got = [attention.attend_decode(query, kv, rules, shape) for shape in shapes]
+    assert gap(got[0], ask_oracle(query, kv, rules)) < TOLERANCE[torch.float32]
     assert torch.equal(got[0], got[1])
     assert torch.equal(got[0], got[2])
 
@@ -160,7 +157,7 @@ def test_a_step_of_both_kinds_is_two_calls_on_slices_of_one_layout() -> None:
     attention.attend_prefill(query, prompts, ScoreRules(0.2), 6, out, shape=PREFILL)
     assert torch.equal(out[:2], torch.full_like(out[:2], 7.0))
     out[:2] = attention.attend_decode(query[:2], decoding, ScoreRules(0.2), shape=DECODE)
-    assert gap(out, ask_oracle(query, kv, ScoreRules(0.2), None)) < TOLERANCE[torch.float32]
+    assert gap(out, ask_oracle(query, kv, ScoreRules(0.2))) < TOLERANCE[torch.float32]
 
 
 def test_a_sequence_of_no_tokens_yields_zeros() -> None:
@@ -184,14 +181,14 @@ def test_random_steps() -> None:
     for _ in range(4):
         tokens = [draw.randint(1, 12) for _ in range(3)]
         lengths = [count + draw.choice([0, 0, draw.randint(1, 50)]) for count in tokens]
-        reach = draw.choice(REACHES)
+        rules = draw.choice(RULES)
         kv, query = make_kv(lengths, tokens), torch.randn(sum(tokens), 4, 32)
         out = torch.empty_like(query)
-        attention.attend_prefill(query, kv, reach, max(tokens), out, shape=PREFILL)
-        assert gap(out, ask_oracle(query, kv, reach, None)) < TOLERANCE[torch.float32], (
+        attention.attend_prefill(query, kv, rules, max(tokens), out, shape=PREFILL)
+        assert gap(out, ask_oracle(query, kv, rules)) < TOLERANCE[torch.float32], (
             tokens,
             lengths,
-            reach,
+            rules,
         )
 
 
@@ -216,7 +213,7 @@ def test_what_does_not_fit_is_refused() -> None:
     ]
     for asked, step, sinks, reason in cases:
         with pytest.raises(ValueError, match=reason):
-            attention.attend_decode(asked, step, ScoreRules(0.2), sinks)
+            attention.attend_decode(asked, step, ScoreRules(0.2, sinks=sinks))
     with pytest.raises(ValueError, match="1 queries for 2 sequences"):
         attention.attend_decode(query[:1], kv, ScoreRules(0.2))
     with pytest.raises(ValueError, match="an output"):

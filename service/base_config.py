@@ -1,5 +1,5 @@
-"""Reads a base's config and chooses transformers' class for it, in the validator process and in the worker
-process.
+"""Reads a base's config and chooses transformers' class for it, in the validator process and in the
+worker process.
 
 Both choose here, so that they cannot disagree. Must not know weights, settings or adapters.
 """
@@ -25,8 +25,8 @@ def read_base_config(folder: Path) -> Any:
 
 
 def auto_class(config: Any) -> Any:
-    """The Auto class to load by: a language model inside a model that sees images comes with all of that,
-    where transformers has no class for it alone.
+    """The Auto class to load by: a language model inside a model that sees images comes with all of
+    that, where transformers has no class for it alone.
     """
     kind = config.model_type
     is_wrapper = kind in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES

@@ -1,5 +1,5 @@
-"""The numbers of a base that its memory depends on, read off its config.json by family, for the command
-line's `plan`; in its own process. Must not know torch: the answer is there at once.
+"""The numbers of a base that its memory depends on, read off its config.json by family, for the
+command line's `plan`; in its own process. Must not know torch: the answer is there at once.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ Linears = Counter[tuple[str, int, int]]  # how many there are of a name, feature
 
 @dataclass(frozen=True, slots=True)
 class BaseShape:
-    """`others` are the parameters of all but embeddings, head and `layer_linears`; a token has `kv_numbers`
-    in all layers together, and a sequence `state_bytes` beside them.
+    """`others` are the parameters of all but embeddings, head and `layer_linears`; a token has
+    `kv_numbers` in all layers together, and a sequence `state_bytes` beside them.
     """
 
     hidden: int
@@ -53,8 +53,8 @@ class BaseShape:
 
 
 def shape_of(config: Config) -> BaseShape:
-    """Raises KeyError for a family that has no arithmetic here or a config that lacks a number, and whatever
-    a value of another type makes of it.
+    """Raises KeyError for a family that has no arithmetic here or a config that lacks a number, and
+    whatever a value of another type makes of it.
     """
     return FAMILIES[config["model_type"]](config)
 
@@ -97,8 +97,8 @@ def llama_shape(config: Config) -> BaseShape:
 
 
 def latent_shape(config: Config) -> BaseShape:
-    """Keys and values of low rank, which are kept as the heads see them: of different width. In all but the
-    first layers may be experts, which no quantization reaches.
+    """Keys and values of low rank, which are kept as the heads see them: of different width. In all
+    but the first layers may be experts, which no quantization reaches.
     """
     layers, hidden = int(config["num_hidden_layers"]), int(config["hidden_size"])
     attention, norms, kv_numbers = _latent_attention(config, layers)

@@ -1,7 +1,8 @@
-"""Says what fits on a device, from a base's config alone, for the command line's `plan`; in its own process.
+"""Says what fits on a device, from a base's config alone, for the command line's `plan`; in its own
+process.
 
-The arithmetic of weights, pool and KV is the start's own (`core/capacity.py`). Must not know torch: the
-answer is there at once.
+The arithmetic of weights, pool and KV is the start's own (`core/capacity.py`). Must not know torch:
+the answer is there at once.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""Keeps the registered adapters and their versions by id, and those only leased; tells the device of them.
+"""Keeps the registered adapters and their versions by id, and those only leased; tells the device
+of them.
 
 Runs in the API process; must not know files.
 
-An id is a label on immutable content, and keeps the last contents that it was on: contents end when no id has
-them and their last lease is over.
+An id is a label on immutable content, and keeps the last contents that it was on: contents end when
+no id has them and their last lease is over.
 """
 
 from __future__ import annotations
@@ -48,8 +49,8 @@ Kept = tuple[RegisteredAdapter, ...]
 
 @dataclass(frozen=True, slots=True)
 class VersionChange:
-    """`before` was under the id; `dropped` are no versions of it any more, and `ending` gives the bytes that
-    they have freed once their last lease is over.
+    """`before` was under the id; `dropped` are no versions of it any more, and `ending` gives the
+    bytes that they have freed once their last lease is over.
     """
 
     before: RegisteredAdapter | None
@@ -58,8 +59,8 @@ class VersionChange:
 
 
 class AdapterTable:
-    """`current` are the versions under their ids, `kept` those before them, the last one first; `most` of
-    each id are kept.
+    """`current` are the versions under their ids, `kept` those before them, the last one first;
+    `most` of each id are kept.
     """
 
     def __init__(self, device: Device, most: int = 0) -> None:
@@ -234,8 +235,8 @@ class AdapterTable:
     async def try_out(self, adapter: Adapter) -> None:
         """Loads a content that no id has yet, and lets it go again.
 
-        Raises AdapterInvalid when the device cannot load it, Overloaded and NotReady when that is not its
-        fault.
+        Raises AdapterInvalid when the device cannot load it, Overloaded and NotReady when that is
+        not its fault.
         """
         async with self.lock_for(adapter.digest):
             if self.device.tier_of(adapter.digest) is Tier.DISK:

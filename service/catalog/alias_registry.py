@@ -51,10 +51,12 @@ class AliasRegistry:
     async def put_alias(
         self, name: str, targets: Sequence[AliasTarget], sticky: str | None
     ) -> tuple[Alias, bool]:
-        """Sends requests for this name to these adapters from now on; the alias, and whether it is new.
+        """Sends requests for this name to these adapters from now on; the alias, and whether it is
+        new.
 
-        A target's digest may be the beginning of one. Raises BadRequest, Conflict for a name that is taken or
-        reserved, AdapterNotFound, DigestMismatch for a version that is not kept, StorageFull.
+        A target's digest may be the beginning of one. Raises BadRequest, Conflict for a name that
+        is taken or reserved, AdapterNotFound, DigestMismatch for a version that is not kept,
+        StorageFull.
         """
         ids.check_id(name, self._adapters.base_id)
         return await self._in_turn(partial(self._put_alias, name, targets, sticky))

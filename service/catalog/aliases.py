@@ -1,10 +1,11 @@
-"""Names that clients use as an adapter's, and that send each request to one of several adapters; API process.
+"""Names that clients use as an adapter's, and that send each request to one of several adapters;
+API process.
 
 Must not know requests, files or what is registered.
 
-A caller that an alias sticks to is sent by rendezvous hashing: each target draws a number from the caller's
-name, and the lowest, divided by the weights, wins. So where weights change a little, or a target comes or
-goes, only those callers move whose share has moved.
+A caller that an alias sticks to is sent by rendezvous hashing: each target draws a number from the
+caller's name, and the lowest, divided by the weights, wins. So where weights change a little, or a
+target comes or goes, only those callers move whose share has moved.
 """
 
 from __future__ import annotations

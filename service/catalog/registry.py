@@ -100,8 +100,9 @@ class Registry:
     # ---- life
 
     def claim_state(self) -> None:
-        """Takes the directory of registrations until `close`, before anything is read: for this service
-        alone, or beside others that share it. Raises DirectoryHeld where another has it otherwise.
+        """Takes the directory of registrations until `close`, before anything is read: for this
+        service alone, or beside others that share it. Raises DirectoryHeld where another has it
+        otherwise.
         """
         self._lock = claim_directory(self._settings.state, self._settings.port, self._shared)
         if self._settings.state != self._settings.adapters:
@@ -202,12 +203,12 @@ class Registry:
 
         The same content again changes nothing unless it had failed.
 
-        Other content needs `replace`, and is refused where it is not what `expect` names. A pin of None is
-        the one that the id has.
+        Other content needs `replace`, and is refused where it is not what `expect` names. A pin of
+        None is the one that the id has.
 
-        Raises BadRequest, Conflict, UnexpectedDigest, Forbidden, AdapterInvalid, AdapterUnsupported,
-        Overloaded where memory is short, StorageFull where a disk is, NotReady where the worker was lost
-        meanwhile.
+        Raises BadRequest, Conflict, UnexpectedDigest, Forbidden, AdapterInvalid,
+        AdapterUnsupported, Overloaded where memory is short, StorageFull where a disk is, NotReady
+        where the worker was lost meanwhile.
         """
         self._check_id(id)
         async with (
@@ -229,7 +230,8 @@ class Registry:
     ) -> tuple[Json, bool]:
         """Stores the parts of an upload under the adapters directory and registers them.
 
-        A replacement has the pin of what it replaces. Raises as `register_adapter`, and PayloadTooLarge.
+        A replacement has the pin of what it replaces. Raises as `register_adapter`, and
+        PayloadTooLarge.
         """
         self._check_id(id)
         staged = await self._store.stage_upload(files)
@@ -271,9 +273,9 @@ class Registry:
     ) -> Json:
         """The whole validation and the summary; registers nothing.
 
-        It is ok where `register_adapter` would take it: what only PEFT itself can run is tried out on
-        the device, too. An id that other content has is a problem beside the summary, and
-        so is content that is not what `expect` names. Raises BadRequest, Conflict for a reserved id or an
+        It is ok where `register_adapter` would take it: what only PEFT itself can run is tried out
+        on the device, too. An id that other content has is a problem beside the summary, and so is
+        content that is not what `expect` names. Raises BadRequest, Conflict for a reserved id or an
         alias, Forbidden.
         """
         self._check_id(id)
@@ -299,10 +301,11 @@ class Registry:
             await self._table.try_out(adapter)
 
     async def remove_adapter(self, id: str, purge: bool = False) -> Json:
-        """Takes the id away at once with its versions, waits for their leases, then frees their contents.
+        """Takes the id away at once with its versions, waits for their leases, then frees their
+        contents.
 
-        A content stays where another id has it too. Raises AdapterNotFound, Conflict where an alias sends
-        requests to it, StorageFull.
+        A content stays where another id has it too. Raises AdapterNotFound, Conflict where an alias
+        sends requests to it, StorageFull.
         """
         entries, drained, ending = await self._in_turn(partial(self._remove_entry, id))
         freed = await asyncio.shield(ending)
@@ -326,8 +329,8 @@ class Registry:
     async def roll_back(self, id: str, digest: Digest | None = None) -> Json:
         """Makes the version before current again, or the one whose digest begins so; the card.
 
-        Raises AdapterNotFound, NotFound for a version that is not kept, and as `register_adapter` where it
-        cannot be loaded any more.
+        Raises AdapterNotFound, NotFound for a version that is not kept, and as `register_adapter`
+        where it cannot be loaded any more.
         """
         async with self._table.lock_for(f"id {id}"):
             entry = self._table.find_kept(id, digest)
@@ -351,9 +354,11 @@ class Registry:
         return entry
 
     def prefetch_adapters(self, wanted: Sequence[str]) -> list[Json]:
-        """Has the device read these ids' contents, and place them while there is room; where each is now.
+        """Has the device read these ids' contents, and place them while there is room; where each
+        is now.
 
-        Raises AdapterNotFound, AdapterInvalid for one that could not be read; then nothing was begun.
+        Raises AdapterNotFound, AdapterInvalid for one that could not be read; then nothing was
+        begun.
         """
         entries = [self._table.find_usable(id) for id in dict.fromkeys(wanted)]
         for entry in entries:
@@ -370,10 +375,11 @@ class Registry:
 
     @contextmanager
     def lease_adapter(self, name: str) -> Iterator[AdapterVersion]:
-        """The content of an id, or of one of its versions where the name is `id@sha256:…`, which stays until
-        the lease ends.
+        """The content of an id, or of one of its versions where the name is `id@sha256:…`, which
+        stays until the lease ends.
 
-        Raises AdapterNotFound; BadRequest and DigestMismatch; AdapterInvalid for one that could not be read.
+        Raises AdapterNotFound; BadRequest and DigestMismatch; AdapterInvalid for one that could not
+        be read.
         """
         id, digest = ids.split_digest(name)
         entry = self._table.find_version(id, digest) if digest else self._table.find_usable(id)
@@ -395,10 +401,11 @@ class Registry:
             yield leases.enter_context(self._table.mixes.lease_mix(mix))
 
     async def resolve_adapter(self, id: str) -> None:
-        """Registers the folder of this name, if ADAPTERD_RESOLVE is on and nothing is registered under it.
+        """Registers the folder of this name, if ADAPTERD_RESOLVE is on and nothing is registered
+        under it.
 
-        An unknown name stays unknown. Raises AdapterInvalid for a folder that cannot be served; Overloaded,
-        NotReady.
+        An unknown name stays unknown. Raises AdapterInvalid for a folder that cannot be served;
+        Overloaded, NotReady.
         """
         if self._settings.resolve == "on" and id not in self._table.current and ids.is_valid(id):
             await self._first_use.register_folder(id)
@@ -511,8 +518,8 @@ class Registry:
         pinned: bool | None,
         check: Callable[[], object],
     ) -> RegisteredAdapter | None:
-        """Makes an entry the current one of its id, and returns what was; `check` raises where meanwhile
-        something has happened that forbids it.
+        """Makes an entry the current one of its id, and returns what was; `check` raises where
+        meanwhile something has happened that forbids it.
         """
         id, adapter = entry.version.id, entry.version.adapter
         assert adapter is not None, "only what was read can be current"
@@ -637,8 +644,8 @@ class Registry:
         return summary.make_summary(entry, self._table.tier_of(entry), self._table.base, served)
 
     async def _in_turn(self, change: Callable[[], Awaitable[T]]) -> T:
-        """Makes one change at a time of what is registered, to its end also where its caller leaves: what is
-        written and what is served must not differ.
+        """Makes one change at a time of what is registered, to its end also where its caller
+        leaves: what is written and what is served must not differ.
         """
 
         if not self._shared:
@@ -670,7 +677,8 @@ class Registry:
         deleted: Iterable[str] = (),
         aliases: Mapping[str, Alias] | None = None,
     ) -> None:
-        """Writes the registrations and aliases as they will be after these changes; None is a deletion.
+        """Writes the registrations and aliases as they will be after these changes; None is a
+        deletion.
 
         Raises StorageFull; then they are as they were.
         """

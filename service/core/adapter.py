@@ -1,4 +1,5 @@
-"""Describes validated adapter content, the tier it is in and the rank rows it holds; in every process.
+"""Describes validated adapter content, the tier it is in and the rank rows it holds; in every
+process.
 
 Frozen values only; must not know files' meaning or names.
 """

@@ -1,5 +1,5 @@
-"""The arithmetic of a device's memory: what weights, rank pool and states take, how many KV blocks fit
-beside them.
+"""The arithmetic of a device's memory: what weights, rank pool and states take, how many KV blocks
+fit beside them.
 
 Used by the worker's start and by the forecast of it, in every process. Must not know a tensor.
 """
@@ -19,8 +19,8 @@ QUANTIZED_BYTES = {"nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
 
 
 def weights_bytes(in_linears: int, others: int, quantization: str, itemsize: int) -> int:
-    """Bytes of a base's weights: of its linear layers but the head, which are quantized, and of all others,
-    which are not.
+    """Bytes of a base's weights: of its linear layers but the head, which are quantized, and of all
+    others, which are not.
     """
     return int(in_linears * QUANTIZED_BYTES.get(quantization, itemsize)) + others * itemsize
 
@@ -36,8 +36,8 @@ def states_bytes(sequence_bytes: int, rows: int) -> int:
 
 
 def kv_budget(free_bytes: int, device: str, kv_mb: int | None = None) -> int:
-    """Bytes for KV blocks: those that were asked for, else a share of what is free beside base, pool and
-    states; `device` is a torch name.
+    """Bytes for KV blocks: those that were asked for, else a share of what is free beside base,
+    pool and states; `device` is a torch name.
     """
     if kv_mb is not None:
         return kv_mb * 10**6

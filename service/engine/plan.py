@@ -49,8 +49,8 @@ class Chunk:
 class Plan:
     """One step: `remove` frees pool rows, `place` fills some, then the chunks run.
 
-    Chunks of one token come first. All chunks run as one batch, but those of adapters on the PEFT path:
-    each such adapter's run as a batch of their own.
+    Chunks of one token come first. All chunks run as one batch, but those of adapters on the PEFT
+    path: each such adapter's run as a batch of their own.
     """
 
     remove: tuple[Digest, ...] = ()
@@ -94,8 +94,8 @@ class Runner(Protocol):
     def run_chunks(self, chunks: Sequence[Chunk]) -> Sequence[Result]:
         """Runs the chunks of a step; one result each, in order.
 
-        Chunks that raise may be run again: no token was chosen. One that raises alone leaves nothing in
-        the blocks that it writes.
+        Chunks that raise may be run again: no token was chosen. One that raises alone leaves
+        nothing in the blocks that it writes.
         """
 
     def finish_request(self, request: int) -> None:

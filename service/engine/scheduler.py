@@ -1,7 +1,7 @@
 """Decides which sequences run in the next step, and in which KV blocks; runs in the worker process.
 
-It also decides when their adapters must be there. Integers only, one caller at a time. Must not know
-tensors, threads or the time of day.
+It also decides when their adapters must be there. Integers only, one caller at a time. Must not
+know tensors, threads or the time of day.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class Sequence:
         return [] if is_scored else self.tokens[:-1]
 
     def scope_of(self, block: int) -> Hashable:
-        """Of the KV in the sequence's i-th block: the base's before an activated adapter wakes, else the
-        adapter's.
+        """Of the KV in the sequence's i-th block: the base's before an activated adapter wakes,
+        else the adapter's.
         """
         wakes = self.wakes or 0
         start = block * BLOCK_TOKENS
@@ -85,14 +85,14 @@ class Sequence:
 
 
 class Scheduler:
-    """The next place goes to the lowest priority that waits, there to the adapter that was served the fewest
-    tokens while others waited, and among equals to the oldest request.
+    """The next place goes to the lowest priority that waits, there to the adapter that was served
+    the fewest tokens while others waited, and among equals to the oldest request.
 
-    So one adapter alone is served first come, first served, and none takes more than its share of the work
-    while others of its priority wait.
+    So one adapter alone is served first come, first served, and none takes more than its share of
+    the work while others of its priority wait.
 
-    A step is `plan_step`, then `commit_step` or `abort_step`, after which `unplace` and `refuse` name the
-    adapters that failed in it; `take_report` has the outcome of all calls since the last.
+    A step is `plan_step`, then `commit_step` or `abort_step`, after which `unplace` and `refuse`
+    name the adapters that failed in it; `take_report` has the outcome of all calls since the last.
     """
 
     def __init__(
@@ -378,8 +378,8 @@ class Scheduler:
     def _next_sequence(self) -> Sequence | None:
         """The sequence that enters now, its adapter placed.
 
-        A sequence that does not fit the blocks, or whose adapter the pool, is overtaken `PASSES` times at
-        most.
+        A sequence that does not fit the blocks, or whose adapter the pool, is overtaken `PASSES`
+        times at most.
         """
         blocked: Sequence | None = None
         for head in self._waiting_heads():
@@ -427,8 +427,8 @@ class Scheduler:
         return False
 
     def _has_sibling(self, head: Sequence) -> bool:
-        """Whether the same prefix is being prefilled right now, so that its blocks can be shared in a
-        moment instead of computed again.
+        """Whether the same prefix is being prefilled right now, so that its blocks can be shared in
+        a moment instead of computed again.
         """
         prefix = self._reusable_prefix(head)
         for other in self.running.values():

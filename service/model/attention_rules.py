@@ -1,4 +1,5 @@
-"""How a layer's queries weigh what they see: what the attention in torch and the one in Triton are given.
+"""How a layer's queries weigh what they see: what the attention in torch and the one in Triton are
+given.
 
 Runs in the worker process; must not know KV, blocks or steps.
 """
@@ -11,8 +12,8 @@ from torch import Tensor
 
 
 class Reach(NamedTuple):
-    """What a query sees at most: the last `window` positions, and none before its own `chunk`; 0: no
-    limit.
+    """What a query sees at most: the last `window` positions, and none before its own `chunk`; 0:
+    no limit.
     """
 
     window: int = 0

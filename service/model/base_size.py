@@ -1,7 +1,7 @@
 """Says whether a base fits into the memory that is left, before its weights are read.
 
-Runs in the worker process. A base's size is that of its class on the meta device, in the dtype and the
-quantization that it will be loaded in. Must not know adapters or requests.
+Runs in the worker process. A base's size is that of its class on the meta device, in the dtype and
+the quantization that it will be loaded in. Must not know adapters or requests.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def check_base(folder: Path, name: str, device: torch.device, dtype: torch.dtype
 
 
 def check_conversion(file: Path, dtype: torch.dtype, target: Path) -> None:
-    """Raises DoesNotFit where converting this GGUF file takes more memory than is left, or more room than
-    the disk under `target` has.
+    """Raises DoesNotFit where converting this GGUF file takes more memory than is left, or more
+    room than the disk under `target` has.
 
     All values are there in float32 first, and then once more in `dtype`.
     """

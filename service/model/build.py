@@ -98,8 +98,9 @@ def _build_parts(settings: Settings, progress: loading.Progress) -> tuple[ModelR
 
 
 def _limit_threads(wanted: int | None) -> None:
-    """Lets torch and the kernels, which ask it, have no more threads than the quota keeps busy, unless a
-    setting says how many: the rest would wait for the next period, and all others for them.
+    """Lets torch and the kernels, which ask it, have no more threads than the quota keeps busy,
+    unless a setting says how many: the rest would wait for the next period, and all others for
+    them.
     """
     torch.set_num_threads(wanted or min(torch.get_num_threads(), limits.usable_processors()))
 

@@ -1,5 +1,5 @@
-"""The private parts of torch, transformers, PEFT and bitsandbytes that the worker leans on, each under a
-name that says what it means.
+"""The private parts of torch, transformers, PEFT and bitsandbytes that the worker leans on, each
+under a name that says what it means.
 
 Runs in the worker process. The upper bounds in pyproject.toml keep them as they are;
 tests/model/test_compat.py shows it.
@@ -27,7 +27,8 @@ def attention_name(model: Any) -> str:
 
 
 def random_constructor(model: Any) -> Callable[..., Any]:
-    """Makes a model of this one's class with random weights: (config, dtype, attn_implementation) → model.
+    """Makes a model of this one's class with random weights: (config, dtype, attn_implementation) →
+    model.
 
     The public constructor of a class takes neither dtype nor attention.
     """
@@ -36,11 +37,11 @@ def random_constructor(model: Any) -> Callable[..., Any]:
 
 
 def unpack_for_cpu(packed: Tensor, state: Any) -> tuple[Tensor, Any]:
-    """The 4-bit weight and its QuantState as `functional.dequantize_4bit` reads them: uint8, two values a
-    byte, and float32 scales in one row.
+    """The 4-bit weight and its QuantState as `functional.dequantize_4bit` reads them: uint8, two
+    values a byte, and float32 scales in one row.
 
-    bitsandbytes has packed them for its CPU kernel in the layer's first forward (`packed`: [out, in / 2]).
-    The state that is given is changed; its scales are not nested any more, and stay so.
+    bitsandbytes has packed them for its CPU kernel in the layer's first forward (`packed`: [out, in
+    / 2]). The state that is given is changed; its scales are not nested any more, and stay so.
     """
     state.original_nested = False
     unpacked, state = functional._convert_weight_packed_for_cpu_inverse(packed, state)
@@ -51,8 +52,9 @@ def unpack_for_cpu(packed: Tensor, state: Any) -> tuple[Tensor, Any]:
 def keep_unpacked(layer: Any) -> None:
     """Keeps a Linear4bit whose scales are not nested as it is on a CPU.
 
-    bitsandbytes would pack it for its CPU kernel in the first forward, and unpack it whenever anybody asks
-    for a state dictionary, with the scales of a row of several blocks in another order.
+    bitsandbytes would pack it for its CPU kernel in the first forward, and unpack it whenever
+    anybody asks for a state dictionary, with the scales of a row of several blocks in another
+    order.
     """
     layer.support_avx512bf16_for_cpu = False
 
@@ -67,30 +69,30 @@ def plain_4bit(weight: Any) -> tuple[Tensor, Any]:
 
 
 def reads_quantized(layer: nn.Module) -> bool:
-    """Whether PEFT made this layer for a quantized one: in a module of the type named for the method, or with
-    a backend that dequantizes.
+    """Whether PEFT made this layer for a quantized one: in a module of the type named for the
+    method, or with a backend that dequantizes.
     """
     in_own_module = type(layer).__module__.rpartition(".")[2] in QUANTIZED_MODULES
     return in_own_module or getattr(layer, "quantization_backend", None) is not None
 
 
 def read_gguf_head_sizes() -> None:
-    """Lets transformers read the size of a head from a GGUF file of Qwen 3, which it leaves out: 128, its
-    default, is not that of every model.
+    """Lets transformers read the size of a head from a GGUF file of Qwen 3, which it leaves out:
+    128, its default, is not that of every model.
     """
     GGUF_CONFIG_MAPPING["qwen3"].setdefault("attention.key_length", "head_dim")
 
 
 def release_pinned_memory() -> None:
-    """Gives the system back what torch keeps of pinned memory that was freed, for the next of that very
-    size.
+    """Gives the system back what torch keeps of pinned memory that was freed, for the next of that
+    very size.
     """
     torch._C._host_emptyCache()
 
 
 def close_graph_memory(memory: Any) -> None:
-    """Ends allocation to a graph memory pool that a broken recording has left open, as torch 2.11 does,
-    and lets go of it. Raises AttributeError or RuntimeError where this torch has closed it.
+    """Ends allocation to a graph memory pool that a broken recording has left open, as torch 2.11
+    does, and lets go of it. Raises AttributeError or RuntimeError where this torch has closed it.
     """
     device = torch.cuda.current_device()
     torch._C._cuda_endAllocateToPool(device, memory)

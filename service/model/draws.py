@@ -1,9 +1,9 @@
 """Draws a token a row from its logits: temperature, then top-k, top-p, min-p and typical-p, in
 transformers' order, for all rows at once that use the same of them.
 
-Each row's arithmetic is its own, whatever the company. On a CPU a kernel does the same (kernels/draw.h),
-but for typical-p. Runs in the worker process; must not know
-requests or what came before.
+Each row's arithmetic is its own, whatever the company. On a CPU a kernel does the same
+(kernels/draw.h), but for typical-p. Runs in the worker process; must not know requests or what came
+before.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ class DrawRules:
 
 
 class Candidates(NamedTuple):
-    """Probabilities [m, vocabulary] but for a factor, 0 where a token cannot come; and bool [m, 1], false
-    where the width does not hold all that can.
+    """Probabilities [m, vocabulary] but for a factor, 0 where a token cannot come; and bool [m, 1],
+    false where the width does not hold all that can.
     """
 
     probabilities: Tensor
@@ -98,8 +98,8 @@ def _make_rules(
 def draw_tokens(logits: Tensor, rules: DrawRules, width: int | None) -> Tensor:
     """Logits [n, vocabulary] → int64 [m], a token for each row of the rules.
 
-    NO_TOKEN where numbers are not finite or nothing is allowed; TOO_WIDE where a mass needs more than
-    the `width` best tokens (None: never).
+    NO_TOKEN where numbers are not finite or nothing is allowed; TOO_WIDE where a mass needs more
+    than the `width` best tokens (None: never).
     """
     candidates = filter_tokens(take_rows(logits, rules.rows), rules, width)
     cumulated = candidates.probabilities.double().cumsum_(-1)
@@ -153,8 +153,8 @@ def _keep_typical(candidates: Candidates, mass: Tensor, width: int | None) -> Ca
 
 
 def _find_best(keys: Tensor, weights: Tensor, mass: Tensor, width: int | None) -> tuple[Tensor, Tensor]:
-    """The fewest tokens of the greatest keys whose weights reach the mass, bool [m, vocabulary], and
-    whether `width` of them are enough, bool [m, 1]. Of equal keys the lowest tokens come first.
+    """The fewest tokens of the greatest keys whose weights reach the mass, bool [m, vocabulary],
+    and whether `width` of them are enough, bool [m, 1]. Of equal keys the lowest tokens come first.
     """
     size = keys.shape[-1]
     best = keys.topk(min(width or size, size))
@@ -177,8 +177,8 @@ def _count_tokens(ordered: Tensor, mass: Tensor) -> Tensor:
 
 
 def sum_rows(numbers: Tensor) -> Tensor:
-    """[m, n] → [m, 1]. One row alone would be split among the threads, and rounded otherwise than in
-    company: so it comes twice.
+    """[m, n] → [m, 1]. One row alone would be split among the threads, and rounded otherwise than
+    in company: so it comes twice.
     """
     rows = numbers.expand(2, -1) if len(numbers) == 1 else numbers
     return rows.sum(-1, keepdim=True)[: len(numbers)]

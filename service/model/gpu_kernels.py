@@ -1,5 +1,5 @@
-"""Puts the Triton kernels in place of bitsandbytes' product, torch's attention and the masked product of
-adapters, on a GPU.
+"""Puts the Triton kernels in place of bitsandbytes' product, torch's attention and the masked
+product of adapters, on a GPU.
 
 The base's own tree keeps theirs, and is what these are compared with at start. Runs in the worker
 process; must not know adapters' files, requests or scheduling.
@@ -71,8 +71,8 @@ def explain_absence(device: torch.device) -> str | None:
 
 
 def install_kernels(pool: LoraPool) -> None:
-    """Gives the pool's tree the paged attention and the grouped product of adapters, and its 4-bit layers
-    the NF4 product.
+    """Gives the pool's tree the paged attention and the grouped product of adapters, and its 4-bit
+    layers the NF4 product.
 
     Raises ValueError for weights in another layout than bitsandbytes' NF4.
     """
@@ -96,8 +96,8 @@ def add_tiles(x: Tensor, y: Tensor, pool_a: Tensor, pool_b: Tensor, tiles: LoraT
 
 
 def _explain_difference(layers: Sequence[LoraLinear]) -> str:
-    """Why adapters are not to be added by tiles, tried on random numbers of every shape; empty where they
-    are what torch makes of them.
+    """Why adapters are not to be added by tiles, tried on random numbers of every shape; empty
+    where they are what torch makes of them.
     """
     for shape in {(layer.pool_a.shape[1], layer.pool_b.shape[1], layer.pool_a.dtype) for layer in layers}:
         try:

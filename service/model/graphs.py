@@ -33,8 +33,8 @@ FIELDS = ("token", "position", "block", "offset", "low", "high")
 class GraphShape(NamedTuple):
     """The steps that a recording is good for.
 
-    They have `slots` tokens of sequences with at most `blocks` KV blocks, and meet pool rows in `layers`
-    that `pool` bounds, as `LoraPool.find_limit` says (0: no adapters).
+    They have `slots` tokens of sequences with at most `blocks` KV blocks, and meet pool rows in
+    `layers` that `pool` bounds, as `LoraPool.find_limit` says (0: no adapters).
     """
 
     slots: int

@@ -1,8 +1,8 @@
 """KV blocks, and the attention that writes and reads them in place of the model's own.
 
-Each attention layer keeps two buffers [block, kv head, position in it, dim], of keys and of values, whose
-widths may differ. A step's tokens come flat, [1, T], described by the `StepLayout` that runs. Runs in the
-worker process; must not know adapters, sampling or scheduling.
+Each attention layer keeps two buffers [block, kv head, position in it, dim], of keys and of values,
+whose widths may differ. A step's tokens come flat, [1, T], described by the `StepLayout` that runs.
+Runs in the worker process; must not know adapters, sampling or scheduling.
 """
 
 from __future__ import annotations
@@ -60,8 +60,8 @@ class AttentionProbe:
 def probe_attention(model: Any, has_states: bool = False) -> list[AttentionSpec]:
     """The attention layers and their shapes, found by running a few tokens.
 
-    Raises SettingsError for a model that has other attention. Where it has layers with states, these or
-    others may go without.
+    Raises SettingsError for a model that has other attention. Where it has layers with states,
+    these or others may go without.
     """
     probe = AttentionProbe()
     try:
@@ -287,8 +287,8 @@ def _weigh_values(
 def _add_sinks(
     query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, sinks: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The same with one more position that all see: its product with a query is that query's sink, and
-    its value is 0.
+    """The same with one more position that all see: its product with a query is that query's sink,
+    and its value is 0.
 
     Queries and keys become wider for it, by as many numbers as torch's kernels like.
     """

@@ -92,9 +92,9 @@ def convert_gguf(file: Path, dtype: torch.dtype, progress: Progress) -> Path:
     the cache when whole.
 
     One folder for each dtype that the base is loaded in: no value is rounded before it has to be,
-    and none is kept in more bits than are used. One that has been damaged since is made anew. Raises
-    SettingsError where the file cannot be read or lacks a tensor, and where the cache cannot be used,
-    DoesNotFit where memory or disk are too small.
+    and none is kept in more bits than are used. One that has been damaged since is made anew.
+    Raises SettingsError where the file cannot be read or lacks a tensor, and where the cache cannot
+    be used, DoesNotFit where memory or disk are too small.
     """
     target = _converted_folder(file, dtype)
     durable.sweep_unfinished(target.parent)
@@ -192,8 +192,8 @@ def device_of(settings: Settings) -> torch.device:
 
 
 def dtype_of(settings: Settings, device: torch.device) -> torch.dtype:
-    """bfloat16 on a GPU, and on a CPU that has the kernels, which read half the bytes; else float32, which
-    torch computes in faster.
+    """bfloat16 on a GPU, and on a CPU that has the kernels, which read half the bytes; else
+    float32, which torch computes in faster.
     """
     if settings.dtype != "auto":
         return DTYPES[settings.dtype]
@@ -222,8 +222,8 @@ def _quantization_config(quantization: str, dtype: torch.dtype) -> BitsAndBytesC
 
 
 def read_config(folder: Path, settings: Settings) -> Any:
-    """The base's config. Raises SettingsError where transformers cannot read it, or its weights are stored
-    in a way that cannot be run here, or is not the one that is set.
+    """The base's config. Raises SettingsError where transformers cannot read it, or its weights are
+    stored in a way that cannot be run here, or is not the one that is set.
     """
     with _refusing(settings.base):
         _check_config_file(folder)
@@ -234,8 +234,8 @@ def read_config(folder: Path, settings: Settings) -> Any:
 
 
 def _check_config_file(folder: Path) -> None:
-    """Raises SettingsError for what transformers trips over or asks about; of a file that is no JSON it says
-    itself what is wrong.
+    """Raises SettingsError for what transformers trips over or asks about; of a file that is no
+    JSON it says itself what is wrong.
     """
     with suppress(OSError, ValueError):
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -270,8 +270,8 @@ def load_base(folder: Path, settings: Settings, progress: Progress) -> nn.Module
 
 
 def _settle_stored(model: nn.Module) -> None:
-    """Takes from a checkpoint what our own quantization would not have: an outlier threshold in 8 bits, and
-    scales in 4 bits that bitsandbytes reorders and cannot put back.
+    """Takes from a checkpoint what our own quantization would not have: an outlier threshold in 8
+    bits, and scales in 4 bits that bitsandbytes reorders and cannot put back.
     """
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear8bitLt):
@@ -296,8 +296,8 @@ def _load_whole(folder: Path, name: str, **options: Any) -> Any:
 
 @contextmanager
 def _refusing(name: str) -> Iterator[None]:
-    """Makes a SettingsError of one line of whatever transformers makes of a folder: a restart would change
-    nothing.
+    """Makes a SettingsError of one line of whatever transformers makes of a folder: a restart would
+    change nothing.
     """
     try:
         yield

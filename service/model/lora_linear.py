@@ -84,9 +84,9 @@ SeenTokens = Literal["body", "head", "part"]  # which of a step's tokens a layer
 
 @dataclass
 class StepAdapters:
-    """Those of the current step, read by all layers: of all its tokens, of those that get logits, and of
-    the part of the step that a layer with states runs now. `add_tiles` is the kernel for tiles, where
-    there is one.
+    """Those of the current step, read by all layers: of all its tokens, of those that get logits,
+    and of the part of the step that a layer with states runs now. `add_tiles` is the kernel for
+    tiles, where there is one.
     """
 
     body: TokenAdapters = NO_TOKENS

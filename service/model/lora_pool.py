@@ -166,10 +166,11 @@ class LoraPool:
         return not self._gated.isdisjoint(digests)
 
     def set_range(self, low: Tensor, high: Tensor, limit: int) -> None:
-        """As `begin_step` for tokens that all get logits, one a run, each meeting pool rows
-        [low, high): int64 [tokens] on the device.
+        """As `begin_step` for tokens that all get logits, one a run, each meeting pool rows [low,
+        high): int64 [tokens] on the device.
 
-        As `find_limit` says, `limit` bounds these rows. Nothing here depends on what the tensors hold.
+        As `find_limit` says, `limit` bounds these rows. Nothing here depends on what the tensors
+        hold.
         """
         groups: tuple[TokenGroup, ...] = ()
         tiles = None
@@ -182,8 +183,8 @@ class LoraPool:
         self.step.body = self.step.head = TokenAdapters(len(low), groups, tiles=tiles)
 
     def find_limit(self, digests: Iterable[Digest | None]) -> int:
-        """What bounds the rows of these adapters: the greatest rank, where tiles are added by a kernel;
-        else the row that all lie below. 0: there are no adapters.
+        """What bounds the rows of these adapters: the greatest rank, where tiles are added by a
+        kernel; else the row that all lie below. 0: there are no adapters.
         """
         places = map(self.placement_of, digests)
         return max(rank if self.step.add_tiles is not None else start + rank for start, rank in places)

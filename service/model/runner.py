@@ -1,4 +1,5 @@
-"""Loads and places adapters and runs steps: the one place that uses the device of the worker process.
+"""Loads and places adapters and runs steps: the one place that uses the device of the worker
+process.
 
 Must not know names, text, HTTP or why a step is what it is.
 """
@@ -111,8 +112,8 @@ class ModelRunner:
         return list(batches.values())
 
     def _run_batch(self, chunks: Sequence[Chunk]) -> list[Result]:
-        """All forwards first: where one raises no token has been chosen and no state has moved on, and
-        the step can be run again.
+        """All forwards first: where one raises no token has been chosen and no state has moved on,
+        and the step can be run again.
         """
         logits_of: dict[int, Tensor] = {}
         layouts: list[StepLayout] = []

@@ -162,10 +162,10 @@ def _served_error(reference: Reference, context: int) -> float:
 def plain_logits(model: Any, ids: Sequence[int] | None = None, has_states: bool = False) -> Tensor:
     """The model's own logits of the probe by transformers' eager attention: [PROBE, vocabulary].
 
-    That attention alone knows all that a model may want: transformers' default leaves Gemma 2's cap out in
-    some releases. Layers with states compute a single token otherwise than several, some to other numbers:
-    with them the last token comes alone, as it does where text is generated. Raises SettingsError where
-    the model has none.
+    That attention alone knows all that a model may want: transformers' default leaves Gemma 2's cap
+    out in some releases. Layers with states compute a single token otherwise than several, some to
+    other numbers: with them the last token comes alone, as it does where text is generated. Raises
+    SettingsError where the model has none.
     """
     before = attention_name(model)
     tokens = torch.tensor([ids or _probes(model)[0]], device=model.device)
@@ -250,8 +250,8 @@ def check_graphs(
 
 
 def _try_graphs(graphs: CudaGraphs, attention: Sequence[kv.AttentionSpec], token: int) -> Iterator[Tensor]:
-    """The probe's last token by a step that is recorded and by one that is replayed, in the blocks that
-    hold it and in a copy of them.
+    """The probe's last token by a step that is recorded and by one that is replayed, in the blocks
+    that hold it and in a copy of them.
     """
     copy = range(graphs.spare - len(PROBE_BLOCKS), graphs.spare)
     kv.copy_blocks(attention, PROBE_BLOCKS, copy)

@@ -1,10 +1,10 @@
 """Layers that keep a state of their own in place of keys and values: mamba, gated delta rule, short
 convolutions.
 
-Such a layer has one buffer for each of its states, [slot, ...], and each sequence that runs has a slot. A
-state exists only at its sequence's end, so none is ever shared. transformers asks all of these layers'
-states of its cache by one interface; here it is asked of a part of a step. Runs in the worker process;
-must not know adapters, requests or scheduling.
+Such a layer has one buffer for each of its states, [slot, ...], and each sequence that runs has a
+slot. A state exists only at its sequence's end, so none is ever shared. transformers asks all of
+these layers' states of its cache by one interface; here it is asked of a part of a step. Runs in
+the worker process; must not know adapters, requests or scheduling.
 """
 
 from __future__ import annotations
@@ -157,8 +157,8 @@ class StatefulForward:
 
 
 class PartStates:
-    """What a layer takes for transformers' cache in one part of a step: its sequences' states, which the
-    layer writes to or gives anew. Those of a sequence that begins are zeros.
+    """What a layer takes for transformers' cache in one part of a step: its sequences' states,
+    which the layer writes to or gives anew. Those of a sequence that begins are zeros.
     """
 
     def __init__(self, layer: nn.Module, names: Sequence[str], part: StatePart) -> None:

@@ -1,7 +1,9 @@
-"""The layout of one step: which tokens run, where their KV and states lie, which pool rows are theirs.
+"""The layout of one step: which tokens run, where their KV and states lie, which pool rows are
+theirs.
 
-One object of int32 tensors, made once a step, that the torch layers, the CPU kernels and the recorded
-graphs read alike. Runs in the worker process; must not know requests, sampling or scheduling.
+One object of int32 tensors, made once a step, that the torch layers, the CPU kernels and the
+recorded graphs read alike. Runs in the worker process; must not know requests, sampling or
+scheduling.
 """
 
 from __future__ import annotations
@@ -51,10 +53,11 @@ class Prefill(NamedTuple):
 
 
 class StatePart(NamedTuple):
-    """Tokens [start, stop) of the flat step that layers with states take at once: one each of as many
-    sequences, or those of one.
+    """Tokens [start, stop) of the flat step that layers with states take at once: one each of as
+    many sequences, or those of one.
 
-    int64 on the device: `slots` has their states, `beginning` says which of these sequences have none yet.
+    int64 on the device: `slots` has their states, `beginning` says which of these sequences have
+    none yet.
     """
 
     start: int
@@ -67,11 +70,11 @@ class StatePart(NamedTuple):
 class StepLayout:
     """T flat tokens of S sequences, the first `singles` of which have one token each.
 
-    int32 on the device: `tokens`, `positions`, `write_block` and `write_offset` [T], the place of each
-    token's KV; `block_table` [singles, B]; `logits_index` [K], the tokens that get logits. `prefills` are
-    the other sequences. `masks` are those that layers have made of it. `new_states` are what the states of
-    this step's `sequences` become, in slots of a buffer: `keep_states` writes them there, once the step is
-    known not to be run again.
+    int32 on the device: `tokens`, `positions`, `write_block` and `write_offset` [T], the place of
+    each token's KV; `block_table` [singles, B]; `logits_index` [K], the tokens that get logits.
+    `prefills` are the other sequences. `masks` are those that layers have made of it. `new_states`
+    are what the states of this step's `sequences` become, in slots of a buffer: `keep_states`
+    writes them there, once the step is known not to be run again.
     """
 
     tokens: Tensor
@@ -158,8 +161,8 @@ def list_kept(sequences: Sequence[SequenceStep]) -> list[int]:
 
 
 def make_block_table(blocks: Sequence[Sequence[int]]) -> Tensor:
-    """int32 [sequences, the most blocks of one]. One that has fewer is filled up with its own first: what
-    is masked is still multiplied, and another's may not be finite.
+    """int32 [sequences, the most blocks of one]. One that has fewer is filled up with its own
+    first: what is masked is still multiplied, and another's may not be finite.
     """
     width = max(map(len, blocks), default=0)
     rows = [[*own, *own[:1] * (width - len(own))] for own in map(list, blocks)]

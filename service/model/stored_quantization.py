@@ -1,5 +1,5 @@
-"""Says how a base is quantized: what a checkpoint that comes quantized names as its method, whether that
-can be run here, and what the loaded layers hold.
+"""Says how a base is quantized: what a checkpoint that comes quantized names as its method, whether
+that can be run here, and what the loaded layers hold.
 
 Runs in the worker process. Reads configs and layers; must not know files, adapters or requests.
 """
@@ -75,8 +75,8 @@ def _switch(stored: Mapping[str, Any]) -> str | None:
 
 
 def check_stored(stored: Mapping[str, Any], setting: str) -> None:
-    """Raises SettingsError where the setting asks for another method, transformers does not know the stored
-    one, or its package is not there.
+    """Raises SettingsError where the setting asks for another method, transformers does not know
+    the stored one, or its package is not there.
     """
     method = stored_method(stored)
     if _switch(stored) is None and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
@@ -132,8 +132,8 @@ def held_method(layers: Iterable[nn.Module], stored: Mapping[str, Any] | None) -
 
 
 def expert_parameters(model: nn.Module) -> Iterator[Tensor]:
-    """The weights that a mixture keeps as one [experts, ., .]: no method quantizes them that works layer by
-    layer.
+    """The weights that a mixture keeps as one [experts, ., .]: no method quantizes them that works
+    layer by layer.
     """
     for module in model.modules():
         if not isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):

@@ -1,5 +1,5 @@
-"""The text part of a base that sees images or hears sounds as well: the rest is found by a forward of text,
-let go of, and kept from adapters.
+"""The text part of a base that sees images or hears sounds as well: the rest is found by a forward
+of text, let go of, and kept from adapters.
 
 Runs in the worker process; must not know adapters, requests or settings.
 """

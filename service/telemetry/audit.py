@@ -1,4 +1,5 @@
-"""Writes a line of the log for each change of what is served: its author, and the content before and after.
+"""Writes a line of the log for each change of what is served: its author, and the content before
+and after.
 
 API process. Must not know how a change is made, or a key but its name.
 """
@@ -22,8 +23,8 @@ def set_author(name: str) -> None:
 
 
 def record_change(what: str, id: str, before: str | None, after: str | None) -> None:
-    """`before` and `after` are digests, of an alias its targets with their weights; none where there was or
-    is nothing under the id.
+    """`before` and `after` are digests, of an alias its targets with their weights; none where
+    there was or is nothing under the id.
     """
     fields = {"who": _author.get(), "what": what, "id": id, "before": before or None, "after": after or None}
     log.info("change", extra={"fields": fields})

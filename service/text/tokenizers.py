@@ -1,7 +1,8 @@
-"""Tokenizers of the base and of adapters that bring their own: prompts and chats to ids, ids to text.
+"""Tokenizers of the base and of adapters that bring their own: prompts and chats to ids, ids to
+text.
 
-Runs in the API process. Knows tokenizer files and chat templates. Must not know HTTP, adapter names or
-sequences.
+Runs in the API process. Knows tokenizer files and chat templates. Must not know HTTP, adapter names
+or sequences.
 """
 
 from __future__ import annotations
@@ -70,8 +71,8 @@ Templates = str | dict[str, str]
 
 
 class Tokenizers:
-    """The base's tokenizer, and those of adapters whose folders bring a tokenizer, a template or other
-    eos tokens.
+    """The base's tokenizer, and those of adapters whose folders bring a tokenizer, a template or
+    other eos tokens.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -201,8 +202,8 @@ class Tokenizers:
         return Words(backend, own=True, own_vocabulary=not has_base_vocabulary)
 
     def _load_adapter_backend(self, folder: Path) -> Tokenizer:
-        """The backend as transformers loads it; a tokenizer.json as it is, whatever class the settings
-        name.
+        """The backend as transformers loads it; a tokenizer.json as it is, whatever class the
+        settings name.
         """
         if (folder / WORDS).exists():
             return _load_backend(PreTrainedTokenizerFast, folder)
@@ -331,8 +332,8 @@ class AdapterTokenizer:
     def make_decoder(
         self, prompt: Sequence[int] = (), kept_special: frozenset[int] = frozenset()
     ) -> IncrementalDecoder:
-        """Turns the answer to this prompt into text, token by token; `kept_special` are special tokens
-        that are text.
+        """Turns the answer to this prompt into text, token by token; `kept_special` are special
+        tokens that are text.
         """
         if not kept_special:
             return IncrementalDecoder(self.backend.decode, self.special, prompt)

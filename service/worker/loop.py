@@ -208,8 +208,8 @@ class Worker:
             self._loads.append(Load(digest, 0.0, 0, reason))
 
     def _run_prepared(self, plan: Plan, unplaced: set[Digest]) -> dict[Digest, str]:
-        """Runs and commits the chunks whose adapters are placed; the adapters that the base cannot run,
-        and why.
+        """Runs and commits the chunks whose adapters are placed; the adapters that the base cannot
+        run, and why.
         """
         results: dict[int, Result] = {}
         errors: dict[int, str] = {}
@@ -242,8 +242,8 @@ class Worker:
         return True
 
     def _attempt(self, chunks: Sequence[Chunk], results: dict[int, Result], errors: dict[int, str]) -> None:
-        """Runs the chunks together; where that raises, each adapter's apart, and of those that raise
-        each request alone.
+        """Runs the chunks together; where that raises, each adapter's apart, and of those that
+        raise each request alone.
         """
         ids = [chunk.request.id for chunk in chunks]
         try:
@@ -274,8 +274,8 @@ class Worker:
         return guilty
 
     def _can_run(self, chunk: Chunk, adapter: Digest | None) -> bool:
-        """Whether two tokens can be run in a block that this failed chunk wrote and in its slot, which no
-        sequence reads any more.
+        """Whether two tokens can be run in a block that this failed chunk wrote and in its slot,
+        which no sequence reads any more.
         """
         tokens = (chunk.request.prompt * 2)[:2]
         request, blocks = Request(TRIAL, tokens, 0, adapter), chunk.written_blocks[:1]
@@ -291,8 +291,9 @@ class Worker:
         return self.runner.run_chunks(chunks) if chunks else ()
 
     def _send_news(self, has_run: bool = False) -> bool:
-        """Sends a report of everything since the last one; whether there was anything. A step that has run
-        is news by itself: those of a long prompt have no other for a minute, and silence is taken for death.
+        """Sends a report of everything since the last one; whether there was anything. A step that
+        has run is news by itself: those of a long prompt have no other for a minute, and silence is
+        taken for death.
         """
         report = self._take_report()
         for event in report.events:

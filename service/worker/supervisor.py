@@ -1,7 +1,7 @@
 """Keeps one worker alive: starts, restarts, kills and ends it; runs in the API process.
 
-A worker that dies is started again; one that is stuck is killed. Lives on the event loop; must not know
-requests or adapters, only whether a caller waits for the worker.
+A worker that dies is started again; one that is stuck is killed. Lives on the event loop; must not
+know requests or adapters, only whether a caller waits for the worker.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ class WorkerListener(Protocol):
     def on_report(self, report: Report) -> None: ...
 
     def on_worker_lost(self, why: str, for_good: bool, out_of_memory: bool) -> None:
-        """The worker is gone with all its state; `for_good`: no other will come. `out_of_memory`: the
-        system killed it for want of memory.
+        """The worker is gone with all its state; `for_good`: no other will come. `out_of_memory`:
+        the system killed it for want of memory.
         """
 
 
@@ -233,8 +233,8 @@ class Supervisor:
             process.kill_worker(f"it had {fault} for {silent:.0f} s and was killed")
 
     async def _check_progress(self, process: WorkerProcess) -> None:
-        """A worker that loads a large base sends nothing for minutes: while it uses the processor, or
-        the system does not say whether it does, that counts as a message.
+        """A worker that loads a large base sends nothing for minutes: while it uses the processor,
+        or the system does not say whether it does, that counts as a message.
         """
         spent = await run_in(PROCESS, process.processor_ticks)
         if spent is None or spent != self._spent:

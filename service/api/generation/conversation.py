@@ -1,5 +1,5 @@
-"""A conversation as chat templates take it, whichever dialect it came in: turns, tools, forced calls,
-and the calls read out of its answers. API process; must not know a dialect.
+"""A conversation as chat templates take it, whichever dialect it came in: turns, tools, forced
+calls, and the calls read out of its answers. API process; must not know a dialect.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ RESULTS = ("tool", "function")  # the roles that give a call's result
 
 @dataclass(frozen=True)
 class PastCall:
-    """An earlier turn's call of a function; `arguments` are JSON text or what it says, `place` is where it
-    stands in the request.
+    """An earlier turn's call of a function; `arguments` are JSON text or what it says, `place` is
+    where it stands in the request.
     """
 
     id: str | None
@@ -78,7 +78,8 @@ class Turn:
     named: Mapping[str, str | None] | None = None
 
     def template_form(self, knows_calls: bool, knows_developer: bool) -> JsonObject:
-        """The message as a template expects it: its text in one piece, the arguments of calls as objects.
+        """The message as a template expects it: its text in one piece, the arguments of calls as
+        objects.
 
         Where the template knows no calls, they are text.
         """
@@ -156,7 +157,8 @@ async def render_conversation(
 ) -> tuple[int, ...]:
     """The ids of the conversation; `special` as in `chat_prompt`.
 
-    Raises BadRequest with the template's own reason or the place that it leaves out, Overloaded, NotReady.
+    Raises BadRequest with the template's own reason or the place that it leaves out, Overloaded,
+    NotReady.
     """
     _choose_format(tokenizer, conversation)  # raises where the template takes no tools
     tools = [tool.template_form for tool in conversation.tools]
@@ -214,8 +216,8 @@ async def submit_conversation(
 async def _join_grammars(
     conversation: Conversation, format: CallFormat | None, bound: str | None, param: str
 ) -> str | None:
-    """The grammar of a call that the client insists on; else of what the answer must be, or a call where
-    tools are offered.
+    """The grammar of a call that the client insists on; else of what the answer must be, or a call
+    where tools are offered.
     """
     schemas = conversation.schemas
     if conversation.forced:
@@ -233,8 +235,8 @@ def _make_parser(conversation: Conversation, format: CallFormat | None) -> Answe
 
 
 def _choose_format(tokenizer: AdapterTokenizer, conversation: Conversation) -> CallFormat | None:
-    """The form of calls; a forced one has the grammar's own, and works where no other is known. Without
-    tools only harmony is one, for all its answers come in channels.
+    """The form of calls; a forced one has the grammar's own, and works where no other is known.
+    Without tools only harmony is one, for all its answers come in channels.
 
     Raises BadRequest where the template has none.
     """

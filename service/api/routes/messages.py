@@ -1,5 +1,5 @@
-"""POST /v1/messages and /v1/messages/count_tokens, in Anthropic's shapes. API process; must not know
-another dialect's wire shapes.
+"""POST /v1/messages and /v1/messages/count_tokens, in Anthropic's shapes. API process; must not
+know another dialect's wire shapes.
 """
 
 from __future__ import annotations

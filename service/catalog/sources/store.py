@@ -1,8 +1,8 @@
 """Finds adapters' files in every source, and stores uploads and downloads beside the registrations.
 
 Runs in the API process; must not know ids or states. Whatever it hands out lies under the adapters
-directory (or the registrations' folder, or the hub's cache) after every link is resolved, every file of the
-manifest included.
+directory (or the registrations' folder, or the hub's cache) after every link is resolved, every
+file of the manifest included.
 """
 
 from __future__ import annotations
@@ -47,9 +47,11 @@ class UploadedFile(Protocol):
 
 
 class Store:
-    """The adapters directory, the hub and other sources; `limit` is the largest upload or download in bytes.
+    """The adapters directory, the hub and other sources; `limit` is the largest upload or download
+    in bytes.
 
-    Uploads and downloads are kept in `state`, which is the adapters directory where nothing is given.
+    Uploads and downloads are kept in `state`, which is the adapters directory where nothing is
+    given.
     """
 
     def __init__(

@@ -1,4 +1,5 @@
-"""Validates an adapter: compares PEFT's reading of its config with its file, and looks at every value once.
+"""Validates an adapter: compares PEFT's reading of its config with its file, and looks at every
+value once.
 
 Runs in the validator process. The live base is never touched: names, shapes and scalings come from
 PEFT, values from the file.
@@ -116,8 +117,8 @@ def measure_norms(adapter: Adapter, layers: Sequence[LoraLayerSpec]) -> dict[str
     """Module → Frobenius norm of scaling · B · A [out, in]; of a DoRA layer too, whose trained
     magnitudes are not in it.
 
-    Raises AdapterInvalid when the files have changed since they were validated, OSError when they are
-    gone.
+    Raises AdapterInvalid when the files have changed since they were validated, OSError when they
+    are gone.
     """
     weights = Path(adapter.weights)
     present = {hash_file(Path(adapter.config)), hash_file(weights)}

@@ -1,4 +1,5 @@
-"""Compares the tensors an adapter's config asks for with those its file holds: the two sets must be equal.
+"""Compares the tensors an adapter's config asks for with those its file holds: the two sets must be
+equal.
 
 Runs in the validator process; knows names and shapes only.
 """
@@ -61,8 +62,8 @@ def _list_keys(what: str, keys: Sequence[str]) -> list[str]:
 
 
 def _without_wrapper(expected: Iterable[str], tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
-    """Plain name → the file's, where one is of the language model alone and the other of a model that has it
-    inside; empty where two of the file's names become one.
+    """Plain name → the file's, where one is of the language model alone and the other of a model
+    that has it inside; empty where two of the file's names become one.
     """
     short = {WRAPPER.sub("", name): name for name in expected}
     names = {short.get(WRAPPER.sub("", key), key): key for key in tensors}

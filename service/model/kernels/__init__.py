@@ -1,10 +1,9 @@
-"""The CPU kernels:
-built once with the machine's C++ compiler, kept in a cache, built anew where they are damaged there,
-and put in place of the torch path where they apply.
+"""The CPU kernels: built once with the machine's C++ compiler, kept in a cache, built anew where
+they are damaged there, and put in place of the torch path where they apply.
 
-They need a bfloat16 base, quantized or not, and a processor with AVX2, AVX-512 or NEON; without these,
-or without a compiler, the torch path serves. Runs in the worker process; must not know adapters' files,
-requests or scheduling.
+They need a bfloat16 base, quantized or not, and a processor with AVX2, AVX-512 or NEON; without
+these, or without a compiler, the torch path serves. Runs in the worker process; must not know
+adapters' files, requests or scheduling.
 """
 
 from __future__ import annotations
@@ -46,9 +45,11 @@ log = logging.getLogger(__name__)
 
 
 def load_kernels(vectors: Vectors = "auto") -> bool:
-    """Whether the kernels can be used here; builds and loads them the first time, for these vectors.
+    """Whether the kernels can be used here; builds and loads them the first time, for these
+    vectors.
 
-    The log has the reason where they cannot. Raises SettingsError where the processor lacks the vectors.
+    The log has the reason where they cannot. Raises SettingsError where the processor lacks the
+    vectors.
     """
     if hasattr(torch.ops.adapterd, "linear"):
         return True
@@ -79,8 +80,8 @@ def _load_library(vectors: Vectors) -> bool:
 
 
 def _find_library(flags: Sequence[str]) -> Path:
-    """The shared library for this source, these flags, torch and processor, built where there is no whole
-    one.
+    """The shared library for this source, these flags, torch and processor, built where there is no
+    whole one.
 
     Raises OSError, CalledProcessError, or SettingsError where there is no cache.
     """
@@ -148,8 +149,8 @@ def attend_blocks(
     s_aux: Tensor | None = None,
     **other: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface over the kernel: query [1, heads, T, dim], sinks s_aux [heads] →
-    [1, T, heads, value dim].
+    """transformers' attention interface over the kernel: query [1, heads, T, dim], sinks s_aux
+    [heads] → [1, T, heads, value dim].
     """
     scale = scaling if scaling is not None else query.shape[-1] ** -0.5
     buffers = module.kv_keys, module.kv_values, module.kv_table, module.kv_block_table
@@ -169,8 +170,8 @@ def draw_tokens(logits: Tensor, rules: draws.DrawRules, width: int | None) -> Te
 
 
 class StepTables(NamedTuple):
-    """The spans of a step's tokens, of those that get logits, and of the part of the step that a layer
-    with states runs now; the KV blocks of each sequence.
+    """The spans of a step's tokens, of those that get logits, and of the part of the step that a
+    layer with states runs now; the KV blocks of each sequence.
     """
 
     body: Tensor

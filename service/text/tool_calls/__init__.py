@@ -1,4 +1,5 @@
-"""Tool calls in the text of an answer: the formats of model families, read as they come; API process.
+"""Tool calls in the text of an answer: the formats of model families, read as they come; API
+process.
 
 Must not know HTTP or tokens.
 """

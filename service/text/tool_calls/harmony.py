@@ -32,8 +32,8 @@ class MessageKind(Enum):
 class HarmonyParser:
     """Parts an answer's channels. `single`: of several calls only the first counts.
 
-    An answer that begins with no channel, as a grammar may bind it, is read as any other. What goes to
-    nobody known is content where the answer has no other and no call, else left out.
+    An answer that begins with no channel, as a grammar may bind it, is read as any other. What goes
+    to nobody known is content where the answer has no other and no call, else left out.
     """
 
     def __init__(

@@ -25,12 +25,12 @@ NAMED_PART = re.compile(r"[\w.-]+\s*(?:\[[A-Z_\]]*\w*\s*)?(?:\[[A-Z]*\]?\s*)?")
 class CallParser:
     """An answer that may hold calls of the named tools.
 
-    The marker may be missing, for models leave it out: text that begins as a call does is held as long
-    as it could still become one. `forced`: the whole answer is calls. `single`: of several calls only the
-    first counts. `schemas` are the parameters' schemas by the tool's name.
+    The marker may be missing, for models leave it out: text that begins as a call does is held as
+    long as it could still become one. `forced`: the whole answer is calls. `single`: of several
+    calls only the first counts. `schemas` are the parameters' schemas by the tool's name.
 
-    Where some text is no call although a marker says so, good calls beside it count and it is left out;
-    without any, all of the text is content.
+    Where some text is no call although a marker says so, good calls beside it count and it is left
+    out; without any, all of the text is content.
     """
 
     def __init__(

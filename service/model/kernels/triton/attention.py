@@ -1,9 +1,9 @@
 """Attention over KV in blocks of 16 positions, found by a block table: decode and prefill.
 
-Decode divides a sequence's KV into splits, whose number and size depend on its own length alone, and
-joins them in their order. Prefill takes tiles of query rows (tokens times the query heads of a KV
-head) over all KV they see. Both know grouped queries, values of another width than keys, a sliding
-window, chunks (Llama 4), a softcap and sinks. Runs in the worker process.
+Decode divides a sequence's KV into splits, whose number and size depend on its own length alone,
+and joins them in their order. Prefill takes tiles of query rows (tokens times the query heads of a
+KV head) over all KV they see. Both know grouped queries, values of another width than keys, a
+sliding window, chunks (Llama 4), a softcap and sinks. Runs in the worker process.
 """
 
 from __future__ import annotations
@@ -95,8 +95,8 @@ def attend_splits(
     POSITIONS: tl.constexpr, SPLITS: tl.constexpr, FEWEST: tl.constexpr, STAGES: tl.constexpr,
     CAP: tl.constexpr, WINDOW: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """parts[sequence, head, split] float32 [VALUE_DIM] and weights[sequence, head, split], the logarithm to
-    base 2 of what the split's softmax sums to; a program takes every so many-th split.
+    """parts[sequence, head, split] float32 [VALUE_DIM] and weights[sequence, head, split], the
+    logarithm to base 2 of what the split's softmax sums to; a program takes every so many-th split.
     """
     row, kv_head, program = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(kv_length + row)
@@ -212,9 +212,9 @@ def attend_chunks(
 
 
 class PagedKV(NamedTuple):
-    """One layer's keys [blocks, 16, kv heads, dim] and values [blocks, 16, kv heads, value dim] of any
-    strides but the last, and where a step's sequences lie: int32 sequence_start [S + 1] in the flat
-    query, kv_length [S] with the step's own tokens, block_table [S, blocks of a sequence].
+    """One layer's keys [blocks, 16, kv heads, dim] and values [blocks, 16, kv heads, value dim] of
+    any strides but the last, and where a step's sequences lie: int32 sequence_start [S + 1] in the
+    flat query, kv_length [S] with the step's own tokens, block_table [S, blocks of a sequence].
     """
 
     keys: Tensor
@@ -290,9 +290,9 @@ def attend_prefill(
     out: Tensor,
     shape: PrefillShape | None = None,
 ) -> None:
-    """Causal attention of each sequence's own tokens, at most `longest` a sequence, the last of which
-    is at its kv_length: query [T, heads, dim] → `out` [T, heads, value dim], of which only their rows are
-    written.
+    """Causal attention of each sequence's own tokens, at most `longest` a sequence, the last of
+    which is at its kv_length: query [T, heads, dim] → `out` [T, heads, value dim], of which only
+    their rows are written.
 
     Raises ValueError for what does not fit.
     """

@@ -1,5 +1,5 @@
-"""Adds adapters to the outputs of up to three linears that share their input: y += (x Aᵀ * weight) B,
-each token with the rank rows of its own adapters.
+"""Adds adapters to the outputs of up to three linears that share their input: y += (x Aᵀ * weight)
+B, each token with the rank rows of its own adapters.
 
 A tile is (first token, tokens, first rank row, rank): at most 16 consecutive tokens of one adapter.
 Tokens with several adapters have a tile for each, one behind the other; a tile of no tokens is

@@ -71,8 +71,8 @@ def product_splits(n_out: int, n_in: int) -> int:
 
 
 class LoraTiles(NamedTuple):
-    """Which rank rows which tokens meet: tiles int32 [n, 4], weights float32 [n, LORA_TOKENS] of their
-    tokens; `most_rank` is no less than any tile's rank.
+    """Which rank rows which tokens meet: tiles int32 [n, 4], weights float32 [n, LORA_TOKENS] of
+    their tokens; `most_rank` is no less than any tile's rank.
 
     A tile is (first token, tokens, first rank row, rank), of one adapter.
     """

@@ -20,7 +20,7 @@ from service.core.adapter import Adapter, Digest, ExecutionPath, Placement
 from service.core.base_info import BLOCK_TOKENS, BaseInfo, LinearKind
 from service.core.request import Request, Token
 from service.engine.kv_blocks import count_blocks
-from service.engine.plan import UNKNOWN, Chunk, Plan, Result
+from service.engine.plan import UNKNOWN, Chunk, Launched, Plan, Result
 from service.errors import AdapterInvalid, DoesNotFit, SettingsError
 from service.settings import Settings
 
@@ -148,7 +148,8 @@ class FakeRunner:
         assert kinds == sorted(kinds), "a chunk of one token after a longer one"
         return [self._run(chunk) for chunk in chunks]
 
-    def launch_chunks(self, chunks: Sequence[Chunk], after: FakeLaunched | None = None) -> FakeLaunched:
+    def launch_chunks(self, chunks: Sequence[Chunk], after: Launched | None = None) -> FakeLaunched:
+        assert after is None or isinstance(after, FakeLaunched)
         fed = [chunk if chunk.follows is None else _feed(chunk, after) for chunk in chunks]
         launched = FakeLaunched(chunks, list(self.run_chunks(fed)), after)
         for index, result in enumerate(launched.results):

@@ -123,8 +123,8 @@ class Runner(Protocol):
     def launch_chunks(self, chunks: Sequence[Chunk], after: Launched | None = None) -> Launched:
         """Begins what `run_chunks` does, without a wait for the device.
 
-        `after` is the step that chunks with `follows` mean; it need not be read yet. Raises as
-        `run_chunks`.
+        `after`, made by this too, is the step that chunks with `follows` mean; it is not read yet.
+        Raises as `run_chunks`.
         """
 
     def finish_request(self, request: int) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..core.base_info import BLOCK_TOKENS
 from . import compat
 from .lora_pool import LoraPool
-from .step_layout import SequenceStep, StepLayout, make_block_table, running
+from .step_layout import FedTokens, SequenceStep, StepLayout, make_block_table, running
 
 log = logging.getLogger(__name__)
 
@@ -57,18 +57,21 @@ class CudaGraphs:
         pinned = device.type == "cuda"
         self.staged = torch.zeros(len(FIELDS), rows, dtype=torch.int32, pin_memory=pinned)
         self.staged_table = torch.zeros(rows, self.most_blocks, dtype=torch.int32, pin_memory=pinned)
+        self._sent: Any = torch.get_device_module(device).Event()
         self.inputs = torch.zeros_like(self.staged, device=device)
         self.block_table = torch.zeros_like(self.staged_table, device=device)
         self.logits = torch.zeros(rows, vocabulary, dtype=pool.dtype, device=device)
         self._memory: Any = torch.cuda.graph_pool_handle()
         self._recorded: dict[GraphShape, Any] = {}
 
-    def run_step(self, sequences: Sequence[SequenceStep]) -> Tensor:
+    def run_step(self, sequences: Sequence[SequenceStep], fed: FedTokens | None = None) -> Tensor:
         """One token each of so many sequences: logits [tokens, vocabulary], good until the next
-        step.
+        step; `fed` are tokens that only the device knows.
         """
         shape = self._choose_shape(sequences)
         self._fill_inputs(sequences, shape)
+        if fed is not None:
+            fed.fill(self.inputs[FIELDS.index("token")])
         self.pool.wait_for_copies()
         graph = self._recorded.pop(shape, None)
         if graph is not None:
@@ -98,6 +101,7 @@ class CudaGraphs:
     def _fill_inputs(self, sequences: Sequence[SequenceStep], shape: GraphShape) -> None:
         """Unused slots hold token 0 at position 0 of the spare block, and no pool rows."""
         count = len(sequences)
+        self._sent.synchronize()  # the step before may not have been copied from here yet
         self.staged.zero_()
         self.staged[FIELDS.index("block")] = self.spare
         columns = [self._make_column(sequence) for sequence in sequences]
@@ -109,6 +113,7 @@ class CudaGraphs:
         table[:count, : own.shape[1]] = own
         self.inputs.copy_(self.staged, non_blocking=True)
         self.block_table[: shape.slots, : shape.blocks].copy_(table[: shape.slots], non_blocking=True)
+        self._sent.record()
 
     def _make_column(self, sequence: SequenceStep) -> tuple[int, ...]:
         """FIELDS of one sequence."""

@@ -265,7 +265,7 @@ class LoraPool:
             if placement:
                 start = placement.start - low
                 mask[token, start : start + placement.rank] = False
-        return mask.to(self.device, non_blocking=True)
+        return send(mask, self.device)
 
     def _own_groups(self, runs: Iterable[AdapterRun], start: int) -> Iterator[TokenGroup]:
         """A group for each run, of its own adapter's rows only."""

@@ -17,12 +17,10 @@ from service.engine.plan import UNKNOWN, Plan, Result
 from tests.engine.driver import SchedulerDriver
 from tests.fakes import adapter, expected
 
-FEW = {"rows": 2, "kv_blocks": 8}
-
 
 def running(*adapters: Adapter | None, count: int = 12, **options: Any) -> SchedulerDriver:
     """A driver of two places, with requests of these adapters that have one token each."""
-    driver = SchedulerDriver(**FEW)
+    driver = SchedulerDriver(rows=2, kv_blocks=8)
     for i, each in enumerate(adapters):
         if each is not None:
             driver.scheduler.add_adapter(each)
@@ -64,7 +62,7 @@ def test_the_last_part_of_a_prompt_is_gone_on_from_and_one_before_it_is_not() ->
 
 
 def test_what_is_sure_to_end_is_left_out() -> None:
-    driver = SchedulerDriver(**FEW)
+    driver = SchedulerDriver(rows=2, kv_blocks=8)
     driver.submit((5, 6), 2)
     driver.submit((5, 7), 5)
     plans = [driver.step(ahead=True) for _ in range(5)]

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from service.core.adapter import Adapter, ExecutionPath, LoraLayerSpec, Placement
 from service.core.manifest import compute_digest, read_manifest
 from service.core.request import Request, Token
@@ -16,6 +18,7 @@ from service.core.sampling import Sampling
 from service.engine.kv_blocks import count_blocks
 from service.engine.plan import Chunk
 from service.model.runner import ModelRunner
+from service.model.sampler import Outcome, Sampler
 from tests import making
 
 
@@ -43,6 +46,11 @@ def spec_of(name: str, module: Any) -> LoraLayerSpec:
         f"{name}.lora_B.weight",
         f"{name}.lora_magnitude_vector" if module.use_dora["default"] else None,
     )
+
+
+def sample(sampler: Sampler, logits: Tensor, requests: Sequence[Request], index: int = 0) -> list[Outcome]:
+    """Tokens of this index in each answer."""
+    return sampler.launch_batch(logits, requests, [index] * len(requests)).read()
 
 
 GREEDY = Sampling()

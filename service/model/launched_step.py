@@ -45,8 +45,8 @@ class LaunchedStep:
         if sampled:
             last = torch.stack([logits[i][-1] for i in sampled])
             asked = [chunks[i] for i in sampled]
-            indexes = [chunk.generated for chunk in asked]
-            self._sampled = sampler.launch_batch(last, [chunk.request for chunk in asked], indexes)
+            places = [chunk.generated for chunk in asked]
+            self._sampled = sampler.launch_batch(last, [chunk.request for chunk in asked], places)
         self._unsampled = [i for i, chunk in enumerate(chunks) if not chunk.sample]
         if self._unsampled:
             greatest = torch.stack([logits[i].max() for i in self._unsampled])

@@ -215,7 +215,13 @@ def _cross(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = Fals
         return target
     made: torch.Tensor = _inside(source).clone()
     target.fill_(-77)  # what the host would read too early
-    GPU.issue(lambda: target.copy_(made) is not None)
+
+    @torch.inference_mode()
+    def arrive() -> bool:
+        target.copy_(made)
+        return True
+
+    GPU.issue(arrive)
     if not non_blocking:
         GPU.land()
     return target

@@ -94,12 +94,12 @@ class Worker:
     def run_loop(self) -> int:
         idle = True
         while self._receive_commands(idle):
-            idle = self._run_turn()
+            idle = self.run_turn()
             if self.raised > 1:
                 return RAISED_TWICE
         return 0
 
-    def _run_turn(self) -> bool:
+    def run_turn(self) -> bool:
         """One step to its end, if there is one to make; whether there was nothing to do."""
         self._feed_loader()
         if self._ahead is not None:

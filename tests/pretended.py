@@ -25,7 +25,10 @@ from torch.utils._pytree import tree_flatten, tree_map
 from service.model import loading
 from service.settings import Settings
 
-AWAITED = {"aten.item", "aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten.equal"}
+AWAITED = {
+    *("aten.item", "aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten.equal"),
+    *("aten.masked_select", "aten._unique2", "aten.unique_consecutive", "aten.bincount"),
+}
 MEMORY = 1 << 28
 CROSSING = {"aten.copy_", "aten.to", "aten._to_copy", "getitem", "setitem"}
 Work = Callable[[], Any]

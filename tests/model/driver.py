@@ -19,7 +19,7 @@ from service.engine.kv_blocks import count_blocks
 from service.engine.plan import Chunk
 from service.model.runner import ModelRunner
 from service.model.sampler import Outcome, Sampler
-from tests import making
+from tests import making, pretended
 
 
 def plan_of(folder: Path, base: Path) -> Adapter:
@@ -81,6 +81,7 @@ class RunnerDriver:
     def __init__(self, runner: ModelRunner, rows: int) -> None:
         self.runner, self.rows, self.at, self.count = runner, rows, 0, 0
         self.requests: dict[int, Request] = {}
+        self.waits = 0  # for a pretended GPU, in the middle of a step
 
     def place(self, adapter: Adapter, start: int | None = None) -> None:
         at = self.at if start is None else start
@@ -119,7 +120,10 @@ class RunnerDriver:
 
     def _step(self, running: Sequence[Job], size: int) -> None:
         chunks = [self._chunk(job, self.requests[id(job)], size) for job in running]
-        results = self.runner.run_chunks(chunks)
+        waits = pretended.GPU.waits
+        launched = self.runner.launch_chunks(chunks)
+        self.waits += pretended.GPU.waits - waits
+        results = launched.read()
         for job, chunk, result in zip(running, chunks, results, strict=True):
             job.done += len(chunk.tokens)
             job.prompt_tokens += result.prompt

@@ -318,6 +318,7 @@ def test_every_family_is_recorded_and_says_what_generate_says(kind: str, tmp_pat
         driver.place(plan)
         driver.run(jobs, chunk=64)
         assert [job.ids for job in jobs] == wants
+        assert driver.waits == 0, "for the device, in mid-step"
         assert runner.graphs is not None
         assert runner.graphs.able
 

@@ -354,3 +354,17 @@ def test_a_random_number_is_that_of_the_place_in_the_answer(gpu: Gpu) -> None:
     gpu.runner.finish_request(request.id)
     assert tokens[1] == tokens[4]
     assert len(set(tokens)) == 4
+
+
+def test_a_step_that_is_dropped_leaves_nothing_where_it_wrote_and_all_else(gpu: Gpu) -> None:
+    runner, prompt = gpu.runner, (5, 6, 7)
+    request = Request(903, prompt, 9)
+    first = runner.launch_chunks([Chunk(request, (4,), 0, prompt, True)])
+    second = runner.launch_chunks([Chunk(request, (4,), 3, (UNKNOWN,), True, 1, follows=0)], first)
+    keys = [layer.kv_keys for layer, *_ in runner.attention]
+    assert all(bool(each[4][:, 3].any()) for each in keys)
+    second.drop()
+    assert [bool(each[4][:, 3].any()) for each in keys] == [False] * len(keys)
+    assert all(bool(each[4][:, :3].any(-1).all()) for each in keys)
+    assert first.read()[0].token is not None
+    runner.finish_request(request.id)

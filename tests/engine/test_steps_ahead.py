@@ -102,7 +102,7 @@ def test_adapters_that_peft_runs_and_layers_with_states_are_waited_for() -> None
 
 EVENTS: dict[str, Callable[[SchedulerDriver, Adapter], object]] = {
     "a request": lambda driver, each: driver.submit((7, 8)),
-    "a new adapter": lambda driver, each: driver.scheduler.add_adapter(adapter("new"), preload=True),
+    "an adapter": lambda driver, each: driver.scheduler.add_adapter(each, preload=True),
     "a pin": lambda driver, each: driver.scheduler.pin_adapter(each.digest, True),
     "a removal": lambda driver, each: driver.scheduler.remove_adapter(each.digest),
     "a load": lambda driver, each: driver.scheduler.mark_hosted(each.digest, each.size),
@@ -116,6 +116,9 @@ EVENTS: dict[str, Callable[[SchedulerDriver, Adapter], object]] = {
 def test_whatever_happens_is_planned_for_first(event: str) -> None:
     driver, each = running(None), adapter("idle")
     driver.scheduler.add_adapter(each)
+    if event != "a load":
+        driver.scheduler.mark_hosted(each.digest, driver.runner.load_adapter(each))
+    driver.step()
     assert [goes_ahead(driver) for _ in range(3)] == [True] * 3
     EVENTS[event](driver, each)
     assert [goes_ahead(driver) for _ in range(2)] == [False, True]

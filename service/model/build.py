@@ -161,9 +161,11 @@ def _build_pool(
     if not is_proven:
         selfcheck.prove_roughly(model, logits, bool(base.stateful))
     progress("making the pool", 0.0)
-    pool = (_build_fused_pool(base, tables, logits) if tables else None) or _make_pool(base)
-    if model.device.type == "cuda" and base.settings.compile != "off":
-        pool = _build_gpu_pool(base, logits) or _make_pool(base)
+    if tables:
+        pool = _build_fused_pool(base, tables, logits)
+    else:
+        pool = _build_gpu_pool(base, logits) if base.uses_graphs() else None
+    pool = pool or _make_pool(base)
     return pool, _record_graphs(base, pool, card, logits) if base.uses_graphs() else None
 
 

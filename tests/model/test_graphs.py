@@ -28,6 +28,7 @@ from service.model import graphs, kv, selfcheck
 from service.model.build import build_runner
 from service.model.kernels.triton.shapes import LoraTiles
 from service.model.lora_linear import AddTiles
+from service.model.lora_pool import LoraPool
 from service.model.runner import ModelRunner
 from service.settings import Settings
 from tests import making, pretended
@@ -267,6 +268,20 @@ def test_a_context_that_the_proof_does_not_fit_into_is_refused(folders: Folders)
         runner_on(folders[None], max_context=selfcheck.PROBE)
         with pytest.raises(SettingsError, match="ADAPTERD_MAX_CONTEXT: 23 tokens are too few"):
             runner_on(folders[None], max_context=selfcheck.PROBE - 1)
+
+
+def test_a_gpus_pool_is_made_once(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second would not fit beside the KV blocks, which were given what one leaves."""
+    made: list[LoraPool] = []
+
+    def note_pool(*given: Any) -> LoraPool:
+        made.append(LoraPool(*given))
+        return made[-1]
+
+    monkeypatch.setattr("service.model.build.LoraPool", note_pool)
+    with device():
+        pool = runner_on(folders[None]).pool
+    assert made == [pool]
 
 
 @pytest.mark.parametrize("where", ["load", "attend", "Bank"])

@@ -113,7 +113,7 @@ class CudaGraphs:
     def _make_column(self, sequence: SequenceStep) -> tuple[int, ...]:
         """FIELDS of one sequence."""
         block, offset = divmod(sequence.position, BLOCK_TOKENS)
-        start, rank = self.pool.placement_of(sequence.adapter)
+        start, rank, _ = self.pool.rows_of(sequence.adapter)
         return sequence.tokens[0], sequence.position, sequence.blocks[block], offset, start, start + rank
 
     def _run_forward(self, shape: GraphShape) -> None:

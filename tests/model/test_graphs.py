@@ -26,7 +26,7 @@ from service.engine.plan import Chunk
 from service.errors import SettingsError
 from service.model import graphs, kv, selfcheck
 from service.model.build import build_runner
-from service.model.kernels.triton.shapes import LoraTiles
+from service.model.kernels.triton.shapes import LoraMember, LoraTiles
 from service.model.lora_linear import AddTiles
 from service.model.lora_pool import LoraPool
 from service.model.runner import ModelRunner
@@ -98,12 +98,14 @@ def answered(
     return runner
 
 
-def add_by_torch(x: Tensor, y: Tensor, pool_a: Tensor, pool_b: Tensor, layout: LoraTiles) -> None:
+def add_by_torch(x: Tensor, member: LoraMember, layout: LoraTiles) -> None:
     """What the kernel makes of tiles of one token each; of ranks that it was not made for, nothing."""
+    y, a, b, _, _ = member
     token, tokens, low, rank = layout.tiles.T[..., None]
-    rows = torch.arange(len(pool_a), device=x.device)
+    rows = torch.arange(len(a), device=x.device)
     is_own = (rows >= low) & (rows < low + rank) & (tokens > 0) & (rank <= layout.most_rank)
-    y[token[:, 0]] += (x[token[:, 0]] @ pool_a.T * is_own) @ pool_b
+    gate = b[layout.gates.clamp(min=0)] * (layout.gates >= 0)[:, None]
+    y[token[:, 0]] += y[token[:, 0]] * gate + (x[token[:, 0]] @ a.T * is_own) @ b
 
 
 @pytest.mark.parametrize("add_tiles", [None, add_by_torch])

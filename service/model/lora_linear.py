@@ -54,13 +54,14 @@ class TokenAdapters(NamedTuple):
     """How the tokens that a layer sees in one step meet the pool.
 
     `tiles` has one tile for each token of a sequence that has one alone, in place of a group and a
-    span.
+    span. `is_recorded`: what runs now runs again when layers hold other adapters.
     """
 
     tokens: int = 0
     groups: tuple[TokenGroup, ...] = ()
     gated: tuple[DoraSpan, ...] = ()
     tiles: LoraTiles | None = None
+    is_recorded: bool = False
 
     def clip(self, start: int, stop: int) -> TokenAdapters:
         """How tokens [start, stop) alone meet it; no group or span lies on both sides of a border."""
@@ -173,7 +174,8 @@ class LoraLinear(AdaptedLayer):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base_layer(x)
         adapters: TokenAdapters = getattr(self._step, self._sees)
-        if not self.held or not (adapters.groups or adapters.gated or adapters.tiles):
+        is_met = adapters.groups or adapters.gated or adapters.tiles
+        if not is_met or not (self.held or adapters.is_recorded):
             return y
         self._wait_for_copies()
         flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])

@@ -92,7 +92,6 @@ class LoraPool:
         self._gated: set[Digest] = set()
         self._on: Any = torch.get_device_module(device)
         self._copies = self._on.Stream()
-        self.used: frozenset[str] = frozenset()  # the torch layers that hold an adapter
 
     def _follow_parts(self) -> Iterator[str]:
         """What the names of all layers within those with states begin with; these say what they run."""
@@ -142,7 +141,6 @@ class LoraPool:
                 self.layers[name].place_weights(at, part)
         if any(part.gate is not None for part in factors.values()):
             self._gated.add(at.digest)
-        self._note_used()
 
     def remove_adapter(self, digest: Digest) -> None:
         """Frees the adapter's rows; one whose placing was broken off has left something in some
@@ -155,11 +153,6 @@ class LoraPool:
         for name in self._held.pop(digest):
             self.layers[name].clear_rows(at)
         self._gated.discard(digest)
-        self._note_used()
-
-    def _note_used(self) -> None:
-        plain = (item for item in self.layers.items() if isinstance(item[1], LoraLinear))
-        self.used = frozenset(name for name, layer in plain if layer.held)
 
     def wait_for_copies(self) -> None:
         """The next work on the current stream waits until all that was placed is there."""
@@ -173,33 +166,14 @@ class LoraPool:
         has_gate = digest in self._gated
         return AdapterRows(at.start, at.rank - has_gate, at.start + at.rank - 1 if has_gate else -1)
 
-    def has_gate(self, digests: Iterable[Digest | None]) -> bool:
-        """Whether DoRA's gate applies to any of them."""
-        return not self._gated.isdisjoint(digests)
+    def begin_recording(self, rows: Tensor, has_adapters: bool) -> None:
+        """As `begin_step` for tokens that all get logits, one a run, by the kernel for tiles: int32
+        `rows` [3, tokens] on the device hold the AdapterRows of each when it runs.
 
-    def set_range(self, low: Tensor, high: Tensor, limit: int) -> None:
-        """As `begin_step` for tokens that all get logits, one a run, each meeting pool rows [low,
-        high): int32 [tokens] on the device.
-
-        As `find_limit` says, `limit` bounds these rows. Nothing here depends on what the tensors
-        hold.
+        Nothing here depends on what they hold; without adapters they are not read.
         """
-        groups: tuple[TokenGroup, ...] = ()
-        tiles = None
-        if limit and self.step.add_tiles is not None:
-            tiles = _make_tiles(torch.stack([low, high - low, torch.full_like(low, -1)]), limit)
-        elif limit:
-            rows = torch.arange(limit, device=self.device)
-            is_foreign = (rows < low[:, None]) | (rows >= high[:, None])
-            groups = (TokenGroup(0, len(low), 0, limit, is_foreign),)
-        self.step.body = self.step.head = TokenAdapters(len(low), groups, tiles=tiles)
-
-    def find_limit(self, digests: Iterable[Digest | None]) -> int:
-        """What bounds the rows of these adapters: the greatest rank, where tiles are added by a
-        kernel; else the row that all lie below. 0: there are no adapters.
-        """
-        rows = map(self.rows_of, digests)
-        return max(own.rank if self.step.add_tiles is not None else own.low + own.rank for own in rows)
+        tiles = _make_tiles(rows, self.rank) if has_adapters else None
+        self.step.body = self.step.head = TokenAdapters(rows.shape[1], tiles=tiles, is_recorded=True)
 
     def begin_step(self, sequences: Sequence[SequenceStep]) -> None:
         """Tells all layers whose tokens come next; sequences of one token come first."""

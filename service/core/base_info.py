@@ -46,7 +46,7 @@ class BaseInfo:
     has several; else it is None. `state_bytes` is what layers with states keep of one sequence: where there
     are such layers, no sequence goes on from another's KV. `quantization` is how the linear layers are held:
     `quantized_bytes` of them, beside `plain_expert_bytes` of experts, which layer by layer no method
-    quantizes.
+    quantizes. `experts` are the name patterns of the parameters of experts that the mixed batch adapts.
     """
 
     folder: str
@@ -70,3 +70,4 @@ class BaseInfo:
     limits: tuple[LayerLimit, ...] = ()
     quantized_bytes: int = 0
     plain_expert_bytes: int = 0
+    experts: tuple[str, ...] = ()

@@ -44,13 +44,16 @@ GRAMMARS = 64
 
 
 class ProbedBase(NamedTuple):
-    """The loaded base and what a forward through it has shown."""
+    """The loaded base and what forwards through it and a small one have shown; `experts` as BaseInfo has
+    them.
+    """
 
     model: Any
     attention: Sequence[kv.AttentionSpec]
     stateful: Sequence[states.StateSpec]
     calls: LinearCalls
     settings: Settings
+    experts: tuple[str, ...] = ()
 
     def uses_graphs(self) -> bool:
         """Whether decode steps are to be recorded as CUDA graphs."""
@@ -121,13 +124,17 @@ def _probe_base(model: Any, settings: Settings) -> ProbedBase:
         attention = kv.probe_attention(model, has_states=bool(stateful))
     heads, limits = recorder.result()
     limits += release_other_parts(model, called)
-    return ProbedBase(model, attention, stateful, LinearCalls(heads, limits), settings)
+    # On a GPU the factors of experts would take memory that KV has
+    is_able = model.device.type == "cpu"
+    experts = selfcheck.prove_experts(model, _own_context(model)) if is_able else ()
+    return ProbedBase(model, attention, stateful, LinearCalls(heads, limits), settings, experts)
 
 
 def _describe_base(base: ProbedBase, folder: Path) -> BaseInfo:
     capacity = _compute_capacity(base)
     factors = rope.fix_frequencies(base.model, capacity.context)
-    card = loading.describe_base(base.model, folder, base.settings, capacity, factors, base.calls.limits)
+    layers = base.calls.limits, base.experts
+    card = loading.describe_base(base.model, folder, base.settings, capacity, factors, *layers)
     log.info(*_capacity_line(card, kv.bytes_per_position(base.attention, base.model.dtype)))
     if card.state_bytes:
         facts = len(base.stateful), card.state_bytes / 1e6, card.rows
@@ -169,7 +176,8 @@ def _build_pool(
 
 def _make_pool(base: ProbedBase, tables: kernels.StepTables | None = None) -> LoraPool:
     model = base.model
-    return LoraPool(model, base.settings.pool_rank, model.dtype, model.device, tables, base.calls)
+    layers = base.calls, base.experts
+    return LoraPool(model, base.settings.pool_rank, model.dtype, model.device, tables, *layers)
 
 
 def _can_use_kernels(base: ProbedBase) -> bool:

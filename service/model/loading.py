@@ -422,6 +422,7 @@ def describe_base(
     capacity: Capacity,
     rope: dict[str, Any] | None = None,
     limits: Limits = (),
+    experts: tuple[str, ...] = (),
 ) -> BaseInfo:
     """The base's exact numbers, for `/base` and every summary."""
     config = model.config.get_text_config()
@@ -447,6 +448,7 @@ def describe_base(
         state_bytes=capacity.state_bytes,
         rope=rope,
         limits=limits,
+        experts=experts,
     )
 
 

@@ -42,8 +42,8 @@ class TokenGroup(NamedTuple):
     mask: Tensor | None
 
 
-class DoraSpan(NamedTuple):
-    """Tokens [start, stop) belong to this DoRA adapter."""
+class AdapterSpan(NamedTuple):
+    """Tokens [start, stop) belong to this adapter."""
 
     start: int
     stop: int
@@ -53,13 +53,15 @@ class DoraSpan(NamedTuple):
 class TokenAdapters(NamedTuple):
     """How the tokens that a layer sees in one step meet the pool.
 
+    `gated` are the spans of DoRA adapters, `on_experts` those of adapters on a mixture's experts.
     `tiles` has one tile for each token of a sequence that has one alone, in place of a group.
     """
 
     tokens: int = 0
     groups: tuple[TokenGroup, ...] = ()
-    gated: tuple[DoraSpan, ...] = ()
+    gated: tuple[AdapterSpan, ...] = ()
     tiles: LoraTiles | None = None
+    on_experts: tuple[AdapterSpan, ...] = ()
 
     def clip(self, start: int, stop: int) -> TokenAdapters:
         """How tokens [start, stop) alone meet it; no group or span lies on both sides of a border."""
@@ -68,12 +70,17 @@ class TokenAdapters(NamedTuple):
             for group in self.groups
             if start <= group.start < stop
         ]
-        gated = [
-            DoraSpan(span.start - start, span.stop - start, span.digest)
-            for span in self.gated
-            if start <= span.start < stop
-        ]
-        return TokenAdapters(stop - start, tuple(groups), tuple(gated), None if start else self.tiles)
+        gated, on_experts = (_clip_spans(spans, start, stop) for spans in (self.gated, self.on_experts))
+        tiles = None if start else self.tiles
+        return TokenAdapters(stop - start, tuple(groups), gated, tiles, on_experts)
+
+
+def _clip_spans(spans: Sequence[AdapterSpan], start: int, stop: int) -> tuple[AdapterSpan, ...]:
+    return tuple(
+        AdapterSpan(span.start - start, span.stop - start, span.digest)
+        for span in spans
+        if start <= span.start < stop
+    )
 
 
 NO_TOKENS = TokenAdapters()
@@ -169,7 +176,7 @@ class LoraLinear(AdaptedLayer):
             return y
         self._wait_for_copies()
         flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        _check_tokens(flat.shape[0], adapters.tokens)
+        check_tokens(flat.shape[0], adapters.tokens)
         self._apply_gate(out, adapters.gated)
         if adapters.tiles is not None and self._step.add_tiles is not None:
             self._step.add_tiles(flat, out, self.pool_a, self.pool_b, adapters.tiles)
@@ -193,7 +200,7 @@ class LoraLinear(AdaptedLayer):
         else:  # a quantized layer that is asked in another precision answers in that
             y[tokens] += inner @ self.pool_b[rows]
 
-    def _apply_gate(self, y: Tensor, gated: Sequence[DoraSpan]) -> None:
+    def _apply_gate(self, y: Tensor, gated: Sequence[AdapterSpan]) -> None:
         bias = self.bias
         for start, stop, digest in gated:
             gate = self.gates.get(digest)
@@ -203,7 +210,7 @@ class LoraLinear(AdaptedLayer):
             y[start:stop] = part * gate if bias is None else (part - bias) * gate + bias
 
 
-def _check_tokens(seen: int, expected: int) -> None:
+def check_tokens(seen: int, expected: int) -> None:
     if seen != expected:
         raise RuntimeError(
             f"a layer sees {seen} of the step's {expected} tokens: it cannot be adapted row by row"

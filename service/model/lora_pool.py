@@ -6,7 +6,7 @@ the worker process; must not know requests or files.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from ..core.adapter import Digest, Placement
 from ..core.base_info import name_pattern
 from . import kernels
+from .experts import ExpertFactors, ExpertsLora, iterate_experts, list_parameters
 from .kernels.triton.shapes import LORA_TOKENS, LoraTiles
 from .kernels.weights import fits_kernel
 from .linear_calls import LinearCalls
 from .loading import iterate_linears
 from .lora_linear import (
-    DoraSpan,
+    AdapterSpan,
     FusedLoraLinear,
     LoraLinear,
     LoraWeights,
@@ -50,7 +51,8 @@ Runs = Sequence[AdapterRun]
 
 
 class LoraPool:
-    """The pool of `rank` rows, in all layers that `calls` does not limit.
+    """The pool of `rank` rows, in all layers that `calls` does not limit, and the factors of the
+    parameters whose name patterns `experts` has.
 
     The step's thread alone uses it.
 
@@ -65,20 +67,25 @@ class LoraPool:
         device: torch.device,
         tables: kernels.StepTables | None = None,
         calls: LinearCalls = NOT_LIMITED,
+        experts: Collection[str] = (),
     ) -> None:
         self.rank, self.dtype, self.device = rank, dtype, device
         self.places: dict[Digest, Placement] = {}
         self.tree: Any = share_tree(base)
         self.layers: dict[str, LoraLinear | FusedLoraLinear] = {}
+        self.experts: dict[str, ExpertFactors] = {}
         self.tables = tables
         self.step = StepAdapters()
         self._heads = calls.heads
         self._stateful = tuple(self._follow_parts())
         self._spans: list[tuple[int, ...]] = []
         self._wrap_layers(calls)
-        self._has_plain = any(isinstance(layer, LoraLinear) for layer in self.layers.values())
+        self._wrap_experts(experts)
+        has_plain = any(isinstance(layer, LoraLinear) for layer in self.layers.values())
+        self._reads_step = has_plain or bool(self.experts)  # and not the kernels' tables alone
         self._held: dict[Digest, tuple[str, ...]] = {}
         self._gated: set[Digest] = set()
+        self._on_experts: set[Digest] = set()
         self._on: Any = torch.get_device_module(device)
         self._copies = self._on.Stream()
         self.used: frozenset[str] = frozenset()  # the torch layers that hold an adapter
@@ -99,6 +106,14 @@ class LoraPool:
             fused = self._fuse_layer(name, layer, arena)
             self.layers[name] = fused or self._wrap_plain(name, layer, n_in, n_out)
             self.tree.set_submodule(name, self.layers[name])
+
+    def _wrap_experts(self, patterns: Collection[str]) -> None:
+        for name, module in list(iterate_experts(self.tree)):
+            names = [f"{name}.{parameter}" for parameter in list_parameters(module)]
+            if all(name_pattern(each) in patterns for each in names):
+                experts = ExpertsLora(module, self.step, self._seen_tokens(name))
+                self.experts |= zip(names, experts.factors.values(), strict=True)
+                self.tree.set_submodule(name, experts)
 
     def _seen_tokens(self, name: str) -> SeenTokens:
         if name_pattern(name) in self._heads:
@@ -128,9 +143,11 @@ class LoraPool:
         self._copies.wait_stream(self._on.current_stream())
         with self._on.stream(self._copies):
             for name, part in factors.items():
-                self.layers[name].place_weights(at, part)
+                self._adapted(name).place_weights(at, part)
         if any(part.gate is not None for part in factors.values()):
             self._gated.add(at.digest)
+        if not self.experts.keys().isdisjoint(factors):
+            self._on_experts.add(at.digest)
         self._note_used()
 
     def remove_adapter(self, digest: Digest) -> None:
@@ -142,9 +159,13 @@ class LoraPool:
         at = self.places.pop(digest)
         self.wait_for_copies()  # a copy that is still under way would land on the zeros
         for name in self._held.pop(digest):
-            self.layers[name].clear_rows(at)
+            self._adapted(name).clear_rows(at)
         self._gated.discard(digest)
+        self._on_experts.discard(digest)
         self._note_used()
+
+    def _adapted(self, name: str) -> LoraLinear | FusedLoraLinear | ExpertFactors:
+        return self.experts.get(name) or self.layers[name]
 
     def _note_used(self) -> None:
         plain = (item for item in self.layers.items() if isinstance(item[1], LoraLinear))
@@ -193,7 +214,7 @@ class LoraPool:
         """Tells all layers whose tokens come next; sequences of one token come first."""
         runs = [AdapterRun(len(sequence.tokens), sequence.adapter) for sequence in sequences]
         heads = [AdapterRun(sequence.kept, sequence.adapter) for sequence in sequences]
-        if self._has_plain:
+        if self._reads_step:
             singles = count_singles(sequences)
             self.step.body, self.step.head = self._meet_pool(runs, singles), self._meet_pool(heads, singles)
         if self.tables:
@@ -232,10 +253,12 @@ class LoraPool:
     def _meet_pool(self, runs: Runs, singles: int) -> TokenAdapters:
         """The tokens of these runs, the first `singles` of which have one token each."""
         tokens = sum(run.tokens for run in runs)
-        groups, gated = tuple(self._own_groups(runs[singles:], singles)), tuple(self._gated_spans(runs))
+        groups = tuple(self._own_groups(runs[singles:], singles))
+        gated, on_experts = (tuple(_list_spans(runs, those)) for those in (self._gated, self._on_experts))
         if self.step.add_tiles is not None:
-            return TokenAdapters(tokens, groups, gated, self._tiles_of(runs[:singles]))
-        return TokenAdapters(tokens, (*self._mixed_group(runs[:singles]), *groups), gated)
+            return TokenAdapters(tokens, groups, gated, self._tiles_of(runs[:singles]), on_experts)
+        groups = (*self._mixed_group(runs[:singles]), *groups)
+        return TokenAdapters(tokens, groups, gated, on_experts=on_experts)
 
     def _tiles_of(self, runs: Runs) -> LoraTiles | None:
         """Of runs of one token each; None where none has an adapter."""
@@ -275,12 +298,14 @@ class LoraPool:
                 yield TokenGroup(start, start + tokens, low, low + rank, None)
             start += tokens
 
-    def _gated_spans(self, runs: Iterable[AdapterRun]) -> Iterator[DoraSpan]:
-        start = 0
-        for tokens, digest in runs:
-            if digest in self._gated and digest is not None:
-                yield DoraSpan(start, start + tokens, digest)
-            start += tokens
+
+def _list_spans(runs: Iterable[AdapterRun], digests: Collection[Digest]) -> Iterator[AdapterSpan]:
+    """The tokens of these adapters."""
+    start = 0
+    for tokens, digest in runs:
+        if digest is not None and digest in digests:
+            yield AdapterSpan(start, start + tokens, digest)
+        start += tokens
 
 
 def _make_tiles(low: Tensor, high: Tensor, most_rank: int) -> LoraTiles:

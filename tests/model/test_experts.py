@@ -1,5 +1,5 @@
-"""LoRA on the experts of a mixture, beside a plain adapter and the base: PEFT runs it, and says what it says
-alone.
+"""LoRA on the experts of a mixture, beside plain adapters and the base: each says what PEFT says alone, in
+the batch where their parameters are of transformers' uniform kind, by PEFT where they are not.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ import torch
 from service.catalog.validator.check import measure_norms, validate_adapter
 from service.catalog.validator.messages import ValidatedAdapter
 from service.catalog.validator.skeleton import Skeleton
-from service.core.adapter import ExecutionPath
+from service.core.adapter import Adapter, ExecutionPath, WeightedPart
 from service.model.runner import ModelRunner
 from tests import making
 
-from .driver import RunnerDriver
-from .test_linear_calls import check_parity, runner_on
-from .test_parity import SIZES, random_base, weights_digest
+from .driver import Job, RunnerDriver
+from .test_linear_calls import SCORED, check_parity, logprobs, runner_on
+from .test_parity import GPT_OSS, SIZES, prompts, random_base, weights_digest
 
 EXPERTS = {
     "qwen3_moe": SIZES | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2},
     "mixtral": SIZES | {"num_local_experts": 4},
+    "gpt_oss": SIZES | GPT_OSS,  # with biases, gates between the ups, and the weights the other way round
 }
 BOTH = ["experts.down_proj", "experts.gate_up_proj"]
 
@@ -35,7 +36,7 @@ class MixtureBase:
         self.folder = random_base(folder, kind, EXPERTS[kind] | {"moe_intermediate_size": 32})
         self.runner: ModelRunner
         self.runner, card = runner_on(self.folder)
-        self.skeleton = Skeleton(self.folder, card.limits)
+        self.skeleton = Skeleton(self.folder, card.limits, card.experts)
 
     def validate(self, folder: Path, **recipe: Any) -> ValidatedAdapter:
         """Makes this adapter; dropout is none, which PEFT cannot apply to a parameter."""
@@ -53,16 +54,47 @@ def test_experts_a_plain_adapter_and_the_base_say_what_peft_says_in_one_run(
     mixture: MixtureBase, tmp_path: Path
 ) -> None:
     before = weights_digest(mixture.runner)
-    experts, routed, plain = (tmp_path / name for name in ("experts", "routed", "plain"))
-    adapters = {
-        experts: mixture.validate(experts, seed=1, targets=("q_proj",), target_parameters=BOTH).adapter,
-        routed: mixture.validate(routed, seed=2, targets=(), target_parameters=["mlp.gate.weight"]).adapter,
-        plain: mixture.validate(plain, seed=3).adapter,
+    recipes: dict[str, dict[str, Any]] = {
+        "experts": {"targets": ("q_proj",), "target_parameters": BOTH},
+        "wider": {"targets": (), "target_parameters": BOTH[:1], "r": 16, "use_rslora": True},
+        "plain": {},
     }
-    paths = [adapter.lane for adapter in adapters.values()]
-    assert paths == [ExecutionPath.SHADOW, ExecutionPath.SHADOW, ExecutionPath.POOL]
-    check_parity(RunnerDriver(mixture.runner, 8), mixture.folder, adapters)
+    adapters = {
+        tmp_path / name: mixture.validate(tmp_path / name, seed=seed, **recipe).adapter
+        for seed, (name, recipe) in enumerate(recipes.items())
+    }
+    assert {adapter.lane for adapter in adapters.values()} == {ExecutionPath.POOL}
+    driver = RunnerDriver(mixture.runner, 8)
+    check_parity(driver, mixture.folder, adapters)
+    for adapter in adapters.values():
+        driver.remove(adapter.digest)
+    assert not any(factors.held for factors in mixture.runner.pool.experts.values())
+    check_parity(driver, mixture.folder, {})
     assert weights_digest(mixture.runner) == before
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_mix_of_adapters_on_experts_says_what_peft_s_says(mixture: MixtureBase, tmp_path: Path) -> None:
+    folders = [(tmp_path / str(seed), weight) for seed, weight in enumerate((0.75, -1.5))]
+    parts = tuple(
+        WeightedPart(mixture.validate(folder, seed=seed, targets=(), target_parameters=BOTH).adapter, weight)
+        for seed, (folder, weight) in enumerate(folders)
+    )
+    mix = Adapter("mix", "", "", ExecutionPath.POOL, 8, 0, parts=parts)
+    assert mix.is_on_experts
+    driver = RunnerDriver(mixture.runner, 8)
+    driver.place(mix)
+    job = Job(prompts()[3], 5, "mix", SCORED)
+    driver.run([Job(prompts()[4], 5), job])
+    driver.remove("mix")
+    merged = making.load(mixture.folder)
+    for folder, weight in folders:
+        for name, parameter in making.served(mixture.folder, folder).merge_and_unload().named_parameters():
+            merged.get_parameter(name).data += weight * (
+                parameter - making.load(mixture.folder).get_parameter(name)
+            )
+    told = torch.tensor([token.logprob for token in job.tokens])
+    assert torch.allclose(told, logprobs(merged, job), atol=1e-3)
 
 
 @pytest.mark.filterwarnings("ignore")

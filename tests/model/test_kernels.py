@@ -31,7 +31,7 @@ from service.model.kernels.weights import fits_kernel
 from service.model.loading import load_base
 from service.model.lora_linear import (
     NO_TOKENS,
-    DoraSpan,
+    AdapterSpan,
     FusedLoraLinear,
     LoraLinear,
     LoraWeights,
@@ -93,7 +93,7 @@ def test_a_fused_layer_equals_the_torch_layer(tokens: int, n_in: int, n_out: int
     place_two(plain, n_in, n_out)
     place_overflowing(fused, n_in, n_out)
     step.body = TokenAdapters(
-        tokens, tuple(group_of(span) for span in spans), (DoraSpan(0, half or tokens, "dora"),)
+        tokens, tuple(group_of(span) for span in spans), (AdapterSpan(0, half or tokens, "dora"),)
     )
     x = made(1, tokens, n_in, seed=9)
     with torch.inference_mode():

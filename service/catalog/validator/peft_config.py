@@ -29,12 +29,17 @@ from ...errors import AdapterInvalid, AdapterUnsupported
 from .header import CONFIG, Config
 from .skeleton import Skeleton, linear_shape
 
+PARAMETERS = "target_parameters"
+OTHER_PARAMETERS = "LoRA on parameters that the batch does not adapt"
+ACTIVATED = "alora_invocation_tokens"
+# Features beyond plain LoRA that the mixed batch runs, each alone
+POOL_FEATURES = (ACTIVATED, PARAMETERS)
 # Features that PEFT itself runs beside the mixed batch. Add a feature's name (a config key, a
 # peft_type, or one of `features` below) to serve it.
 SHADOW_FEATURES = frozenset(
     {
-        "modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters",
-        "LoRA on Embedding", "LoRA on some of the tokens",
+        "modules_to_save", "trainable_token_indices", "lora_bias", PARAMETERS,
+        "LoRA on Embedding", "LoRA on some of the tokens", OTHER_PARAMETERS,
         "IA3", "VERA", "LOHA", "LOKR", "OFT", "BEFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA",
         "GRALORA", "HIRA", "HRA", "LN_TUNING", "MISS", "OSF", "PEANUT", "PSOFT", "RANDLORA", "ROAD",
         "TINYLORA", "TRAINABLE_TOKENS", "VBLORA", "WAVEFT",
@@ -46,7 +51,6 @@ OPTIONS = (
     "alora_invocation_tokens", "layer_replication", "use_qalora", "monteclora_config", "velora_config",
     "use_bdlora", "arrow_config", "kasa_config", "megatron_config",
 )  # fmt: skip
-ACTIVATED = "alora_invocation_tokens"  # runs in the pool, if it is all that a config asks for
 # Initialisations that leave part of the base's weights in the adapter
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 PREFIX = "base_model.model."
@@ -71,7 +75,8 @@ class ResolvedConfig:
 
     @property
     def lane(self) -> ExecutionPath:
-        return ExecutionPath.POOL if self.features <= {ACTIVATED} else ExecutionPath.SHADOW
+        runs_in_batch = not self.features or self.features in [{feature} for feature in POOL_FEATURES]
+        return ExecutionPath.POOL if runs_in_batch else ExecutionPath.SHADOW
 
 
 def resolve_config(skeleton: Skeleton, config: Config) -> ResolvedConfig:
@@ -156,9 +161,11 @@ def inject_config(skeleton: Skeleton, text: str) -> ResolvedConfig:
     saved = {name: layer for name, layer in model.named_modules() if isinstance(layer, ModulesToSaveWrapper)}
     expected = {key: tuple(tensor.shape) for key, tensor in state.items()}
     limits = limits_of(skeleton, tuned | saved)
-    features = list_features(config) | frozenset(filter(None, map(kind_of, layers.values())))
-    features |= model_features(skeleton, model, config, limits)
+    features = list_features(config) | model_features(skeleton, model, config, limits)
     patches = tuple(make_layer_spec(name, layer, expected) for name, layer in layers.items())
+    adapted = zip(layers.values(), patches, strict=True)
+    kinds = (kind_of(layer, patch.module, skeleton) for layer, patch in adapted)
+    features |= frozenset(filter(None, kinds))
     modules = tuple(patch.module for patch in patches) or tuple(map(_base_name, tuned))
     refused = describe_refused("LoRA" if layers else config.peft_type.value, limits)
     return ResolvedConfig(expected, patches, features, modules, refused)
@@ -253,10 +260,10 @@ def count_attentions(model: nn.Module) -> int:
     return sum("Attention" in type(module).__name__ for module in model.modules())
 
 
-def kind_of(layer: LoraLayer) -> str:
-    """Why the pool cannot run this layer; empty when it can."""
+def kind_of(layer: LoraLayer, module: str, skeleton: Skeleton) -> str:
+    """What this layer is beside a linear layer that the pool can run; empty where it is just that."""
     if isinstance(layer, ParamWrapper):
-        return "target_parameters"
+        return PARAMETERS if skeleton.adapts_parameter(module) else OTHER_PARAMETERS
     base = layer.get_base_layer()
     if linear_shape(base) is None:
         return f"LoRA on {type(base).__name__}"

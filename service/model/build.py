@@ -32,6 +32,7 @@ from .kernels.weights import fits_kernel
 from .linear_calls import LinearCalls, recorded_calls
 from .lora_pool import LoraPool
 from .memory import trim_heap
+from .mixture_check import prove_mixtures
 from .runner import ModelRunner
 from .sampler import Sampler
 from .text_part import recorded_modules, release_other_parts
@@ -44,8 +45,8 @@ GRAMMARS = 64
 
 
 class ProbedBase(NamedTuple):
-    """The loaded base and what forwards through it and a small one have shown; `experts` as BaseInfo has
-    them.
+    """The loaded base and what forwards through it and a small one have shown; `parameters`
+    are BaseInfo's `adapted_parameters`.
     """
 
     model: Any
@@ -53,7 +54,7 @@ class ProbedBase(NamedTuple):
     stateful: Sequence[states.StateSpec]
     calls: LinearCalls
     settings: Settings
-    experts: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
 
     def uses_graphs(self) -> bool:
         """Whether decode steps are to be recorded as CUDA graphs."""
@@ -126,14 +127,14 @@ def _probe_base(model: Any, settings: Settings) -> ProbedBase:
     limits += release_other_parts(model, called)
     # On a GPU the factors of experts would take memory that KV has
     is_able = model.device.type == "cpu"
-    experts = selfcheck.prove_experts(model, _own_context(model)) if is_able else ()
-    return ProbedBase(model, attention, stateful, LinearCalls(heads, limits), settings, experts)
+    parameters = prove_mixtures(model, _own_context(model)) if is_able else ()
+    return ProbedBase(model, attention, stateful, LinearCalls(heads, limits), settings, parameters)
 
 
 def _describe_base(base: ProbedBase, folder: Path) -> BaseInfo:
     capacity = _compute_capacity(base)
     factors = rope.fix_frequencies(base.model, capacity.context)
-    layers = base.calls.limits, base.experts
+    layers = base.calls.limits, base.parameters
     card = loading.describe_base(base.model, folder, base.settings, capacity, factors, *layers)
     log.info(*_capacity_line(card, kv.bytes_per_position(base.attention, base.model.dtype)))
     if card.state_bytes:
@@ -176,7 +177,7 @@ def _build_pool(
 
 def _make_pool(base: ProbedBase, tables: kernels.StepTables | None = None) -> LoraPool:
     model = base.model
-    layers = base.calls, base.experts
+    layers = base.calls, base.parameters
     return LoraPool(model, base.settings.pool_rank, model.dtype, model.device, tables, *layers)
 
 

@@ -422,7 +422,7 @@ def describe_base(
     capacity: Capacity,
     rope: dict[str, Any] | None = None,
     limits: Limits = (),
-    experts: tuple[str, ...] = (),
+    adapted_parameters: tuple[str, ...] = (),
 ) -> BaseInfo:
     """The base's exact numbers, for `/base` and every summary."""
     config = model.config.get_text_config()
@@ -448,7 +448,7 @@ def describe_base(
         state_bytes=capacity.state_bytes,
         rope=rope,
         limits=limits,
-        experts=experts,
+        adapted_parameters=adapted_parameters,
     )
 
 

@@ -32,6 +32,7 @@ from .lora_linear import (
 )
 from .memory import HugePageArena
 from .peft_fallback import share_tree
+from .routers import adapt_router, iterate_routers
 from .states import StatefulForward
 from .step_layout import SequenceStep, count_singles
 from .stored_quantization import is_quantized
@@ -51,8 +52,8 @@ Runs = Sequence[AdapterRun]
 
 
 class LoraPool:
-    """The pool of `rank` rows, in all layers that `calls` does not limit, and the factors of the
-    parameters whose name patterns `experts` has.
+    """The pool of `rank` rows, in all layers that `calls` does not limit and the routers whose weights'
+    name patterns `parameters` has; and the factors of the experts that it has.
 
     The step's thread alone uses it.
 
@@ -67,7 +68,7 @@ class LoraPool:
         device: torch.device,
         tables: kernels.StepTables | None = None,
         calls: LinearCalls = NOT_LIMITED,
-        experts: Collection[str] = (),
+        parameters: Collection[str] = (),
     ) -> None:
         self.rank, self.dtype, self.device = rank, dtype, device
         self.places: dict[Digest, Placement] = {}
@@ -80,7 +81,8 @@ class LoraPool:
         self._stateful = tuple(self._follow_parts())
         self._spans: list[tuple[int, ...]] = []
         self._wrap_layers(calls)
-        self._wrap_experts(experts)
+        self._wrap_experts(parameters)
+        self._wrap_routers(parameters)
         has_plain = any(isinstance(layer, LoraLinear) for layer in self.layers.values())
         self._reads_step = has_plain or bool(self.experts)  # and not the kernels' tables alone
         self._held: dict[Digest, tuple[str, ...]] = {}
@@ -114,6 +116,13 @@ class LoraPool:
                 experts = ExpertsLora(module, self.step, self._seen_tokens(name))
                 self.experts |= zip(names, experts.factors.values(), strict=True)
                 self.tree.set_submodule(name, experts)
+
+    def _wrap_routers(self, patterns: Collection[str]) -> None:
+        for name, module in list(iterate_routers(self.tree)):
+            weight = f"{name}.weight"
+            if name_pattern(weight) in patterns:
+                sees = self._seen_tokens(name)
+                self.layers[weight] = adapt_router(module, self.rank, self.device, self.step, sees)
 
     def _seen_tokens(self, name: str) -> SeenTokens:
         if name_pattern(name) in self._heads:

@@ -13,7 +13,6 @@ Knows the probe's tokens. Must not know adapters, requests or settings.
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -23,15 +22,11 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from ..core.adapter import Digest, Placement
-from ..core.base_info import name_pattern
 from ..engine.kv_blocks import count_blocks
 from . import kv, rope, states
 from .compat import attention_name
-from .experts import ExpertsLora, iterate_experts, list_parameters
 from .graphs import CudaGraphs
 from .loading import iterate_linears
-from .lora_linear import AdapterSpan, LoraWeights, StepAdapters, TokenAdapters
 from .lora_pool import LoraPool
 from .runner import forward_step
 from .small_model import SHORT, small_model, thresholds
@@ -41,7 +36,6 @@ from .stored_quantization import is_quantized
 log = logging.getLogger(__name__)
 
 GRAPHS_DIFFER = "graphs: off; the logits of the step that was tried differ from the model's own by %.2g"
-EXPERTS_BY_PEFT = "experts: adapters on %s run by PEFT, apart from the batch: %s"
 ROUGH_ONLY = "proof: rough; no small model of the base could be made to prove it by: %s"
 
 PROBE = 24  # tokens
@@ -59,7 +53,6 @@ KERNELS = 0.05
 INT8 = 0.25
 SEEDS = (0, 1)  # a router of the first model may sit on a tie
 RANK = 8  # of the small model's pool
-TRIED: Digest = "tried"  # an adapter that nobody registered
 
 # Sequence, first token, behind the last one; those of one token come first
 Step = Sequence[tuple[int, int, int]]
@@ -164,61 +157,6 @@ def _served_error(reference: Reference, context: int) -> float:
         return max(map(_relative_error, _through_blocks(pool.tree, BESIDE, pool), expected))
     except (TypeError, ValueError, AttributeError, LookupError, RuntimeError) as error:
         raise kv.refuse_base(small, f"a step raises {type(error).__name__}: {_first_line(error)}") from error
-
-
-def prove_experts(model: Any, context: int) -> tuple[str, ...]:
-    """The name patterns of the parameters of experts that a mixed batch adapts as PEFT does, in a small
-    model; the log says which it does not, and why.
-    """
-    if next(iterate_experts(model), None) is None:
-        return ()
-    try:
-        mixtures = list(iterate_experts(small_model(model, context, PROBE, SEEDS[0])))
-    except Exception as cause:  # as in `prove_architecture`
-        log.warning(EXPERTS_BY_PEFT, "the experts", _first_line(cause))
-        return ()
-    proven: dict[str, None] = {}
-    for name, module in mixtures:
-        reason = _experts_differ(module)
-        if reason:
-            log.warning(EXPERTS_BY_PEFT, name, reason)
-            return ()
-        proven |= dict.fromkeys(name_pattern(f"{name}.{parameter}") for parameter in list_parameters(module))
-    return tuple(proven)
-
-
-@torch.inference_mode()
-def _experts_differ(experts: Any) -> str:
-    """Why these experts cannot be adapted in a mixed batch; empty where tokens in the middle of a step
-    get what the same experts make of them with the change in their weights, and the others their own.
-    """
-    generator = torch.Generator().manual_seed(0)
-    adapted, merged = ExpertsLora(experts, StepAdapters()), copy.deepcopy(experts)
-    for name, factors in adapted.factors.items():
-        weight = getattr(merged, name)
-        count, n_in, n_out = weight.shape if experts.is_transposed else weight.mT.shape
-        a = torch.randn(count, RANK, n_in, generator=generator) / n_in
-        b = torch.randn(count, RANK, n_out, generator=generator)
-        factors.place_weights(Placement(TRIED, 0, RANK), LoraWeights(a, b))
-        change = a.mT @ b
-        weight += change if experts.is_transposed else change.mT
-    n_in = next(iter(adapted.factors.values())).held[TRIED].a.shape[-1]
-    routed = _route_probe(experts.num_experts, n_in, generator)
-    own = slice(PROBE // 3, PROBE // 2)
-    adapted.step.body = TokenAdapters(PROBE, on_experts=(AdapterSpan(own.start, own.stop, TRIED),))
-    try:
-        expected = experts(*routed).index_copy(0, torch.arange(PROBE)[own], merged(*routed)[own])
-        error = _relative_error(adapted(*routed), expected)
-    except Exception as cause:  # whatever the class makes of being called so
-        return f"a step raises {type(cause).__name__}: {_first_line(cause)}"
-    return "" if error < EXACT else f"they differ from PEFT's by {error:.2g}"
-
-
-def _route_probe(count: int, n_in: int, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """PROBE tokens [PROBE, n_in], and the two of `count` experts that each is sent to, with weights."""
-    tokens = torch.randn(PROBE, n_in, generator=generator)
-    weights, experts = torch.rand(PROBE, count, generator=generator).topk(min(2, count))
-    return tokens, experts, weights
 
 
 def plain_logits(model: Any, ids: Sequence[int] | None = None, has_states: bool = False) -> Tensor:

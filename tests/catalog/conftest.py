@@ -91,7 +91,7 @@ class InProcessValidator(Validator):
     reads: list[tuple[Path, Manifest]]
 
     async def start_on(
-        self, folder: Path, limits: tuple[LayerLimit, ...] = (), experts: tuple[str, ...] = ()
+        self, folder: Path, limits: tuple[LayerLimit, ...] = (), parameters: tuple[str, ...] = ()
     ) -> None:
         self.reads = []
         self._skeleton = Skeleton(folder, limits)

@@ -33,10 +33,11 @@ class MixtureBase:
     """A served mixture of experts, and what the validator knows of it."""
 
     def __init__(self, folder: Path, kind: str) -> None:
+        self.router = "mlp.router.weight" if kind == "gpt_oss" else "mlp.gate.weight"
         self.folder = random_base(folder, kind, EXPERTS[kind] | {"moe_intermediate_size": 32})
         self.runner: ModelRunner
         self.runner, card = runner_on(self.folder)
-        self.skeleton = Skeleton(self.folder, card.limits, card.experts)
+        self.skeleton = Skeleton(self.folder, card.limits, card.adapted_parameters)
 
     def validate(self, folder: Path, **recipe: Any) -> ValidatedAdapter:
         """Makes this adapter; dropout is none, which PEFT cannot apply to a parameter."""
@@ -57,6 +58,7 @@ def test_experts_a_plain_adapter_and_the_base_say_what_peft_says_in_one_run(
     recipes: dict[str, dict[str, Any]] = {
         "experts": {"targets": ("q_proj",), "target_parameters": BOTH},
         "wider": {"targets": (), "target_parameters": BOTH[:1], "r": 16, "use_rslora": True},
+        "routed": {"targets": (), "target_parameters": [mixture.router]},
         "plain": {},
     }
     adapters = {
@@ -98,10 +100,11 @@ def test_a_mix_of_adapters_on_experts_says_what_peft_s_says(mixture: MixtureBase
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_all_linear_of_a_mixture_runs_by_peft(mixture: MixtureBase, tmp_path: Path) -> None:
+def test_all_linear_of_a_mixture_runs_in_the_batch(mixture: MixtureBase, tmp_path: Path) -> None:
     """PEFT takes the experts and the routers for linear layers, as they were once."""
     folder = tmp_path / "all"
     adapter = mixture.validate(folder, seed=4, targets="all-linear").adapter
+    assert adapter.lane is ExecutionPath.POOL
     check_parity(RunnerDriver(mixture.runner, 8), mixture.folder, {folder: adapter})
 
 

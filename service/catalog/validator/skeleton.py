@@ -22,15 +22,15 @@ from ..architecture import ModuleNode
 class Skeleton:
     """The module tree on the meta device. `folder` holds the base's config.json, or is that file.
 
-    `limits` are the worker's reasons not to adapt some of the layers, `experts` the name patterns of the
-    parameters that it adapts in the batch. Raises OSError, ValueError.
+    `limits` are the worker's reasons not to adapt some of the layers, `parameters` the name patterns
+    of those that it adapts in the batch. Raises OSError, ValueError.
     """
 
     def __init__(
-        self, folder: Path, limits: Iterable[LayerLimit] = (), experts: Collection[str] = ()
+        self, folder: Path, limits: Iterable[LayerLimit] = (), parameters: Collection[str] = ()
     ) -> None:
         self.folder = folder
-        self._experts = frozenset(experts)
+        self._parameters = frozenset(parameters)
         self._limits = {limit.pattern: limit for limit in limits}
         config = read_base_config(folder)
         with torch.device("meta"):
@@ -54,8 +54,8 @@ class Skeleton:
         return self._limits.get(name_pattern(module))
 
     def adapts_parameter(self, parameter: str) -> bool:
-        """Whether the mixed batch adapts this parameter of experts."""
-        return name_pattern(parameter) in self._experts
+        """Whether the mixed batch adapts this parameter."""
+        return name_pattern(parameter) in self._parameters
 
     def make_tree(self) -> ModuleNode:
         return make_node("", self.model)

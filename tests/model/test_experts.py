@@ -14,6 +14,8 @@ from service.catalog.validator.check import measure_norms, validate_adapter
 from service.catalog.validator.messages import ValidatedAdapter
 from service.catalog.validator.skeleton import Skeleton
 from service.core.adapter import Adapter, ExecutionPath, WeightedPart
+from service.model.experts import ExpertsLora
+from service.model.lora_linear import LoraLinear
 from service.model.runner import ModelRunner
 from tests import making
 
@@ -132,3 +134,24 @@ def merged_change(base: Path, adapter: Path) -> float:
     name = "model.layers.0.mlp.experts.down_proj"
     change: torch.Tensor = merged.get_parameter(name) - making.load(base).get_parameter(name)
     return float(change.norm())
+
+
+WRONG: dict[str, tuple[Any, str, Any, str]] = {
+    "experts": (ExpertsLora, "_is_adapted_by", lambda self, digest: False, "mlp.experts."),
+    "router": (LoraLinear, "_add_group", lambda self, x, y, group: None, "mlp.gate.weight"),
+}
+
+
+@pytest.mark.parametrize("part", WRONG)
+@pytest.mark.filterwarnings("ignore")
+def test_what_the_batch_would_adapt_wrongly_is_left_to_peft_and_the_log_says_so(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    owner, name, wrong, parameter = WRONG[part]
+    monkeypatch.setattr(owner, name, wrong)
+    base = MixtureBase(tmp_path / "base", "qwen3_moe")
+    said = [record.getMessage() for record in caplog.records if "run by PEFT" in record.getMessage()]
+    assert said
+    assert all(parameter in line and "differ" in line for line in said)
+    adapter = base.validate(tmp_path / "all", seed=4, targets="all-linear").adapter
+    assert adapter.lane is ExecutionPath.SHADOW

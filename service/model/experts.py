@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ..core.adapter import Digest, Placement
+from . import compat
 from .lora_linear import AdapterSpan, LoraWeights, SeenTokens, StepAdapters, TokenAdapters, check_tokens
 
 # What transformers says of an experts class whose forward its own functions can take the place of
@@ -111,7 +112,7 @@ class ExpertsLora(nn.Module):
         base = self.base_layer
         into, out_of = self.factors
         inner = self._multiply(into, x, pairs, owned)
-        inner = base._apply_gate(inner) if base.has_gate else base.act_fn(inner)
+        inner = compat.apply_gate(base, inner) if base.has_gate else base.act_fn(inner)
         out = self._multiply(out_of, inner, pairs, owned)
         return base.post_expert_norm(out) if base.has_post_expert_norm else out
 

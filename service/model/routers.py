@@ -24,7 +24,7 @@ def iterate_routers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """
     known = nn.Linear, nn.Embedding, Conv1D, LoraLinear
     for name, module in model.named_modules():
-        weight = module._parameters.get("weight")
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
         is_own = weight is not None and weight.dim() == 2 and weight.is_floating_point()
         if is_own and not isinstance(module, known) and not is_packed(module):
             yield name, module

@@ -30,16 +30,13 @@ from .header import CONFIG, Config
 from .skeleton import Skeleton, linear_shape
 
 PARAMETERS = "target_parameters"
-OTHER_PARAMETERS = "LoRA on parameters that the batch does not adapt"
-ACTIVATED = "alora_invocation_tokens"
-# Features beyond plain LoRA that the mixed batch runs, each alone
-POOL_FEATURES = (ACTIVATED, PARAMETERS)
+ACTIVATED = "alora_invocation_tokens"  # runs in the pool, if it is all that a config asks for
 # Features that PEFT itself runs beside the mixed batch. Add a feature's name (a config key, a
 # peft_type, or one of `features` below) to serve it.
 SHADOW_FEATURES = frozenset(
     {
         "modules_to_save", "trainable_token_indices", "lora_bias", PARAMETERS,
-        "LoRA on Embedding", "LoRA on some of the tokens", OTHER_PARAMETERS,
+        "LoRA on Embedding", "LoRA on some of the tokens",
         "IA3", "VERA", "LOHA", "LOKR", "OFT", "BEFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA",
         "GRALORA", "HIRA", "HRA", "LN_TUNING", "MISS", "OSF", "PEANUT", "PSOFT", "RANDLORA", "ROAD",
         "TINYLORA", "TRAINABLE_TOKENS", "VBLORA", "WAVEFT",
@@ -47,8 +44,8 @@ SHADOW_FEATURES = frozenset(
 )  # fmt: skip
 
 OPTIONS = (
-    "modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters",
-    "alora_invocation_tokens", "layer_replication", "use_qalora", "monteclora_config", "velora_config",
+    "modules_to_save", "trainable_token_indices", "lora_bias", PARAMETERS,
+    ACTIVATED, "layer_replication", "use_qalora", "monteclora_config", "velora_config",
     "use_bdlora", "arrow_config", "kasa_config", "megatron_config",
 )  # fmt: skip
 # Initialisations that leave part of the base's weights in the adapter
@@ -64,7 +61,7 @@ class ResolvedConfig:
     """A config resolved on the base: every tensor it needs, its LoRA layers, and its further features.
 
     `modules` are all layers that it changes; `refused` says which of these not even PEFT can run on
-    this base.
+    this base. `adapts_parameters`: the mixed batch adapts every parameter that it names.
     """
 
     expected: dict[str, tuple[int, ...]]
@@ -72,11 +69,13 @@ class ResolvedConfig:
     features: frozenset[str]
     modules: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
+    adapts_parameters: bool = False
 
     @property
     def lane(self) -> ExecutionPath:
-        runs_in_batch = not self.features or self.features in [{feature} for feature in POOL_FEATURES]
-        return ExecutionPath.POOL if runs_in_batch else ExecutionPath.SHADOW
+        in_batch = {ACTIVATED, PARAMETERS} if self.adapts_parameters else {ACTIVATED}
+        is_alone = len(self.features) < 2  # nobody has tried these together
+        return ExecutionPath.POOL if is_alone and self.features <= in_batch else ExecutionPath.SHADOW
 
 
 def resolve_config(skeleton: Skeleton, config: Config) -> ResolvedConfig:
@@ -161,14 +160,14 @@ def inject_config(skeleton: Skeleton, text: str) -> ResolvedConfig:
     saved = {name: layer for name, layer in model.named_modules() if isinstance(layer, ModulesToSaveWrapper)}
     expected = {key: tuple(tensor.shape) for key, tensor in state.items()}
     limits = limits_of(skeleton, tuned | saved)
-    features = list_features(config) | model_features(skeleton, model, config, limits)
+    features = list_features(config) | frozenset(filter(None, map(kind_of, layers.values())))
+    features |= model_features(skeleton, model, config, limits)
     patches = tuple(make_layer_spec(name, layer, expected) for name, layer in layers.items())
-    adapted = zip(layers.values(), patches, strict=True)
-    kinds = (kind_of(layer, patch.module, skeleton) for layer, patch in adapted)
-    features |= frozenset(filter(None, kinds))
     modules = tuple(patch.module for patch in patches) or tuple(map(_base_name, tuned))
     refused = describe_refused("LoRA" if layers else config.peft_type.value, limits)
-    return ResolvedConfig(expected, patches, features, modules, refused)
+    parameters = [name for name, layer in layers.items() if isinstance(layer, ParamWrapper)]
+    adapts = all(skeleton.adapts_parameter(_module_of(name, layers[name])) for name in parameters)
+    return ResolvedConfig(expected, patches, features, modules, refused, adapts)
 
 
 def model_features(
@@ -260,10 +259,10 @@ def count_attentions(model: nn.Module) -> int:
     return sum("Attention" in type(module).__name__ for module in model.modules())
 
 
-def kind_of(layer: LoraLayer, module: str, skeleton: Skeleton) -> str:
+def kind_of(layer: LoraLayer) -> str:
     """What this layer is beside a linear layer that the pool can run; empty where it is just that."""
     if isinstance(layer, ParamWrapper):
-        return PARAMETERS if skeleton.adapts_parameter(module) else OTHER_PARAMETERS
+        return PARAMETERS
     base = layer.get_base_layer()
     if linear_shape(base) is None:
         return f"LoRA on {type(base).__name__}"

@@ -452,6 +452,11 @@ def describe_base(
     )
 
 
+def own_context(model: Any) -> int:
+    """The positions that the base was made for."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 2048)
+
+
 def _intermediate_size(config: Any) -> int:
     named = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None)
     return int(named or 4 * config.hidden_size)

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from ..core.adapter import Digest, Placement
 from . import compat
-from .lora_linear import AdapterSpan, LoraWeights, SeenTokens, StepAdapters, TokenAdapters, check_tokens
+from .lora_linear import AdapterSpan, LoraWeights, StepAdapters, check_tokens
 
 # What transformers says of an experts class whose forward its own functions can take the place of
 TOLD = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "num_experts")
@@ -81,17 +81,17 @@ class ExpertFactors:
 class ExpertsLora(nn.Module):
     """Experts of transformers' uniform kind, each pair with the factors of its token's adapter."""
 
-    def __init__(self, base_layer: Any, step: StepAdapters, sees: SeenTokens = "body") -> None:
+    def __init__(self, base_layer: Any, step: StepAdapters) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.factors = {name: ExpertFactors() for name in list_parameters(base_layer)}
-        self.step, self._sees = step, sees
+        self.step = step
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[tokens, hidden] of hidden_states [tokens, hidden], where each token is sent to the k experts
         of top_k_index [tokens, k] with top_k_weights.
         """
-        adapters: TokenAdapters = getattr(self.step, self._sees)
+        adapters = self.step.body
         spans = [span for span in adapters.on_experts if self._is_adapted_by(span.digest)]
         if not spans:
             y: Tensor = self.base_layer(hidden_states, top_k_index, top_k_weights)

@@ -53,7 +53,8 @@ class AdapterSpan(NamedTuple):
 class TokenAdapters(NamedTuple):
     """How the tokens that a layer sees in one step meet the pool.
 
-    `gated` are the spans of DoRA adapters, `on_experts` those of adapters on a mixture's experts.
+    `gated` are the spans of DoRA adapters, `on_experts` those of adapters on a mixture's experts, which
+    lie in no layer with states.
     `tiles` has one tile for each token of a sequence that has one alone, in place of a group.
     """
 
@@ -70,17 +71,12 @@ class TokenAdapters(NamedTuple):
             for group in self.groups
             if start <= group.start < stop
         ]
-        gated, on_experts = (_clip_spans(spans, start, stop) for spans in (self.gated, self.on_experts))
-        tiles = None if start else self.tiles
-        return TokenAdapters(stop - start, tuple(groups), gated, tiles, on_experts)
-
-
-def _clip_spans(spans: Sequence[AdapterSpan], start: int, stop: int) -> tuple[AdapterSpan, ...]:
-    return tuple(
-        AdapterSpan(span.start - start, span.stop - start, span.digest)
-        for span in spans
-        if start <= span.start < stop
-    )
+        gated = [
+            AdapterSpan(span.start - start, span.stop - start, span.digest)
+            for span in self.gated
+            if start <= span.start < stop
+        ]
+        return TokenAdapters(stop - start, tuple(groups), tuple(gated), None if start else self.tiles)
 
 
 NO_TOKENS = TokenAdapters()

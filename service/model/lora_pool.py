@@ -113,7 +113,7 @@ class LoraPool:
         for name, module in list(iterate_experts(self.tree)):
             names = [f"{name}.{parameter}" for parameter in list_parameters(module)]
             if all(name_pattern(each) in patterns for each in names):
-                experts = ExpertsLora(module, self.step, self._seen_tokens(name))
+                experts = ExpertsLora(module, self.step)
                 self.experts |= zip(names, experts.factors.values(), strict=True)
                 self.tree.set_submodule(name, experts)
 
@@ -121,8 +121,7 @@ class LoraPool:
         for name, module in list(iterate_routers(self.tree)):
             weight = f"{name}.weight"
             if name_pattern(weight) in patterns:
-                sees = self._seen_tokens(name)
-                self.layers[weight] = adapt_router(module, self.rank, self.device, self.step, sees)
+                self.layers[weight] = adapt_router(module, self.rank, self.device, self.step)
 
     def _seen_tokens(self, name: str) -> SeenTokens:
         if name_pattern(name) in self._heads:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from .lora_linear import LoraLinear, SeenTokens, StepAdapters
+from .lora_linear import LoraLinear, StepAdapters
 from .stored_quantization import is_packed
 
 
@@ -58,15 +58,13 @@ class AdaptedWeight:
         return y + bias[0] if bias and bias[0] is not None else y
 
 
-def adapt_router(
-    router: Any, rank: int, device: torch.device, step: StepAdapters, sees: SeenTokens = "body"
-) -> LoraLinear:
+def adapt_router(router: Any, rank: int, device: torch.device, step: StepAdapters) -> LoraLinear:
     """Puts an AdaptedWeight into the router; the layer that it runs, with `rank` pool rows."""
     weight = router.weight
     n_out, n_in = weight.shape
     product = nn.Linear(n_in, n_out, bias=False, device="meta")
     product.weight = weight
-    layer = LoraLinear(product, n_in, n_out, rank, weight.dtype, device, step, sees)
+    layer = LoraLinear(product, n_in, n_out, rank, weight.dtype, device, step)
     del router.weight
     router.weight = AdaptedWeight(layer)
     return layer

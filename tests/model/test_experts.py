@@ -58,7 +58,7 @@ def test_experts_a_plain_adapter_and_the_base_say_what_peft_says_in_one_run(
 ) -> None:
     before = weights_digest(mixture.runner)
     recipes: dict[str, dict[str, Any]] = {
-        "experts": {"targets": ("q_proj",), "target_parameters": BOTH},
+        "experts": {"targets": ("q_proj",), "target_parameters": BOTH, "r": 3},
         "wider": {"targets": (), "target_parameters": BOTH[:1], "r": 16, "use_rslora": True},
         "routed": {"targets": (), "target_parameters": [mixture.router]},
         "plain": {},

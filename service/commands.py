@@ -154,9 +154,9 @@ def _positive(text: str) -> int:
 def _run_plan(chosen: argparse.Namespace) -> int:
     from . import memory_plan
 
-    shape, memory = memory_plan.read_shape(chosen.base), memory_plan.parse_bytes(chosen.memory)
-    options = chosen.quantization, chosen.pool_rank, chosen.max_rows, chosen.context
-    plan = memory_plan.plan_memory(shape, memory, *options)
+    memory = memory_plan.parse_bytes(chosen.memory)
+    shape = memory_plan.read_shape(chosen.base, chosen.quantization)
+    plan = memory_plan.plan_memory(shape, memory, chosen.pool_rank, chosen.max_rows, chosen.context)
     _print_result(plan, memory_plan.format_plan(plan), chosen.format)
     return 0 if plan["kv_tokens"] else 1
 

@@ -1,23 +1,22 @@
 """Says what fits on a device, from a base's config alone, for the command line's `plan`; in its own
 process.
 
-The arithmetic of weights, pool and KV is the start's own (`core/capacity.py`). Must not know torch:
-the answer is there at once.
+The base is measured and the arithmetic of weights, pool and KV is done by the start's own code
+(`model/base_shape.py`, `core/capacity.py`). Must not know torch.
 """
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from .base_shapes import DTYPE_BYTES, FAMILIES, BaseShape, shape_of
 from .core import capacity
 from .core.base_info import BLOCK_TOKENS
 from .core.defaults import GPU_DEFAULTS
 from .errors import SettingsError
+from .model.base_shape import DTYPE, BaseShape, make_config, measure_shape, read_config
 
 DEMO: dict[str, Any] = {
     "model_type": "llama",
@@ -34,28 +33,14 @@ UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**1
 CONTEXTS = (1024, 4096, 16384, 65536)
 
 
-def read_shape(base: str) -> BaseShape:
+def read_shape(base: str, quantization: str) -> BaseShape:
     """Of a `config.json`, its folder, or `demo`. Raises SettingsError."""
-    config = DEMO if base == "demo" else _read_config(Path(base))
-    config = config.get("text_config", config)
-    family = config.get("model_type")
-    if family not in FAMILIES:
-        raise SettingsError(f"--base: model_type {family!r} cannot be planned; `/base` says it once served")
     try:
-        return shape_of(config)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise SettingsError(f"--base: config.json lacks a usable {error}") from error
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    file = path / "config.json" if path.is_dir() else path
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SettingsError(f"--base: {file} cannot be read as a config.json: {error}") from error
-    if not isinstance(config, dict):
-        raise SettingsError(f"--base: {file} holds no JSON object")
-    return config
+        config = make_config(DEMO) if base == "demo" else read_config(Path(base))
+        return measure_shape(config, quantization)
+    except (ValueError, SettingsError) as error:
+        reason = str(error).removeprefix("ADAPTERD_BASE: ")
+        raise SettingsError(f"--base: {reason}") from error
 
 
 def parse_bytes(text: str) -> int:
@@ -67,18 +52,18 @@ def parse_bytes(text: str) -> int:
 
 
 def plan_memory(
-    shape: BaseShape, memory: int, quantization: str, pool_rank: int, rows: int | None, context: int | None
+    shape: BaseShape, memory: int, pool_rank: int, rows: int | None, context: int | None
 ) -> dict[str, Any]:
     """What a GPU of so many bytes holds beside this base. Raises SettingsError."""
     if context is not None and context > shape.context:
         raise SettingsError(f"--context: {context} is over the base's own {shape.context}")
-    weights = shape.weights_bytes(quantization)
-    pool = capacity.pool_bytes([*shape.linears(), shape.head], pool_rank, DTYPE_BYTES)
+    weights = shape.weights_bytes
+    pool = capacity.pool_bytes(shape.linears, pool_rank, DTYPE.itemsize)
     at_once = rows or GPU_DEFAULTS.rows
     states = capacity.states_bytes(shape.state_bytes, at_once)
     budget = capacity.kv_budget(memory - weights - pool - states, "cuda")
-    blocks = capacity.count_kv_blocks(budget, shape.kv_bytes_per_token)
-    tokens = blocks * BLOCK_TOKENS
+    blocks = capacity.count_kv_blocks(budget, shape.kv_bytes_per_token, at_once, shape.context)
+    tokens = blocks * BLOCK_TOKENS if budget else 0
     longest = min(context or shape.context, tokens)
     lengths = sorted({length for length in CONTEXTS if length < longest} | {longest}) if tokens else []
     return {

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from zlib import crc32
 
-from service.core.adapter import Adapter, Digest, ExecutionPath, Placement
+from service.core.adapter import Adapter, Digest, ExecutionPath, LoraLayerSpec, Placement
 from service.core.base_info import BLOCK_TOKENS, BaseInfo, LinearKind
 from service.core.request import Request, Token
 from service.engine.kv_blocks import count_blocks
@@ -33,6 +33,7 @@ def adapter(
     size: int = 1000,
     lane: ExecutionPath = ExecutionPath.POOL,
     readable: bool = True,
+    experts: int = 1,
 ) -> Adapter:
     return Adapter(
         f"sha256:{name}",
@@ -41,6 +42,7 @@ def adapter(
         lane,
         0 if lane is ExecutionPath.SHADOW else rank,
         size,
+        (LoraLayerSpec("m", rank, 1.0, "a", "b", experts=experts),),
     )
 
 

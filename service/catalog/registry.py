@@ -113,7 +113,7 @@ class Registry:
         registers the folders that lie in the adapters directory.
         """
         base = self._table.base
-        await self._validator.start_on(Path(base.folder), base.limits)
+        await self._validator.start_on(Path(base.folder), base.limits, base.adapted_parameters)
         await run_in(DISK, self._state_file.read_file)
         before = dict(self._state_file.records)
         self._follower.records = dict(before)

@@ -156,7 +156,7 @@ def _describe_context(base: BaseInfo, max_rank: int) -> str:
     files = [(name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for name, stat in stats]
     installed = [(found.name.lower(), found.version) for found in metadata.distributions()]
     versions = sorted(version for version in installed if version[0] in LIBRARIES)
-    parts = (files, base.limits, max_rank, versions, _hash_source())
+    parts = (files, base.limits, base.adapted_parameters, max_rank, versions, _hash_source())
     return sha256(repr(parts).encode()).hexdigest()[:16]
 
 

@@ -73,6 +73,12 @@ class Adapter:
         """The pool rows it takes: as many as its rank, and with DoRA a last one, for the gate."""
         return self.rank + any(spec.magnitude for spec in self.patches)
 
+    @property
+    def is_on_experts(self) -> bool:
+        """Whether a mixture's experts are adapted, by factors that steps read where the host has them."""
+        own = any(spec.experts > 1 for spec in self.patches)
+        return own or any(part.adapter.is_on_experts for part in self.parts)
+
 
 @dataclass(frozen=True, slots=True)
 class WeightedPart:

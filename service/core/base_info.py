@@ -46,7 +46,8 @@ class BaseInfo:
     has several; else it is None. `state_bytes` is what layers with states keep of one sequence: where there
     are such layers, no sequence goes on from another's KV. `quantization` is how the linear layers are held:
     `quantized_bytes` of them, beside `plain_expert_bytes` of experts, which layer by layer no method
-    quantizes.
+    quantizes. `adapted_parameters` are the name patterns of what the mixed batch adapts beside linear layers:
+    the parameters of experts and of their routers.
     """
 
     folder: str
@@ -70,3 +71,4 @@ class BaseInfo:
     limits: tuple[LayerLimit, ...] = ()
     quantized_bytes: int = 0
     plain_expert_bytes: int = 0
+    adapted_parameters: tuple[str, ...] = ()

@@ -44,6 +44,10 @@ def kv_budget(free_bytes: int, device: str, kv_mb: int | None = None) -> int:
     return int(max(0, free_bytes) * (CPU_SHARE if device == "cpu" else GPU_SHARE))
 
 
-def count_kv_blocks(budget: int, bytes_per_token: int) -> int:
-    """The blocks that fit into so many bytes, where a position of all layers takes `bytes_per_token`."""
+def count_kv_blocks(budget: int, bytes_per_token: int, rows: int, context: int) -> int:
+    """The blocks that fit into so many bytes, where a position of all layers takes `bytes_per_token`; of
+    a base without keys and values, whose blocks take no memory, those of `rows` sequences of `context`.
+    """
+    if not bytes_per_token:
+        return rows * -(-context // BLOCK_TOKENS)
     return budget // (bytes_per_token * BLOCK_TOKENS)

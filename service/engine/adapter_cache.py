@@ -257,13 +257,16 @@ class AdapterCache:
     def _evict_from_host(self, need: int, keep: Collection[Digest]) -> list[Digest]:
         """Makes room for `need` bytes in host memory; the adapters to forget there.
 
-        Those in `keep` stay, so host memory can be exceeded, but by them alone.
+        Those in `keep` stay, so host memory can be exceeded, but by them alone. Adapters on experts leave
+        the pool too, which would go on to hold what is to be freed.
         """
         victims = self.host.choose_victims(need, keep)
         if victims is None:
             victims = self.host.list_idle(keep)
         for victim in victims:
             self.host.remove_key(victim)
+            if victim in self.pool and self.known[victim].adapter.is_on_experts:
+                self._unplace_adapter(victim)
         self._moved.update(victims)
         return victims
 

@@ -21,7 +21,6 @@ from .. import limits
 from ..core import capacity
 from ..core.base_info import BLOCK_TOKENS, BaseInfo
 from ..core.defaults import defaults_of
-from ..engine.kv_blocks import count_blocks
 from ..errors import DoesNotFit, SettingsError
 from ..settings import Settings
 from . import base_size, gpu_kernels, kernels, kv, loading, processor, rope, selfcheck, states
@@ -29,12 +28,13 @@ from .draws import Draw, draw_tokens
 from .graphs import CudaGraphs
 from .kernels import decoder
 from .kernels.weights import fits_kernel
-from .linear_calls import LinearCalls, recorded_calls
+from .linear_calls import LinearCalls
 from .lora_pool import LoraPool
 from .memory import trim_heap
+from .mixture_check import prove_mixtures
+from .probe import probe_layers
 from .runner import ModelRunner
 from .sampler import Sampler
-from .text_part import recorded_modules, release_other_parts
 
 log = logging.getLogger(__name__)
 
@@ -44,13 +44,16 @@ GRAMMARS = 64
 
 
 class ProbedBase(NamedTuple):
-    """The loaded base and what a forward through it has shown."""
+    """The loaded base and what forwards through it and a small one have shown; `parameters`
+    are BaseInfo's `adapted_parameters`.
+    """
 
     model: Any
     attention: Sequence[kv.AttentionSpec]
     stateful: Sequence[states.StateSpec]
     calls: LinearCalls
     settings: Settings
+    parameters: tuple[str, ...] = ()
 
     def uses_graphs(self) -> bool:
         """Whether decode steps are to be recorded as CUDA graphs."""
@@ -116,18 +119,18 @@ def _prepare_gpu(device: torch.device) -> None:
 
 
 def _probe_base(model: Any, settings: Settings) -> ProbedBase:
-    stateful = states.probe_states(model)
-    with recorded_calls(model) as recorder, recorded_modules(model) as called:
-        attention = kv.probe_attention(model, has_states=bool(stateful))
-    heads, limits = recorder.result()
-    limits += release_other_parts(model, called)
-    return ProbedBase(model, attention, stateful, LinearCalls(heads, limits), settings)
+    layers = probe_layers(model)
+    # On a GPU the factors of experts would take memory that KV has
+    is_able = model.device.type == "cpu"
+    parameters = prove_mixtures(model, loading.own_context(model)) if is_able else ()
+    return ProbedBase(model, *layers, settings, parameters)
 
 
 def _describe_base(base: ProbedBase, folder: Path) -> BaseInfo:
     capacity = _compute_capacity(base)
     factors = rope.fix_frequencies(base.model, capacity.context)
-    card = loading.describe_base(base.model, folder, base.settings, capacity, factors, base.calls.limits)
+    layers = base.calls.limits, base.parameters
+    card = loading.describe_base(base.model, folder, base.settings, capacity, factors, *layers)
     log.info(*_capacity_line(card, kv.bytes_per_position(base.attention, base.model.dtype)))
     if card.state_bytes:
         facts = len(base.stateful), card.state_bytes / 1e6, card.rows
@@ -172,7 +175,8 @@ def _build_pool(
 
 def _make_pool(base: ProbedBase, tables: kernels.StepTables | None = None) -> LoraPool:
     model = base.model
-    return LoraPool(model, base.settings.pool_rank, model.dtype, model.device, tables, base.calls)
+    layers = base.calls, base.parameters
+    return LoraPool(model, base.settings.pool_rank, model.dtype, model.device, tables, *layers)
 
 
 def _can_use_kernels(base: ProbedBase) -> bool:
@@ -284,7 +288,7 @@ def _compute_capacity(base: ProbedBase) -> loading.Capacity:
     """Sequences at once, the context of each (the base's own, or what all blocks hold), and the blocks."""
     rows = _count_rows(base)
     blocks = _count_blocks(base)
-    own, wanted = _own_context(base.model), base.settings.max_context
+    own, wanted = loading.own_context(base.model), base.settings.max_context
     fitting = blocks * BLOCK_TOKENS
     if wanted and wanted > own:
         raise SettingsError(f"ADAPTERD_MAX_CONTEXT: {wanted} is over the base's own {own}")
@@ -311,13 +315,8 @@ def _count_blocks(base: ProbedBase) -> int:
     taken += capacity.states_bytes(states.bytes_per_sequence(base.stateful), _count_rows(base))
     budget = capacity.kv_budget(_free_bytes(model.device) - taken, model.device.type, settings.kv_mb)
     position = kv.bytes_per_position(base.attention, model.dtype)
-    if not position:  # no layer has keys and values: blocks take no memory
-        return _count_rows(base) * count_blocks(_own_context(model))
-    return capacity.count_kv_blocks(budget, position) - base.uses_graphs()
-
-
-def _own_context(model: Any) -> int:
-    return int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 2048)
+    blocks = capacity.count_kv_blocks(budget, position, _count_rows(base), loading.own_context(model))
+    return blocks - base.uses_graphs()
 
 
 def _free_bytes(device: torch.device) -> int:

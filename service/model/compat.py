@@ -83,6 +83,14 @@ def read_gguf_head_sizes() -> None:
     GGUF_CONFIG_MAPPING["qwen3"].setdefault("attention.key_length", "head_dim")
 
 
+def apply_gate(experts: Any, projected: Tensor) -> Tensor:
+    """What a mixture's experts lead out [S, inner], of what leads into them [S, 2 * inner]: each class halves
+    and joins it in a way of its own.
+    """
+    inner: Tensor = experts._apply_gate(projected)
+    return inner
+
+
 def release_pinned_memory() -> None:
     """Gives the system back what torch keeps of pinned memory that was freed, for the next of that
     very size.

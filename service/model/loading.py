@@ -422,6 +422,7 @@ def describe_base(
     capacity: Capacity,
     rope: dict[str, Any] | None = None,
     limits: Limits = (),
+    adapted_parameters: tuple[str, ...] = (),
 ) -> BaseInfo:
     """The base's exact numbers, for `/base` and every summary."""
     config = model.config.get_text_config()
@@ -447,7 +448,13 @@ def describe_base(
         state_bytes=capacity.state_bytes,
         rope=rope,
         limits=limits,
+        adapted_parameters=adapted_parameters,
     )
+
+
+def own_context(model: Any) -> int:
+    """The positions that the base was made for."""
+    return int(getattr(model.config.get_text_config(), "max_position_embeddings", 0) or 2048)
 
 
 def _intermediate_size(config: Any) -> int:

@@ -50,9 +50,18 @@ class DoraSpan(NamedTuple):
     row: int
 
 
+class AdapterSpan(NamedTuple):
+    """Tokens [start, stop) belong to this adapter."""
+
+    start: int
+    stop: int
+    digest: Digest
+
+
 class TokenAdapters(NamedTuple):
     """How the tokens that a layer sees in one step meet the pool.
 
+    `on_experts` are the spans of adapters on a mixture's experts, which lie in no layer with states.
     `tiles` has one tile for each token of a sequence that has one alone, in place of a group and a
     span. `is_recorded`: what runs now runs again when layers hold other adapters.
     """
@@ -61,6 +70,7 @@ class TokenAdapters(NamedTuple):
     groups: tuple[TokenGroup, ...] = ()
     gated: tuple[DoraSpan, ...] = ()
     tiles: LoraTiles | None = None
+    on_experts: tuple[AdapterSpan, ...] = ()
     is_recorded: bool = False
 
     def clip(self, start: int, stop: int) -> TokenAdapters:
@@ -179,7 +189,7 @@ class LoraLinear(AdaptedLayer):
             return y
         self._wait_for_copies()
         flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        _check_tokens(flat.shape[0], adapters.tokens)
+        check_tokens(flat.shape[0], adapters.tokens)
         self._apply_gate(out, adapters.gated)
         if adapters.tiles is not None and self._step.add_tiles is not None:
             member = LoraMember(out, self.pool_a, self.pool_b, self.ranks, self.bias)
@@ -211,7 +221,7 @@ class LoraLinear(AdaptedLayer):
             part += (part if bias is None else part - bias) * self.pool_b[row]
 
 
-def _check_tokens(seen: int, expected: int) -> None:
+def check_tokens(seen: int, expected: int) -> None:
     if seen != expected:
         raise RuntimeError(
             f"a layer sees {seen} of the step's {expected} tokens: it cannot be adapted row by row"

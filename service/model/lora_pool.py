@@ -6,7 +6,7 @@ the worker process; must not know requests or files.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +15,13 @@ from torch import Tensor, nn
 from ..core.adapter import Digest, Placement
 from ..core.base_info import name_pattern
 from . import kernels
+from .experts import ExpertFactors, ExpertsLora, iterate_experts, list_parameters
 from .kernels.triton.shapes import LORA_TOKENS, LoraTiles
 from .kernels.weights import fits_kernel
 from .linear_calls import LinearCalls
 from .loading import iterate_linears
 from .lora_linear import (
+    AdapterSpan,
     DoraSpan,
     FusedLoraLinear,
     LoraLinear,
@@ -31,6 +33,7 @@ from .lora_linear import (
 )
 from .memory import HugePageArena
 from .peft_fallback import share_tree
+from .routers import adapt_router, iterate_routers
 from .states import StatefulForward
 from .step_layout import SequenceStep, count_singles
 from .stored_quantization import is_quantized
@@ -61,7 +64,8 @@ NO_ROWS = AdapterRows()
 
 
 class LoraPool:
-    """The pool of `rank` rows, in all layers that `calls` does not limit.
+    """The pool of `rank` rows, in all layers that `calls` does not limit and the routers whose weights'
+    name patterns `parameters` has; and the factors of the experts that it has.
 
     The step's thread alone uses it.
 
@@ -76,20 +80,26 @@ class LoraPool:
         device: torch.device,
         tables: kernels.StepTables | None = None,
         calls: LinearCalls = NOT_LIMITED,
+        parameters: Collection[str] = (),
     ) -> None:
         self.rank, self.dtype, self.device = rank, dtype, device
         self.places: dict[Digest, Placement] = {}
         self.tree: Any = share_tree(base)
         self.layers: dict[str, LoraLinear | FusedLoraLinear] = {}
+        self.experts: dict[str, ExpertFactors] = {}
         self.tables = tables
         self.step = StepAdapters()
         self._heads = calls.heads
         self._stateful = tuple(self._follow_parts())
         self._spans: list[tuple[int, ...]] = []
         self._wrap_layers(calls)
-        self._has_plain = any(isinstance(layer, LoraLinear) for layer in self.layers.values())
+        self._wrap_experts(parameters)
+        self._wrap_routers(parameters)
+        has_plain = any(isinstance(layer, LoraLinear) for layer in self.layers.values())
+        self._reads_step = has_plain or bool(self.experts)  # and not the kernels' tables alone
         self._held: dict[Digest, tuple[str, ...]] = {}
         self._gated: set[Digest] = set()
+        self._on_experts: set[Digest] = set()
         self._on: Any = torch.get_device_module(device)
         self._copies = self._on.Stream()
 
@@ -109,6 +119,20 @@ class LoraPool:
             fused = self._fuse_layer(name, layer, arena)
             self.layers[name] = fused or self._wrap_plain(name, layer, n_in, n_out)
             self.tree.set_submodule(name, self.layers[name])
+
+    def _wrap_experts(self, patterns: Collection[str]) -> None:
+        for name, module in list(iterate_experts(self.tree)):
+            names = [f"{name}.{parameter}" for parameter in list_parameters(module)]
+            if all(name_pattern(each) in patterns for each in names):
+                experts = ExpertsLora(module, self.step)
+                self.experts |= zip(names, experts.factors.values(), strict=True)
+                self.tree.set_submodule(name, experts)
+
+    def _wrap_routers(self, patterns: Collection[str]) -> None:
+        for name, module in list(iterate_routers(self.tree)):
+            weight = f"{name}.weight"
+            if name_pattern(weight) in patterns:
+                self.layers[weight] = adapt_router(module, self.rank, self.device, self.step)
 
     def _seen_tokens(self, name: str) -> SeenTokens:
         if name_pattern(name) in self._heads:
@@ -138,9 +162,11 @@ class LoraPool:
         self._copies.wait_stream(self._on.current_stream())
         with self._on.stream(self._copies):
             for name, part in factors.items():
-                self.layers[name].place_weights(at, part)
+                self._adapted(name).place_weights(at, part)
         if any(part.gate is not None for part in factors.values()):
             self._gated.add(at.digest)
+        if not self.experts.keys().isdisjoint(factors):
+            self._on_experts.add(at.digest)
 
     def remove_adapter(self, digest: Digest) -> None:
         """Frees the adapter's rows; one whose placing was broken off has left something in some
@@ -151,8 +177,12 @@ class LoraPool:
         at = self.places.pop(digest)
         self.wait_for_copies()  # a copy that is still under way would land on the zeros
         for name in self._held.pop(digest):
-            self.layers[name].clear_rows(at)
+            self._adapted(name).clear_rows(at)
         self._gated.discard(digest)
+        self._on_experts.discard(digest)
+
+    def _adapted(self, name: str) -> LoraLinear | FusedLoraLinear | ExpertFactors:
+        return self.experts.get(name) or self.layers[name]
 
     def wait_for_copies(self) -> None:
         """The next work on the current stream waits until all that was placed is there."""
@@ -179,7 +209,7 @@ class LoraPool:
         """Tells all layers whose tokens come next; sequences of one token come first."""
         runs = [AdapterRun(len(sequence.tokens), sequence.adapter) for sequence in sequences]
         heads = [AdapterRun(sequence.kept, sequence.adapter) for sequence in sequences]
-        if self._has_plain:
+        if self._reads_step:
             singles = count_singles(sequences)
             self.step.body, self.step.head = self._meet_pool(runs, singles), self._meet_pool(heads, singles)
         if self.tables:
@@ -220,11 +250,12 @@ class LoraPool:
         """The tokens of these runs, the first `singles` of which have one token each."""
         tokens = sum(run.tokens for run in runs)
         groups = tuple(self._own_groups(runs[singles:], singles))
+        on_experts = tuple(self._expert_spans(runs))
         if self.step.add_tiles is not None:
             gated = tuple(self._gated_spans(runs[singles:], singles))
-            return TokenAdapters(tokens, groups, gated, self._tiles_of(runs[:singles]))
-        mixed = tuple(self._mixed_group(runs[:singles]))
-        return TokenAdapters(tokens, (*mixed, *groups), tuple(self._gated_spans(runs, 0)))
+            return TokenAdapters(tokens, groups, gated, self._tiles_of(runs[:singles]), on_experts)
+        groups = (*self._mixed_group(runs[:singles]), *groups)
+        return TokenAdapters(tokens, groups, tuple(self._gated_spans(runs, 0)), on_experts=on_experts)
 
     def _tiles_of(self, runs: Runs) -> LoraTiles | None:
         """Of runs of one token each; None where none has an adapter."""
@@ -266,6 +297,13 @@ class LoraPool:
             gate = self.rows_of(digest).gate
             if gate >= 0:
                 yield DoraSpan(start, start + tokens, gate)
+            start += tokens
+
+    def _expert_spans(self, runs: Iterable[AdapterRun]) -> Iterator[AdapterSpan]:
+        start = 0
+        for tokens, digest in runs:
+            if digest is not None and digest in self._on_experts:
+                yield AdapterSpan(start, start + tokens, digest)
             start += tokens
 
 

@@ -12,8 +12,9 @@ from typing import Any, cast
 
 import bitsandbytes
 import torch
-from bitsandbytes import functional
+from bitsandbytes import functional as quantized
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from ..core.adapter import Adapter, LoraLayerSpec
@@ -23,6 +24,8 @@ from .compat import plain_4bit
 from .lora_linear import FusedLoraLinear, LoraLinear, LoraWeights
 from .lora_pool import LoraPool
 from .stored_quantization import is_quantized
+
+ALIGNED_RANK = 8  # of a grouped product's factors, in the narrowest dtype
 
 
 def read_weights(adapter: Adapter, pool: LoraPool) -> dict[str, LoraWeights]:
@@ -40,7 +43,7 @@ def _fold_adapter(adapter: Adapter, pool: LoraPool, weight: float = 1.0) -> dict
     folded = {}
     for spec in adapter.patches:
         weighted = replace(spec, scaling=spec.scaling * weight)
-        folded[spec.module] = fold_layer(weighted, tensors, pool.layers[spec.module], pool)
+        folded[spec.module] = fold_layer(weighted, tensors, pool.layers.get(spec.module), pool)
     return folded
 
 
@@ -59,23 +62,42 @@ def join_parts(mix: Adapter, pool: LoraPool) -> dict[str, LoraWeights]:
 
 
 def _stack_factors(factors: Sequence[LoraWeights]) -> LoraWeights:
-    a = torch.cat([factor.a for factor in factors])
-    b = torch.cat([factor.b for factor in factors])
+    a = torch.cat([factor.a for factor in factors], -2)
+    b = torch.cat([factor.b for factor in factors], -2)
     return LoraWeights(a, b)
 
 
 @torch.inference_mode()
 def fold_layer(
-    spec: LoraLayerSpec, tensors: Mapping[str, Tensor], layer: LoraLinear | FusedLoraLinear, pool: LoraPool
+    spec: LoraLayerSpec,
+    tensors: Mapping[str, Tensor],
+    layer: LoraLinear | FusedLoraLinear | None,
+    pool: LoraPool,
 ) -> LoraWeights:
-    """a = A; b = scaling · Bᵀ, or scaling · (B · (1 + gate))ᵀ with DoRA, in the pool's dtype."""
+    """a = A; b = scaling · Bᵀ, or scaling · (B · (1 + gate))ᵀ with DoRA, in the pool's dtype.
+
+    On a parameter of experts, which no layer stands for, the same of each: a [experts, r, in], b
+    [experts, r, out].
+    """
     a, b = tensors[spec.a], tensors[spec.b]
+    if layer is None:
+        return _fold_experts(a, b, spec, pool)
     gate = None
     if spec.magnitude is not None:
         gate = dora_gate(layer.base_layer, a, b, tensors[spec.magnitude], spec.scaling)
         b = b.float() * (1 + gate[:, None])
     scaled = (b.float() * spec.scaling).T
     return LoraWeights(to_pool_dtype(a, pool), to_pool_dtype(scaled, pool), gate)
+
+
+def _fold_experts(a: Tensor, b: Tensor, spec: LoraLayerSpec, pool: LoraPool) -> LoraWeights:
+    """Of A [experts · rank, in], expert by expert, and B [out, rank · experts], rank by rank."""
+    shape = spec.experts, spec.rank
+    scaled = (b.float() * spec.scaling).view(-1, *reversed(shape)).permute(2, 1, 0)
+    # Rows of zeros up to 16 bytes of numbers, which a grouped product demands
+    missing = 0, 0, 0, -spec.rank % ALIGNED_RANK
+    factors = (functional.pad(factor, missing) for factor in (a.view(*shape, -1), scaled))
+    return LoraWeights(*(to_pool_dtype(factor, pool) for factor in factors))
 
 
 def to_pool_dtype(tensor: Tensor, pool: LoraPool) -> Tensor:
@@ -122,10 +144,10 @@ def dense_weight(layer: Any) -> Tensor:
     if isinstance(layer, Conv1D):
         return cast(Tensor, weight.T)
     if isinstance(weight, bitsandbytes.nn.Params4bit):
-        return cast(Tensor, functional.dequantize_4bit(*plain_4bit(weight)).float())
+        return cast(Tensor, quantized.dequantize_4bit(*plain_4bit(weight)).float())
     if isinstance(weight, bitsandbytes.nn.Int8Params):
         scales = weight.SCB if weight.SCB is not None else layer.state.SCB
-        return cast(Tensor, functional.int8_vectorwise_dequant(weight.data, scales).float())
+        return cast(Tensor, quantized.int8_vectorwise_dequant(weight.data, scales).float())
     if is_quantized(layer):
         raise AdapterUnsupported(
             [f"`use_dora` is not served on {type(layer).__name__}, whose weight is packed"]

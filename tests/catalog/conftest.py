@@ -90,7 +90,9 @@ class InProcessValidator(Validator):
 
     reads: list[tuple[Path, Manifest]]
 
-    async def start_on(self, folder: Path, limits: tuple[LayerLimit, ...] = ()) -> None:
+    async def start_on(
+        self, folder: Path, limits: tuple[LayerLimit, ...] = (), parameters: tuple[str, ...] = ()
+    ) -> None:
         self.reads = []
         self._skeleton = Skeleton(folder, limits)
         self.tree = self._skeleton.make_tree()

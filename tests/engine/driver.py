@@ -221,7 +221,11 @@ class SchedulerDriver:
         """
         if self.unsure:
             return
-        for digest in self.scheduler.adapters.known:
+        for digest, record in self.scheduler.adapters.known.items():
+            if record.adapter.is_on_experts and digest in self.scheduler.adapters.pool:
+                assert digest in self.scheduler.adapters.host, (
+                    "the pool holds what host memory does not count"
+                )
             true = (
                 Tier.DEVICE
                 if digest in self.runner.placed

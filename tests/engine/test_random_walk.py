@@ -24,6 +24,7 @@ def random_adapters(rng: random.Random) -> list[Adapter]:
     found = [
         adapter(f"a{i}", rank=rng.choice((1, 2, 4, 8, 16)), size=rng.randrange(500, 4000)) for i in range(8)
     ]
+    found += [adapter(f"experts{i}", size=2000, experts=4) for i in range(2)]
     found += [adapter(f"shadow{i}", lane=ExecutionPath.SHADOW, size=1500) for i in range(2)]
     return [*found, adapter("unreadable", readable=False)]
 

@@ -403,6 +403,21 @@ def test_what_is_resident_is_not_read_again_when_host_memory_has_forgotten_it() 
     driver.check()
 
 
+def test_an_adapter_on_experts_leaves_the_pool_with_host_memory_whose_tensors_its_steps_read() -> None:
+    driver = SchedulerDriver(pool_rank=16, host_bytes=1000)
+    first, second = adapter("first", experts=4), adapter("second", experts=4)
+    for each in (first, second):
+        driver.scheduler.add_adapter(each)
+        driver.submit([1], 1, each)
+        driver.settle()
+    assert driver.tiers == {first.digest: Tier.DISK, second.digest: Tier.DEVICE}
+    assert driver.scheduler.gauges.pool_used == second.rank
+    driver.submit([1], 1, first)
+    driver.settle()
+    assert driver.tiers == {first.digest: Tier.DEVICE, second.digest: Tier.DISK}
+    driver.check()
+
+
 def test_host_memory_keeps_what_is_pinned_as_long_as_it_is() -> None:
     driver = SchedulerDriver(pool_rank=4, host_bytes=1000)
     pinned, other = adapter("pinned", lane=ExecutionPath.SHADOW), adapter("other", lane=ExecutionPath.SHADOW)

@@ -10,7 +10,8 @@ from bitsandbytes import functional
 from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig, PeftConfig, ShiraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from service.model import compat
 from tests import making
@@ -89,3 +90,12 @@ def test_what_closes_a_broken_recordings_memory_is_there_and_pinned_memorys_in_c
     assert callable(torch._C._cuda_endAllocateToPool)
     assert callable(torch._C._cuda_releasePool)
     assert hasattr(torch._C, "_host_emptyCache") == (torch.version.cuda is not None)
+
+
+def test_experts_join_what_leads_into_them_as_their_own_forward_does() -> None:
+    experts = MixtralExperts(MixtralConfig(hidden_size=8, intermediate_size=4, num_local_experts=1))
+    for parameter in experts.parameters():
+        parameter.data.normal_()
+    x, only = torch.randn(3, 8), torch.zeros(3, 1, dtype=torch.int64)
+    joined = compat.apply_gate(experts, x @ experts.gate_up_proj[0].T)
+    assert torch.allclose(joined @ experts.down_proj[0].T, experts(x, only, torch.ones(3, 1)), atol=1e-5)

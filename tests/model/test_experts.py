@@ -1,5 +1,5 @@
-"""LoRA on the experts of a mixture, beside a plain adapter and the base: PEFT runs it, and says what it says
-alone.
+"""LoRA on the experts of a mixture, beside plain adapters and the base: each says what PEFT says alone, in
+the batch where their parameters are of transformers' uniform kind, by PEFT where they are not.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ import torch
 from service.catalog.validator.check import measure_norms, validate_adapter
 from service.catalog.validator.messages import ValidatedAdapter
 from service.catalog.validator.skeleton import Skeleton
-from service.core.adapter import ExecutionPath
+from service.core.adapter import Adapter, ExecutionPath, WeightedPart
+from service.model.experts import ExpertsLora
+from service.model.lora_linear import LoraLinear
 from service.model.runner import ModelRunner
 from tests import making
 
-from .driver import RunnerDriver
-from .test_linear_calls import check_parity, runner_on
-from .test_parity import SIZES, random_base, weights_digest
+from .driver import Job, RunnerDriver
+from .test_linear_calls import SCORED, check_parity, logprobs, runner_on
+from .test_parity import GPT_OSS, SIZES, prompts, random_base, weights_digest
 
 EXPERTS = {
     "qwen3_moe": SIZES | {"head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2},
     "mixtral": SIZES | {"num_local_experts": 4},
+    "gpt_oss": SIZES | GPT_OSS,  # with biases, gates between the ups, and the weights the other way round
 }
 BOTH = ["experts.down_proj", "experts.gate_up_proj"]
 
@@ -32,10 +35,11 @@ class MixtureBase:
     """A served mixture of experts, and what the validator knows of it."""
 
     def __init__(self, folder: Path, kind: str) -> None:
+        self.router = "mlp.router.weight" if kind == "gpt_oss" else "mlp.gate.weight"
         self.folder = random_base(folder, kind, EXPERTS[kind] | {"moe_intermediate_size": 32})
         self.runner: ModelRunner
         self.runner, card = runner_on(self.folder)
-        self.skeleton = Skeleton(self.folder, card.limits)
+        self.skeleton = Skeleton(self.folder, card.limits, card.adapted_parameters)
 
     def validate(self, folder: Path, **recipe: Any) -> ValidatedAdapter:
         """Makes this adapter; dropout is none, which PEFT cannot apply to a parameter."""
@@ -53,23 +57,56 @@ def test_experts_a_plain_adapter_and_the_base_say_what_peft_says_in_one_run(
     mixture: MixtureBase, tmp_path: Path
 ) -> None:
     before = weights_digest(mixture.runner)
-    experts, routed, plain = (tmp_path / name for name in ("experts", "routed", "plain"))
-    adapters = {
-        experts: mixture.validate(experts, seed=1, targets=("q_proj",), target_parameters=BOTH).adapter,
-        routed: mixture.validate(routed, seed=2, targets=(), target_parameters=["mlp.gate.weight"]).adapter,
-        plain: mixture.validate(plain, seed=3).adapter,
+    recipes: dict[str, dict[str, Any]] = {
+        "experts": {"targets": ("q_proj",), "target_parameters": BOTH, "r": 3},
+        "wider": {"targets": (), "target_parameters": BOTH[:1], "r": 16, "use_rslora": True},
+        "routed": {"targets": (), "target_parameters": [mixture.router]},
+        "plain": {},
     }
-    paths = [adapter.lane for adapter in adapters.values()]
-    assert paths == [ExecutionPath.SHADOW, ExecutionPath.SHADOW, ExecutionPath.POOL]
-    check_parity(RunnerDriver(mixture.runner, 8), mixture.folder, adapters)
+    adapters = {
+        tmp_path / name: mixture.validate(tmp_path / name, seed=seed, **recipe).adapter
+        for seed, (name, recipe) in enumerate(recipes.items())
+    }
+    assert {adapter.lane for adapter in adapters.values()} == {ExecutionPath.POOL}
+    driver = RunnerDriver(mixture.runner, 8)
+    check_parity(driver, mixture.folder, adapters)
+    for adapter in adapters.values():
+        driver.remove(adapter.digest)
+    assert not any(factors.held for factors in mixture.runner.pool.experts.values())
+    check_parity(driver, mixture.folder, {})
     assert weights_digest(mixture.runner) == before
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_all_linear_of_a_mixture_runs_by_peft(mixture: MixtureBase, tmp_path: Path) -> None:
+def test_a_mix_of_adapters_on_experts_says_what_peft_s_says(mixture: MixtureBase, tmp_path: Path) -> None:
+    folders = [(tmp_path / str(seed), weight) for seed, weight in enumerate((0.75, -1.5))]
+    parts = tuple(
+        WeightedPart(mixture.validate(folder, seed=seed, targets=(), target_parameters=BOTH).adapter, weight)
+        for seed, (folder, weight) in enumerate(folders)
+    )
+    mix = Adapter("mix", "", "", ExecutionPath.POOL, 8, 0, parts=parts)
+    assert mix.is_on_experts
+    driver = RunnerDriver(mixture.runner, 8)
+    driver.place(mix)
+    job = Job(prompts()[3], 5, "mix", SCORED)
+    driver.run([Job(prompts()[4], 5), job])
+    driver.remove("mix")
+    merged = making.load(mixture.folder)
+    for folder, weight in folders:
+        for name, parameter in making.served(mixture.folder, folder).merge_and_unload().named_parameters():
+            merged.get_parameter(name).data += weight * (
+                parameter - making.load(mixture.folder).get_parameter(name)
+            )
+    told = torch.tensor([token.logprob for token in job.tokens])
+    assert torch.allclose(told, logprobs(merged, job), atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_all_linear_of_a_mixture_runs_in_the_batch(mixture: MixtureBase, tmp_path: Path) -> None:
     """PEFT takes the experts and the routers for linear layers, as they were once."""
     folder = tmp_path / "all"
     adapter = mixture.validate(folder, seed=4, targets="all-linear").adapter
+    assert adapter.lane is ExecutionPath.POOL
     check_parity(RunnerDriver(mixture.runner, 8), mixture.folder, {folder: adapter})
 
 
@@ -97,3 +134,24 @@ def merged_change(base: Path, adapter: Path) -> float:
     name = "model.layers.0.mlp.experts.down_proj"
     change: torch.Tensor = merged.get_parameter(name) - making.load(base).get_parameter(name)
     return float(change.norm())
+
+
+WRONG: dict[str, tuple[Any, str, Any, str]] = {
+    "experts": (ExpertsLora, "_is_adapted_by", lambda self, digest: False, "mlp.experts."),
+    "router": (LoraLinear, "_add_group", lambda self, x, y, group: None, "mlp.gate.weight"),
+}
+
+
+@pytest.mark.parametrize("part", WRONG)
+@pytest.mark.filterwarnings("ignore")
+def test_what_the_batch_would_adapt_wrongly_is_left_to_peft_and_the_log_says_so(
+    part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    owner, name, wrong, parameter = WRONG[part]
+    monkeypatch.setattr(owner, name, wrong)
+    base = MixtureBase(tmp_path / "base", "qwen3_moe")
+    said = [record.getMessage() for record in caplog.records if "run by PEFT" in record.getMessage()]
+    assert said
+    assert all(parameter in line and "differ" in line for line in said)
+    adapter = base.validate(tmp_path / "all", seed=4, targets="all-linear").adapter
+    assert adapter.lane is ExecutionPath.SHADOW

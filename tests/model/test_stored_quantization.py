@@ -286,10 +286,10 @@ def test_peft_is_not_let_read_a_layer_in_fp8(plain: Path, tmp_path: Path) -> Non
 
 # ---- experts
 
-EXPECTED: dict[str, Callable[[int], float]] = {"nf4": lambda count: count / 2, "int8": lambda count: count}
+LEAST: dict[str, Callable[[int], float]] = {"nf4": lambda count: count / 2, "int8": lambda count: count}
 
 
-@pytest.mark.parametrize("method", EXPECTED)
+@pytest.mark.parametrize("method", LEAST)
 @pytest.mark.filterwarnings("ignore")
 def test_experts_that_stay_as_they_are_are_told_in_bytes(method: str, tmp_path: Path) -> None:
     base = random_base(tmp_path / "base", "qwen3_moe", EXPERTS["qwen3_moe"] | {"moe_intermediate_size": 32})
@@ -299,7 +299,9 @@ def test_experts_that_stay_as_they_are_are_told_in_bytes(method: str, tmp_path: 
     assert card.plain_expert_bytes == sum(tensor.nbytes for tensor in experts)
     linears = sum(kind.in_features * kind.out_features * kind.count for kind in card.linears)
     head = card.hidden_size * card.vocab_size
-    assert card.quantized_bytes == pytest.approx(EXPECTED[method](linears - head), rel=0.3)
+    least = LEAST[method](linears - head)
+    # Where bitsandbytes does not repack for the processor, each small layer has a table of 1 kB
+    assert least <= card.quantized_bytes < 2 * least
     assert card.quantized_bytes + card.plain_expert_bytes < sum(card.resident_bytes.values())
 
 

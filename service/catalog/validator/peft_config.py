@@ -29,11 +29,13 @@ from ...errors import AdapterInvalid, AdapterUnsupported
 from .header import CONFIG, Config
 from .skeleton import Skeleton, linear_shape
 
+PARAMETERS = "target_parameters"
+ACTIVATED = "alora_invocation_tokens"  # runs in the pool, if it is all that a config asks for
 # Features that PEFT itself runs beside the mixed batch. Add a feature's name (a config key, a
 # peft_type, or one of `features` below) to serve it.
 SHADOW_FEATURES = frozenset(
     {
-        "modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters",
+        "modules_to_save", "trainable_token_indices", "lora_bias", PARAMETERS,
         "LoRA on Embedding", "LoRA on some of the tokens",
         "IA3", "VERA", "LOHA", "LOKR", "OFT", "BEFT", "C3A", "DEFT", "DELORA", "FOURIERFT", "GLORA",
         "GRALORA", "HIRA", "HRA", "LN_TUNING", "MISS", "OSF", "PEANUT", "PSOFT", "RANDLORA", "ROAD",
@@ -42,11 +44,10 @@ SHADOW_FEATURES = frozenset(
 )  # fmt: skip
 
 OPTIONS = (
-    "modules_to_save", "trainable_token_indices", "lora_bias", "target_parameters",
-    "alora_invocation_tokens", "layer_replication", "use_qalora", "monteclora_config", "velora_config",
+    "modules_to_save", "trainable_token_indices", "lora_bias", PARAMETERS,
+    ACTIVATED, "layer_replication", "use_qalora", "monteclora_config", "velora_config",
     "use_bdlora", "arrow_config", "kasa_config", "megatron_config",
 )  # fmt: skip
-ACTIVATED = "alora_invocation_tokens"  # runs in the pool, if it is all that a config asks for
 # Initialisations that leave part of the base's weights in the adapter
 CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 PREFIX = "base_model.model."
@@ -60,7 +61,7 @@ class ResolvedConfig:
     """A config resolved on the base: every tensor it needs, its LoRA layers, and its further features.
 
     `modules` are all layers that it changes; `refused` says which of these not even PEFT can run on
-    this base.
+    this base. `adapts_parameters`: the mixed batch adapts every parameter that it names.
     """
 
     expected: dict[str, tuple[int, ...]]
@@ -68,10 +69,13 @@ class ResolvedConfig:
     features: frozenset[str]
     modules: tuple[str, ...] = ()
     refused: tuple[str, ...] = ()
+    adapts_parameters: bool = False
 
     @property
     def lane(self) -> ExecutionPath:
-        return ExecutionPath.POOL if self.features <= {ACTIVATED} else ExecutionPath.SHADOW
+        in_batch = {ACTIVATED, PARAMETERS} if self.adapts_parameters else {ACTIVATED}
+        is_alone = len(self.features) < 2  # nobody has tried these together
+        return ExecutionPath.POOL if is_alone and self.features <= in_batch else ExecutionPath.SHADOW
 
 
 def resolve_config(skeleton: Skeleton, config: Config) -> ResolvedConfig:
@@ -161,7 +165,9 @@ def inject_config(skeleton: Skeleton, text: str) -> ResolvedConfig:
     patches = tuple(make_layer_spec(name, layer, expected) for name, layer in layers.items())
     modules = tuple(patch.module for patch in patches) or tuple(map(_base_name, tuned))
     refused = describe_refused("LoRA" if layers else config.peft_type.value, limits)
-    return ResolvedConfig(expected, patches, features, modules, refused)
+    parameters = [name for name, layer in layers.items() if isinstance(layer, ParamWrapper)]
+    adapts = all(skeleton.adapts_parameter(_module_of(name, layers[name])) for name in parameters)
+    return ResolvedConfig(expected, patches, features, modules, refused, adapts)
 
 
 def model_features(
@@ -254,9 +260,9 @@ def count_attentions(model: nn.Module) -> int:
 
 
 def kind_of(layer: LoraLayer) -> str:
-    """Why the pool cannot run this layer; empty when it can."""
+    """What this layer is beside a linear layer that the pool can run; empty where it is just that."""
     if isinstance(layer, ParamWrapper):
-        return "target_parameters"
+        return PARAMETERS
     base = layer.get_base_layer()
     if linear_shape(base) is None:
         return f"LoRA on {type(base).__name__}"

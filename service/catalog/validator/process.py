@@ -48,7 +48,7 @@ class Validator:
     def __init__(self, max_rank: int, read_s: float = READ_S) -> None:
         self.max_rank, self.read_s = max_rank, read_s
         self.tree: ModuleNode | None = None
-        self._base: tuple[Path, tuple[LayerLimit, ...]] | None = None
+        self._base: tuple[Path, tuple[LayerLimit, ...], tuple[str, ...]] | None = None
         self._turn = asyncio.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._pipe: Connection | None = None
@@ -65,12 +65,14 @@ class Validator:
         """
         await self._in_turn(self._ensure_child)
 
-    async def start_on(self, folder: Path, limits: tuple[LayerLimit, ...] = ()) -> None:
-        """Shows the child the base and its `limits`.
+    async def start_on(
+        self, folder: Path, limits: tuple[LayerLimit, ...] = (), parameters: tuple[str, ...] = ()
+    ) -> None:
+        """Shows the child the base, its `limits` and the `parameters` that it adapts.
 
         Raises Internal when it does not understand it.
         """
-        self._base = folder, limits
+        self._base = folder, limits, parameters
         await self._in_turn(self._introduce_base)
 
     async def validate_adapter(self, folder: Path, known: Manifest = ()) -> ValidatedAdapter:
@@ -196,8 +198,8 @@ def run_process(descriptor: str, form: str, level: str, max_rank: str) -> None:
 def serve_requests(pipe: Connection, max_rank: int) -> None:
     """Answers until the parent is gone, which raises one of PARENT_GONE.
 
-    It answers the base's folder and limits with its tree, a ReadRequest with a ValidatedAdapter, a
-    NormsRequest with norms. A request that it cannot answer gets a Refusal.
+    It answers the base's folder, limits and parameters with its tree, a ReadRequest with a
+    ValidatedAdapter, a NormsRequest with norms. A request that it cannot answer gets a Refusal.
     """
     from . import check  # here, so that only the child loads torch and PEFT
 

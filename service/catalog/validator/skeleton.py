@@ -6,7 +6,7 @@ Runs in the validator process and the command line; must not know PEFT, whose im
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import torch
@@ -22,11 +22,15 @@ from ..architecture import ModuleNode
 class Skeleton:
     """The module tree on the meta device. `folder` holds the base's config.json, or is that file.
 
-    `limits` are the worker's reasons not to adapt some of the layers. Raises OSError, ValueError.
+    `limits` are the worker's reasons not to adapt some of the layers, `parameters` the name patterns
+    of those that it adapts in the batch. Raises OSError, ValueError.
     """
 
-    def __init__(self, folder: Path, limits: Iterable[LayerLimit] = ()) -> None:
+    def __init__(
+        self, folder: Path, limits: Iterable[LayerLimit] = (), parameters: Collection[str] = ()
+    ) -> None:
         self.folder = folder
+        self._parameters = frozenset(parameters)
         self._limits = {limit.pattern: limit for limit in limits}
         config = read_base_config(folder)
         with torch.device("meta"):
@@ -48,6 +52,10 @@ class Skeleton:
     def limit(self, module: str) -> LayerLimit | None:
         """The reason that keeps this layer out of the mixed batch."""
         return self._limits.get(name_pattern(module))
+
+    def adapts_parameter(self, parameter: str) -> bool:
+        """Whether the mixed batch adapts this parameter."""
+        return name_pattern(parameter) in self._parameters
 
     def make_tree(self) -> ModuleNode:
         return make_node("", self.model)

@@ -128,7 +128,7 @@ class FakeRunner:
 
     def place_adapter(self, placement: Placement) -> None:
         rows = slice(placement.start, placement.start + placement.rank)
-        assert self.host[placement.digest].rank == placement.rank
+        assert self.host[placement.digest].pool_rows == placement.rank
         assert self.pool[rows] == [None] * placement.rank, f"pool rows of {placement} are taken"
         self.pool[rows] = [placement.digest] * placement.rank
         self.placed[placement.digest] = placement

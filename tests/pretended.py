@@ -4,7 +4,7 @@ They refuse to meet tensors of the CPU. What runs on a side stream happens as la
 only when somebody waits for it. A graph records operations without Python between them, replays
 them on the same memory, and refuses what would wait for the device. What loading took is not free
 before torch gives it back. Attention that may be cuDNN's, torch's first choice, is refused: it
-plans anew for each length.
+plans anew for each length. Where Triton's kernels would be, torch does what they do.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
-from service.model import loading
+from service.core.base_info import BLOCK_TOKENS
+from service.model import gpu_kernels, kv, loading
+from service.model.kernels.triton.shapes import LoraMember, LoraTiles
+from service.model.step_layout import StepLayout
 from service.settings import Settings
 
 AWAITED = {"aten.item", "aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten.equal"}
@@ -213,7 +216,7 @@ def _done(function: Any, args: Any, kwargs: Any) -> Any:
     if GPU.graph is None and GPU.stream.now:
         return function(*args, **kwargs)
     work = GPU.stream.queue if GPU.graph is None else GPU.graph.work
-    if function is operator.setitem or (function is not operator.getitem and function._schema.is_mutable):
+    if function in CHANGING or (hasattr(function, "_schema") and function._schema.is_mutable):
         work.append(lambda: function(*args, **kwargs))
         return args[0]
     out = function(*args, **kwargs)
@@ -323,6 +326,47 @@ PRIVATE: dict[str, Any] = {
 }
 
 
+def add_tiles(x: torch.Tensor, member: LoraMember, layout: LoraTiles) -> None:
+    run(_add_tiles, (member, x, layout), {})
+
+
+def _add_tiles(member: LoraMember, x: torch.Tensor, layout: LoraTiles) -> None:
+    """What the kernel makes of tiles of one token each; of ranks that it was not made for, nothing."""
+    y, a, b, ranks, bias = member
+    token, tokens, low, rank = layout.tiles.T
+    rank = torch.minimum(rank, ranks[low])
+    is_met = ((tokens > 0) & (rank > 0) & (rank <= layout.most_rank))[:, None]
+    rows = torch.arange(len(a))
+    is_own = (rows >= low[:, None]) & (rows < (low + rank)[:, None]) & is_met
+    gate = b[layout.gates.clamp(min=0)] * (is_met & (layout.gates >= 0)[:, None])
+    plain = y[token] if bias is None else y[token] - bias
+    y[token] += plain * gate + (x[token] @ a.T * is_own) @ b
+
+
+def attend_singles(attention: kv.BlockAttention, query: torch.Tensor, layout: StepLayout) -> Any:
+    positions = layout.positions[: layout.singles]
+    return run(_attend_singles, (attention, query, positions, layout.block_table), {})
+
+
+def _attend_singles(
+    attention: kv.BlockAttention, query: torch.Tensor, positions: torch.Tensor, table: torch.Tensor
+) -> torch.Tensor:
+    """As the kernel, which reads no more of a sequence's row of the table than the sequence has."""
+    held = positions[:, None] // BLOCK_TOKENS + 1
+    own = table[:, : int(held.max())]
+    own = torch.where(torch.arange(own.shape[1]) < held, own, own[:, :1])
+    every = (positions,) * 4
+    return attention._attend_singles(query, StepLayout(*every, own, positions, len(positions)))
+
+
+CHANGING = {operator.setitem, _add_tiles}  # functions that no schema says so of
+KERNELS: dict[str, Any] = {
+    "explain_absence": lambda device: None,
+    "add_tiles": add_tiles,
+    "attend_singles": attend_singles,
+}
+
+
 @contextmanager
 def gpu() -> Iterator[type[GPU]]:
     """While it lasts, `cuda` is a device of this machine, and a base that is to be loaded there
@@ -336,6 +380,8 @@ def gpu() -> Iterator[type[GPU]]:
             patch.setattr(torch.cuda, name, stand_in)
         for name, stand_in in PRIVATE.items():
             patch.setattr(torch._C, name, stand_in, raising=False)
+        for name, stand_in in KERNELS.items():
+            patch.setattr(gpu_kernels, name, stand_in)
         patch.setattr(torch, "tensor", _tensor(torch.tensor))
         patch.setattr(torch.Tensor, "to", _to(torch.Tensor.to))
         patch.setattr(loading, "load_base", _load(loading.load_base))

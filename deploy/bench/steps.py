@@ -270,8 +270,6 @@ def ours(work: Work, switch: str, rows: int, found: Found) -> Said:
     for what, run in asked.items():
         with found.trying(f"compile {switch}: {what}"):
             run()
-    if bench.runner.graphs is not None:
-        found.tell(f"compile {switch}: CUDA graphs were good to the end", bench.runner.graphs.able)
     return bench.first_tokens(rows)
 
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from service.model.kernels.triton import lora, oracles
-from service.model.kernels.triton.lora import LoraMember
-from service.model.kernels.triton.shapes import LORA_TOKENS, LoraShape, LoraTiles, lora_shape
+from service.model.kernels.triton.shapes import LORA_TOKENS, LoraMember, LoraShape, LoraTiles, lora_shape
 
 from .measure import DEVICE, DRY, Call, Report, gap, random, ring, took
 from .products import GROUPS, Group
@@ -28,15 +27,19 @@ VARIANTS = (
 )
 
 
-def make_layout(tiles: Sequence[Tile]) -> LoraTiles:
+def make_layout(tiles: Sequence[Tile], gates: Sequence[int] = (), most_rank: int = 0) -> LoraTiles:
+    """Without gates none has one; without `most_rank` it is that of the tiles."""
     rows = torch.tensor(tiles, dtype=torch.int32, device=DEVICE)
     weights = torch.rand(len(tiles), LORA_TOKENS, device=DEVICE) + 0.5
-    return LoraTiles(rows, weights, max(rank for *_, rank in tiles))
+    own = torch.tensor(gates or [-1] * len(tiles), dtype=torch.int32, device=DEVICE)
+    return LoraTiles(rows, weights, own, most_rank or max(rank for *_, rank in tiles))
 
 
-def make_members(group: Group, tokens: int, ranks: int) -> list[LoraMember]:
+def make_members(group: Group, tokens: int, rows: int) -> list[LoraMember]:
+    """Of layers that all adapters have all their ranks in."""
+    ranks = torch.full((rows,), rows, dtype=torch.int32, device=DEVICE)
     return [
-        LoraMember(random(tokens, n), random(ranks, group.n_in) / 64, random(ranks, n) / 64)
+        LoraMember(random(tokens, n), random(rows, group.n_in) / 64, random(rows, n) / 64, ranks)
         for n in group.outputs
     ]
 
@@ -74,22 +77,24 @@ def shapes_of(n_in: int) -> list[LoraShape]:
 
 
 def check_adapters(report: Report) -> None:
-    """Mixed ranks, several adapters of a token, a run of tokens, unused tiles, tokens of the base."""
+    """Mixed ranks, several adapters of a token, a run of tokens, unused tiles, tokens of the base, and
+    two gates.
+    """
     tiles: list[Tile] = [(0, 3, 0, 8), (5, 1, 8, 64), (6, 16, 72, 16), (0, 0, 0, 0)]
     tiles += [(23, 1, 88, 8), (23, 1, 0, 8), (24, 1, 0, 0), (25, 1, 96, 24)]
     for group in GROUPS:
-        x, layout = random(27, group.n_in), make_layout(tiles)
+        x, layout = random(27, group.n_in), make_layout(tiles, [-1, 127, 126, *[-1] * (len(tiles) - 3)])
         members = make_members(group, 27, 128)
-        before = [member.y.clone() for member in members]
+        before = [member._replace(y=member.y.clone()) for member in members]
         lora.add_adapters(x, members, layout)
         error = max(
-            gap(after.y, oracles.add_adapters(x, y, after.a, after.b, tiles, layout.weights))
-            for after, y in zip(members, before, strict=True)
+            gap(after.y, oracles.add_adapters(x, old, layout))
+            for after, old in zip(members, before, strict=True)
         )
         report.expect(error < ERROR, f"LoRA {group.name}: error {error:.2g}")
         base = all(
-            torch.equal(after.y[rows], y[rows])
-            for after, y in zip(members, before, strict=True)
+            torch.equal(after.y[rows], old.y[rows])
+            for after, old in zip(members, before, strict=True)
             for rows in (slice(3, 5), slice(22, 23), slice(24, 25), slice(26, 27))
         )
         report.expect(base, f"LoRA {group.name}: tokens of the base are touched")
@@ -99,15 +104,15 @@ def check_adapters(report: Report) -> None:
 
 
 def _is_same(
-    x: Tensor, members: list[LoraMember], before: list[Tensor], layout: LoraTiles, tile: int
+    x: Tensor, members: list[LoraMember], before: list[LoraMember], layout: LoraTiles, tile: int
 ) -> bool:
     """Whether the first token of a tile comes out as alone."""
     start, _, low, rank = layout.tiles[tile].tolist()
     row = slice(start, start + 1)
-    lonely = [member._replace(y=y[row].clone()) for member, y in zip(members, before, strict=True)]
-    tiles = torch.tensor([(0, 1, low, rank)], dtype=torch.int32, device=DEVICE)
+    lonely = [member._replace(y=member.y[row].clone()) for member in before]
     weights = torch.ones(1, LORA_TOKENS, device=DEVICE) * layout.weights[tile, 0]
-    lora.add_adapters(x[row], lonely, LoraTiles(tiles, weights, rank))
+    own = make_layout([(0, 1, low, rank)], [int(layout.gates[tile])])._replace(weights=weights)
+    lora.add_adapters(x[row], lonely, own)
     return all(torch.equal(one.y, many.y[row]) for one, many in zip(lonely, members, strict=True))
 
 
@@ -134,8 +139,14 @@ def _time_case(
     }
     best = min(times, key=lambda shape: times[shape])
     figures = {"us": times[best], "own_us": next(iter(times.values()))}
-    figures |= {"of_floor": size / bandwidth / times[best]}
+    figures |= {"of_floor": size / bandwidth / times[best], "recorded_us": _time_recorded(x, copies, layout)}
     report.add("LoRA", name, **figures, masked_us=_time_masked(x, copies, tiles), best=best, all=times)
+
+
+def _time_recorded(x: Tensor, copies: list[list[LoraMember]], layout: LoraTiles) -> float:
+    """As a recording launches it, for the highest rank of the default pool."""
+    wide = layout._replace(most_rank=512)
+    return took([partial(lora.add_adapters, x, members, wide) for members in copies])
 
 
 def _time_masked(x: Tensor, copies: list[list[LoraMember]], tiles: list[Tile]) -> float:
@@ -144,7 +155,7 @@ def _time_masked(x: Tensor, copies: list[list[LoraMember]], tiles: list[Tile]) -
         mask[start : start + tokens, low : low + rank] = False
 
     def add_all(members: list[LoraMember]) -> None:
-        for y, a, b in members:
+        for y, a, b, *_ in members:
             y.addmm_((x @ a.T).masked_fill(mask, 0), b)
 
     calls: list[Call] = [partial(add_all, members) for members in copies]

@@ -49,7 +49,7 @@ class ExecutionPath(StrEnum):
 class Adapter:
     """Validated content, as the worker needs it.
 
-    `rank` is the pool rows it takes (its largest rank; 0 on the PEFT path).
+    `rank` is its largest; 0 on the PEFT path.
 
     `config` and `weights` are the paths of the two files that the worker reads, `files` all that
     the digest covers; `size` is the bytes of its tensors in host memory. `invocation`: the tokens
@@ -67,6 +67,11 @@ class Adapter:
     invocation: tuple[int, ...] = ()
     files: Manifest = ()
     parts: tuple[WeightedPart, ...] = ()
+
+    @property
+    def pool_rows(self) -> int:
+        """The pool rows it takes: as many as its rank, and with DoRA a last one, for the gate."""
+        return self.rank + any(spec.magnitude for spec in self.patches)
 
     @property
     def is_on_experts(self) -> bool:

@@ -167,7 +167,7 @@ class AdapterCache:
         """Places the adapter, idle ones leaving for it if they must, and pinned ones if they may
         `move`; whether it could.
         """
-        rank = self.known[digest].adapter.rank
+        rank = self.known[digest].adapter.pool_rows
         # One plan cannot both place and remove an adapter
         keep = {*in_flight, *(placement.digest for placement in self._placed)}
         room = self.pool.find_room(rank, keep, move)
@@ -189,7 +189,7 @@ class AdapterCache:
     def place_preloaded(self) -> None:
         """Places the adapters just preloaded where nothing has to leave for them; each has one chance."""
         for digest in list(self._in_state[AdapterState.PRELOADED]):
-            rank = self.known[digest].adapter.rank
+            rank = self.known[digest].adapter.pool_rows
             if self._can_be_placed(digest) and self.pool.find_gap(rank) is not None:
                 self.place_adapter(digest, ())
             self._set_state(digest, AdapterState.KNOWN)

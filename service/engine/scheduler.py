@@ -418,7 +418,7 @@ class Scheduler:
         """
         if self.adapters.place_adapter(digest, self._in_flight(), move=True):
             return True
-        pool, rank = self.adapters.pool, self.adapters.known[digest].adapter.rank
+        pool, rank = self.adapters.pool, self.adapters.known[digest].adapter.pool_rows
         if not pool.can_fit(rank):
             message = (
                 f"the adapter needs {rank} rank rows; pinned adapters hold too many of the pool's {pool.rank}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import cache, lru_cache
+from functools import cache, lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -164,10 +164,13 @@ def _build_pool(
     if not is_proven:
         selfcheck.prove_roughly(model, logits, bool(base.stateful))
     progress("making the pool", 0.0)
-    pool = (_build_fused_pool(base, tables, logits) if tables else None) or _make_pool(base)
-    if model.device.type == "cuda" and base.settings.compile != "off":
-        pool = _build_gpu_pool(base, logits) or _make_pool(base)
-    return pool, _record_graphs(base, pool, card, logits) if base.uses_graphs() else None
+    if tables:
+        pool = _build_fused_pool(base, tables, logits)
+    else:
+        pool = _build_gpu_pool(base, logits) if base.uses_graphs() else None
+    pool = pool or _make_pool(base)
+    graphs = _record_graphs(base, pool, card, logits, progress) if base.uses_graphs() else None
+    return pool, graphs
 
 
 def _make_pool(base: ProbedBase, tables: kernels.StepTables | None = None) -> LoraPool:
@@ -258,16 +261,21 @@ def _quantization_of(base: ProbedBase) -> str:
     return loading.held_quantization(base.model)
 
 
-def _record_graphs(base: ProbedBase, pool: LoraPool, card: BaseInfo, expected: Tensor) -> CudaGraphs | None:
+def _record_graphs(
+    base: ProbedBase, pool: LoraPool, card: BaseInfo, expected: Tensor, progress: loading.Progress
+) -> CudaGraphs | None:
     """CUDA graphs, where they are proven.
 
     Raises SettingsError where they were demanded and are not.
     """
     if base.stateful:
         log.warning("graphs: off; layers of this base keep states, which no recording carries on")
+    elif pool.step.add_tiles is None:
+        log.warning("graphs: off; steps are recorded only with the kernels of attention and adapters")
     else:
         graphs = CudaGraphs(pool, card.rows, card.context, card.vocab_size, spare=card.kv_blocks)
-        if selfcheck.check_graphs(pool, base.attention, graphs, expected):
+        is_made = graphs.record_all(partial(progress, "recording decode steps"))
+        if is_made and selfcheck.check_graphs(pool, base.attention, graphs, expected):
             return graphs
     if base.settings.compile == "on":
         raise SettingsError(

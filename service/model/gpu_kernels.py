@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 from . import kv
 from .kernels import triton as kernels
 from .kernels.triton import oracles
-from .kernels.triton.shapes import LORA_TOKENS, LoraTiles
+from .kernels.triton.shapes import LORA_TOKENS, LoraMember, LoraTiles
 from .loading import describe_error
 from .lora_linear import LoraLinear
 from .lora_pool import LoraPool
@@ -89,10 +89,10 @@ def install_kernels(pool: LoraPool) -> None:
         pool.step.add_tiles = add_tiles
 
 
-def add_tiles(x: Tensor, y: Tensor, pool_a: Tensor, pool_b: Tensor, tiles: LoraTiles) -> None:
-    """Adds to y [tokens, n_out], in place, what the pool rows of the tiles make of x [tokens, n_in]."""
+def add_tiles(x: Tensor, member: LoraMember, tiles: LoraTiles) -> None:
+    """Adds to a layer's outputs, in place, what its pool rows of the tiles make of x [tokens, n_in]."""
     lora: Any = importlib.import_module(f"{kernels.__name__}.lora")
-    lora.add_adapters(x, [lora.LoraMember(y, pool_a, pool_b)], tiles)
+    lora.add_adapters(x, [member], tiles)
 
 
 def _explain_difference(layers: Sequence[LoraLinear]) -> str:
@@ -110,13 +110,15 @@ def _explain_difference(layers: Sequence[LoraLinear]) -> str:
 
 
 def _try_tiles(n_in: int, n_out: int, dtype: torch.dtype, device: torch.device) -> float:
-    """How far three tokens are from torch's, one of them the base's: relative."""
+    """How far three tokens are from torch's, one of them the base's, one with a gate: relative."""
     draw = partial(torch.randn, dtype=dtype, device=device)
+    count = partial(torch.tensor, dtype=torch.int32, device=device)
     x, y, a, b = draw(3, n_in), draw(3, n_out), draw(32, n_in) / n_in**0.5, draw(32, n_out)
-    rows = [(0, 1, 0, 16), (1, 0, 0, 0), (2, 1, 16, 11)]
-    weights = torch.ones(3, LORA_TOKENS, device=device)
-    expected = oracles.add_adapters(x, y, a, b, rows, weights)
-    add_tiles(x, y, a, b, LoraTiles(torch.tensor(rows, dtype=torch.int32, device=device), weights, 16))
+    member = LoraMember(y, a, b, count([16] * 32))
+    tiles = count([(0, 1, 0, 16), (1, 0, 0, 0), (2, 1, 16, 11)])
+    layout = LoraTiles(tiles, torch.ones(3, LORA_TOKENS, device=device), count([-1, -1, 27]), 16)
+    expected = oracles.add_adapters(x, member, layout)
+    add_tiles(x, member, layout)
     return float((y.float() - expected).norm() / expected.norm())
 
 

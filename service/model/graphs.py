@@ -1,15 +1,17 @@
 """Decode steps as CUDA graphs:
-recorded when a shape first comes, replayed for every later step of that shape.
+recorded at the start, for some numbers of sequences, and replayed for every step of one token each.
 
 A step of one token a sequence is thousands of small kernels, and launching them from Python takes
 longer than running them. A recording reads what changes between steps from buffers that stay where
-they are. Runs in the worker process; must not know requests, sampling or what is placed when.
+they are; the kernels of attention and adapters read no more of these than a step's own sequences
+have. Runs in the worker process; must not know requests, sampling or what is placed when.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -17,127 +19,135 @@ import torch
 from torch import Tensor
 
 from ..core.base_info import BLOCK_TOKENS
+from ..engine.kv_blocks import count_blocks
 from . import compat
 from .lora_pool import LoraPool
 from .step_layout import SequenceStep, StepLayout, make_block_table, running
+from .transfers import send
 
 log = logging.getLogger(__name__)
 
-# Recordings kept; each costs a few megabytes of the device, beside the memory that all work in
-LIMIT = 64
-BLOCKS, POOL_ROWS = 16, 16  # the smallest buckets
-# A step's inputs for each slot: the place of its KV, and its pool rows [low, high)
-FIELDS = ("token", "position", "block", "offset", "low", "high")
+# A step's inputs for each sequence: the place of its KV, and its adapter's rows of the pool
+FIELDS = ("token", "position", "block", "offset", "low", "rank", "gate")
 
 
-class GraphShape(NamedTuple):
-    """The steps that a recording is good for.
-
-    They have `slots` tokens of sequences with at most `blocks` KV blocks, and meet pool rows in
-    `layers` that `pool` bounds, as `LoraPool.find_limit` says (0: no adapters).
-    """
+class Recording(NamedTuple):
+    """The steps of at most `slots` sequences: of the base alone, or with any adapters."""
 
     slots: int
-    blocks: int
-    pool: int
-    layers: frozenset[str]
+    has_adapters: bool
 
 
 class CudaGraphs:
-    """The recordings of one pool's tree, for at most `rows` sequences.
+    """The recordings of one pool's tree, which has the GPU's kernels, for at most `rows` sequences.
 
-    The KV block `spare`, behind those that sequences use, takes what the unused slots write.
+    The KV block `spare`, behind those that sequences use, takes what the unused slots write. `tokens`
+    int32 [rows] on the device are what the next replay reads.
     """
 
     def __init__(self, pool: LoraPool, rows: int, context: int, vocabulary: int, spare: int) -> None:
-        self.pool, self.rows, self.spare = pool, rows, spare
-        self.most_blocks = -(-context // BLOCK_TOKENS)
-        self.able = True
-        device = pool.device
-        pinned = device.type == "cuda"
-        self.staged = torch.zeros(len(FIELDS), rows, dtype=torch.int32, pin_memory=pinned)
-        self.staged_table = torch.zeros(rows, self.most_blocks, dtype=torch.int32, pin_memory=pinned)
-        self.inputs = torch.zeros_like(self.staged, device=device)
-        self.block_table = torch.zeros_like(self.staged_table, device=device)
-        self.logits = torch.zeros(rows, vocabulary, dtype=pool.dtype, device=device)
+        self.pool, self.spare, self.device = pool, spare, pool.device
+        self.counts = list_counts(rows)
+        self.inputs = torch.zeros(len(FIELDS), rows, dtype=torch.int32, device=self.device)
+        self.tokens = self.inputs[0]
+        self.block_table = torch.zeros(rows, count_blocks(context), dtype=torch.int32, device=self.device)
+        self.logits = torch.zeros(rows, vocabulary, dtype=pool.dtype, device=self.device)
+        self.recorded: dict[Recording, Any] = {}
+        self._tabled: list[tuple[int, ...]] = [()] * rows  # what the block table has of each slot
         self._memory: Any = torch.cuda.graph_pool_handle()
-        self._recorded: dict[GraphShape, Any] = {}
+
+    def record_all(self, progress: Callable[[float], None]) -> bool:
+        """Makes all recordings, the largest first: the others work in its memory. Whether they could
+        be made; the log says why not.
+
+        `progress` is told which share is there.
+        """
+        began, free = time.monotonic(), self._free_bytes()
+        wanted = [Recording(slots, adapted) for slots in reversed(self.counts) for adapted in (True, False)]
+        for i, recording in enumerate(wanted):
+            progress(i / len(wanted))
+            self._fill_inputs([], recording.slots)
+            self._run_forward(recording)  # makes the libraries ready, which a recording must not
+            if not self._record_steps(recording):
+                return False
+        facts = len(wanted), self.counts[-1], time.monotonic() - began, (free - self._free_bytes()) / 1e6
+        log.info("graphs: %d recordings for up to %d sequences, in %.1f s and %.0f MB", *facts)
+        return True
+
+    def _free_bytes(self) -> int:
+        torch.cuda.empty_cache()
+        free: int = torch.cuda.mem_get_info(self.device)[0]
+        return free
 
     def run_step(self, sequences: Sequence[SequenceStep]) -> Tensor:
         """One token each of so many sequences: logits [tokens, vocabulary], good until the next
         step.
         """
-        shape = self._choose_shape(sequences)
-        self._fill_inputs(sequences, shape)
+        slots = next(count for count in self.counts if count >= len(sequences))
+        has_adapters = any(sequence.adapter is not None for sequence in sequences)
+        return self.replay(Recording(slots, has_adapters), sequences)
+
+    def replay(self, recording: Recording, sequences: Sequence[SequenceStep]) -> Tensor:
+        """As `run_step`, by one of those that are right for these sequences."""
+        self._fill_inputs(sequences, recording.slots)
         self.pool.wait_for_copies()
-        graph = self._recorded.pop(shape, None)
-        if graph is not None:
-            self._recorded[shape] = graph  # the last in use is the last to go
-            graph.replay()
-        else:
-            self._run_and_record(shape)
+        self.recorded[recording].replay()
         return self.logits[: len(sequences)]
 
-    def _run_and_record(self, shape: GraphShape) -> None:
-        """The forward is for this step; it also makes the libraries ready, which a recording must
-        not.
-        """
-        self._run_forward(shape)
-        if self.able:
-            self._record_shape(shape)
-
-    def _choose_shape(self, sequences: Sequence[SequenceStep]) -> GraphShape:
-        slots = min(round_up(len(sequences)), self.rows)
-        most = max(len(sequence.blocks) for sequence in sequences)
-        blocks = min(round_up(most, BLOCKS), self.most_blocks)
-        limit = self.pool.find_limit(sequence.adapter for sequence in sequences)
-        if not limit:
-            return GraphShape(slots, blocks, 0, frozenset())
-        return GraphShape(slots, blocks, min(round_up(limit, POOL_ROWS), self.pool.rank), self.pool.used)
-
-    def _fill_inputs(self, sequences: Sequence[SequenceStep], shape: GraphShape) -> None:
+    def _fill_inputs(self, sequences: Sequence[SequenceStep], slots: int) -> None:
         """Unused slots hold token 0 at position 0 of the spare block, and no pool rows."""
-        count = len(sequences)
-        self.staged.zero_()
-        self.staged[FIELDS.index("block")] = self.spare
-        columns = [self._make_column(sequence) for sequence in sequences]
-        self.staged[:, :count] = torch.tensor(columns, dtype=torch.int32).T
-        table = self.staged_table[:, : shape.blocks]
-        table.fill_(self.spare)
-        own = make_block_table([sequence.blocks for sequence in sequences])
-        table[:count] = own[:, :1]  # behind its end each sequence looks at itself
-        table[:count, : own.shape[1]] = own
-        self.inputs.copy_(self.staged, non_blocking=True)
-        self.block_table[: shape.slots, : shape.blocks].copy_(table[: shape.slots], non_blocking=True)
+        unused = SequenceStep((0,), 0, (self.spare,))
+        filled = [*sequences, *[unused] * (slots - len(sequences))]
+        columns = zip(*map(self._make_column, filled), strict=True)
+        self.inputs[:, :slots] = self._send(torch.tensor(list(columns), dtype=torch.int32))
+        self._fill_table([tuple(sequence.blocks) for sequence in filled])
 
     def _make_column(self, sequence: SequenceStep) -> tuple[int, ...]:
         """FIELDS of one sequence."""
         block, offset = divmod(sequence.position, BLOCK_TOKENS)
-        start, rank = self.pool.placement_of(sequence.adapter)
-        return sequence.tokens[0], sequence.position, sequence.blocks[block], offset, start, start + rank
+        place = sequence.position, sequence.blocks[block], offset
+        return sequence.tokens[0], *place, *self.pool.rows_of(sequence.adapter)
 
-    def _run_forward(self, shape: GraphShape) -> None:
-        tokens, positions, write_block, write_offset, low, high = self.inputs[:, : shape.slots]
-        self.pool.set_range(low, high, shape.pool)
-        table = self.block_table[: shape.slots, : shape.blocks]
-        every = torch.arange(shape.slots, device=self.pool.device)
-        layout = StepLayout(tokens, positions, write_block, write_offset, table, every, shape.slots)
+    def _fill_table(self, blocks: Sequence[tuple[int, ...]]) -> None:
+        """Sends the slots whose blocks are not those of the step before: of a sequence that goes on,
+        every so many steps. What lies behind them is not read.
+        """
+        changed = [slot for slot, own in enumerate(blocks) if own != self._tabled[slot]]
+        if not changed:
+            return
+        lines = [(slot, *blocks[slot]) for slot in changed]
+        sent = self._send(make_block_table(lines))
+        self.block_table[sent[:, 0], : sent.shape[1] - 1] = sent[:, 1:]
+        for slot in changed:
+            self._tabled[slot] = blocks[slot]
+
+    def _send(self, numbers: Tensor) -> Tensor:
+        """From memory that nobody writes to before it has been read there."""
+        return send(numbers.pin_memory(), self.device)
+
+    def _run_forward(self, recording: Recording) -> None:
+        slots = recording.slots
+        tokens, positions, write_block, write_offset = self.inputs[:4, :slots]
+        self.pool.begin_recording(self.inputs[4:, :slots], recording.has_adapters)
+        every = torch.arange(slots, device=self.device)
+        layout = StepLayout(
+            tokens, positions, write_block, write_offset, self.block_table[:slots], every, slots
+        )
         with running(layout):
             output = self.pool.tree(input_ids=tokens[None], position_ids=positions[None], use_cache=False)
-        self.logits[: shape.slots] = output.logits[0]
+        self.logits[:slots] = output.logits[0]
 
-    def _record_shape(self, shape: GraphShape) -> None:
+    def _record_steps(self, recording: Recording) -> bool:
+        """Whether they could be recorded; the log says why not."""
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            # other threads read adapters meanwhile, which may allocate
             with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-                self._run_forward(shape)
+                self._run_forward(recording)
         except Exception as error:
             self._give_up(stream, error)
-            return
-        self._recorded[shape] = graph
-        if len(self._recorded) > LIMIT:
-            del self._recorded[next(iter(self._recorded))]
+            return False
+        self.recorded[recording] = graph
+        return True
 
     def _give_up(self, stream: Any, error: Exception) -> None:
         """Where a base's own code asks the device something in mid-step, no recording can be made,
@@ -149,16 +159,15 @@ class CudaGraphs:
         torch.cuda.set_stream(stream)
         with suppress(AttributeError, RuntimeError):
             compat.close_graph_memory(self._memory)
-        self.able = False
-        self._recorded.clear()
+        self.recorded.clear()
         # Ending a broken recording raises once more
         cause = str(error.__context__ or error).partition("\n")[0]
         log.warning("graphs: off, decode steps of this base cannot be recorded: %s", cause)
 
 
-def round_up(count: int, least: int = 1) -> int:
-    """The smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is at least `count` and `least`."""
-    wanted = max(count, least)
-    power = 1 << (wanted - 1).bit_length()
-    three_quarters = power * 3 // 4
-    return three_quarters if wanted <= three_quarters else power
+def list_counts(rows: int) -> list[int]:
+    """The numbers of sequences that steps are recorded for: 1, 2, 4, 8, 16, 24, 32, 48, ... and `rows`."""
+    counts = [1, 2, 4, 8, 16, 24]
+    while counts[-1] < rows:
+        counts.append(2 * counts[-2])
+    return [count for count in counts if count < rows] + [rows]

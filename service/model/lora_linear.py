@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from ..core.adapter import Digest, Placement
-from .kernels.triton.shapes import LoraTiles
+from .kernels.triton.shapes import LoraMember, LoraTiles
 from .kernels.weights import TILE, pack_weights
 from .memory import HugePageArena, lazy_zeros, release_pages
 
 
 class LoraWeights(NamedTuple):
     """One layer's share of an adapter, ready to copy: a [r, in], b [r, out] with everything folded
-    in; gate float32 [out] for DoRA.
+    in; for DoRA the gate less 1, [out], in float32 or in the pool's dtype.
     """
 
     a: Tensor
@@ -42,6 +42,14 @@ class TokenGroup(NamedTuple):
     mask: Tensor | None
 
 
+class DoraSpan(NamedTuple):
+    """Tokens [start, stop) have a DoRA adapter, whose gate is in this pool row."""
+
+    start: int
+    stop: int
+    row: int
+
+
 class AdapterSpan(NamedTuple):
     """Tokens [start, stop) belong to this adapter."""
 
@@ -53,16 +61,17 @@ class AdapterSpan(NamedTuple):
 class TokenAdapters(NamedTuple):
     """How the tokens that a layer sees in one step meet the pool.
 
-    `gated` are the spans of DoRA adapters, `on_experts` those of adapters on a mixture's experts, which
-    lie in no layer with states.
-    `tiles` has one tile for each token of a sequence that has one alone, in place of a group.
+    `on_experts` are the spans of adapters on a mixture's experts, which lie in no layer with states.
+    `tiles` has one tile for each token of a sequence that has one alone, in place of a group and a
+    span. `is_recorded`: what runs now runs again when layers hold other adapters.
     """
 
     tokens: int = 0
     groups: tuple[TokenGroup, ...] = ()
-    gated: tuple[AdapterSpan, ...] = ()
+    gated: tuple[DoraSpan, ...] = ()
     tiles: LoraTiles | None = None
     on_experts: tuple[AdapterSpan, ...] = ()
+    is_recorded: bool = False
 
     def clip(self, start: int, stop: int) -> TokenAdapters:
         """How tokens [start, stop) alone meet it; no group or span lies on both sides of a border."""
@@ -72,7 +81,7 @@ class TokenAdapters(NamedTuple):
             if start <= group.start < stop
         ]
         gated = [
-            AdapterSpan(span.start - start, span.stop - start, span.digest)
+            DoraSpan(span.start - start, span.stop - start, span.row)
             for span in self.gated
             if start <= span.start < stop
         ]
@@ -80,8 +89,8 @@ class TokenAdapters(NamedTuple):
 
 
 NO_TOKENS = TokenAdapters()
-# Adds to y [tokens, n_out], in place, what the pool rows a, b of the tiles make of x [tokens, n_in]
-AddTiles = Callable[[Tensor, Tensor, Tensor, Tensor, LoraTiles], None]
+# Adds to a layer's outputs, in place, what its pool rows of the tiles make of x [tokens, n_in]
+AddTiles = Callable[[Tensor, LoraMember, LoraTiles], None]
 SeenTokens = Literal["body", "head", "part"]  # which of a step's tokens a layer sees, as StepAdapters says
 
 
@@ -121,6 +130,9 @@ class AdaptedLayer(nn.Module):
 class LoraLinear(AdaptedLayer):
     """y = base(x), gated where DoRA says so, + ((x · Aᵀ) * M) · B, M [tokens, R] being 1 where a
     pool row is the token's own.
+
+    A DoRA adapter's gate, less 1, is in the last of its rows of B; `ranks` int32 [R] has, at an
+    adapter's first row, how many of them this layer multiplies.
     """
 
     def __init__(
@@ -136,24 +148,28 @@ class LoraLinear(AdaptedLayer):
     ) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.gates: dict[Digest, Tensor] = {}
         self._step, self._sees = step, sees
         self.held: set[Digest] = set()
         self._landed: Any = None
         pool_a, pool_b = (lazy_zeros(rank, width, dtype=dtype, device=device) for width in (n_in, n_out))
-        register_buffers(self, pool_a=pool_a, pool_b=pool_b)
+        ranks = torch.zeros(rank, dtype=torch.int32, device=device)
+        register_buffers(self, pool_a=pool_a, pool_b=pool_b, ranks=ranks)
 
     pool_a: Tensor
     pool_b: Tensor
+    ranks: Tensor
 
     def place_weights(self, at: Placement, factors: LoraWeights) -> None:
         """On a GPU the copies run on the stream that is current; the next forward waits for them."""
-        rows = slice(at.start, at.start + factors.a.shape[0])
+        rank = factors.a.shape[0]
+        rows = slice(at.start, at.start + rank)
         self.held.add(at.digest)
         self.pool_a[rows].copy_(factors.a, non_blocking=True)
         self.pool_b[rows].copy_(factors.b, non_blocking=True)
+        self.ranks[at.start] = rank
         if factors.gate is not None:
-            self.gates[at.digest] = factors.gate.to(self.pool_b.device, self.pool_b.dtype, non_blocking=True)
+            assert rank < at.rank, "no row is left for the gate"
+            self.pool_b[at.start + at.rank - 1].copy_(factors.gate, non_blocking=True)
         self._landed = torch.get_device_module(self.pool_a.device).Event()
         self._landed.record()
 
@@ -162,20 +178,22 @@ class LoraLinear(AdaptedLayer):
         rows = slice(at.start, at.start + at.rank)
         self.pool_a[rows].zero_()
         self.pool_b[rows].zero_()
-        self.gates.pop(at.digest, None)
+        self.ranks[rows].zero_()
         self.held.discard(at.digest)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.base_layer(x)
         adapters: TokenAdapters = getattr(self._step, self._sees)
-        if not self.held or not (adapters.groups or adapters.gated or adapters.tiles):
+        is_met = adapters.groups or adapters.gated or adapters.tiles
+        if not is_met or not (self.held or adapters.is_recorded):
             return y
         self._wait_for_copies()
         flat, out = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         check_tokens(flat.shape[0], adapters.tokens)
         self._apply_gate(out, adapters.gated)
         if adapters.tiles is not None and self._step.add_tiles is not None:
-            self._step.add_tiles(flat, out, self.pool_a, self.pool_b, adapters.tiles)
+            member = LoraMember(out, self.pool_a, self.pool_b, self.ranks, self.bias)
+            self._step.add_tiles(flat, member, adapters.tiles)
         for group in adapters.groups:
             self._add_group(flat, out, group)
         return y
@@ -196,14 +214,11 @@ class LoraLinear(AdaptedLayer):
         else:  # a quantized layer that is asked in another precision answers in that
             y[tokens] += inner @ self.pool_b[rows]
 
-    def _apply_gate(self, y: Tensor, gated: Sequence[AdapterSpan]) -> None:
+    def _apply_gate(self, y: Tensor, gated: Sequence[DoraSpan]) -> None:
         bias = self.bias
-        for start, stop, digest in gated:
-            gate = self.gates.get(digest)
-            if gate is None:
-                continue
+        for start, stop, row in gated:
             part = y[start:stop]
-            y[start:stop] = part * gate if bias is None else (part - bias) * gate + bias
+            part += (part if bias is None else part - bias) * self.pool_b[row]
 
 
 def check_tokens(seen: int, expected: int) -> None:
@@ -252,7 +267,7 @@ class FusedLoraLinear(AdaptedLayer):
         torch.ops.adapterd.place(factors.a, factors.b, self.pool_a, self.pool_b, at.start)
         self.ranks[at.start] = factors.a.shape[0]
         if factors.gate is not None:
-            self.gate[at.start] = factors.gate - 1
+            self.gate[at.start] = factors.gate
             self.gated.add(at.start)
 
     def clear_rows(self, at: Placement) -> None:

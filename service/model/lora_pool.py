@@ -22,6 +22,7 @@ from .linear_calls import LinearCalls
 from .loading import iterate_linears
 from .lora_linear import (
     AdapterSpan,
+    DoraSpan,
     FusedLoraLinear,
     LoraLinear,
     LoraWeights,
@@ -49,6 +50,17 @@ class AdapterRun(NamedTuple):
 
 
 Runs = Sequence[AdapterRun]
+
+
+class AdapterRows(NamedTuple):
+    """Pool rows [low, low + rank) are an adapter's factors, row `gate` has DoRA's gate (-1: none)."""
+
+    low: int = 0
+    rank: int = 0
+    gate: int = -1
+
+
+NO_ROWS = AdapterRows()
 
 
 class LoraPool:
@@ -90,7 +102,6 @@ class LoraPool:
         self._on_experts: set[Digest] = set()
         self._on: Any = torch.get_device_module(device)
         self._copies = self._on.Stream()
-        self.used: frozenset[str] = frozenset()  # the torch layers that hold an adapter
 
     def _follow_parts(self) -> Iterator[str]:
         """What the names of all layers within those with states begin with; these say what they run."""
@@ -156,7 +167,6 @@ class LoraPool:
             self._gated.add(at.digest)
         if not self.experts.keys().isdisjoint(factors):
             self._on_experts.add(at.digest)
-        self._note_used()
 
     def remove_adapter(self, digest: Digest) -> None:
         """Frees the adapter's rows; one whose placing was broken off has left something in some
@@ -170,53 +180,30 @@ class LoraPool:
             self._adapted(name).clear_rows(at)
         self._gated.discard(digest)
         self._on_experts.discard(digest)
-        self._note_used()
 
     def _adapted(self, name: str) -> LoraLinear | FusedLoraLinear | ExpertFactors:
         return self.experts.get(name) or self.layers[name]
-
-    def _note_used(self) -> None:
-        plain = (item for item in self.layers.items() if isinstance(item[1], LoraLinear))
-        self.used = frozenset(name for name, layer in plain if layer.held)
 
     def wait_for_copies(self) -> None:
         """The next work on the current stream waits until all that was placed is there."""
         self._on.current_stream().wait_stream(self._copies)
 
-    def placement_of(self, digest: Digest | None) -> tuple[int, int]:
-        """The first pool row, and how many."""
+    def rows_of(self, digest: Digest | None) -> AdapterRows:
+        """The pool rows of an adapter that is placed; of the base none."""
         if digest is None:
-            return 0, 0
-        placement = self.places[digest]
-        return placement.start, placement.rank
+            return NO_ROWS
+        at = self.places[digest]
+        has_gate = digest in self._gated
+        return AdapterRows(at.start, at.rank - has_gate, at.start + at.rank - 1 if has_gate else -1)
 
-    def has_gate(self, digests: Iterable[Digest | None]) -> bool:
-        """Whether DoRA's gate applies to any of them."""
-        return not self._gated.isdisjoint(digests)
+    def begin_recording(self, rows: Tensor, has_adapters: bool) -> None:
+        """As `begin_step` for tokens that all get logits, one a run, by the kernel for tiles: int32
+        `rows` [3, tokens] on the device hold the AdapterRows of each when it runs.
 
-    def set_range(self, low: Tensor, high: Tensor, limit: int) -> None:
-        """As `begin_step` for tokens that all get logits, one a run, each meeting pool rows [low,
-        high): int64 [tokens] on the device.
-
-        As `find_limit` says, `limit` bounds these rows. Nothing here depends on what the tensors
-        hold.
+        Nothing here depends on what they hold; without adapters they are not read.
         """
-        groups: tuple[TokenGroup, ...] = ()
-        tiles = None
-        if limit and self.step.add_tiles is not None:
-            tiles = _make_tiles(low, high, limit)
-        elif limit:
-            rows = torch.arange(limit, device=self.device)
-            is_foreign = (rows < low[:, None]) | (rows >= high[:, None])
-            groups = (TokenGroup(0, len(low), 0, limit, is_foreign),)
-        self.step.body = self.step.head = TokenAdapters(len(low), groups, tiles=tiles)
-
-    def find_limit(self, digests: Iterable[Digest | None]) -> int:
-        """What bounds the rows of these adapters: the greatest rank, where tiles are added by a
-        kernel; else the row that all lie below. 0: there are no adapters.
-        """
-        places = map(self.placement_of, digests)
-        return max(rank if self.step.add_tiles is not None else start + rank for start, rank in places)
+        tiles = _make_tiles(rows, self.rank) if has_adapters else None
+        self.step.body = self.step.head = TokenAdapters(rows.shape[1], tiles=tiles, is_recorded=True)
 
     def begin_step(self, sequences: Sequence[SequenceStep]) -> None:
         """Tells all layers whose tokens come next; sequences of one token come first."""
@@ -250,7 +237,8 @@ class LoraPool:
 
     def _rows_of(self, digest: Digest | None) -> tuple[int, int, int]:
         """Pool row, rank, and whether a gate applies."""
-        return *self.placement_of(digest), int(digest in self._gated)
+        low, rank, gate = self.rows_of(digest)
+        return low, rank, int(gate >= 0)
 
     def _head_spans(self, heads: Iterable[AdapterRun]) -> Iterator[tuple[int, ...]]:
         start = 0
@@ -262,62 +250,66 @@ class LoraPool:
         """The tokens of these runs, the first `singles` of which have one token each."""
         tokens = sum(run.tokens for run in runs)
         groups = tuple(self._own_groups(runs[singles:], singles))
-        gated, on_experts = (tuple(_list_spans(runs, those)) for those in (self._gated, self._on_experts))
+        on_experts = tuple(self._expert_spans(runs))
         if self.step.add_tiles is not None:
+            gated = tuple(self._gated_spans(runs[singles:], singles))
             return TokenAdapters(tokens, groups, gated, self._tiles_of(runs[:singles]), on_experts)
         groups = (*self._mixed_group(runs[:singles]), *groups)
-        return TokenAdapters(tokens, groups, gated, on_experts=on_experts)
+        return TokenAdapters(tokens, groups, tuple(self._gated_spans(runs, 0)), on_experts=on_experts)
 
     def _tiles_of(self, runs: Runs) -> LoraTiles | None:
         """Of runs of one token each; None where none has an adapter."""
-        places = [self.placement_of(run.digest) for run in runs]
-        most_rank = max((rank for _, rank in places), default=0)
+        rows = [self.rows_of(run.digest) for run in runs]
+        most_rank = max((own.rank for own in rows), default=0)
         if not most_rank:
             return None
-        low, rank = send(torch.tensor(places, dtype=torch.int32), self.device).T
-        return _make_tiles(low, low + rank, most_rank)
+        columns = torch.tensor(rows, dtype=torch.int32).T.contiguous()
+        return _make_tiles(send(columns, self.device), most_rank)
 
     def _mixed_group(self, runs: Runs) -> Iterator[TokenGroup]:
         """One masked group for tokens of different adapters."""
-        placements = [self.places[run.digest] if run.digest else None for run in runs]
-        used = {placement for placement in placements if placement}
+        rows = [self.rows_of(run.digest) for run in runs]
+        used = {own for own in rows if own.rank}
         if not used:
             return
-        low = min(placement.start for placement in used)
-        high = max(placement.start + placement.rank for placement in used)
-        has_mask = len(used) > 1 or None in placements
-        mask = self._make_mask(placements, low, high) if has_mask else None
+        low, high = min(own.low for own in used), max(own.low + own.rank for own in used)
+        has_mask = len(used) > 1 or NO_ROWS in rows
+        mask = self._make_mask(rows, low, high) if has_mask else None
         yield TokenGroup(0, len(runs), low, high, mask)
 
-    def _make_mask(self, placements: Sequence[Placement | None], low: int, high: int) -> Tensor:
+    def _make_mask(self, rows: Sequence[AdapterRows], low: int, high: int) -> Tensor:
         """Bool [tokens, high - low], true where a pool row is not the token's own."""
-        mask = torch.ones(len(placements), high - low, dtype=torch.bool)
-        for token, placement in enumerate(placements):
-            if placement:
-                start = placement.start - low
-                mask[token, start : start + placement.rank] = False
+        mask = torch.ones(len(rows), high - low, dtype=torch.bool)
+        for token, own in enumerate(rows):
+            mask[token, own.low - low : own.low - low + own.rank] = False
         return mask.to(self.device, non_blocking=True)
 
     def _own_groups(self, runs: Iterable[AdapterRun], start: int) -> Iterator[TokenGroup]:
         """A group for each run, of its own adapter's rows only."""
         for tokens, digest in runs:
             if digest is not None:
-                low, rank = self.placement_of(digest)
+                low, rank, _ = self.rows_of(digest)
                 yield TokenGroup(start, start + tokens, low, low + rank, None)
             start += tokens
 
+    def _gated_spans(self, runs: Iterable[AdapterRun], start: int) -> Iterator[DoraSpan]:
+        for tokens, digest in runs:
+            gate = self.rows_of(digest).gate
+            if gate >= 0:
+                yield DoraSpan(start, start + tokens, gate)
+            start += tokens
 
-def _list_spans(runs: Iterable[AdapterRun], digests: Collection[Digest]) -> Iterator[AdapterSpan]:
-    """The tokens of these adapters."""
-    start = 0
-    for tokens, digest in runs:
-        if digest is not None and digest in digests:
-            yield AdapterSpan(start, start + tokens, digest)
-        start += tokens
+    def _expert_spans(self, runs: Iterable[AdapterRun]) -> Iterator[AdapterSpan]:
+        start = 0
+        for tokens, digest in runs:
+            if digest is not None and digest in self._on_experts:
+                yield AdapterSpan(start, start + tokens, digest)
+            start += tokens
 
 
-def _make_tiles(low: Tensor, high: Tensor, most_rank: int) -> LoraTiles:
-    """One tile a token, of pool rows [low, high): int [tokens] each; unused where there are none."""
+def _make_tiles(rows: Tensor, most_rank: int) -> LoraTiles:
+    """One tile a token, of its AdapterRows: int32 [3, tokens]; unused where there are none."""
+    low, rank, gates = rows
     every = torch.arange(len(low), dtype=torch.int32, device=low.device)
-    tiles = torch.stack([every, (high > low).int(), low.int(), (high - low).int()], -1)
-    return LoraTiles(tiles, torch.ones(len(low), LORA_TOKENS, device=low.device), most_rank)
+    tiles = torch.stack([every, (rank > 0).int(), low, rank], -1)
+    return LoraTiles(tiles, torch.ones(len(low), LORA_TOKENS, device=low.device), gates, most_rank)

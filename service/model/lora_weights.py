@@ -27,6 +27,10 @@ from .stored_quantization import is_quantized
 
 def read_weights(adapter: Adapter, pool: LoraPool) -> dict[str, LoraWeights]:
     """Reads and folds a pool adapter, or all parts of a mix, layer by layer. Raises AdapterInvalid."""
+    if adapter.pool_rows > pool.rank:
+        raise AdapterInvalid(
+            [f"rank {adapter.rank} and DoRA's gate take {adapter.pool_rows} rows of the pool's {pool.rank}"]
+        )
     weights = join_parts(adapter, pool) if adapter.parts else _fold_adapter(adapter, pool)
     return pin_weights(weights) if pool.device.type == "cuda" else weights
 
@@ -67,7 +71,7 @@ def fold_layer(
     layer: LoraLinear | FusedLoraLinear | None,
     pool: LoraPool,
 ) -> LoraWeights:
-    """a = A; b = scaling · Bᵀ, or scaling · (B · gate)ᵀ with DoRA, in the pool's dtype.
+    """a = A; b = scaling · Bᵀ, or scaling · (B · (1 + gate))ᵀ with DoRA, in the pool's dtype.
 
     On a parameter of experts, which no layer stands for, the same of each: a [experts, r, in], b
     [experts, r, out].
@@ -78,7 +82,7 @@ def fold_layer(
     gate = None
     if spec.magnitude is not None:
         gate = dora_gate(layer.base_layer, a, b, tensors[spec.magnitude], spec.scaling)
-        b = b.float() * gate[:, None]
+        b = b.float() * (1 + gate[:, None])
     scaled = (b.float() * spec.scaling).T
     return LoraWeights(to_pool_dtype(a, pool), to_pool_dtype(scaled, pool), gate)
 
@@ -100,7 +104,7 @@ def pin_weights(weights: Mapping[str, LoraWeights]) -> dict[str, LoraWeights]:
     """The same in one block that a GPU can copy from while steps run: many small ones would each be
     rounded up to a power of two.
     """
-    tensors = [tensor for a, b, _ in weights.values() for tensor in (a, b)]
+    tensors = [tensor for part in weights.values() for tensor in part if tensor is not None]
     sizes = [tensor.numel() for tensor in tensors]
     block = torch.empty(sum(sizes), dtype=tensors[0].dtype, pin_memory=True)
     pieces = iter(torch.split(block, sizes))
@@ -108,18 +112,21 @@ def pin_weights(weights: Mapping[str, LoraWeights]) -> dict[str, LoraWeights]:
     def move(tensor: Tensor) -> Tensor:
         return next(pieces).view(tensor.shape).copy_(tensor)
 
-    return {name: LoraWeights(move(a), move(b), gate) for name, (a, b, gate) in weights.items()}
+    return {
+        name: LoraWeights(move(a), move(b), None if gate is None else move(gate))
+        for name, (a, b, gate) in weights.items()
+    }
 
 
 def dora_gate(layer: nn.Module, a: Tensor, b: Tensor, magnitude: Tensor, scaling: float) -> Tensor:
-    """magnitude / ‖W + scaling·B·A‖, norm over the inputs: float32 [out] (arXiv:2402.09353, section
-    4.3, as PEFT computes it).
+    """magnitude / ‖W + scaling·B·A‖ - 1, norm over the inputs: float32 [out] (arXiv:2402.09353,
+    section 4.3, as PEFT computes it).
     """
     weight = dense_weight(layer)
     delta = (b.to(weight.device, weight.dtype) @ a.to(weight.device, weight.dtype)) * scaling
     norm = torch.linalg.norm(weight + delta, dim=1)
     gate: Tensor = magnitude.to(norm.device, norm.dtype) / norm
-    return gate.float().cpu()
+    return (gate.float() - 1).cpu()
 
 
 def dense_weight(layer: Any) -> Tensor:

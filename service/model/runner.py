@@ -156,17 +156,11 @@ class ModelRunner:
         """
         sequences = [_sequence_step(chunk) for chunk in chunks]
         if tree is self.pool.tree:
-            if self.graphs is not None and self._can_replay(sequences):
+            if self.graphs is not None and count_singles(sequences) == len(sequences):
                 return self.graphs.run_step(sequences)
             self.pool.begin_step(sequences)
         layouts.append(make_layout(sequences, self.pool.device))
         return forward_step(tree, layouts[-1])
-
-    def _can_replay(self, sequences: Sequence[SequenceStep]) -> bool:
-        """Whether CUDA graphs can run the step: each sequence has one token, and none DoRA's gate."""
-        assert self.graphs is not None
-        is_single = count_singles(sequences) == len(sequences)
-        return self.graphs.able and is_single and not self.pool.has_gate(s.adapter for s in sequences)
 
 
 def _sequence_step(chunk: Chunk) -> SequenceStep:

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from service.core.adapter import Adapter, ExecutionPath, Tier
+from service.core.adapter import Adapter, ExecutionPath, LoraLayerSpec, Tier
 from service.core.error_codes import ErrorCode
 from service.core.request import Finish
 from service.engine.plan import Result
@@ -264,6 +264,16 @@ def test_a_request_that_pinned_adapters_leave_no_room_for_is_refused() -> None:
     assert (end.finish, end.code) == (Finish.FAILED, "overloaded")
     assert "8 rank rows" in end.message
     assert "pinned" in end.message
+
+
+def test_a_dora_adapter_takes_a_row_more_than_its_rank_and_others_lie_behind_it() -> None:
+    driver = SchedulerDriver(pool_rank=12)
+    gated = replace(adapter("gated", rank=4), patches=(LoraLayerSpec("q", 4, 1.0, "a", "b", "gate"),))
+    for each in (gated, adapter("plain", rank=4)):
+        driver.scheduler.add_adapter(each, preload=True)
+        driver.settle()
+    assert [(at.start, at.rank) for at in driver.scheduler.adapters.pool.layout] == [(0, 5), (5, 4)]
+    assert driver.scheduler.adapters.pool.used == 9
 
 
 def test_adapters_that_cannot_be_together_take_turns() -> None:

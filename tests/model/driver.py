@@ -77,8 +77,8 @@ class RunnerDriver:
     def place(self, adapter: Adapter, start: int | None = None) -> None:
         at = self.at if start is None else start
         self.runner.load_adapter(adapter)
-        self.runner.place_adapter(Placement(adapter.digest, at, adapter.rank))
-        self.at = at + adapter.rank
+        self.runner.place_adapter(Placement(adapter.digest, at, adapter.pool_rows))
+        self.at = at + adapter.pool_rows
 
     def remove(self, digest: str) -> None:
         self.runner.remove_adapter(digest)

@@ -71,7 +71,7 @@ def test_a_base_whose_layers_keep_states_has_no_recorded_steps(caplog: pytest.Lo
     auto, demanded = (Settings.model_validate({"compile": switch}) for switch in ("auto", "on"))
     base = build.ProbedBase(None, [], [StateSpec(None, ())], LinearCalls(), auto)
     with caplog.at_level(logging.WARNING):
-        assert build._record_graphs(base, none, none, none) is None
+        assert build._record_graphs(base, none, none, none, no_progress) is None
     assert "graphs: off; layers of this base keep states" in caplog.text
     with pytest.raises(SettingsError, match="ADAPTERD_COMPILE: on, but decode steps"):
-        build._record_graphs(base._replace(settings=demanded), none, none, none)
+        build._record_graphs(base._replace(settings=demanded), none, none, none, no_progress)

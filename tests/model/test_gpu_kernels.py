@@ -133,7 +133,7 @@ def test_a_product_that_is_not_torchs_is_not_put_in_place(
 ) -> None:
     layers: Any = list(pool.layers.values())
     assert gpu_kernels._explain_difference(layers) == ""
-    monkeypatch.setattr(gpu_kernels, "add_tiles", lambda x, y, a, b, tiles: y.mul_(1.1))
+    monkeypatch.setattr(gpu_kernels, "add_tiles", lambda x, member, tiles: member.y.mul_(1.1))
     assert gpu_kernels._explain_difference(layers).startswith("differs by ")
     monkeypatch.setattr(gpu_kernels, "add_tiles", lambda x: x)
     assert gpu_kernels._explain_difference(layers).startswith("raises TypeError: ")

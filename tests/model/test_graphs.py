@@ -6,8 +6,10 @@ Where a real one is, the same tests run on that.
 
 from __future__ import annotations
 
+import logging
 import random
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -16,19 +18,21 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config
-from torch import Tensor
 from transformers import AttentionInterface
 
-from service.core.adapter import Adapter, Placement
+from service.core.adapter import Adapter, ExecutionPath, Placement, WeightedPart
+from service.core.base_info import BLOCK_TOKENS
 from service.core.request import Request, Token
 from service.core.sampling import Sampling
-from service.engine.plan import Chunk
+from service.engine.plan import Chunk, Result
 from service.errors import SettingsError
-from service.model import graphs, kv, selfcheck
+from service.model import gpu_kernels, graphs, kv, selfcheck
 from service.model.build import build_runner
-from service.model.kernels.triton.shapes import LoraTiles
-from service.model.lora_linear import AddTiles
+from service.model.graphs import CudaGraphs, Recording
+from service.model.lora_linear import LoraLinear
+from service.model.lora_pool import LoraPool
 from service.model.runner import ModelRunner
+from service.model.step_layout import make_block_table
 from service.settings import Settings
 from tests import making, pretended
 
@@ -59,9 +63,12 @@ def device() -> Any:
     return nullcontext() if torch.cuda.is_available() else pretended.gpu()
 
 
+PLAIN = {"device": "cuda", "dtype": "float32", "quantization": "none", "max_rows": 8, "max_context": 512}
+SMALL = {"pool_rank": 128, "max_rank": 64, "kv_mb": 16}
+
+
 def runner_on(base: Path, **settings: Any) -> ModelRunner:
-    plain = {"device": "cuda", "dtype": "float32", "quantization": "none", "max_rows": 8, "max_context": 512}
-    chosen = Settings.model_validate(plain | {"base": str(base)} | settings)
+    chosen = Settings.model_validate(PLAIN | SMALL | {"base": str(base)} | settings)
     return build_runner(chosen, lambda stage, fraction: None)[0]
 
 
@@ -80,14 +87,10 @@ def ask(folders: Folders, *names: str | None, count: int = 10) -> list[tuple[str
 
 
 def answered(
-    folders: Folders,
-    asked: list[tuple[str | None, Job, list[int]]],
-    add_tiles: AddTiles | None = None,
-    **settings: Any,
+    folders: Folders, asked: list[tuple[str | None, Job, list[int]]], **settings: Any
 ) -> ModelRunner:
     """A runner with all adapters resident that has answered all this as PEFT does."""
     runner = runner_on(folders[None], **settings)
-    runner.pool.step.add_tiles = add_tiles
     driver = RunnerDriver(runner, 8)
     for name, folder in folders.items():
         if name:
@@ -97,35 +100,148 @@ def answered(
     return runner
 
 
-def add_by_torch(x: Tensor, y: Tensor, pool_a: Tensor, pool_b: Tensor, layout: LoraTiles) -> None:
-    """What the kernel makes of tiles of one token each; of ranks that it was not made for, nothing."""
-    token, tokens, low, rank = layout.tiles.T[..., None]
-    rows = torch.arange(len(pool_a), device=x.device)
-    is_own = (rows >= low) & (rows < low + rank) & (tokens > 0) & (rank <= layout.most_rank)
-    y[token[:, 0]] += (x[token[:, 0]] @ pool_a.T * is_own) @ pool_b
+@pytest.fixture
+def replayed(monkeypatch: pytest.MonkeyPatch) -> Counter[Recording]:
+    """How often which recording is replayed for a step."""
+    seen: Counter[Recording] = Counter()
+    run_step, replay = CudaGraphs.run_step, CudaGraphs.replay
+
+    def note_step(graphs: CudaGraphs, sequences: Any) -> Any:
+        def note(graphs: CudaGraphs, recording: Recording, sequences: Any) -> Any:
+            seen[recording] += 1
+            return replay(graphs, recording, sequences)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(CudaGraphs, "replay", note)
+            return run_step(graphs, sequences)
+
+    monkeypatch.setattr(CudaGraphs, "run_step", note_step)
+    return seen
 
 
-@pytest.mark.parametrize("add_tiles", [None, add_by_torch])
+ALL = [Recording(slots, adapted) for slots in (8, 4, 2, 1) for adapted in (True, False)]
+
+
 def test_recorded_steps_say_what_peft_says_whoever_comes_and_goes(
-    folders: Folders, add_tiles: AddTiles | None
+    folders: Folders, replayed: Counter[Recording]
 ) -> None:
-    asked = ask(folders, None, "a0", "a1", "a3", count=40)
+    """The adapters with DoRA's gate among them, which steps beside them do not see."""
+    asked = ask(folders, None, "a0", "a1", "a2", "a3", count=40)
     with device():
-        runner = answered(folders, asked, add_tiles, compile="on")
+        runner = answered(folders, asked, compile="on")
         assert runner.graphs is not None
-        assert runner.graphs.able
-        shapes = list(runner.graphs._recorded)
-    assert {bool(shape.pool) for shape in shapes} == {True, False}
-    assert len({shape.slots for shape in shapes}) > 3
+        assert list(runner.graphs.recorded) == ALL
+    assert len({recording.slots for recording in replayed if recording.has_adapters}) > 2
 
 
-@pytest.mark.parametrize("add_tiles", [None, add_by_torch])
-def test_beside_dora_adapters_steps_are_not_recorded_and_right(
-    folders: Folders, add_tiles: AddTiles | None
+@pytest.mark.parametrize("name", [None, "a2"])
+def test_each_decode_step_is_replayed_and_one_of_the_base_alone_knows_no_adapters(
+    name: str | None, folders: Folders, replayed: Counter[Recording]
 ) -> None:
-    asked = ask(folders, "a2", "a0", None)
+    asked = ask(folders, name, count=1)
     with device():
-        assert answered(folders, asked, add_tiles).graphs is not None
+        answered(folders, asked)
+    steps = asked[0][1].n - (len(asked[0][1].prompt) > 1)
+    assert replayed == {Recording(1, has_adapters=name is not None): steps}
+
+
+def test_no_step_waits_for_a_recording(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ask(folders, None, "a1", count=6)
+    with device():
+        runner = runner_on(folders[None])
+        driver = RunnerDriver(runner, 8)
+        driver.place(plan_of(folders["a1"], folders[None]))
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.cuda, "CUDAGraph", None)
+            driver.run([job for _, job, _ in asked])
+    assert [name for name, job, want in asked if job.ids != want] == []
+
+
+def test_recordings_are_told_of_while_they_are_made_and_when_they_are(
+    folders: Folders, caplog: pytest.LogCaptureFixture
+) -> None:
+    told: list[tuple[str, float]] = []
+    chosen = Settings.model_validate(PLAIN | SMALL | {"base": str(folders[None]), "max_rows": 3})
+    with device(), caplog.at_level(logging.INFO):
+        build_runner(chosen, lambda stage, fraction: told.append((stage, fraction)))
+    shares = [fraction for stage, fraction in told if stage == "recording decode steps"]
+    assert shares == [i / 6 for i in range(6)]
+    assert caplog.text.count("graphs: 6 recordings for up to 3 sequences, in ") == 1
+
+
+def test_the_counts_are_few_and_waste_less_than_half() -> None:
+    assert graphs.list_counts(64) == [1, 2, 4, 8, 16, 24, 32, 48, 64]
+    assert graphs.list_counts(1) == [1]
+    assert graphs.list_counts(20) == [1, 2, 4, 8, 16, 20]
+    assert graphs.list_counts(200) == [1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 200]
+
+
+def test_a_mix_is_recorded_beside_one_of_its_parts(
+    folders: Folders, tmp_path: Path, replayed: Counter[Recording]
+) -> None:
+    base, names, weights = folders[None], ("a0", "a3"), (0.75, -1.5)
+    parts = [plan_of(folders[name], base) for name in names]
+    weighted = tuple(map(WeightedPart, parts, weights))
+    mix = Adapter("sha256:mix", "", "", ExecutionPath.POOL, 56, sum(p.size for p in parts), parts=weighted)
+    named = [(folders[name], weight) for name, weight in zip(names, weights, strict=True)]
+    joined = making.mixed(named, base, tmp_path)
+    jobs = [Job([5, 6, 7, 8], 8, digest) for digest in (mix.digest, parts[0].digest, None)]
+    wanted = [making.greedy(base, folder, [5, 6, 7, 8], 8) for folder in (joined, folders["a0"], None)]
+    with device():
+        driver = RunnerDriver(runner_on(base), 3)
+        driver.place(mix)
+        driver.place(parts[0])
+        driver.run(jobs)
+    assert [job.ids for job in jobs] == wanted
+    assert replayed[Recording(4, True)]
+
+
+def test_sequences_that_share_their_first_blocks_are_recorded(
+    folders: Folders, replayed: Counter[Recording]
+) -> None:
+    """Two go on from the same 16 tokens in one block, each in a second of its own."""
+    base, plan = folders[None], plan_of(folders["a2"], folders[None])
+    shared = tuple(range(40, 40 + BLOCK_TOKENS))
+    prompts = [(*shared, 9, 8), (*shared, 30)]
+    requests = [Request(i, prompt, 6, plan.digest) for i, prompt in enumerate(prompts)]
+    tables, said = [(3, 5), (3, 1)], [list[int](), list[int]()]
+    with device():
+        runner = runner_on(base)
+        RunnerDriver(runner, 1).place(plan)
+        runner.run_chunks((Chunk(requests[0], (3,), 0, shared, False),))
+        for request, table, ids in zip(requests, tables, said, strict=True):
+            rest = request.prompt[BLOCK_TOKENS:]
+            (result,) = runner.run_chunks((Chunk(request, table, BLOCK_TOKENS, rest, True),))
+            ids.append(token_of(result))
+        for step in range(5):
+            places = [len(prompt) + step for prompt in prompts]
+            each = zip(requests, tables, places, said, strict=True)
+            chunks = [Chunk(r, table, at, (ids[-1],), True, step + 1) for r, table, at, ids in each]
+            for ids, result in zip(said, runner.run_chunks(chunks), strict=True):
+                ids.append(token_of(result))
+    assert said == [making.greedy(base, folders["a2"], list(prompt), 6) for prompt in prompts]
+    assert replayed[Recording(2, True)] == 5
+
+
+def token_of(result: Result) -> int:
+    assert result.token is not None, result.error
+    return result.token.id
+
+
+def test_of_the_block_table_only_what_is_new_is_sent(
+    folders: Folders, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[list[int]] = []
+
+    def note_lines(lines: Sequence[Sequence[int]]) -> torch.Tensor:
+        sent.extend(map(list, lines))
+        return make_block_table(lines)
+
+    with device():
+        runner = runner_on(folders[None])
+        monkeypatch.setattr(graphs, "make_block_table", note_lines)
+        RunnerDriver(runner, 1).run([Job([5] * 14, 40)], chunk=14)
+    assert sent == [[0, 0], [0, 0, 1], [0, 0, 1, 2], [0, 0, 1, 2, 3]]
 
 
 def test_of_long_sequences_the_recording_sees_them_whole(folders: Folders) -> None:
@@ -140,7 +256,6 @@ def test_of_long_sequences_the_recording_sees_them_whole(folders: Folders) -> No
         driver.run([job], chunk=300)
         assert job.ids == want
         assert runner.graphs is not None
-        assert {shape.blocks for shape in runner.graphs._recorded} == {16, 24}
 
 
 def test_an_adapter_that_moved_is_there_when_its_next_step_is_replayed(folders: Folders) -> None:
@@ -152,7 +267,7 @@ def test_an_adapter_that_moved_is_there_when_its_next_step_is_replayed(folders: 
         job = Job([9, 8, 7, 6], 6, plan.digest)
         driver.run([job])
         driver.remove(plan.digest)
-        assert not runner.pool.used
+        assert not any(layer.held for layer in runner.pool.layers.values() if isinstance(layer, LoraLinear))
         assert len(storages_of(runner, plan.digest)) == 1
         driver.place(plan, 32)
         assert gpu is None or runner.pool._copies.queue, "the copies run beside the steps"
@@ -269,6 +384,20 @@ def test_a_context_that_the_proof_does_not_fit_into_is_refused(folders: Folders)
             runner_on(folders[None], max_context=selfcheck.PROBE - 1)
 
 
+def test_a_gpus_pool_is_made_once(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second would not fit beside the KV blocks, which were given what one leaves."""
+    made: list[LoraPool] = []
+
+    def note_pool(*given: Any) -> LoraPool:
+        made.append(LoraPool(*given))
+        return made[-1]
+
+    monkeypatch.setattr("service.model.build.LoraPool", note_pool)
+    with device():
+        pool = runner_on(folders[None]).pool
+    assert made == [pool]
+
+
 @pytest.mark.parametrize("where", ["load", "attend", "Bank"])
 def test_memory_that_runs_out_at_the_start_is_told(
     folders: Folders, monkeypatch: pytest.MonkeyPatch, where: str
@@ -284,19 +413,8 @@ def test_memory_that_runs_out_at_the_start_is_told(
                 patch.setitem(AttentionInterface._global_mapping, kv.NAME, full)
             case "Bank":
                 patch.setattr("service.model.build.LoraPool", full)
-        with pytest.raises(SettingsError, match="a pool of 512 do not fit into the GPU's memory"):
+        with pytest.raises(SettingsError, match="a pool of 128 do not fit into the GPU's memory"):
             runner_on(folders[None])
-
-
-def test_no_more_recordings_are_kept_than_the_limit(
-    folders: Folders, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(graphs, "LIMIT", 2)
-    asked = ask(folders, None)
-    with device():
-        runner = answered(folders, asked)
-        assert runner.graphs is not None
-        assert len(runner.graphs._recorded) == 2
 
 
 # A CPU cannot count the tokens of their experts as a GPU does
@@ -308,7 +426,7 @@ WITH_EXPERTS = {"mixtral", "gpt_oss", "deepseek_v2", "deepseek_v3", "hunyuan_v1_
 def test_every_family_is_recorded_and_says_what_generate_says(kind: str, tmp_path: Path) -> None:
     sizes, targets = FAMILIES[kind]
     base = random_base(tmp_path / "base", kind, sizes)
-    folder = making.noise(tmp_path / "a", base, 1, targets, r=8)
+    folder = making.noise(tmp_path / "a", base, 1, targets, r=8, use_dora=True)
     plan = plan_of(folder, base)
     jobs = [Job([5, 6, 7], 12), Job([9] * 11, 12), Job([9] * 11, 12, plan.digest)]
     wants = [making.greedy(base, folder if job.adapter else None, job.prompt, job.n) for job in jobs]
@@ -319,7 +437,6 @@ def test_every_family_is_recorded_and_says_what_generate_says(kind: str, tmp_pat
         driver.run(jobs, chunk=64)
         assert [job.ids for job in jobs] == wants
         assert runner.graphs is not None
-        assert runner.graphs.able
 
 
 def test_a_base_that_asks_the_device_in_mid_step_runs_unrecorded(
@@ -341,15 +458,27 @@ def test_a_base_that_asks_the_device_in_mid_step_runs_unrecorded(
         assert runner_on(folders[None], compile="off").graphs is None
 
 
-def test_a_replay_that_does_nothing_is_found_out(folders: Folders, monkeypatch: pytest.MonkeyPatch) -> None:
-    with device():
-        monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: None)
+@pytest.mark.parametrize("broken", [0, 5])
+def test_a_replay_that_does_nothing_is_found_out(
+    broken: int, folders: Folders, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whichever of the recordings it is."""
+    with device(), monkeypatch.context() as patch:
+        replay, count = torch.cuda.CUDAGraph.replay, iter(range(100))
+        patch.setattr(torch.cuda.CUDAGraph, "replay", lambda self: next(count) == broken or replay(self))
         assert runner_on(folders[None]).graphs is None
+    assert "graphs: off; the logits of the step that was tried differ" in caplog.text
 
 
-def test_buckets_hold_what_is_asked_and_waste_less_than_half() -> None:
-    buckets = [1, 2, 3, 4, 6, 6, 8, 8, 12, 12, 12, 12, 16, 16, 16, 16, 24]
-    assert [graphs.round_up(n) for n in range(1, 18)] == buckets
-    for count in range(1, 5000):
-        assert count <= graphs.round_up(count) < 1.5 * count + 1
-        assert graphs.round_up(count, 256) == max(256, graphs.round_up(count))
+@pytest.mark.parametrize("what", ["explain_absence", "_explain_difference"])
+def test_where_a_kernel_cannot_be_used_steps_run_unrecorded_and_right(
+    what: str, folders: Folders, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = ask(folders, "a2", "a0", None)
+    with device(), monkeypatch.context() as patch, caplog.at_level(logging.INFO):
+        patch.setattr(gpu_kernels, what, lambda *_: "no such luck")
+        assert answered(folders, asked).graphs is None
+        assert "no such luck" in caplog.text
+        assert "graphs: off; steps are recorded only with the kernels" in caplog.text
+        with pytest.raises(SettingsError, match="ADAPTERD_COMPILE: on, but decode steps"):
+            runner_on(folders[None], compile="on")

@@ -31,7 +31,7 @@ from service.model.kernels.weights import fits_kernel
 from service.model.loading import load_base
 from service.model.lora_linear import (
     NO_TOKENS,
-    AdapterSpan,
+    DoraSpan,
     FusedLoraLinear,
     LoraLinear,
     LoraWeights,
@@ -93,24 +93,28 @@ def test_a_fused_layer_equals_the_torch_layer(tokens: int, n_in: int, n_out: int
     place_two(plain, n_in, n_out)
     place_overflowing(fused, n_in, n_out)
     step.body = TokenAdapters(
-        tokens, tuple(group_of(span) for span in spans), (AdapterSpan(0, half or tokens, "dora"),)
+        tokens, tuple(group_of(span) for span in spans), (DoraSpan(0, half or tokens, GATE),)
     )
     x = made(1, tokens, n_in, seed=9)
     with torch.inference_mode():
         close(fused(x), plain(x))
         for lora in (fused, plain):
             lora.clear_rows(Placement("lora", 19, 3))
-            lora.clear_rows(Placement("dora", 5, 8))
+            lora.clear_rows(Placement("dora", 5, GATE - 5 + 1))
         kernels.fill_table(body, [])
         step.body = NO_TOKENS
         close(fused(x), plain(x))
+
+
+GATE = 25  # the pool row of the torch layer's gate, behind the others
 
 
 def place_two(layer: FusedLoraLinear | LoraLinear, n_in: int, n_out: int) -> None:
     for digest, start, rank, gated in (("dora", 5, 8, True), ("lora", 19, 3, False)):
         gate = made(n_out, seed=rank).float().abs() if gated else None
         a, b = made(rank, n_in, seed=rank, scale=0.2), made(rank, n_out, seed=rank + 1, scale=0.2)
-        layer.place_weights(Placement(digest, start, rank), LoraWeights(a, b, gate))
+        at = Placement(digest, start, GATE - start + 1 if gated else rank)
+        layer.place_weights(at, LoraWeights(a, b, gate))
 
 
 def place_overflowing(layer: FusedLoraLinear, n_in: int, n_out: int) -> None:

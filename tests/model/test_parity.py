@@ -98,7 +98,7 @@ def test_an_adapter_placed_where_another_was_finds_nothing_of_it(folders: Folder
     want = {name: making.greedy(folders[None], folders[name], prompt, 6) for name in plans}
     for _ in range(50):
         name = source.choice(list(plans))
-        driver.place(plans[name], source.randrange(0, 64 - plans[name].rank + 1))
+        driver.place(plans[name], source.randrange(0, 64 - plans[name].pool_rows + 1))
         job, plain = Job(prompt, 6, plans[name].digest), Job(prompt, 2)
         driver.run([job, plain])
         assert job.ids == want[name], name
@@ -137,6 +137,15 @@ def test_a_part_whose_weight_makes_it_overflow_is_refused(folders: Folders) -> N
         runner_on(folders[None]).load_adapter(mix)
 
 
+def test_a_dora_adapter_without_a_row_for_its_gate_is_refused(folders: Folders) -> None:
+    plan = plan_of(folders["a4"], folders[None])
+    rank = plan.rank
+    runner_on(folders[None], pool_rank=rank + 1, max_rank=rank).load_adapter(plan)
+    runner = runner_on(folders[None], pool_rank=rank, max_rank=rank)
+    with pytest.raises(AdapterInvalid, match=f"rank {rank} and DoRA's gate take {rank + 1} rows"):
+        runner.load_adapter(plan)
+
+
 def holds_numbers(layer: Any) -> bool:
     """Whether anything of an adapter is left in a layer."""
     return bool(layer.pool_a.any() or layer.pool_b.any() or getattr(layer, "gates", None))
@@ -152,7 +161,7 @@ def test_a_layer_that_its_model_keeps_in_float32_is_adapted_in_float32(
     pool = LoraPool(model, 64, torch.bfloat16, torch.device("cpu"))
     own = pool.layers["model.layers.1.self_attn.q_proj"]
     with torch.inference_mode():
-        pool.place_adapter(Placement(plan.digest, 0, plan.rank), read_weights(plan, pool))
+        pool.place_adapter(Placement(plan.digest, 0, plan.pool_rows), read_weights(plan, pool))
         pool.begin_step([SequenceStep([1, 2, 3], 0, [0], plan.digest)])
         x = torch.randn(1, 3, 64, dtype=torch.bfloat16)
         modules = dict(making.served(base, folders["a1"]).named_modules())

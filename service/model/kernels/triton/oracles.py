@@ -4,13 +4,12 @@ for machines without Triton. Runs in the worker process.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from .shapes import OUTER_BLOCK, SCALE_BLOCK
+from .shapes import OUTER_BLOCK, SCALE_BLOCK, LoraMember, LoraTiles
 
 if TYPE_CHECKING:
     from .nf4 import NF4Weight
@@ -52,18 +51,24 @@ def multiply(x: Tensor, weight: NF4Weight) -> Tensor:
     return x.float() @ dequantize(weight).T
 
 
-def add_adapters(
-    x: Tensor, y: Tensor, pool_a: Tensor, pool_b: Tensor, tiles: Sequence[Sequence[int]], weights: Tensor
-) -> Tensor:
-    """y [tokens, n_out] in float32 with what the adapters add: of each tile (first token, tokens,
-    first rank row, rank) (x Aᵀ * weight) B; `weights` [tiles, tokens of a tile at most].
+def add_adapters(x: Tensor, member: LoraMember, layout: LoraTiles) -> Tensor:
+    """y [tokens, n_out] in float32 with what the adapters add: of each tile (x Aᵀ * weight) B, and
+    before that its gate's share of y without the bias.
     """
-    out = y.float().clone()
-    for (start, tokens, low, rank), own in zip(tiles, weights, strict=True):
-        rows, ranks = slice(start, start + tokens), slice(low, low + rank)
-        inner = x[rows].float() @ pool_a[ranks].float().T * own[:tokens, None]
-        out[rows] += inner @ pool_b[ranks].float()
+    a, b = member.a.float(), member.b.float()
+    plain = member.y.float() - (0 if member.bias is None else member.bias.float())
+    out = member.y.float().clone()
+    for (start, tokens, low, rank), gate, own in zip(*_list_tiles(layout), layout.weights, strict=True):
+        known = min(rank, int(member.ranks[low]))
+        rows, ranks = slice(start, start + tokens), slice(low, low + known)
+        if known and gate >= 0:
+            out[rows] += plain[rows] * b[gate]
+        out[rows] += (x[rows].float() @ a[ranks].T * own[:tokens, None]) @ b[ranks]
     return out
+
+
+def _list_tiles(layout: LoraTiles) -> tuple[list[list[int]], list[int]]:
+    return layout.tiles.tolist(), layout.gates.tolist()
 
 
 def attend(

@@ -27,6 +27,7 @@ LORA_TOKENS = 16  # of a tile at most
 LORA_RANK = 16  # rank rows that a program takes at a time
 LORA_SHARE = 512  # inputs that a split of the shrink sums
 LORA_MOST_SPLITS = 8
+LORA_PROGRAMS = 4  # of the shrink of one tile's split, which share its rank rows
 
 # Attention
 KV_BLOCK = 16  # positions of a block of KV
@@ -72,14 +73,31 @@ def product_splits(n_out: int, n_in: int) -> int:
 
 class LoraTiles(NamedTuple):
     """Which rank rows which tokens meet: tiles int32 [n, 4], weights float32 [n, LORA_TOKENS] of
-    their tokens; `most_rank` is no less than any tile's rank.
+    their tokens, gates int32 [n]; `most_rank` is no less than any tile's rank.
 
-    A tile is (first token, tokens, first rank row, rank), of one adapter.
+    A tile is (first token, tokens, first rank row, rank), of one adapter. Its gate is the row of B
+    that says by how much of itself the tile's output grows before anything is added, or -1.
     """
 
     tiles: Tensor
     weights: Tensor
+    gates: Tensor
     most_rank: int
+
+
+class LoraMember(NamedTuple):
+    """One linear's output y [tokens, n_out], its pools a [rank rows, n_in] and b [rank rows, n_out],
+    and the bias [n_out] that y has already, which no gate changes.
+
+    ranks int32 [rank rows]: how many rows the adapter whose first row this is has in this layer; a
+    tile has no more than that.
+    """
+
+    y: Tensor
+    a: Tensor
+    b: Tensor
+    ranks: Tensor
+    bias: Tensor | None = None
 
 
 class LoraShape(NamedTuple):

@@ -28,8 +28,8 @@ ACTIVATIONS |= {f"{name}{i}": HALF for name in "aby" for i in range(3)}
 QUANTIZED = {"packed": INTEGER, "scales": "*u8", "code": FLOAT, "outer": FLOAT, "offset": FLOAT}
 POINTERS = ACTIVATIONS | {f"{name}{i}": kind for name, kind in QUANTIZED.items() for i in range(3)}
 POINTERS |= dict.fromkeys(("inner", "weights", "parts"), FLOAT)
-POINTERS |= dict.fromkeys(("tiles", "kv_length", "block_table", "sequence_start"), INTEGER)
-POINTERS |= {"sinks": HALF}
+POINTERS |= dict.fromkeys(("tiles", "gates", "kv_length", "block_table", "sequence_start"), INTEGER)
+POINTERS |= {"sinks": HALF} | {f"ranks{i}": INTEGER for i in range(3)} | {f"bias{i}": HALF for i in range(3)}
 FLOATS = {"scale", "softcap"}
 ALIGNED = re.compile(r"(^n_in|^n_out|_row\d?|_split|_member|_head|_page|_position)$|^(n_out|b_row|y_row)\d$")
 
@@ -49,7 +49,7 @@ def iterate_launches(generation: int) -> Iterator[Launch]:
         ranks = {"TOKENS": shapes.LORA_TOKENS, "RANK": shapes.LORA_RANK}
         shrink = ranks | {"K": chosen.inputs, "STAGES": lora.SHRINK_STAGES}
         yield Launch(f"shrink {n_in}", lora.shrink, shrink)
-        expand = {"RANK": chosen.ranks, "N": chosen.columns, "SPLITS": chosen.splits}
+        expand = {"RANK": chosen.ranks, "N": chosen.columns, "SPLITS": chosen.splits, "BIAS": True}
         yield Launch(f"expand {n_in}", lora.expand, ranks | expand)
     yield from iterate_attention("", 4, 128, False, generation)
     yield from iterate_attention("of everything, ", 2, 256, True, generation)

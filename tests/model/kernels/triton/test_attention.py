@@ -144,6 +144,18 @@ def test_the_bits_of_a_sequence_do_not_depend_on_its_company() -> None:
         assert torch.equal(attention.attend_decode(query[i : i + 1], own, ScoreRules(0.5))[0], together[i])
 
 
+def test_of_a_wide_table_no_more_is_read_than_a_sequence_has() -> None:
+    """A recording's table is as wide as the context, and what was there before lies behind its blocks."""
+    kv, query = make_kv([30, LONG, 16], [1, 1, 1], 1), torch.randn(3, 2, 32)
+    tight = attention.attend_decode(query, kv, ScoreRules(0.5))
+    not_a_number = int(kv.keys.isnan().flatten(1).all(1).nonzero()[0])
+    held = -(-kv.kv_length[:, None] // 16)
+    wide = torch.full((3, 4 * kv.block_table.shape[1]), not_a_number, dtype=torch.int32)
+    wide[:, : kv.block_table.shape[1]] = kv.block_table
+    wide = torch.where(torch.arange(wide.shape[1]) < held, wide, not_a_number).int()
+    assert torch.equal(attention.attend_decode(query, kv._replace(block_table=wide), ScoreRules(0.5)), tight)
+
+
 def test_a_step_of_both_kinds_is_two_calls_on_slices_of_one_layout() -> None:
     tokens, lengths = [1, 1, 6, 4], [20, 3, 6, 21]
     kv, query = make_kv(lengths, tokens), torch.randn(12, 4, 32)

@@ -12,9 +12,8 @@ from typing import Any, cast
 
 import bitsandbytes
 import torch
-from bitsandbytes import functional as quantized
+from bitsandbytes import functional
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from ..core.adapter import Adapter, LoraLayerSpec
@@ -24,8 +23,6 @@ from .compat import plain_4bit
 from .lora_linear import FusedLoraLinear, LoraLinear, LoraWeights
 from .lora_pool import LoraPool
 from .stored_quantization import is_quantized
-
-ALIGNED_RANK = 8  # of a grouped product's factors, in the narrowest dtype
 
 
 def read_weights(adapter: Adapter, pool: LoraPool) -> dict[str, LoraWeights]:
@@ -94,10 +91,7 @@ def _fold_experts(a: Tensor, b: Tensor, spec: LoraLayerSpec, pool: LoraPool) -> 
     """Of A [experts · rank, in], expert by expert, and B [out, rank · experts], rank by rank."""
     shape = spec.experts, spec.rank
     scaled = (b.float() * spec.scaling).view(-1, *reversed(shape)).permute(2, 1, 0)
-    # Rows of zeros up to 16 bytes of numbers, which a grouped product demands
-    missing = 0, 0, 0, -spec.rank % ALIGNED_RANK
-    factors = (functional.pad(factor, missing) for factor in (a.view(*shape, -1), scaled))
-    return LoraWeights(*(to_pool_dtype(factor, pool) for factor in factors))
+    return LoraWeights(to_pool_dtype(a.view(*shape, -1), pool), to_pool_dtype(scaled, pool))
 
 
 def to_pool_dtype(tensor: Tensor, pool: LoraPool) -> Tensor:
@@ -144,10 +138,10 @@ def dense_weight(layer: Any) -> Tensor:
     if isinstance(layer, Conv1D):
         return cast(Tensor, weight.T)
     if isinstance(weight, bitsandbytes.nn.Params4bit):
-        return cast(Tensor, quantized.dequantize_4bit(*plain_4bit(weight)).float())
+        return cast(Tensor, functional.dequantize_4bit(*plain_4bit(weight)).float())
     if isinstance(weight, bitsandbytes.nn.Int8Params):
         scales = weight.SCB if weight.SCB is not None else layer.state.SCB
-        return cast(Tensor, quantized.int8_vectorwise_dequant(weight.data, scales).float())
+        return cast(Tensor, functional.int8_vectorwise_dequant(weight.data, scales).float())
     if is_quantized(layer):
         raise AdapterUnsupported(
             [f"`use_dora` is not served on {type(layer).__name__}, whose weight is packed"]

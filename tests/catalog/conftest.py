@@ -94,7 +94,7 @@ class InProcessValidator(Validator):
         self, folder: Path, limits: tuple[LayerLimit, ...] = (), parameters: tuple[str, ...] = ()
     ) -> None:
         self.reads = []
-        self._skeleton = Skeleton(folder, limits)
+        self._skeleton = Skeleton(folder, limits, parameters)
         self.tree = self._skeleton.make_tree()
 
     async def validate_adapter(self, folder: Path, known: Manifest = ()) -> ValidatedAdapter:
@@ -126,8 +126,11 @@ class RegistryFixture:
         )
 
     @asynccontextmanager
-    async def opened(self, limits: tuple[LayerLimit, ...] = (), **more: Any) -> AsyncIterator[Registry]:
-        self.device = FakeEngine(replace(card(self.base), limits=limits))
+    async def opened(
+        self, limits: tuple[LayerLimit, ...] = (), parameters: tuple[str, ...] = (), **more: Any
+    ) -> AsyncIterator[Registry]:
+        described = replace(card(self.base), limits=limits, adapted_parameters=parameters)
+        self.device = FakeEngine(described)
         registry = Registry(self.settings(**more), self.device, validator=InProcessValidator)
         await registry.open_catalog()
         try:

@@ -161,6 +161,16 @@ async def test_what_no_step_could_run_is_refused_at_registration_and_by_a_check(
         assert caught.value.problems == said
 
 
+async def test_parameters_that_the_base_adapts_in_the_batch_are_said_to_run_there(
+    catalog: RegistryFixture, base: Path
+) -> None:
+    folder, name = catalog.root / "deep", "mlp.down_proj"
+    making.noise(folder, base, 1, (), target_parameters=[f"{name}.weight"])
+    for parameters, lane in (((), "shadow"), ((f"model.layers.*.{name}",), "pool")):
+        async with catalog.opened(parameters=parameters) as registry:
+            assert registry.summary_of("deep")["lane"] == lane
+
+
 async def test_of_two_contents_racing_for_an_id_one_wins(stocked: RegistryFixture) -> None:
     async with stocked.opened() as registry:
         gate = device(registry).load_gate = asyncio.Event()

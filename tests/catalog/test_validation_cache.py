@@ -123,6 +123,7 @@ async def test_another_limit_of_the_base_or_rank_or_code_reads_all(
 ) -> None:
     await start(fleet)
     assert (await start(fleet, limits=(LIMIT,)))[0] == ALL
+    assert (await start(fleet, parameters=("model.layers.*.mlp.gate.weight",)))[0] == ALL
     assert (await start(fleet, max_rank=32))[0] == ALL
     assert (await start(fleet))[0] == [], "what was found before is still there"
     monkeypatch.setattr(validation_cache, "_hash_source", lambda: "another")

@@ -14,12 +14,16 @@ from service.catalog.validator.check import measure_norms, validate_adapter
 from service.catalog.validator.messages import ValidatedAdapter
 from service.catalog.validator.skeleton import Skeleton
 from service.core.adapter import Adapter, ExecutionPath, WeightedPart
+from service.model import lora_pool, mixture_check
+from service.model.build import build_runner
 from service.model.experts import ExpertsLora
-from service.model.lora_linear import LoraLinear
+from service.model.lora_linear import FusedLoraLinear, LoraLinear
 from service.model.runner import ModelRunner
+from service.settings import Settings
 from tests import making
 
 from .driver import Job, RunnerDriver
+from .test_kernels import needs_kernels
 from .test_linear_calls import SCORED, check_parity, logprobs, runner_on
 from .test_parity import GPT_OSS, SIZES, prompts, random_base, weights_digest
 
@@ -155,3 +159,46 @@ def test_what_the_batch_would_adapt_wrongly_is_left_to_peft_and_the_log_says_so(
     assert all(parameter in line and "differ" in line for line in said)
     adapter = base.validate(tmp_path / "all", seed=4, targets="all-linear").adapter
     assert adapter.lane is ExecutionPath.SHADOW
+
+
+@needs_kernels
+@pytest.mark.parametrize("with_routers", [True, False])
+@pytest.mark.filterwarnings("ignore")
+def test_experts_are_adapted_beside_linear_layers_on_the_kernels(
+    with_routers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does a step tell the experts less where no layer in torch would read it."""
+    if not with_routers:
+        for user in (lora_pool, mixture_check):
+            monkeypatch.setattr(user, "iterate_routers", lambda model: ())
+    sizes = EXPERTS["qwen3_moe"] | {"hidden_size": 128, "head_dim": 32, "moe_intermediate_size": 32}
+    base = random_base(tmp_path / "base", "qwen3_moe", sizes)
+    told = {}
+    for switch in ("off", "on"):
+        chosen = {
+            "device": "cpu",
+            "dtype": "bfloat16",
+            "quantization": "none",
+            "compile": switch,
+            "max_rows": 4,
+        }
+        settings = Settings.model_validate(chosen | {"base": str(base)})
+        runner, card = build_runner(settings, lambda stage, fraction: None)
+        assert all(isinstance(layer, FusedLoraLinear) for layer in runner.pool.layers.values()) is (
+            switch == "on" and not with_routers
+        )
+        folder = making.noise(tmp_path / switch, base, 1, ("q_proj",), r=3, target_parameters=BOTH)
+        skeleton = Skeleton(base, card.limits, card.adapted_parameters)
+        adapter = validate_adapter(skeleton, folder, 64).adapter
+        driver = RunnerDriver(runner, 4)
+        driver.place(adapter)
+        jobs = [
+            Job(prompts()[i], 1, name, SCORED, prompt_logprobs=0)
+            for i in (3, 4)
+            for name in (None, adapter.digest)
+        ]
+        driver.run(jobs)
+        told[switch] = [torch.tensor([t.logprob for t in job.prompt_tokens[1:]]) for job in jobs]
+    for i, (one, other) in enumerate(zip(told["off"], told["on"], strict=True)):
+        assert (one - other).abs().median() < 0.1, i
+    assert (told["on"][0] - told["on"][1]).abs().median() > 0.2, "a weak fixture"

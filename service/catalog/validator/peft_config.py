@@ -74,8 +74,7 @@ class ResolvedConfig:
     @property
     def lane(self) -> ExecutionPath:
         in_batch = {ACTIVATED, PARAMETERS} if self.adapts_parameters else {ACTIVATED}
-        is_alone = len(self.features) < 2  # nobody has tried these together
-        return ExecutionPath.POOL if is_alone and self.features <= in_batch else ExecutionPath.SHADOW
+        return ExecutionPath.POOL if self.features <= in_batch else ExecutionPath.SHADOW
 
 
 def resolve_config(skeleton: Skeleton, config: Config) -> ResolvedConfig:

@@ -64,7 +64,7 @@ image-test: $(READY)
 	$(BIN)/pytest tests/deploy/built_image.py
 
 soak: $(READY)
-	WALKS=10000 $(BIN)/pytest --numprocesses 2 --dist load tests/engine/test_random_walk.py
+	WALKS=10000 $(BIN)/pytest --numprocesses 2 --dist load tests/engine/test_random_walk.py tests/worker/test_steps_ahead.py
 	CHAOS_SECONDS=600 $(BIN)/pytest -s tests/test_chaos.py
 
 bench: $(READY)

@@ -13,13 +13,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from zlib import crc32
 
 from service.core.adapter import Adapter, Digest, ExecutionPath, LoraLayerSpec, Placement
 from service.core.base_info import BLOCK_TOKENS, BaseInfo, LinearKind
 from service.core.request import Request, Token
 from service.engine.kv_blocks import count_blocks
-from service.engine.plan import Chunk, Plan, Result
+from service.engine.plan import UNKNOWN, Chunk, Launched, Plan, Result
 from service.errors import AdapterInvalid, DoesNotFit, SettingsError
 from service.settings import Settings
 
@@ -65,13 +66,43 @@ def expected(
     return tokens[len(prompt) :]
 
 
+class FakeLaunched:
+    """A step that has run, as its writes come before all later ones; `tokens` are those that the next
+    one goes on from, whatever the results say.
+    """
+
+    def __init__(self, chunks: Sequence[Chunk], results: list[Result], after: FakeLaunched | None) -> None:
+        self.chunks, self.results, self.after = chunks, results, after
+        self.tokens = [result.token.id if result.token else 0 for result in results]
+
+    def spoil(self, index: int, result: Result) -> None:
+        self.tokens[index], self.results[index] = 0, result
+
+    def read(self) -> list[Result]:
+        assert self.after is None or not self.after.chunks, "steps are read in their order"
+        results = [self._result_of(*pair) for pair in zip(self.chunks, self.results, strict=True)]
+        self.chunks = ()
+        return results
+
+    def drop(self) -> None:
+        assert self.chunks, "a step was dropped that has been read"
+
+    def _result_of(self, chunk: Chunk, result: Result) -> Result:
+        if chunk.follows is None or self.after is None:
+            return result
+        return Result() if self.after.results[chunk.follows].redrawn else result
+
+
 class FakeRunner:
     """Holds KV blocks and pool rows as a device would, and complains about every plan a device could
     not run.
 
     A written position holds the mark of everything before it and its own, so that a block that was
     written over is seen. With `has_states` a sequence's slot holds that of its last position, too.
+    `outcome_of` may spoil what a chunk has sampled.
     """
+
+    runs_ahead = False
 
     def __init__(
         self,
@@ -82,6 +113,7 @@ class FakeRunner:
         pause: float = 0.0,
     ) -> None:
         self.has_states = False
+        self.outcome_of: Callable[[Result], Result] = lambda result: result
         self.states: dict[int, int] = {}
         self.context, self.vocab, self.pause = context, vocab, pause
         self.host: dict[Digest, Adapter] = {}
@@ -117,6 +149,15 @@ class FakeRunner:
         kinds = [len(chunk.tokens) > 1 for chunk in chunks]
         assert kinds == sorted(kinds), "a chunk of one token after a longer one"
         return [self._run(chunk) for chunk in chunks]
+
+    def launch_chunks(self, chunks: Sequence[Chunk], after: Launched | None = None) -> FakeLaunched:
+        assert after is None or isinstance(after, FakeLaunched)
+        fed = [chunk if chunk.follows is None else _feed(chunk, after) for chunk in chunks]
+        launched = FakeLaunched(chunks, list(self.run_chunks(fed)), after)
+        for index, result in enumerate(launched.results):
+            if result.token is not None and (spoilt := self.outcome_of(result)) != result:
+                launched.spoil(index, spoilt)
+        return launched
 
     def finish_request(self, request: int) -> None:
         assert request not in self.ended, f"request {request} ended twice"
@@ -184,6 +225,18 @@ class FakeRunner:
         return tuple(
             Token(token, -1.0 if chunk.position + index else None) for index, token in enumerate(chunk.tokens)
         )
+
+
+def _feed(chunk: Chunk, after: FakeLaunched | None) -> Chunk:
+    assert after is not None, "a chunk follows no step"
+    assert chunk.follows is not None
+    assert chunk.tokens == (UNKNOWN,)
+    assert after.chunks, "a token that was read is known"
+    before = after.chunks[chunk.follows]
+    assert before.request == chunk.request
+    assert before.sample
+    assert chunk.position == before.position + len(before.tokens)
+    return replace(chunk, tokens=(after.tokens[chunk.follows],))
 
 
 def card(settings: Settings) -> BaseInfo:

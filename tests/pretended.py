@@ -1,10 +1,12 @@
 """A GPU that is not there: CPU tensors that say `cuda`, and are as strict about it.
 
 They refuse to meet tensors of the CPU. What runs on a side stream happens as late as CUDA allows:
-only when somebody waits for it. A graph records operations without Python between them, replays
-them on the same memory, and refuses what would wait for the device. What loading took is not free
-before torch gives it back. Attention that may be cuDNN's, torch's first choice, is refused: it
-plans anew for each length. Where Triton's kernels would be, torch does what they do.
+only when somebody waits for it. So does a copy to the host that is not waited for, and what is copied
+from it must stay as it was until then; `GPU.waits` counts how often the host has waited. A graph
+records operations without Python between them, replays them on the same memory, and refuses what
+would wait for the device. What loading took is not free before torch gives it back. Attention that
+may be cuDNN's, torch's first choice, is refused: it plans anew for each length. Where
+Triton's kernels would be, torch does what they do.
 """
 
 from __future__ import annotations
@@ -27,7 +29,10 @@ from service.model.kernels.triton.shapes import LoraMember, LoraTiles
 from service.model.step_layout import StepLayout
 from service.settings import Settings
 
-AWAITED = {"aten.item", "aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten.equal"}
+AWAITED = {
+    *("aten.item", "aten._local_scalar_dense", "aten.is_nonzero", "aten.nonzero", "aten.equal"),
+    *("aten.masked_select", "aten._unique2", "aten.unique_consecutive", "aten.bincount"),
+}
 MEMORY = 1 << 28
 CROSSING = {"aten.copy_", "aten.to", "aten._to_copy", "getitem", "setitem"}
 Work = Callable[[], Any]
@@ -50,11 +55,20 @@ class Stream:
 
 
 class Event:
+    stream: Stream | None = None  # it was not recorded yet
+
     def record(self) -> None:
         self.stream, self.count = GPU.stream, len(GPU.stream.queue)
+        self.issued = GPU.issued
 
     def wait(self) -> None:
-        self.stream.finish(self.count)
+        if self.stream is not None:
+            self.stream.finish(self.count)
+
+    def synchronize(self) -> None:
+        self.wait()
+        if self.stream is not None:
+            GPU.waits += GPU.land(self.issued)
 
 
 class Graph:
@@ -85,6 +99,22 @@ class GPU:
     free = 0
     held: ClassVar[Counter[object]] = Counter()  # pools of memory, by how many recordings hold them
     filling: ClassVar[set[object]] = set()
+    crossing: ClassVar[list[Callable[[], bool]]] = []  # copies to the host and from it that are under way
+    issued = 0  # such copies so far
+    waits = 0
+
+    @classmethod
+    def issue(cls, copy: Callable[[], bool]) -> None:
+        """`copy` says whether the host gets anything by it."""
+        cls.crossing.append(copy)
+        cls.issued += 1
+
+    @classmethod
+    def land(cls, until: int | None = None) -> bool:
+        """Ends the copies that had been issued until then, or all; whether the host has waited."""
+        count = len(cls.crossing) - (0 if until is None else cls.issued - until)
+        landing, cls.crossing = cls.crossing[: max(count, 0)], cls.crossing[max(count, 0) :]
+        return sum(copy() for copy in landing) > 0
 
 
 class PretendedTensor(torch.Tensor):
@@ -162,20 +192,58 @@ def run(function: Any, args: Any, kwargs: Any) -> Any:
     on = devices[0].type if devices else "cuda" if there else "cpu"
     name = str(getattr(function, "overloadpacket", function.__name__))
     kwargs = {key: value for key, value in kwargs.items() if key != "pin_memory"}
-    if name == "aten.pin_memory":
+    if name in ("aten.pin_memory", "aten._pin_memory"):
         return args[0].clone()
     if not there and on == "cpu":
         return function(*args, **kwargs)
     here = [value for value in flat if _is_on_cpu(value)]
     _check_permitted(name, args, bool(there), bool(here), on)
+    if there and (on == "cpu" or _awaited(name, args)):
+        GPU.land()
+        GPU.waits += 1
+    if name == "aten.copy_" and here:
+        return _cross(*args, *kwargs.values())
     outer = {id(tensor.numbers): tensor for tensor in there}
     inner_args, inner_kwargs = tree_map(_inside, (args, kwargs))
     out = _done(function, inner_args, inner_kwargs)
     if on == "cpu":
         return out
-    if here and name == "aten.copy_" and not isinstance(args[0], PretendedTensor):
-        return args[0]  # to the host
     return tree_map(lambda value: _outside(value, outer), out)
+
+
+def _cross(target: torch.Tensor, source: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    """Copies between host and device."""
+    if not non_blocking:
+        GPU.land()
+        GPU.waits += 1
+    if isinstance(target, PretendedTensor):
+        _note_sending(source)
+        _done(torch.ops.aten.copy_.default, (target.numbers, source), {})
+        return target
+    made: torch.Tensor = _inside(source).clone()
+    target.fill_(-77)  # what the host would read too early
+
+    @torch.inference_mode()
+    def arrive() -> bool:
+        target.copy_(made)
+        return True
+
+    GPU.issue(arrive)
+    if not non_blocking:
+        GPU.land()
+    return target
+
+
+def _note_sending(source: torch.Tensor) -> None:
+    """The host's memory is read as late as can be."""
+    before = source.clone()
+
+    def look() -> bool:
+        if not torch.equal(source, before):
+            raise RuntimeError("what was being copied to the device was written over")
+        return False
+
+    GPU.issue(look)
 
 
 def _is_on_cpu(value: Any) -> bool:
@@ -272,11 +340,14 @@ def _to(plain: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
     """torch's own looks for the device before anybody can stand in for it."""
 
     def to(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        device, dtype, *_ = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, non_blocking, *_ = torch._C._nn._parse_to(*args, **kwargs)
         if device is None or (device.type == "cpu" and self.device.type == "cpu"):
             return plain(self, *args, **kwargs)
         if device.type == self.device.type and dtype in (None, self.dtype):
             return self
+        if self.device.type == "cpu":
+            _note_sending(self)
+            GPU.waits += not non_blocking
         made: torch.Tensor = run(
             torch.ops.aten._to_copy.default, (self,), {"dtype": dtype or self.dtype, "device": device}
         )
@@ -374,6 +445,7 @@ def gpu() -> Iterator[type[GPU]]:
     """
     GPU.stream, GPU.graph, GPU.free = GPU.default, None, MEMORY >> 10
     GPU.held, GPU.filling = Counter(), set()
+    GPU.crossing, GPU.issued, GPU.waits = [], 0, 0
     torch.backends.cuda.enable_cudnn_sdp(True)
     with pytest.MonkeyPatch.context() as patch, Pretence():  # type: ignore[no-untyped-call]
         for name, stand_in in CUDA.items():

@@ -23,6 +23,7 @@ LONGEST = (
     "tests/deploy/test_loading.py",
     "tests/test_isolation.py",
     "tests/model/test_parity.py",
+    "tests/model/test_steps_ahead.py",
 )
 
 

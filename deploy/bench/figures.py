@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 BASE, ONE, DIFFERENT = "base only", "one adapter", "all different"
+LOOP, AHEAD = ", by the worker's loop", ", by the worker's loop, launched ahead"  # behind a mix
 FLOOR, FLOOR_MIXED = "floor, base only: ms", "floor, all different: ms"
 PLAIN, MIXED = "transformers, base only: ms a step", "PEFT's mixed batch, all different: ms a step"
 BAR = "bar: at most 1.10"  # of many rows, all different, over base only
@@ -97,10 +98,13 @@ class Found:
         pairs: dict[str, tuple[float | None, float | None]] = {}
         for (how, rows, mix), own in ms.items():
             named = f"{mix}, {rows} rows, compile {how}"
-            pairs[f"{named} ÷ base only"] = (own, ms.get((how, rows, BASE)) if mix != BASE else None)
+            is_other = mix in (ONE, DIFFERENT)
+            pairs[f"{named} ÷ base only"] = (own, ms.get((how, rows, BASE)) if is_other else None)
             pairs[f"{named} ÷ compile auto"] = (own, ms.get(("auto", rows, mix)) if how == "off" else None)
             floor = FLOOR if mix == BASE else FLOOR_MIXED if mix == DIFFERENT and rows == most else ""
             pairs[f"{named} ÷ its floor"] = (own, self.facts.get(floor))
+            read = ms.get((how, rows, mix.replace(AHEAD, LOOP))) if mix.endswith(AHEAD) else None
+            pairs[f"{named} ÷ read at once"] = (own, read)
             theirs = {BASE: PLAIN, DIFFERENT: MIXED}.get(mix, "") if rows == most else ""
             pairs[f"{theirs.partition(':')[0]} ÷ {named}"] = (self.facts.get(theirs), own)
         return {

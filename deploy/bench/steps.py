@@ -5,7 +5,8 @@ batch and the memory's floor.
     build/bench/steps] [--out build/bench/steps.json]
 
 Base only, all rows one adapter, and all different, with CUDA graphs and without; on a CPU, with the
-kernels and without. Needs torch, transformers, accelerate, PEFT, bitsandbytes, pydantic and
+kernels and without. On a GPU also by the worker's loop: each step launched before the last one is
+read, and not. Needs torch, transformers, accelerate, PEFT, bitsandbytes, pydantic and
 llguidance alone, so that it runs where there is a GPU and little else.
 """
 
@@ -35,7 +36,8 @@ from service.model.runner import ModelRunner
 from service.settings import Settings
 
 from .decoding import CONTEXT, Decoding, Mix, Said, apart
-from .figures import BASE, DIFFERENT, FLOOR, FLOOR_MIXED, ONE, Found, Timed
+from .figures import AHEAD, BASE, DIFFERENT, FLOOR, FLOOR_MIXED, LOOP, ONE, Found, Timed
+from .looping import Looping
 from .random_base import RANK, SHAPES, config_of, made, trained
 
 ROUNDS, WARM = 4, 4  # the mixes take turns, a quarter of their steps at a time
@@ -97,6 +99,26 @@ class Bench:
                 decoding.end()
         for name, each in seconds.items():
             self.found.add(Timed.of(self.switch, rows, name, each))
+
+    def looped(self, rows: int) -> None:
+        """Base only and all different by the worker's loop, each step read before the next is launched,
+        and launched ahead; on a CPU there is nothing to compare.
+        """
+        for ahead in (False, True) if self.runner.runs_ahead else ():
+            for name, mix in ((BASE, dict.fromkeys(range(rows))), (DIFFERENT, self.work.different(rows))):
+                self.take_out()
+                self.runner.runs_ahead = ahead
+                loop = Looping(self.runner, self.card, self.settings)
+                seconds = loop.time_turns(self.work.prompts, mix, WARM + self.work.steps)
+                kind = f"{name}{AHEAD if ahead else LOOP}"
+                self.found.add(Timed.of(self.switch, rows, kind, seconds[WARM:]))
+        self.take_out()
+        for i in range(len(self.work.adapters)):
+            self.place(i)
+
+    def take_out(self) -> None:
+        for adapter in self.work.adapters:
+            self.runner.remove_adapter(adapter.digest)
 
     def truth(self, rows: int) -> None:
         """The first row and the last, among all different ones and alone.
@@ -265,6 +287,7 @@ def ours(work: Work, switch: str, rows: int, found: Found) -> Said:
     asked: dict[str, Callable[[], None]] = {
         f"{each} rows": partial(bench.variants, each) for each in sorted({rows, 1}, reverse=True)
     }
+    asked |= {"the worker's loop": partial(bench.looped, rows)}
     asked |= {"the floor": bench.floor, "placing": bench.placing, "the truth": partial(bench.truth, rows)}
     asked |= {"the profile": partial(bench.profiled, rows)} if work.profile else {}
     for what, run in asked.items():

@@ -33,3 +33,9 @@ class Sampling:
     grammar: str | None = None
     min_tokens: int = 0
     bad_words: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def reads_answer(self) -> bool:
+        """Whether a token is chosen by the answer's tokens before it, and not by their number alone."""
+        has_penalty = (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1, 0, 0)
+        return has_penalty or bool(self.bad_words) or self.grammar is not None

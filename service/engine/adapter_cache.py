@@ -133,14 +133,22 @@ class AdapterCache:
 
     def needs_placement(self, digest: Digest | None) -> bool:
         """Whether this adapter must be placed in the pool before its sequences can run."""
-        if digest is None or digest in self.pool:
-            return False
-        return self.known[digest].adapter.lane is ExecutionPath.POOL
+        return digest is not None and digest not in self.pool and self.is_batched(digest)
+
+    def is_batched(self, digest: Digest | None) -> bool:
+        """Whether sequences of this adapter, which is known, run in the mixed batch."""
+        return digest is None or self.known[digest].adapter.lane is ExecutionPath.POOL
 
     def invocation_of(self, digest: Digest | None) -> tuple[int, ...]:
         """The tokens from which on this adapter acts; empty where it acts on all."""
         record = self.known.get(digest or "")
         return record.adapter.invocation if record else ()
+
+    @property
+    def awaits_room(self) -> bool:
+        """Whether the end of a sequence may let an adapter be placed or forgotten."""
+        is_unplaced = any(map(self._can_be_placed, self._pinned))
+        return is_unplaced or bool(self._in_state[AdapterState.REMOVING])
 
     def tier_of(self, digest: Digest) -> Tier:
         if digest in self.pool:

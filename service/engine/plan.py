@@ -14,6 +14,8 @@ from ..core.base_info import BLOCK_TOKENS
 from ..core.error_codes import ErrorCode
 from ..core.request import Request, Token
 
+UNKNOWN = -1  # a token that the device alone knows yet
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -22,7 +24,8 @@ class Chunk:
     `blocks` are the sequence's KV blocks, up to the last token's; `slot` is its number among those that
     run, for what layers keep of it beside KV. `sample`: the token after the last one
     is wanted. `generated` tokens of the answer are there already. `asleep`: its adapter does not act on
-    these tokens.
+    these tokens. `follows`: its one token, UNKNOWN here, is the one that the chunk of this index samples
+    in the step before, which still runs.
     """
 
     request: Request
@@ -33,6 +36,7 @@ class Chunk:
     generated: int = 0
     asleep: bool = False
     slot: int = 0
+    follows: int | None = None
 
     @property
     def adapter(self) -> Digest | None:
@@ -64,17 +68,36 @@ class Result:
     with logprobs.
 
     `error` says why there is no token where one was wanted: this request fails with `code`, its
-    neighbours go on.
+    neighbours go on. `redrawn`: the token is not the one that a step launched ahead has gone on from.
     """
 
     token: Token | None = None
     prompt: tuple[Token, ...] = ()
     error: str = ""
     code: ErrorCode = ErrorCode.INTERNAL
+    redrawn: bool = False
+
+
+class Launched(Protocol):
+    """A step that the device may still compute; either is called once."""
+
+    def read(self) -> Sequence[Result]:
+        """Waits for the step: one result for each chunk, in order. Raises as `Runner.run_chunks`.
+
+        That of a chunk that follows a redrawn token says nothing.
+        """
+
+    def drop(self) -> None:
+        """Nobody wants the results: its chunks leave nothing where they write."""
 
 
 class Runner(Protocol):
-    """The model as the worker's loop sees it; `tests/fakes.py` has one without tensors."""
+    """The model as the worker's loop sees it; `tests/fakes.py` has one without tensors.
+
+    `runs_ahead`: it pays to launch a step before the one before it is read.
+    """
+
+    runs_ahead: bool
 
     def load_adapter(self, adapter: Adapter) -> int:
         """Reads an adapter into host memory (called off the step's thread); its bytes.
@@ -94,8 +117,14 @@ class Runner(Protocol):
     def run_chunks(self, chunks: Sequence[Chunk]) -> Sequence[Result]:
         """Runs the chunks of a step; one result each, in order.
 
-        Chunks that raise may be run again: no token was chosen. One that raises alone leaves
-        nothing in the blocks that it writes.
+        Chunks that raise may be run again: no token was chosen, and nothing is left where they write.
+        """
+
+    def launch_chunks(self, chunks: Sequence[Chunk], after: Launched | None = None) -> Launched:
+        """Begins what `run_chunks` does, without a wait for the device.
+
+        `after`, made by this too, is the step that chunks with `follows` mean; it is not read yet.
+        Raises as `run_chunks`.
         """
 
     def finish_request(self, request: int) -> None:

@@ -20,7 +20,7 @@ from ..core.messages import Gauges, Report
 from ..core.request import Event, Finish, Request, Token
 from .adapter_cache import AdapterCache
 from .kv_blocks import BlockTable, KVBlocks, count_blocks
-from .plan import Chunk, Plan, Result
+from .plan import UNKNOWN, Chunk, Plan, Result
 from .token_counters import OUTPUT_WEIGHT, TokenCounters
 
 Queue = tuple[int, Digest | None]  # of requests of one priority for one adapter
@@ -36,7 +36,9 @@ class Sequence:
 
     `tokens` are the prompt's and the generated ones; the blocks of `table` hold the first `written` of
     them, and `slot` is its number while it runs. `passed` counts the requests that overtook it. `wakes` is
-    the first token on which an activated adapter acts; None: it acts on all.
+    the first token on which an activated adapter acts; None: it acts on all. `launched` counts its chunks
+    in steps that are not committed yet; the next of them is `void` where it went on from a token that
+    was redrawn. `failed`: what it has written is not to be found again.
     """
 
     request: Request
@@ -50,6 +52,9 @@ class Sequence:
     begun: bool = False
     wakes: int | None = None
     scored: list[Token] = field(default_factory=list)
+    launched: int = 0
+    void: bool = False
+    failed: bool = False
 
     @property
     def adapter(self) -> Digest | None:
@@ -93,6 +98,8 @@ class Scheduler:
 
     A step is `plan_step`, then `commit_step` or `abort_step`, after which `unplace` and `refuse`
     name the adapters that failed in it; `take_report` has the outcome of all calls since the last.
+    Before it is committed `plan_ahead` may plan the one after it, which is committed next, or given up
+    by `drop_step`.
     """
 
     def __init__(
@@ -118,6 +125,8 @@ class Scheduler:
         self.adapters = AdapterCache(pool_rank, host_bytes)
         self.reuses_prefixes = reuses_prefixes
         self.running: dict[int, Sequence] = {}
+        self._leaving: dict[int, Sequence] = {}  # have ended, in steps that still write to their blocks
+        self._is_settled = False  # whether the last plan would be made again, but for the tokens
         self._free_slots = list(range(rows - 1, -1, -1))
         self.waiting: dict[Queue, deque[Sequence]] = {}
         self.counters = TokenCounters()
@@ -130,6 +139,7 @@ class Scheduler:
     # ---- what happened
 
     def submit_request(self, request: Request) -> None:
+        self._is_settled = False
         sequence = self._make_sequence(request)
         refusal = self._find_refusal(request)
         if refusal is not None:
@@ -150,20 +160,25 @@ class Scheduler:
 
     def add_adapter(self, adapter: Adapter, pinned: bool = False, preload: bool = False) -> None:
         """Requests may name this content from now on. A pin that it already has stays."""
+        self._is_settled = False
         self.adapters.add_adapter(adapter, pinned, preload)
 
     def pin_adapter(self, digest: Digest, pinned: bool) -> None:
+        self._is_settled = False
         self.adapters.pin_adapter(digest, pinned)
 
     def remove_adapter(self, digest: Digest) -> None:
         """Forgets the content once no admitted request needs it; then `take_removed` has it."""
+        self._is_settled = False
         self.adapters.remove_adapter(digest)
 
     def mark_hosted(self, digest: Digest, size: int) -> None:
         """The adapter that `next_load` named is in host memory, in `size` bytes."""
+        self._is_settled = False
         self.adapters.mark_hosted(digest, size)
 
     def load_failed(self, digest: Digest, code: ErrorCode, message: str) -> None:
+        self._is_settled = False
         self.adapters.load_failed(digest)
         self._fail_waiting(digest, code, message)
 
@@ -190,8 +205,10 @@ class Scheduler:
     def plan_step(self) -> Plan:
         """The next step, empty when there is nothing to do.
 
-        It must be committed or aborted before anything else happens.
+        No other may be under way. It must be committed or aborted before anything but a plan ahead
+        happens.
         """
+        assert not self._leaving, "a step is still under way"
         in_flight = self._in_flight()
         awaited = {digest for _, digest in self.waiting if digest is not None}
         self.adapters.forget_removed(in_flight | awaited)
@@ -202,38 +219,62 @@ class Scheduler:
         chunks += self._admit_prompts(self.prefill_tokens - prefilled)
         chunks.sort(key=lambda chunk: len(chunk.tokens) > 1)
         self.adapters.place_preloaded()
+        self._is_settled = not self.waiting or all(map(self._is_decoding, chunks))
+        self._note_launch(chunks)
         return Plan(*self.adapters.take_changes(), tuple(chunks))
+
+    def plan_ahead(self, plan: Plan) -> Plan | None:
+        """The step after `plan`, which is under way: one token more of each sequence. None where that
+        is not sure to be all that there is to do, or to be possible before the tokens are known.
+        """
+        if not (self._is_settled and self.reuses_prefixes):
+            return None
+        under_way = {chunk.request.id: (index, chunk) for index, chunk in enumerate(plan.chunks)}
+        chunks = []
+        for id, sequence in self.running.items():
+            index, before = (-1, None) if sequence.void else under_way.get(id, (-1, None))
+            if not self._can_go_on(sequence, before):
+                return None
+            if before is None:
+                chunks.append(self._make_chunk(sequence, 1))
+            elif not self._is_last(before):
+                chunks.append(self._follow_chunk(sequence, before, index))
+        self._note_launch(chunks)
+        return Plan(chunks=tuple(chunks)) if chunks else None
 
     def commit_step(self, plan: Plan, results: Ordered[Result]) -> None:
         for chunk, result in zip(plan.chunks, results, strict=True):
-            sequence = self.running[chunk.request.id]
-            sequence.written += len(chunk.tokens)
-            sequence.scored += result.prompt
-            if not result.error:
-                self._name_blocks(sequence)
-            if result.error:
-                self._fail_sequence(sequence, result.code, result.error)
-            elif chunk.sample:
-                assert result.token is not None, "a chunk that asked for a token got none"
-                self._append_token(sequence, result.token)
-            elif sequence.written == len(sequence.tokens):
-                self._end_sequence(sequence, Finish.LENGTH)
+            sequence = self._land_chunk(chunk)
+            if sequence is not None and not sequence.void:
+                self._commit_chunk(sequence, chunk, result)
+            elif sequence is not None:
+                sequence.void = False
+
+    def drop_step(self, plan: Plan) -> None:
+        """A step planned ahead raised: it is as if it had not been planned."""
+        for chunk in plan.chunks:
+            sequence = self._land_chunk(chunk)
+            if sequence is not None and not sequence.launched:
+                sequence.void = False
 
     def abort_step(self, plan: Plan) -> None:
         """The step raised before its chunks ran: its requests fail, and neither their blocks nor
         the pool's changes are relied on.
         """
         for chunk in plan.chunks:
-            sequence = self.running[chunk.request.id]
+            sequence = self._land_chunk(chunk)
+            assert sequence is not None, "a step was aborted late"
             self._fail_sequence(sequence, ErrorCode.INTERNAL, "the step that ran this request failed")
         self.adapters.undo_plan(plan)
 
     def unplace(self, placements: Iterable[Placement]) -> None:
         """These of the last plan could not be placed."""
+        self._is_settled = False
         self.adapters.undo_plan(Plan(place=tuple(placements)))
 
     def refuse(self, digest: Digest, reason: str) -> None:
         """The base cannot run this adapter: no request for it begins until it is added again."""
+        self._is_settled = False
         self.adapters.refuse(digest, reason)
         self._fail_waiting(digest, ErrorCode.ADAPTER_INVALID, reason)
 
@@ -474,6 +515,62 @@ class Scheduler:
             sequence.slot,
         )
 
+    # ---- going on before the last token is known
+
+    def _can_go_on(self, sequence: Sequence, before: Chunk | None) -> bool:
+        """Whether the sequence can have its next token in a step ahead; `before` is its chunk in the
+        step that is under way.
+        """
+        has_one_next = sequence.is_decoding if before is None else before.sample
+        is_free = not sequence.request.sampling.reads_answer and self.adapters.is_batched(sequence.adapter)
+        return has_one_next and is_free and self._grow_table(sequence)
+
+    def _is_last(self, chunk: Chunk) -> bool:
+        """Whether the sequence ends by the token that the chunk samples, whatever that is."""
+        request, made = chunk.request, chunk.generated + 1
+        return made >= request.max_tokens or len(request.prompt) + made >= self.context
+
+    def _follow_chunk(self, sequence: Sequence, before: Chunk, index: int) -> Chunk:
+        """The token that `before`, the chunk of this index in its step, samples."""
+        start = before.position + len(before.tokens)
+        return replace(
+            before,
+            blocks=tuple(sequence.table.blocks[: count_blocks(start + 1)]),
+            position=start,
+            tokens=(UNKNOWN,),
+            generated=before.generated + 1,
+            follows=index,
+        )
+
+    def _note_launch(self, chunks: Iterable[Chunk]) -> None:
+        for chunk in chunks:
+            self.running[chunk.request.id].launched += 1
+
+    def _land_chunk(self, chunk: Chunk) -> Sequence | None:
+        """The chunk's sequence; None where that has ended meanwhile, and its blocks are free then."""
+        id = chunk.request.id
+        sequence = self.running.get(id) or self._leaving[id]
+        sequence.launched -= 1
+        if id in self.running:
+            return sequence
+        if not sequence.launched:
+            self._release_sequence(self._leaving.pop(id))
+        return None
+
+    def _commit_chunk(self, sequence: Sequence, chunk: Chunk, result: Result) -> None:
+        sequence.written += len(chunk.tokens)
+        sequence.scored += result.prompt
+        sequence.void = result.redrawn and sequence.launched > 0
+        if not result.error:
+            self._name_blocks(sequence)
+        if result.error:
+            self._fail_sequence(sequence, result.code, result.error)
+        elif chunk.sample:
+            assert result.token is not None, "a chunk that asked for a token got none"
+            self._append_token(sequence, result.token)
+        elif sequence.written == len(sequence.tokens):
+            self._end_sequence(sequence, Finish.LENGTH)
+
     # ---- leaving
 
     def _name_blocks(self, sequence: Sequence) -> None:
@@ -500,11 +597,19 @@ class Scheduler:
         code: ErrorCode | None = None,
         message: str = "",
     ) -> None:
+        self._is_settled = self._is_settled and not (self.waiting or self.adapters.awaits_room)
         if self.running.pop(sequence.request.id, None) is not None:
-            self.blocks.release_table(sequence.table, forget=finish is Finish.FAILED)
-            self._free_slots.append(sequence.slot)
+            sequence.failed = finish is Finish.FAILED
             self.adapters.touch_adapter(sequence.adapter)
+            if sequence.launched:
+                self._leaving[sequence.request.id] = sequence
+            else:
+                self._release_sequence(sequence)
         self._report_event(sequence, Event(sequence.request.id, token, finish, code=code, message=message))
+
+    def _release_sequence(self, sequence: Sequence) -> None:
+        self.blocks.release_table(sequence.table, forget=sequence.failed)
+        self._free_slots.append(sequence.slot)
 
     def _report_event(self, sequence: Sequence, event: Event) -> None:
         self._events.append(replace(event, prompt=tuple(sequence.scored)) if sequence.scored else event)

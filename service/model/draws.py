@@ -15,7 +15,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from .sampling_state import SamplingState
+from .logit_edits import Row
 from .transfers import send, send_rows, take_rows
 
 FILTERS = frozenset({"top_k", "top_p", "min_p", "typical_p"})
@@ -67,28 +67,26 @@ class Candidates(NamedTuple):
     is_whole: Tensor
 
 
-def group_draws(states: Sequence[SamplingState], vocabulary: int, device: torch.device) -> list[DrawRules]:
-    """Rules of the rows that are not greedy; `states` are in the order of their logits."""
+def group_draws(rows: Sequence[Row], vocabulary: int, device: torch.device) -> list[DrawRules]:
+    """Rules of the rows that are not greedy; `rows` are in the order of their logits."""
     groups: dict[frozenset[str], list[int]] = {}
-    for row, state in enumerate(states):
-        if "temperature" in state.uses:
-            groups.setdefault(state.uses & FILTERS, []).append(row)
+    for i, row in enumerate(rows):
+        if "temperature" in row.state.uses:
+            groups.setdefault(row.state.uses & FILTERS, []).append(i)
     size = max(1, MOST_LOGITS // vocabulary)
-    parts = [rows[i : i + size] for rows in groups.values() for i in range(0, len(rows), size)]
-    return [_make_rules(part, [states[row] for row in part], vocabulary, device) for part in parts]
+    parts = [group[i : i + size] for group in groups.values() for i in range(0, len(group), size)]
+    return [_make_rules(part, [rows[i] for i in part], vocabulary, device) for part in parts]
 
 
-def _make_rules(
-    rows: Sequence[int], states: Sequence[SamplingState], vocabulary: int, device: torch.device
-) -> DrawRules:
+def _make_rules(rows: Sequence[int], own: Sequence[Row], vocabulary: int, device: torch.device) -> DrawRules:
     numbers = []
-    for state in states:
-        rules = state.request.sampling
+    for row in own:
+        rules = row.state.request.sampling
         top_k = min(rules.top_k, vocabulary) if rules.top_k > 0 else vocabulary
         shares = (rules.top_p, rules.min_p, rules.typical_p)
-        numbers.append((state.draw_uniform(), top_k, rules.temperature, *shares))
+        numbers.append((row.state.draw_uniform(row.place), top_k, rules.temperature, *shares))
     return DrawRules(
-        filters=states[0].uses & FILTERS,
+        filters=own[0].state.uses & FILTERS,
         rows=send_rows(rows, device),
         most=max(top_k for _, top_k, *_ in numbers),
         table=send(torch.tensor(numbers, dtype=torch.float64), device),

@@ -22,7 +22,7 @@ from ..core.base_info import BLOCK_TOKENS
 from ..engine.kv_blocks import count_blocks
 from . import compat
 from .lora_pool import LoraPool
-from .step_layout import SequenceStep, StepLayout, make_block_table, running
+from .step_layout import FedTokens, SequenceStep, StepLayout, make_block_table, running
 from .transfers import send
 
 log = logging.getLogger(__name__)
@@ -79,17 +79,21 @@ class CudaGraphs:
         free: int = torch.cuda.mem_get_info(self.device)[0]
         return free
 
-    def run_step(self, sequences: Sequence[SequenceStep]) -> Tensor:
+    def run_step(self, sequences: Sequence[SequenceStep], fed: FedTokens | None = None) -> Tensor:
         """One token each of so many sequences: logits [tokens, vocabulary], good until the next
-        step.
+        step; `fed` are tokens that only the device knows.
         """
         slots = next(count for count in self.counts if count >= len(sequences))
         has_adapters = any(sequence.adapter is not None for sequence in sequences)
-        return self.replay(Recording(slots, has_adapters), sequences)
+        return self.replay(Recording(slots, has_adapters), sequences, fed)
 
-    def replay(self, recording: Recording, sequences: Sequence[SequenceStep]) -> Tensor:
+    def replay(
+        self, recording: Recording, sequences: Sequence[SequenceStep], fed: FedTokens | None = None
+    ) -> Tensor:
         """As `run_step`, by one of those that are right for these sequences."""
         self._fill_inputs(sequences, recording.slots)
+        if fed is not None:
+            fed.fill(self.tokens)
         self.pool.wait_for_copies()
         self.recorded[recording].replay()
         return self.logits[: len(sequences)]
@@ -99,7 +103,7 @@ class CudaGraphs:
         unused = SequenceStep((0,), 0, (self.spare,))
         filled = [*sequences, *[unused] * (slots - len(sequences))]
         columns = zip(*map(self._make_column, filled), strict=True)
-        self.inputs[:, :slots] = self._send(torch.tensor(list(columns), dtype=torch.int32))
+        self.inputs[:, :slots] = send(torch.tensor(list(columns), dtype=torch.int32), self.device)
         self._fill_table([tuple(sequence.blocks) for sequence in filled])
 
     def _make_column(self, sequence: SequenceStep) -> tuple[int, ...]:
@@ -116,14 +120,10 @@ class CudaGraphs:
         if not changed:
             return
         lines = [(slot, *blocks[slot]) for slot in changed]
-        sent = self._send(make_block_table(lines))
+        sent = send(make_block_table(lines), self.device)
         self.block_table[sent[:, 0], : sent.shape[1] - 1] = sent[:, 1:]
         for slot in changed:
             self._tabled[slot] = blocks[slot]
-
-    def _send(self, numbers: Tensor) -> Tensor:
-        """From memory that nobody writes to before it has been read there."""
-        return send(numbers.pin_memory(), self.device)
 
     def _run_forward(self, recording: Recording) -> None:
         slots = recording.slots

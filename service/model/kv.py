@@ -114,10 +114,19 @@ def copy_blocks(attention: Sequence[AttentionSpec], source: Sequence[int], targe
 
 
 def clear_blocks(attention: Sequence[AttentionSpec], blocks: Sequence[int]) -> None:
-    """Zeros what was written there: not-a-number would reach the blocks' next sequence."""
+    """Zeros what was written there."""
     for layer, *_ in attention:
         layer.kv_keys[list(blocks)] = 0
         layer.kv_values[list(blocks)] = 0
+
+
+def clear_positions(
+    attention: Sequence[AttentionSpec], blocks: Sequence[int], offsets: Sequence[int]
+) -> None:
+    """Zeros single positions, given by a block and an offset in it each."""
+    for layer, *_ in attention:
+        layer.kv_keys[list(blocks), :, list(offsets)] = 0
+        layer.kv_values[list(blocks), :, list(offsets)] = 0
 
 
 # Query [heads, n, dim] of one token a sequence → [n, heads, dim]

@@ -24,9 +24,12 @@ BANNED = -1e30
 
 
 class Row(NamedTuple):
-    """A request's past, and the tokens that its grammar allows next, a bit each."""
+    """A request's past, the place in its answer of the token that is to be chosen, and the tokens that its
+    grammar allows there, a bit each.
+    """
 
     state: SamplingState
+    place: int = 0
     mask: bytes | None = None
 
 
@@ -75,11 +78,14 @@ class LogitEdits:
 def collect_edits(rows: Sequence[Row], device: torch.device) -> LogitEdits:
     """`rows` are in the order of their logits."""
     states = [(i, row.state) for i, row in enumerate(rows) if row.state.uses]
+    early = [
+        (i, row.state) for i, row in enumerate(rows) if row.place < row.state.request.sampling.min_tokens
+    ]
     added = (_join_entries(change(states), device) for change in (_lower_counted, _add_bias))
     return LogitEdits(
         _join_entries(_scale_known(states), device),
         tuple(entries for entries in added if entries),
-        _join_entries(chain(_ban_ends(states), _ban_words(states)), device),
+        _join_entries(chain(_ban_ends(early), _ban_words(states)), device),
         _join_masks(rows, device),
     )
 
@@ -118,9 +124,8 @@ def _add_bias(states: States) -> Change:
 def _ban_ends(states: States) -> Change:
     """No eos before its time."""
     for row, state in states:
-        if state.length < state.request.sampling.min_tokens:
-            ends = torch.tensor(list(state.request.eos), dtype=torch.int64)
-            yield row, ends, torch.full((len(ends),), float("-inf"))
+        ends = torch.tensor(list(state.request.eos), dtype=torch.int64)
+        yield row, ends, torch.full((len(ends),), float("-inf"))
 
 
 def _ban_words(states: States) -> Change:

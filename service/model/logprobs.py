@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..core.request import Token
 from .draws import MOST_LOGITS
-from .transfers import send_rows
+from .transfers import Fetched, send_rows
 
 
 def score_tokens(logits: Tensor, tokens: Tensor, wanted: int) -> Tensor:
@@ -41,8 +41,16 @@ def read_token(token: int, numbers: Sequence[float]) -> Token:
     return Token(token, logprob, tuple((int(id), value) for id, value in pairs))
 
 
-def score_prompt(logits: Tensor, tokens: Sequence[int], wanted: int) -> tuple[Token, ...]:
-    """The tokens with their log probabilities, by one row of logits each; there may be more rows."""
-    ids = send_rows(tokens, logits.device)
-    numbers = score_tokens(logits[: len(tokens)], ids, wanted).tolist() if tokens else ()
-    return tuple(read_token(*pair) for pair in zip(tokens, numbers, strict=True))
+class PromptScores:
+    """A prompt's tokens with their log probabilities, by one row of logits each; there may be more rows."""
+
+    def __init__(self, logits: Tensor, tokens: Sequence[int], wanted: int) -> None:
+        self._tokens = tokens
+        if tokens:
+            ids = send_rows(tokens, logits.device)
+            self._numbers = Fetched(score_tokens(logits[: len(tokens)], ids, wanted))
+
+    def read(self) -> tuple[Token, ...]:
+        """Waits for the device."""
+        numbers = self._numbers.read().tolist() if self._tokens else ()
+        return tuple(read_token(*pair) for pair in zip(self._tokens, numbers, strict=True))

@@ -282,7 +282,7 @@ class LoraPool:
         mask = torch.ones(len(rows), high - low, dtype=torch.bool)
         for token, own in enumerate(rows):
             mask[token, own.low - low : own.low - low + own.rank] = False
-        return mask.to(self.device, non_blocking=True)
+        return send(mask, self.device)
 
     def _own_groups(self, runs: Iterable[AdapterRun], start: int) -> Iterator[TokenGroup]:
         """A group for each run, of its own adapter's rows only."""

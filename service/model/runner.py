@@ -6,24 +6,23 @@ Must not know names, text, HTTP or why a step is what it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..core.adapter import Adapter, Digest, ExecutionPath, Placement
-from ..core.request import Token
-from ..engine.plan import Chunk, Result
+from ..engine.plan import Chunk, Launched, Result
 from . import compat, kv
 from .graphs import CudaGraphs
-from .logprobs import score_prompt
+from .launched_step import LaunchedStep, clear_written
 from .lora_linear import LoraWeights
 from .lora_pool import LoraPool
 from .lora_weights import read_weights
 from .peft_fallback import build_peft_model, own_bytes
-from .sampler import NOT_FINITE, Sampler, SamplingError
-from .step_layout import SequenceStep, StepLayout, count_singles, make_layout, running
+from .sampler import Sampler
+from .step_layout import FedTokens, SequenceStep, StepLayout, count_singles, make_layout, running
 
 
 class HostAdapter(NamedTuple):
@@ -50,6 +49,7 @@ class ModelRunner:
     ) -> None:
         self.model, self.pool, self.attention = model, pool, attention
         self.sampler, self.graphs = sampler, graphs
+        self.runs_ahead = pool.device.type == "cuda"
         self.hosted: dict[Digest, HostAdapter] = {}
 
     def load_adapter(self, adapter: Adapter) -> int:
@@ -90,13 +90,16 @@ class ModelRunner:
     def remove_adapter(self, digest: Digest) -> None:
         self.pool.remove_adapter(digest)
 
-    @torch.inference_mode()
     def run_chunks(self, chunks: Sequence[Chunk]) -> Sequence[Result]:
+        return self.launch_chunks(chunks).read()
+
+    @torch.inference_mode()
+    def launch_chunks(self, chunks: Sequence[Chunk], after: Launched | None = None) -> LaunchedStep:
+        assert after is None or isinstance(after, LaunchedStep)
         try:
-            return self._run_batch(chunks)
+            return self._launch_batches(chunks, after)
         except Exception:
-            if len(chunks) == 1:
-                kv.clear_blocks(self.attention, chunks[0].written_blocks)
+            clear_written(self.attention, chunks)
             raise
 
     def _split_batches(self, chunks: Sequence[Chunk]) -> list[tuple[Any, list[Chunk]]]:
@@ -111,55 +114,33 @@ class ModelRunner:
             batches.setdefault(id(tree), (tree, []))[1].append(chunk)
         return list(batches.values())
 
-    def _run_batch(self, chunks: Sequence[Chunk]) -> list[Result]:
+    def _launch_batches(self, chunks: Sequence[Chunk], after: LaunchedStep | None) -> LaunchedStep:
         """All forwards first: where one raises no token has been chosen and no state has moved on,
         and the step can be run again.
         """
         logits_of: dict[int, Tensor] = {}
         layouts: list[StepLayout] = []
         for tree, batch in self._split_batches(chunks):
-            made = self._forward_chunks(tree, batch, layouts)
+            fed = after.feed_tokens(batch) if after is not None else None
+            made = self._forward_chunks(tree, batch, layouts, fed)
             logits = torch.split(made, [_count_kept(chunk) for chunk in batch])
             logits_of.update(zip((chunk.request.id for chunk in batch), logits, strict=True))
-        tokens = self._sample_chunks([chunk for chunk in chunks if chunk.sample], logits_of)
-        results = []
-        for chunk in chunks:
-            request = chunk.request.id
-            results.append(self._make_result(chunk, tokens.get(request), logits_of[request]))
-        for layout in layouts:
-            layout.keep_states()
-        return results
+        logits_in_order = [logits_of[chunk.request.id] for chunk in chunks]
+        return LaunchedStep(chunks, logits_in_order, self.sampler, self.attention, layouts, after)
 
-    def _sample_chunks(
-        self, chunks: Sequence[Chunk], logits_of: Mapping[int, Tensor]
-    ) -> dict[int, Token | SamplingError]:
-        """The next token of each request, or why it has none."""
-        if not chunks:
-            return {}
-        requests = [chunk.request for chunk in chunks]
-        last = torch.stack([logits_of[request.id][-1] for request in requests])
-        tokens = self.sampler.sample_batch(last, requests)
-        return dict(zip((request.id for request in requests), tokens, strict=True))
-
-    def _make_result(self, chunk: Chunk, token: Token | SamplingError | None, logits: Tensor) -> Result:
-        if token is None and not logits.max().isfinite():
-            # A request that ends now would leave its blocks so
-            token = SamplingError(NOT_FINITE)
-        if isinstance(token, SamplingError):
-            kv.clear_blocks(self.attention, chunk.written_blocks)  # as where a step raises
-            return Result(error=str(token), code=token.code)
-        return Result(token, _prompt_logprobs(chunk, logits))
-
-    def _forward_chunks(self, tree: Any, chunks: Sequence[Chunk], layouts: list[StepLayout]) -> Tensor:
+    def _forward_chunks(
+        self, tree: Any, chunks: Sequence[Chunk], layouts: list[StepLayout], fed: FedTokens | None
+    ) -> Tensor:
         """The logits [kept, vocabulary] of the chunks: their last token's, or all of them where
-        prompt logprobs are asked for. `layouts` gets the layout that ran.
+        prompt logprobs are asked for. `layouts` gets the layout that ran; `fed` are tokens that only
+        the device knows.
         """
         sequences = [_sequence_step(chunk) for chunk in chunks]
         if tree is self.pool.tree:
             if self.graphs is not None and count_singles(sequences) == len(sequences):
-                return self.graphs.run_step(sequences)
+                return self.graphs.run_step(sequences, fed)
             self.pool.begin_step(sequences)
-        layouts.append(make_layout(sequences, self.pool.device))
+        layouts.append(make_layout(sequences, self.pool.device, fed))
         return forward_step(tree, layouts[-1])
 
 
@@ -182,15 +163,3 @@ def _count_kept(chunk: Chunk) -> int:
     """How many of the chunk's tokens need logits."""
     has_prompt_logprobs = chunk.request.prompt_logprobs is not None and not chunk.generated
     return len(chunk.tokens) if has_prompt_logprobs else 1
-
-
-def _prompt_logprobs(chunk: Chunk, logits: Tensor) -> tuple[Token, ...]:
-    """The prompt's tokens that follow from this chunk's logits, and the first of all, which has no
-    log probability.
-    """
-    wanted, prompt = chunk.request.prompt_logprobs, chunk.request.prompt
-    if wanted is None or chunk.generated:
-        return ()
-    first = (Token(prompt[0]),) if chunk.position == 0 else ()
-    following = prompt[chunk.position + 1 : chunk.position + 1 + len(chunk.tokens)]
-    return first + score_prompt(logits, following, wanted)

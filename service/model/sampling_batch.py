@@ -15,7 +15,7 @@ from ..core.request import Token
 from .draws import NO_TOKEN, Draw, DrawRules, group_draws
 from .logit_edits import LogitEdits, Row, collect_edits
 from .logprobs import read_token, score_tokens
-from .transfers import send_rows, take_rows
+from .transfers import Fetched, send_rows, take_rows
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def make_batch(rows: Sequence[Row], logits: Tensor) -> SamplingBatch:
     return SamplingBatch(
         collect_edits(rows, device),
         send_rows(greedy, device),
-        group_draws(states, logits.shape[-1], device),
+        group_draws(rows, logits.shape[-1], device),
         {count: send_rows(chosen, device) for count, chosen in scored.items()},
         wanted,
     )
@@ -60,17 +60,20 @@ def choose_tokens(logits: Tensor, batch: SamplingBatch, draw: Draw, width: int |
     return tokens
 
 
-def read_tokens(logits: Tensor, tokens: Tensor, batch: SamplingBatch) -> list[Token]:
-    """The tokens int64 [n] on the host, with their log probabilities of `logits` where wanted; here
-    alone it waits for the device, once.
-    """
+def fetch_tokens(logits: Tensor, tokens: Tensor, batch: SamplingBatch) -> Fetched:
+    """The tokens int64 [n], with their log probabilities of `logits` where wanted, for `read_tokens`."""
     most = max(batch.scored, default=0)
     packed = torch.zeros(len(tokens), 2 + 2 * most, dtype=torch.float64, device=tokens.device)
     packed[:, 0] = tokens
     for wanted, rows in batch.scored.items():
         chosen = take_rows(tokens, rows).clamp(min=0)
         packed[rows, 1 : 2 + 2 * wanted] = score_tokens(take_rows(logits, rows), chosen, wanted)
+    return Fetched(packed)
+
+
+def read_tokens(fetched: Fetched, batch: SamplingBatch) -> list[Token]:
+    """The tokens on the host; here alone it waits for the device, once."""
     return [
         Token(int(token)) if wanted is None else read_token(int(token), numbers[: 1 + 2 * wanted])
-        for wanted, (token, *numbers) in zip(batch.wanted, packed.tolist(), strict=True)
+        for wanted, (token, *numbers) in zip(batch.wanted, fetched.read().tolist(), strict=True)
     ]

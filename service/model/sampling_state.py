@@ -34,7 +34,6 @@ class SamplingState:
             if getattr(sampling, field.name) != getattr(DEFAULTS, field.name)
         )
         self.matcher: Any = None
-        self.length = 0
         self.known = array("q", set(request.prompt) if "repetition_penalty" in self.uses else ())
         self.generated, self.times = array("q"), array("f")
         self._place_of: dict[int, int] = {}
@@ -44,7 +43,6 @@ class SamplingState:
         self.bias_values = array("f", (value for _, value in sampling.logit_bias))
 
     def add_token(self, token: int) -> None:
-        self.length += 1
         self.last.append(token)
         place = self._place_of.setdefault(token, len(self.generated))
         if place == len(self.generated):
@@ -57,9 +55,9 @@ class SamplingState:
         last = tuple(self.last)
         return sorted({word[-1] for word in self.request.sampling.bad_words if _ends_with(last, word[:-1])})
 
-    def draw_uniform(self) -> float:
-        """A number in [0, 1) that is a function of the seed and the index of the token."""
-        return random.Random((self.request.sampling.seed << 32) + self.length).random()
+    def draw_uniform(self, place: int) -> float:
+        """A number in [0, 1) that is a function of the seed and the token's place in the answer."""
+        return random.Random((self.request.sampling.seed << 32) + place).random()
 
 
 def _ends_with(ids: tuple[int, ...], end: tuple[int, ...]) -> bool:

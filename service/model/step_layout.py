@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..core.adapter import Digest
 from ..core.base_info import BLOCK_TOKENS
+from .transfers import send, send_rows
 
 
 class SequenceStep(NamedTuple):
@@ -41,6 +42,20 @@ class SequenceStep(NamedTuple):
     def end(self) -> int:
         """The positions that the sequence has after the step."""
         return self.position + len(self.tokens)
+
+
+class FedTokens(NamedTuple):
+    """Tokens that the step before has chosen, and the flat indices of this step where they belong.
+
+    int64 [m] each, on the device.
+    """
+
+    rows: Tensor
+    tokens: Tensor
+
+    def fill(self, target: Tensor) -> None:
+        """Puts them among a step's tokens, int32 [T]."""
+        target.index_copy_(0, self.rows, self.tokens.to(target.dtype))
 
 
 class Prefill(NamedTuple):
@@ -98,8 +113,8 @@ class StepLayout:
             stop = start + sum(len(sequence.tokens) for sequence in part)
             beginning = [i for i, sequence in enumerate(part) if not sequence.position]
             slots = [sequence.slot for sequence in part]
-            numbers = (torch.tensor(each, dtype=torch.int64) for each in (slots, beginning))
-            parts.append(StatePart(start, stop, *(each.to(self.tokens.device) for each in numbers)))
+            numbers = (send_rows(each, self.tokens.device) for each in (slots, beginning))
+            parts.append(StatePart(start, stop, *numbers))
             start = stop
         return tuple(parts)
 
@@ -127,19 +142,25 @@ def running_step() -> object:
     return _RUNNING.get()
 
 
-def make_layout(sequences: Sequence[SequenceStep], device: torch.device) -> StepLayout:
-    """Of sequences in the order of their tokens, those of one token first."""
+def make_layout(
+    sequences: Sequence[SequenceStep], device: torch.device, fed: FedTokens | None = None
+) -> StepLayout:
+    """Of sequences in the order of their tokens, those of one token first; `fed` are tokens that only the
+    device knows.
+    """
     singles = count_singles(sequences)
     columns = list(chain.from_iterable(map(_token_columns, sequences)))
     flat = torch.tensor(columns, dtype=torch.int32).view(len(columns), 4).T
-    tokens, positions, write_block, write_offset = flat.contiguous().to(device)
+    tokens, positions, write_block, write_offset = send(flat.contiguous(), device)
+    if fed is not None:
+        fed.fill(tokens)
     return StepLayout(
         tokens,
         positions,
         write_block,
         write_offset,
-        make_block_table([sequence.blocks for sequence in sequences[:singles]]).to(device),
-        torch.tensor(list_kept(sequences), dtype=torch.int32, device=device),
+        send(make_block_table([sequence.blocks for sequence in sequences[:singles]]), device),
+        send(torch.tensor(list_kept(sequences), dtype=torch.int32), device),
         singles,
         tuple(_list_prefills(sequences, device)),
         sequences=sequences,
@@ -181,7 +202,7 @@ def _list_prefills(sequences: Sequence[SequenceStep], device: torch.device) -> l
     for sequence in sequences:
         length = len(sequence.tokens)
         if length > 1:
-            blocks = torch.tensor(sequence.blocks, dtype=torch.int32, device=device)
+            blocks = send(torch.tensor(sequence.blocks, dtype=torch.int32), device)
             prefills.append(Prefill(start, length, sequence.position, blocks))
         start += length
     return prefills

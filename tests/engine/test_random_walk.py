@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import os
 import random
+from dataclasses import replace
 
 import pytest
 
 from service.core.adapter import Adapter, ExecutionPath
 from service.core.request import Finish
+from service.engine.plan import Result
 from tests.engine.driver import EMPTY, SchedulerDriver
 from tests.fakes import adapter
 
@@ -71,13 +73,35 @@ def test_every_request_ends_once_with_its_own_tokens(seed: int) -> None:
     walk_randomly(seed, has_states=seed % 3 == 0)
 
 
+@pytest.mark.parametrize("seed", range(WALKS))
+def test_so_it_does_where_steps_are_launched_before_the_last_tokens_are_known(seed: int) -> None:
+    walk_randomly(seed, has_states=False, ahead=0.9)
+
+
+def test_the_walks_run_ahead() -> None:
+    """Else they would prove nothing of it."""
+    assert min(walk_randomly(seed, has_states=False, ahead=0.9).ahead for seed in range(4)) > 10
+    assert walk_randomly(0, has_states=True, ahead=0.9).ahead == 0
+
+
 @pytest.mark.parametrize("has_states", [False, True])
 def test_the_walks_preempt(has_states: bool) -> None:
     """Else they would prove nothing of it."""
     assert sum(walk_randomly(seed, has_states).scheduler.gauges.preemptions for seed in range(4)) > 0
 
 
-def walk_randomly(seed: int, has_states: bool) -> SchedulerDriver:
+def spoil(rng: random.Random, result: Result) -> Result:
+    """Now and then a token is drawn anew, or cannot be."""
+    match rng.choices(("fine", "redrawn", "failed"), (90, 7, 3))[0]:
+        case "redrawn":
+            return replace(result, redrawn=True)
+        case "failed":
+            return Result(error="not finite")
+    return result
+
+
+def walk_randomly(seed: int, has_states: bool, ahead: float = 0.0) -> SchedulerDriver:
+    """`ahead`: how often a step is launched before the one before it is read."""
     rng = random.Random(seed)
     driver = SchedulerDriver(
         has_states=has_states,
@@ -87,12 +111,15 @@ def walk_randomly(seed: int, has_states: bool) -> SchedulerDriver:
         host_bytes=rng.choice((1000, 8000)),
         kv_blocks=rng.choice((4, 5, 7, 12)),
     )
+    if ahead:
+        driver.runner.outcome_of = lambda result: spoil(rng, result)
     adapters = random_adapters(rng)
     for _ in range(STEPS):
-        for _ in range(rng.randrange(4)):
+        for _ in range(rng.randrange(4) if not ahead or rng.random() < 0.4 else 0):
             act(rng, driver, adapters)
         driver.reading = rng.random() < 0.7
-        driver.step(fault=rng.random() < 0.02, half_placed=rng.random() < 0.05)
+        faults = {"fault": rng.random() < 0.02, "half_placed": rng.random() < 0.05}
+        driver.step(**faults, ahead=rng.random() < ahead)
         driver.tell_tiers()
     driver.reading = True
     driver.settle()

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from service.core.adapter import Adapter, ExecutionPath, LoraLayerSpec, Placement
 from service.core.manifest import compute_digest, read_manifest
 from service.core.request import Request, Token
@@ -16,7 +18,8 @@ from service.core.sampling import Sampling
 from service.engine.kv_blocks import count_blocks
 from service.engine.plan import Chunk
 from service.model.runner import ModelRunner
-from tests import making
+from service.model.sampler import Outcome, Sampler
+from tests import making, pretended
 
 
 def plan_of(folder: Path, base: Path) -> Adapter:
@@ -43,6 +46,11 @@ def spec_of(name: str, module: Any) -> LoraLayerSpec:
         f"{name}.lora_B.weight",
         f"{name}.lora_magnitude_vector" if module.use_dora["default"] else None,
     )
+
+
+def sample(sampler: Sampler, logits: Tensor, requests: Sequence[Request], index: int = 0) -> list[Outcome]:
+    """Tokens of this index in each answer."""
+    return sampler.launch_batch(logits, requests, [index] * len(requests)).read()
 
 
 GREEDY = Sampling()
@@ -73,6 +81,7 @@ class RunnerDriver:
     def __init__(self, runner: ModelRunner, rows: int) -> None:
         self.runner, self.rows, self.at, self.count = runner, rows, 0, 0
         self.requests: dict[int, Request] = {}
+        self.waits = 0  # for a pretended GPU, in the middle of a step
 
     def place(self, adapter: Adapter, start: int | None = None) -> None:
         at = self.at if start is None else start
@@ -111,7 +120,10 @@ class RunnerDriver:
 
     def _step(self, running: Sequence[Job], size: int) -> None:
         chunks = [self._chunk(job, self.requests[id(job)], size) for job in running]
-        results = self.runner.run_chunks(chunks)
+        waits = pretended.GPU.waits
+        launched = self.runner.launch_chunks(chunks)
+        self.waits += pretended.GPU.waits - waits
+        results = launched.read()
         for job, chunk, result in zip(running, chunks, results, strict=True):
             job.done += len(chunk.tokens)
             job.prompt_tokens += result.prompt

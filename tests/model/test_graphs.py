@@ -106,14 +106,14 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> Counter[Recording]:
     seen: Counter[Recording] = Counter()
     run_step, replay = CudaGraphs.run_step, CudaGraphs.replay
 
-    def note_step(graphs: CudaGraphs, sequences: Any) -> Any:
-        def note(graphs: CudaGraphs, recording: Recording, sequences: Any) -> Any:
+    def note_step(graphs: CudaGraphs, *step: Any) -> Any:
+        def note(graphs: CudaGraphs, recording: Recording, *step: Any) -> Any:
             seen[recording] += 1
-            return replay(graphs, recording, sequences)
+            return replay(graphs, recording, *step)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(CudaGraphs, "replay", note)
-            return run_step(graphs, sequences)
+            return run_step(graphs, *step)
 
     monkeypatch.setattr(CudaGraphs, "run_step", note_step)
     return seen
@@ -436,6 +436,7 @@ def test_every_family_is_recorded_and_says_what_generate_says(kind: str, tmp_pat
         driver.place(plan)
         driver.run(jobs, chunk=64)
         assert [job.ids for job in jobs] == wants
+        assert driver.waits == 0, "for the device, in mid-step"
         assert runner.graphs is not None
 
 

@@ -486,7 +486,7 @@ def test_an_adapter_whose_numbers_overflow_fails_alone_and_leaves_nothing_in_its
     assert "not finite" in failed.error
     assert fine.token is not None
     assert [fine.token.id] == making.greedy(base, None, prompt, 1)
-    assert are_blocks_empty(runner, (0, 3))
+    assert are_empty(runner, (0, 3), len(prompt))
 
 
 def overflowing(folder: Path, target: Path) -> Path:
@@ -496,8 +496,8 @@ def overflowing(folder: Path, target: Path) -> Path:
     return making.edit(folder, target, weights=raise_b)
 
 
-def are_blocks_empty(runner: ModelRunner, blocks: tuple[int, ...]) -> bool:
-    held = [
-        buffer[list(blocks)] for layer, *_ in runner.attention for buffer in (layer.kv_keys, layer.kv_values)
-    ]
+def are_empty(runner: ModelRunner, blocks: tuple[int, ...], positions: int) -> bool:
+    """Whether nothing is kept of so many positions from the first block's start on."""
+    buffers = [each for layer, *_ in runner.attention for each in (layer.kv_keys, layer.kv_values)]
+    held = [buffer[list(blocks)].transpose(1, 2).flatten(0, 1)[:positions] for buffer in buffers]
     return not any(part.any() for part in held)

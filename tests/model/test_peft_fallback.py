@@ -30,7 +30,7 @@ from tests import fakes, kinds, making
 from tests.worker.test_loop import desk, tokens_of
 
 from .driver import Job, RunnerDriver, plan_of
-from .test_parity import are_blocks_empty, distance, prompts, quantized_logprobs, runner_on, weights_digest
+from .test_parity import are_empty, distance, prompts, quantized_logprobs, runner_on, weights_digest
 
 PROMPTS, LENGTH = prompts()[2:6], 6
 
@@ -239,7 +239,7 @@ def test_a_request_whose_own_step_raises_leaves_nothing_in_its_blocks(
     chunk = Chunk(Request(901, PROMPT, 1, fallback.digest), (3, 4), 0, PROMPT, True)
     with pytest.raises(ValueError, match="no such layer"):
         shared.runner.run_chunks((chunk,))
-    assert are_blocks_empty(shared.runner, (3, 4))
+    assert are_empty(shared.runner, (3, 4), len(PROMPT))
     shared.runner.evict_adapter(fallback.digest)
 
 

@@ -25,8 +25,11 @@ from transformers import (
 from service.core.request import Request, Token
 from service.core.sampling import Sampling
 from service.model.draws import WIDTHS, DrawRules, draw_tokens, filter_tokens, group_draws
+from service.model.logit_edits import Row
 from service.model.sampler import Sampler, SamplingError
 from service.model.sampling_state import SamplingState
+
+from .driver import sample
 
 VOCABULARY = 400
 
@@ -43,14 +46,14 @@ def request(id: int, **sampling: Any) -> Request:
     return Request(id, (5, 6, 7), 50, sampling=Sampling(**sampling), eos=frozenset({2}))
 
 
-def one(sampler: Sampler, row: Tensor, asked: Request) -> int:
-    (token,) = sampler.sample_batch(row[None], [asked])
+def one(sampler: Sampler, row: Tensor, asked: Request, index: int = 0) -> int:
+    (token,) = sample(sampler, row[None], [asked], index)
     assert isinstance(token, Token)
     return token.id
 
 
 def draw_rules(vocabulary: int = VOCABULARY, **sampling: Any) -> DrawRules:
-    (rules,) = group_draws([SamplingState(request(1, **sampling))], vocabulary, torch.device("cpu"))
+    (rules,) = group_draws([Row(SamplingState(request(1, **sampling)))], vocabulary, torch.device("cpu"))
     return rules
 
 
@@ -111,7 +114,7 @@ def test_bias_forces_and_bans_and_no_eos_comes_before_its_time() -> None:
     assert one(Sampler(no_grammar), row, request(1, logit_bias=((best, -100.0),))) != best
     row[2] = 99.0
     sampler, asked = Sampler(no_grammar), request(1, min_tokens=2)
-    assert [one(sampler, row, asked) == 2 for _ in range(3)] == [False, False, True]
+    assert [one(sampler, row, asked, i) == 2 for i in range(3)] == [False, False, True]
 
 
 def test_a_seeded_row_draws_the_same_alone_and_among_neighbours() -> None:
@@ -119,10 +122,10 @@ def test_a_seeded_row_draws_the_same_alone_and_among_neighbours() -> None:
     asked = [request(i, temperature=1.0, seed=i, top_p=0.9 if i % 2 else 1.0) for i in range(16)]
     together = Sampler(no_grammar)
     apart = [Sampler(no_grammar) for _ in rows]
-    for _ in range(3):
-        for alone, (token, row) in enumerate(zip(together.sample_batch(rows, asked), rows, strict=True)):
+    for i in range(3):
+        for alone, (token, row) in enumerate(zip(sample(together, rows, asked, i), rows, strict=True)):
             assert isinstance(token, Token)
-            assert one(apart[alone], row, asked[alone]) == token.id
+            assert one(apart[alone], row, asked[alone], i) == token.id
 
 
 def test_draws_follow_the_probabilities() -> None:
@@ -144,7 +147,7 @@ def test_draws_follow_the_probabilities() -> None:
 def test_numbers_that_are_not_finite_fail_their_own_row_only(options: dict[str, Any]) -> None:
     rows = logits(5, 2)
     rows[0, 3] = float("nan")
-    bad, good = Sampler(no_grammar).sample_batch(rows, [request(1, **options), request(2, **options)])
+    bad, good = sample(Sampler(no_grammar), rows, [request(1, **options), request(2, **options)])
     assert isinstance(bad, SamplingError)
     assert isinstance(good, Token)
 
@@ -153,7 +156,7 @@ def test_an_eos_that_is_also_text_cannot_end_what_is_not_whole() -> None:
     row = torch.zeros(VOCABULARY)
     row[8] = 9.0  # the grammar would take it as text
     asked = Request(1, (5,), 5, sampling=Sampling(grammar="g"), eos=frozenset({8}))
-    (failed,) = Sampler(lambda grammar: Matcher()).sample_batch(row[None], [asked])
+    (failed,) = sample(Sampler(lambda grammar: Matcher()), row[None], [asked])
     assert isinstance(failed, SamplingError)
     both = Request(2, (5,), 5, sampling=Sampling(grammar="g"), eos=frozenset({8}))
     sampler = Sampler(lambda grammar: Matcher(allowed=bytes([0, 3])))
@@ -208,8 +211,8 @@ def test_a_grammar_allows_only_its_own_tokens_and_ends_with_eos() -> None:
     endless = Request(2, (5,), 5, sampling=Sampling(grammar="g"))
     sampler = Sampler(lambda grammar: Matcher())
     assert one(sampler, logits(6)[0], endless) == 8
-    assert isinstance(sampler.sample_batch(logits(6), [endless])[0], SamplingError)
-    (failed,) = Sampler(lambda grammar: Matcher(error=True)).sample_batch(logits(6), [asked])
+    assert isinstance(sample(sampler, logits(6), [endless])[0], SamplingError)
+    (failed,) = sample(Sampler(lambda grammar: Matcher(error=True)), logits(6), [asked])
     assert isinstance(failed, SamplingError)
     assert failed.code == "validation", "the grammar is the client's"
 
@@ -230,7 +233,7 @@ def test_where_a_choice_raises_no_token_of_that_step_is_remembered() -> None:
     sampler, row = Sampler(matcher_of), logits(6)
     good, bad = request(1, grammar="fine", frequency_penalty=2.0), request(2, grammar="broken")
     with pytest.raises(RuntimeError):
-        sampler.sample_batch(torch.cat([row, row]), [good, bad])
+        sample(sampler, torch.cat([row, row]), [good, bad])
     assert taken == []
     token = one(sampler, row[0], good)
     assert taken == [token]
@@ -264,6 +267,6 @@ def test_numbers_that_are_not_finite_are_the_adapters_fault_where_there_is_one(
     adapter: str | None, code: str, temperature: float
 ) -> None:
     asked = Request(1, (5,), 5, adapter, Sampling(temperature=temperature))
-    (unfit,) = Sampler(no_grammar).sample_batch(torch.full((1, VOCABULARY), float("nan")), [asked])
+    (unfit,) = sample(Sampler(no_grammar), torch.full((1, VOCABULARY), float("nan")), [asked])
     assert isinstance(unfit, SamplingError)
     assert unfit.code == code

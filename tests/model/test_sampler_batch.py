@@ -29,11 +29,13 @@ from service.model.draws import (
     group_draws,
     sum_rows,
 )
-from service.model.logprobs import score_prompt
+from service.model.logit_edits import Row
+from service.model.logprobs import PromptScores
 from service.model.sampler import Outcome, Sampler
 from service.model.sampling_state import SamplingState
 from tests import pretended
 
+from .driver import sample
 from .row_sampler import RowSampler, draw_token, probabilities, with_logprobs
 
 EOS = frozenset({2, 9})
@@ -137,10 +139,12 @@ def test_tokens_and_their_numbers_are_those_of_one_row_at_a_time(
     for _ in range(batches):
         requests = random_requests(chance, vocabulary)
         sampler, by_row = Sampler(matcher_of, draw), RowSampler(matcher_of)
+        counts = [0] * len(requests)
         for _ in range(3):
             logits = random_logits(chance, vocabulary, dtype)
             given = logits.clone()
-            ours = sampler.sample_batch(logits, requests)
+            ours = sampler.launch_batch(logits, requests, counts).read()
+            counts = [count + isinstance(our, Token) for count, our in zip(counts, ours, strict=True)]
             assert torch.equal(logits.nan_to_num(), given.nan_to_num()), "the logits are not ours"
             theirs = by_row.sample_batch(logits, requests)
             for request, our, their in zip(requests, ours, theirs, strict=True):
@@ -150,10 +154,10 @@ def test_tokens_and_their_numbers_are_those_of_one_row_at_a_time(
 def test_few_rows_at_a_time_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     chance = random.Random(1)
     requests, logits = random_requests(chance, 300), random_logits(chance, 300, torch.float32)
-    whole = Sampler(matcher_of).sample_batch(logits, requests)
+    whole = sample(Sampler(matcher_of), logits, requests)
     for module in ("draws", "logprobs"):
         monkeypatch.setattr(f"service.model.{module}.MOST_LOGITS", 700)
-    parts = Sampler(matcher_of).sample_batch(logits, requests)
+    parts = sample(Sampler(matcher_of), logits, requests)
     assert [told(outcome) for outcome in parts] == [told(outcome) for outcome in whole]
 
 
@@ -165,9 +169,9 @@ LARGE = 40_000  # one row of so many is split among threads where torch reduces 
 def test_a_row_alone_is_the_row_in_company(dtype: torch.dtype, draw: Draw) -> None:
     chance = random.Random(str(dtype))
     requests, logits = random_requests(chance, LARGE), random_logits(chance, LARGE, dtype)
-    together = Sampler(matcher_of, draw).sample_batch(logits, requests)
+    together = sample(Sampler(matcher_of, draw), logits, requests)
     for i, request in enumerate(requests):
-        (alone,) = Sampler(matcher_of, draw).sample_batch(logits[i : i + 1], [request])
+        (alone,) = sample(Sampler(matcher_of, draw), logits[i : i + 1], [request])
         assert told(alone) == told(together[i]), request.sampling
 
 
@@ -195,7 +199,7 @@ def test_what_may_be_drawn_alone_is_bitwise_that_in_company(options: dict[str, A
 
 
 def kept_of(states: Sequence[SamplingState], logits: Tensor, width: int) -> Candidates:
-    (rules,) = group_draws(states, logits.shape[-1], logits.device)
+    (rules,) = group_draws([Row(state) for state in states], logits.shape[-1], logits.device)
     return filter_tokens(logits, rules, width)
 
 
@@ -223,7 +227,7 @@ def test_each_edge_of_what_may_be_drawn_is_that_of_one_row(edge: str, dtype: tor
     logits = torch.tensor(numbers, dtype=dtype)[None]
     sampling = Sampling(temperature=0.9, **options)
     state = SamplingState(Request(1, (1,), 5, None, sampling))
-    (rules,) = group_draws([state], logits.shape[-1], logits.device)
+    (rules,) = group_draws([Row(state)], logits.shape[-1], logits.device)
     kept = probabilities(logits[0].float(), sampling)
     for uniform in (0.0, *(i / 59 for i in range(1, 59)), 1 - 1e-9):
         rules.table[0, 0] = uniform
@@ -242,8 +246,8 @@ def test_prompts_are_scored_as_one_row_at_a_time(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("service.model.logprobs.MOST_LOGITS", 700)
     for wanted in (0, 3):
         alone = (with_logprobs(row, token, wanted) for row, token in zip(logits, tokens, strict=False))
-        assert score_prompt(logits, tokens, wanted) == tuple(alone)
-    assert score_prompt(logits, (), 3) == ()
+        assert PromptScores(logits, tokens, wanted).read() == tuple(alone)
+    assert PromptScores(logits, (), 3).read() == ()
 
 
 # What each option changes, against a row that has only the ones named second
@@ -270,7 +274,7 @@ def choose_four(sampling: Sampling) -> list[Outcome]:
     logits = torch.arange(300.0).flip(0)[None] / 50
     logits[0, 2] = 7
     sampler, request = Sampler(matcher_of), Request(1, (2,), 9, None, sampling, EOS)
-    return [token for _ in range(4) for token in sampler.sample_batch(logits, [request])]
+    return [token for i in range(4) for token in sample(sampler, logits, [request], i)]
 
 
 @pytest.mark.parametrize("field", [field.name for field in fields(Sampling)])
@@ -285,29 +289,21 @@ def test_no_option_is_forgotten(field: str) -> None:
 
 
 class CountingDevice:
-    """Calls to a pretended GPU while it is watched, and those for whose results the host waits."""
+    """Calls to a pretended GPU while it is watched."""
 
     def __init__(self) -> None:
-        self.calls = self.waits = 0
+        self.calls = 0
+
+    @property
+    def waits(self) -> int:
+        """Those for whose results the host has waited."""
+        return pretended.GPU.waits
 
     def watch(self, run: Callable[..., Any]) -> Callable[..., Any]:
         def watched(function: Any, args: Any, kwargs: Any) -> Any:
-            name = str(getattr(function, "overloadpacket", function.__name__))
             values, _ = tree_flatten((args, kwargs))
-            there = any(isinstance(value, pretended.PretendedTensor) for value in values)
-            self.calls += there
-            leaves = there and torch.device("cpu") in [v for v in values if isinstance(v, torch.device)]
-            self.waits += leaves or (there and pretended._awaited(name, args))
+            self.calls += any(isinstance(value, pretended.PretendedTensor) for value in values)
             return run(function, args, kwargs)
-
-        return watched
-
-    def watch_copies(self, to: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def watched(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            device, _, is_asynchronous, _ = torch._C._nn._parse_to(*args, **kwargs)
-            arrives = device is not None and device.type == "cuda" and tensor.device.type == "cpu"
-            self.waits += arrives and not is_asynchronous
-            return to(tensor, *args, **kwargs)
 
         return watched
 
@@ -317,7 +313,6 @@ def watched_gpu() -> Iterator[CountingDevice]:
     device = CountingDevice()
     with pretended.gpu(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(pretended, "run", device.watch(pretended.run))
-        patch.setattr(torch.Tensor, "to", device.watch_copies(torch.Tensor.to))
         yield device
 
 
@@ -344,10 +339,10 @@ def watch_steps(sampling: Sequence[Sampling], steep: float = 4.0) -> CountingDev
     requests = [Request(i, (5, 6), 9, None, one, EOS) for i, one in enumerate(sampling)]
     logits = torch.randn(len(requests), 6000, generator=torch.Generator().manual_seed(5)) * steep
     here, there = Sampler(matcher_of), Sampler(matcher_of)
-    expected = [here.sample_batch(logits, requests) for _ in range(2)]
+    expected = [sample(here, logits, requests, i) for i in range(2)]
     with watched_gpu() as device:
         on_device = pretended.PretendedTensor(logits)
-        assert [there.sample_batch(on_device, requests) for _ in range(2)] == expected
+        assert [sample(there, on_device, requests, i) for i in range(2)] == expected
     return device
 
 
@@ -367,7 +362,7 @@ def test_all_options_together_wait_once_and_a_wide_mass_at_most_thrice() -> None
 def test_prompt_scores_are_waited_for_once() -> None:
     with watched_gpu() as device:
         logits = pretended.PretendedTensor(torch.randn(40, 300))
-        assert len(score_prompt(logits, range(39), 2)) == 39
+        assert len(PromptScores(logits, range(39), 2).read()) == 39
     assert device.waits == 1
 
 
@@ -392,6 +387,6 @@ def test_a_large_vocabulary_takes_little_memory_beside_its_logits(options: dict[
         Request(i, (1,), 5, None, Sampling(temperature=1.0, seed=i, **options)) for i in range(len(logits))
     ]
     with Memory() as memory:  # type: ignore[no-untyped-call]
-        tokens = Sampler(matcher_of).sample_batch(logits, requests)
+        tokens = sample(Sampler(matcher_of), logits, requests)
     assert all(isinstance(token, Token) and token.id < 40 for token in tokens)
     assert memory.largest <= 8 * MOST_LOGITS == logits.nbytes

@@ -77,7 +77,7 @@ def test_a_step_that_raised_is_run_again_from_the_same_states(
     wanted = runner.run_chunks(make_chunks(10, None))
     runner.run_chunks(make_chunks(0, 10))
     with monkeypatch.context() as patch:
-        patch.setattr(runner.sampler, "sample_batch", no_memory)
+        patch.setattr(runner.sampler, "launch_batch", no_memory)
         with pytest.raises(MemoryError):
             runner.run_chunks(make_chunks(10, None))
     for chunk, want in zip(make_chunks(10, None), wanted, strict=True):

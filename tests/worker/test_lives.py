@@ -116,7 +116,7 @@ class Keeper:
             return
         try:
             self.worker._receive_commands(False)
-            self.worker._run_turn()
+            self.worker.run_turn()
         except Death:
             self.die()
             return

@@ -405,7 +405,7 @@ class Steps:
 
     def step(self, times: int = 1) -> None:
         for _ in range(times):
-            self.worker._run_turn()
+            self.worker.run_turn()
             while self.connection.poll():
                 for event in self.connection.recv().events:
                     self.tokens[event.request] += [event.token.id] if event.token else []

@@ -10,12 +10,15 @@
 #include "vectors.h"
 #include "weights.h"
 
-// Tokens and halves of a tile computed together, as many sums as leave registers for weights.
+// Tokens computed together, as many as leave registers for weights; and halves of a tile, both where the sums of one would wait for each other.
 #if defined(__AVX512F__)
-constexpr int kPass = 8, kHalves = 2;
+constexpr int kPass = 8;
+#elif defined(__AVX2__)
+constexpr int kPass = 6;
 #else
-constexpr int kPass = 4, kHalves = 1;
+constexpr int kPass = 4;
 #endif
+constexpr int halves_of(int tokens) { return kBytes == 64 || tokens <= 2 ? 2 : 1; }
 
 // Consecutive tokens of one sequence, the step's `sequence`-th: one row of the step's table.
 struct Span {
@@ -140,41 +143,41 @@ struct PrefetchList {
 
 using Sums = std::array<Floats, 2>;
 
-// sums[t] += the pair of weights times those of inputs at x + t in, for TOKENS tokens.
-template <int TOKENS>
-inline void multiply_pair(const Input* x, int64_t in, const Pair& pair, Part (&sums)[TOKENS]) {
+// sums[p][t] += the p-th pair of weights times those of inputs at x + t in, for TOKENS tokens.
+template <int TOKENS, int PARTS>
+inline void multiply_pairs(const Input* x, int64_t in, const Pair (&pairs)[PARTS], Part (&sums)[PARTS][TOKENS]) {
 #if defined(__AVX512BF16__)
-  for (int t = 0; t < TOKENS; ++t) sums[t] = _mm512_dpbf16_ps(sums[t], (__m512bh)broadcast(x + t * in).part[0], pair);
+  for (int t = 0; t < TOKENS; ++t)
+    for (int p = 0; p < PARTS; ++p) sums[p][t] = _mm512_dpbf16_ps(sums[p][t], (__m512bh)broadcast(x + t * in).part[0], pairs[p]);
 #else
-  for (int t = 0; t < TOKENS; ++t) {
-    sums[t] += pair.first * x[t * in];
-    sums[t] += pair.second * x[t * in + 1];
-  }
+  for (int t = 0; t < TOKENS; ++t)
+    for (int p = 0; p < PARTS; ++p) sums[p][t] += pairs[p].first * x[t * in];
+  for (int t = 0; t < TOKENS; ++t)
+    for (int p = 0; p < PARTS; ++p) sums[p][t] += pairs[p].second * x[t * in + 1];
 #endif
 }
 
-// Adds to TOKENS tokens' sums for the HALVES halves of a tile from `half` on, [parts, TOKENS], what pairs [from, to) of the weights and of
-// the inputs at x + t in make.
-template <int TOKENS, int HALVES, typename Reader>
-inline void multiply(const Input* x, int64_t in, const Reader& reader, int64_t from, int64_t to, int half,
-                     Part (&sums)[HALVES * Floats::kParts][TOKENS]) {
+// Adds to TOKENS tokens' sums for the parts of a tile from `half` on what pairs [from, to) of the weights and of the inputs at x + t in make.
+template <int TOKENS, int PARTS, typename Reader>
+inline void multiply(const Input* x, int64_t in, const Reader& reader, int64_t from, int64_t to, int half, Part (&sums)[PARTS][TOKENS]) {
   for (int64_t k = from; k < to; k += Reader::kTogether)
-    for (int p = 0; p < HALVES * Floats::kParts; ++p)
-      for (int j = 0; j < Reader::kTogether; ++j) {
-        const Pair pair = reader.read(k, j, half + p / Floats::kParts, p % Floats::kParts);
-        multiply_pair<TOKENS>(x + (k + j) * 2, in, pair, sums[p]);
-      }
+    for (int j = 0; j < Reader::kTogether; ++j) {
+      Pair pairs[PARTS];
+      for (int p = 0; p < PARTS; ++p) pairs[p] = reader.read(k, j, half + p / Floats::kParts, p % Floats::kParts);
+      multiply_pairs(x + (k + j) * 2, in, pairs, sums);
+    }
 }
 
 // One pass for TOKENS tokens: what `pairs` pairs make of both halves of a tile, added to `sums`.
 template <int TOKENS, typename Reader>
 __attribute__((noinline)) void pass(const Input* x, int64_t in, const Reader& reader, int64_t pairs, Sums* sums) {
+  constexpr int kHalves = halves_of(TOKENS), kParts = kHalves * Floats::kParts;
   for (int half = 0; half < 2; half += kHalves) {
-    Part own[kHalves * Floats::kParts][TOKENS];  // not `sums` itself: the compiler would keep that in memory
-    for (int p = 0; p < kHalves * Floats::kParts; ++p)
+    Part own[kParts][TOKENS];  // not `sums` itself: the compiler would keep that in memory
+    for (int p = 0; p < kParts; ++p)
       for (int t = 0; t < TOKENS; ++t) own[p][t] = sums[t][half + p / Floats::kParts].part[p % Floats::kParts];
-    multiply<TOKENS, kHalves>(x, in, reader, 0, pairs, half, own);
-    for (int p = 0; p < kHalves * Floats::kParts; ++p)
+    multiply(x, in, reader, 0, pairs, half, own);
+    for (int p = 0; p < kParts; ++p)
       for (int t = 0; t < TOKENS; ++t) sums[t][half + p / Floats::kParts].part[p % Floats::kParts] = own[p][t];
   }
 }
@@ -182,14 +185,15 @@ __attribute__((noinline)) void pass(const Input* x, int64_t in, const Reader& re
 // The same for 4-bit values and their scales, [pairs / 32, 32]: each block of inputs that shares these is summed by itself.
 template <int TOKENS, typename Reader>
 __attribute__((noinline)) void pass_scaled(const Input* x, int64_t in, const Reader& reader, int64_t pairs, const float* scales, Sums* sums) {
+  constexpr int kHalves = halves_of(TOKENS), kParts = kHalves * Floats::kParts;
   for (int half = 0; half < 2; half += kHalves)
     for (int64_t from = 0; from < pairs; from += kScaled) {
-      Part own[kHalves * Floats::kParts][TOKENS]{};
-      multiply<TOKENS, kHalves>(x, in, reader, from, from + kScaled, half, own);
-      for (int h = 0; h < kHalves; ++h) {
-        const Floats scale = load(scales + from + (half + h) * kLanes);  // kScaled equals kTile
-        for (int p = 0; p < Floats::kParts; ++p)
-          for (int t = 0; t < TOKENS; ++t) sums[t][half + h].part[p] += own[h * Floats::kParts + p][t] * scale.part[p];
+      Part own[kParts][TOKENS]{};
+      multiply(x, in, reader, from, from + kScaled, half, own);
+      for (int p = 0; p < kParts; ++p) {
+        const int h = half + p / Floats::kParts, at = p % Floats::kParts;
+        const Part scale = load(scales + from + h * kLanes).part[at];  // kScaled equals kTile
+        for (int t = 0; t < TOKENS; ++t) sums[t][h].part[at] += own[p][t] * scale;
       }
     }
 }

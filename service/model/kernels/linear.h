@@ -283,11 +283,11 @@ inline void sum_tile(const Tile& tile, int64_t tokens, const Input* x, const Pac
   }
 }
 
-// sum + the rows of B that are the token's own, two at a time. The other half of a pair may be another adapter's row, and its numbers not
-// finite: 0 times those is not 0.
-ADAPTERD_INLINE Floats add_pair(Floats sum, Words value, const bf16* b, bool first, bool second) {
-  const uint32_t mine = (first ? 0xffffu : 0u) | (second ? 0xffff0000u : 0u);
-  return dot(sum, value, pairs(b) & mine);
+// The pair of rows of B at b, without what is not the token's own: that may be another adapter's, and its numbers not finite: 0 times those
+// is not 0.
+ADAPTERD_INLINE Words own_rows(const bf16* b, bool first, bool second) {
+  if (first && second) return pairs(b);
+  return pairs(b) & ((first ? 0xffffu : 0u) | (second ? 0xffff0000u : 0u));
 }
 
 // The base's sums without bias → with gate, bias and the token's own adapter.
@@ -307,8 +307,8 @@ inline Sums adapted(const Tile& tile, const TokenAdapters& adapters, int64_t tok
     const int from = own->low & 1, to = from + rank;
     for (int r = 0; r < to; r += 2) {
       const Words value = broadcast(inner + r);
-      first = add_pair(first, value, b + r * kTile, r >= from, r + 1 < to);
-      second = add_pair(second, value, b + r * kTile + kTile, r >= from, r + 1 < to);
+      first = dot(first, value, own_rows(b + r * kTile, r >= from, r + 1 < to));
+      second = dot(second, value, own_rows(b + r * kTile + kTile, r >= from, r + 1 < to));
     }
   }
   if (!l.bias) return {first, second};

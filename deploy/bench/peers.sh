@@ -48,7 +48,9 @@ start_llama() {  # port, arguments of llama.sh
 }
 
 start_nf4() {  # port
-  ADAPTERD_PORT=$1 ADAPTERD_BASE=demo ADAPTERD_DTYPE=bfloat16 ADAPTERD_QUANTIZATION=nf4 ADAPTERD_ADAPTERS_DIR=$ADAPTERS \
+  local own=$ADAPTERS-nf4  # a directory has one service
+  .venv/bin/python -m deploy.bench.adapters "$own" --count "$COUNT" --ranks "$RANK"
+  ADAPTERD_PORT=$1 ADAPTERD_BASE=demo ADAPTERD_DTYPE=bfloat16 ADAPTERD_QUANTIZATION=nf4 ADAPTERD_ADAPTERS_DIR=$own \
     ADAPTERD_POOL_RANK=$((COUNT * RANK)) ADAPTERD_MAX_RANK=$RANK ADAPTERD_MAX_ROWS=16 .venv/bin/python -m service serve >"$OUT/$peer.log" 2>&1 &
 }
 

@@ -194,9 +194,11 @@ __attribute__((noinline)) void pass_scaled(const Input* x, int64_t in, const Rea
     for (int64_t from = 0; from < pairs; from += kScaled) {
       Part own[kParts][TOKENS]{};
       multiply(x, in, reader, from, from + kScaled, half, own);
+#pragma GCC unroll 8
       for (int p = 0; p < kParts; ++p) {
         const int h = half + p / Floats::kParts, at = p % Floats::kParts;
-        const Part scale = load(scales + from + h * kLanes).part[at];  // kScaled equals kTile
+        Part scale;
+        std::memcpy(&scale, scales + from + h * kLanes + at * kPartLanes, sizeof scale);  // kScaled equals kTile
         for (int t = 0; t < TOKENS; ++t) sums[t][h].part[at] += own[p][t] * scale;
       }
     }
@@ -242,7 +244,7 @@ inline void sum_nf4(const Tile& tile, int64_t tokens, const Input* x, Sums* sums
     const Nf4Reader reader{own.bytes, own.bytes + kAhead};
     return call_with<kDirect>(tokens, [&]<int TOKENS>() { pass_scaled<TOKENS>(x, in, reader, in / 2, own.scales, sums); });
   }
-  alignas(64) Factor near[kScaled * kNear];
+  alignas(64) Words::Part near[kScaled * kNear];
   for (int64_t from = 0; from < in / 2; from += kScaled) {
     const char* bytes = own.bytes + from * kTile;
     widen(Nf4Reader{bytes, bytes + kAhead}, kScaled, near);
@@ -258,7 +260,7 @@ inline void sum_nf4(const Tile& tile, int64_t tokens, const Input* x, Sums* sums
 inline void sum_int8(const Tile& tile, int64_t tokens, const Input* x, Sums* sums) {
   const int64_t in = tile.l->in;
   const PackedTile own = tile.weights();
-  alignas(64) Factor near[kPiece * kNear];
+  alignas(64) Words::Part near[kPiece * kNear];
   for (int64_t from = 0; from < in / 2; from += kPiece) {
     const int64_t pairs = std::min(kPiece, in / 2 - from);
     const char* bytes = own.bytes + from * 2 * kTile;

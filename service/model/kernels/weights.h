@@ -46,7 +46,7 @@ constexpr bool kByBytes = false;
 inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
 
 // QLoRA's 4-bit values (arXiv:2305.14314, appendix E), in bitsandbytes' order.
-alignas(64) constexpr float kNf4[16] = {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
+constexpr float kNf4[16] = {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
     -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f,
     0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
 
@@ -60,6 +60,13 @@ constexpr std::array<uint16_t, 16> round_nf4() {
   return bits;
 }
 alignas(64) constexpr std::array<uint16_t, 16> kNf4Bits = round_nf4();
+
+constexpr std::array<float, 16> widen_nf4() {
+  std::array<float, 16> values{};
+  for (int i = 0; i < 16; ++i) values[i] = std::bit_cast<float>(uint32_t(kNf4Bits[i]) << 16);
+  return values;
+}
+alignas(64) constexpr std::array<float, 16> kNf4Rounded = widen_nf4();
 
 constexpr std::array<uint8_t, 16> nf4_bytes(int shift) {
   std::array<uint8_t, 16> bytes{};
@@ -77,9 +84,9 @@ inline Factor factor_of(Words::Part words, int i) {
 #endif
 }
 
-// Of the pairs of two neighbours, [in / 4]'s, of a half of a tile, from their 32 bytes; `second`: the second of the two.
-// Where pairs lie together, byte 2 o + i has output o's weight for input i, of the first in its low half; the values are rounded to
-// bfloat16, by as much as a dequantized weight would be. Else byte 16 pair + o has it for input 0 in its low half, for input 1 in its high.
+// Of the pairs of two neighbours, [in / 4]'s, of a half of a tile, from their 32 bytes; `second`: the second of the two. The values are
+// rounded to bfloat16, by as much as a dequantized weight would be. Where pairs lie together or are looked up by byte, byte 2 o + i has
+// output o's weight for input i, of the first in its low half. Else byte 16 pair + o has it for input 0 in its low half, for input 1 in its high.
 inline Factor read_nf4(const uint8_t* from, bool second, int p, int i) {
 #if defined(__AVX512BF16__)
   const __m512i table = _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(kNf4Bits.data())));  // an index's fifth bit is another's
@@ -87,7 +94,7 @@ inline Factor read_nf4(const uint8_t* from, bool second, int p, int i) {
   return (__m512bh)_mm512_permutexvar_epi16(second ? _mm512_srli_epi16(index, 4) : index, table);
 #elif defined(__AVX512F__)
   const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + second * kLanes)));
-  return _mm512_permutexvar_ps(i ? _mm512_srli_epi32(index, 4) : index, _mm512_load_ps(kNf4));
+  return _mm512_permutexvar_ps(i ? _mm512_srli_epi32(index, 4) : index, _mm512_load_ps(kNf4Rounded.data()));
 #elif defined(__AVX2__)
   const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   const __m256i index = _mm256_and_si256(second ? _mm256_srli_epi16(both, 4) : both, _mm256_set1_epi8(15));
@@ -98,7 +105,7 @@ inline Factor read_nf4(const uint8_t* from, bool second, int p, int i) {
   return factor_of((Words::Part)(p ? _mm256_unpackhi_epi8(low, high) : _mm256_unpacklo_epi8(low, high)), i);
 #else
   Part values;
-  for (int64_t o = 0; o < kPartLanes; ++o) values[o] = kNf4[from[second * kLanes + p * kPartLanes + o] >> (4 * i) & 15];
+  for (int64_t o = 0; o < kPartLanes; ++o) values[o] = kNf4Rounded[from[second * kLanes + p * kPartLanes + o] >> (4 * i) & 15];
   return values;
 #endif
 }
@@ -141,16 +148,20 @@ struct WideReader {
   }
 };
 
-// Factors that were made before, [pairs, 2, parts, factors].
+// Words that were made before, [pairs, 2, parts].
 struct NearReader {
   static constexpr int kTogether = 1;
-  const Factor* factors;
+  const Words::Part* words;
 
-  static int64_t place(int64_t pair, int half, int p, int i) { return ((pair * 2 + half) * Floats::kParts + p) * kFactors + i; }
+  static int64_t place(int64_t pair, int half, int p) { return (pair * 2 + half) * Floats::kParts + p; }
 
-  Factor read(int64_t pair, int, int half, int p, int i) const { return factors[place(pair, half, p, i)]; }
+  Factor read(int64_t pair, int, int half, int p, int i) const {
+    const Words::Part* from = words + place(pair, half, p);
+    if (i) asm("" : "+r"(from));  // read anew: kept since the first factor, they would push a sum out of the registers
+    return factor_of(*from, i);
+  }
 };
-constexpr int64_t kNear = 2 * Floats::kParts * kFactors;  // factors of a tile's pair
+constexpr int64_t kNear = 2 * Floats::kParts;  // words of a tile's pair
 
 // 4-bit values, [pairs / 2, 2, 32], without their scales.
 struct Nf4Reader {
@@ -176,14 +187,20 @@ struct Int8Reader {
   }
 };
 
-// `pairs` pairs as NearReader has them.
+// `pairs` pairs as NearReader has them, of values that bfloat16 holds.
 template <typename Reader>
-inline void widen(const Reader& reader, int64_t pairs, Factor* to) {
+inline void widen(const Reader& reader, int64_t pairs, Words::Part* to) {
   for (int64_t k = 0; k < pairs; k += Reader::kTogether)
-    for (int half = 0; half < 2; ++half)
+    for (int half = 0; half < 2; ++half) {
+      Words::Part words[Reader::kTogether][Floats::kParts];  // all read before any is written, which might be what is read
       for (int j = 0; j < Reader::kTogether; ++j)
-        for (int p = 0; p < Floats::kParts; ++p)
-          for (int i = 0; i < kFactors; ++i) to[NearReader::place(k + j, half, p, i)] = reader.read(k, j, half, p, i);
+        for (int p = 0; p < Floats::kParts; ++p) {
+          words[j][p] = (Words::Part)reader.read(k, j, half, p, 0);
+          if (kFactors == 2) words[j][p] = words[j][p] >> 16 | (Words::Part)reader.read(k, j, half, p, 1);
+        }
+      for (int j = 0; j < Reader::kTogether; ++j)
+        for (int p = 0; p < Floats::kParts; ++p) to[NearReader::place(k + j, half, p)] = words[j][p];
+    }
 }
 
 enum class Format { bfloat16, nf4, int8 };

@@ -60,7 +60,7 @@ inline Floats scores_of(const bf16* q, const bf16* keys, int64_t dim, int64_t li
   return sums_of(sum);
 }
 #else
-#if defined(__AVX2__)
+#if defined(ADAPTERD_AVX2)
 // Lane i: the sum over all lanes of v[i].
 inline __m256 sums_of(const __m256 (&v)[8]) {
   const auto fours = [&](int i) { return _mm256_hadd_ps(_mm256_hadd_ps(v[i], v[i + 1]), _mm256_hadd_ps(v[i + 2], v[i + 3])); };

@@ -13,7 +13,7 @@
 // Tokens computed together, as many as leave registers for weights; and halves of a tile, both where the sums of one would wait for each other.
 #if defined(__AVX512F__)
 constexpr int kPass = 8;
-#elif defined(__AVX2__)
+#elif defined(ADAPTERD_AVX2)
 constexpr int kPass = 6;
 #else
 constexpr int kPass = 4;

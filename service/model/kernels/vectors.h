@@ -25,6 +25,7 @@ constexpr int64_t kLanes = 16;  // float32 in one `Floats`
 #if defined(__AVX512F__)
 constexpr int kBytes = 64;  // of one of the processor's vectors
 #elif defined(__AVX2__)
+#define ADAPTERD_AVX2  // and no more than that
 constexpr int kBytes = 32;
 #else
 constexpr int kBytes = 16;
@@ -123,7 +124,7 @@ inline float largest_of(const Floats& v) {
 ADAPTERD_INLINE Floats widen(const bf16* p) {
   Words v;
   for (int i = 0; i < Words::kParts; ++i) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(ADAPTERD_AVX2)
     v.part[i] = (Words::Part)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i * 8))) << 16;  // GCC 12 takes seven for the same
 #else
     typedef uint16_t Part __attribute__((vector_size(kBytes / 2)));

@@ -36,7 +36,7 @@ constexpr int kFactors = 2;
 #endif
 
 // AVX2 looks sixteen 4-bit values up by byte, and finds outputs four by four in another order: 0, 8, 4, 12.
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(ADAPTERD_AVX2)
 constexpr bool kByBytes = true;
 #else
 constexpr bool kByBytes = false;
@@ -95,7 +95,7 @@ inline Factor read_nf4(const uint8_t* from, bool second, int p, int i) {
 #elif defined(__AVX512F__)
   const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + second * kLanes)));
   return _mm512_permutexvar_ps(i ? _mm512_srli_epi32(index, 4) : index, _mm512_load_ps(kNf4Rounded.data()));
-#elif defined(__AVX2__)
+#elif defined(ADAPTERD_AVX2)
   const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
   const __m256i index = _mm256_and_si256(second ? _mm256_srli_epi16(both, 4) : both, _mm256_set1_epi8(15));
   const auto look_up = [&](const std::array<uint8_t, 16>& table) {
@@ -114,7 +114,7 @@ inline Factor read_nf4(const uint8_t* from, bool second, int p, int i) {
 inline Part widen_bytes(const int8_t* from) {
 #if defined(__AVX512F__)
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-#elif defined(__AVX2__)
+#elif defined(ADAPTERD_AVX2)
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 #else
   Part wide;

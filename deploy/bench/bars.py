@@ -33,9 +33,9 @@ def settings(folder: Path, pool: int) -> dict[str, str]:
     return shared | {"adapters_dir": str(folder), "pool_rank": str(pool), "max_rank": str(min(pool, 64))}
 
 
-def few_adapters() -> Path:
-    """The folder of 16 adapters of rank 16."""
-    folder = OUT / "adapters-16-rank-16"
+def few_adapters(name: str = "adapters-16-rank-16") -> Path:
+    """A folder of 16 adapters of rank 16; each service has its own."""
+    folder = OUT / name
     make(folder, 16)
     return folder
 
@@ -175,7 +175,7 @@ def quota() -> dict[str, float]:
         with processors.starting_in(group):
             limited = stack.enter_context(started(settings(few_adapters(), 256), OUT / "quota.log"))
         with processors.starting_pinned():
-            pinned = stack.enter_context(started(settings(few_adapters(), 256), OUT / "pinned.log"))
+            pinned = stack.enter_context(started(settings(few_adapters("pinned"), 256), OUT / "pinned.log"))
         found = {}
         for clients in (1, CLIENTS):
             pairs = [(_base_rate(limited, clients), _base_rate(pinned, clients)) for _ in range(REPEATS)]

@@ -1,7 +1,7 @@
 """What the grid does not show: more adapters than fit, mixed ranks, the second turn of a chat, sampled and
-streamed requests, and prompts that begin alike, each as a ratio within one run.
+streamed requests, prompts that begin alike, and processors that others have, each as a ratio within one run.
 
-python -m deploy.bench.bars [zipf] [ranks] [turn] [kinds] [decode] [shared] [crowded]
+python -m deploy.bench.bars [zipf] [ranks] [turn] [kinds] [decode] [shared] [crowded] [busy] [quota]
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 
-from . import request_kinds
+from . import processors, request_kinds
 from .adapters import make
-from .bench import Load, run
+from .bench import Load, fresh_seed, run
 from .grid import OUT
 from .load import Job, ask, connect, prompt
 from .servers import Server, end_cleanly_when_told, models, started
@@ -31,6 +31,13 @@ CROWDED, TOKEN_BYTES = 8192, 23040  # KV positions; bytes of one, of the demo ba
 def settings(folder: Path, pool: int) -> dict[str, str]:
     shared = {"base": "demo", "dtype": "bfloat16", "quantization": "none", "max_rows": str(CLIENTS)}
     return shared | {"adapters_dir": str(folder), "pool_rank": str(pool), "max_rank": str(min(pool, 64))}
+
+
+def few_adapters(name: str = "adapters-16-rank-16") -> Path:
+    """A folder of 16 adapters of rank 16; each service has its own."""
+    folder = OUT / name
+    make(folder, 16)
+    return folder
 
 
 def compare(
@@ -53,10 +60,10 @@ def compare(
 
 def zipf() -> dict[str, float]:
     """256 adapters, popularity Zipf(1.0), a pool for 16 of them, against 16 that all fit."""
-    many, few = OUT / "adapters-256-rank-16", OUT / "adapters-16-rank-16"
+    many = OUT / "adapters-256-rank-16"
     make(many, 256)
-    make(few, 16)
-    return compare(("256 registered", "16 resident"), (256, 256), (many, few), ("zipf:1.0", "round-robin"))
+    folders = many, few_adapters()
+    return compare(("256 registered", "16 resident"), (256, 256), folders, ("zipf:1.0", "round-robin"))
 
 
 def ranks() -> dict[str, float]:
@@ -85,9 +92,7 @@ async def turns(server: Server, model: str, seed: int) -> tuple[float, float]:
 
 def turn() -> dict[str, float]:
     """The second turn of a chat over a prompt of the same length that nobody has asked before."""
-    folder = OUT / "adapters-16-rank-16"
-    make(folder, 16)
-    with started(settings(folder, 256), OUT / "turn.log") as server:
+    with started(settings(few_adapters(), 256), OUT / "turn.log") as server:
         model = models(server)[1][0]
         asyncio.run(turns(server, model, -1))
         pairs = [asyncio.run(turns(server, model, seed)) for seed in range(9)]
@@ -97,9 +102,7 @@ def turn() -> dict[str, float]:
 
 def time_kinds(words: int, tokens: int) -> dict[str, float]:
     """Greedy requests' time over that of other kinds, on the base."""
-    folder = OUT / "adapters-16-rank-16"
-    make(folder, 16)
-    with started(settings(folder, 256), OUT / "kinds.log") as server:
+    with started(settings(few_adapters(), 256), OUT / "kinds.log") as server:
         return asyncio.run(request_kinds.compare_kinds(server, words, tokens, REPEATS))
 
 
@@ -115,9 +118,7 @@ def decode() -> dict[str, float]:
 
 def shared() -> dict[str, float]:
     """A start of 1,000 tokens under one adapter, 16 at once; eight answers to a prompt of as many."""
-    folder = OUT / "adapters-16-rank-16"
-    make(folder, 16)
-    with started(settings(folder, 256), OUT / "shared.log") as server:
+    with started(settings(few_adapters(), 256), OUT / "shared.log") as server:
         model = models(server)[1][0]
         found: dict[str, float] = {}
         for count in (1, CLIENTS):
@@ -129,13 +130,11 @@ def crowded() -> dict[str, float]:
     """64 requests of 100 to 1,500 tokens, and one of 8,000 beside 15 of 100, in the KV memory of 8,192
     tokens, and in plenty: how many answers are the same.
     """
-    folder = OUT / "adapters-16-rank-16"
-    make(folder, 16)
-    few = settings(folder, 256) | {"kv_mb": str(-(-CROWDED * TOKEN_BYTES // 10**6))}
+    few = settings(few_adapters(), 256) | {"kv_mb": str(-(-CROWDED * TOKEN_BYTES // 10**6))}
     with started(few, OUT / "few.log") as server:
         narrow = _answer_crowd(server)
         preemptions = request_kinds.read_counters(server)["preemptions_total"]
-    with started(settings(folder, 256), OUT / "wide.log") as server:
+    with started(settings(few_adapters(), 256), OUT / "wide.log") as server:
         wide = _answer_crowd(server)
     equal = sum(a == b for a, b in zip(narrow, wide, strict=True))
     return {"answers": len(wide), "equal": equal, "preemptions": preemptions}
@@ -150,6 +149,48 @@ def _answer_crowd(server: Server) -> list[str]:
     return [text for each in (crowd, bodies) for text in asyncio.run(request_kinds.answer_all(server, each))]
 
 
+def busy() -> dict[str, float]:
+    """One stream while another process has one of the processors, over the same in quiet: by the kernels,
+    and by torch in float32.
+    """
+    found = {}
+    for name, dtype in (("kernels", "bfloat16"), ("torch", "float32")):
+        with started(settings(few_adapters(), 256) | {"dtype": dtype}, OUT / "busy.log") as server:
+            quiet, taken = [], []
+            for _ in range(REPEATS):
+                quiet.append(_base_rate(server, 1))
+                with processors.busy_neighbour():
+                    taken.append(_base_rate(server, 1))
+        found[f"{name}_quiet"], found[f"{name}_busy"] = map(statistics.median, (quiet, taken))
+        found[f"{name}_ratio"] = round(found[f"{name}_busy"] / found[f"{name}_quiet"], 3)
+    return found
+
+
+def quota() -> dict[str, float]:
+    """A server that a control group gives one processor's time, over one that is pinned to one: one stream,
+    and sixteen.
+    """
+    with ExitStack() as stack:
+        group = stack.enter_context(processors.quota_group())
+        with processors.starting_in(group):
+            limited = stack.enter_context(started(settings(few_adapters(), 256), OUT / "quota.log"))
+        with processors.starting_pinned():
+            pinned = stack.enter_context(started(settings(few_adapters("pinned"), 256), OUT / "pinned.log"))
+        found = {}
+        for clients in (1, CLIENTS):
+            pairs = [(_base_rate(limited, clients), _base_rate(pinned, clients)) for _ in range(REPEATS)]
+            quota_rate, pin_rate = map(statistics.median, zip(*pairs, strict=True))
+            found |= {f"quota_{clients}": quota_rate, f"pinned_{clients}": pin_rate}
+            found[f"ratio_{clients}"] = round(quota_rate / pin_rate, 3)
+        return found
+
+
+def _base_rate(server: Server, clients: int) -> float:
+    """Tokens a second on the base, of prompts that no run has seen."""
+    load = Load(clients, clients * ROUNDS)
+    return run(server, [models(server)[0]], load, seed=fresh_seed()).tokens_per_s
+
+
 BARS = {
     "zipf": zipf,
     "ranks": ranks,
@@ -158,6 +199,8 @@ BARS = {
     "decode": decode,
     "shared": shared,
     "crowded": crowded,
+    "busy": busy,
+    "quota": quota,
 }
 
 

@@ -19,7 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from .adapters import make
-from .bench import Load, run
+from .bench import Load, add_shape, fresh_seed, run, shape_of
+from .load import Shape
 from .report import BASE, Cell, Summary, median, write
 from .servers import ROOT, Server, end_cleanly_when_told, memory_mb, models, started
 
@@ -34,24 +35,20 @@ def mixes(server: Server, clients: int) -> dict[str, list[str]]:
     return {mix: names for mix, names in found.items() if names and (mix != "all different" or clients > 1)}
 
 
-def measure(
-    servers: list[Server], counts: list[int], repeats: int, rounds: int, words: int, tokens: int
-) -> list[Cell]:
-    """Every cell of the grid; `rounds` are requests a client makes in one run."""
+def measure(servers: list[Server], counts: list[int], repeats: int, rounds: int, shape: Shape) -> list[Cell]:
+    """Every cell of the grid; `rounds` are requests a client makes in one run. Prompts are new in each
+    run, and the same for each server.
+    """
     runs: dict[tuple[str, str, int], list[Summary]] = {}
     for repeat in range(repeats):
         for clients in counts:
             for mix in mixes(servers[0], clients):
+                seed = fresh_seed()
                 for server in servers:
                     names = mixes(server, clients).get(mix)
                     if names is None:  # a peer without LoRA
                         continue
-                    summary = run(
-                        server,
-                        names,
-                        Load(clients, clients * rounds, words=words, tokens=tokens),
-                        seed=repeat,
-                    )
+                    summary = run(server, names, Load(clients, clients * rounds, shape=shape), seed=seed)
                     runs.setdefault((server.name, mix, clients), []).append(summary)
                     print(
                         f"{repeat + 1}/{repeats} {server.name}, {clients} × {mix}: "
@@ -96,8 +93,7 @@ def facts(servers: list[Server], asked: argparse.Namespace) -> dict[str, object]
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{processor()}, {os.cpu_count()} cores",
-        "load": f"{asked.words}-word prompts, {asked.tokens} tokens, greedy, "
-        f"{asked.rounds} requests a client, median of {asked.repeats}",
+        "load": f"{shape_of(asked)}, {asked.rounds} requests a client, median of {asked.repeats}",
         "adapters": f"{asked.adapters} of rank {asked.ranks}",
     } | {
         f"memory of {server.name} (PSS, MB)": round(memory_mb(server.pid)) for server in servers if server.pid
@@ -114,8 +110,7 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("--repeats", type=int, default=3)
     found.add_argument("--rounds", type=int, default=4, help="requests a client makes in one run")
-    found.add_argument("--words", type=int, default=64, help="a prompt's length")
-    found.add_argument("--tokens", type=int, default=64, help="generated for every request")
+    add_shape(found)
     found.add_argument(
         "--peer",
         type=Server.parse,
@@ -132,7 +127,7 @@ def main() -> None:
     end_cleanly_when_told()
     with ours(asked) as server:
         servers = [server, *asked.peer]
-        cells = measure(servers, asked.clients, asked.repeats, asked.rounds, asked.words, asked.tokens)
+        cells = measure(servers, asked.clients, asked.repeats, asked.rounds, shape_of(asked))
         print(write(asked.out, cells, facts(servers, asked), OURS))
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import httpx
 
 from . import adapters
-from .load import ask, connect, jobs, prompt
+from .load import Shape, ask, connect, jobs, prompt
 from .report import percentile
 from .servers import Server, end_cleanly_when_told, models, started
 from .slow_hub import OWNER, slow_hub
@@ -90,7 +90,7 @@ async def generate(http: httpx.AsyncClient, names: list[str], clients: int, seco
 
     async def one(number: int) -> None:
         while time.perf_counter() < end:
-            for job in jobs([names[number % len(names)]], "uniform", 1, words=64, tokens=64, seed=number):
+            for job in jobs([names[number % len(names)]], "uniform", 1, Shape(), seed=number):
                 await ask(http, job, time.perf_counter())
 
     await asyncio.gather(*(one(number) for number in range(clients)))

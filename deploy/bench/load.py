@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import httpx
 
@@ -21,6 +22,50 @@ COMMON = """the of and to in a is that for it as was with be by on not he his bu
 an they which one you were all her she there would their we him been has when who will no more if
 out so up said what its about than into them can only other time new some"""
 WORDS = COMMON.split()
+NUMBERED = "lora:"  # what the number of an adapter of llama.cpp follows, for these have no names
+GREEDY: dict[str, Any] = {"temperature": 0}
+SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "seed": 1}
+
+
+class Lengths(NamedTuple):
+    """Words of a prompt: from `least` to `most`, n of them with a weight of 1 / n."""
+
+    least: int
+    most: int
+
+    @classmethod
+    def parse(cls, text: str) -> Lengths:
+        """Raises ValueError unless it reads N or LEAST-MOST."""
+        least, _, most = text.partition("-")
+        found = cls(int(least), int(most or least))
+        if not 0 < found.least <= found.most:
+            raise ValueError(f"{text!r} is not N or LEAST-MOST")
+        return found
+
+    def draw(self, seed: str) -> int:
+        numbers = range(self.least, self.most + 1)
+        return random.Random(seed).choices(numbers, [1 / n for n in numbers])[0]
+
+
+SIXTY_FOUR = Lengths(64, 64)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What requests are like: `words` of their own behind `shared` words that all begin with, `tokens`
+    to be generated; greedy unless `sampled`.
+    """
+
+    words: Lengths = SIXTY_FOUR
+    tokens: int = 64
+    shared: int = 0
+    sampled: bool = False
+
+    def write_prompt(self, seed: str, number: int) -> str:
+        """Prompts of one seed begin alike; another seed's differ from the first word on."""
+        start = [prompt(self.shared, f"{seed} shared")] if self.shared else []
+        own = f"{seed}/{number}"
+        return " ".join([*start, prompt(self.words.draw(own), own)])
 
 
 @dataclass(frozen=True)
@@ -30,6 +75,7 @@ class Job:
     model: str
     prompt: str
     tokens: int
+    sampled: bool = False
 
 
 @dataclass(frozen=True)
@@ -87,13 +133,19 @@ def picks(models: Sequence[str], popularity: str, count: int, seed: int) -> list
     return random.Random(seed).choices(models, weights, k=count)
 
 
-def jobs(
-    models: Sequence[str], popularity: str, count: int, *, words: int, tokens: int, seed: int
-) -> list[Job]:
+def jobs(models: Sequence[str], popularity: str, count: int, shape: Shape, seed: int) -> list[Job]:
+    """Requests that no other seed makes."""
     return [
-        Job(model, prompt(words, f"{seed}/{i}"), tokens)
+        Job(model, shape.write_prompt(str(seed), i), shape.tokens, shape.sampled)
         for i, model in enumerate(picks(models, popularity, count, seed))
     ]
+
+
+def address(model: str) -> dict[str, Any]:
+    """The fields of a request that ask for a model, as `servers.models` names it."""
+    if model.startswith(NUMBERED):
+        return {"lora": [{"id": int(model.removeprefix(NUMBERED)), "scale": 1.0}]}
+    return {"model": model}
 
 
 def connect(url: str, key: str | None = None) -> httpx.AsyncClient:
@@ -110,14 +162,14 @@ async def ask(client: httpx.AsyncClient, job: Job, due: float) -> Sample:
     `due` is the reading of the clock from which its times count. Failures are in the sample.
     """
     body = {
-        "model": job.model,
+        **address(job.model),
         "prompt": job.prompt,
         "max_tokens": job.tokens,
         "min_tokens": job.tokens,
         "ignore_eos": True,
-        "temperature": 0,
         "stream": True,
         "stream_options": {"include_usage": True},
+        **(SAMPLED if job.sampled else GREEDY),
     }
     stream = Stream()
     try:

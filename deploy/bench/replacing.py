@@ -19,7 +19,7 @@ import httpx
 from .adapters import make, write
 from .bars import settings
 from .grid import OUT
-from .load import Job, ask, closed, connect, jobs, prompt
+from .load import Job, Shape, ask, closed, connect, jobs, prompt
 from .servers import Server, end_cleanly_when_told, models, started
 
 ADAPTER = "trained"
@@ -46,7 +46,7 @@ async def replace_beside(server: Server, folders: list[Path], clients: int) -> d
     """Milliseconds, over all versions but the first, while `clients` ask for the base and other adapters."""
     base, adapters = models(server)
     async with connect(server.url) as client:
-        others = jobs([base, *adapters], "uniform", 100 * len(folders), words=64, tokens=64, seed=clients)
+        others = jobs([base, *adapters], "uniform", 100 * len(folders), Shape(), seed=clients)
         load = asyncio.create_task(closed(client, others, clients))
         await asyncio.sleep(2)
         found = [await replace_once(client, folder, seed) for seed, folder in enumerate(folders)]

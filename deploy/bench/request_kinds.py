@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import httpx
 
-from .load import connect, prompt
+from . import load
+from .load import SAMPLED, connect, prompt
 from .servers import Server, models
 
 CLIENTS = 16
-SAMPLED: dict[str, Any] = {"temperature": 0.8, "top_p": 0.9, "seed": 1}
 TOP_K: dict[str, Any] = {"temperature": 1.0, "top_k": 40, "seed": 1}
 
 
@@ -31,7 +31,7 @@ class Kind(NamedTuple):
 
 
 COMPLETIONS = "/v1/completions"
-GREEDY = Kind(COMPLETIONS, {"temperature": 0})
+GREEDY = Kind(COMPLETIONS, load.GREEDY)
 KINDS = {
     "top_p": Kind(COMPLETIONS, SAMPLED),
     "top_k": Kind(COMPLETIONS, TOP_K),

@@ -17,9 +17,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
+
+from .load import NUMBERED
 
 ROOT = Path(__file__).parents[2]
 START_S, STOP_S = 600, 60
@@ -45,15 +48,19 @@ class Server:
 
 def models(server: Server, key: str | None = None) -> tuple[str, list[str]]:
     """The base's id and the adapters' in order; both vLLM and adapterd name an adapter's base as
-    its `parent`.
+    its `parent`. llama.cpp's adapters have numbers and are named by them, see `load.address`.
     """
+    listed = _get_json(server, "/v1/models", key)["data"]
+    base = next(one for one in listed if not one.get("parent"))
+    if base.get("owned_by") == "llamacpp":
+        return base["id"], [f"{NUMBERED}{one['id']}" for one in _get_json(server, "/lora-adapters", key)]
+    return base["id"], sorted(one["id"] for one in listed if one.get("parent"))
+
+
+def _get_json(server: Server, path: str, key: str | None) -> Any:
     headers = {"authorization": f"Bearer {key}"} if key else {}
-    answer = httpx.get(
-        server.url + "/v1/models", headers=headers, timeout=60, trust_env=False
-    ).raise_for_status()
-    listed = answer.json()["data"]
-    adapters = sorted(one["id"] for one in listed if one.get("parent"))
-    return next(one["id"] for one in listed if not one.get("parent")), adapters
+    answer = httpx.get(server.url + path, headers=headers, timeout=60, trust_env=False)
+    return answer.raise_for_status().json()
 
 
 def memory_mb(pid: int) -> float:

@@ -21,7 +21,8 @@ class Fake:
     """`first` and `gap` are seconds before the first and between further tokens; a `gate` opens
     when as many as it counts wait.
 
-    The model `broken` answers 500, `torn` ends in an error event.
+    The model `broken` answers 500, `torn` ends in an error event. One that `is_llama` lists its adapters as
+    llama.cpp does.
     """
 
     adapters: list[str] = field(default_factory=lambda: ["a", "b"])
@@ -31,10 +32,15 @@ class Fake:
     asked: list[dict[str, Any]] = field(default_factory=list)
     running: int = 0
     most: int = 0
+    is_llama: bool = False
     url: str = ""
     lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def listed(self) -> dict[str, Any]:
+    def listed(self, path: str) -> Any:
+        if path == "/lora-adapters":
+            return [{"id": i, "path": name, "scale": 0.0} for i, name in enumerate(self.adapters)]
+        if self.is_llama:
+            return {"object": "list", "data": [{"id": "base", "object": "model", "owned_by": "llamacpp"}]}
         base = {"id": "base", "object": "model", "parent": None}
         return {
             "object": "list",
@@ -46,7 +52,7 @@ class Fake:
             self.gate.wait(timeout=10)
         time.sleep(self.first)
         for i in range(body["max_tokens"]):
-            if body["model"] == "torn" and i:
+            if body.get("model") == "torn" and i:
                 yield json.dumps({"error": {"message": "the worker died"}})
                 return
             time.sleep(self.gap if i else 0)
@@ -73,11 +79,11 @@ class FakeHandler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.start_answer(200, "application/json")
-        self.wfile.write(json.dumps(self.fake.listed()).encode())
+        self.wfile.write(json.dumps(self.fake.listed(self.path)).encode())
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        if body["model"] == "broken":
+        if body.get("model") == "broken":
             self.start_answer(500, "application/json")
             self.wfile.write(b'{"error": {"message": "no"}}')
             return

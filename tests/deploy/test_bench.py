@@ -14,6 +14,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ import pytest
 from safetensors import safe_open
 
 from deploy.bench import adapters, bench, grid, health
-from deploy.bench.load import Sample, closed, connect, jobs, opened, picks, prompt
+from deploy.bench.load import Lengths, Sample, Shape, closed, connect, jobs, opened, picks, prompt
 from deploy.bench.report import BASE, Cell, Summary, median, percentile, plot, summarize, table, write
 from deploy.bench.servers import Server, free_port, memory_mb, models
 from deploy.bench.slow_hub import COMMIT, slow_hub
@@ -36,6 +37,10 @@ def summary(**other: float) -> Summary:
     return Summary(**{**LIKE.__dict__, **other})
 
 
+def short(words: int, tokens: int) -> Shape:
+    return Shape(Lengths(words, words), tokens)
+
+
 @pytest.fixture
 def fake() -> Iterator[Fake]:
     with serving(Fake()) as found:
@@ -45,9 +50,7 @@ def fake() -> Iterator[Fake]:
 def collect(fake: Fake, names: list[str], clients: int, count: int, tokens: int = 4) -> list[Sample]:
     async def go() -> list[Sample]:
         async with connect(fake.url) as client:
-            return await closed(
-                client, jobs(names, "round-robin", count, words=5, tokens=tokens, seed=0), clients
-            )
+            return await closed(client, jobs(names, "round-robin", count, short(5, tokens), seed=0), clients)
 
     return asyncio.run(go())
 
@@ -102,9 +105,7 @@ def test_an_open_loop_does_not_wait_for_answers(fake: Fake) -> None:
 
     async def go() -> list[Sample]:
         async with connect(fake.url) as client:
-            return await opened(
-                client, jobs(["a"], "uniform", 5, words=3, tokens=1, seed=0), rate=1000, seed=0
-            )
+            return await opened(client, jobs(["a"], "uniform", 5, short(3, 1), seed=0), rate=1000, seed=0)
 
     assert [sample.error for sample in asyncio.run(go())] == [None] * 5
     assert fake.most == 5
@@ -123,6 +124,46 @@ def test_prompts_differ_from_their_first_words_on() -> None:
     heads = {tuple(prompt(64, f"0/{i}").split()[:4]) for i in range(50)}
     assert len(heads) == 50
     assert len(prompt(64, "0/1").split()) == 64
+
+
+def test_lengths_between_two_are_by_zipf() -> None:
+    lengths = Lengths.parse("30-2000")
+    drawn = [lengths.draw(f"{i}") for i in range(4000)]
+    assert (min(drawn), max(drawn)) >= (30, 1900)
+    assert max(drawn) <= 2000
+    below, above = (sum(low <= n < high for n in drawn) for low, high in ((30, 245), (245, 2001)))
+    assert below / above == pytest.approx(1, rel=0.15)  # 30 × 2000 is 245 squared
+    assert Lengths.parse("64") == (64, 64)
+    with pytest.raises(ValueError, match="LEAST-MOST"):
+        Lengths.parse("9-3")
+
+
+def test_prompts_with_a_shared_start_differ_behind_it() -> None:
+    shape = Shape(Lengths(8, 8), shared=20)
+    prompts = [job.prompt.split() for job in jobs(["a"], "round-robin", 5, shape, seed=1)]
+    assert len({tuple(words[:20]) for words in prompts}) == 1
+    assert len({tuple(words[20:]) for words in prompts}) == 5
+    assert {len(words) for words in prompts} == {28}
+    (other,) = jobs(["a"], "round-robin", 1, shape, seed=2)
+    assert other.prompt.split()[:4] != prompts[0][:4]
+
+
+def test_sampled_requests_say_how(fake: Fake) -> None:
+    async def go() -> None:
+        async with connect(fake.url) as client:
+            await closed(client, jobs(["a"], "round-robin", 1, replace(short(3, 1), sampled=True), 0), 1)
+
+    asyncio.run(go())
+    assert (fake.asked[0]["temperature"], fake.asked[0]["top_p"]) == (0.8, 0.9)
+
+
+def test_adapters_of_llama_cpp_are_asked_for_by_number() -> None:
+    with serving(Fake(adapters=["x.gguf", "y.gguf"], is_llama=True)) as fake:
+        base, names = models(Server("llama", fake.url))
+        assert (base, names) == ("base", ["lora:0", "lora:1"])
+        assert [sample.error for sample in collect(fake, [base, *names], clients=1, count=3)] == [None] * 3
+    assert [body.get("model") for body in fake.asked] == ["base", None, None]
+    assert [body.get("lora") for body in fake.asked] == [None, *([{"id": i, "scale": 1.0}] for i in (0, 1))]
 
 
 def test_percentiles_are_numpys() -> None:
@@ -176,13 +217,22 @@ def test_a_plot_is_a_picture_and_the_results_can_be_read_back(tmp_path: Path) ->
 def test_the_grid_measures_every_server_in_every_cell(fake: Fake) -> None:
     with serving(Fake()) as other:
         servers = [Server("ours", fake.url), Server("peer", other.url)]
-        cells = grid.measure(servers, [1, 2], repeats=1, rounds=1, words=3, tokens=2)
+        cells = grid.measure(servers, [1, 2], repeats=1, rounds=1, shape=short(3, 2))
     mixes = [(1, BASE), (1, "one adapter"), (2, BASE), (2, "one adapter"), (2, "all different")]
     assert [(cell.clients, cell.mix, cell.server) for cell in cells] == [
         (c, m, s) for c, m in mixes for s in ("ours", "peer")
     ]
     assert {cell.summary.errors for cell in cells} == {0}
     assert {body["model"] for body in fake.asked} == {"base", "a", "b"}
+
+
+def test_no_two_runs_of_the_grid_ask_the_same_and_all_servers_are_asked_it(fake: Fake) -> None:
+    with serving(Fake()) as other:
+        for _ in range(2):
+            grid.measure([Server("ours", fake.url), Server("peer", other.url)], [1, 2], 1, 1, short(3, 2))
+    prompts = [body["prompt"] for body in fake.asked]
+    assert len(set(prompts)) == len(prompts)
+    assert Counter(prompts) == Counter(body["prompt"] for body in other.asked)
 
 
 def test_the_load_generator_prints_what_it_measured(
@@ -203,7 +253,8 @@ def test_the_load_generator_prints_what_it_measured(
     monkeypatch.setattr(sys, "argv", arguments)
     bench.main()
     shown = json.loads(capsys.readouterr().out)
-    assert (shown["requests"], shown["errors"], shown["tokens"], shown["popularity"]) == (4, 0, 3, "zipf:1")
+    assert (shown["requests"], shown["errors"], shown["popularity"]) == (4, 0, "zipf:1")
+    assert shown["shape"] == {"words": [64, 64], "tokens": 3, "shared": 0, "sampled": False}
     assert shown["memory_mb"] > 1
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import platform
 import random
 import subprocess
 import sys
@@ -20,6 +21,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import Tensor
+from torch.utils.cpp_extension import include_paths
 
 from service.core.adapter import Adapter, Placement
 from service.core.base_info import BLOCK_TOKENS
@@ -41,7 +43,7 @@ from service.model.lora_linear import (
 )
 from service.model.lora_weights import dense_weight
 from service.model.memory import HugePageArena
-from service.model.processor import VARIANTS, Vectors, can_run
+from service.model.processor import VARIANTS, Vectors, can_run, find_compiler
 from service.model.runner import ModelRunner
 from service.model.step_layout import SequenceStep, make_layout, running
 from service.settings import Settings
@@ -399,6 +401,20 @@ def test_the_kernels_for_fewer_vectors_than_this_processor_has_are_right_too(vec
     assert ended.returncode == 0, ended.stdout[-3000:]
     assert "passed" in ended.stdout
     assert "skipped" not in ended.stdout
+
+
+IS_X86 = platform.machine() == "x86_64"
+LACKING: list[Vectors] = [name for name in VARIANTS if IS_X86 and name != "auto" and not can_run(name)]
+
+
+@pytest.mark.skipif(not ABLE or VECTORS != "auto", reason="no kernels, or those for other vectors")
+@pytest.mark.parametrize("vectors", LACKING)
+def test_the_kernels_compile_for_vectors_that_this_processor_lacks(vectors: Vectors) -> None:
+    includes = [f"-I{path}" for path in include_paths()]
+    flags = [*kernels.FLAGS, *VARIANTS[vectors][0], *includes, "-fsyntax-only"]
+    command = [str(find_compiler()), *flags, str(kernels.SOURCES[0])]
+    ended = subprocess.run(command, capture_output=True, encoding="utf-8")
+    assert ended.returncode == 0, ended.stderr[-3000:]
 
 
 def check_kernels(runner: ModelRunner, is_on: bool, alike: bool) -> None:

@@ -60,16 +60,43 @@ inline Floats scores_of(const bf16* q, const bf16* keys, int64_t dim, int64_t li
   return sums_of(sum);
 }
 #else
+#if defined(ADAPTERD_AVX2)
+// Lane i: the sum over all lanes of v[i].
+inline __m256 sums_of(const __m256 (&v)[8]) {
+  const auto fours = [&](int i) { return _mm256_hadd_ps(_mm256_hadd_ps(v[i], v[i + 1]), _mm256_hadd_ps(v[i + 2], v[i + 3])); };
+  const __m256 low = fours(0), high = fours(4);
+  return _mm256_permute2f128_ps(low, high, 0x20) + _mm256_permute2f128_ps(low, high, 0x31);
+}
+
+inline Floats sums_of(const Floats (&v)[16]) {
+  Floats r;
+  for (int half = 0; half < 2; ++half) {
+    __m256 each[8];
+    for (int i = 0; i < 8; ++i) each[i] = v[half * 8 + i].part[0] + v[half * 8 + i].part[1];
+    r.part[half] = sums_of(each);
+  }
+  return r;
+}
+#else
+inline Floats sums_of(const Floats (&v)[16]) {
+  alignas(64) float each[kLanes];
+  for (int64_t i = 0; i < kLanes; ++i) each[i] = sum_of(v[i]);
+  return load(each);
+}
+#endif
+
 // q · keys[p] for the positions of one block, of which `live` exist; the last one's for the rest.
 inline Floats scores_of(const bf16* q, const bf16* keys, int64_t dim, int64_t live) {
-  alignas(64) float each[kLanes];
-  for (int64_t p = 0; p < kLanes; ++p) {
-    const bf16* key = keys + std::min(p, live - 1) * dim;
-    Floats sum;
-    for (int64_t d = 0; d < dim; d += kLanes) sum += widen(q + d) * widen(key + d);
-    each[p] = sum_of(sum);
+  Floats sums[kLanes];
+  for (int64_t p = 0; p < kLanes; p += 4) {  // several sums, for each waits for its own last
+    Floats own[4];
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      const Floats query = widen(q + d);
+      for (int i = 0; i < 4; ++i) own[i] += query * widen(keys + std::min(p + i, live - 1) * dim + d);
+    }
+    for (int i = 0; i < 4; ++i) sums[p + i] = own[i];
   }
-  return load(each);
+  return sums_of(sums);
 }
 #endif
 
@@ -132,8 +159,11 @@ struct Mixed {
     const Words weight = broadcast(weights);
     const Floats w = first_of(weight), v = second_of(weight);
     for (int b = 0; b < BLOCKS; ++b) {
-      low[b] += widen(first + 32 * b) * w + widen(second + 32 * b) * v;
-      if (whole) high[b] += widen(first + 32 * b + kLanes) * w + widen(second + 32 * b + kLanes) * v;
+      low[b] += widen(first + 32 * b) * w;
+      low[b] += widen(second + 32 * b) * v;
+      if (!whole) continue;
+      high[b] += widen(first + 32 * b + kLanes) * w;
+      high[b] += widen(second + 32 * b + kLanes) * v;
     }
   }
 

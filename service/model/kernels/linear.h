@@ -10,12 +10,16 @@
 #include "vectors.h"
 #include "weights.h"
 
-// Tokens and halves of a tile computed together, as many sums as leave registers for weights.
+// Tokens computed together, as many as leave registers for weights; and halves of a tile, both where the sums of one would wait for each other.
 #if defined(__AVX512F__)
-constexpr int kPass = 8, kHalves = 2;
+constexpr int kPass = 8;
+#elif defined(ADAPTERD_AVX2)
+constexpr int kPass = 6;
 #else
-constexpr int kPass = 4, kHalves = 1;
+constexpr int kPass = 4;
 #endif
+constexpr int64_t kDirect = kBytes == 64 ? kPass : 4;  // tokens up to which 4-bit values are looked up where they are multiplied
+constexpr int halves_of(int tokens) { return kBytes == 64 || tokens <= 2 ? 2 : 1; }
 
 // Consecutive tokens of one sequence, the step's `sequence`-th: one row of the step's table.
 struct Span {
@@ -140,41 +144,44 @@ struct PrefetchList {
 
 using Sums = std::array<Floats, 2>;
 
-// sums[t] += the pair of weights times those of inputs at x + t in, for TOKENS tokens.
+// Where an input lies, of TOKENS tokens from x on: a pair's two beside each other where an instruction takes both, else each beside that of
+// the other tokens, for these are read one after the other.
 template <int TOKENS>
-inline void multiply_pair(const Input* x, int64_t in, const Pair& pair, Part (&sums)[TOKENS]) {
+inline const Input* input_at(const Input* x, int64_t in, int64_t pair, int i, int t) {
+  return kPaired ? x + t * in + pair * 2 : x + (pair * 2 + i) * TOKENS + t;
+}
+
+inline Part multiply_add(Part sum, Factor factor, const Input* x) {
 #if defined(__AVX512BF16__)
-  for (int t = 0; t < TOKENS; ++t) sums[t] = _mm512_dpbf16_ps(sums[t], (__m512bh)broadcast(x + t * in).part[0], pair);
+  return _mm512_dpbf16_ps(sum, factor, (__m512bh)broadcast(x).part[0]);
 #else
-  for (int t = 0; t < TOKENS; ++t) {
-    sums[t] += pair.first * x[t * in];
-    sums[t] += pair.second * x[t * in + 1];
-  }
+  return sum + factor * *x;
 #endif
 }
 
-// Adds to TOKENS tokens' sums for the HALVES halves of a tile from `half` on, [parts, TOKENS], what pairs [from, to) of the weights and of
-// the inputs at x + t in make.
-template <int TOKENS, int HALVES, typename Reader>
-inline void multiply(const Input* x, int64_t in, const Reader& reader, int64_t from, int64_t to, int half,
-                     Part (&sums)[HALVES * Floats::kParts][TOKENS]) {
+// Adds to TOKENS tokens' sums for the parts of a tile from `half` on what pairs [from, to) of the weights and of the inputs make.
+template <int TOKENS, int PARTS, typename Reader>
+inline void multiply(const Input* x, int64_t in, const Reader& reader, int64_t from, int64_t to, int half, Part (&sums)[PARTS][TOKENS]) {
   for (int64_t k = from; k < to; k += Reader::kTogether)
-    for (int p = 0; p < HALVES * Floats::kParts; ++p)
-      for (int j = 0; j < Reader::kTogether; ++j) {
-        const Pair pair = reader.read(k, j, half + p / Floats::kParts, p % Floats::kParts);
-        multiply_pair<TOKENS>(x + (k + j) * 2, in, pair, sums[p]);
+    for (int j = 0; j < Reader::kTogether; ++j)
+      for (int i = 0; i < kFactors; ++i) {
+        Factor factors[PARTS];
+        for (int p = 0; p < PARTS; ++p) factors[p] = reader.read(k, j, half + p / Floats::kParts, p % Floats::kParts, i);
+        for (int t = 0; t < TOKENS; ++t)
+          for (int p = 0; p < PARTS; ++p) sums[p][t] = multiply_add(sums[p][t], factors[p], input_at<TOKENS>(x, in, k + j, i, t));
       }
 }
 
 // One pass for TOKENS tokens: what `pairs` pairs make of both halves of a tile, added to `sums`.
 template <int TOKENS, typename Reader>
 __attribute__((noinline)) void pass(const Input* x, int64_t in, const Reader& reader, int64_t pairs, Sums* sums) {
+  constexpr int kHalves = halves_of(TOKENS), kParts = kHalves * Floats::kParts;
   for (int half = 0; half < 2; half += kHalves) {
-    Part own[kHalves * Floats::kParts][TOKENS];  // not `sums` itself: the compiler would keep that in memory
-    for (int p = 0; p < kHalves * Floats::kParts; ++p)
+    Part own[kParts][TOKENS];  // not `sums` itself: the compiler would keep that in memory
+    for (int p = 0; p < kParts; ++p)
       for (int t = 0; t < TOKENS; ++t) own[p][t] = sums[t][half + p / Floats::kParts].part[p % Floats::kParts];
-    multiply<TOKENS, kHalves>(x, in, reader, 0, pairs, half, own);
-    for (int p = 0; p < kHalves * Floats::kParts; ++p)
+    multiply(x, in, reader, 0, pairs, half, own);
+    for (int p = 0; p < kParts; ++p)
       for (int t = 0; t < TOKENS; ++t) sums[t][half + p / Floats::kParts].part[p % Floats::kParts] = own[p][t];
   }
 }
@@ -182,14 +189,17 @@ __attribute__((noinline)) void pass(const Input* x, int64_t in, const Reader& re
 // The same for 4-bit values and their scales, [pairs / 32, 32]: each block of inputs that shares these is summed by itself.
 template <int TOKENS, typename Reader>
 __attribute__((noinline)) void pass_scaled(const Input* x, int64_t in, const Reader& reader, int64_t pairs, const float* scales, Sums* sums) {
+  constexpr int kHalves = halves_of(TOKENS), kParts = kHalves * Floats::kParts;
   for (int half = 0; half < 2; half += kHalves)
     for (int64_t from = 0; from < pairs; from += kScaled) {
-      Part own[kHalves * Floats::kParts][TOKENS]{};
-      multiply<TOKENS, kHalves>(x, in, reader, from, from + kScaled, half, own);
-      for (int h = 0; h < kHalves; ++h) {
-        const Floats scale = load(scales + from + (half + h) * kLanes);  // kScaled equals kTile
-        for (int p = 0; p < Floats::kParts; ++p)
-          for (int t = 0; t < TOKENS; ++t) sums[t][half + h].part[p] += own[h * Floats::kParts + p][t] * scale.part[p];
+      Part own[kParts][TOKENS]{};
+      multiply(x, in, reader, from, from + kScaled, half, own);
+#pragma GCC unroll 8
+      for (int p = 0; p < kParts; ++p) {
+        const int h = half + p / Floats::kParts, at = p % Floats::kParts;
+        Part scale;
+        std::memcpy(&scale, scales + from + h * kLanes + at * kPartLanes, sizeof scale);  // kScaled equals kTile
+        for (int t = 0; t < TOKENS; ++t) sums[t][h].part[at] += own[p][t] * scale;
       }
     }
 }
@@ -202,20 +212,27 @@ inline void call_with(int64_t many, const Call& call) {
   else if constexpr (AT_MOST > 1) call_with<AT_MOST - 1>(many, call);
 }
 
-// call(first token, behind the last, is it the last pass) for passes of nearly equal size.
+// A step's tokens in as few passes as there can be, of nearly equal size.
+struct Passes {
+  int64_t tokens, count;
+  explicit Passes(int64_t tokens) : tokens(tokens), count((tokens + kPass - 1) / kPass) {}
+  int64_t start(int64_t pass) const { return tokens * pass / count; }
+};
+
+// call(first token, how many, is it the last of several passes)
 template <typename Call>
 inline void each_pass(int64_t tokens, const Call& call) {
-  const int64_t passes = (tokens + kPass - 1) / kPass;
-  for (int64_t p = 0; p < passes; ++p) call(tokens * p / passes, tokens * (p + 1) / passes, p && p == passes - 1);
+  const Passes passes(tokens);
+  for (int64_t p = 0; p < passes.count; ++p) call(passes.start(p), passes.start(p + 1) - passes.start(p), p && p == passes.count - 1);
 }
 
 // A tile of bfloat16: the first pass asks memory for what it needs itself soon, the last for `next`, a later tile.
 inline void sum_wide(const Tile& tile, int64_t tokens, const Input* x, const char* next, Sums* sums) {
   const int64_t in = tile.l->in;
   const char* bytes = tile.weights().bytes;
-  each_pass(tokens, [&](int64_t start, int64_t stop, bool is_last) {
+  each_pass(tokens, [&](int64_t start, int64_t many, bool is_last) {
     const WideReader reader{bytes, is_last ? next : bytes + kAhead};
-    call_with<kPass>(stop - start, [&]<int TOKENS>() { pass<TOKENS>(x + start * in, in, reader, in / 2, sums + start); });
+    call_with<kPass>(many, [&]<int TOKENS>() { pass<TOKENS>(x + start * in, in, reader, in / 2, sums + start); });
   });
 }
 
@@ -223,18 +240,17 @@ inline void sum_wide(const Tile& tile, int64_t tokens, const Input* x, const cha
 inline void sum_nf4(const Tile& tile, int64_t tokens, const Input* x, Sums* sums) {
   const int64_t in = tile.l->in;
   const PackedTile own = tile.weights();
-  if (tokens <= kPass) {
+  if (tokens <= kDirect) {
     const Nf4Reader reader{own.bytes, own.bytes + kAhead};
-    return call_with<kPass>(tokens, [&]<int TOKENS>() { pass_scaled<TOKENS>(x, in, reader, in / 2, own.scales, sums); });
+    return call_with<kDirect>(tokens, [&]<int TOKENS>() { pass_scaled<TOKENS>(x, in, reader, in / 2, own.scales, sums); });
   }
-  alignas(64) Input near[kScaled * 2 * kTile];
+  alignas(64) Words::Part near[kScaled * kNear];
   for (int64_t from = 0; from < in / 2; from += kScaled) {
     const char* bytes = own.bytes + from * kTile;
     widen(Nf4Reader{bytes, bytes + kAhead}, kScaled, near);
-    each_pass(tokens, [&](int64_t start, int64_t stop, bool) {
-      const Input* inputs = x + start * in + from * 2;
-      call_with<kPass>(stop - start, [&]<int TOKENS>() {
-        pass_scaled<TOKENS>(inputs, in, NearReader{near}, kScaled, own.scales + from, sums + start);
+    each_pass(tokens, [&](int64_t start, int64_t many, bool) {
+      call_with<kPass>(many, [&]<int TOKENS>() {
+        pass_scaled<TOKENS>(input_at<TOKENS>(x + start * in, in, from, 0, 0), in, NearReader{near}, kScaled, own.scales + from, sums + start);
       });
     });
   }
@@ -244,14 +260,15 @@ inline void sum_nf4(const Tile& tile, int64_t tokens, const Input* x, Sums* sums
 inline void sum_int8(const Tile& tile, int64_t tokens, const Input* x, Sums* sums) {
   const int64_t in = tile.l->in;
   const PackedTile own = tile.weights();
-  alignas(64) Input near[kPiece * 2 * kTile];
+  alignas(64) Words::Part near[kPiece * kNear];
   for (int64_t from = 0; from < in / 2; from += kPiece) {
-    const int64_t many = std::min(kPiece, in / 2 - from);
+    const int64_t pairs = std::min(kPiece, in / 2 - from);
     const char* bytes = own.bytes + from * 2 * kTile;
-    widen(Int8Reader{bytes, bytes + kAhead}, many, near);
-    each_pass(tokens, [&](int64_t start, int64_t stop, bool) {
-      const Input* inputs = x + start * in + from * 2;
-      call_with<kPass>(stop - start, [&]<int TOKENS>() { pass<TOKENS>(inputs, in, NearReader{near}, many, sums + start); });
+    widen(Int8Reader{bytes, bytes + kAhead}, pairs, near);
+    each_pass(tokens, [&](int64_t start, int64_t many, bool) {
+      call_with<kPass>(many, [&]<int TOKENS>() {
+        pass<TOKENS>(input_at<TOKENS>(x + start * in, in, from, 0, 0), in, NearReader{near}, pairs, sums + start);
+      });
     });
   }
   for (int64_t t = 0; t < tokens; ++t)
@@ -268,11 +285,11 @@ inline void sum_tile(const Tile& tile, int64_t tokens, const Input* x, const Pac
   }
 }
 
-// sum + the rows of B that are the token's own, two at a time. The other half of a pair may be another adapter's row, and its numbers not
-// finite: 0 times those is not 0.
-inline Floats add_pair(Floats sum, Words value, const bf16* b, bool first, bool second) {
-  const uint32_t mine = (first ? 0xffffu : 0u) | (second ? 0xffff0000u : 0u);
-  return dot(sum, value, pairs(b) & mine);
+// The pair of rows of B at b, without what is not the token's own: that may be another adapter's, and its numbers not finite: 0 times those
+// is not 0.
+ADAPTERD_INLINE Words own_rows(const bf16* b, bool first, bool second) {
+  if (first && second) return pairs(b);
+  return pairs(b) & ((first ? 0xffffu : 0u) | (second ? 0xffff0000u : 0u));
 }
 
 // The base's sums without bias → with gate, bias and the token's own adapter.
@@ -292,8 +309,8 @@ inline Sums adapted(const Tile& tile, const TokenAdapters& adapters, int64_t tok
     const int from = own->low & 1, to = from + rank;
     for (int r = 0; r < to; r += 2) {
       const Words value = broadcast(inner + r);
-      first = add_pair(first, value, b + r * kTile, r >= from, r + 1 < to);
-      second = add_pair(second, value, b + r * kTile + kTile, r >= from, r + 1 < to);
+      first = dot(first, value, own_rows(b + r * kTile, r >= from, r + 1 < to));
+      second = dot(second, value, own_rows(b + r * kTile + kTile, r >= from, r + 1 < to));
     }
   }
   if (!l.bias) return {first, second};
@@ -307,21 +324,24 @@ inline void compute(const Tile& tile, const TokenAdapters& adapters, const Input
   for (int64_t t = 0; t < adapters.tokens; ++t) emit(tile, t, adapted(tile, adapters, t, sums[t]));
 }
 
-// A layer's inputs as they are multiplied.
+// A layer's inputs x bf16 [tokens, in] as they are multiplied, until the next are arranged: as they are, or the passes' one after the other,
+// each [in, tokens of the pass] (see input_at).
+inline const Input* arrange(const bf16* x, int64_t tokens, int64_t in) {
 #if defined(__AVX512BF16__)
-struct Inputs {
-  const Input* x;
-  Inputs(const bf16* x, int64_t) : x(x) {}
-};
+  return x;
 #else
-struct Inputs {
-  std::vector<float> wide;
-  const Input* x;
-  Inputs(const bf16* narrow, int64_t count) : wide(count), x(wide.data()) {
-    for (int64_t i = 0; i < count; ++i) wide[i] = float(narrow[i]);
-  }
-};
+  static std::vector<Input> arranged;  // one product at a time
+  if (int64_t(arranged.size()) < tokens * in) arranged.resize(tokens * in);
+  const Passes passes(tokens);
+  ThreadPool::shared().run(passes.count, [&](int64_t pass) {
+    const int64_t start = passes.start(pass), many = passes.start(pass + 1) - start;
+    Input* to = arranged.data() + start * in;
+    for (int64_t k = 0; k < in; ++k)
+      for (int64_t t = 0; t < many; ++t) to[k * many + t] = float(x[(start + t) * in + k]);
+  });
+  return arranged.data();
 #endif
+}
 
 // Several layers of the same input x bf16 [tokens, in]. emit(tile, token, sums) is called once for every tile and token; for one tile index
 // the layers follow each other on the same thread where `paired`.
@@ -334,7 +354,7 @@ inline void product(const std::array<const Linear*, LAYERS>& layers, const Token
   ThreadPool& pool = ThreadPool::shared();
   if (size)
     pool.each(LAYERS * adapters.tokens, [&](int64_t i) { shrink(*layers[i % LAYERS], adapters, x, i / LAYERS, inner.data() + i % LAYERS * size); });
-  const Inputs inputs(x, adapters.tokens * layers[0]->in);
+  const Input* inputs = arrange(x, adapters.tokens, layers[0]->in);
   std::vector<Tile> tiles;
   for (size_t i = 0; i < LAYERS; ++i)
     for (int64_t at = 0; at < layers[i]->out / kTile; ++at) tiles.push_back({layers[i], inner.data() + i * size, at});
@@ -345,7 +365,7 @@ inline void product(const std::array<const Linear*, LAYERS>& layers, const Token
     if (int64_t(sums.size()) < adapters.tokens) sums.resize(adapters.tokens);
     for (int64_t k = 0; k < together; ++k) {
       const int64_t later = k * items + std::min(item + pool.threads(), items - 1);  // the threads take turns: most likely one's own
-      compute(tiles[k * items + item], adapters, inputs.x, tiles[later].weights(), sums.data(), emit);
+      compute(tiles[k * items + item], adapters, inputs, tiles[later].weights(), sums.data(), emit);
     }
   });
 }

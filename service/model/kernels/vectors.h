@@ -16,12 +16,16 @@
 #include <cstring>
 #include <type_traits>
 
+// A call passes such vectors through memory.
+#define ADAPTERD_INLINE inline __attribute__((always_inline))
+
 using bf16 = at::BFloat16;
 constexpr int64_t kLanes = 16;  // float32 in one `Floats`
 
 #if defined(__AVX512F__)
 constexpr int kBytes = 64;  // of one of the processor's vectors
 #elif defined(__AVX2__)
+#define ADAPTERD_AVX2  // and no more than that
 constexpr int kBytes = 32;
 #else
 constexpr int kBytes = 16;
@@ -35,7 +39,7 @@ struct Lanes {
   Part part[kParts]{};
 
   template <typename U>
-  Lanes<U> as() const {
+  ADAPTERD_INLINE Lanes<U> as() const {
     Lanes<U> r;
     for (int i = 0; i < kParts; ++i) r.part[i] = (typename Lanes<U>::Part)part[i];
     return r;
@@ -47,12 +51,12 @@ using Words = Lanes<uint32_t>;
 
 #define ADAPTERD_OPERATOR(op)                                                   \
   template <typename T>                                                         \
-  inline Lanes<T> operator op(Lanes<T> a, const Lanes<T>& b) {                  \
+  ADAPTERD_INLINE Lanes<T> operator op(Lanes<T> a, const Lanes<T>& b) {                  \
     for (int i = 0; i < Lanes<T>::kParts; ++i) a.part[i] = a.part[i] op b.part[i]; \
     return a;                                                                   \
   }                                                                             \
   template <typename T>                                                         \
-  inline Lanes<T> operator op(Lanes<T> a, std::type_identity_t<T> b) {          \
+  ADAPTERD_INLINE Lanes<T> operator op(Lanes<T> a, std::type_identity_t<T> b) {          \
     for (int i = 0; i < Lanes<T>::kParts; ++i) a.part[i] = a.part[i] op b;      \
     return a;                                                                   \
   }
@@ -67,25 +71,25 @@ ADAPTERD_OPERATOR(>>)
 #undef ADAPTERD_OPERATOR
 
 template <typename T>
-inline Lanes<T>& operator+=(Lanes<T>& a, const Lanes<T>& b) { return a = a + b; }
+ADAPTERD_INLINE Lanes<T>& operator+=(Lanes<T>& a, const Lanes<T>& b) { return a = a + b; }
 
-inline Floats all(float x) { return Floats{} + x; }
+ADAPTERD_INLINE Floats all(float x) { return Floats{} + x; }
 
-inline Floats load(const float* p) {
+ADAPTERD_INLINE Floats load(const float* p) {
   Floats v;
   std::memcpy(v.part, p, sizeof v.part);
   return v;
 }
 
-inline void store(float* p, const Floats& v) { std::memcpy(p, v.part, sizeof v.part); }
+ADAPTERD_INLINE void store(float* p, const Floats& v) { std::memcpy(p, v.part, sizeof v.part); }
 
-inline Floats larger(Floats a, const Floats& b) {
+ADAPTERD_INLINE Floats larger(Floats a, const Floats& b) {
   for (int i = 0; i < Floats::kParts; ++i) a.part[i] = a.part[i] > b.part[i] ? a.part[i] : b.part[i];
   return a;
 }
 
 // `below` where x is under zero, else `other`.
-inline Floats where_negative(const Floats& x, Floats below, const Floats& other) {
+ADAPTERD_INLINE Floats where_negative(const Floats& x, Floats below, const Floats& other) {
   for (int i = 0; i < Floats::kParts; ++i) below.part[i] = x.part[i] < 0.0f ? below.part[i] : other.part[i];
   return below;
 }
@@ -100,7 +104,7 @@ inline Floats within(int64_t from, int64_t to, const Floats& v, const Floats& ot
 }
 
 // Of all lanes: halves are added to halves.
-inline float sum_of(const Floats& v) {
+ADAPTERD_INLINE float sum_of(const Floats& v) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps(v.part[0]);
 #endif
@@ -117,19 +121,23 @@ inline float largest_of(const Floats& v) {
   return *std::max_element(each, each + kLanes);
 }
 
-inline Floats widen(const bf16* p) {
-  typedef uint16_t Part __attribute__((vector_size(kBytes / 2)));
+ADAPTERD_INLINE Floats widen(const bf16* p) {
   Words v;
   for (int i = 0; i < Words::kParts; ++i) {
+#if defined(ADAPTERD_AVX2)
+    v.part[i] = (Words::Part)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i * 8))) << 16;  // GCC 12 takes seven for the same
+#else
+    typedef uint16_t Part __attribute__((vector_size(kBytes / 2)));
     Part part;
     std::memcpy(&part, p + i * (kBytes / 4), sizeof part);
     v.part[i] = __builtin_convertvector(part, Words::Part) << 16;
+#endif
   }
   return v.as<float>();
 }
 
 // The bits of v as bfloat16 holds it, the nearest and of two the even one, in the upper half of each lane.
-inline Words rounded_bits(const Floats& v) {
+ADAPTERD_INLINE Words rounded_bits(const Floats& v) {
   Words bits = v.as<uint32_t>();
   for (int i = 0; i < Words::kParts; ++i) {
     const Words::Part nearest = bits.part[i] + 0x7fff + ((bits.part[i] >> 16) & 1);
@@ -138,7 +146,7 @@ inline Words rounded_bits(const Floats& v) {
   return bits;
 }
 
-inline void narrow(bf16* p, const Floats& v) {
+ADAPTERD_INLINE void narrow(bf16* p, const Floats& v) {
 #if defined(__AVX512BF16__)
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(v.part[0]));
 #else
@@ -152,27 +160,27 @@ inline void narrow(bf16* p, const Floats& v) {
 }
 
 // v as bfloat16 holds it: transformers rounds after every operation, and so do the kernels.
-inline Floats rounded(const Floats& v) { return (rounded_bits(v) & 0xffff0000u).as<float>(); }
+ADAPTERD_INLINE Floats rounded(const Floats& v) { return (rounded_bits(v) & 0xffff0000u).as<float>(); }
 
 // Sixteen pairs of bfloat16.
-inline Words pairs(const void* p) {
+ADAPTERD_INLINE Words pairs(const void* p) {
   Words v;
   std::memcpy(v.part, p, sizeof v.part);
   return v;
 }
 
-inline Words broadcast(const bf16* p) {
+ADAPTERD_INLINE Words broadcast(const bf16* p) {
   uint32_t pair;
   std::memcpy(&pair, p, sizeof pair);
   return Words{} + pair;
 }
 
-inline Floats first_of(const Words& pairs) { return (pairs << 16).as<float>(); }
+ADAPTERD_INLINE Floats first_of(const Words& pairs) { return (pairs << 16).as<float>(); }
 
-inline Floats second_of(const Words& pairs) { return (pairs & 0xffff0000u).as<float>(); }
+ADAPTERD_INLINE Floats second_of(const Words& pairs) { return (pairs & 0xffff0000u).as<float>(); }
 
 // sum + a.first · b.first + a.second · b.second, lane by lane.
-inline Floats dot(const Floats& sum, const Words& a, const Words& b) {
+ADAPTERD_INLINE Floats dot(const Floats& sum, const Words& a, const Words& b) {
 #if defined(__AVX512BF16__)
   Floats r;
   r.part[0] = _mm512_dpbf16_ps(sum.part[0], (__m512bh)a.part[0], (__m512bh)b.part[0]);
@@ -196,7 +204,7 @@ inline void dots(const bf16* a, const bf16* b, int64_t stride, int64_t n, float*
 }
 
 // e^x for x <= 0: 2^n of the nearest whole n, times a polynomial of the rest (relative error under 2e-7, Cephes' expf).
-inline Floats exponential(Floats x) {
+ADAPTERD_INLINE Floats exponential(Floats x) {
   x = larger(x, all(-87.0f));
   Floats whole, power;
   for (int i = 0; i < Floats::kParts; ++i) {
@@ -212,7 +220,7 @@ inline Floats exponential(Floats x) {
 }
 
 // x / (1 + e^-x), from e^-|x|, which cannot overflow.
-inline Floats silu(const Floats& x) {
+ADAPTERD_INLINE Floats silu(const Floats& x) {
   const Floats e = exponential((x.as<uint32_t>() | 0x80000000u).as<float>());
   return where_negative(x, x * e, x) / (e + 1.0f);
 }

@@ -26,20 +26,27 @@ constexpr bool kPaired = false;
 using Part = Floats::Part;
 constexpr int64_t kPartLanes = kBytes / sizeof(float);
 
-// A pair of weights for each lane: as an instruction takes it, or apart.
+// What a pair of weights is multiplied as, for each lane: the pair at once, or the first and then the second.
 #if defined(__AVX512BF16__)
-using Pair = __m512bh;
+using Factor = __m512bh;
+constexpr int kFactors = 1;
 #else
-struct Pair {
-  Part first, second;
-};
+using Factor = Part;
+constexpr int kFactors = 2;
+#endif
+
+// AVX2 looks sixteen 4-bit values up by byte, and finds outputs four by four in another order: 0, 8, 4, 12.
+#if defined(ADAPTERD_AVX2)
+constexpr bool kByBytes = true;
+#else
+constexpr bool kByBytes = false;
 #endif
 
 // Asks memory for what will be read soon.
 inline void prefetch(const void* address) { __builtin_prefetch(address, 0, 2); }
 
 // QLoRA's 4-bit values (arXiv:2305.14314, appendix E), in bitsandbytes' order.
-alignas(64) constexpr float kNf4[16] = {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
+constexpr float kNf4[16] = {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
     -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f,
     0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f};
 
@@ -54,36 +61,52 @@ constexpr std::array<uint16_t, 16> round_nf4() {
 }
 alignas(64) constexpr std::array<uint16_t, 16> kNf4Bits = round_nf4();
 
-// The pairs of two neighbours, [in / 4]'s, of a half of a tile, from their 32 bytes; `second`: the second of the two.
-// Where pairs lie together, byte 2 o + i has output o's weight for input i, of the first in its low half; the values are rounded to
-// bfloat16, by as much as a dequantized weight would be. Else byte 16 pair + o has it for input 0 in its low half, for input 1 in its high.
-inline Pair read_nf4(const uint8_t* from, bool second, int p) {
+constexpr std::array<float, 16> widen_nf4() {
+  std::array<float, 16> values{};
+  for (int i = 0; i < 16; ++i) values[i] = std::bit_cast<float>(uint32_t(kNf4Bits[i]) << 16);
+  return values;
+}
+alignas(64) constexpr std::array<float, 16> kNf4Rounded = widen_nf4();
+
+constexpr std::array<uint8_t, 16> nf4_bytes(int shift) {
+  std::array<uint8_t, 16> bytes{};
+  for (int i = 0; i < 16; ++i) bytes[i] = uint8_t(kNf4Bits[i] >> shift);
+  return bytes;
+}
+alignas(16) constexpr std::array<uint8_t, 16> kNf4Low = nf4_bytes(0), kNf4High = nf4_bytes(8);
+
+// Words of a pair of bfloat16 each, of which float32 is the first or the second.
+inline Factor factor_of(Words::Part words, int i) {
+#if defined(__AVX512BF16__)
+  return (__m512bh)words;
+#else
+  return (Part)(i ? words & 0xffff0000u : words << 16);
+#endif
+}
+
+// Of the pairs of two neighbours, [in / 4]'s, of a half of a tile, from their 32 bytes; `second`: the second of the two. The values are
+// rounded to bfloat16, by as much as a dequantized weight would be. Where pairs lie together or are looked up by byte, byte 2 o + i has
+// output o's weight for input i, of the first in its low half. Else byte 16 pair + o has it for input 0 in its low half, for input 1 in its high.
+inline Factor read_nf4(const uint8_t* from, bool second, int p, int i) {
 #if defined(__AVX512BF16__)
   const __m512i table = _mm512_broadcast_i64x4(_mm256_load_si256(reinterpret_cast<const __m256i*>(kNf4Bits.data())));  // an index's fifth bit is another's
   const __m512i index = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
   return (__m512bh)_mm512_permutexvar_epi16(second ? _mm512_srli_epi16(index, 4) : index, table);
-#else
-  from += second * kLanes + p * kPartLanes;
-#if defined(__AVX512F__)
-  const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-  const __m512 table = _mm512_load_ps(kNf4);
-  return {_mm512_permutexvar_ps(index, table), _mm512_permutexvar_ps(_mm512_srli_epi32(index, 4), table)};
-#elif defined(__AVX2__)
-  const __m256i index = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
-  const __m256 low = _mm256_load_ps(kNf4), high = _mm256_load_ps(kNf4 + 8);
-  const auto look_up = [&](__m256i i) {
-    const __m256 is_high = _mm256_castsi256_ps(_mm256_slli_epi32(i, 28));
-    return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, i), _mm256_permutevar8x32_ps(high, i), is_high);
+#elif defined(__AVX512F__)
+  const __m512i index = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + second * kLanes)));
+  return _mm512_permutexvar_ps(i ? _mm512_srli_epi32(index, 4) : index, _mm512_load_ps(kNf4Rounded.data()));
+#elif defined(ADAPTERD_AVX2)
+  const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  const __m256i index = _mm256_and_si256(second ? _mm256_srli_epi16(both, 4) : both, _mm256_set1_epi8(15));
+  const auto look_up = [&](const std::array<uint8_t, 16>& table) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table.data()))), index);
   };
-  return {look_up(index), look_up(_mm256_srli_epi32(index, 4))};
+  const __m256i low = look_up(kNf4Low), high = look_up(kNf4High);
+  return factor_of((Words::Part)(p ? _mm256_unpackhi_epi8(low, high) : _mm256_unpacklo_epi8(low, high)), i);
 #else
-  Pair pair;
-  for (int64_t i = 0; i < kPartLanes; ++i) {
-    pair.first[i] = kNf4[from[i] & 15];
-    pair.second[i] = kNf4[from[i] >> 4];
-  }
-  return pair;
-#endif
+  Part values;
+  for (int64_t o = 0; o < kPartLanes; ++o) values[o] = kNf4Rounded[from[second * kLanes + p * kPartLanes + o] >> (4 * i) & 15];
+  return values;
 #endif
 }
 
@@ -91,7 +114,7 @@ inline Pair read_nf4(const uint8_t* from, bool second, int p) {
 inline Part widen_bytes(const int8_t* from) {
 #if defined(__AVX512F__)
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-#elif defined(__AVX2__)
+#elif defined(ADAPTERD_AVX2)
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 #else
   Part wide;
@@ -100,73 +123,55 @@ inline Part widen_bytes(const int8_t* from) {
 #endif
 }
 
-// A pair of 8-bit values, whole numbers, which bfloat16 holds exactly: 32 bytes, where pairs lie together as they are, else input 0's first.
-inline Pair read_int8(const int8_t* from, int p) {
-  const Part first = widen_bytes(from + p * kPartLanes), second = widen_bytes(from + kLanes + p * kPartLanes);
+// Of a pair of 8-bit values, whole numbers, which bfloat16 holds exactly: 32 bytes, input 0's first.
+inline Factor read_int8(const int8_t* from, int p, int i) {
 #if defined(__AVX512BF16__)
-  return _mm512_cvtne2ps_pbh(second, first);
+  return _mm512_cvtne2ps_pbh(widen_bytes(from + kLanes), widen_bytes(from));
 #else
-  return {first, second};
+  return widen_bytes(from + i * kLanes + p * kPartLanes);
 #endif
 }
+
+// Each reader's read(pair, j, half, p, i) is the i-th factor of pair + j, for part p of a half of a tile.
 
 // Weights in bfloat16, [pairs, 2, 16, 2]; what lies at `next` is asked for meanwhile.
 struct WideReader {
   static constexpr int kTogether = 1;
   const char *bytes, *next;
 
-  Pair read(int64_t pair, int, int half, int p) const {
+  Factor read(int64_t pair, int, int half, int p, int i) const {
     const int64_t at = (pair * 2 + half) * kLine + p * kBytes;
-    if (p == 0) prefetch(next + at);
+    if (p == 0 && i == 0) prefetch(next + at);
     Words::Part words;
     std::memcpy(&words, bytes + at, sizeof words);
-#if defined(__AVX512BF16__)
-    return (__m512bh)words;
-#else
-    return {(Part)(words << 16), (Part)(words & 0xffff0000u)};
-#endif
+    return factor_of(words, i);
   }
 };
 
-// Pairs that were widened before: Input [pairs, 2, parts, 2 * lanes of a part].
+// Words that were made before, [pairs, 2, parts].
 struct NearReader {
   static constexpr int kTogether = 1;
-  static constexpr int64_t kSize = 2 * kPartLanes;  // of a part's pair
-  const Input* inputs;
+  const Words::Part* words;
 
-  static int64_t place(int64_t pair, int half, int p) { return ((pair * 2 + half) * Floats::kParts + p) * kSize; }
+  static int64_t place(int64_t pair, int half, int p) { return (pair * 2 + half) * Floats::kParts + p; }
 
-  Pair read(int64_t pair, int, int half, int p) const {
-    const Input* from = inputs + place(pair, half, p);
-#if defined(__AVX512BF16__)
-    return (__m512bh)_mm512_load_si512(from);
-#else
-    Part first, second;
-    std::memcpy(&first, from, sizeof first);
-    std::memcpy(&second, from + kPartLanes, sizeof second);
-    return {first, second};
-#endif
-  }
-
-  static void write(Input* to, const Pair& pair) {
-#if defined(__AVX512BF16__)
-    _mm512_store_si512(to, (__m512i)pair);
-#else
-    std::memcpy(to, &pair.first, sizeof pair.first);
-    std::memcpy(to + kPartLanes, &pair.second, sizeof pair.second);
-#endif
+  Factor read(int64_t pair, int, int half, int p, int i) const {
+    const Words::Part* from = words + place(pair, half, p);
+    if (i) asm("" : "+r"(from));  // read anew: kept since the first factor, they would push a sum out of the registers
+    return factor_of(*from, i);
   }
 };
+constexpr int64_t kNear = 2 * Floats::kParts;  // words of a tile's pair
 
 // 4-bit values, [pairs / 2, 2, 32], without their scales.
 struct Nf4Reader {
   static constexpr int kTogether = 2;
   const char *bytes, *next;
 
-  Pair read(int64_t pair, int second, int half, int p) const {
+  Factor read(int64_t pair, int second, int half, int p, int i) const {
     const int64_t at = (pair + half) * kLanes * 2;
-    if (p == 0 && !second && half == 0) prefetch(next + at);
-    return read_nf4(reinterpret_cast<const uint8_t*>(bytes) + at, second, p);
+    if (p == 0 && i == 0 && !second && half == 0) prefetch(next + at);
+    return read_nf4(reinterpret_cast<const uint8_t*>(bytes) + at, second, p, i);
   }
 };
 
@@ -175,20 +180,27 @@ struct Int8Reader {
   static constexpr int kTogether = 1;
   const char *bytes, *next;
 
-  Pair read(int64_t pair, int, int half, int p) const {
+  Factor read(int64_t pair, int, int half, int p, int i) const {
     const int64_t at = (pair * 2 + half) * kTile;
-    if (p == 0 && half == 0) prefetch(next + at);
-    return read_int8(reinterpret_cast<const int8_t*>(bytes) + at, p);
+    if (p == 0 && i == 0 && half == 0) prefetch(next + at);
+    return read_int8(reinterpret_cast<const int8_t*>(bytes) + at, p, i);
   }
 };
 
-// `pairs` pairs as NearReader has them, [pairs, 2, 32] of Input twice over.
+// `pairs` pairs as NearReader has them, of values that bfloat16 holds.
 template <typename Reader>
-inline void widen(const Reader& reader, int64_t pairs, Input* to) {
+inline void widen(const Reader& reader, int64_t pairs, Words::Part* to) {
   for (int64_t k = 0; k < pairs; k += Reader::kTogether)
-    for (int half = 0; half < 2; ++half)
-      for (int p = 0; p < Floats::kParts; ++p)
-        for (int j = 0; j < Reader::kTogether; ++j) NearReader::write(to + NearReader::place(k + j, half, p), reader.read(k, j, half, p));
+    for (int half = 0; half < 2; ++half) {
+      Words::Part words[Reader::kTogether][Floats::kParts];  // all read before any is written, which might be what is read
+      for (int j = 0; j < Reader::kTogether; ++j)
+        for (int p = 0; p < Floats::kParts; ++p) {
+          words[j][p] = (Words::Part)reader.read(k, j, half, p, 0);
+          if (kFactors == 2) words[j][p] = words[j][p] >> 16 | (Words::Part)reader.read(k, j, half, p, 1);
+        }
+      for (int j = 0; j < Reader::kTogether; ++j)
+        for (int p = 0; p < Floats::kParts; ++p) to[NearReader::place(k + j, half, p)] = words[j][p];
+    }
 }
 
 enum class Format { bfloat16, nf4, int8 };
@@ -240,9 +252,10 @@ inline at::Tensor pack_nf4(const at::Tensor& codes) {
   const int64_t out = codes.size(0), in = codes.size(1) * 2;
   check_packed(out, in, 2 * kScaled);
   const at::Tensor values = at::stack({at::bitwise_right_shift(codes, 4), at::bitwise_and(codes, 15)}, -1).view({out, in});
-  const at::Tensor pairs = pair_up(values).reshape({out / kTile, in / 4, 2, 2, kLanes, 2}).transpose(2, 3);  // tile, two pairs, half, pair, output, input
+  at::Tensor pairs = pair_up(values).reshape({out / kTile, in / 4, 2, 2, kLanes, 2}).transpose(2, 3);  // tile, two pairs, half, pair, output, input
+  if (kByBytes) pairs = pairs.unflatten(4, {2, 2, 4}).transpose(4, 5).flatten(4, 6);
   const auto join = [](const at::Tensor& low, const at::Tensor& high) { return at::bitwise_or(low, at::bitwise_left_shift(high, 4)); };
-  const at::Tensor bytes = kPaired ? join(pairs.select(3, 0), pairs.select(3, 1)) : join(pairs.select(5, 0), pairs.select(5, 1));
+  const at::Tensor bytes = kPaired || kByBytes ? join(pairs.select(3, 0), pairs.select(3, 1)) : join(pairs.select(5, 0), pairs.select(5, 1));
   return bytes.contiguous().view({out / kTile, in / 2, kTile});
 }
 

@@ -62,7 +62,7 @@ class Answer:
         return [token.id for token in self.tokens]
 
 
-class Watched:
+class CountedRunner:
     """A runner whose launches are counted: those before the last one is read, and the faulty ones, which
     raise or wait for the device.
     """
@@ -82,14 +82,14 @@ class Watched:
         return launched
 
 
-class Service:
+class WorkerInThread:
     """A worker's loop in the test's thread, its adapters in host memory, and what it has answered."""
 
     def __init__(
         self, runner: ModelRunner, card: BaseInfo, settings: Settings, adapters: Mapping[str, Adapter]
     ) -> None:
         self.runner, self.adapters = runner, adapters
-        self.watched: Any = Watched(runner)
+        self.watched: Any = CountedRunner(runner)
         self.connection, theirs = Pipe()
         self.worker = Worker(theirs, self.watched, card, settings)
         for each in self.adapters.values():
@@ -131,10 +131,10 @@ class Service:
         return self.answers
 
 
-Scenario = Callable[[Service], None]
+Scenario = Callable[[WorkerInThread], None]
 
 
-def ask_of_all_kinds(service: Service) -> None:
+def ask_of_all_kinds(served: WorkerInThread) -> None:
     """Greedy, drawn, scored and biased ones of the base and of adapters, by and by; more than run at
     once."""
     drawn = Sampling(temperature=1.1, top_k=30, top_p=0.9, seed=4)
@@ -148,37 +148,37 @@ def ask_of_all_kinds(service: Service) -> None:
     for id in range(10):
         scored = 1 if id == 6 else None
         adapter = (None, "a0", "a1")[id % 3]
-        service.ask(id, adapter, 5 + id, sampling=kinds[id % 5], prompt_logprobs=scored)
-        service.step(id % 4)
+        served.ask(id, adapter, 5 + id, sampling=kinds[id % 5], prompt_logprobs=scored)
+        served.step(id % 4)
 
 
-def ask_with_dora(service: Service) -> None:
+def ask_with_dora(served: WorkerInThread) -> None:
     """No recording is replayed."""
     for id in range(4):
-        service.ask(id, (None, "a2")[id % 2], 14)
+        served.ask(id, (None, "a2")[id % 2], 14)
 
 
-def ask_beside_penalties(service: Service) -> None:
+def ask_beside_penalties(served: WorkerInThread) -> None:
     """One whose tokens must be known first comes and goes among others."""
     for id in range(3):
-        service.ask(id, None, 25)
-    service.step(4)
-    service.ask(3, None, 6, sampling=Sampling(repetition_penalty=1.3, temperature=0.9, seed=3))
+        served.ask(id, None, 25)
+    served.step(4)
+    served.ask(3, None, 6, sampling=Sampling(repetition_penalty=1.3, temperature=0.9, seed=3))
 
 
-def remove_and_place(service: Service) -> None:
+def remove_and_place(served: WorkerInThread) -> None:
     """An adapter is removed while it runs, comes back, and others take its place."""
-    service.ask(0, "a0", 20)
-    service.ask(1, "a1", 20)
-    service.step(5)
-    gone = service.adapters["a0"]
-    service.obey(RemoveAdapter(gone.digest))
-    service.step(30)
-    assert gone.digest not in service.runner.pool.places
-    service.ask(2, "a1", 8)
-    service.step(2)
-    service.host(gone)
-    service.ask(3, "a0", 8)
+    served.ask(0, "a0", 20)
+    served.ask(1, "a1", 20)
+    served.step(5)
+    gone = served.adapters["a0"]
+    served.obey(RemoveAdapter(gone.digest))
+    served.step(30)
+    assert gone.digest not in served.runner.pool.places
+    served.ask(2, "a1", 8)
+    served.step(2)
+    served.host(gone)
+    served.ask(3, "a0", 8)
 
 
 SCENARIOS: Mapping[str, Scenario] = {
@@ -203,11 +203,11 @@ class Gpu:
         self, scenario: Scenario, runs_ahead: bool = True, has_faults: bool = False
     ) -> dict[int, Answer]:
         self.runner.runs_ahead = runs_ahead
-        service = Service(self.runner, self.card, self.settings, self.adapters)
-        scenario(service)
-        answers = service.end()
-        assert (service.watched.ahead > 10) is runs_ahead
-        assert (service.watched.faulty > 0) is has_faults
+        served = WorkerInThread(self.runner, self.card, self.settings, self.adapters)
+        scenario(served)
+        answers = served.end()
+        assert (served.watched.ahead > 10) is runs_ahead
+        assert (served.watched.faulty > 0) is has_faults
         return answers
 
 
@@ -242,9 +242,9 @@ def test_so_they_are_where_few_best_tokens_are_looked_at_first(
     expect_alike(gpu.answers_in(ask_of_all_kinds), theirs)
 
 
-def ask_four(service: Service) -> None:
+def ask_four(served: WorkerInThread) -> None:
     for id in range(4):
-        service.ask(id, None, 20)
+        served.ask(id, None, 20)
 
 
 def test_an_eos_in_mid_batch_and_a_cancelled_request_stop_there(gpu: Gpu) -> None:
@@ -252,15 +252,15 @@ def test_an_eos_in_mid_batch_and_a_cancelled_request_stop_there(gpu: Gpu) -> Non
     ends = frozenset(plain[1].ids[6:7])
     length = plain[1].ids.index(plain[1].ids[6]) + 1
 
-    def ask(service: Service) -> None:
+    def ask(served: WorkerInThread) -> None:
         for id in range(4):
-            service.ask(id, None, 20, eos=ends if id == 1 else frozenset())
-        service.step(4)
-        service.obey(Cancel(2))
-        service.step()
-        assert service.answers[2].ends[0].finish is Finish.CANCELLED
-        assert service.worker._ahead is not None
-        assert 2 not in {chunk.request.id for chunk in service.worker._ahead.plan.chunks}
+            served.ask(id, None, 20, eos=ends if id == 1 else frozenset())
+        served.step(4)
+        served.obey(Cancel(2))
+        served.step()
+        assert served.answers[2].ends[0].finish is Finish.CANCELLED
+        assert served.worker._ahead is not None
+        assert 2 not in {chunk.request.id for chunk in served.worker._ahead.plan.chunks}
 
     answers = gpu.answers_in(ask)
     assert answers[1].ids == plain[1].ids[:length]
@@ -272,18 +272,18 @@ def test_an_eos_in_mid_batch_and_a_cancelled_request_stop_there(gpu: Gpu) -> Non
 def test_one_whose_numbers_overflow_in_mid_answer_fails_alone(gpu: Gpu) -> None:
     """Its adapter's rows become those of one that overflows, while it runs."""
 
-    def ask(service: Service) -> None:
-        service.ask(0, None, 30)
-        service.ask(1, "a0", 30)
-        service.step(10)
-        place = service.runner.pool.places[service.adapters["a0"].digest]
-        factors = service.runner.hosted[service.adapters["wild"].digest].factors
+    def ask(served: WorkerInThread) -> None:
+        served.ask(0, None, 30)
+        served.ask(1, "a0", 30)
+        served.step(10)
+        place = served.runner.pool.places[served.adapters["a0"].digest]
+        factors = served.runner.hosted[served.adapters["wild"].digest].factors
         with torch.inference_mode():
             for name, part in factors.items():
-                service.runner.pool.layers[name].place_weights(place, part)
-        service.step(3)
-        service.ask(4, None, 5)  # so few that they write over a part of its blocks only
-        service.ask(8, "a1", 5)
+                served.runner.pool.layers[name].place_weights(place, part)
+        served.step(3)
+        served.ask(4, None, 5)  # so few that they write over a part of its blocks only
+        served.ask(8, "a1", 5)
 
     theirs, answers = gpu.answers_in(ask, runs_ahead=False), gpu.answers_in(ask)
     for id in (0, 4, 8):
@@ -310,13 +310,13 @@ def test_what_raises_ahead_leaves_nothing_and_is_run_again(
 
         return call
 
-    def ask(service: Service) -> None:
+    def ask(served: WorkerInThread) -> None:
         if where == "launch":
-            patched = fail_sometimes(service.runner.sampler.launch_batch)
-            monkeypatch.setattr(service.runner.sampler, "launch_batch", patched)
+            patched = fail_sometimes(served.runner.sampler.launch_batch)
+            monkeypatch.setattr(served.runner.sampler, "launch_batch", patched)
         else:
             monkeypatch.setattr(SampledBatch, "read", fail_sometimes(SampledBatch.read))
-        ask_with_dora(service)
+        ask_with_dora(served)
 
     expect_alike(gpu.answers_in(ask, has_faults=where == "launch"), theirs)
     assert count > 10

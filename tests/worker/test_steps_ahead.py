@@ -23,7 +23,7 @@ from .test_loop import Steps
 WALKS = int(os.environ.get("WALKS", "60"))
 
 
-class Watched(FakeLaunched):
+class ToldLaunch(FakeLaunched):
     """Tells its runner when it is read, and may raise then."""
 
     runner: Ahead
@@ -53,13 +53,13 @@ class Ahead(FakeRunner):
         if (what, number) in self.wrong:
             raise RuntimeError("the device said no")
 
-    def launch_chunks(self, chunks: Sequence[Chunk], after: Launched | None = None) -> Watched:
+    def launch_chunks(self, chunks: Sequence[Chunk], after: Launched | None = None) -> ToldLaunch:
         made = super().launch_chunks(chunks, after)
         number, self.count = self.count, self.count + 1
         self.told.append(f"launch {number}")
         self.fail_now("launch", number)
         assert made.after is None or isinstance(made.after, FakeLaunched)
-        launched = Watched(made.chunks, made.results, made.after)
+        launched = ToldLaunch(made.chunks, made.results, made.after)
         launched.tokens, launched.runner, launched.number = made.tokens, self, number
         return launched
 

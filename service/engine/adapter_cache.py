@@ -214,6 +214,13 @@ class AdapterCache:
                 self.host.remove_key(digest)
             self._removed.append((digest, hosted))
 
+    def follow_host(self, in_flight: Collection[Digest]) -> None:
+        """Adapters on experts leave the pool with host memory: it would go on to hold what is to be freed."""
+        for digest in [placement.digest for placement in self.pool.layout]:
+            is_left = digest not in self.host and digest not in in_flight
+            if is_left and self.known[digest].adapter.is_on_experts:
+                self._unplace_adapter(digest)
+
     def undo_plan(self, plan: Plan) -> None:
         """Nobody knows how much of the plan was done: its placements count as failed, and the next plan
         removes all of them again.
@@ -257,16 +264,13 @@ class AdapterCache:
     def _evict_from_host(self, need: int, keep: Collection[Digest]) -> list[Digest]:
         """Makes room for `need` bytes in host memory; the adapters to forget there.
 
-        Those in `keep` stay, so host memory can be exceeded, but by them alone. Adapters on experts leave
-        the pool too, which would go on to hold what is to be freed.
+        Those in `keep` stay, so host memory can be exceeded, but by them alone.
         """
         victims = self.host.choose_victims(need, keep)
         if victims is None:
             victims = self.host.list_idle(keep)
         for victim in victims:
             self.host.remove_key(victim)
-            if victim in self.pool and self.known[victim].adapter.is_on_experts:
-                self._unplace_adapter(victim)
         self._moved.update(victims)
         return victims
 

@@ -212,6 +212,7 @@ class Scheduler:
         in_flight = self._in_flight()
         awaited = {digest for _, digest in self.waiting if digest is not None}
         self.adapters.forget_removed(in_flight | awaited)
+        self.adapters.follow_host(in_flight)
         self.adapters.place_pinned(in_flight)
         self._make_room()
         chunks = self._continue_running()

@@ -111,6 +111,7 @@ class SchedulerDriver:
         plan = self.scheduler.plan_step()
         self.plans.append(plan)
         self._check_launch(plan)
+        self._check_experts()
         flying &= {s.adapter for s in self.scheduler.running.values()}  # but for those preempted
         assert not flying & set(plan.remove), "an adapter in flight lost its pool rows"
         self.unsure = half_placed and bool(plan.place)
@@ -215,17 +216,20 @@ class SchedulerDriver:
         assert gauges.host_bytes == sum(adapter.size for adapter in self.runner.host.values())
         assert gauges.pool_used == sum(placement.rank for placement in self.runner.placed.values())
 
+    def _check_experts(self) -> None:
+        """After a plan, the pool holds nothing that host memory should count and does not."""
+        adapters = self.scheduler.adapters
+        resident = (placement.digest for placement in adapters.pool.layout)
+        on_experts = [digest for digest in resident if adapters.known[digest].adapter.is_on_experts]
+        assert all(digest in adapters.host for digest in on_experts)
+
     def tell_tiers(self) -> None:
         """The tiers that were told are the true ones; after half a placement only the next step
         makes them so.
         """
         if self.unsure:
             return
-        for digest, record in self.scheduler.adapters.known.items():
-            if record.adapter.is_on_experts and digest in self.scheduler.adapters.pool:
-                assert digest in self.scheduler.adapters.host, (
-                    "the pool holds what host memory does not count"
-                )
+        for digest in self.scheduler.adapters.known:
             true = (
                 Tier.DEVICE
                 if digest in self.runner.placed

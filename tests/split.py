@@ -24,6 +24,7 @@ LONGEST = (
     "tests/test_isolation.py",
     "tests/model/test_parity.py",
     "tests/model/test_steps_ahead.py",
+    "tests/model/test_experts.py",
 )
 
 

@@ -52,6 +52,7 @@ class AdapterCache:
         self._placed: list[Placement] = []
         self._unplaced: list[Digest] = []
         self._moved: set[Digest] = set()
+        self._forgotten: set[Digest] = set()  # in host memory, since `follow_host` looked
 
     # ---- what happened
 
@@ -216,10 +217,10 @@ class AdapterCache:
 
     def follow_host(self, in_flight: Collection[Digest]) -> None:
         """Adapters on experts leave the pool with host memory: it would go on to hold what is to be freed."""
-        for digest in [placement.digest for placement in self.pool.layout]:
-            is_left = digest not in self.host and digest not in in_flight
-            if is_left and self.known[digest].adapter.is_on_experts:
+        for digest in self._forgotten - set(in_flight):
+            if digest in self.pool and digest not in self.host and self.known[digest].adapter.is_on_experts:
                 self._unplace_adapter(digest)
+        self._forgotten.intersection_update(in_flight)
 
     def undo_plan(self, plan: Plan) -> None:
         """Nobody knows how much of the plan was done: its placements count as failed, and the next plan
@@ -272,6 +273,7 @@ class AdapterCache:
         for victim in victims:
             self.host.remove_key(victim)
         self._moved.update(victims)
+        self._forgotten.update(victims)
         return victims
 
     def _can_be_placed(self, digest: Digest) -> bool:

@@ -41,12 +41,13 @@ def list_parameters(experts: Any) -> tuple[str, str]:
 class ExpertPairs(NamedTuple):
     """The S pairs of a token and an expert that it is sent to, expert by expert.
 
-    int64 [S]: `tokens`, `experts`, and in `order` their places token by token.
+    int64 [S]: `tokens`, `experts`, and in `order` their places token by token. `ends` as `find_ends`.
     """
 
     tokens: Tensor
     experts: Tensor
     order: Tensor
+    ends: Tensor
 
 
 class OwnPairs(NamedTuple):
@@ -97,8 +98,8 @@ class ExpertsLora(nn.Module):
             y: Tensor = self.base_layer(hidden_states, top_k_index, top_k_weights)
             return y
         check_tokens(hidden_states.shape[0], adapters.tokens)
-        pairs = sort_pairs(top_k_index)
-        owned = [find_own(pairs, span, self.base_layer.num_experts) for span in spans]
+        pairs = sort_pairs(top_k_index, self.base_layer.num_experts)
+        owned = [find_own(pairs, span) for span in spans]
         out = self._run_experts(hidden_states[pairs.tokens], pairs, owned)
         weighted = torch.empty_like(out)
         weighted[pairs.order] = out * top_k_weights.reshape(-1)[pairs.order, None]
@@ -120,25 +121,24 @@ class ExpertsLora(nn.Module):
         """x [S, in] times each pair's expert of this parameter, and what the adapters add: [S, out]."""
         base = self.base_layer
         weight = getattr(base, name)
-        ends = find_ends(pairs.experts, base.num_experts)
-        y = functional.grouped_mm(x, weight if base.is_transposed else weight.mT, offs=ends)
+        y = functional.grouped_mm(x, weight if base.is_transposed else weight.mT, offs=pairs.ends)
         if base.has_bias:
             y += getattr(base, f"{name}_bias")[pairs.experts]
         self.factors[name].add_products(y, x, owned)
         return y
 
 
-def sort_pairs(top_k_index: Tensor) -> ExpertPairs:
-    """Of the experts [tokens, k] that each token is sent to."""
+def sort_pairs(top_k_index: Tensor, count: int) -> ExpertPairs:
+    """Of those of `count` experts [tokens, k] that each token is sent to."""
     experts, order = torch.sort(top_k_index.reshape(-1), stable=True)
-    return ExpertPairs(order // top_k_index.shape[1], experts, order)
+    return ExpertPairs(order // top_k_index.shape[1], experts, order, find_ends(experts, count))
 
 
-def find_own(pairs: ExpertPairs, span: AdapterSpan, count: int) -> OwnPairs:
-    """The pairs of the tokens of this span, among `count` experts."""
+def find_own(pairs: ExpertPairs, span: AdapterSpan) -> OwnPairs:
+    """The pairs of the tokens of this span."""
     is_own = (pairs.tokens >= span.start) & (pairs.tokens < span.stop)
     places = is_own.nonzero()[:, 0]
-    return OwnPairs(span.digest, places, find_ends(pairs.experts[places], count))
+    return OwnPairs(span.digest, places, find_ends(pairs.experts[places], len(pairs.ends)))
 
 
 def find_ends(experts: Tensor, count: int) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from service.core.adapter import Adapter, ExecutionPath
+from service.core.error_codes import ErrorCode
 from service.core.request import Finish
 from service.core.sampling import Sampling
 from service.engine.plan import UNKNOWN, Plan, Result
@@ -106,7 +107,7 @@ EVENTS: dict[str, Callable[[SchedulerDriver, Adapter], object]] = {
     "a pin": lambda driver, each: driver.scheduler.pin_adapter(each.digest, True),
     "a removal": lambda driver, each: driver.scheduler.remove_adapter(each.digest),
     "a load": lambda driver, each: driver.scheduler.mark_hosted(each.digest, each.size),
-    "a failed load": lambda driver, each: driver.scheduler.load_failed(each.digest, *["internal"] * 2),  # type: ignore[arg-type]
+    "a failed load": lambda driver, each: driver.scheduler.load_failed(each.digest, ErrorCode.INTERNAL, "no"),
     "a refusal": lambda driver, each: driver.scheduler.refuse(each.digest, "no"),
     "a placement that failed": lambda driver, each: driver.scheduler.unplace(()),
 }

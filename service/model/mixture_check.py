@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..core.adapter import Placement
 from ..core.base_info import name_pattern
 from .experts import ExpertsLora, iterate_experts, list_parameters
+from .loading import describe_error
 from .lora_linear import AdapterSpan, LoraWeights, StepAdapters, TokenAdapters, TokenGroup
 from .routers import adapt_router, iterate_routers
 from .selfcheck import EXACT, PROBE, RANK, SEEDS
@@ -38,7 +39,7 @@ def prove_mixtures(model: Any, context: int) -> tuple[str, ...]:
     try:
         small = small_model(model, context, PROBE, SEEDS[0])
     except Exception as cause:  # whatever the class makes of a config that its author never tried
-        log.warning(BY_PEFT, "the experts", type(cause).__name__)
+        log.warning(BY_PEFT, "the experts", describe_error(cause))
         return ()
     reasons: dict[str, str] = {}
     for parameter, reason in _try_parameters(small):
@@ -104,7 +105,7 @@ def _find_difference(modules: Sequence[Callable[..., Any]], inputs: Sequence[Ten
             if not error < EXACT:
                 return f"they differ from PEFT's by {error:.2g}"
     except Exception as cause:  # whatever the class makes of being called so
-        return f"a step raises {type(cause).__name__}"
+        return f"a step raises {describe_error(cause)}"
     return ""
 
 
